@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all set-up by themselves; nothing but Python 3.11+ and make is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test test-slow lint wire starter clean
+
+help:
+	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
+	@echo "make test        set up, then the tests (under 8 minutes)"
+	@echo "make test-slow   the slow tests"
+	@echo "make lint        ruff, mypy and the import contracts"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[cloud,openai,research,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wire: setup
+	$(BIN)/python scripts/generate_wire.py
+
+starter: setup
+	$(BIN)/python scripts/build_starter.py
+
+clean:
+	rm -rf $(VENV) build dist runs demo/run demo/result.json

@@ -1,0 +1,1 @@
+"""The operator's side of perfit: one frozen base model, collective shifts, and nothing kept."""

@@ -1,0 +1,199 @@
+"""Everything that perfit raises on purpose, and how each travels over gRPC.
+
+PerfitError
+├── InvalidInput              a request, a file or a flag is wrong
+│   ├── InvalidTensors        names, shapes, dtypes, values of a shift
+│   ├── InvalidPrompt         empty, or longer than the cloud takes
+│   ├── InvalidData           a history or dataset file; names file, item and field
+│   └── InvalidInvite         not an invite, or altered on the way
+├── NotFound                  no such artefact, task or profile
+├── ShiftMismatch             spec, artefact version or model fingerprint differ
+├── InviteRefused             unknown, expired or already used by another device
+├── NotAuthenticated          no certificate, or none that this cloud issued
+│   └── CertificateExpired    it was issued here, and its time is over
+├── IdentityRevoked           the operator withdrew this device's identity
+├── Busy                      a limit is reached; `retry_ms` says when to come back
+├── TooSlow                   a deadline passed
+├── Unavailable               the cloud cannot be reached, or is stopping
+├── Cancelled                 the caller left
+├── VaultError                the device's sealed store
+│   ├── WrongPassphrase
+│   ├── VaultDamaged          bytes were changed or lost; nothing was touched
+│   └── VaultBusy             another process holds it
+├── UpdateFailed              an update cannot go on; its state is kept
+└── ConfigError               an unknown key, or a value that cannot be
+
+A message of these classes is written to be read by the person at the other end: it holds no
+prompt, no number from a tensor and no path of the cloud. Anything else that is raised inside the
+cloud reaches a device as "internal error".
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Busy",
+    "Cancelled",
+    "CertificateExpired",
+    "ConfigError",
+    "IdentityRevoked",
+    "InvalidData",
+    "InvalidInput",
+    "InvalidInvite",
+    "InvalidPrompt",
+    "InvalidTensors",
+    "InviteRefused",
+    "NotAuthenticated",
+    "NotFound",
+    "PerfitError",
+    "ShiftMismatch",
+    "TooSlow",
+    "Unavailable",
+    "UpdateFailed",
+    "VaultBusy",
+    "VaultDamaged",
+    "VaultError",
+    "WrongPassphrase",
+    "from_code",
+    "to_status",
+]
+
+
+class PerfitError(Exception):
+    """Root of the tree. `code` is the word that travels in the trailing metadata."""
+
+    code = "internal"
+
+    def __init__(self, message: str, *, retry_ms: int = 0) -> None:
+        super().__init__(message)
+        self.retry_ms = retry_ms
+
+
+class InvalidInput(PerfitError):
+    code = "invalid_input"
+
+
+class InvalidTensors(InvalidInput):
+    code = "invalid_tensors"
+
+
+class InvalidPrompt(InvalidInput):
+    code = "invalid_prompt"
+
+
+class InvalidData(InvalidInput):
+    code = "invalid_data"
+
+
+class InvalidInvite(InvalidInput):
+    code = "invalid_invite"
+
+
+class NotFound(PerfitError):
+    code = "not_found"
+
+
+class ShiftMismatch(PerfitError):
+    code = "shift_mismatch"
+
+
+class InviteRefused(PerfitError):
+    code = "invite_refused"
+
+
+class NotAuthenticated(PerfitError):
+    code = "not_authenticated"
+
+
+class CertificateExpired(NotAuthenticated):
+    code = "certificate_expired"
+
+
+class IdentityRevoked(PerfitError):
+    code = "identity_revoked"
+
+
+class Busy(PerfitError):
+    code = "busy"
+
+
+class TooSlow(PerfitError):
+    code = "too_slow"
+
+
+class Unavailable(PerfitError):
+    code = "unavailable"
+
+
+class Cancelled(PerfitError):
+    code = "cancelled"
+
+
+class VaultError(PerfitError):
+    code = "vault"
+
+
+class WrongPassphrase(VaultError):
+    code = "wrong_passphrase"
+
+
+class VaultDamaged(VaultError):
+    code = "vault_damaged"
+
+
+class VaultBusy(VaultError):
+    code = "vault_busy"
+
+
+class UpdateFailed(PerfitError):
+    code = "update_failed"
+
+
+class ConfigError(PerfitError):
+    code = "config"
+
+
+# The one table, by the names of grpc.StatusCode (importing grpc here would slow every command
+# down). Errors that never leave their side have no row.
+_STATUS: dict[type[PerfitError], str] = {
+    InvalidInput: "INVALID_ARGUMENT",
+    InvalidTensors: "INVALID_ARGUMENT",
+    InvalidPrompt: "INVALID_ARGUMENT",
+    NotFound: "NOT_FOUND",
+    ShiftMismatch: "FAILED_PRECONDITION",
+    InviteRefused: "PERMISSION_DENIED",
+    NotAuthenticated: "UNAUTHENTICATED",
+    CertificateExpired: "UNAUTHENTICATED",
+    IdentityRevoked: "PERMISSION_DENIED",
+    Busy: "RESOURCE_EXHAUSTED",
+    TooSlow: "DEADLINE_EXCEEDED",
+    Unavailable: "UNAVAILABLE",
+    Cancelled: "CANCELLED",
+}
+_BY_CODE: dict[str, type[PerfitError]] = {cls.code: cls for cls in _STATUS}
+# For statuses that gRPC itself made, without our code.
+_BY_STATUS: dict[str, type[PerfitError]] = {
+    "INVALID_ARGUMENT": InvalidInput,
+    "NOT_FOUND": NotFound,
+    "FAILED_PRECONDITION": ShiftMismatch,
+    "UNAUTHENTICATED": NotAuthenticated,
+    "PERMISSION_DENIED": NotAuthenticated,
+    "RESOURCE_EXHAUSTED": Busy,
+    "DEADLINE_EXCEEDED": TooSlow,
+    "UNAVAILABLE": Unavailable,
+    "CANCELLED": Cancelled,
+}
+
+
+def to_status(error: BaseException) -> tuple[str, str, str, int]:
+    """(gRPC status name, code word, public message, retry delay in ms) of any exception."""
+    if isinstance(error, PerfitError) and type(error) in _STATUS:
+        return _STATUS[type(error)], error.code, str(error), error.retry_ms
+    return "INTERNAL", PerfitError.code, "internal error", 0
+
+
+def from_code(
+    status: str, code: str | None, message: str, retry_ms: int = 0
+) -> PerfitError:
+    """The exception that a status name stands for: by its code word, else by the status alone."""
+    cls = _BY_CODE.get(code or "") or _BY_STATUS.get(status, PerfitError)
+    return cls(message, retry_ms=retry_ms)

@@ -1,0 +1,76 @@
+"""PerFit's hyper-parameters a task (Table 9), with layers as relative depth.
+
+The paper counts layers in Llama-2-7B's 32 blocks. A preset keeps layer / 32 and maps it to the
+model at hand: the set of distinct blocks nearest to the wanted depths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+from perfit_shared.errors import InvalidInput, NotFound
+from perfit_shared.shifts import ShiftSpec
+
+__all__ = ["PRESETS", "Preset", "preset_for"]
+
+_PAPER_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of Table 9, with the training settings that the paper shares between tasks."""
+
+    collective_rank: int
+    personal_rank: int
+    paper_layers: tuple[int, ...]  # of 32
+    positions: str
+    epochs: int  # passes over one user's history
+    batch_size: int = 16  # examples a step, both stages
+    collective_epochs: int = 3  # passes over everybody's examples
+    learning_rate: float = 1e-4  # for billions of parameters; chosen on data for small models
+
+    def layers_for(self, blocks: int) -> tuple[int, ...]:
+        """Distinct blocks of a model with `blocks` blocks, nearest to the paper's depths."""
+        if blocks < len(self.paper_layers):
+            raise InvalidInput(f"a model of {blocks} blocks has no {len(self.paper_layers)} to intervene on")
+        wanted = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
+        near = range(
+            max(0, int(wanted[0]) - len(wanted)), min(blocks, int(wanted[-1]) + len(wanted) + 1)
+        )
+        return min(
+            combinations(near, len(wanted)),
+            key=lambda c: (sum(abs(a - b) for a, b in zip(c, wanted, strict=True)), c),
+        )
+
+    def spec(self, *, blocks: int, hidden_size: int, layers: tuple[int, ...] | None = None) -> ShiftSpec:
+        chosen = layers or self.layers_for(blocks)
+        if chosen[-1] >= blocks:
+            raise InvalidInput(f"layer {chosen[-1]} asked for, but the model has blocks 0 to {blocks - 1}")
+        return ShiftSpec(
+            layers=chosen,
+            positions=self.positions,
+            collective_rank=min(self.collective_rank, hidden_size),
+            personal_rank=min(self.personal_rank, hidden_size),
+            hidden_size=hidden_size,
+        )
+
+
+PRESETS: dict[str, Preset] = {
+    "news_categorize": Preset(16, 32, (14, 15, 16), "f7+l7", 6),
+    "movie_tagging": Preset(32, 4, (14, 15), "f7+l7", 4),
+    "product_rating": Preset(32, 4, (14, 15, 16), "l7", 4, batch_size=2),
+    "news_headline": Preset(32, 4, (14, 15, 16), "l7", 4),
+    "scholarly_title": Preset(32, 8, (15,), "f7+l7", 4, batch_size=4),
+    "tweet_paraphrase": Preset(32, 16, (14, 15), "f7+l7", 4),
+    # Not in the paper: the longest row of Table 9 that also suits short prompts.
+    "chat": Preset(32, 8, (14, 15), "f7+l7", 4),
+}
+
+
+def preset_for(name: str) -> Preset:
+    """Raises NotFound and lists what there is."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise NotFound(f'no preset "{name}"; there are {", ".join(sorted(PRESETS))}') from None

@@ -1,0 +1,202 @@
+"""Tasks: how an item becomes a prompt, what an answer looks like, how it is measured.
+
+The instruction texts are LaMP's own, with the answer's cue appended as OPPU does; history items
+take the same form as queries. A dataset folder's `task.json` overrides template, answer and labels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from perfit_shared.errors import InvalidData, NotFound
+from perfit_shared.metrics import HIGHER_IS_BETTER
+
+__all__ = ["TASKS", "Example", "Task", "load_task", "task_named"]
+
+_FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
+_NAME = re.compile(r"^[a-z][a-z0-9_]{0,63}$")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One (input, target) of a user: the prompt as the model reads it, and its continuation."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Raises InvalidData when built with a template or metric that cannot work."""
+
+    name: str  # "news_headline"
+    template: str  # prompt with {field}s of an item
+    answer: str  # target, the gold field and what surrounds it: " {title}"
+    metric: str  # of perfit_shared.metrics
+    marker: str = ""  # in LaMP's query.input, what stands before the text
+    labels: tuple[str, ...] = ()  # all valid answers, if they are a closed list
+    stop: tuple[str, ...] = ("\n",)  # generation ends before the first of these
+    answer_tokens: int = 48  # longest answer asked for
+    lamp: str = ""  # LaMP's own name: "LaMP_4"
+    chat: bool = False  # the prompt is the user's turn of a chat
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not _NAME.match(self.name):
+            raise InvalidData("a task's name should be lower-case letters, digits and underscores")
+        if self.metric not in HIGHER_IS_BETTER:
+            raise InvalidData(f'task {self.name}: no metric "{self.metric[:40]}"')
+        if len(_fields(self.template)) < 1 or len(_fields(self.answer)) != 1:
+            raise InvalidData(f"task {self.name}: a template needs a {{field}}, an answer exactly one")
+
+    @property
+    def text_field(self) -> str:
+        """The first field of the template: what `perfit ask "…"` fills."""
+        return _fields(self.template)[0]
+
+    @property
+    def gold_field(self) -> str:
+        """The field of an item that holds the right answer."""
+        return _fields(self.answer)[0]
+
+    def prompt(self, item: Mapping[str, str], *, cut: bool = False) -> str:
+        """Fill the template; `cut` shortens every field to 768 words, as in training."""
+        return _fill(self.template, item, cut=cut)
+
+    def target(self, item: Mapping[str, str]) -> str:
+        """What should follow the prompt."""
+        return _fill(self.answer, item)
+
+    def example(self, item: Mapping[str, str], *, cut: bool = True) -> Example:
+        """Raises InvalidData when a field is missing or empty."""
+        return Example(self.prompt(item, cut=cut), self.target(item))
+
+    def parse(self, text: str) -> str:
+        """The answer inside generated text: without the cue's white space and anything past a stop."""
+        for stop in self.stop:
+            text = text.split(stop)[0]
+        return text.strip()
+
+    def item_from_query(self, text: str, gold: str) -> dict[str, str]:
+        """An item from LaMP's `query.input` and `gold`: the article is what follows the marker."""
+        _, found, rest = text.partition(self.marker) if self.marker else ("", "x", text)
+        if not found:
+            raise InvalidData(f'input lacks "{self.marker.strip()}", so it is not of task {self.name}')
+        return {self.text_field: rest.strip(), self.gold_field: gold}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """Raises InvalidData on unknown or missing keys."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise InvalidData("not a task: unknown or missing keys") from error
+
+
+def _fields(template: str) -> list[str]:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InvalidData("a template's braces do not match") from error
+    if not all(name.isidentifier() for name in names):
+        raise InvalidData("a template's {fields} should be plain names")
+    return names
+
+
+def _fill(template: str, item: Mapping[str, str], *, cut: bool = False) -> str:
+    values = {}
+    for name in _fields(template):
+        value = item.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise InvalidData(f'field "{name}" is missing or empty')
+        words = value.split(maxsplit=_FIELD_WORDS) if cut else []
+        values[name] = " ".join(words[:_FIELD_WORDS]) if len(words) > _FIELD_WORDS else value
+    return template.format_map(values)
+
+
+_NEWS = ("food & drink", "sports", "education", "parents", "religion", "travel", "business", "crime",
+         "science & technology", "culture & arts", "entertainment", "politics", "women",
+         "style & beauty", "healthy living")  # fmt: skip
+_TAGS = ("sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy",
+         "classic", "psychology", "fantasy", "romance", "thought-provoking", "social commentary",
+         "violence", "true story")  # fmt: skip
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "news_categorize",
+            "Which category does this article relate to among the following categories? Just answer "
+            "with the category name without further explanation. categories: "
+            f"[{', '.join(_NEWS)}] article: {{text}} category:",
+            " {category}", "accuracy", "article: ", _NEWS, answer_tokens=12, lamp="LaMP_2N",
+        ),
+        Task(
+            "movie_tagging",
+            "Which tag does this movie relate to among the following tags? Just answer with the tag "
+            "name without further explanation. tags: "
+            f"[{', '.join(_TAGS)}] description: {{description}} tag:",
+            " {tag}", "accuracy", "description: ", _TAGS, answer_tokens=12, lamp="LaMP_2M",
+        ),
+        Task(
+            "product_rating",
+            "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, "
+            "3, 4, or 5 without further explanation. review: {text} score:",
+            " {score}", "mae", "review: ", ("1", "2", "3", "4", "5"), answer_tokens=4, lamp="LaMP_3",
+        ),
+        Task(
+            "news_headline", "Generate a headline for the following article: {text} headline:",
+            " {title}", "rouge_1", "article: ", lamp="LaMP_4",
+        ),
+        Task(
+            "scholarly_title", "Generate a title for the following abstract of a paper: {abstract} title:",
+            " {title}", "rouge_1", "paper: ", answer_tokens=64, lamp="LaMP_5",
+        ),
+        Task(
+            "tweet_paraphrase",
+            "Paraphrase the following tweet without any explanation before or after it: {input} tweet:",
+            " {text}", "rouge_1", "after it: ", answer_tokens=96, lamp="LaMP_7",
+        ),
+        Task(
+            "chat", "{prompt}", "{reply}", "rouge_1", stop=(), answer_tokens=256, chat=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def task_named(name: str) -> Task:
+    """Raises NotFound and lists what there is."""
+    if name not in TASKS:
+        raise NotFound(f'no task "{name[:40]}"; there are {", ".join(TASKS)}')
+    return TASKS[name]
+
+
+def load_task(folder: Path, name: str) -> Task:
+    """The task called `name`, with what `folder/task.json` overrides, if that file is there.
+
+    Raises InvalidData naming the file when it is malformed or for another task.
+    """
+    task, path = task_named(name), folder / "task.json"
+    if not path.is_file():
+        return task
+    try:
+        overrides = json.loads(path.read_text("utf-8"))
+        if overrides.pop("task", name) != name:
+            raise InvalidData("it is for another task")
+        if not set(overrides) <= {f.name for f in fields(Task)} - {"name"}:
+            raise InvalidData("unknown keys")
+        if "labels" in overrides:
+            overrides["labels"] = tuple(overrides["labels"])
+        return replace(task, **overrides)
+    except (ValueError, AttributeError, TypeError, InvalidData) as error:
+        raise InvalidData(f"{path}: {error}") from error
