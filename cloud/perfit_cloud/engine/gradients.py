@@ -1,0 +1,152 @@
+"""Loss, log-likelihoods and gradients of a batch: pure tensors in and out, nothing kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perfit_cloud.engine.types import Gradient, Mode, Score, ShiftUse
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.shifts import Group, Phi, Shift, install, open_book, row_index, to_torch
+from perfit_shared.errors import InvalidInput
+from perfit_shared.positions import Positions
+from perfit_shared.shifts import LayerShift, ShiftTensors
+
+__all__ = ["Batch", "GradientEngine", "Pair", "make_batch", "target_log_likelihoods"]
+
+Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
+_SCORE_TOKENS = 8192  # tokens (padding included) of one forward pass when scoring
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs, padded on the left to T tokens, targets right-aligned."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    labels: Tensor  # (B, K): target ids at the right, −100 elsewhere
+    rows: list[list[int]]  # intervened rows of each pair in the flattened (B · T)
+
+
+def make_batch(pairs: Sequence[Pair], positions: Positions, device: torch.device) -> Batch:
+    longest = max(len(p) + len(t) for p, t in pairs)
+    keep = max(len(t) for _, t in pairs)
+    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(pairs), keep), -100)
+    rows = []
+    for b, (prompt, target) in enumerate(pairs):
+        start = longest - len(prompt) - len(target)
+        ids[b, start:] = torch.tensor(prompt + target)
+        mask[b, start:] = 1
+        labels[b, keep - len(target) :] = torch.tensor(target)
+        rows.append([b * longest + start + i for i in positions.indices(len(prompt))])
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(*(t.to(device) for t in (ids, mask, position_ids, labels)), rows=rows)
+
+
+def target_log_likelihoods(base: BaseModel, batch: Batch, groups: Sequence[Group]) -> Tensor:
+    """Log-likelihood of every target token, (B, K), zero where there is none."""
+    keep = batch.labels.shape[1]
+    with open_book(groups):
+        logits = base.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=keep + 1,
+        ).logits[:, -keep - 1 : -1]
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="none"
+    )
+    return -losses.view_as(batch.labels)
+
+
+def group_all(batch: Batch, collective: Shift, personal: Shift | None) -> list[Group]:
+    """Every row of the batch under one owner's shift."""
+    rows = [row for of_pair in batch.rows for row in of_pair]
+    if not rows:
+        return []
+    index, valid = row_index([rows], batch.input_ids.device)
+    return [Group(index, valid, collective, personal)]
+
+
+class GradientEngine:
+    """Runs forward and backward passes for one base model. One pass at a time; thread-safe."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._lock = threading.Lock()
+        # On every block: a hook whose layer no open book names does nothing.
+        self._handles = install(base.model, range(base.blocks))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _groups(self, batch: Batch, use: ShiftUse, personal: Shift | None = None) -> list[Group]:
+        if use.mode is Mode.BASE or use.artefact is None:
+            return []
+        device = self._base.device
+        if personal is None and use.personal is not None:
+            personal = to_torch(use.personal, device)
+        return group_all(batch, to_torch(use.artefact.collective, device), personal)
+
+    def score(self, candidates: Sequence[Pair], use: ShiftUse) -> list[Score]:
+        """Log-likelihood of each target after its prompt, in the order given."""
+        scores: dict[int, Score] = {}
+        order = sorted(range(len(candidates)), key=lambda i: sum(map(len, candidates[i])))
+        while order:
+            chunk = _take(order, candidates)
+            pairs = [candidates[i] for i in chunk]
+            batch = make_batch(pairs, _positions(use), self._base.device)
+            with self._lock, torch.no_grad():
+                sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
+            for i, total in zip(chunk, sums.tolist(), strict=True):
+                scores[i] = Score(total, len(candidates[i][1]))
+        return [scores[i] for i in range(len(candidates))]
+
+    def gradient(self, examples: Sequence[Pair], use: ShiftUse) -> Gradient:
+        """Mean loss over target tokens, and its gradient for the personal tensors.
+
+        Raises InvalidInput unless `use` is PERSONAL and there is an example.
+        """
+        if use.artefact is None or use.personal is None or not examples:
+            raise InvalidInput("a gradient needs examples and a personal shift")
+        personal = {
+            layer: Phi(*(t.requires_grad_() for t in p))
+            for layer, p in to_torch(use.personal, self._base.device).items()
+        }
+        leaves = [tensor for p in personal.values() for tensor in p]
+        batch = make_batch(examples, _positions(use), self._base.device)
+        tokens = sum(len(target) for _, target in examples)
+        with self._lock, torch.enable_grad():
+            total = target_log_likelihoods(self._base, batch, self._groups(batch, use, personal)).sum()
+            loss = -total / tokens
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, leaves)
+            else:  # every prompt is a single token, so nothing was intervened on
+                grads = tuple(torch.zeros_like(t) for t in leaves)
+        arrays = iter(g.squeeze(0).cpu().numpy() for g in grads)
+        layers = {layer: LayerShift(*(next(arrays) for _ in LayerShift._fields)) for layer in personal}
+        return Gradient(float(loss.detach()), tokens, ShiftTensors(layers))
+
+
+def _positions(use: ShiftUse) -> Positions:
+    # In BASE mode no row is intervened on, whatever the positions.
+    return Positions.parse(use.artefact.spec.positions if use.artefact else "l1")
+
+
+def _take(order: list[int], pairs: Sequence[Pair]) -> list[int]:
+    """Remove and return the head of `order` (ascending length) that fits one pass when padded."""
+    chunk = [order.pop(0)]
+    while order and sum(map(len, pairs[order[0]])) * (len(chunk) + 1) <= _SCORE_TOKENS:
+        chunk.append(order.pop(0))
+    return chunk

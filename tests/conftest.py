@@ -1,0 +1,137 @@
+"""Tiny random models of each family, built once a session; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+
+if TYPE_CHECKING:
+    from perfit_cloud.model.artefacts import Artefact
+    from perfit_cloud.model.base import BaseModel
+
+BRIEF = Path(__file__).resolve().parents[2] / "shared"
+FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not BRIEF.is_dir():
+        skip = pytest.mark.skip(reason="the data folder `shared` does not lie beside this checkout")
+        for item in items:
+            if "brief" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def brief() -> Path:
+    """The folder with data and models beside the checkout; mark such tests with `brief`."""
+    return BRIEF
+
+
+def _config(family: str, vocabulary: int) -> Any:
+    from transformers import AutoConfig
+
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    if family == "gpt2":
+        return AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=4, n_positions=256, **common)
+    extra: dict[str, Any] = {"head_dim": 8} if family == "gemma2" else {}
+    if family == "gemma2":
+        extra |= {"sliding_window": 16, "query_pre_attn_scalar": 8}
+    return AutoConfig.for_model(
+        family, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, **extra, **common,
+    )  # fmt: skip
+
+
+def _tokenizer() -> Any:
+    """Characters and a few words, with <s> in front, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    raw.train_from_iterator(["the cat sat on the mat and the dog ran to the door"] * 5, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        model_max_length=256,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random model of a family, made on first use."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            tokenizer = _tokenizer()
+            torch.manual_seed(FAMILIES.index(family))
+            model = AutoModelForCausalLM.from_config(_config(family, len(tokenizer)))
+            folder = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load(model_folder: Callable[[str], Path]) -> Callable[[str], BaseModel]:
+    """The loaded tiny model of a family, once a session."""
+    from perfit_cloud.model.base import load_base
+
+    loaded: dict[str, BaseModel] = {}
+
+    def make(family: str) -> BaseModel:
+        if family not in loaded:
+            loaded[family] = load_base(str(model_folder(family)))
+        return loaded[family]
+
+    return make
+
+
+def random_shift(spec: ShiftSpec, rank: int, seed: int, size: float = 0.5) -> ShiftTensors:
+    """A shift that changes answers: orthonormal R, W and b off the identity by `size`."""
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for layer, shift in ShiftTensors.identity(spec, rank, seed).layers.items():
+        noise = rng.standard_normal(shift.source.shape).astype(np.float32)
+        bias = rng.standard_normal(rank).astype(np.float32)
+        layers[layer] = LayerShift(shift.rotation, shift.source + size * noise, size * bias)
+    return ShiftTensors(layers)
+
+
+@pytest.fixture(scope="session")
+def make_artefact() -> Callable[..., Artefact]:
+    """An artefact with random, effective tensors for a base model."""
+    from perfit_cloud.model.artefacts import Artefact
+    from perfit_shared.tasks import Task
+
+    def make(
+        base: BaseModel, name: str = "news_headline", *, positions: str = "f3+l3",
+        layers: tuple[int, ...] = (1, 2), seed: int = 0, ranks: tuple[int, int] = (6, 3),
+    ) -> Artefact:  # fmt: skip
+        spec = ShiftSpec(layers, positions, *ranks, hidden_size=base.hidden_size)
+        return Artefact(
+            name=name, spec=spec, task=Task(name, "{text} so", " {title}", "rouge_1"),
+            fingerprint=base.fingerprint, collective=random_shift(spec, ranks[0], seed),
+            seed=ShiftTensors.identity(spec, ranks[1], seed), learning_rate=5e-3, epochs=2, batch_size=4,
+        )  # fmt: skip
+
+    return make
