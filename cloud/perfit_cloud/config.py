@@ -1,0 +1,176 @@
+"""The cloud's whole configuration: one frozen class, filled from a file, the environment and flags.
+
+    perfit-cloud.toml              model = "newslm"           (--config or PERFIT_CLOUD_CONFIG)
+    PERFIT_CLOUD_NEW_TOKENS=256    over the file; lists are separated by commas
+    --set new_tokens=256           over both
+
+A key that is not a field of CloudConfig is refused wherever it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from perfit_shared.errors import ConfigError
+
+__all__ = ["CloudConfig", "load_config", "parse_address", "parse_duration"]
+
+_PREFIX = "PERFIT_CLOUD_"
+_FILE_VARIABLE = "PERFIT_CLOUD_CONFIG"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_EVERY_INTERFACE = {"0.0.0.0", "::", ""}  # noqa: S104 - compared with, not bound to
+
+
+@dataclass(frozen=True)
+class CloudConfig:
+    """Raises ConfigError when built with a value that cannot be.
+
+    Fields whose name ends in `_seconds` take seconds, or text like "90s", "15m", "24h", "7d".
+    """
+
+    # What is served
+    model: str = ""  # folder or hub name of the base model; `serve` needs one
+    artefacts: tuple[str, ...] = ()  # artefact folders
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    threads: int = 0  # CPU threads of one forward pass; 0: torch's own choice
+
+    # Where
+    state: Path = Path("~/.perfit-cloud")  # folder of both CAs and the database, 0700
+    address: str = "127.0.0.1:7443"  # host:port to listen on for mutual TLS; port 0: any free one
+    enrol_address: str = "127.0.0.1:7444"  # host:port to listen on for enrolment; port 0: any free one
+    public_address: str = ""  # host:port that devices dial; empty: `address` with its real port
+    public_enrol_address: str = ""  # host:port that stands in invites; empty: as above
+    names: tuple[str, ...] = ()  # host names and IPs of the server's certificate, besides those dialled
+
+    # Identities
+    certificate_seconds: int = 7 * 86400  # life of a device's certificate
+    lapse_seconds: int = 30 * 86400  # how long after its end a certificate may still be renewed
+    invite_seconds: int = 86400  # life of an invite unless `invite --life` says otherwise
+
+    # What one request may ask for
+    prompt_tokens: int = 2048  # longest prompt, tokens; never more than the model's context allows
+    new_tokens: int = 512  # longest answer, or target of an example, tokens
+    examples: int = 64  # examples of one gradient, candidates of one Score
+    call_tokens: int = 65536  # prompt and target tokens of one gradient or Score together
+    message_bytes: int = 16 * 2**20  # largest request and largest reply
+
+    # What all requests together may take
+    calls: int = 64  # RPCs handled at once, streams included
+    streams: int = 48  # answers generated at once
+    gradient_waiting: int = 16  # gradient and Score calls that may wait for the one that runs
+    retry_ms: int = 500  # when a refused call should come back
+
+    # The generation engine
+    cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
+    batch_tokens: int = 2048  # most tokens of one forward pass
+    max_requests: int = 64  # requests inside the engine at once
+
+    # Deadlines
+    call_seconds: int = 600  # most time one call may take, whatever deadline the caller set
+    idle_seconds: int = 60  # an idle connection is closed after this
+    drain_seconds: int = 20  # time for running calls to end after SIGTERM
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = _converted(field.name, str(field.type), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        for name in ("address", "enrol_address"):
+            parse_address(getattr(self, name), name)
+        for name in ("public_address", "public_enrol_address"):
+            if getattr(self, name):
+                host, port = parse_address(getattr(self, name), name)
+                if host in _EVERY_INTERFACE or not port:
+                    raise ConfigError(f"{name} should be a host and port that devices can dial")
+            elif parse_address(getattr(self, name[7:]), name)[0] in _EVERY_INTERFACE:
+                raise ConfigError(f"{name[7:]} listens on every interface; set {name} to what devices dial")
+        if self.certificate_seconds > 366 * 86400:
+            raise ConfigError("certificate_seconds should be a year at most: short lives bound a theft")
+
+
+def load_config(
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> CloudConfig:
+    """The defaults, under the file, under PERFIT_CLOUD_* of the environment, under the flags.
+
+    Flags that are None count as not given. Raises ConfigError naming the key or file at fault.
+    """
+    environment = os.environ if environment is None else environment
+    if file is None and environment.get(_FILE_VARIABLE):
+        file = Path(environment[_FILE_VARIABLE])
+    values: dict[str, Any] = {}
+    known = {field.name for field in fields(CloudConfig)}
+    variables = {
+        name.removeprefix(_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(_PREFIX) and name != _FILE_VARIABLE
+    }
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    sources: tuple[tuple[str, Mapping[str, Any]], ...] = (
+        (str(file), _read(file) if file else {}),
+        ("the environment", variables),
+        ("the flags", given),
+    )
+    for where, source in sources:
+        for key in source:
+            if key not in known:
+                shown = _PREFIX + key.upper() if source is variables else key
+                raise ConfigError(f'{where}: no setting "{shown}"; there are {", ".join(sorted(known))}')
+        values.update(source)
+    return CloudConfig(**values)
+
+
+def parse_address(text: str, name: str = "address") -> tuple[str, int]:
+    """("host", port) of "host:port"; an IPv6 host stands in brackets. Raises ConfigError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not host.startswith("[")):
+        raise ConfigError(f'{name} should read like "host:port", not "{text[:60]}"')
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def parse_duration(value: str | int | float, name: str = "duration") -> int:
+    """Whole seconds of 90, "90", "90s", "15m", "24h" or "7d", at least 1. Raises ConfigError."""
+    text = str(value).strip()
+    number, unit = (text[:-1], text[-1]) if text and text[-1] in _UNITS else (text, "s")
+    if not number.isdecimal() or not 1 <= int(number) * _UNITS[unit] <= 2**31:
+        raise ConfigError(f'{name} should be seconds, or read like "15m", "24h" or "7d"')
+    return int(number) * _UNITS[unit]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+
+
+def _converted(name: str, kind: str, value: Any) -> Any:
+    """`value` in the type of its field. Raises ConfigError naming the key."""
+    if kind == "int":
+        if name.endswith("_seconds"):
+            return parse_duration(value, name)
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = -1
+        if isinstance(value, bool | float) or not 0 <= number <= 2**40 or (number == 0 and name != "threads"):
+            raise ConfigError(f"{name} should be a whole number, 1 or more")
+        return number
+    if kind == "tuple[str, ...]":
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str | Path) for i in items):
+            raise ConfigError(f"{name} should be a list of texts")
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"{name} should be a text")
+    return Path(value).expanduser() if kind == "Path" else str(value)

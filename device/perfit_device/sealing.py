@@ -1,0 +1,211 @@
+"""The vault's cryptography: how the data key is wrapped, and how a row is sealed.
+
+    key-encryption key ── Argon2id(passphrase, salt), or random in the OS keyring
+        └ wraps the data key (random, once a vault), bound to the header's public fields
+            └ wraps a row key (random, once a version of a row) ── seals the row
+
+A change of passphrase rewraps one key. A forgotten row's key goes with its row, so even a copy of
+the sealed bytes that survived somewhere stays shut.
+
+AES-256-GCM everywhere: its nonce must never repeat under one key. Wrapping uses a random nonce of
+96 bits, good for 2³² wraps; sealing uses a fixed one, safe there since a row key seals once.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+from perfit_shared.errors import ConfigError, VaultDamaged, VaultError, WrongPassphrase
+
+__all__ = ["FORMAT", "DataKey", "Header", "KdfParams"]
+
+FORMAT = 1
+_NONCE_BYTES = 12
+_SEAL_NONCE = bytes(_NONCE_BYTES)
+_KEYRING_SERVICE = "perfit"
+
+
+@dataclass(frozen=True)
+class KdfParams:
+    """Argon2id's cost: RFC 9106's second recommended option, as Bitwarden and others use it.
+
+    Raises VaultDamaged on values that no honest vault has: they are read before anything is
+    authenticated, and must not make a device allocate gigabytes.
+    """
+
+    memory_kib: int = 64 * 1024
+    iterations: int = 3
+    lanes: int = 4
+
+    def __post_init__(self) -> None:
+        bounds = ((self.memory_kib, 32, 1 << 20), (self.iterations, 1, 32), (self.lanes, 1, 16))
+        for value, low, high in bounds:
+            if type(value) is not int or not low <= value <= high:
+                raise VaultDamaged("the vault's header asks for an impossible key derivation")
+        if self.memory_kib < 8 * self.lanes:
+            raise VaultDamaged("the vault's header asks for an impossible key derivation")
+
+    def derive(self, passphrase: str, salt: bytes) -> bytes:
+        """32 bytes."""
+        kdf = Argon2id(
+            salt=salt, length=32, iterations=self.iterations, lanes=self.lanes, memory_cost=self.memory_kib
+        )
+        return kdf.derive(passphrase.encode())
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a vault says before it is open. All but the wrapped key is bound to it as associated data."""
+
+    vault_id: str  # 32 hex digits, random
+    lock: str  # "passphrase" or "keyring"
+    salt: bytes  # 16 bytes
+    kdf: KdfParams
+    wrapped: bytes = b""  # nonce + sealed data key
+
+    @classmethod
+    def create(cls, data_key: bytes, passphrase: str | None, kdf: KdfParams) -> Header:
+        """Wrap a data key by `passphrase`, or by a new key in the OS keyring when it is None."""
+        lock = "keyring" if passphrase is None else "passphrase"
+        header = cls(secrets.token_hex(16), lock, secrets.token_bytes(16), kdf)
+        return header._wrap(data_key, passphrase, new=True)
+
+    def rewrap(self, data_key: bytes, passphrase: str) -> Header:
+        """The same vault under another passphrase."""
+        return replace(self, lock="passphrase", salt=secrets.token_bytes(16))._wrap(
+            data_key, passphrase, new=True
+        )
+
+    def unwrap(self, passphrase: str | None) -> bytes:
+        """The data key. Raises WrongPassphrase, or VaultError when the keyring has no key."""
+        nonce, sealed = self.wrapped[:_NONCE_BYTES], self.wrapped[_NONCE_BYTES:]
+        try:
+            return AESGCM(self._key(passphrase, new=False)).decrypt(nonce, sealed, self._bound())
+        except InvalidTag as error:
+            if self.lock == "keyring":
+                raise VaultError("the key in the OS keyring is not this vault's") from error
+            raise WrongPassphrase("wrong passphrase") from error
+
+    def _wrap(self, data_key: bytes, passphrase: str | None, *, new: bool) -> Header:
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        sealed = AESGCM(self._key(passphrase, new=new)).encrypt(nonce, data_key, self._bound())
+        return replace(self, wrapped=nonce + sealed)
+
+    def _key(self, passphrase: str | None, *, new: bool) -> bytes:
+        if self.lock == "keyring":
+            return _keyring_key(self.vault_id, new=new)
+        if passphrase is None:
+            raise WrongPassphrase("this vault needs its passphrase")
+        return self.kdf.derive(passphrase, self.salt)
+
+    def _public(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "vault_id": self.vault_id, "lock": self.lock,
+            "salt": _b64(self.salt), "kdf": "argon2id", "memory_kib": self.kdf.memory_kib,
+            "iterations": self.kdf.iterations, "lanes": self.kdf.lanes,
+        }  # fmt: skip
+
+    def _bound(self) -> bytes:
+        return json.dumps(self._public(), sort_keys=True).encode()
+
+    # -- bytes ---------------------------------------------------------------------------------
+
+    def to_bytes(self) -> bytes:
+        """sha-256 + JSON. The digest tells damage from a wrong passphrase; it keeps out no one
+        who changes both, and then the wrapped key does not open."""
+        body = json.dumps({**self._public(), "wrapped": _b64(self.wrapped)}, sort_keys=True).encode()
+        return hashlib.sha256(body).digest() + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Header:
+        """Raises VaultDamaged, or VaultError on a format of another version."""
+        digest, body = data[:32], data[32:]
+        if not hmac.compare_digest(hashlib.sha256(body).digest(), digest):
+            raise VaultDamaged("the vault's header was changed or lost; restore a copy of the file")
+        try:
+            values = json.loads(body)
+            if values["format"] != FORMAT or values["kdf"] != "argon2id":
+                raise VaultError(
+                    f"the vault is of format {int(values['format'])}, and this perfit knows only "
+                    f"{FORMAT}; use the version of perfit that wrote it, or a newer one"
+                )
+            return cls(
+                vault_id=str(values["vault_id"]),
+                lock=values["lock"],
+                salt=base64.b64decode(values["salt"]),
+                kdf=KdfParams(values["memory_kib"], values["iterations"], values["lanes"]),
+                wrapped=base64.b64decode(values["wrapped"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise VaultDamaged("the vault's header cannot be read; restore a copy of the file") from error
+
+
+class DataKey:
+    """An open vault's key: seals rows, names them, and authenticates the list of all rows."""
+
+    def __init__(self, key: bytes, vault_id: str) -> None:
+        self._vault_id = vault_id
+        self._wrapping = AESGCM(key)
+        self._naming = hmac.digest(key, b"perfit vault row names", "sha256")
+        self._listing = hmac.digest(key, b"perfit vault row list", "sha256")
+
+    def row_id(self, kind: str, name: str) -> bytes:
+        """16 bytes that tell nothing of the name without the key."""
+        return hmac.digest(self._naming, f"{kind}\0{name}".encode(), "sha256")[:16]
+
+    def seal(self, kind: str, row_id: bytes, version: int, plain: bytes) -> tuple[bytes, bytes]:
+        """(wrapped row key, sealed row) under a new row key."""
+        bound = self._bound(kind, row_id, version)
+        row_key, nonce = secrets.token_bytes(32), secrets.token_bytes(_NONCE_BYTES)
+        wrapped = nonce + self._wrapping.encrypt(nonce, row_key, bound)
+        return wrapped, AESGCM(row_key).encrypt(_SEAL_NONCE, plain, bound)
+
+    def unseal(self, kind: str, row_id: bytes, version: int, wrapped: bytes, sealed: bytes) -> bytes:
+        """Raises VaultDamaged unless these very bytes were sealed for this place."""
+        bound = self._bound(kind, row_id, version)
+        try:
+            row_key = self._wrapping.decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], bound)
+            return AESGCM(row_key).decrypt(_SEAL_NONCE, sealed, bound)
+        except (InvalidTag, ValueError) as error:
+            raise VaultDamaged("a row of the vault was changed; restore a copy of the file") from error
+
+    def list_mac(self, rows: bytes) -> bytes:
+        """32 bytes over the encoded list of all rows, so that none can vanish or come back unseen."""
+        return hmac.digest(self._listing, rows, "sha256")
+
+    def _bound(self, kind: str, row_id: bytes, version: int) -> bytes:
+        return json.dumps([self._vault_id, kind, row_id.hex(), version]).encode()
+
+
+def _keyring_key(vault_id: str, *, new: bool) -> bytes:
+    import keyring
+    from keyring.errors import KeyringError
+
+    try:
+        if new:
+            key = secrets.token_bytes(32)
+            keyring.set_password(_KEYRING_SERVICE, vault_id, key.hex())
+            return key
+        stored = keyring.get_password(_KEYRING_SERVICE, vault_id)
+    except KeyringError as error:
+        raise ConfigError("the OS keyring cannot be used here; use a passphrase instead") from error
+    if stored is None:
+        raise VaultError("the OS keyring holds no key for this vault; unlock it, or log in as its owner")
+    try:
+        return bytes.fromhex(stored)
+    except ValueError as error:
+        raise VaultError("the key in the OS keyring is not this vault's") from error
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,47 @@
+"""Where a profile lives and what the environment says. The environment is read here alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from perfit_shared.errors import ConfigError
+
+__all__ = ["Settings", "prepare_process"]
+
+_PROFILE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Raises ConfigError when the profile's name cannot be a folder's."""
+
+    profile: str = "default"
+    home: Path = Path("~/.perfit")
+
+    def __post_init__(self) -> None:
+        if not _PROFILE.match(self.profile):
+            raise ConfigError("a profile's name should be letters, digits, dots, dashes or underscores")
+
+    @classmethod
+    def from_environment(cls, profile: str | None) -> Settings:
+        home = os.environ.get("PERFIT_HOME") or "~/.perfit"
+        return cls(profile=profile or "default", home=Path(home).expanduser())
+
+    @property
+    def vault_path(self) -> Path:
+        return self.home / "profiles" / self.profile / "vault.db"
+
+    def passphrase(self) -> str | None:
+        """PERFIT_PASSPHRASE, or None."""
+        return os.environ.get("PERFIT_PASSPHRASE") or None
+
+
+def prepare_process() -> None:
+    """Settings of libraries that must stand before they are imported; what the user set stays."""
+    # gRPC writes handshake failures to stderr, where our one clear line belongs.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # The largest matrix here is 32 × 4096: threads cost more memory than they save time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

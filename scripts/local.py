@@ -1,0 +1,115 @@
+"""A cloud and devices as separate processes on this machine, driven by their commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+BIN = Path(sys.executable).parent
+PASSPHRASE = "a passphrase for this run only"  # noqa: S105 - protects nothing but the demo
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with another code than 0; holds what it said."""
+
+    def __init__(self, command: Sequence[str], code: int, said: str) -> None:
+        super().__init__(f"{' '.join(command)[:200]} ended with {code}: {said.strip()[-2000:]}")
+        self.code, self.said = code, said
+
+
+def run(command: Sequence[str], *, env: dict[str, str] | None = None, text: str | None = None) -> str:
+    """Standard output of a command. Raises CommandFailed with what it said on standard error."""
+    done = subprocess.run(
+        [*command], env={**os.environ, **(env or {})}, input=text, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise CommandFailed(command, done.returncode, done.stderr or done.stdout)
+    return done.stdout
+
+
+class LocalCloud:
+    """`perfit-cloud serve` on free ports of loopback, for the length of a with block."""
+
+    def __init__(
+        self, model: Path | str, artefacts: Sequence[Path], state: Path,
+        *, log: Path | None = None, flags: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.state, self._log = state, log or state.with_suffix(".log")
+        self._command = [
+            str(BIN / "perfit-cloud"), "serve", "--model", str(model), "--state", str(state), "--json",
+            "--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", *flags,
+        ]  # fmt: skip
+        for artefact in artefacts:
+            self._command += ["--artefact", str(artefact)]
+        self.said: dict[str, Any] = {}
+
+    def start(self) -> LocalCloud:
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log, text=True)
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line.strip():
+            code = self.process.wait(30)
+            raise CommandFailed(self._command, code, self._log.read_text())
+        self.said = json.loads(line)
+        return self
+
+    def at_the_same_ports(self) -> LocalCloud:
+        """The same cloud again, after `kill` or `stop`, where devices look for it."""
+        for flag, key in (("--address", "address"), ("--enrol-address", "enrol_address")):
+            self._command[self._command.index(flag) + 1] = self.said[key]
+        return self.start()
+
+    def invite(self, *flags: str) -> str:
+        return run([str(BIN / "perfit-cloud"), "invite", "--state", str(self.state), *flags]).strip()
+
+    def revoke(self, identity: str) -> None:
+        run([str(BIN / "perfit-cloud"), "revoke", "--state", str(self.state), identity])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def __enter__(self) -> LocalCloud:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class Device:
+    """One person's device: a profile in a home of its own."""
+
+    def __init__(self, home: Path, profile: str) -> None:
+        self.env = {"PERFIT_HOME": str(home), "PERFIT_PASSPHRASE": PASSPHRASE, "NO_COLOR": "1"}
+        self.profile = profile
+
+    def command(self, *args: str) -> list[str]:
+        return [str(BIN / "perfit"), "--profile", self.profile, *args]
+
+    def __call__(self, *args: str, text: str | None = None) -> str:
+        return run(self.command(*args), env=self.env, text=text)
+
+    def json(self, *args: str) -> Any:
+        return json.loads(self(*args, "--json"))
+
+    def popen(self, *args: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*args), env={**os.environ, **self.env}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
