@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from local import Device, LocalCloud
-
 from perfit_shared.metrics import rouge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +84,8 @@ def person(cloud: LocalCloud, entry: tuple[str, str, str, str, str]) -> dict[str
         "name": name, "task": task, "loss": result["loss"], "metric": result["metric"],
         "update_seconds": update["seconds"], "bytes_up": update["bytes_up"],
         "bytes_down": update["bytes_down"], "examples": result["examples"],
-        "article": article, "before": before, "after": after, "gold": rows[-1]["title" if "title" in rows[-1] else "category"],
+        "article": article, "before": before, "after": after,
+        "gold": rows[-1].get("title") or rows[-1]["category"],
     }  # fmt: skip
     if task == "news_headline":
         entry_out["best_constant_affix"] = best_affix(result["answers"], [r["title"] for r in rows])
@@ -102,8 +102,10 @@ def table(people: list[dict[str, Any]]) -> None:
             say(f"{'  best constant affix':28}{p['best_constant_affix']:24.3f}")
     for p in people:
         say(f"\n{p['name']} asks: {p['article']}")
-        say(f"  before  {p['before'].strip()}\n  after   {p['after'].strip()}\n  {p['name']} wrote  {p['gold']}")
-        say(f"  update took {p['update_seconds']:.0f} s, {p['bytes_up'] / 1e6:.1f} MB up, {p['bytes_down'] / 1e6:.1f} MB down")
+        for label, key in (("before", "before"), ("after", "after"), ("wrote", "gold")):
+            say(f"  {label:8}{p[key].strip()}")
+        up, down = p["bytes_up"] / 1e6, p["bytes_down"] / 1e6
+        say(f"  update took {p['update_seconds']:.0f} s, {up:.1f} MB up, {down:.1f} MB down")
 
 
 def shortfalls(people: list[dict[str, Any]]) -> list[str]:

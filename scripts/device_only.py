@@ -22,9 +22,15 @@ def main() -> None:
             device = Device(work / "home", "default")
             device("enroll", "-", text=invite)
             answer = device.json("ask", "Court Blocks New Voting Law. Judges ruled on Friday.")
-            device("history", "import", str(ROOT / "demo" / "people" / "folders.jsonl"), "--task", "news_categorize")
+            device(
+                "history",
+                "import",
+                str(ROOT / "demo" / "people" / "folders.jsonl"),
+                "--task",
+                "news_categorize",
+            )
             update = device.json("update", "--epochs", "1")
-    print(f"device alone: answered {answer['answer'].strip()!r}, {update['steps']} steps in {update['seconds']:.0f} s")
+    print(f"device alone: answered {answer['answer'].strip()!r}, {update['steps']} update steps")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ def generate(out: Path) -> None:
         if code:
             sys.exit(f"protoc failed on {proto.name}")
     for path in out.glob("*_pb2*.py*"):
-        text = re.sub(r"^import (\w+_pb2) as", r"from perfit_shared.wire import \1 as", path.read_text(), flags=re.M)
+        text = re.sub(
+            r"^import (\w+_pb2) as", r"from perfit_shared.wire import \1 as", path.read_text(), flags=re.M
+        )
         path.write_text(text)
-    (out / "__init__.py").write_text('"""Generated from protos/ by scripts/generate_wire.py; never edited."""\n')
+    (out / "__init__.py").write_text(
+        '"""Generated from protos/ by scripts/generate_wire.py; never edited."""\n'
+    )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,9 @@ from typing import Any
 from local import BIN, Device, LocalCloud
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = {
-    "news_headline": ["--layers", "2;3", "--positions", "f7+l7"],
-    "news_categorize": ["--layers", "2;3", "--positions", "f7+l7", "--collective-rank", "32", "--personal-rank", "4"],
-}  # fmt: skip
+TASKS = ("news_headline", "news_categorize")
+# The yardstick's: blocks 2 and 3 of 8, ranks 32/4, f7+l7.
+SPEC = ["--layers", "2;3", "--positions", "f7+l7", "--collective-rank", "32", "--personal-rank", "4"]
 MODES = ("base", "collective", "personal", "other")
 
 
@@ -39,16 +38,17 @@ def train(task: str, args: argparse.Namespace) -> Path:
     out = args.out / "artefacts" / task
     if not (out / "artefact.json").is_file():
         say(f"{task}: stage 1")
-        command = [str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--model", str(args.model),
-                   "--data", str(args.data / "lamp_news" / task), "--out", str(out), *TASKS[task], *args.train_flag]  # fmt: skip
+        command = [
+            str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--model", str(args.model),
+            "--data", str(args.data / "lamp_news" / task), "--out", str(out), *SPEC, *args.train_flag,
+        ]  # fmt: skip
         subprocess.run(command, check=True)
     return Path(out)
 
 
-def author(device: Device, *, task: str, history: Path, user: str, invite: str) -> None:
-    """Enrol, import and update one author's device, each step once."""
-    enrolled = json.loads(device("status", "--json")) if (Path(device.env["PERFIT_HOME"]) / "profiles" / device.profile).exists() else None
-    if enrolled is None:
+def enrol(device: Device, *, task: str, history: Path, user: str, invite: str) -> None:
+    """Enrol one author's device and import the author's history, once."""
+    if not (Path(device.env["PERFIT_HOME"]) / "profiles" / device.profile).exists():
         device("enroll", "-", text=invite)
         device("history", "import", str(history), "--task", task, "--user", user)
 
@@ -59,25 +59,32 @@ def run_task(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     work.mkdir(parents=True, exist_ok=True)
     history = args.data / "lamp_news" / task / "user_top_100_history.json"
     users = [u["user_id"] for u in json.loads(history.read_text())][: args.users]
-    with LocalCloud(args.model, [artefact], work / "cloud") as cloud, ThreadPoolExecutor(args.at_once) as pool:
+    with (
+        LocalCloud(args.model, [artefact], work / "cloud") as cloud,
+        ThreadPoolExecutor(args.at_once) as pool,
+    ):
 
         def update(user: str) -> None:
             shift = work / f"{user}.safetensors"
             if shift.exists():
                 return
             device = Device(work / "homes", user)
-            author(device, task=task, history=history, user=user, invite=cloud.invite())
+            enrol(device, task=task, history=history, user=user, invite=cloud.invite())
             result = device.json("update", "--task", task, *args.update_flag)
             (work / f"{user}.update.json").write_text(json.dumps(result))
             device("export", "--shift", str(shift), "--task", task)
-            say(f"{task} {user}: {result['examples']} examples, {result['seconds']:.0f} s, gate {result['gate']}")
+            say(
+                f"{task} {user}: {result['examples']} examples, {result['seconds']:.0f} s, gate {result['gate']}"
+            )
 
         def evaluate(at: int) -> dict[str, Any]:
             user, other = users[at], users[(at + 1) % len(users)]
             done = work / f"{user}.evaluate.json"
             if not done.exists():
                 device = Device(work / "homes", user)
-                result = device.json("evaluate", "--task", task, "--shift", str(work / f"{other}.safetensors"))
+                result = device.json(
+                    "evaluate", "--task", task, "--shift", str(work / f"{other}.safetensors")
+                )
                 done.write_text(json.dumps({"user_id": user, **result}))
                 say(f"{task} {user}: loss {result['loss']}")
             return dict(json.loads(done.read_text()))
@@ -92,19 +99,25 @@ def summary(task: str, rows: list[dict[str, Any]]) -> str:
 
     better = sum(r["loss"]["personal"] < r["loss"]["collective"] for r in rows)
     lines = [f"| {task} ({len(rows)} authors) | " + " | ".join(MODES) + " |", "|---|---|---|---|---|"]
-    lines.append("| held-out loss, nats a token | " + " | ".join(f"{mean('loss', m):.3f}" for m in MODES) + " |")
-    lines.append(f"| {rows[0]['metric']['name']} | " + " | ".join(f"{mean('metric', m):.3f}" for m in MODES) + " |")
+    lines.append(
+        "| held-out loss, nats a token | " + " | ".join(f"{mean('loss', m):.3f}" for m in MODES) + " |"
+    )
+    lines.append(
+        f"| {rows[0]['metric']['name']} | " + " | ".join(f"{mean('metric', m):.3f}" for m in MODES) + " |"
+    )
     lines.append(f"\npersonal beats collective in loss for {better} of {len(rows)}\n")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model", type=Path, default=Path("../shared/models/newslm"))
     parser.add_argument("--out", type=Path, default=Path("runs/real_input"))
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "real_input.json")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--users", type=int, default=24, help="the first N authors")
     parser.add_argument("--at-once", type=int, default=2, help="devices that work at the same time")
     parser.add_argument("--train-flag", action="append", default=[], help="passed on to stage 1")

@@ -123,7 +123,8 @@ def train_tokenizer(articles: list[dict[str, str]], books: list[str]) -> PreTrai
     def texts() -> Iterator[str]:
         for a in articles:
             for _ in range(4):  # the words of news matter more here than the words of 1870
-                yield f"description: {a['description']}\nheadline: {a['headline']}\ncategory: {a.get('category', '')}"
+                category = a.get("category", "")
+                yield f"description: {a['description']}\nheadline: {a['headline']}\ncategory: {category}"
         yield from books
 
     trainer = trainers.BpeTrainer(
@@ -133,9 +134,7 @@ def train_tokenizer(articles: list[dict[str, str]], books: list[str]) -> PreTrai
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, 0)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
         model_max_length=512, padding_side="left", clean_up_tokenization_spaces=False,
@@ -177,9 +176,7 @@ def set_dropout(model: LlamaForCausalLM, *, on: bool) -> None:
 
 
 @torch.no_grad()
-def target_loss(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
-) -> float:
+def target_loss(model: nn.Module, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> float:
     """Mean nats a token over the target and </s>, one pair at a time."""
     total = count = 0.0
     for prompt, target in pairs:

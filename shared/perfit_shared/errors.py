@@ -191,9 +191,7 @@ def to_status(error: BaseException) -> tuple[str, str, str, int]:
     return "INTERNAL", PerfitError.code, "internal error", 0
 
 
-def from_code(
-    status: str, code: str | None, message: str, retry_ms: int = 0
-) -> PerfitError:
+def from_code(status: str, code: str | None, message: str, retry_ms: int = 0) -> PerfitError:
     """The exception that a status name stands for: by its code word, else by the status alone."""
     cls = _BY_CODE.get(code or "") or _BY_STATUS.get(status, PerfitError)
     return cls(message, retry_ms=retry_ms)

@@ -35,9 +35,7 @@ class Preset:
         if blocks < len(self.paper_layers):
             raise InvalidInput(f"a model of {blocks} blocks has no {len(self.paper_layers)} to intervene on")
         wanted = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
-        near = range(
-            max(0, int(wanted[0]) - len(wanted)), min(blocks, int(wanted[-1]) + len(wanted) + 1)
-        )
+        near = range(max(0, int(wanted[0]) - len(wanted)), min(blocks, int(wanted[-1]) + len(wanted) + 1))
         return min(
             combinations(near, len(wanted)),
             key=lambda c: (sum(abs(a - b) for a, b in zip(c, wanted, strict=True)), c),

@@ -12,7 +12,6 @@ import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from perfit_shared.errors import InvalidData, NotFound
 from perfit_shared.metrics import HIGHER_IS_BETTER
@@ -81,7 +80,7 @@ class Task:
     def parse(self, text: str) -> str:
         """The answer inside generated text: without the cue's white space and anything past a stop."""
         for stop in self.stop:
-            text = text.split(stop)[0]
+            text = text.split(stop, maxsplit=1)[0]
         return text.strip()
 
     def item_from_query(self, text: str, gold: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import FAMILIES, random_shift
 
 from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
 from perfit_cloud.engine.gradients import GradientEngine
@@ -15,7 +16,6 @@ from perfit_cloud.model.shifts import Group, hooked, open_book, phi, row_index, 
 from perfit_shared.errors import Busy, InvalidPrompt
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
-from tests.conftest import FAMILIES, random_shift
 
 SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16)  # forces chunked prefill
 NEW = 12
@@ -25,10 +25,7 @@ def prompts(count: int) -> list[list[int]]:
     """Prompts of 1 to about 50 tokens, so that positions halve in some and prefill is chunked in others."""
     rng = np.random.default_rng(5)
     lengths = [1, 2, 3, 5, 8, 13, 30, 50]
-    return [
-        [0, *rng.integers(3, 250, lengths[i % len(lengths)] - 1).tolist()]
-        for i in range(count)
-    ]
+    return [[0, *rng.integers(3, 250, lengths[i % len(lengths)] - 1).tolist()] for i in range(count)]
 
 
 def alone(base: Any, prompt: list[int], use: ShiftUse, new: int = NEW) -> list[int]:
@@ -148,7 +145,10 @@ def test_gradients_equal_local_autograd(family: Any) -> None:
     artefact = artefacts["news_headline"]
     person = random_shift(artefact.spec, artefact.spec.personal_rank, 3)
     rng = np.random.default_rng(1)
-    pairs = [(p, [*rng.integers(3, 250, n).tolist(), 1]) for p, n in zip(prompts(7), (1, 2, 3, 4, 5, 6, 7), strict=True)]
+    pairs = [
+        (p, [*rng.integers(3, 250, n).tolist(), 1])
+        for p, n in zip(prompts(7), (1, 2, 3, 4, 5, 6, 7), strict=True)
+    ]
     engine = GradientEngine(base)
     try:
         got = engine.gradient(pairs, ShiftUse(Mode.PERSONAL, artefact, person))
@@ -212,7 +212,11 @@ def test_a_neighbour_changes_no_bit_of_mine(load: Any, make_artefact: Any) -> No
         rows = [[b * 6 + p for p in Positions(3, 3).indices(6)] for b in range(2)]
         index, valid = row_index(rows, base.device)
         both = {k: type(mine[k])(*(torch.cat(t) for t in zip(mine[k], other[k], strict=True))) for k in mine}
-        with torch.no_grad(), hooked(base.model, artefact.spec.layers), open_book([Group(index, valid, collective, both)]):
+        with (
+            torch.no_grad(),
+            hooked(base.model, artefact.spec.layers),
+            open_book([Group(index, valid, collective, both)]),
+        ):
             return base.model(ids).logits
 
     first, second = logits(2, 20), logits(3, 99)

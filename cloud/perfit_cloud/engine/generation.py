@@ -61,7 +61,9 @@ class _Request:
 class Answer(Iterator[Piece]):
     """Pieces of one answer, blocking for the next. `cancel` ends it from any thread."""
 
-    def __init__(self, engine: GenerationEngine, request_id: str, request: _Request, sampling: Sampling) -> None:
+    def __init__(
+        self, engine: GenerationEngine, request_id: str, request: _Request, sampling: Sampling
+    ) -> None:
         self._engine, self._id, self._request, self._sampling = engine, request_id, request, sampling
         self._ids: list[int] = []
         self._sent = ""

@@ -48,7 +48,7 @@ def make_batch(pairs: Sequence[Pair], positions: Positions, device: torch.device
         labels[b, keep - len(target) :] = torch.tensor(target)
         rows.append([b * longest + start + i for i in positions.indices(len(prompt))])
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(*(t.to(device) for t in (ids, mask, position_ids, labels)), rows=rows)
+    return Batch(ids.to(device), mask.to(device), position_ids.to(device), labels.to(device), rows)
 
 
 def target_log_likelihoods(base: BaseModel, batch: Batch, groups: Sequence[Group]) -> Tensor:

@@ -1,15 +1,14 @@
 """An artefact: a folder with one task's collective shift, its seed, its spec and a card.
 
-    collective.safetensors   φ₁ (collective rank), fp32
-    seed.safetensors         φ₂ learned with it (personal rank), fp32, public
-    artefact.json            name, spec, task, fingerprint of the base model, device defaults, card
+collective.safetensors   φ₁ (collective rank), fp32
+seed.safetensors         φ₂ learned with it (personal rank), fp32, public
+artefact.json            name, spec, task, fingerprint of the base model, device defaults, card
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class Artefact:
         }  # fmt: skip
         new = folder / "artefact.json.new"
         new.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
-        os.replace(new, folder / "artefact.json")
+        new.replace(folder / "artefact.json")
 
     @classmethod
     def load(cls, folder: Path) -> Artefact:

@@ -83,9 +83,7 @@ class BaseModel:
         return [*ids, *self.end_ids[:1]]
 
     def decode(self, ids: list[int]) -> str:
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def twin(self) -> Any:
         """Another module tree over the very same tensors.

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from perfit_cloud.model.base import block_list
 from perfit_shared.shifts import ShiftTensors
 
-__all__ = ["Group", "Phi", "Shift", "hooked", "install", "open_book", "phi", "row_index", "shift_rows", "to_torch"]
+__all__ = [
+    "Group",
+    "Phi",
+    "Shift",
+    "hooked",
+    "install",
+    "open_book",
+    "phi",
+    "row_index",
+    "shift_rows",
+    "to_torch",
+]
 
 
 class Phi(NamedTuple):

@@ -1,0 +1,147 @@
+"""Positions, presets, tasks and metrics against the paper's and LaMP's own numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.metrics import mae, measure, rmse, rouge
+from perfit_shared.positions import Positions
+from perfit_shared.presets import PRESETS, preset_for
+from perfit_shared.tasks import TASKS, Task, load_task, task_named
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "want"),
+    [
+        ("f7+l7", 20, [*range(7), *range(13, 20)]),
+        ("f7+l7", 9, [0, 1, 2, 3, 5, 6, 7, 8]),  # 9 // 2 = 4 of each
+        ("f7+l7", 2, [0, 1]),
+        ("f7+l7", 1, []),
+        ("l7", 10, [5, 6, 7, 8, 9]),
+        ("f2", 10, [0, 1]),
+    ],
+)
+def test_positions(text: str, length: int, want: list[int]) -> None:
+    assert Positions.parse(text).indices(length) == want
+    assert str(Positions.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", "f7l7", "f7+", "+l7", "l7+f7", "f0", "l-1", "f7+l7 ", "f1000", "f٣"]
+)
+def test_positions_that_are_none(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        Positions.parse(text)
+
+
+def test_presets_are_table_9() -> None:
+    rows = {
+        "news_categorize": (16, 32, (14, 15, 16), "f7+l7", 6),
+        "movie_tagging": (32, 4, (14, 15), "f7+l7", 4),
+        "product_rating": (32, 4, (14, 15, 16), "l7", 4),
+        "news_headline": (32, 4, (14, 15, 16), "l7", 4),
+        "scholarly_title": (32, 8, (15,), "f7+l7", 4),
+        "tweet_paraphrase": (32, 16, (14, 15), "f7+l7", 4),
+    }
+    for name, row in rows.items():
+        p = preset_for(name)
+        assert (p.collective_rank, p.personal_rank, p.paper_layers, p.positions, p.epochs) == row
+        assert p.layers_for(32) == p.paper_layers
+        for blocks in range(len(p.paper_layers), 81):
+            layers = p.layers_for(blocks)
+            assert len(set(layers)) == len(p.paper_layers)
+            assert list(layers) == sorted(layers)
+            assert layers[-1] < blocks
+    # Llama-2-7B: 2 layers × 32 × 2·4096 is 0.0078 % of 6.74 billion, as the paper says of LaMP-2M.
+    spec = PRESETS["movie_tagging"].spec(blocks=32, hidden_size=4096)
+    assert spec.personal_parameters() == 2 * 4 * (2 * 4096 + 1)
+    assert 2 * spec.collective_rank * 2 * 4096 / 6.74e9 == pytest.approx(0.0078e-2, rel=0.01)
+
+
+def test_presets_say_what_cannot_be() -> None:
+    with pytest.raises(NotFound, match="news_headline"):
+        preset_for("nothing")
+    with pytest.raises(InvalidInput, match="blocks"):
+        PRESETS["news_headline"].layers_for(2)
+    with pytest.raises(InvalidInput, match="blocks 0 to 5"):
+        PRESETS["news_headline"].spec(blocks=6, hidden_size=8, layers=(6,))
+
+
+def test_tasks_read_lamp_queries_back_into_the_form_of_the_history() -> None:
+    gold = {"news_categorize": ("category", "sports"), "news_headline": ("title", "A Title"),
+            "movie_tagging": ("tag", "comedy"), "product_rating": ("score", "4"),
+            "scholarly_title": ("title", "On X"), "tweet_paraphrase": ("text", "hi")}  # fmt: skip
+    for name, (field, answer) in gold.items():
+        task = task_named(name)
+        item = {task.text_field: "Some text: with a colon.", field: answer}
+        prompt = task.prompt(item)
+        cue = prompt[prompt.rindex(" ") :]
+        query = prompt.removesuffix(cue)  # LaMP's own input has no cue
+        assert task.item_from_query(query, answer) == item
+        assert task.target(item) == f" {answer}"
+        assert task.parse(f" {answer}\nmore") == answer
+        assert Task.from_json(task.to_json()) == task
+    with pytest.raises(InvalidData, match="article"):
+        TASKS["news_headline"].item_from_query("Paraphrase this", "x")
+
+
+def test_fields_are_cut_in_training_only() -> None:
+    task = task_named("news_headline")
+    item = {"text": "word " * 1000, "title": "t"}
+    assert task.example(item).prompt.count("word") == 768
+    assert task.prompt(item).count("word") == 1000
+
+
+@pytest.mark.parametrize(
+    "item", [{}, {"text": " ", "title": "x"}, {"text": "a", "title": None}, {"text": "a", "title": 3}]
+)
+def test_items_without_their_fields(item: dict[str, str]) -> None:
+    with pytest.raises(InvalidData, match="missing or empty"):
+        task_named("news_headline").example(item)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ['{"template": "no field"}', '{"answer": "{a} {b}"}', '{"colour": 1}', "[1]", "<html>",
+     '{"task": "chat"}', '{"template": "{0}"}', '{"template": "{text!r.__class__}{"}', '{"name": "x"}'],
+)  # fmt: skip
+def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "task.json").write_text(wrong)
+    with pytest.raises(InvalidData, match=r"task\.json"):
+        load_task(tmp_path, "news_headline")
+
+
+def test_a_task_file_overrides(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(json.dumps({"template": "T: {text}", "labels": ["a", "b"]}))
+    task = load_task(tmp_path, "news_categorize")
+    assert (task.template, task.labels, task.metric) == ("T: {text}", ("a", "b"), "accuracy")
+    assert load_task(tmp_path / "none", "news_categorize") == TASKS["news_categorize"]
+
+
+@pytest.mark.brief
+def test_the_brief_s_tasks(brief: Path) -> None:
+    folder = brief / "data" / "lamp_news" / "news_categorize"
+    task = load_task(folder, "news_categorize")
+    assert task.prompt({"text": "x"}) == "description: x\ncategory:"
+    assert len(task.labels) == 20
+
+
+def test_rating_rules_of_lamp() -> None:
+    # Unreadable counts as whichever of 1 and 5 is farther from the gold.
+    assert mae(["5", "x", "nan"], ["4", "2", "4"]) == pytest.approx((1 + 3 + 3) / 3)
+    assert rmse(["5", "x"], ["4", "2"]) == pytest.approx((10 / 2) ** 0.5)
+
+
+def test_text_metrics() -> None:
+    one, longest = rouge(["the cat sat", ""], ["the cat ran", "dog"])
+    assert one == pytest.approx(1 / 3)
+    assert longest == pytest.approx(1 / 3)
+    assert measure("accuracy", [" a ", "b"], ["a", "c"]) == 0.5
+    with pytest.raises(InvalidInput):
+        measure("accuracy", [], [])
+    with pytest.raises(InvalidInput):
+        measure("bleu", ["a"], ["a"])
