@@ -107,7 +107,7 @@ class Answer(Iterator[Piece]):
         if not last:
             return Piece(new)
         self._over = True
-        self._engine.forget(self._id)
+        self._engine.forget(self._id, running=not done)
         finish = Finish.END if ended or stopped else Finish.LENGTH
         return Piece(new, finish, self._request.prompt_tokens, len(ids))
 
@@ -197,10 +197,12 @@ class GenerationEngine:
             raise Unavailable("the cloud is restarting its engine; ask again")
         return Answer(self, request_id, request, sampling)
 
-    def forget(self, request_id: str) -> None:
-        """Drop a request and all that is held for it."""
-        if self._requests.pop(request_id, None) is not None and self._manager is not None:
-            self._manager.cancel_request(request_id)
+    def forget(self, request_id: str, *, running: bool = True) -> None:
+        """Drop a request and all that is held for it; take it out of the batch if it may be there."""
+        known = self._requests.pop(request_id, None) is not None
+        manager = self._manager
+        if known and running and manager is not None:
+            manager.cancel_request(request_id)
 
     # -- called by the batch's thread -----------------------------------------------------------
 

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class BaseModel:
     fingerprint: str  # sha-256 of configuration, tokenizer and weight files, hex
     model: Any  # transformers PreTrainedModel, eval mode, no parameter requires grad
     tokenizer: Any
+    # Fast tokenizers fail with "Already borrowed" when two threads enter one.
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def blocks(self) -> int:
@@ -62,7 +65,8 @@ class BaseModel:
         """Token ids of a prompt, with whatever the tokenizer puts in front. Raises InvalidPrompt if empty."""
         if not text.strip():
             raise InvalidPrompt("the prompt is empty")
-        return list(self.tokenizer(text)["input_ids"])
+        with self._tokenizing:
+            return list(self.tokenizer(text)["input_ids"])
 
     def encode_chat(self, messages: list[tuple[str, str]]) -> list[int]:
         """Token ids of (role, content) turns, oldest first, up to where the reply begins."""
@@ -74,16 +78,19 @@ class BaseModel:
                 return self.encode(messages[0][1])
             return self.encode("\n".join(f"{role}: {text}" for role, text in messages) + "\nassistant:")
         turns = [{"role": role, "content": content} for role, content in messages]
-        encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+        with self._tokenizing:
+            encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     def encode_target(self, text: str) -> list[int]:
         """Token ids of an answer, nothing in front, end of sequence behind."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with self._tokenizing:
+            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return [*ids, *self.end_ids[:1]]
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with self._tokenizing:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def twin(self) -> Any:
         """Another module tree over the very same tensors.

@@ -39,6 +39,7 @@ from perfit_cloud.service.certificates import (
     read_csr,
 )
 from perfit_shared.errors import (
+    Busy,
     CertificateExpired,
     ConfigError,
     IdentityRevoked,
@@ -55,6 +56,8 @@ _CHALLENGE_SECONDS = 60
 _RENEW_CONTEXT = b"perfit-renew-v1"  # what is signed for a renewal can be taken for nothing else
 _SERVER_LIFE = datetime.timedelta(days=90)
 _SHORTEST_PREFIX = 4  # characters of an identity that `revoke` takes
+_LOCK_SECONDS = 10.0  # how long another process's write is waited for
+_RETRY_MS = 1000
 _FORMAT = "1"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -301,9 +304,15 @@ class Authority:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One writer at a time, in this process and in others; rolled back on any error."""
+        """One writer at a time, in this process and in others; rolled back on any error.
+
+        Raises Busy when another process does not let go of the database.
+        """
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                raise Busy("the cloud's list of devices is in use; try again", retry_ms=_RETRY_MS) from error
             try:
                 yield self._db
             except BaseException:
@@ -323,7 +332,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
     # Made with 0600 before SQLite opens it; its journal files take over the same mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     # Every use is under a lock of ours; other processes are waited for.
-    db = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA secure_delete = ON")
     db.executescript(_SCHEMA)
@@ -335,6 +344,4 @@ def _hash(data: bytes) -> bytes:
 
 
 def _key_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
-    return key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,97 @@
+"""`perfit-cloud invite`, `revoke` and `devices`: who may call. A running server need not stop for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perfit_cloud.cli.serve import ConfigFile, StateFolder
+from perfit_cloud.config import CloudConfig, load_config, parse_duration
+from perfit_shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from perfit_cloud.service.authority import Authority
+
+__all__ = ["devices", "invite", "revoke"]
+
+_MOST_INVITES = 1000
+
+
+def invite(
+    count: Annotated[int, typer.Option(min=1, max=_MOST_INVITES, help="How many.")] = 1,
+    life: Annotated[
+        str | None, typer.Option(help='How long they can be used: seconds, or like "15m", "24h", "7d".')
+    ] = None,
+    config: ConfigFile = None,
+    state: StateFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Print one-time invites, one a line. Hand each to one device, over a channel you trust.
+
+    perfit-cloud invite
+
+    perfit-cloud invite --count 20 --life 7d --json
+    """
+    from perfit_cloud.service.server import Addresses
+    from perfit_shared.invites import Invite
+
+    settings = load_config(file=config, flags={"state": state})
+    seconds = settings.invite_seconds if life is None else parse_duration(life, "--life")
+    address = settings.public_enrol_address or Addresses.load(settings.state).enrol_address
+    authority = _open(settings)
+    for _ in range(count):
+        secret, expires = authority.invite(seconds)
+        text = Invite(address, authority.server_ca_der, expires, secret).encode()
+        print(json.dumps({"invite": text, "expires": expires}) if as_json else text)
+    authority.close()
+
+
+def revoke(
+    identity: Annotated[str, typer.Argument(help="The device's identity, or how it starts.")],
+    config: ConfigFile = None,
+    state: StateFolder = None,
+) -> None:
+    """Withdraw a device's identity. It counts from the device's next call on.
+
+    perfit-cloud revoke 3f9a02c1
+    """
+    authority = _open(load_config(file=config, flags={"state": state}))
+    print(f"revoked {authority.revoke(identity)}")
+    authority.close()
+
+
+def devices(
+    config: ConfigFile = None,
+    state: StateFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List identities: when their newest certificate was issued and ends, and whether revoked."""
+    authority = _open(load_config(file=config, flags={"state": state}))
+    for device in authority.devices():
+        if as_json:
+            print(json.dumps(asdict(device)))
+        else:
+            status = f"revoked {_day(device.revoked)}" if device.revoked else f"until {_day(device.expires)}"
+            print(f"{device.identity}  issued {_day(device.issued)}  {status}")
+    authority.close()
+
+
+def _open(config: CloudConfig) -> Authority:
+    from perfit_cloud.service.authority import Authority
+
+    if not Path(config.state).is_dir():
+        raise ConfigError(f"no state folder {config.state}; name the server's with --state")
+    return Authority(
+        config.state,
+        certificate_seconds=config.certificate_seconds,
+        lapse_seconds=config.lapse_seconds,
+    )
+
+
+def _day(unix: int) -> str:
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M")

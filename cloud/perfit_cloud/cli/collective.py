@@ -1,0 +1,133 @@
+"""`perfit-cloud collective`: train a task's collective shift (stage 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perfit_shared.errors import Cancelled, InvalidInput
+
+if TYPE_CHECKING:
+    from perfit_cloud.model.artefacts import Artefact
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train collective shifts, the part of personalisation that all users of a task share.",
+)
+_INTERRUPTED = 130  # exit code of a shell for SIGINT
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `train` a subcommand while it is the only one."""
+
+
+@app.command()
+def train(  # noqa: PLR0917 - typer's way; all are options
+    task: Annotated[str, typer.Option(help="Task, for example news_headline or chat.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL file (one item a line, user_id optional), LaMP/OPPU file, or a folder with one."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
+    preset: Annotated[str | None, typer.Option(help="Row of the paper's Table 9; the task's own.")] = None,
+    layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
+    positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')] = None,
+    collective_rank: Annotated[int | None, typer.Option(help="Rank of the collective shift.")] = None,
+    personal_rank: Annotated[int | None, typer.Option(help="Rank of the seed and personal shifts.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over everybody's examples.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; chosen on held-out users.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shifts' start, the batches and the split.")] = 0,
+    device_epochs: Annotated[int | None, typer.Option(help="Passes over a history on devices.")] = None,
+    device_lr: Annotated[float | None, typer.Option(help="Peak rate on devices; chosen by trials.")] = None,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; 0: one a core. Fewer are faster beside other work.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Learn the collective shift and the seed of a task from many users' examples.
+
+    An interrupted run goes on when the same command is given again. Progress is on stderr.
+
+    \b
+    perfit-cloud collective train --task news_headline --data lamp/news_headline --model newslm --out artefacts/news_headline
+    perfit-cloud collective train --task chat --data chats.jsonl --model newslm --lr 2e-3 --epochs 1 --out artefacts/chat
+    """  # noqa: E501 - \b keeps an example on one line
+    from perfit_cloud.collective.run import Request, train_collective
+
+    request = Request(
+        task=task, data=data, model=model, out=out, preset=preset, layers=_layers(layers),
+        positions=positions, collective_rank=collective_rank, personal_rank=personal_rank, epochs=epochs,
+        learning_rate=lr, batch_size=batch_size, device_epochs=device_epochs,
+        device_learning_rate=device_lr, seed=seed, force=force, dtype=dtype, device=device,
+        threads=threads,
+    )  # fmt: skip
+    try:
+        with _stopping() as stop:
+            artefact = train_collective(request, stop=stop)
+    except Cancelled as error:
+        typer.echo(f"perfit-cloud: {error}", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    typer.echo(json.dumps(_result(artefact, out), ensure_ascii=False) if as_json else _line(artefact, out))
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.replace(",", ";").split(";")
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise InvalidInput('--layers should be block numbers like "2;3"')
+    return tuple(sorted({int(part) for part in parts}))
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    wished = False
+
+    def wish(number: int, _frame: Any) -> None:
+        nonlocal wished
+        wished = True
+        signal.signal(number, old[number])
+
+    old: dict[int, Any] = {
+        int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    for number in old:
+        signal.signal(number, wish)
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _result(artefact: Artefact, out: Path) -> dict[str, Any]:
+    card = artefact.card
+    return {
+        "out": str(out), "name": artefact.name, "version": artefact.version,
+        "validation_loss": card["losses"]["validation"],
+        "learning_rate": card["hyper_parameters"]["learning_rate"],
+        "device_learning_rate": artefact.learning_rate, "seconds": card["seconds"], "speed": card["speed"],
+    }  # fmt: skip
+
+
+def _line(artefact: Artefact, out: Path) -> str:
+    loss = artefact.card["losses"]["validation"]
+    return (
+        f"{out}: {artefact.name}, version {artefact.version}, validation loss base {loss['base']:.4f} -> "
+        f"collective {loss['collective']:.4f}, with the seed {loss['seed']:.4f}"
+    )

@@ -1,0 +1,43 @@
+"""`perfit-cloud`: the operator's command."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import typer
+
+from perfit_cloud.cli import authority, collective, serve
+from perfit_shared.errors import PerfitError
+
+__all__ = ["app", "run"]
+
+_EXTRA = ("torch", "transformers", "grpc_health")  # what only perfit[cloud] brings
+
+app = typer.Typer(
+    name="perfit-cloud",
+    help="Serve a frozen model whose users keep their personality on their own devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("serve")(serve.serve)
+app.command("invite")(authority.invite)
+app.command("revoke")(authority.revoke)
+app.command("devices")(authority.devices)
+app.add_typer(collective.app, name="collective")
+
+
+def run() -> None:
+    """Entry point. What goes wrong on purpose is one line on stderr and exit code 1."""
+    if any(importlib.util.find_spec(name) is None for name in _EXTRA):
+        print("perfit-cloud needs the cloud extra: pip install 'perfit[cloud]'", file=sys.stderr)
+        sys.exit(1)
+    try:
+        app()
+    except PerfitError as error:
+        print(f"perfit-cloud: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

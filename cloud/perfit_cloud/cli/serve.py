@@ -1,0 +1,161 @@
+"""`perfit-cloud serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perfit_cloud.config import CloudConfig, load_config
+from perfit_shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from perfit_cloud.service.authority import Authority
+    from perfit_cloud.service.served import Served
+    from perfit_cloud.service.server import Addresses
+
+__all__ = ["ConfigFile", "StateFolder", "serve"]
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
+]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state", help="Folder of the authorities and the database.")
+]
+
+
+def serve(  # noqa: PLR0917 - options of a command
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
+    artefact: Annotated[
+        list[str] | None, typer.Option(help="Artefact folder; may be given several times.")
+    ] = None,
+    config: ConfigFile = None,
+    state: StateFolder = None,
+    address: Annotated[
+        str | None, typer.Option(help="host:port to listen on for devices; port 0: any free one.")
+    ] = None,
+    enrol_address: Annotated[
+        str | None, typer.Option(help="host:port to listen on for enrolment; port 0: any free one.")
+    ] = None,
+    public_address: Annotated[
+        str | None, typer.Option(help="host:port that devices dial, when it differs.")
+    ] = None,
+    public_enrol_address: Annotated[
+        str | None, typer.Option(help="host:port that invites name, when it differs.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Another host name or IP for the server's certificate.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one forward pass.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The start-up line as JSON.")] = False,
+) -> None:
+    """Serve a base model and its artefacts until SIGTERM or Ctrl-C.
+
+    Once ready it prints one line that says what is served, and where.
+
+        perfit-cloud serve --model models/newslm --artefact runs/news_headline
+
+        perfit-cloud serve --config perfit-cloud.toml --set new_tokens=256
+    """
+    flags: dict[str, Any] = {
+        "model": model, "artefacts": artefact, "state": state, "address": address,
+        "enrol_address": enrol_address, "public_address": public_address,
+        "public_enrol_address": public_enrol_address, "names": name, "dtype": dtype, "threads": threads,
+    }  # fmt: skip
+    given = {key: value for key, value in flags.items() if value is not None and value != []}
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _serve(load_config(file=config, flags=_settings(setting or []) | given), as_json=as_json)
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    """{"key": "value"} of KEY=VALUE texts. Raises ConfigError."""
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f'--set takes KEY=VALUE, not "{pair[:60]}"')
+        settings[key.strip()] = value
+    return settings
+
+
+def _serve(config: CloudConfig, *, as_json: bool) -> None:
+    if not config.model:
+        raise ConfigError("name the base model: --model FOLDER_OR_HUB_NAME")
+
+    from perfit_cloud.service.authority import Authority
+    from perfit_cloud.service.server import only_server
+
+    authority = Authority(
+        config.state,
+        certificate_seconds=config.certificate_seconds,
+        lapse_seconds=config.lapse_seconds,
+    )
+    try:
+        with only_server(config.state):
+            _serve_as(authority, config, as_json=as_json)
+    finally:
+        authority.close()
+
+
+def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> None:
+    """Load everything, then answer until told to stop."""
+    import torch
+
+    from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
+    from perfit_cloud.engine.gradients import GradientEngine
+    from perfit_cloud.model.artefacts import Artefact
+    from perfit_cloud.model.base import load_base
+    from perfit_cloud.service.served import Served
+    from perfit_cloud.service.server import CloudServer
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    artefacts = [Artefact.load(Path(folder).expanduser()) for folder in config.artefacts]
+    base = load_base(config.model, dtype=config.dtype, device=config.device)
+    served = Served.build(config, base, artefacts, authority.cloud_id)
+    settings = GenerationSettings(
+        cache_tokens=config.cache_tokens,
+        batch_tokens=config.batch_tokens,
+        max_requests=config.max_requests,
+    )
+    generation = GenerationEngine(base, served.artefacts, settings)
+    server = CloudServer(
+        config, authority=authority, served=served, generation=generation, gradients=GradientEngine(base)
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    generation.start()
+    server.start()
+    print(_line(served, server.addresses, as_json=as_json), flush=True)
+    try:
+        stop.wait()
+    finally:
+        server.stop(config.drain_seconds)
+        generation.stop()
+
+
+def _line(served: Served, addresses: Addresses, *, as_json: bool) -> str:
+    """What is served, and where."""
+    names = list(served.artefacts)
+    if as_json:
+        return json.dumps({
+            "address": addresses.address,
+            "enrol_address": addresses.enrol_address,
+            "model": served.base.name,
+            "fingerprint": served.base.fingerprint,
+            "artefacts": names,
+        })  # fmt: skip
+    return (
+        f"serving {served.base.name} ({served.base.fingerprint[:12]}) with "
+        f"{', '.join(names) or 'no artefacts'} on {addresses.address}, enrolment on {addresses.enrol_address}"
+    )

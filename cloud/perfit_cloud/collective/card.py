@@ -1,0 +1,188 @@
+"""What is told about a trained artefact: its card, the same as CARD.md, and a picture of the losses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perfit_cloud.collective.optimizer import CLIP
+from perfit_cloud.collective.steps import WARM_UP
+from perfit_cloud.collective.training import Training
+from perfit_cloud.collective.trials import DEVICE_FACTORS, trial_steps
+from perfit_shared.shifts import ShiftSpec
+
+__all__ = ["draw_losses", "make_card", "write_card"]
+
+
+def make_card(
+    training: Training, *, preset: str, device_rate: float, losses: Mapping[str, float]
+) -> dict[str, Any]:
+    """The card, plain JSON values without a path. `losses`: validation loss of base, collective, seed."""
+    record, settings = training.record, training.settings
+    last = record.train[-training.steps_an_epoch :]
+    seconds = record.step_seconds or math.inf
+    card = {
+        "model": training.base.name,
+        "data": training.corpus.summary(),
+        "hyper_parameters": {
+            "preset": preset, **settings.spec.to_json(), "blocks": training.base.blocks,
+            "epochs": settings.epochs, "steps": training.steps, "batch_size": settings.batch_size,
+            "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
+            "gradient_clipping": CLIP, "weight_decay": 0, "seed": settings.seed,
+            "optimizer": "Adam, rotations on the Stiefel manifold by QR retraction",
+            "collective_parameters": _parameters(settings.spec, settings.spec.collective_rank),
+            "personal_parameters": settings.spec.personal_parameters(),
+            "device_learning_rate": device_rate, "device_epochs": settings.device_epochs,
+        },
+        "trials": record.trials,
+        "trials_note": _trials_note(training),
+        "device_trials": record.device_trials,
+        "device_trials_note": _device_note(training),
+        "losses": {
+            "unit": "nats a target token",
+            "validation": dict(losses),
+            "validation_curve": record.validation,
+            "train_last": sum(last) / len(last),
+            "note": "collective is φ₁ alone, seed is φ₂∘φ₁: both were trained together",
+        },
+        "seconds": round(record.seconds, 1),
+        "speed": {
+            "steps_per_second": record.step / seconds, "tokens_per_second": record.tokens / seconds,
+        },
+        "libraries": _libraries(),
+    }  # fmt: skip
+    return dict(_plain(card))
+
+
+def _parameters(spec: ShiftSpec, rank: int) -> int:
+    return len(spec.layers) * rank * (2 * spec.hidden_size + 1)
+
+
+def _trials_note(training: Training) -> str:
+    if training.settings.learning_rate is not None:
+        return "It was given"
+    steps = trial_steps(training)
+    return f"Trials of {steps} steps from the start, same batches; the lowest validation loss of φ₂∘φ₁ won"
+
+
+def _device_note(training: Training) -> str:
+    if training.settings.device_learning_rate is not None:
+        return "It was given"
+    if not training.record.device_trials:
+        return f"No user has enough examples to try on, so {DEVICE_FACTORS[1]} times stage 1's rate"
+    return (
+        "Simulated updates of the largest training users, first three quarters of their examples, measured "
+        "on the rest; these users were part of stage 1, so the losses are optimistic and only rank the rates"
+    )
+
+
+def _libraries() -> dict[str, str]:
+    names = ("perfit", "torch", "transformers", "numpy")
+    return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
+
+
+def _plain(value: Any) -> Any:
+    """Floats to six significant digits, those that JSON lacks to None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
+    """CARD.md: the same for people."""
+    data, hyper, losses = card["data"], card["hyper_parameters"], card["losses"]
+    validation = losses["validation"]
+    lines = [
+        f"# {name}: a collective shift for {card['model']}",
+        "",
+        f"φ₁ (rank {hyper['collective_rank']}) and the seed φ₂ (rank {hyper['personal_rank']}) after blocks "
+        f"{_list(hyper['layers'])} of {hyper['blocks']} (counted from 0), positions {hyper['positions']}; "
+        f"{hyper['personal_parameters']:,} numbers in a personal shift.",
+        "",
+        "| validation loss (nats a target token) | |",
+        "|---|---|",
+        *(f"| {label} | {validation[key]:.4f} |" for key, label in _LOSSES.items()),
+        "",
+        "![losses](loss.png)",
+        "",
+        f"**Data.** {data['source']} ({data['rows']}): {data['examples']:,} examples of {data['users']:,} "
+        f"users, {data['mean_prompt_tokens']} + {data['mean_target_tokens']} tokens on average; left out: "
+        f"{data['dropped']['empty_field']} with an empty field, {data['dropped']['too_long']} longer than "
+        f"{data['token_cap']} tokens. Validation: {data['validation_examples']} examples "
+        f"{_validation_of(data['validation_users'])}.",
+        "",
+        f"**Training.** {hyper['epochs']} epochs, {hyper['steps']:,} steps of {hyper['batch_size']} "
+        f"examples, {hyper['optimizer']}, peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, "
+        "linear decay, "
+        f"clipping {hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's mean "
+        f"training loss {losses['train_last']:.4f}. {card['seconds']:.0f} s, "
+        f"{card['speed']['steps_per_second']:.2f} steps/s.",
+        "",
+        f"**Learning rate.** {card['trials_note']}.",
+        *_table(card["trials"], ("learning_rate", "validation_loss", "steps")),
+        "",
+        f"**Learning rate for devices: {hyper['device_learning_rate']:g}**, {hyper['device_epochs']} epochs. "
+        f"{card['device_trials_note']}.",
+        *_table(card["device_trials"], ("learning_rate", "before", "after", "users")),
+        "",
+        "**Libraries.** " + ", ".join(f"{k} {v}" for k, v in card["libraries"].items()) + ".",
+    ]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+_LOSSES = {"base": "base model", "collective": "collective (φ₁)", "seed": "with the seed (φ₂∘φ₁)"}
+
+
+def _validation_of(users: int) -> str:
+    return f"of {users} users who were not trained on" if users else "of the only user, the latest"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    if not rows:
+        return []
+    head = ["", "| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|---" * len(keys) + "|"]
+    cells = [["–" if row[k] is None else f"{row[k]:g}" for k in keys] for row in rows]
+    return head + ["| " + " | ".join(row) + " |" for row in cells]
+
+
+def draw_losses(path: Path, training: Training, *, base: float) -> None:
+    """A PNG of training loss (thin: every step, thick: running mean) and validation points."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    record = training.record
+    losses = np.array(record.train)
+    window = max(1, min(50, len(losses) // 10))
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.25, linewidth=0.7)
+    axes.plot(
+        np.arange(window, len(losses) + 1),
+        smooth,
+        color="tab:blue",
+        label=f"training, mean of {window} steps",
+    )
+    axes.plot(*zip(*record.validation, strict=True), "o-", color="tab:orange", label="validation, φ₂∘φ₁")
+    axes.axhline(base, color="gray", linestyle=":", label="validation, base model")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a target token)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

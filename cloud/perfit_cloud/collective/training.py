@@ -1,0 +1,203 @@
+"""Stage 1 (PerFit, Algorithm 1): φ₁ and φ₂ learned jointly on everybody's examples.
+
+The base stays frozen; both shifts start as exact identities and are applied as φ₂∘φ₁ by the same
+code that serves them. What comes out is the collective shift φ₁ and the seed φ₂ that every user
+starts from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perfit_cloud.collective import checkpoint
+from perfit_cloud.collective.checkpoint import Record, Snapshot
+from perfit_cloud.collective.data import Corpus
+from perfit_cloud.collective.optimizer import StiefelAdam
+from perfit_cloud.collective.progress import Progress
+from perfit_cloud.collective.steps import batches, evaluate, rate_at, step, trainable
+from perfit_cloud.engine.gradients import Pair
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.shifts import Phi
+from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_shared.positions import Positions
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.tasks import Task
+
+__all__ = ["FORWARD", "Settings", "Training"]
+
+FORWARD = 0.4  # cost of a forward pass alone, in units of one forward and backward
+_CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Raises InvalidInput when built with values that cannot be."""
+
+    spec: ShiftSpec
+    epochs: int  # passes over everybody's examples
+    batch_size: int  # examples a step
+    device_epochs: int  # passes over one user's history, on devices
+    learning_rate: float | None = None  # peak; None: chosen on the validation slice
+    device_learning_rate: float | None = None  # peak; None: chosen by trial personal updates
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "device_epochs"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")
+        for rate in (self.learning_rate, self.device_learning_rate):
+            if rate is not None and not 0 < rate < 1:
+                raise InvalidInput("a learning rate should lie between 0 and 1")
+
+
+class Training:
+    """One run: its data, its two shifts and its record. The base's hooks must be on while it works.
+
+    `stop` is asked after every step; when it says yes the run is saved and Cancelled is raised.
+    """
+
+    def __init__(
+        self, base: BaseModel, corpus: Corpus, task: Task, settings: Settings, *,
+        out: Path, progress: Progress, stop: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.base, self.corpus, self.settings = base, corpus, settings
+        self.positions = Positions.parse(settings.spec.positions)
+        self.examples = corpus.examples()
+        self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
+        self.progress, self._stop, self._out = progress, stop, out
+        self._arguments = _arguments(base, corpus, task, settings)
+        self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
+        self.steps = self.steps_an_epoch * settings.epochs
+        self._planned, self._plan = -1, [[0]]  # epoch, its batches
+        self.record = Record()
+        self.collective, self.personal, self._optimizer = self.fresh()
+        self._since = self._saved = time.monotonic()
+        self._resume()
+
+    def fresh(self) -> tuple[dict[int, Phi], dict[int, Phi], StiefelAdam]:
+        """(φ₁, φ₂, optimizer over both), φ exactly the identity; the same on every call."""
+        spec, seed, device = self.settings.spec, self.settings.seed, self.base.device
+        collective = trainable(ShiftTensors.identity(spec, spec.collective_rank, 2 * seed), device)
+        personal = trainable(ShiftTensors.identity(spec, spec.personal_rank, 2 * seed + 1), device)
+        return collective, personal, StiefelAdam([collective, personal])
+
+    def batch(self, index: int) -> list[Pair]:
+        """The examples of step `index` of the run."""
+        epoch, place = divmod(index, self.steps_an_epoch)
+        if epoch != self._planned:
+            settings = self.settings
+            self._plan = batches(
+                self._lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch
+            )
+            self._planned = epoch
+        return [self.examples[i] for i in self._plan[place]]
+
+    def validation_loss(self, *, mode: str = "seed") -> float:
+        """Loss on the validation slice, nats a token: "base", "collective" (φ₁ alone) or "seed" (φ₂∘φ₁)."""
+        loss = evaluate(
+            self.base, self.corpus.validation, self.positions,
+            collective=None if mode == "base" else self.collective,
+            personal=self.personal if mode == "seed" else None,
+        )  # fmt: skip
+        self.progress.advance(FORWARD * len(self.corpus.validation), "validating")
+        return loss
+
+    def train(self) -> None:
+        """All steps that are left, at `record.learning_rate`. Raises Cancelled when asked to stop."""
+        record = self.record
+        if not record.validation:
+            record.validation.append((0, self.validation_loss()))
+        while record.step < self.steps:
+            pairs = self.batch(record.step)
+            began = time.monotonic()
+            loss = step(
+                self.base, pairs, self.positions, collective=self.collective, personal=self.personal,
+                optimizer=self._optimizer, rate=rate_at(record.step, self.steps, record.learning_rate),
+            )  # fmt: skip
+            if not math.isfinite(loss):
+                raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")
+            record.step_seconds += time.monotonic() - began
+            record.tokens += sum(len(prompt) + len(target) for prompt, target in pairs)
+            record.step += 1
+            record.train.append(loss)
+            self.progress.advance(len(pairs), self._line())
+            if record.step % self.steps_an_epoch == 0:
+                self._end_epoch()
+            self.pause()
+
+    def _line(self) -> str:
+        record = self.record
+        recent = record.train[-20:]
+        pace = record.step / record.step_seconds if record.step_seconds else 0.0
+        loss = sum(recent) / len(recent)
+        return f"step {record.step}/{self.steps}  loss {loss:.3f}  {pace:.2f} steps/s"
+
+    def _end_epoch(self) -> None:
+        loss = self.validation_loss()
+        self.record.validation.append((self.record.step, loss))
+        epoch = self.record.step // self.steps_an_epoch
+        self.progress.say(f"epoch {epoch} of {self.settings.epochs}: validation loss {loss:.4f}")
+        self.save()
+
+    # -- keeping -------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of both shifts, in a fixed order."""
+        shifts = (self.collective, self.personal)
+        return [tensor for shift in shifts for layer in sorted(shift) for tensor in shift[layer]]
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        now = time.monotonic()
+        self.record.seconds += now - self._since
+        self._since = self._saved = now
+        snapshot = Snapshot(self.record, self.tensors(), self._optimizer.state())
+        checkpoint.save(self._out, self._arguments, snapshot)
+
+    def pause(self) -> None:
+        """Save when a minute has passed, and stop here when asked to."""
+        if self._stop():
+            self.save()
+            raise Cancelled(
+                f"stopped after step {self.record.step} of {self.steps}; the same command goes on from there"
+            )
+        if time.monotonic() - self._saved >= _CHECKPOINT_SECONDS:
+            self.save()
+
+    def _resume(self) -> None:
+        snapshot = checkpoint.load(self._out, self._arguments, self.base.device)
+        if snapshot is None:
+            return
+        self.record = snapshot.record
+        with torch.no_grad():
+            for own, saved in zip(self.tensors(), snapshot.tensors, strict=True):
+                own.copy_(saved)
+        self._optimizer.load(snapshot.optimizer)
+        self.progress.skip(self.record.step * self.settings.batch_size)
+        self.progress.say(f"going on after step {self.record.step} of {self.steps}")
+
+
+def _arguments(base: BaseModel, corpus: Corpus, task: Task, settings: Settings) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from; keys are words for a message."""
+    return {
+        "model": base.fingerprint,
+        "dtype": str(base.model.dtype),
+        "data": corpus.digest(),
+        "task": hashlib.sha256(task.to_json().encode()).hexdigest(),
+        "layers, positions or ranks": settings.spec.to_json(),
+        "epochs": settings.epochs,
+        "batch size": settings.batch_size,
+        "learning rate": settings.learning_rate,
+        "device epochs": settings.device_epochs,
+        "device learning rate": settings.device_learning_rate,
+        "seed": settings.seed,
+    }

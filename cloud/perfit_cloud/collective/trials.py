@@ -1,0 +1,142 @@
+"""Learning rates chosen by trying: stage 1's on the validation slice, the devices' on single users."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from perfit_cloud.collective.optimizer import StiefelAdam
+from perfit_cloud.collective.steps import batches, evaluate, from_torch, rate_at, step, trainable
+from perfit_cloud.collective.training import FORWARD, Training
+from perfit_cloud.engine.gradients import Pair
+
+__all__ = ["DEVICE_FACTORS", "choose_device_rate", "choose_rate", "device_users", "trial_steps"]
+
+# From what suits billions of parameters (PerFit) past what suits millions (about 1e-3 at 8M).
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+_FIRST = (1, 2, 3)  # rungs tried in any case
+DEVICE_FACTORS = (1.0, 2.5, 5.0)  # of stage 1's rate
+_SHARE = 0.02  # of all steps, one trial
+_LEAST, _MOST = 4, 60  # steps of one trial
+_LEAST_EXAMPLES = 15  # of a user whose update is simulated
+_USERS = 3
+
+
+def trial_steps(training: Training) -> int:
+    """Steps of one trial."""
+    return max(_LEAST, min(_MOST, round(_SHARE * training.steps)))
+
+
+def choose_rate(training: Training) -> None:
+    """Set `record.learning_rate` and `record.trials`: short runs from the start over the same batches.
+
+    The three middle rungs of LADDER first, then the next one outwards if the best was at the edge.
+    Trials that an interrupted run has done are not repeated. Ends with a checkpoint.
+    """
+    record = training.record
+    if training.settings.learning_rate is not None:
+        record.learning_rate = training.settings.learning_rate
+    if record.learning_rate:
+        return
+    losses = {rung: _trial(training, rung) for rung in _FIRST}
+    while True:
+        best = min(losses, key=losses.__getitem__)
+        beyond = [rung for rung in (best - 1, best + 1) if rung not in losses and 0 <= rung < len(LADDER)]
+        if not beyond:
+            break
+        losses[beyond[0]] = _trial(training, beyond[0])
+    record.learning_rate = LADDER[best]
+    training.progress.say(f"learning rate {LADDER[best]:g}")
+    training.save()
+
+
+def _trial(training: Training, rung: int) -> float:
+    rate, record = LADDER[rung], training.record
+    for done in record.trials:
+        if done["learning_rate"] == rate:
+            return done["validation_loss"]
+    collective, personal, optimizer = training.fresh()
+    steps = trial_steps(training)
+    for index in range(steps):
+        pairs = training.batch(index)
+        step(
+            training.base, pairs, training.positions, collective=collective, personal=personal,
+            optimizer=optimizer, rate=rate_at(index, steps, rate),
+        )  # fmt: skip
+        training.progress.advance(len(pairs), f"trying learning rate {rate:g}: step {index + 1}/{steps}")
+        training.pause()
+    validation = training.corpus.validation
+    loss = evaluate(training.base, validation, training.positions, collective=collective, personal=personal)
+    loss = loss if math.isfinite(loss) else math.inf  # it diverged
+    training.progress.advance(FORWARD * len(validation), f"trying learning rate {rate:g}")
+    training.progress.say(f"learning rate {rate:g}: validation loss {loss:.4f} after {steps} steps")
+    record.trials.append({"learning_rate": rate, "validation_loss": loss, "steps": steps})
+    return loss
+
+
+# -- devices -----------------------------------------------------------------------------------------
+
+
+def device_users(training: Training) -> list[list[Pair]]:
+    """Pairs of the largest training users, those with enough examples for an update."""
+    large = [pairs for pairs in training.corpus.train.values() if len(pairs) >= _LEAST_EXAMPLES]
+    return sorted(large, key=len, reverse=True)[:_USERS]
+
+
+def choose_device_rate(training: Training) -> float:
+    """The devices' learning rate: given, else the candidate with the lowest mean held-out loss.
+
+    Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each user and
+    measures on the rest; appends to `record.device_trials`, each with the losses before and after.
+    Those users were part of stage 1, so the losses flatter; only their order is used. Without
+    such users: 2.5 times stage 1's rate.
+    """
+    if training.settings.device_learning_rate is not None:
+        return training.settings.device_learning_rate
+    record = training.record
+    users = device_users(training)
+    if not users:
+        return DEVICE_FACTORS[1] * record.learning_rate
+    for factor in DEVICE_FACTORS:
+        rate = factor * record.learning_rate
+        if any(done["learning_rate"] == rate for done in record.device_trials):
+            continue
+        losses = np.mean([_update(training, pairs, rate) for pairs in users], axis=0)
+        before, after = float(losses[0]), float(losses[1])
+        training.progress.say(f"device learning rate {rate:g}: held-out loss {before:.4f} -> {after:.4f}")
+        record.device_trials.append({
+            "learning_rate": rate, "before": before, "after": after, "users": len(users),
+        })  # fmt: skip
+        training.save()
+    return min(record.device_trials, key=lambda done: done["after"])["learning_rate"]
+
+
+def _update(training: Training, pairs: Sequence[Pair], rate: float) -> tuple[float, float]:
+    """(held-out loss at the seed, after an update) of one user."""
+    settings, base = training.settings, training.base
+    cut = len(pairs) * 3 // 4
+    past, latest = pairs[:cut], pairs[cut:]
+    collective = {layer: type(phi)(*(t.detach() for t in phi)) for layer, phi in training.collective.items()}
+    personal = trainable(from_torch(training.personal), base.device)
+    optimizer = StiefelAdam([personal])
+
+    def held_out() -> float:
+        return evaluate(base, latest, training.positions, collective=collective, personal=personal)
+
+    before = held_out()
+    lengths = [len(prompt) + len(target) for prompt, target in past]
+    plan = [
+        batch
+        for epoch in range(settings.device_epochs)
+        for batch in batches(lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
+    ]
+    for index, batch in enumerate(plan):
+        step(
+            base, [past[i] for i in batch], training.positions, collective=collective, personal=personal,
+            optimizer=optimizer, rate=rate_at(index, len(plan), rate),
+        )  # fmt: skip
+        training.progress.advance(len(batch), f"trying device learning rate {rate:g}")
+        training.pause()
+    return before, held_out()

@@ -1,0 +1,303 @@
+"""Protobuf messages to and from what the engine takes and gives; protobuf stops here.
+
+`decode_…` checks everything that a device sent before it is used; `encode_…` is the way back. Messages
+of the errors say what to change and hold no text of a prompt and no number of a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+from perfit_cloud.engine.types import Finish, Gradient, Mode, Piece, Sampling, Score, ShiftUse
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.limits import Limits
+from perfit_cloud.service.served import Served
+from perfit_shared.errors import InvalidInput, InvalidPrompt, InvalidTensors, NotFound, ShiftMismatch
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.wire import personalization_pb2 as pb
+
+__all__ = [
+    "PromptReader",
+    "decode_sampling",
+    "decode_shift",
+    "decode_spec",
+    "encode_description",
+    "encode_gradient",
+    "encode_piece",
+    "encode_scores",
+    "encode_seed",
+    "encode_spec",
+]
+
+_CHARACTERS_A_TOKEN = 16  # a text with more than this for each token allowed is not even tokenized
+_ROLES = ("system", "user", "assistant")
+_TEMPERATURE_CAP = 10.0
+_TOP_K_CAP = 1_000_000
+_STOP_TEXTS = 8
+_STOP_BYTES = 64  # of UTF-8
+
+_MODES = {
+    pb.SHIFT_MODE_BASE: Mode.BASE,
+    pb.SHIFT_MODE_COLLECTIVE: Mode.COLLECTIVE,
+    pb.SHIFT_MODE_PERSONAL: Mode.PERSONAL,
+}
+_FINISHES = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    Finish.END: pb.FINISH_REASON_END,
+    Finish.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+# -- prompts -------------------------------------------------------------------------------------
+
+
+class PromptReader:
+    """Prompts and targets to token ids, within the limits. Thread-safe."""
+
+    def __init__(self, base: BaseModel, limits: Limits) -> None:
+        self._base = base
+        self._limits = limits
+        # Hugging Face's fast tokenizers fail with "Already borrowed" when two threads enter one.
+        self._tokenizer = threading.Lock()
+
+    def prompt(self, message: pb.Prompt) -> list[int]:
+        """Raises InvalidPrompt when it is missing, empty or too long, InvalidInput on a strange role."""
+        limit = self._limits.prompt_tokens
+        form = message.WhichOneof("form")
+        if form == "text":
+            _check_characters([message.text], limit)
+            with self._tokenizer:
+                ids = self._base.encode(message.text)
+        elif form == "chat":
+            turns = [(m.role, m.content) for m in message.chat.messages]
+            if any(role not in _ROLES for role, _ in turns):
+                raise InvalidInput(f"the role of a chat message should be {', '.join(_ROLES)}")
+            _check_characters([text for _, text in turns], limit)
+            ids = self._chat(turns)
+        else:
+            raise InvalidPrompt("the prompt is empty")
+        if not ids:
+            raise InvalidPrompt("the prompt is empty")
+        if len(ids) > limit:
+            raise InvalidPrompt(
+                f"the prompt has {len(ids)} tokens and this cloud takes at most {limit}; shorten it"
+            )
+        return ids
+
+    def pairs(self, pairs: Sequence[tuple[pb.Prompt, str]]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, target ids) of examples or candidates.
+
+        Raises InvalidInput when there are none or too many, InvalidPrompt when one does not fit.
+        """
+        limits, read, total = self._limits, [], 0
+        if not pairs:
+            raise InvalidInput("the call holds no examples")
+        if len(pairs) > limits.examples:
+            raise InvalidInput(
+                f"the call holds {len(pairs)} examples and this cloud takes at most {limits.examples}; "
+                "send fewer at a time"
+            )
+        for number, (prompt, target) in enumerate(pairs, 1):
+            try:
+                ids = self.prompt(prompt)
+                target_ids = self._target(target)
+            except InvalidPrompt as error:
+                raise InvalidPrompt(f"example {number}: {error}") from None
+            if len(ids) + len(target_ids) > limits.context:
+                raise InvalidPrompt(
+                    f"example {number} has {len(ids) + len(target_ids)} tokens and the model takes at most "
+                    f"{limits.context}; shorten it"
+                )
+            total += len(ids) + len(target_ids)
+            if total > limits.call_tokens:
+                raise InvalidInput(
+                    f"the examples hold more than {limits.call_tokens} tokens together; send fewer at a time"
+                )
+            read.append((ids, target_ids))
+        return read
+
+    def _target(self, text: str) -> list[int]:
+        limit = self._limits.new_tokens
+        if not text.strip():
+            raise InvalidPrompt("the answer is empty")
+        if len(text) <= limit * _CHARACTERS_A_TOKEN:
+            with self._tokenizer:
+                ids = self._base.encode_target(text)
+            if 0 < len(ids) <= limit:
+                return ids
+        raise InvalidPrompt(f"the answer is longer than the {limit} tokens that this cloud takes; shorten it")
+
+    def _chat(self, turns: list[tuple[str, str]]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            with self._tokenizer:
+                return self._base.encode_chat(turns)
+        except TemplateError:
+            # The template's own words may quote the messages.
+            raise InvalidPrompt(
+                "the model's chat template refuses these messages; user and assistant should alternate"
+            ) from None
+
+
+def _check_characters(texts: Iterable[str], tokens: int) -> None:
+    characters = sum(len(text) for text in texts)
+    if characters > tokens * _CHARACTERS_A_TOKEN:
+        raise InvalidPrompt(
+            f"the prompt has {characters} characters and this cloud takes at most {tokens} tokens; shorten it"
+        )
+
+
+# -- shifts --------------------------------------------------------------------------------------
+
+
+def decode_shift(message: pb.Shift, artefacts: Mapping[str, Artefact]) -> ShiftUse:
+    """Which shift a request uses, its tensors checked against the artefact's spec.
+
+    Raises InvalidInput, InvalidTensors, NotFound or ShiftMismatch.
+    """
+    mode = _MODES.get(message.mode)
+    if mode is None:
+        raise InvalidInput("the shift mode should be base, collective or personal")
+    if mode is Mode.BASE:
+        if message.artefact or message.version or message.personal:
+            raise InvalidInput("base mode takes no artefact and no tensors")
+        return ShiftUse(mode)
+    artefact = find_artefact(message.artefact, artefacts)
+    # Only tensors are trained against a version: without any, the device may leave it out.
+    if message.version != artefact.version and (message.version or mode is Mode.PERSONAL):
+        raise ShiftMismatch(
+            f'the cloud serves another version of artefact "{artefact.name}"; run `perfit update` to train '
+            "this device's shift on it"
+        )
+    if mode is Mode.COLLECTIVE:
+        if message.personal:
+            raise InvalidInput("collective mode takes no tensors")
+        return ShiftUse(mode, artefact)
+    if not message.personal:
+        raise InvalidTensors("personal mode needs the tensors of a personal shift")
+    spec = artefact.spec
+    return ShiftUse(mode, artefact, ShiftTensors.from_bytes(message.personal, spec, spec.personal_rank))
+
+
+def find_artefact(name: str, artefacts: Mapping[str, Artefact]) -> Artefact:
+    """Raises NotFound and lists what there is."""
+    try:
+        return artefacts[name]
+    except KeyError:
+        there = f"there are {', '.join(sorted(artefacts))}" if artefacts else "it serves none"
+        raise NotFound(f'this cloud has no artefact "{name[:64]}"; {there}') from None
+
+
+def encode_spec(spec: ShiftSpec) -> pb.ShiftSpec:
+    return pb.ShiftSpec(
+        layers=spec.layers,
+        positions=spec.positions,
+        collective_rank=spec.collective_rank,
+        personal_rank=spec.personal_rank,
+        hidden_size=spec.hidden_size,
+    )
+
+
+def decode_spec(message: pb.ShiftSpec) -> ShiftSpec:
+    """Raises InvalidInput on a spec that cannot be."""
+    return ShiftSpec(
+        layers=tuple(message.layers),
+        positions=message.positions,
+        collective_rank=message.collective_rank,
+        personal_rank=message.personal_rank,
+        hidden_size=message.hidden_size,
+    )
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def decode_sampling(message: pb.Sampling, *, prompt_tokens: int, limits: Limits) -> Sampling:
+    """Raises InvalidInput when a setting is out of bounds or prompt and answer exceed the context."""
+    new = message.max_new_tokens
+    if not 1 <= new <= limits.new_tokens:
+        raise InvalidInput(f"max_new_tokens should be 1 to {limits.new_tokens}")
+    if prompt_tokens + new > limits.context:
+        raise InvalidPrompt(
+            f"the prompt has {prompt_tokens} tokens, which with {new} new ones exceeds the {limits.context} "
+            "that the model takes; shorten the prompt or ask for a shorter answer"
+        )
+    if not (math.isfinite(message.temperature) and 0 <= message.temperature <= _TEMPERATURE_CAP):
+        raise InvalidInput(f"temperature should be 0 to {_TEMPERATURE_CAP:g}")
+    if not 0 <= message.top_p <= 1:  # NaN fails this, too
+        raise InvalidInput("top_p should be 0 to 1")
+    if message.top_k > _TOP_K_CAP:
+        raise InvalidInput(f"top_k should be 0 to {_TOP_K_CAP}")
+    if len(message.stop) > _STOP_TEXTS or any(not 0 < len(s.encode()) <= _STOP_BYTES for s in message.stop):
+        raise InvalidInput(f"there may be {_STOP_TEXTS} stop texts of 1 to {_STOP_BYTES} bytes")
+    return Sampling(
+        max_new_tokens=new,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p or 1.0,
+        seed=message.seed,
+        stop=tuple(message.stop),
+    )
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+def encode_piece(piece: Piece) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        text=piece.text,
+        finish=_FINISHES[piece.finish],
+        prompt_tokens=piece.prompt_tokens,
+        answer_tokens=piece.answer_tokens,
+    )
+
+
+def encode_scores(scores: Sequence[Score]) -> pb.ScoreResponse:
+    return pb.ScoreResponse(
+        scores=[pb.CandidateScore(log_likelihood=s.log_likelihood, tokens=s.tokens) for s in scores]
+    )
+
+
+def encode_gradient(gradient: Gradient, spec: ShiftSpec) -> pb.ComputeGradientResponse:
+    """Raises InvalidTensors when the numbers overflowed on the way."""
+    gradient.tensors.check(spec, spec.personal_rank, gradient=True)
+    if not math.isfinite(gradient.loss):
+        raise InvalidTensors("with these tensors the loss is not a number")
+    return pb.ComputeGradientResponse(
+        loss=gradient.loss, tokens=gradient.tokens, gradient=gradient.tensors.to_bytes()
+    )
+
+
+def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
+    return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
+
+
+def encode_description(served: Served) -> pb.DescribeResponse:
+    limits = served.limits
+    return pb.DescribeResponse(
+        base_model=served.base.name,
+        fingerprint=served.base.fingerprint,
+        artefacts=[
+            pb.Artefact(
+                name=artefact.name,
+                version=artefact.version,
+                spec=encode_spec(artefact.spec),
+                task_json=artefact.task.to_json(),
+                learning_rate=artefact.learning_rate,
+                epochs=artefact.epochs,
+                batch_size=artefact.batch_size,
+            )
+            for artefact in served.artefacts.values()
+        ],
+        limits=pb.Limits(
+            prompt_tokens=limits.prompt_tokens,
+            new_tokens=limits.new_tokens,
+            examples=limits.examples,
+            message_bytes=limits.message_bytes,
+        ),
+        cloud_id=served.cloud_id,
+    )

@@ -1,0 +1,69 @@
+"""What this cloud serves: one base model, its artefacts, its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from perfit_cloud.config import CloudConfig
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.limits import Limits
+from perfit_shared.errors import ConfigError, ShiftMismatch
+
+__all__ = ["Served"]
+
+# What a message holds besides the tensors: header of the safetensors, names, prompt.
+_MESSAGE_OVERHEAD = 128 * 1024
+
+
+@dataclass(frozen=True)
+class Served:
+    base: BaseModel
+    artefacts: Mapping[str, Artefact]  # by name
+    limits: Limits
+    cloud_id: str  # random identity of this cloud, hex
+
+    @classmethod
+    def build(
+        cls, config: CloudConfig, base: BaseModel, artefacts: Sequence[Artefact], cloud_id: str
+    ) -> Served:
+        """Check that everything fits together.
+
+        Raises ShiftMismatch for an artefact of another model, ConfigError for two of one name or for
+        limits that leave no room.
+        """
+        by_name: dict[str, Artefact] = {}
+        for artefact in artefacts:
+            if artefact.name in by_name:
+                raise ConfigError(f'two artefacts are named "{artefact.name}"; serve one of them')
+            by_name[artefact.name] = artefact
+            _check_fits(artefact, base)
+            needed = 4 * artefact.spec.personal_parameters() + _MESSAGE_OVERHEAD
+            if needed > config.message_bytes:
+                raise ConfigError(
+                    f'message_bytes is too small for artefact "{artefact.name}"; set it to {needed} or more'
+                )
+        context = min(base.context, config.cache_tokens // 2)  # as the engine bounds one request
+        if context < 2:
+            raise ConfigError("cache_tokens leaves no room for a prompt and an answer")
+        limits = Limits(
+            prompt_tokens=min(config.prompt_tokens, context - 1),
+            new_tokens=min(config.new_tokens, context - 1),
+            context=context,
+            examples=config.examples,
+            call_tokens=config.call_tokens,
+            message_bytes=config.message_bytes,
+        )
+        return cls(base, by_name, limits, cloud_id)
+
+
+def _check_fits(artefact: Artefact, base: BaseModel) -> None:
+    if artefact.fingerprint != base.fingerprint:
+        raise ShiftMismatch(
+            f'artefact "{artefact.name}" was trained on another model (fingerprint '
+            f"{artefact.fingerprint[:12]}, {base.name} has {base.fingerprint[:12]}); train it again on this "
+            "one with `perfit-cloud collective train`"
+        )
+    if artefact.spec.hidden_size != base.hidden_size or artefact.spec.layers[-1] >= base.blocks:
+        raise ShiftMismatch(f'the layers or hidden size of artefact "{artefact.name}" are not this model\'s')

@@ -1,0 +1,176 @@
+"""The RPCs: decode, ask the engine, encode. Errors go up to the guard, which tells them."""
+
+# ruff: noqa: N802 - methods are named as the protos name them
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import grpc
+
+from perfit_cloud.engine.types import Gradient, Mode, Piece, Sampling, Score, ShiftUse
+from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.codec import (
+    PromptReader,
+    decode_sampling,
+    decode_shift,
+    encode_description,
+    encode_gradient,
+    encode_piece,
+    encode_scores,
+    encode_seed,
+    find_artefact,
+)
+from perfit_cloud.service.guard import caller, seconds_left
+from perfit_cloud.service.limits import Gate
+from perfit_cloud.service.served import Served
+from perfit_shared.errors import Cancelled, InvalidInput, Unavailable
+from perfit_shared.wire import enrollment_pb2 as enrol_pb
+from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
+from perfit_shared.wire import personalization_pb2 as pb
+from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
+
+__all__ = [
+    "Answer",
+    "EnrollmentService",
+    "Generation",
+    "Gradients",
+    "IdentityService",
+    "PersonalizationService",
+]
+
+
+class Answer(Protocol):
+    """An answer as it is made: blocks in `next`; `cancel` frees its place at once, from any thread."""
+
+    def __iter__(self) -> Iterator[Piece]: ...
+    def cancel(self) -> None: ...
+
+
+class Generation(Protocol):
+    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, /) -> Answer: ...
+
+
+class Gradients(Protocol):
+    def score(self, candidates: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> list[Score]: ...
+    def gradient(self, examples: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> Gradient: ...
+
+
+class PersonalizationService(pb_grpc.PersonalizationServicer):
+    def __init__(
+        self,
+        served: Served,
+        *,
+        generation: Generation,
+        gradients: Gradients,
+        streams: Gate,
+        passes: Gate,
+        call_seconds: float,
+    ) -> None:
+        self._served = served
+        self._reader = PromptReader(served.base, served.limits)
+        self._generation = generation
+        self._gradients = gradients
+        self._streams = streams
+        self._passes = passes
+        self._call_seconds = call_seconds
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
+        return encode_description(self._served)
+
+    def FetchSeed(self, request: pb.FetchSeedRequest, context: grpc.ServicerContext) -> pb.FetchSeedResponse:
+        return encode_seed(find_artefact(request.artefact, self._served.artefacts))
+
+    def Generate(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        shift = decode_shift(request.shift, self._served.artefacts)
+        prompt = self._reader.prompt(request.prompt)
+        sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._served.limits)
+        with self._streams.place(0):
+            answer = self._generation.submit(prompt, shift, sampling)
+            try:
+                # Called when the RPC ends, however it does: the caller left, or its deadline passed.
+                if not context.add_callback(answer.cancel):
+                    raise Cancelled("the caller left")
+                for piece in answer:
+                    yield encode_piece(piece)
+                    if piece.finish is not None:
+                        return
+            finally:
+                answer.cancel()
+        _check_active(context)
+        raise Unavailable("the cloud is stopping; try again later")
+
+    def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
+        shift = decode_shift(request.shift, self._served.artefacts)
+        pairs = self._reader.pairs([(c.prompt, c.answer) for c in request.candidates])
+        with self._passes.place(seconds_left(context, self._call_seconds)):
+            _check_active(context)
+            return encode_scores(self._gradients.score(pairs, shift))
+
+    def ComputeGradient(
+        self, request: pb.ComputeGradientRequest, context: grpc.ServicerContext
+    ) -> pb.ComputeGradientResponse:
+        shift = decode_shift(request.shift, self._served.artefacts)
+        if shift.mode is not Mode.PERSONAL or shift.artefact is None:
+            raise InvalidInput("a gradient is computed in personal mode")
+        pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
+        with self._passes.place(seconds_left(context, self._call_seconds)):
+            _check_active(context)
+            return encode_gradient(self._gradients.gradient(pairs, shift), shift.artefact.spec)
+
+
+class EnrollmentService(enrol_grpc.EnrollmentServicer):
+    """On the listener without client certificates."""
+
+    def __init__(self, authority: Authority, address: str) -> None:
+        self._authority = authority
+        self._address = address
+
+    def Enroll(self, request: enrol_pb.EnrollRequest, context: grpc.ServicerContext) -> enrol_pb.Credentials:
+        certificate = self._authority.enroll(request.secret, request.csr)
+        return _credentials(self._authority, certificate, self._address)
+
+    def Challenge(
+        self, request: enrol_pb.ChallengeRequest, context: grpc.ServicerContext
+    ) -> enrol_pb.ChallengeResponse:
+        return enrol_pb.ChallengeResponse(nonce=self._authority.challenge())
+
+    def RenewLapsed(
+        self, request: enrol_pb.RenewLapsedRequest, context: grpc.ServicerContext
+    ) -> enrol_pb.Credentials:
+        certificate = self._authority.renew_lapsed(
+            certificate=request.certificate,
+            nonce=request.nonce,
+            signature=request.signature,
+            csr=request.csr,
+        )
+        return _credentials(self._authority, certificate, self._address)
+
+
+class IdentityService(enrol_grpc.IdentityServicer):
+    """On the mutual-TLS listener."""
+
+    def __init__(self, authority: Authority, address: str) -> None:
+        self._authority = authority
+        self._address = address
+
+    def Renew(self, request: enrol_pb.RenewRequest, context: grpc.ServicerContext) -> enrol_pb.Credentials:
+        identity = self._authority.check(caller(context))
+        certificate = self._authority.renew(identity, request.csr)
+        return _credentials(self._authority, certificate, self._address)
+
+
+def _credentials(authority: Authority, certificate: bytes, address: str) -> enrol_pb.Credentials:
+    return enrol_pb.Credentials(
+        certificate=certificate,
+        server_ca=authority.server_ca_der,
+        address=address,
+        cloud_id=authority.cloud_id,
+    )
+
+
+def _check_active(context: grpc.ServicerContext) -> None:
+    if not context.is_active():
+        raise Cancelled("the caller left")

@@ -1,0 +1,267 @@
+"""Stage 1 on tiny random models: it learns, resumes to the same bits, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from perfit_cloud.collective.checkpoint import FILE
+from perfit_cloud.collective.run import Request, train_collective
+from perfit_cloud.collective.steps import batches, rate_at
+from perfit_cloud.model.artefacts import Artefact
+from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
+
+WORDS = ("cat", "dog", "mat", "door")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_toy(folder: Path, users: int = 12, items: int = 16) -> Path:
+    """OPPU users whose headline is always the same few words: a shift can learn that."""
+    rng = random.Random(0)
+    data = []
+    for user in range(users):
+        texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(items)]
+        dates = [f"2020-01-{i + 1:02d}" for i in range(items)]
+        profile = [
+            {"id": f"{user}-{i}", "date": dates[i], "text": text, "title": "the cat sat"}
+            for i, text in enumerate(texts)
+        ]
+        data.append({"user_id": user, "profile": profile, "query": []})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "user_others.json").write_text(json.dumps(data))
+    (folder / "task.json").write_text(json.dumps({"template": "{text} so", "answer": " {title}"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy") / "news")
+
+
+@pytest.fixture
+def request_for(toy: Path, model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Request]:
+    def make(**changes: Any) -> Request:
+        request = Request(
+            task="news_headline", data=toy, model=str(model_folder("llama")), out=tmp_path / "out",
+            layers=(1, 2), positions="f2+l2", collective_rank=4, personal_rank=4, epochs=2,
+            device_epochs=1, learning_rate=1e-2, device_learning_rate=1e-2,
+        )  # fmt: skip
+        return replace(request, **changes)
+
+    return make
+
+
+class StopAfter:
+    """Says stop when asked for the n-th time, which is after the n-th step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+# -- learning ----------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_and_writes_everything(
+    request_for: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Any
+) -> None:
+    request = request_for(epochs=3, learning_rate=None, device_learning_rate=None)
+    artefact = train_collective(request)
+    card = artefact.card
+    losses = card["losses"]["validation"]
+    assert losses["seed"] < 0.8 * losses["base"]
+    assert losses["collective"] != losses["base"]
+    assert losses["seed"] == pytest.approx(card["losses"]["validation_curve"][-1][1], rel=1e-4)
+    assert len(card["trials"]) >= 3
+    assert (
+        card["hyper_parameters"]["learning_rate"]
+        == min(card["trials"], key=lambda trial: trial["validation_loss"])["learning_rate"]
+    )
+    assert len(card["device_trials"]) == 3
+    assert artefact.learning_rate in {trial["learning_rate"] for trial in card["device_trials"]}
+    assert card["data"]["users"] == 12 and card["data"]["examples"] == 192
+    assert {p.name for p in request.out.iterdir()} == {
+        "artefact.json", "collective.safetensors", "seed.safetensors", "CARD.md", "loss.png",
+    }  # fmt: skip
+    loaded = Artefact.load(request.out)
+    assert loaded.version == artefact.version
+    loaded.collective.check(loaded.spec, 4)
+    loaded.seed.check(loaded.spec, 4)
+    for name in ("artefact.json", "CARD.md"):  # no path of the machine it was made on
+        text = (request.out / name).read_text("utf-8")
+        assert str(tmp_path) not in text and str(model_folder("llama")) not in text
+    json.loads((request.out / "artefact.json").read_text(), parse_constant=pytest.fail)
+    assert "layers 1;2 of 4 (as given)" in capsys.readouterr().err
+
+
+def test_the_mapping_of_the_preset_s_layers_is_printed(
+    request_for: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Cancelled):
+        train_collective(request_for(layers=None, positions=None), stop=lambda: True)
+    assert "layers 1;2;3 of 4 (from 14;15;16 of 32), positions l7, ranks 4/4" in capsys.readouterr().err
+
+
+# -- interrupting ------------------------------------------------------------------------------------
+
+
+def same(a: Artefact, b: Artefact) -> bool:
+    return a.version == b.version and a.learning_rate == b.learning_rate
+
+
+@pytest.mark.parametrize("stops", [(3,), (10, 5)], ids=["first epoch", "twice"])
+def test_an_interrupted_run_ends_with_the_same_bits(request_for: Any, tmp_path: Path, stops: Any) -> None:
+    whole = train_collective(request_for(out=tmp_path / "whole"))
+    request = request_for(out=tmp_path / "parts")
+    for steps in stops:
+        with pytest.raises(Cancelled, match="the same command"):
+            train_collective(request, stop=StopAfter(steps))
+        assert not (request.out / "artefact.json").exists()
+    assert same(train_collective(request), whole)
+    assert not (request.out / FILE).exists()
+
+
+def test_an_interrupt_among_the_trials_changes_nothing(request_for: Any, tmp_path: Path) -> None:
+    free = {"learning_rate": None, "device_learning_rate": None, "epochs": 1}
+    whole = train_collective(request_for(out=tmp_path / "whole", **free))
+    request = request_for(out=tmp_path / "parts", **free)
+    for _ in range(200):  # stops after every sixth step, in every phase
+        try:
+            done = train_collective(request, stop=StopAfter(6))
+            break
+        except Cancelled:
+            continue
+    assert same(done, whole)
+    assert done.card["trials"] == whole.card["trials"]
+    assert done.card["device_trials"] == whole.card["device_trials"]
+
+
+def test_changed_arguments_or_data_are_refused(request_for: Any, toy: Path, tmp_path: Path) -> None:
+    request = request_for()
+    with pytest.raises(Cancelled):
+        train_collective(request, stop=StopAfter(2))
+    with pytest.raises(InvalidInput, match=r"other batch size.*another --out"):
+        train_collective(replace(request, batch_size=8))
+    other = write_toy(tmp_path / "other", users=11)
+    with pytest.raises(InvalidInput, match="other data"):
+        train_collective(replace(request, data=other))
+    (request.out / FILE).write_bytes(b"not a checkpoint")
+    with pytest.raises(InvalidData, match="damaged"):
+        train_collective(request)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(request_for: Any, tmp_path: Path) -> None:
+    request = request_for(epochs=500)
+    code = "from perfit_cloud.cli.main import run; run()"
+    command = [
+        sys.executable, "-c", code, "collective", "train", "--task", request.task,
+        "--data", str(request.data), "--model", request.model, "--layers", "1;2", "--lr", "1e-2",
+        "--device-lr", "1e-2", "--epochs", "500", "--threads", "1", "--out", str(request.out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (request.out / FILE).exists() and time.monotonic() < deadline:  # end of the first epoch
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert "the same command goes on from there" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+# -- refusing ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_artefact_is_kept_unless_forced(request_for: Any, tmp_path: Path) -> None:
+    request = request_for(epochs=1)
+    first = train_collective(request)
+    with pytest.raises(InvalidInput, match="--force"):
+        train_collective(request)
+    assert Artefact.load(request.out).version == first.version
+    assert train_collective(replace(request, seed=1, force=True)).version != first.version
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InvalidInput, match="is a file"):
+        train_collective(replace(request, out=file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (3, 9)}, "blocks 0 to 3"),
+        ({"epochs": 0}, "at least 1"),
+        ({"learning_rate": -1.0}, "between 0 and 1"),
+        ({"personal_rank": 99}, "at most the hidden size"),
+        ({"positions": "g7"}, "should read like"),
+    ],
+)
+def test_flags_that_cannot_be(request_for: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        train_collective(request_for(**changes))
+
+
+def test_cli_prints_one_line_or_json(request_for: Any, tmp_path: Path) -> None:
+    from perfit_cloud.cli.collective import app
+
+    request = request_for()
+    common = [
+        "train", "--task", request.task, "--data", str(request.data), "--model", request.model,
+        "--layers", "1;2", "--positions", "l2", "--lr", "1e-2", "--device-lr", "2e-2", "--epochs", "1",
+        "--device-epochs", "3",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "a")])
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1 and "-> collective" in result.stdout
+    result = CliRunner().invoke(app, [*common, "--json", "--out", str(tmp_path / "b")])
+    data = json.loads(result.stdout)
+    assert data["device_learning_rate"] == 0.02 and set(data["validation_loss"]) == {
+        "base", "collective", "seed",
+    }  # fmt: skip
+    artefact = Artefact.load(tmp_path / "b")
+    assert (artefact.epochs, artefact.spec.positions, artefact.learning_rate) == (3, "l2", 0.02)
+    assert "given" in artefact.card["trials_note"]
+
+
+# -- parts -------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_every_example_once_and_pad_little() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 1000).tolist()
+    plan = batches(lengths, batch_size=16, seed=0, epoch=0)
+    assert sorted(i for batch in plan for i in batch) == list(range(1000))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in plan)
+    assert padded < 1.1 * sum(lengths)
+    assert plan == batches(lengths, batch_size=16, seed=0, epoch=0)
+    assert plan != batches(lengths, batch_size=16, seed=0, epoch=1)
+
+
+def test_rate_warms_up_and_decays() -> None:
+    rates = [rate_at(i, 100, 1.0) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.02
+    assert rate_at(0, 1, 1.0) == 1.0

@@ -1,0 +1,135 @@
+"""`perfit-cloud` as an operator types it, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.invites import Invite
+
+RUN = [sys.executable, "-c", "from perfit_cloud.cli.main import run; run()"]
+
+
+def cloud(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PERFIT")}
+    return subprocess.run(
+        [*RUN, *words], capture_output=True, text=True, timeout=120, check=False, env=kept | environment
+    )
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The single line on stderr of a command that failed."""
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_serve_invite_revoke_and_stop(
+    tmp_path: Path, model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
+    make_artefact: Callable[..., Artefact],
+) -> None:  # fmt: skip
+    base, state = load("llama"), str(tmp_path / "state")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, name in zip(folders, ("news_headline", "news_categorize"), strict=True):
+        make_artefact(base, name).save(folder)
+    words = [
+        "serve", "--model", str(model_folder("llama")), "--state", state, "--json", "--threads", "1",
+        "--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", "--set", "drain_seconds=1",
+        "--artefact", str(folders[0]), "--artefact", str(folders[1]),
+    ]  # fmt: skip
+    with subprocess.Popen([*RUN, *words], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            assert told["fingerprint"] == base.fingerprint
+            assert told["artefacts"] == ["news_headline", "news_categorize"]
+            assert not told["address"].endswith(":0")
+            lines = cloud("invite", "--state", state, "--count", "2", "--life", "15m").stdout.split()
+            invites = [Invite.decode(line) for line in lines]
+            assert len({invite.secret for invite in invites}) == 2
+            assert {invite.address for invite in invites} == {told["enrol_address"]}
+            assert cloud("devices", "--state", state).stdout == ""
+            assert "no identity starts with" in one_line(cloud("revoke", "abcdef", "--state", state))
+            second = one_line(cloud(*words))
+            assert "another perfit-cloud serves from" in second
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def test_start_up_line_for_people(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    words = ["serve", "--model", str(model_folder("llama")), "--address", "127.0.0.1:0"]
+    words += ["--enrol-address", "127.0.0.1:0", "--state", str(tmp_path)]
+    with subprocess.Popen([*RUN, *words], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("serving llama")
+            assert "no artefacts on 127.0.0.1:" in line
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def test_artefact_of_another_model_is_not_served(
+    tmp_path: Path, model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
+    make_artefact: Callable[..., Artefact],
+) -> None:  # fmt: skip
+    replace(make_artefact(load("llama")), fingerprint="0" * 64).save(tmp_path / "a")
+    words = ["serve", "--model", str(model_folder("llama")), "--state", str(tmp_path / "state")]
+    assert "trained on another model" in one_line(cloud(*words, "--artefact", str(tmp_path / "a")))
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "says"),
+    [
+        (["serve"], {}, "--model"),
+        (["serve", "--model", "m", "--set", "modle=x"], {}, '"modle"'),
+        (["serve", "--model", "m", "--set", "modle"], {}, "KEY=VALUE"),
+        (["serve", "--model", "m"], {"PERFIT_CLOUD_MODLE": "x"}, "PERFIT_CLOUD_MODLE"),
+        (["serve", "--model", "m", "--config", "none.toml"], {}, "none.toml"),
+        (["serve", "--model", "m", "--artefact", "none"], {}, "not a usable artefact"),
+        (["serve", "--model", "m", "--address", "nowhere"], {}, "host:port"),
+        (["invite"], {}, "no server has run"),
+        (["invite", "--life", "soon"], {}, "--life"),
+        (["devices"], {}, "no state folder"),
+        (["revoke", "abcdef"], {}, "no state folder"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    tmp_path: Path, words: list[str], environment: dict[str, str], says: str
+) -> None:
+    state = {"PERFIT_CLOUD_STATE": str(tmp_path / "state")}
+    assert says in one_line(cloud(*words, **state, **environment))
+
+
+def test_without_the_extra_it_says_which_to_install() -> None:
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: n != 'torch' and find(n)"
+    code = f"{hide} or None; {RUN[2]}"
+    done = subprocess.run([sys.executable, "-c", code, "serve"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'perfit[cloud]'" in done.stderr
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys; sys.argv = ['perfit-cloud', 'serve', '--help']\n"
+        "from perfit_cloud.cli.main import run\n"
+        "try: run()\n"
+        "except SystemExit: print({'torch', 'transformers', 'grpc'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
