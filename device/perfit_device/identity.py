@@ -25,7 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from perfit_shared.errors import NotAuthenticated, VaultDamaged
 
-__all__ = ["Enrolment", "Identity", "certificate_life", "life_left", "pem"]
+__all__ = ["Enrolment", "Identity", "certificate_life", "identity_in", "life_left", "pem"]
 
 _RENEWAL_CONTEXT = b"perfit-renew-v1"
 
@@ -117,6 +117,12 @@ def certificate_life(certificate: bytes) -> tuple[datetime, datetime]:
     return parsed.not_valid_before_utc, parsed.not_valid_after_utc
 
 
+def identity_in(certificate: bytes) -> str:
+    """The identity that the cloud wrote into a certificate (its common name), or ""."""
+    names = _parse(certificate).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else ""
+
+
 def life_left(certificate: bytes, now: datetime | None = None) -> float:
     """Share of a certificate's life that is left: 1 when new, 0 or less when it has lapsed."""
     start, end = certificate_life(certificate)
@@ -132,7 +138,9 @@ def _parse(certificate: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(certificate)
     except ValueError as error:
-        raise NotAuthenticated("what should be a certificate is none; enrol again with a new invite") from error
+        raise NotAuthenticated(
+            "what should be a certificate is none; enrol again with a new invite"
+        ) from error
 
 
 def _b64(data: bytes) -> str:

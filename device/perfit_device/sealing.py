@@ -94,7 +94,7 @@ class Header:
         except InvalidTag as error:
             if self.lock == "keyring":
                 raise VaultError("the key in the OS keyring is not this vault's") from error
-            raise WrongPassphrase("wrong passphrase") from error
+            raise WrongPassphrase("wrong passphrase; nothing was changed") from error
 
     def _wrap(self, data_key: bytes, passphrase: str | None, *, new: bool) -> Header:
         nonce = secrets.token_bytes(_NONCE_BYTES)

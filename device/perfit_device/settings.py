@@ -38,6 +38,10 @@ class Settings:
         """PERFIT_PASSPHRASE, or None."""
         return os.environ.get("PERFIT_PASSPHRASE") or None
 
+    def new_passphrase(self) -> str | None:
+        """PERFIT_NEW_PASSPHRASE, or None: for `perfit passphrase` in scripts."""
+        return os.environ.get("PERFIT_NEW_PASSPHRASE") or None
+
 
 def prepare_process() -> None:
     """Settings of libraries that must stand before they are imported; what the user set stays."""

@@ -5,8 +5,12 @@
 
 Promises: a crash at any byte leaves the old or the new version (journal_mode=DELETE,
 synchronous=FULL, one transaction a change); every row is bound to its place and the list of rows
-to the key, so a changed, swapped, dropped or revived row is VaultDamaged on opening; deleted rows
-are overwritten (`secure_delete`); two processes never hold one vault at once.
+to the key, so a changed, swapped, dropped or revived row is VaultDamaged on opening; nothing of a
+deleted or replaced row stays in the file; two processes never hold one vault at once.
+
+`secure_delete` alone does not keep the last but one: moving rows between pages leaves copies of
+them in the free space of pages (measured). So a change that removes bytes marks the file in the
+same transaction (`user_version`), and it is rebuilt by VACUUM right after, or on the next opening.
 """
 
 from __future__ import annotations
@@ -19,14 +23,17 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from perfit_device import filesum
 from perfit_device.sealing import DataKey, Header, KdfParams
 from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
 
 __all__ = ["Vault"]
 
 _APPLICATION_ID = 0x50465431  # "PFT1"
-_WAIT_SECONDS = 2.0  # for another process that is just finishing
+_UNSWEPT = 1  # user_version while the file may hold copies of removed rows
+_WAIT_SECONDS = 5.0  # for another process that is just finishing
 _SCHEMA = """
 CREATE TABLE header (one INTEGER PRIMARY KEY CHECK (one = 1), data BLOB NOT NULL, list_mac BLOB NOT NULL);
 CREATE TABLE rows (
@@ -35,6 +42,11 @@ CREATE TABLE rows (
 ) WITHOUT ROWID;
 """
 _Place = tuple[str, bytes]  # kind, row id
+Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
+
+
+class VaultUnswept(VaultError):
+    """A change is made, but what it removed may still lie in the file."""
 
 
 class Vault:
@@ -42,12 +54,15 @@ class Vault:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, header: Header, key: bytes) -> None:
         self.path = path
+        self.closed = False
         self._connection = connection
         self._header = header
         self._raw_key = key
         self._key = DataKey(key, header.vault_id)
         self._listed: dict[_Place, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._depth = 0
+        self._removed = False  # whether the transaction at hand removes bytes
+        self._noted = False  # whether filesum's note is up to date
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -98,12 +113,23 @@ class Vault:
             vault = cls(path, connection, header, key or header.unwrap(passphrase))
             with _translated(path):
                 vault._verify()
+                vault._noted = filesum.check(connection, path)
+                if connection.execute("PRAGMA user_version").fetchone()[0] == _UNSWEPT:
+                    with contextlib.suppress(VaultUnswept):  # a full disk is no reason not to open
+                        vault._sweep()
         except BaseException:
             connection.close()
             raise
         return vault
 
     def close(self) -> None:
+        """Release the file, with a note of how it was left."""
+        if self.closed:
+            return
+        self.closed = True
+        if not self._noted:
+            with contextlib.suppress(sqlite3.Error):
+                filesum.write(self._connection, self.path)
         self._connection.close()
 
     def __enter__(self) -> Vault:
@@ -121,20 +147,19 @@ class Vault:
         place = (kind, self._key.row_id(kind, name))
         if place not in self._listed:
             return None
-        with _translated(self.path):
-            row = self._connection.execute(
-                "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", place
-            ).fetchone()
-        if row is None:
+        rows = self._execute(
+            "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *place
+        )
+        if not rows:
             raise VaultDamaged("a row of the vault is gone; restore a copy of the file")
-        return _unpack(self._key.unseal(*place, *row))[1]
+        return _unpack(self._key.unseal(*place, *rows[0]))[1]
+
+    def has(self, kind: str, name: str) -> bool:
+        return (kind, self._key.row_id(kind, name)) in self._listed
 
     def list(self, kind: str) -> dict[str, bytes]:
         """Every row of a kind: name → bytes, in no order that means anything."""
-        with _translated(self.path):
-            rows = self._connection.execute(
-                "SELECT id, version, wrapped_key, sealed FROM rows WHERE kind = ?", (kind,)
-            ).fetchall()
+        rows = self._execute("SELECT id, version, wrapped_key, sealed FROM rows WHERE kind = ?", kind)
         return dict(_unpack(self._key.unseal(kind, *row)) for row in rows)
 
     def put(self, kind: str, name: str, data: bytes) -> None:
@@ -143,9 +168,10 @@ class Vault:
         version = self._listed.get(place, (0, b""))[0] + 1
         wrapped, sealed = self._key.seal(*place, version, _pack(name, data))
         with self.transaction():
-            self._connection.execute(
-                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", (*place, version, wrapped, sealed)
+            self._execute(
+                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *place, version, wrapped, sealed
             )
+            self._removed = self._removed or version > 1
             self._listed[place] = (version, _row_digest(wrapped, sealed))
 
     def delete(self, kind: str, name: str) -> bool:
@@ -154,7 +180,8 @@ class Vault:
         if place not in self._listed:
             return False
         with self.transaction():
-            self._connection.execute("DELETE FROM rows WHERE kind = ? AND id = ?", place)
+            self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *place)
+            self._removed = True
             del self._listed[place]
         return True
 
@@ -166,13 +193,15 @@ class Vault:
             return
         before = dict(self._listed)
         self._depth += 1
+        self._removed = False
         try:
-            with _translated(self.path):
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield
-                mac = self._key.list_mac(self._list_bytes())
-                self._connection.execute("UPDATE header SET list_mac = ?", (mac,))
-                self._connection.execute("COMMIT")
+            self._execute("BEGIN IMMEDIATE")
+            self._noted = False
+            yield
+            self._execute("UPDATE header SET list_mac = ?", self._key.list_mac(self._list_bytes()))
+            if self._removed:
+                self._execute(f"PRAGMA user_version={_UNSWEPT}")
+            self._execute("COMMIT")
         except BaseException:
             self._listed = before
             # A full disk makes SQLite roll back by itself.
@@ -182,13 +211,34 @@ class Vault:
             raise
         finally:
             self._depth -= 1
+        if self._removed:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Rebuild the file from what is in it. Where that fails it is tried again at the next change."""
+        self._noted = False
+        try:
+            self._execute("VACUUM")
+            self._execute("PRAGMA user_version=0")
+        except VaultDamaged:
+            raise
+        except VaultError as error:
+            raise VaultUnswept(
+                "the change is made, but what it removed could not be overwritten yet; free some disk "
+                "space, and the next perfit command does it"
+            ) from error
 
     def change_passphrase(self, passphrase: str) -> None:
         """Rewrap the data key; no row is touched. A keyring vault becomes a passphrase vault."""
         header = self._header.rewrap(self._raw_key, passphrase)
         with self.transaction():
-            self._connection.execute("UPDATE header SET data = ?", (header.to_bytes(),))
+            self._execute("UPDATE header SET data = ?", header.to_bytes())
+            self._removed = True
         self._header = header
+
+    def _execute(self, sql: str, *values: str | bytes | int) -> Rows:
+        with _translated(self.path):
+            return self._connection.execute(sql, values).fetchall()
 
     # -- the list of rows ----------------------------------------------------------------------
 
@@ -223,13 +273,16 @@ def _attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header
     with _translated(path):
         connection = _connect(path, wait_seconds)
         try:
+            damaged = VaultDamaged(f"{path} is not a whole vault; restore a copy of the file")
+            # Before the lock, which would turn an empty file into an empty database.
+            if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+                raise damaged
             connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             connection.execute("BEGIN EXCLUSIVE")  # also rolls back what a crash left half-done
             connection.execute("COMMIT")
-            application = connection.execute("PRAGMA application_id").fetchone()[0]
             rows = connection.execute("SELECT data FROM header LIMIT 2").fetchall()
-            if application != _APPLICATION_ID or len(rows) != 1 or not isinstance(rows[0][0], bytes):
-                raise VaultDamaged(f"{path} is not a whole vault; restore a copy of the file")
+            if len(rows) != 1 or not isinstance(rows[0][0], bytes):
+                raise damaged
             return connection, Header.from_bytes(rows[0][0])
         except BaseException:
             connection.close()
@@ -257,6 +310,8 @@ def _translated(path: Path) -> Iterator[None]:
     """SQLite's errors as ours, by their codes."""
     try:
         yield
+    except (UnicodeDecodeError, OverflowError) as error:  # a damaged schema, or text that is none
+        raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
@@ -264,12 +319,12 @@ def _translated(path: Path) -> Iterator[None]:
                 f"another perfit is using {path}; wait for it to finish, or use another --profile"
             ) from error
         if name.startswith("SQLITE_FULL"):
-            raise VaultError("the disk is full, so nothing was changed; free some space and try again") from error
+            raise VaultError(
+                "the disk is full, so nothing was changed; free some space and try again"
+            ) from error
         if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise VaultError(f"cannot use {path}: {error}; nothing was changed") from error
-        raise VaultDamaged(
-            f"{path} is damaged, and was left as it is; restore a copy of the file"
-        ) from error
+        raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
 
 
 def _pack(name: str, data: bytes) -> bytes:
@@ -287,12 +342,11 @@ def _row_digest(wrapped: bytes, sealed: bytes) -> bytes:
 
 
 def _make_private_folder(folder: Path) -> None:
+    """Make what is missing of the way to `folder`, for its owner's eyes only."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Parents follow the umask when made along the way; ours should not.
-        for part in (folder, folder.parent, folder.parent.parent):
-            if part.name in (folder.name, "profiles") and part.stat().st_uid == os.getuid():
-                part.chmod(0o700)
+        for part in reversed(missing):
+            part.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise VaultError(f"cannot make {folder}: {error.strerror}") from error
 

@@ -1,12 +1,13 @@
 """Adam whose rotations stay on the Stiefel manifold {R : RRᵀ = I}, for training shifts in torch.
 
-One step, after clipping all gradients together to a global norm:
+The device's optimizer does the same in numpy, so that what trials find here holds there. One step,
+after clipping all gradients together to a global norm:
 
-    W, b    p ← p − rate · m̂ / (√v̂ + ε)                          (Adam, no weight decay)
-    R       ξ = G − sym(GRᵀ)R        the gradient's part that is tangent to the manifold at R
-            u = m̂ / (√v̂ + ε)         Adam's moments of ξ
-            u ← u − sym(uRᵀ)R        elementwise scaling leaves the tangent space; back into it
-            R ← qf(R − rate · u)     the Q of a QR decomposition, signs such that diag(QR's R) > 0
+    W, b    p ← p − rate · m̂ / (√v̂ + ε)               Adam, no weight decay
+    R       ξ = P_R(G) = G − sym(GRᵀ)R                 the gradient's part along the manifold
+            m ← β₁ P_R(m) + (1 − β₁) ξ                 the old moment, carried to where R is now
+            v ← β₂ v + (1 − β₂) mean(ξ²)               one number a row
+            R ← qf(R − 4 · rate · P_R(m̂ / (√v̂ + ε)))   the Q of a QR decomposition, signs fixed
 
 with sym(A) = (A + Aᵀ)/2. The retraction is that of Absil, Mahony and Sepulchre, "Optimization
 Algorithms on Matrix Manifolds", section 4.1.1, written for orthonormal rows. No weight decay on
@@ -29,6 +30,7 @@ __all__ = ["CLIP", "StiefelAdam", "retract", "tangent"]
 CLIP = 0.3  # global norm of all gradients of a step (PerFit's setting)
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
+_ROTATION_SCALE = 4.0  # as on the device, which measured it against torch's parametrization
 
 
 def tangent(direction: Tensor, rotation: Tensor) -> Tensor:
@@ -60,7 +62,10 @@ class StiefelAdam:
         self._free = [tensor for phi in phis for tensor in (phi.source, phi.bias)]
         self._tensors = [*self._rotations, *self._free]
         self._first = [torch.zeros_like(t) for t in self._tensors]  # m
-        self._second = [torch.zeros_like(t) for t in self._tensors]  # v
+        self._second = [  # v: a number each, or for a rotation a number a row
+            torch.zeros_like(t[..., :1] if i < len(self._rotations) else t)
+            for i, t in enumerate(self._tensors)
+        ]
         self._count = 0
 
     @torch.no_grad()
@@ -74,19 +79,22 @@ class StiefelAdam:
         scale = min(1.0, self._clip / norm) if norm > 0 else 1.0
         self._count += 1
         for i, (tensor, raw) in enumerate(zip(self._tensors, grads, strict=True)):
-            rotation, grad = i < len(self._rotations), raw * scale
-            direction = self._adam(i, tangent(grad, tensor) if rotation else grad)
-            if rotation:
-                tensor.copy_(retract(tensor - rate * tangent(direction, tensor)))
+            grad = raw * scale
+            if i < len(self._rotations):
+                self._first[i].copy_(tangent(self._first[i], tensor))
+                direction = self._adam(i, tangent(grad, tensor), by_row=True)
+                tensor.copy_(retract(tensor - _ROTATION_SCALE * rate * tangent(direction, tensor)))
             else:
-                tensor.sub_(direction, alpha=rate)
+                tensor.sub_(self._adam(i, grad), alpha=rate)
             tensor.grad = None
         return norm
 
-    def _adam(self, i: int, grad: Tensor) -> Tensor:
+    def _adam(self, i: int, grad: Tensor, *, by_row: bool = False) -> Tensor:
+        """Adam's bias-corrected direction m̂ / (√v̂ + ε); the moments move on."""
         first, second = _BETAS
+        square = grad.square().mean(-1, keepdim=True) if by_row else grad.square()
         self._first[i].lerp_(grad, 1 - first)
-        self._second[i].mul_(second).addcmul_(grad, grad, value=1 - second)
+        self._second[i].mul_(second).add_(square, alpha=1 - second)
         m = self._first[i] / (1 - first**self._count)
         v = self._second[i] / (1 - second**self._count)
         return m / (v.sqrt() + _EPS)

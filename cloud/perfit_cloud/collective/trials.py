@@ -17,7 +17,7 @@ __all__ = ["DEVICE_FACTORS", "choose_device_rate", "choose_rate", "device_users"
 # From what suits billions of parameters (PerFit) past what suits millions (about 1e-3 at 8M).
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _FIRST = (1, 2, 3)  # rungs tried in any case
-DEVICE_FACTORS = (1.0, 2.5, 5.0)  # of stage 1's rate
+DEVICE_FACTORS = (2.5, 5.0, 10.0)  # of stage 1's rate
 _SHARE = 0.02  # of all steps, one trial
 _LEAST, _MOST = 4, 60  # steps of one trial
 _LEAST_EXAMPLES = 15  # of a user whose update is simulated
@@ -98,7 +98,7 @@ def choose_device_rate(training: Training) -> float:
     record = training.record
     users = device_users(training)
     if not users:
-        return DEVICE_FACTORS[1] * record.learning_rate
+        return DEVICE_FACTORS[0] * record.learning_rate
     for factor in DEVICE_FACTORS:
         rate = factor * record.learning_rate
         if any(done["learning_rate"] == rate for done in record.device_trials):

@@ -1,0 +1,130 @@
+"""gRPC channels to a cloud, and its errors as ours. Never fork after a channel exists."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+from typing import Any
+
+import grpc
+
+from perfit_device.identity import Enrolment, pem
+from perfit_shared.errors import NotAuthenticated, PerfitError, Unavailable, from_code
+
+__all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel", "translate"]
+
+MESSAGE_BYTES = 32 * 1024 * 1024  # largest message in either direction
+_MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
+_PROBE_SECONDS = 3.0
+
+_SERVICE_CONFIG = json.dumps({
+    "methodConfig": [{
+        "name": [{"service": f"perfit.v1.{name}"} for name in ("Personalization", "Enrollment", "Identity")],
+        # gRPC jitters the backoff by 20 % itself.
+        "retryPolicy": {
+            "maxAttempts": 4, "initialBackoff": "0.2s", "maxBackoff": "2s", "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE"],
+        },
+    }]
+})  # fmt: skip
+
+
+def address_of(address: str) -> tuple[str, int]:
+    """(host, port). Raises NotAuthenticated on an address that cannot be dialled."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+        raise NotAuthenticated("the cloud's address should read host:port; enrol again with a new invite")
+    return host.strip("[]"), int(port)
+
+
+def enrolment_channel(address: str, server_ca: bytes) -> grpc.Channel:
+    """Server TLS with `server_ca` (DER) as the only root."""
+    return _channel(address, grpc.ssl_channel_credentials(root_certificates=pem(server_ca)))
+
+
+def mutual_channel(enrolment: Enrolment) -> grpc.Channel:
+    """Mutual TLS with the device's certificate."""
+    return _channel(
+        enrolment.address,
+        grpc.ssl_channel_credentials(
+            root_certificates=pem(enrolment.server_ca),
+            private_key=enrolment.identity.to_pem(),
+            certificate_chain=pem(enrolment.certificate),
+        ),
+    )
+
+
+def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:
+    host, _ = address_of(address)
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),
+        ("grpc.service_config", _SERVICE_CONFIG),
+        # A cloud that restarts should be found again within seconds, not gRPC's two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 250),
+        ("grpc.max_reconnect_backoff_ms", 3000),
+    ]
+    if host in ("localhost", "127.0.0.1", "::1"):
+        options.append(("grpc.enable_http_proxy", 0))
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def translate(error: grpc.RpcError, address: str, server_ca: bytes) -> PerfitError:
+    """One RPC's failure as an exception of the shared tree."""
+    call = error if isinstance(error, grpc.Call) else None
+    status = call.code() if call else grpc.StatusCode.UNKNOWN
+    trailing: dict[str, str] = {}
+    metadata: Any = call.trailing_metadata() if call else None
+    for key, value in metadata or ():
+        trailing[str(key)] = str(value)
+    code, delay = trailing.get("perfit-code"), trailing.get("perfit-retry-ms", "0")
+    if code is not None:
+        message = _one_line(str(call.details() if call else ""))
+        return from_code(
+            status.name, code, message or "the cloud gave no reason",
+            int(delay) if delay.isdigit() and len(delay) < 9 else 0,
+        )  # fmt: skip
+    # gRPC made this status itself, so its text is for programmers.
+    return _transport_error(status, address, server_ca)
+
+
+def _transport_error(status: grpc.StatusCode, address: str, server_ca: bytes) -> PerfitError:
+    messages = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: f"the cloud at {address} took too long; try again later",
+        grpc.StatusCode.RESOURCE_EXHAUSTED: f"a message to or from {address} is larger than it takes",
+        grpc.StatusCode.CANCELLED: "the call was cancelled",
+        grpc.StatusCode.UNIMPLEMENTED: f"the cloud at {address} is of another version; update perfit",
+        grpc.StatusCode.UNAUTHENTICATED: f"the cloud at {address} does not know this device; enrol again",
+        grpc.StatusCode.INTERNAL: f"the cloud at {address} failed; try again, or tell its operator",
+    }
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return _why_unreachable(address, server_ca)
+    message = messages.get(status, f"the cloud at {address} failed ({status.name}); tell its operator")
+    return from_code(status.name, None, message)
+
+
+def _why_unreachable(address: str, server_ca: bytes) -> PerfitError:
+    """gRPC tells "nobody there" and "not to be trusted" apart in free text alone, so look again."""
+    context = ssl.create_default_context(cadata=pem(server_ca).decode())
+    host, port = address_of(address)
+    gone = Unavailable(f"cannot reach the cloud at {address}; is it running, and is the network up?")
+    try:
+        with socket.create_connection((host, port), timeout=_PROBE_SECONDS) as plain:
+            context.wrap_socket(plain, server_hostname=host).close()
+    except ssl.SSLCertVerificationError:
+        return NotAuthenticated(
+            f"the server at {address} is not the cloud that this device trusts: its certificate comes "
+            "from someone else; check the address, or ask the operator for a new invite"
+        )
+    except OSError:  # covers timeouts and ssl.SSLError
+        return gone
+    return Unavailable(
+        f"the cloud at {address} broke off the call; try again, and if it stays so, enrol again"
+    )
+
+
+def _one_line(text: str) -> str:
+    """A cloud's message, harmless on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)[:_MESSAGE_CHARACTERS].strip()

@@ -1,0 +1,220 @@
+"""What the commands share: the profile at hand, its vault and its cloud, and how they speak.
+
+Heavy modules (numpy, grpc, cryptography) are imported by the functions that need them, so that
+`perfit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perfit_device.settings import Settings
+from perfit_shared.errors import ConfigError, NotAuthenticated, NotFound
+
+if TYPE_CHECKING:
+    from perfit_device.cloud import Cloud
+    from perfit_device.codec import Artefact, CloudInfo
+    from perfit_device.identity import Enrolment
+    from perfit_device.vault import Vault
+    from perfit_shared.tasks import Task
+
+__all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "clean", "say"]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="Which profile to use.  [default: default]")
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task", metavar="NAME", help="Which of the cloud's artefacts; needed when it has several."
+    ),
+]
+
+_HARMLESS = "\n\t\u200c\u200d"  # the joiners that scripts and emoji need
+_INFO_PLACE = ("cloud", "describe")
+_ENROLMENT_PLACE = ("identity", "current")
+
+
+def say(text: str) -> None:
+    """One line for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def clean(text: str) -> str:
+    """Text of a cloud without what could steer a terminal: controls, escapes, bidi overrides."""
+    return "".join(
+        c for c in text if c in _HARMLESS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co")
+    )
+
+
+def one_line(text: str) -> str:
+    return " ".join(clean(text).split())
+
+
+@dataclass
+class Session:
+    """One command's profile. Options may stand before or after the command's name."""
+
+    profile: str | None = None
+    json: bool = False
+
+    @classmethod
+    def of(cls, context: typer.Context, *, profile: str | None = None, json: bool = False) -> Session:
+        """The global options, overridden by the command's own."""
+        above = context.find_object(Session) or cls()
+        return cls(profile=profile or above.profile, json=json or above.json)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.from_environment(self.profile)
+
+    def emit(self, value: Any) -> None:
+        """JSON on stdout; ASCII, so that no character of it steers a terminal."""
+        print(json.dumps(value), flush=True)
+
+    # -- the vault -----------------------------------------------------------------------------
+
+    def passphrase(self, prompt: str = "Passphrase", *, confirm: bool = False) -> str:
+        """From PERFIT_PASSPHRASE, else asked for on a terminal. Raises ConfigError without either."""
+        given = self.settings.passphrase()
+        if given is not None:
+            return given
+        return ask_passphrase(prompt, confirm=confirm)
+
+    def open_vault(self) -> Vault:
+        """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged."""
+        from perfit_device.vault import Vault
+
+        path = self.settings.vault_path
+        if not path.exists():
+            raise NotFound(
+                f'there is no profile "{self.settings.profile}"; `perfit enroll INVITE` makes one, '
+                "and --profile chooses another"
+            )
+        passphrase = self.passphrase() if Vault.lock_of(path) == "passphrase" else None
+        return Vault.open(path, passphrase)
+
+    # -- the cloud -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def open_cloud(self, vault: Vault) -> Iterator[tuple[Cloud, CloudInfo]]:
+        """The profile's cloud, described. Raises NotAuthenticated when it is not enrolled.
+
+        A long call may close the vault first, so that other commands of the profile can run.
+        """
+        from perfit_device.cloud import Cloud
+
+        enrolment = read_enrolment(vault)
+        if enrolment is None:
+            raise NotAuthenticated(
+                f'the profile "{self.settings.profile}" is not enrolled; `perfit enroll INVITE` does it'
+            )
+
+        def keep(new: Enrolment) -> None:
+            # With the vault released already, the old certificate renews again the next time.
+            if not vault.closed:
+                write_enrolment(vault, new)
+
+        with Cloud(enrolment, on_renewed=keep) as cloud:
+            info = cloud.describe()
+            if info.cloud_id != enrolment.cloud_id:
+                raise NotAuthenticated(
+                    f"the server at {enrolment.address} is another cloud than the one this profile "
+                    "is enrolled with; ask the operator for a new invite"
+                )
+            remember(vault, info)
+            yield cloud, info
+
+    def artefact(self, info: CloudInfo, vault: Vault, task: str | None) -> Artefact:
+        """The one asked for; else the only one, or the only one this user has a shift for."""
+        by_name = {artefact.name: artefact for artefact in info.artefacts}
+        if task is not None:
+            if task not in by_name:
+                raise NotFound(f'the cloud has no task "{one_line(task)[:64]}"; it has {_listed(by_name)}')
+            return by_name[task]
+        return by_name[self._default_task(list(by_name), info.cloud_id, vault)]
+
+    def task(self, vault: Vault, name: str | None) -> Task:
+        """A task by name, as the cloud last described it; offline, and before enrolment too."""
+        from perfit_shared.tasks import Task, task_named
+
+        cloud_id, known = recall(vault)
+        if name is None:
+            if not known:
+                raise NotFound("say which task the examples are of, with --task NAME")
+            name = self._default_task(list(known), cloud_id, vault)
+        if name in known:
+            return Task.from_json(known[name])
+        if known:
+            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {_listed(known)}')
+        return task_named(name)
+
+    def _default_task(self, names: list[str], cloud_id: str, vault: Vault) -> str:
+        if len(names) == 1:
+            return names[0]
+        if not names:
+            raise NotFound("the cloud serves no artefact; ask its operator")
+        from perfit_device import personal
+
+        mine = [name for name in names if vault.has("shift", personal.place_of(cloud_id, name))]
+        if len(mine) != 1:
+            raise NotFound(f"the cloud has several tasks; choose one with --task: {_listed(names)}")
+        return mine[0]
+
+
+def ask_passphrase(prompt: str, *, confirm: bool = False) -> str:
+    """Typed on a terminal, unseen. Raises ConfigError where there is none."""
+    import getpass
+
+    if not sys.stdin.isatty():
+        raise ConfigError("a passphrase is needed; set PERFIT_PASSPHRASE, or run this in a terminal")
+    first = getpass.getpass(f"{prompt}: ")
+    if not first:
+        raise ConfigError("an empty passphrase protects nothing; type one")
+    if confirm and getpass.getpass("The same again: ") != first:
+        raise ConfigError("the two passphrases differ; try again")
+    return first
+
+
+def read_enrolment(vault: Vault) -> Enrolment | None:
+    from perfit_device.identity import Enrolment
+
+    data = vault.get(*_ENROLMENT_PLACE)
+    return None if data is None else Enrolment.from_bytes(data)
+
+
+def write_enrolment(vault: Vault, enrolment: Enrolment) -> None:
+    vault.put(*_ENROLMENT_PLACE, enrolment.to_bytes())
+
+
+def remember(vault: Vault, info: CloudInfo) -> None:
+    """Keep what the cloud serves, so that history can be sorted offline."""
+    data = json.dumps({
+        "cloud_id": info.cloud_id,
+        "base_model": info.base_model,
+        "tasks": {artefact.name: artefact.task.to_json() for artefact in info.artefacts},
+    }).encode()  # fmt: skip
+    if vault.get(*_INFO_PLACE) != data:
+        vault.put(*_INFO_PLACE, data)
+
+
+def recall(vault: Vault) -> tuple[str, dict[str, str]]:
+    """(cloud id, artefact name → task JSON) of the last Describe; empty before the first."""
+    data = vault.get(*_INFO_PLACE)
+    if data is None:
+        return "", {}
+    values = json.loads(data)
+    return values["cloud_id"], values["tasks"]
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,187 @@
+"""The cloud as plain methods: values in and out, every failure an exception of the shared tree."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from perfit_device import enrolment as enrolments
+from perfit_device.channels import mutual_channel, translate
+from perfit_device.codec import (
+    Artefact,
+    CloudInfo,
+    Piece,
+    Prompt,
+    Sampling,
+    Score,
+    ShiftUse,
+    cloud_info_from_wire,
+    piece_from_wire,
+    prompt_to_wire,
+    sampling_to_wire,
+    scores_from_wire,
+    shift_to_wire,
+)
+from perfit_device.identity import Enrolment, life_left
+from perfit_shared.errors import CertificateExpired, InvalidTensors, PerfitError, ShiftMismatch
+from perfit_shared.shifts import ShiftTensors
+from perfit_shared.wire import personalization_pb2 as pb
+from perfit_shared.wire import personalization_pb2_grpc as services
+
+__all__ = ["Cloud"]
+
+# Deadlines in seconds. The long ones leave room for a queue in front of a busy CPU cloud.
+_DEADLINES = {"Describe": 20.0, "FetchSeed": 60.0, "Score": 300.0, "ComputeGradient": 300.0}
+_GENERATE_SECONDS = 600.0
+_ANSWER_CHARACTERS = 1 << 20  # no honest answer is longer
+_LAPSING = 0.001  # share of life left below which a certificate counts as lapsed
+
+
+class Cloud:
+    """One cloud, over mutual TLS. Use `with`; safe for several threads at once.
+
+    `on_renewed` is told of a new certificate, so that it can be kept. `bytes_up` and `bytes_down`
+    count the messages sent and received, without TLS and HTTP/2.
+    """
+
+    def __init__(self, enrolment: Enrolment, on_renewed: Callable[[Enrolment], None] | None = None) -> None:
+        self.enrolment = enrolment
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._on_renewed = on_renewed
+        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        """A channel for a certificate that holds, renewed first where that is due."""
+        if life_left(self.enrolment.certificate) <= _LAPSING:
+            self._keep(enrolments.renew_lapsed(self.enrolment))
+        self._connect()
+        if enrolments.wants_renewal(self.enrolment):
+            try:
+                self._keep(enrolments.renew(self._channel, self.enrolment))
+            except PerfitError:
+                return  # the old one still holds; the call that follows says what is wrong
+            self._channel.close()
+            self._connect()
+
+    def _connect(self) -> None:
+        self._channel = mutual_channel(self.enrolment)
+        self._stub: Any = services.PersonalizationStub(self._channel)
+
+    def _keep(self, enrolment: Enrolment) -> None:
+        self.enrolment = enrolment
+        if self._on_renewed is not None:
+            self._on_renewed(enrolment)
+
+    def close(self) -> None:
+        """Ends every call in flight."""
+        self._channel.close()
+
+    def __enter__(self) -> Cloud:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        return self.enrolment.address
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def describe(self) -> CloudInfo:
+        return cloud_info_from_wire(self._call("Describe", pb.DescribeRequest()))
+
+    def fetch_seed(self, artefact: Artefact) -> ShiftTensors:
+        """Raises ShiftMismatch when the cloud has replaced the artefact since it was described."""
+        response = self._call("FetchSeed", pb.FetchSeedRequest(artefact=artefact.name))
+        if response.version != artefact.version:
+            raise ShiftMismatch(f"the cloud replaced {artefact.name} just now; try again")
+        return _tensors(response.seed, artefact, "a seed")
+
+    def generate(self, prompt: Prompt, use: ShiftUse, sampling: Sampling) -> Iterator[Piece]:
+        """Pieces of an answer as they come. Closing the iterator cancels the call."""
+        request = pb.GenerateRequest(
+            prompt=prompt_to_wire(prompt), shift=shift_to_wire(use), sampling=sampling_to_wire(sampling)
+        )
+        self._count(up=request.ByteSize())
+        call = self._stub.Generate(request, timeout=_GENERATE_SECONDS)
+        length = 0
+        try:
+            for response in call:
+                self._count(down=response.ByteSize())
+                length += len(response.text)
+                if length > _ANSWER_CHARACTERS:
+                    raise PerfitError("the cloud sends without end; the answer was cut off")
+                yield piece_from_wire(response)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        finally:
+            call.cancel()
+
+    def score(self, candidates: Sequence[tuple[Prompt, str]], use: ShiftUse) -> list[Score]:
+        """Log-likelihoods of (prompt, answer) pairs, in their order."""
+        request = pb.ScoreRequest(shift=shift_to_wire(use))
+        for prompt, answer in candidates:
+            request.candidates.add(prompt=prompt_to_wire(prompt), answer=answer)
+        return scores_from_wire(self._call("Score", request), len(candidates))
+
+    def compute_gradient(
+        self, examples: Sequence[tuple[Prompt, str]], artefact: Artefact, tensors: ShiftTensors
+    ) -> tuple[float, int, ShiftTensors]:
+        """(loss in nats a token, target tokens, d loss / d tensors) of one batch."""
+        request = pb.ComputeGradientRequest(shift=shift_to_wire(ShiftUse(artefact, tensors)))
+        for prompt, target in examples:
+            request.examples.add(prompt=prompt_to_wire(prompt), target=target)
+        response = self._call("ComputeGradient", request)
+        gradient = _tensors(response.gradient, artefact, "a gradient", gradient=True)
+        return response.loss, response.tokens, gradient
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def _call(self, method: str, request: Any) -> Any:
+        """One unary call; once more with a new certificate when the old one ran out meanwhile."""
+        try:
+            return self._call_once(method, request)
+        except CertificateExpired:
+            used = self.enrolment
+        with self._lock:
+            if self.enrolment is used:
+                self._keep(enrolments.renew_lapsed(used))
+                self._channel.close()
+                self._open()
+        return self._call_once(method, request)
+
+    def _call_once(self, method: str, request: Any) -> Any:
+        self._count(up=request.ByteSize())
+        try:
+            response = getattr(self._stub, method)(request, timeout=_DEADLINES[method])
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        self._count(down=response.ByteSize())
+        return response
+
+    def _translated(self, error: grpc.RpcError) -> PerfitError:
+        return translate(error, self.enrolment.address, self.enrolment.server_ca)
+
+    def _count(self, *, up: int = 0, down: int = 0) -> None:
+        with self._lock:
+            self.bytes_up += up
+            self.bytes_down += down
+
+
+def _tensors(data: bytes, artefact: Artefact, what: str, *, gradient: bool = False) -> ShiftTensors:
+    """Decoded and checked. Raises PerfitError: what is wrong here is the cloud's doing, not the user's."""
+    try:
+        return ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank, gradient=gradient)
+    except InvalidTensors as error:
+        raise PerfitError(
+            f"the cloud sent {what} that cannot be used ({error}); tell its operator"
+        ) from error

@@ -1,0 +1,215 @@
+"""History files in and out of the vault: formats, what is wrong with them, and forgetting."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perfit_device import history
+from perfit_device.history import HistoryItem
+from perfit_device.imports import read_history
+from perfit_device.sealing import KdfParams
+from perfit_device.vault import Vault
+from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.tasks import TASKS, load_task
+
+TASK = TASKS["news_headline"]
+BRIEF = Path(__file__).parents[3] / "shared" / "data" / "lamp_news"
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Iterator[Vault]:
+    with Vault.create(tmp_path / "v.db", "x", kdf=KdfParams(32, 1, 4)) as opened:
+        yield opened
+
+
+def write(tmp_path: Path, name: str, value: Any) -> Path:
+    path = tmp_path / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value), "utf-8")
+    return path
+
+
+ROWS = [{"text": f"text {n}", "title": f"title {n}", "date": f"2024-02-0{n + 1}"} for n in range(3)]
+CUE = "Generate a headline for the following article: "
+
+
+def lamp_user(uid: int) -> dict[str, Any]:
+    profile = [
+        {"id": f"{uid}{n}", "text": f"old {uid} {n}", "title": "t", "date": "2020-01-01"} for n in range(2)
+    ]
+    query = [{"id": "q", "input": f"{CUE}new {uid}", "gold": "g"}]
+    return {"user_id": uid, "profile": profile, "query": query}
+
+
+LAMP = [lamp_user(uid) for uid in (7, 8, 900)]
+
+
+def test_jsonl_csv_and_json_lists_say_the_same(tmp_path: Path) -> None:
+    jsonl = write(tmp_path, "a.jsonl", "\ufeff" + "\n\n".join(json.dumps(r) for r in ROWS) + "\n")
+    array = write(tmp_path, "b.json", ROWS)
+    table = tmp_path / "c.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["date", "text", "title", "note"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    read = [read_history(path, TASK) for path in (jsonl, array, table)]
+    assert read[0] == read[1] == read[2]
+    assert read[0][0].fields == {"text": "text 0", "title": "title 0"}
+    assert read[0][0].date == "2024-02-01"
+
+
+def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'text,title\n"one, ""two""\nthree",t\n')
+    assert read_history(path, TASK)[0].fields["text"] == 'one, "two"\nthree'
+
+
+def test_line_separators_inside_a_line_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"text": "one\u2028two", "title": "t"}')
+    assert read_history(path, TASK)[0].fields["text"] == "one\u2028two"
+
+
+def test_lamp_files(tmp_path: Path) -> None:
+    path = write(tmp_path, "user_top_100_history.json", LAMP)
+    items = read_history(path, TASK, user="8")
+    assert [(i.fields["text"], i.part) for i in items] == [
+        ("old 8 0", ""), ("old 8 1", ""), ("new 8", "test"),
+    ]  # fmt: skip
+    assert read_history(path, TASK, user="2")[0].fields["text"] == "old 900 0", "an index"
+    with pytest.raises(InvalidData, match="3 users; say which with --user"):
+        read_history(path, TASK)
+    with pytest.raises(InvalidData, match='no user "44"; there are 7, 8, 900'):
+        read_history(path, TASK, user="44")
+    assert len(read_history(write(tmp_path, "one.json", LAMP[:1]), TASK)) == 3
+
+
+@pytest.mark.brief
+@pytest.mark.skipif(not BRIEF.is_dir(), reason="the brief's data is not beside the checkout")
+@pytest.mark.parametrize("name", ["news_headline", "news_categorize"])
+def test_the_briefs_files(name: str, vault: Vault) -> None:
+    folder = BRIEF / name
+    task = load_task(folder, name)
+    items = read_history(folder / "user_top_100_history.json", task, user="12")
+    added, known = history.add(vault, items)
+    assert added + known == len(items) and added > 70
+    split = history.split(history.load(vault, name))
+    assert min(len(split.train), len(split.gate), len(split.test)) > 5
+
+
+def broken_lamp(**changes: Any) -> list[dict[str, Any]]:
+    return [{**LAMP[0], **changes}]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("a.json", "<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        ("a.jsonl", "  <html>", "web page"),
+        ("a.json", '[{"text": "x"', "not JSON"),
+        ("a.jsonl", '{"text": "x", "title": "y"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", '{"text": "x"}', 'line 1: field "title" is missing'),
+        ("a.jsonl", '{"text": " ", "title": "y"}', 'line 1: field "text" is missing, empty'),
+        ("a.jsonl", '{"text": ["x"], "title": "y"}', 'line 1: field "text"'),
+        ("a.jsonl", '{"text": true, "title": "y"}', 'line 1: field "text"'),
+        ("a.jsonl", '"just text"', "line 1: should be an object"),
+        ("a.jsonl", '{"text": "x", "title": "y", "date": "yesterday"}', 'field "date"'),
+        ("a.jsonl", '{"text": "x", "title": "y", "date": 5}', 'field "date"'),
+        ("a.jsonl", '{"text": "x", "title": "y", "part": "best"}', 'field "part"'),
+        ("a.jsonl", "", "no examples"),
+        ("a.json", "[]", "no examples"),
+        ("a.json", "[1, 2]", "list of objects"),
+        ("a.json", [{"text": "x"}], 'item 0: field "title"'),
+        ("a.csv", "text,title\nx\n", "row 2 has not as many columns"),
+        ("a.csv", "text,title\nx,y,z\n", "row 2 has not as many columns"),
+        ("a.csv", 'text,title\n"x,y\n', "not CSV"),
+        ("a.csv", "body,title\nx,y\n", 'row 2: field "text"'),
+        ("a.json", broken_lamp(profile={"a": 1}), 'user 7: field "profile" should be a list'),
+        ("a.json", broken_lamp(profile=[{"id": "p1", "text": "x"}]), 'profile item p1: field "title"'),
+        ("a.json", broken_lamp(query=[{"id": "q1", "input": "x"}]), 'query q1: field "gold"'),
+        (
+            "a.json",
+            broken_lamp(query=[{"id": "q1", "input": "no cue", "gold": "x"}]),
+            "query q1: input lacks",
+        ),
+        ("a.json", "[" * 100_000, "not JSON"),
+    ],
+)
+def test_malformed_files_name_file_item_and_field(tmp_path: Path, name: str, value: Any, says: str) -> None:
+    path = write(tmp_path, name, value)
+    with pytest.raises(InvalidData) as raised:
+        read_history(path, TASK)
+    assert str(raised.value).startswith(f"{path}: ") and says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("text,title\ncafé,x\n".encode("latin-1"))
+    for path, says in (
+        (latin, "UTF-8"),
+        (tmp_path / "none.csv", "No such file"),
+        (tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(InvalidData, match=says):
+            read_history(path, TASK)
+
+
+def test_import_is_all_or_nothing_and_never_twice(vault: Vault) -> None:
+    items = [HistoryItem.make(TASK, row) for row in ROWS]
+    assert history.add(vault, items) == (3, 0)
+    assert history.add(vault, items) == (0, 3)
+
+    def breaks() -> Iterator[HistoryItem]:
+        yield HistoryItem.make(TASK, {"text": "new", "title": "new"})
+        raise InvalidData("the next one is wrong")
+
+    with pytest.raises(InvalidData):
+        history.add(vault, breaks())
+    assert len(history.load(vault)) == 3
+
+
+def test_undated_examples_keep_their_order(vault: Vault) -> None:
+    for n in (3, 1, 2):
+        history.add(vault, [HistoryItem.make(TASK, {"text": f"t{n}", "title": "x"})])
+    assert [i.fields["text"] for i in history.load(vault)] == ["t3", "t1", "t2"]
+
+
+def test_labels_of_ones_own_are_welcome() -> None:
+    item = HistoryItem.make(TASKS["news_categorize"], {"text": "x", "category": "tell mom"})
+    assert item.fields["category"] == "tell mom"
+
+
+def test_ratings_may_be_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"text": "fine", "score": 4}')
+    assert read_history(path, TASKS["product_rating"])[0].fields["score"] == "4"
+
+
+def test_forgetting_is_by_name_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "v.db"
+    with Vault.create(path, "x", kdf=KdfParams(32, 1, 4)) as vault:
+        history.add(vault, [HistoryItem.make(TASK, row) for row in ROWS])
+        items = history.load(vault)
+        sealed = [
+            row[0] for row in vault._connection.execute("SELECT sealed FROM rows WHERE kind = 'example'")
+        ]
+        assert history.forget(vault, history.find(items, [items[0].short, items[1].name])) == 2
+        assert [i.name for i in history.load(vault)] == [items[2].name]
+        for prefix, error in (("zzzz", NotFound), (items[0].short, NotFound), ("", NotFound)):
+            with pytest.raises(error):
+                history.find(history.load(vault), [prefix])
+        with pytest.raises(InvalidInput):
+            history.find([items[0], items[0]], [items[0].short])
+    data = path.read_bytes()
+    assert sum(row[:16] in data for row in sealed) == 1
+
+
+def test_forgetting_drops_the_half_done_update_that_saw_it(vault: Vault) -> None:
+    history.add(vault, [HistoryItem.make(TASK, row) for row in ROWS])
+    vault.put("checkpoint", "cloud/headlines/news_headline", b"x")
+    vault.put("checkpoint", "cloud/news_categorize/news_categorize", b"x")
+    history.forget(vault, history.load(vault)[:1])
+    assert list(vault.list("checkpoint")) == ["cloud/news_categorize/news_categorize"]

@@ -1,0 +1,270 @@
+"""The update loop against a quadratic in this process: resume, gate, and a cloud that goes away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perfit_device import history, personal, updates
+from perfit_device.codec import Artefact
+from perfit_device.history import HistoryItem, Split
+from perfit_device.sealing import KdfParams
+from perfit_device.updates import Checkpoint, Patience, Plan, Result, Update
+from perfit_device.vault import Vault
+from perfit_shared.errors import (
+    Busy,
+    InvalidData,
+    InvalidInput,
+    ShiftMismatch,
+    Unavailable,
+    UpdateFailed,
+    VaultDamaged,
+)
+from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.tasks import TASKS
+
+SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=3, hidden_size=12)
+TASK = TASKS["news_headline"]
+ARTEFACT = Artefact("news_headline", "v1", SPEC, TASK, 0.02, 4, 4)
+PLACE = updates.place_of("cloud", "news_headline", "news_headline")
+SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 0)
+NO_WAIT = Patience(give_up=1.0, sleep=lambda seconds: None, clock=iter(np.arange(0, 1e6, 0.1)).__next__)
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Iterator[Vault]:
+    with Vault.create(tmp_path / "v.db", "x", kdf=KdfParams(32, 1, 4)) as opened:
+        yield opened
+
+
+def make_split(count: int = 30) -> Split:
+    items = [
+        HistoryItem.make(TASK, {"text": f"text {n}", "title": f"t {n}"}, date=f"2024-01-{n + 1:02}")
+        for n in range(count)
+    ]
+    return history.split(items)
+
+
+def pull(item: HistoryItem) -> float:
+    return 0.3 + len(item.fields["text"]) / 100 + int(item.fields["text"].split()[1]) / 500
+
+
+def gradient(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
+    goal, shift = np.float32(np.mean([pull(i) for i in items])), tensors.layers[1]
+    parts = (shift.rotation - shift.source, shift.source - goal, shift.bias - goal)
+    loss = sum(float((part**2).mean()) for part in parts)
+    return loss, len(items), ShiftTensors({1: LayerShift(*(2 * p / p.size for p in parts))})
+
+
+def evaluate(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
+    return gradient(items, tensors)[0]
+
+
+def plan_for(split: Split, **changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "epochs": 4, "learning_rate": 0.02, "batch_size": 4, "seed": 0, "fresh": False,
+        "history": split.digest(), "version": "v1", "examples": len(split.train),
+    }  # fmt: skip
+    return Plan(**(values | changes))
+
+
+def prepared(vault: Vault, *, plan: Plan | None = None, **changes: Any) -> Update:
+    split = make_split()
+    options: dict[str, Any] = {
+        "start": SEED, "updates": 0, "gradient": gradient, "evaluate": evaluate, "patience": NO_WAIT,
+        "checkpoint_seconds": 0.0,
+    }  # fmt: skip
+    return Update(vault, "cloud", ARTEFACT, split, plan or plan_for(split), **(options | changes))
+
+
+def failing_after(calls: int, error: BaseException) -> Callable[..., Any]:
+    left = iter(range(calls))
+
+    def call(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Any:
+        if next(left, None) is None:
+            raise error
+        return gradient(items, tensors)
+
+    return call
+
+
+def final(vault: Vault) -> str:
+    shift = personal.load(vault, "cloud", ARTEFACT)
+    assert shift is not None
+    return shift.tensors.digest()
+
+
+def test_training_lowers_the_loss_and_the_gate_accepts(vault: Vault) -> None:
+    result: Result = prepared(vault).run()
+    assert result.gate.accepted and result.gate.after < 0.7 * result.gate.before
+    assert result.loss_last < result.loss_first
+    assert (result.examples, result.steps, result.epochs) == (21, 24, 4)
+    assert updates.read_checkpoint(vault, PLACE) is None
+    shift = personal.load(vault, "cloud", ARTEFACT)
+    assert shift is not None and shift.updates == 1
+    shift.tensors.check(SPEC, SPEC.personal_rank)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Unavailable("gone"), MemoryError()])
+@pytest.mark.parametrize("calls", [1, 7, 23])
+def test_an_interrupted_update_resumes_exactly(
+    vault: Vault, tmp_path: Path, stop: BaseException, calls: int
+) -> None:
+    with Vault.create(tmp_path / "straight.db", "x", kdf=KdfParams(32, 1, 4)) as straight:
+        prepared(straight).run()
+        expected = final(straight)
+    first = prepared(vault, gradient=failing_after(calls, stop), checkpoint_seconds=1e9)
+    with pytest.raises(UpdateFailed if isinstance(stop, Unavailable) else type(stop)):
+        first.run()
+    again = prepared(vault)
+    assert again.resumed_from == calls
+    result = again.run()
+    assert result.steps == 24 and result.resumed_from == calls
+    assert final(vault) == expected
+
+
+def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
+    def gone(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(vault, evaluate=gone, checkpoint_seconds=1e9).run()
+    again = prepared(vault, gradient=failing_after(0, AssertionError()))
+    assert again.resumed_from == 24
+    assert again.run().gate.accepted
+
+
+def test_checkpoint_bytes_round_trip(vault: Vault) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepared(vault, gradient=failing_after(5, KeyboardInterrupt())).run()
+    data = vault.get("checkpoint", PLACE)
+    assert data is not None
+    once = Checkpoint.from_bytes(data)
+    twice = Checkpoint.from_bytes(once.to_bytes())
+    assert (twice.plan, twice.losses, twice.seconds) == (once.plan, once.losses, once.seconds)
+    assert once.step == 5 and twice.tensors.digest() == once.tensors.digest()
+    for broken in (b"", data[:100], data[:-100], b"x" * 200):
+        with pytest.raises(VaultDamaged):
+            Checkpoint.from_bytes(broken)
+
+
+def test_another_plan_starts_anew(vault: Vault) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepared(vault, gradient=failing_after(5, KeyboardInterrupt())).run()
+    split = make_split()
+    for changes in ({"epochs": 5}, {"history": "other"}, {"version": "v2"}, {"fresh": True}, {"seed": 1}):
+        assert prepared(vault, plan=plan_for(split, **changes)).resumed_from == 0
+
+
+def test_the_gate_keeps_a_worse_candidate_out(vault: Vault) -> None:
+    personal.store(vault, "cloud", ARTEFACT, personal.PersonalShift(SEED, 3))
+    worse = prepared(
+        vault, updates=3, evaluate=lambda items, tensors: 1.0 if tensors.digest() == SEED.digest() else 1.1
+    )
+    result = worse.run()
+    assert not result.gate.accepted
+    kept = personal.load(vault, "cloud", ARTEFACT)
+    assert kept is not None and kept.updates == 3 and kept.tensors.digest() == SEED.digest()
+    assert updates.read_checkpoint(vault, PLACE) is None
+    same = prepared(vault, updates=3, evaluate=lambda items, tensors: 1.0)
+    assert not same.run().gate.accepted, "as good is not better"
+
+
+def test_the_gate_sees_its_own_part_alone(vault: Vault) -> None:
+    split, seen = make_split(), set()
+
+    def watching(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
+        seen.update(items and [i.name for i in items])
+        return evaluate(items, tensors)
+
+    prepared(vault, evaluate=watching).run()
+    assert seen == {i.name for i in split.gate}
+    names = [{i.name for i in part} for part in (split.train, split.gate, split.test)]
+    assert sum(map(len, names)) == len(set.union(*names)) == 30
+
+
+def test_a_cloud_that_comes_back_is_waited_for(vault: Vault) -> None:
+    waits: list[float] = []
+    trouble = iter([Unavailable("a"), Busy("b", retry_ms=700), Unavailable("c")])
+
+    def shaky(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Any:
+        error = next(trouble, None)
+        if error is not None:
+            raise error
+        return gradient(items, tensors)
+
+    patience = Patience(give_up=60.0, sleep=waits.append)
+    assert prepared(vault, gradient=shaky, patience=patience).run().gate.accepted
+    assert len(waits) == 3 and waits[1] >= 0.7 and all(0 < wait <= 8 for wait in waits)
+
+
+def test_a_cloud_that_stays_away_ends_it_with_a_hint(vault: Vault) -> None:
+    with pytest.raises(UpdateFailed, match="after step 6 of 24, and `perfit update` resumes"):
+        prepared(vault, gradient=failing_after(6, Unavailable("gone"))).run()
+
+
+def test_divergence_drops_the_update_alone(vault: Vault) -> None:
+    def diverges(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Any:
+        return math.nan, 1, SEED
+
+    with pytest.raises(UpdateFailed, match="try --lr"):
+        prepared(vault, gradient=diverges).run()
+    assert updates.read_checkpoint(vault, PLACE) is None
+    assert personal.load(vault, "cloud", ARTEFACT) is None
+
+
+def test_every_epoch_sees_every_example_once() -> None:
+    plan = plan_for(make_split())
+    for epoch in range(plan.epochs):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        assert sorted(row for step in steps for row in plan.batch(step)) == list(range(21))
+    assert plan.batch(0) != plan.batch(plan.steps_per_epoch)
+
+
+def test_nonsense_plans_are_refused() -> None:
+    split = make_split()
+    for changes in ({"epochs": 0}, {"batch_size": 0}, {"learning_rate": math.nan}, {"seed": -1}):
+        with pytest.raises(InvalidInput):
+            plan_for(split, **changes)
+
+
+def test_a_shift_of_another_artefact_version_is_a_mismatch(vault: Vault) -> None:
+    from dataclasses import replace
+
+    personal.store(vault, "cloud", ARTEFACT, personal.PersonalShift(SEED, 1))
+    with pytest.raises(ShiftMismatch, match="--fresh"):
+        personal.load(vault, "cloud", replace(ARTEFACT, version="v2"))
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(10, (4, 3, 3)), (20, (13, 3, 4)), (100, (70, 12, 18))])
+def test_the_split_is_by_time(count: int, sizes: tuple[int, int, int]) -> None:
+    split = (
+        make_split(min(count, 28))
+        if count < 28
+        else history.split(
+            [
+                HistoryItem.make(TASK, {"text": f"text {n}", "title": "t"}, date=f"{1900 + n}")
+                for n in range(count)
+            ]
+        )
+    )
+    assert (len(split.train), len(split.gate), len(split.test)) == sizes
+    dates = [i.date for part in (split.train, split.gate, split.test) for i in part]
+    assert dates == sorted(dates)
+
+
+def test_an_explicit_test_part_stays_the_test() -> None:
+    items = [
+        HistoryItem.make(TASK, {"text": f"text {n}", "title": "t"}, part="test" if n < 5 else "")
+        for n in range(45)
+    ]
+    split = history.split(items)
+    assert (len(split.train), len(split.gate), len(split.test)) == (34, 6, 5)
+    assert {i.part for i in split.test} == {"test"}
+    with pytest.raises(InvalidData, match="at least 7"):
+        history.split(items[:10])
