@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-slow lint wire starter clean
+.PHONY: help setup demo test test-slow lint wire help-page starter clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
@@ -36,6 +36,9 @@ lint: setup
 
 wire: setup
 	$(BIN)/python scripts/generate_wire.py
+
+help-page: setup
+	$(BIN)/python scripts/generate_help.py
 
 starter: setup
 	$(BIN)/python scripts/build_starter.py

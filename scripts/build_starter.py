@@ -3,7 +3,7 @@
     python scripts/build_starter.py --data ../shared/data --models ../shared/models
 
 Stages, each skipped when its result is there (remove it to run again):
-1. `starter_pretrain.py` → runs/starter/model → cloud/perfit_cloud/starter/model
+1. `starter_pretrain.py` → runs/starter/model → cloud/perfit_cloud/starter/perfit-starter
 2. `perfit-cloud collective train` on user_others of both tasks → cloud/perfit_cloud/starter/<task>
 3. measurements on the 24 authors nobody trained on → docs/results/starter.json
 4. the model card, with 30 unpicked samples → cloud/perfit_cloud/starter/README.md
@@ -84,7 +84,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
 
-    models = {"starter": (STARTER / "model", STARTER)}
+    models = {"starter": (STARTER / "perfit-starter", STARTER)}
     if (args.models / "newslm").is_dir():
         models["newslm"] = (args.models / "newslm", args.newslm_artefacts)
     results: dict[str, Any] = {}
@@ -188,17 +188,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/starter"))
     args = parser.parse_args()
 
-    if not (STARTER / "model" / "model.safetensors").is_file():
+    if not (STARTER / "perfit-starter" / "model.safetensors").is_file():
         if not (args.out / "pretrain.json").is_file():
             script = [sys.executable, str(ROOT / "scripts" / "starter_pretrain.py")]
             subprocess.run([*script, "--data", str(args.data), "--out", str(args.out)], check=True)
-        shutil.copytree(args.out / "model", STARTER / "model", dirs_exist_ok=True)
+        shutil.copytree(args.out / "model", STARTER / "perfit-starter", dirs_exist_ok=True)
         shutil.copy(args.out / "pretrain.json", STARTER / "pretrain.json")
     for task in TASKS:
         if not (STARTER / task / "artefact.json").is_file():
             subprocess.run(
                 [str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--data",
-                 str(args.data / "lamp_news" / task), "--model", str(STARTER / "model"),
+                 str(args.data / "lamp_news" / task), "--model", str(STARTER / "perfit-starter"),
                  "--out", str(STARTER / task), *SPEC],
                 check=True,
             )  # fmt: skip

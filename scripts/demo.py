@@ -129,7 +129,7 @@ def main() -> int:
     started = time.monotonic()
     shutil.rmtree(RUN, ignore_errors=True)
     artefacts = [STARTER / task for _, task, *_ in CAST]
-    with LocalCloud(STARTER / "model", artefacts, RUN / "cloud") as cloud:
+    with LocalCloud(STARTER / "perfit-starter", artefacts, RUN / "cloud") as cloud:
         said = cloud.said
         say(f"cloud serves {said['model']} with {', '.join(said['artefacts'])} at {said['address']}")
         people = [person(cloud, entry) for entry in CAST]

@@ -16,7 +16,7 @@ STARTER = ROOT / "cloud" / "perfit_cloud" / "starter"
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        with LocalCloud(STARTER / "model", [STARTER / "news_categorize"], work / "cloud") as cloud:
+        with LocalCloud(STARTER / "perfit-starter", [STARTER / "news_categorize"], work / "cloud") as cloud:
             invite = cloud.invite()
             local.BIN = Path(os.environ["PERFIT_DEVICE_BIN"])
             device = Device(work / "home", "default")

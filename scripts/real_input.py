@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("news_headline", "news_categorize")
 # The yardstick's: blocks 2 and 3 of 8, ranks 32/4, f7+l7.
 SPEC = ["--layers", "2;3", "--positions", "f7+l7", "--collective-rank", "32", "--personal-rank", "4"]
-MODES = ("base", "collective", "personal", "other")
+MODES = ("base", "collective", "seed", "personal", "other")
 
 
 def say(text: str) -> None:
@@ -73,9 +73,7 @@ def run_task(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             result = device.json("update", "--task", task, *args.update_flag)
             (work / f"{user}.update.json").write_text(json.dumps(result))
             device("export", "--shift", str(shift), "--task", task)
-            say(
-                f"{task} {user}: {result['examples']} examples, {result['seconds']:.0f} s, gate {result['gate']}"
-            )
+            say(f"{task} {user}: updated in {result['seconds']:.0f} s, gate {result['gate']}")
 
         def evaluate(at: int) -> dict[str, Any]:
             user, other = users[at], users[(at + 1) % len(users)]

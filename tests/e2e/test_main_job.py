@@ -177,7 +177,17 @@ def test_cloud_killed_in_mid_update_and_mid_answer(
         device("history", "import", str(history), "--task", TASK)
         assert device.json("status")["tasks"][TASK]["updates"] == 0
 
-        answer = device.popen("ask", "the cat", "--max-tokens", "150", "--mode", "base", "--temperature", "3")
+        # 240 tokens take the tiny model over a second; the first have come when the cloud dies.
+        answer = device.popen("ask", "the cat", "--max-tokens", "240", "--mode", "base", "--temperature", "3")
+        assert answer.stdout is not None
+        assert answer.stdout.read(1)
+        cloud.kill()
+        _, said = answer.communicate(timeout=60)
+        assert answer.returncode == 1
+        assert "cloud" in said
+        assert "Traceback" not in said
+
+        cloud.at_the_same_ports()
         update = device.popen("update", "--task", TASK, "--epochs", "60", "--lr", "0.02")
         assert update.stderr is not None
         while "loss" not in update.stderr.readline():  # progress: at least one step has been taken

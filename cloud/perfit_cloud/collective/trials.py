@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,13 +12,14 @@ from perfit_cloud.collective.steps import batches, evaluate, from_torch, rate_at
 from perfit_cloud.collective.training import FORWARD, Training
 from perfit_cloud.engine.gradients import Pair
 
-__all__ = ["DEVICE_FACTORS", "choose_device_rate", "choose_rate", "device_users", "trial_steps"]
+__all__ = ["DEVICE_FACTOR", "choose_device_rate", "choose_rate", "device_users", "trial_steps"]
 
 # From what suits billions of parameters (PerFit) past what suits millions (about 1e-3 at 8M).
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-_FIRST = (1, 2, 3)  # rungs tried in any case
-DEVICE_FACTORS = (2.5, 5.0, 10.0)  # of stage 1's rate
-_SHARE = 0.02  # of all steps, one trial
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_FIRST = (1, 2, 3)  # rungs of stage 1 that are tried in any case
+_DEVICE_FIRST = (2, 3, 4)  # a user has few steps, so more of each
+DEVICE_FACTOR = 5.0  # of stage 1's rate, where there is no user to try on
+_SHARE = 0.05  # of all steps, one trial: shorter ones favour low rates
 _LEAST, _MOST = 4, 60  # steps of one trial
 _LEAST_EXAMPLES = 15  # of a user whose update is simulated
 _USERS = 3
@@ -32,7 +33,6 @@ def trial_steps(training: Training) -> int:
 def choose_rate(training: Training) -> None:
     """Set `record.learning_rate` and `record.trials`: short runs from the start over the same batches.
 
-    The three middle rungs of LADDER first, then the next one outwards if the best was at the edge.
     Trials that an interrupted run has done are not repeated. Ends with a checkpoint.
     """
     record = training.record
@@ -40,16 +40,21 @@ def choose_rate(training: Training) -> None:
         record.learning_rate = training.settings.learning_rate
     if record.learning_rate:
         return
-    losses = {rung: _trial(training, rung) for rung in _FIRST}
+    best = _search(_FIRST, lambda rung: _trial(training, rung))
+    record.learning_rate = LADDER[best]
+    training.progress.say(f"learning rate {LADDER[best]:g}")
+    training.save()
+
+
+def _search(first: Sequence[int], loss_of: Callable[[int], float]) -> int:
+    """The best rung of LADDER: of `first`, and onwards while the best so far lies at an edge."""
+    losses = {rung: loss_of(rung) for rung in first}
     while True:
         best = min(losses, key=losses.__getitem__)
         beyond = [rung for rung in (best - 1, best + 1) if rung not in losses and 0 <= rung < len(LADDER)]
         if not beyond:
-            break
-        losses[beyond[0]] = _trial(training, beyond[0])
-    record.learning_rate = LADDER[best]
-    training.progress.say(f"learning rate {LADDER[best]:g}")
-    training.save()
+            return best
+        losses[beyond[0]] = loss_of(beyond[0])
 
 
 def _trial(training: Training, rung: int) -> float:
@@ -91,26 +96,31 @@ def choose_device_rate(training: Training) -> float:
     Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each user and
     measures on the rest; appends to `record.device_trials`, each with the losses before and after.
     Those users were part of stage 1, so the losses flatter; only their order is used. Without
-    such users: 2.5 times stage 1's rate.
+    such users: DEVICE_FACTOR times stage 1's rate.
     """
     if training.settings.device_learning_rate is not None:
         return training.settings.device_learning_rate
     record = training.record
     users = device_users(training)
     if not users:
-        return DEVICE_FACTORS[0] * record.learning_rate
-    for factor in DEVICE_FACTORS:
-        rate = factor * record.learning_rate
-        if any(done["learning_rate"] == rate for done in record.device_trials):
-            continue
-        losses = np.mean([_update(training, pairs, rate) for pairs in users], axis=0)
-        before, after = float(losses[0]), float(losses[1])
-        training.progress.say(f"device learning rate {rate:g}: held-out loss {before:.4f} -> {after:.4f}")
-        record.device_trials.append({
-            "learning_rate": rate, "before": before, "after": after, "users": len(users),
-        })  # fmt: skip
-        training.save()
-    return min(record.device_trials, key=lambda done: done["after"])["learning_rate"]
+        return DEVICE_FACTOR * record.learning_rate
+    return LADDER[_search(_DEVICE_FIRST, lambda rung: _device_trial(training, users, rung))]
+
+
+def _device_trial(training: Training, users: Sequence[Sequence[Pair]], rung: int) -> float:
+    rate, record = LADDER[rung], training.record
+    for done in record.device_trials:
+        if done["learning_rate"] == rate:
+            return done["after"]
+    losses = np.mean([_update(training, pairs, rate) for pairs in users], axis=0)
+    before, after = float(losses[0]), float(losses[1])
+    after = after if math.isfinite(after) else math.inf  # it diverged
+    training.progress.say(f"device learning rate {rate:g}: held-out loss {before:.4f} -> {after:.4f}")
+    record.device_trials.append({
+        "learning_rate": rate, "before": before, "after": after, "users": len(users),
+    })  # fmt: skip
+    training.save()
+    return after
 
 
 def _update(training: Training, pairs: Sequence[Pair], rate: float) -> tuple[float, float]:

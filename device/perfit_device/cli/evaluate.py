@@ -17,6 +17,9 @@ def evaluate(
     shift: Annotated[
         Path | None, typer.Option("--shift", metavar="FILE", help="Also someone else's exported shift.")
     ] = None,
+    with_seed: Annotated[
+        bool, typer.Option("--with-seed", help="Also the seed, where every shift starts.")
+    ] = False,
     answers: Annotated[
         bool, typer.Option("--answers", help="Also print the answers, beside the golds.")
     ] = False,
@@ -41,11 +44,10 @@ def evaluate(
         mine = personal.load(vault, info.cloud_id, artefact)
         if mine is None:
             say("no personal shift yet, so personal is the seed; `perfit update` trains one")
-        uses = {
-            "base": ShiftUse(),
-            "collective": ShiftUse(artefact),
-            "personal": ShiftUse(artefact, mine.tensors if mine else cloud.fetch_seed(artefact)),
-        }
+        uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
+        if with_seed or mine is None:
+            uses["seed"] = ShiftUse(artefact, cloud.fetch_seed(artefact))
+        uses["personal"] = ShiftUse(artefact, mine.tensors) if mine else uses["seed"]
         if shift is not None:
             uses["other"] = ShiftUse(artefact, personal.read_file(shift, artefact))
         vault.close()
