@@ -27,8 +27,14 @@ from perfit_shared.tasks import Task, load_task
 ROOT = Path(__file__).resolve().parents[1]
 STARTER = ROOT / "cloud" / "perfit_cloud" / "starter"
 TASKS = ("news_headline", "news_categorize")
-# Three early blocks of six: a small model has more to gain there than at the paper's depth.
-SPEC = ["--layers", "1;2;3", "--positions", "f7+l7", "--collective-rank", "32", "--personal-rank", "16"]
+# Early blocks: a small model has more to gain there than at the paper's depth.
+COMMON = ["--positions", "f7+l7", "--collective-rank", "32", "--personal-rank", "16", "--threads", "1"]
+SPEC = {
+    # The base model has read these very headlines, so trial updates on them tell nothing; the rate is
+    # what suited another small model on authors that it had not read.
+    "news_headline": ["--layers", "0;1;2;3;4", "--device-lr", "5e-3"],
+    "news_categorize": ["--layers", "1;2;3"],
+}
 SAMPLES = 30
 
 
@@ -199,7 +205,7 @@ def main() -> None:
             subprocess.run(
                 [str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--data",
                  str(args.data / "lamp_news" / task), "--model", str(STARTER / "perfit-starter"),
-                 "--out", str(STARTER / task), *SPEC],
+                 "--out", str(STARTER / task), *SPEC[task], *COMMON],
                 check=True,
             )  # fmt: skip
     results = measure_all(args)

@@ -41,9 +41,13 @@ class LocalCloud:
         *, log: Path | None = None, flags: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.state, self._log = state, log or state.with_suffix(".log")
+        # A cloud that ran before comes back where its devices look for it.
+        known = state / "addresses.json"
+        ports = json.loads(known.read_text()) if known.exists() else {}
+        address, enrol_address = (ports.get(k, "127.0.0.1:0") for k in ("address", "enrol_address"))
         self._command = [
             str(BIN / "perfit-cloud"), "serve", "--model", str(model), "--state", str(state), "--json",
-            "--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", *flags,
+            "--address", address, "--enrol-address", enrol_address, *flags,
         ]  # fmt: skip
         for artefact in artefacts:
             self._command += ["--artefact", str(artefact)]

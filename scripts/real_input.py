@@ -4,7 +4,8 @@
 
 For each task: stage 1 on `user_others.json` (reused when its artefact is there), one cloud, and for
 each author of `user_top_100_history.json` a device that enrols, imports that author's history,
-updates, and evaluates on the author's held-out queries; someone else's shift is the next author's.
+updates, and evaluates on the author's held-out queries; someone else's shift is the next
+author's who has one.
 Resumable: an author whose result is there is skipped. Writes `--json FILE` (default
 docs/results/real_input.json).
 """
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("news_headline", "news_categorize")
 # The yardstick's: blocks 2 and 3 of 8, ranks 32/4, f7+l7.
 SPEC = ["--layers", "2;3", "--positions", "f7+l7", "--collective-rank", "32", "--personal-rank", "4"]
+# What the trials on held-out users chose in an earlier run; fixed, so that this one repeats it.
+RATES = {"news_headline": "3e-4", "news_categorize": "1e-4"}
 MODES = ("base", "collective", "seed", "personal", "other")
 
 
@@ -40,7 +43,8 @@ def train(task: str, args: argparse.Namespace) -> Path:
         say(f"{task}: stage 1")
         command = [
             str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--model", str(args.model),
-            "--data", str(args.data / "lamp_news" / task), "--out", str(out), *SPEC, *args.train_flag,
+            "--data", str(args.data / "lamp_news" / task), "--out", str(out), *SPEC, "--lr",
+            RATES[task], *args.train_flag,
         ]  # fmt: skip
         subprocess.run(command, check=True)
     return Path(out)
@@ -58,31 +62,34 @@ def run_task(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     work = args.out / task
     work.mkdir(parents=True, exist_ok=True)
     history = args.data / "lamp_news" / task / "user_top_100_history.json"
-    users = [u["user_id"] for u in json.loads(history.read_text())][: args.users]
+    users = [str(u["user_id"]) for u in json.loads(history.read_text())][: args.users]
     with (
         LocalCloud(args.model, [artefact], work / "cloud") as cloud,
         ThreadPoolExecutor(args.at_once) as pool,
     ):
 
         def update(user: str) -> None:
-            shift = work / f"{user}.safetensors"
-            if shift.exists():
+            shift, done = work / f"{user}.safetensors", work / f"{user}.update.json"
+            if done.exists():
                 return
             device = Device(work / "homes", user)
             enrol(device, task=task, history=history, user=user, invite=cloud.invite())
             result = device.json("update", "--task", task, *args.update_flag)
-            (work / f"{user}.update.json").write_text(json.dumps(result))
-            device("export", "--shift", str(shift), "--task", task)
+            if result["gate"]["accepted"]:
+                device("export", "--shift", str(shift), "--task", task)
+            done.write_text(json.dumps(result))
             say(f"{task} {user}: updated in {result['seconds']:.0f} s, gate {result['gate']}")
 
         def evaluate(at: int) -> dict[str, Any]:
-            user, other = users[at], users[(at + 1) % len(users)]
+            user = users[at]
+            later = [*users[at + 1 :], *users[:at]]
+            # An author whose update the gate refused has no shift to lend.
+            other = next(u for u in later if (work / f"{u}.safetensors").exists())
             done = work / f"{user}.evaluate.json"
             if not done.exists():
                 device = Device(work / "homes", user)
-                result = device.json(
-                    "evaluate", "--task", task, "--shift", str(work / f"{other}.safetensors")
-                )
+                foreign = str(work / f"{other}.safetensors")
+                result = device.json("evaluate", "--task", task, "--shift", foreign, "--with-seed")
                 done.write_text(json.dumps({"user_id": user, **result}))
                 say(f"{task} {user}: loss {result['loss']}")
             return dict(json.loads(done.read_text()))

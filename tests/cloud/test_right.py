@@ -9,11 +9,12 @@ import pytest
 import torch
 from tests.conftest import FAMILIES, random_shift
 
+from perfit_cloud.engine import generation
 from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
-from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.gradients import GradientEngine, passes
 from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.shifts import Group, hooked, open_book, phi, row_index, to_torch
-from perfit_shared.errors import Busy, InvalidPrompt
+from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
@@ -199,29 +200,161 @@ def _local_loss(base: Any, artefact: Any, leaves: Any, prompt: list[int], target
     return torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum")
 
 
-def test_a_neighbour_changes_no_bit_of_mine(load: Any, make_artefact: Any) -> None:
-    """Same shapes, other tensors and other text beside me: my hidden states stay bit for bit."""
+class Recorded:
+    """Serves requests that all enter one batch, and keeps the logits of every one's tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: GenerationEngine) -> None:
+        self.engine = engine
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        sample = generation._PerRequestSampling.__call__
+
+        def recording(processor: Any, ids: Any, logits: torch.Tensor, args: Any) -> torch.Tensor:
+            new = [f for f in processor._manager.scheduled() if f.has_new_token]
+            for future, row in zip(new, logits.clone(), strict=False):  # padded at the end
+                self.rows.setdefault(future.state.request_id, []).append(row)
+            return sample(processor, ids, logits, args)
+
+        monkeypatch.setattr(generation._PerRequestSampling, "__call__", recording)
+
+    def __call__(self, wanted: list[tuple[list[int], ShiftUse, Sampling]]) -> list[torch.Tensor]:
+        """Logits (tokens, V) of each request."""
+        self.rows.clear()
+        manager = self.engine._manager
+        assert manager is not None
+        with manager.pause():
+            answers = [self.engine.submit(*w) for w in wanted]
+        for answer in answers:
+            list(answer)
+        return [torch.stack(self.rows[a._id]) for a in answers]
+
+
+def test_served_logits_equal_the_untouched_model_s(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a tiny random model may agree by luck, so the logits have to, too."""
+    base, _, engine = family
+    wanted = [(p, ShiftUse(Mode.BASE), Sampling(4)) for p in prompts(16)]
+    for (prompt, _, _), logits in zip(wanted, Recorded(monkeypatch, engine)(wanted), strict=True):
+        with torch.no_grad():
+            want = base.model(torch.tensor([prompt])).logits[0, -1]
+        assert torch.allclose(logits[0], want, atol=2e-4, rtol=1e-4), (logits[0] - want).abs().max()
+
+
+def test_a_neighbour_changes_no_bit_of_mine(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same shapes, other tensors and other text beside me: not one bit of my logits moves.
+
+    Both artefacts, all modes and chunked prefill in one batch; the neighbours' tensors are as
+    large as the wire lets through.
+    """
+    _, artefacts, engine = family
+    rng = np.random.default_rng(3)
+
+    def crowd(seed: int, size: float) -> list[tuple[list[int], ShiftUse, Sampling]]:
+        out = []
+        for i, artefact in enumerate([*artefacts.values()] * 3):
+            text = [0, *np.random.default_rng([seed, i]).integers(3, 250, 12 + 9 * i).tolist()]
+            person = random_shift(artefact.spec, artefact.spec.personal_rank, seed + i, size)
+            person.check(artefact.spec, artefact.spec.personal_rank)
+            out.append((text, ShiftUse(Mode.PERSONAL, artefact, person), Sampling(NEW, temperature=1.0)))
+        return out
+
+    mine = [([0, *rng.integers(3, 250, 40).tolist()], use, Sampling(NEW)) for use in uses(artefacts, 3)]
+    record = Recorded(monkeypatch, engine)
+    # Neighbours may end sooner or later than before: my shapes stay mine for the prompt and the
+    # first token at least, and all of my tokens must be the same.
+    first, second = record([*mine, *crowd(1, 0.5)])[:3], record([*mine, *crowd(2, 8.0)])[:3]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.isfinite(b).all()
+        assert torch.equal(a.argmax(1), b.argmax(1))
+
+
+def test_gradients_feel_no_other_call(load: Any, make_artefact: Any) -> None:
     base = load("llama")
     artefact = make_artefact(base)
-    collective = to_torch(artefact.collective, base.device)
+    engine = GradientEngine(base)
+    pairs = [(p, [9, 8, 1]) for p in prompts(4)]
+    use = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, 3, 1))
+    other = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, 3, 2, size=8.0))
+    try:
+        before = engine.gradient(pairs, use)
+        engine.gradient([(p, [99, 1]) for p in prompts(8)], other)
+        after = engine.gradient(pairs, use)
+    finally:
+        engine.close()
+    assert before.tensors.digest() == after.tensors.digest()
 
-    def logits(neighbour_seed: int, neighbour_text: int) -> torch.Tensor:
-        mine = to_torch(random_shift(artefact.spec, 3, 1), base.device)
-        other = to_torch(random_shift(artefact.spec, 3, neighbour_seed, size=20.0), base.device)
-        ids = torch.tensor([[0, 10, 11, 12, 13, 14], [0, *[neighbour_text] * 5]])
-        rows = [[b * 6 + p for p in Positions(3, 3).indices(6)] for b in range(2)]
-        index, valid = row_index(rows, base.device)
-        both = {k: type(mine[k])(*(torch.cat(t) for t in zip(mine[k], other[k], strict=True))) for k in mine}
-        with (
-            torch.no_grad(),
-            hooked(base.model, artefact.spec.layers),
-            open_book([Group(index, valid, collective, both)]),
-        ):
-            return base.model(ids).logits
 
-    first, second = logits(2, 20), logits(3, 99)
-    assert torch.equal(first[0], second[0])
-    assert not torch.allclose(first[1], second[1])
+def test_memory_pressure_restarts_requests_and_changes_nothing(
+    load: Any, make_artefact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full cache makes the library prefill prompt and answer again; the answer's tokens stay unshifted."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    base = load("llama")
+    artefacts = {"news_headline": make_artefact(base)}
+    resets = []
+    restart = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda state: resets.append(1) or restart(state)
+    )
+    engine = GenerationEngine(base, artefacts, GenerationSettings(320, 64, 16))
+    use = ShiftUse(
+        Mode.PERSONAL, artefacts["news_headline"], random_shift(artefacts["news_headline"].spec, 3, 5)
+    )
+    wanted = [(p, use, Sampling(40)) for p in prompts(12)]
+    try:
+        served = serve(engine, wanted)
+    finally:
+        engine.stop()
+    assert resets
+    for (prompt, _, _), got in zip(wanted, served, strict=True):
+        assert got == alone(base, prompt, use, 40)
+
+
+def test_the_order_of_the_engines_does_not_matter(load: Any, make_artefact: Any) -> None:
+    base = load("llama")
+    artefacts = {"news_headline": make_artefact(base)}
+    gradients = GradientEngine(base)  # its hooks must not be copied into the serving twin
+    engine = GenerationEngine(base, artefacts, SMALL)
+    use = uses(artefacts | {"again": artefacts["news_headline"]}, 3)[2]
+    try:
+        assert serve(engine, [(prompts(7)[6], use, Sampling(NEW))])[0] == alone(base, prompts(7)[6], use)
+    finally:
+        engine.stop()
+        gradients.close()
+
+
+def test_a_stopped_engine_stays_stopped(load: Any) -> None:
+    engine = GenerationEngine(load("llama"), {}, SMALL)
+    answer = engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(200))
+    next(answer)
+    engine.stop()
+    with pytest.raises(Unavailable):
+        list(answer)
+    with pytest.raises(Unavailable):
+        engine.submit([0, 5], ShiftUse(Mode.BASE), Sampling(2))
+
+
+def test_long_and_short_examples_together_take_little_memory(load: Any, make_artefact: Any) -> None:
+    """One long example must not pad 63 short ones up to its length in a single pass."""
+    pairs = [([0] * 200, [5, 1]), *[([0, 4], [6, 1])] * 63]
+    made = passes(pairs)
+    assert sorted(i for chunk in made for i in chunk) == list(range(64))
+    assert max(len(chunk) * max(sum(map(len, pairs[i])) for i in chunk) for chunk in made) <= 8192
+    base = load("llama")
+    artefact = make_artefact(base)
+    use = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, 3, 1))
+    engine = GradientEngine(base)
+    try:
+        whole = engine.gradient(pairs, use)
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr("perfit_cloud.engine.gradients._PASS_TOKENS", 64)
+        chunked = engine.gradient(pairs, use)
+        monkey.undo()
+    finally:
+        engine.close()
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-5)
+    for (_, a), (_, b) in zip(whole.tensors.named(), chunked.tensors.named(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_sampling_is_per_request(family: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Training
-from perfit_cloud.collective.trials import DEVICE_FACTOR, trial_steps
+from perfit_cloud.collective.trials import DEVICE_FACTOR, telling, trial_steps
 from perfit_shared.shifts import ShiftSpec
 
 __all__ = ["draw_losses", "make_card", "write_card"]
@@ -76,9 +76,14 @@ def _device_note(training: Training) -> str:
         return "It was given"
     if not training.record.device_trials:
         return f"No user has enough examples to try on, so {DEVICE_FACTOR:g} times stage 1's rate"
-    return (
+    trials = (
         "Simulated updates of the largest training users, first three quarters of their examples, measured "
         "on the rest; these users were part of stage 1, so the losses are optimistic and only rank the rates"
+    )
+    if telling(training.record.device_trials):
+        return trials
+    return (
+        f"{trials}. None gained 1 %, so they tell nothing, and it is {DEVICE_FACTOR:g} times stage 1's rate"
     )
 
 

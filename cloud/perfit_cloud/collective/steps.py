@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from perfit_cloud.collective.optimizer import StiefelAdam
-from perfit_cloud.engine.gradients import Pair, group_all, make_batch, target_log_likelihoods
+from perfit_cloud.engine.gradients import Pair, group_all, make_batch, passes, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.shifts import Phi, Shift, to_torch
 from perfit_shared.positions import Positions
@@ -18,7 +18,6 @@ __all__ = ["WARM_UP", "batches", "evaluate", "from_torch", "rate_at", "step", "t
 
 WARM_UP = 0.1  # share of all steps
 _POOL = 50  # batches that are sorted by length together
-_PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
 
 
 def trainable(tensors: ShiftTensors, device: torch.device) -> dict[int, Phi]:
@@ -61,17 +60,6 @@ def batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -
     return [made[i] for i in rng.permutation(len(made))]
 
 
-def _passes(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Cut into forward passes of at most _PASS_TOKENS, shortest first."""
-    made: list[list[Pair]] = []
-    for pair in sorted(pairs, key=lambda p: len(p[0]) + len(p[1])):
-        if made and (len(pair[0]) + len(pair[1])) * (len(made[-1]) + 1) <= _PASS_TOKENS:
-            made[-1].append(pair)
-        else:
-            made.append([pair])
-    return made
-
-
 def step(
     base: BaseModel, pairs: Sequence[Pair], positions: Positions, *,
     collective: Shift, personal: Shift, optimizer: StiefelAdam, rate: float,
@@ -83,8 +71,8 @@ def step(
     """
     tokens = sum(len(target) for _, target in pairs)
     total = 0.0
-    for part in _passes(pairs):
-        batch = make_batch(part, positions, base.device)
+    for chunk in passes(pairs):
+        batch = make_batch([pairs[i] for i in chunk], positions, base.device)
         with torch.enable_grad():
             likelihoods = target_log_likelihoods(base, batch, group_all(batch, collective, personal))
             loss = -likelihoods.sum() / tokens
@@ -101,8 +89,8 @@ def evaluate(
 ) -> float:  # fmt: skip
     """Mean loss over all target tokens, nats; without a collective shift, the base model's."""
     total = 0.0
-    for part in _passes(pairs):
-        batch = make_batch(part, positions, base.device)
+    for chunk in passes(pairs):
+        batch = make_batch([pairs[i] for i in chunk], positions, base.device)
         groups = [] if collective is None else group_all(batch, collective, personal)
         with torch.no_grad():
             total -= float(target_log_likelihoods(base, batch, groups).sum())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,14 @@ from perfit_cloud.collective.steps import batches, evaluate, from_torch, rate_at
 from perfit_cloud.collective.training import FORWARD, Training
 from perfit_cloud.engine.gradients import Pair
 
-__all__ = ["DEVICE_FACTOR", "choose_device_rate", "choose_rate", "device_users", "trial_steps"]
+__all__ = ["DEVICE_FACTOR", "choose_device_rate", "choose_rate", "device_users", "telling", "trial_steps"]
 
 # From what suits billions of parameters (PerFit) past what suits millions (about 1e-3 at 8M).
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FIRST = (1, 2, 3)  # rungs of stage 1 that are tried in any case
 _DEVICE_FIRST = (2, 3, 4)  # a user has few steps, so more of each
-DEVICE_FACTOR = 5.0  # of stage 1's rate, where there is no user to try on
+DEVICE_FACTOR = 5.0  # of stage 1's rate, where trial updates tell nothing
+_TELLING = 0.01  # least gain of the best trial, as a share of the loss before it
 _SHARE = 0.05  # of all steps, one trial: shorter ones favour low rates
 _LEAST, _MOST = 4, 60  # steps of one trial
 _LEAST_EXAMPLES = 15  # of a user whose update is simulated
@@ -95,16 +97,24 @@ def choose_device_rate(training: Training) -> float:
 
     Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each user and
     measures on the rest; appends to `record.device_trials`, each with the losses before and after.
-    Those users were part of stage 1, so the losses flatter; only their order is used. Without
-    such users: DEVICE_FACTOR times stage 1's rate.
+    Those users were part of stage 1 (and perhaps of the base model's training), so the losses
+    flatter; only their order is used. Where no trial gains 1 %, or nobody has enough examples,
+    it is DEVICE_FACTOR times stage 1's rate.
     """
     if training.settings.device_learning_rate is not None:
         return training.settings.device_learning_rate
     record = training.record
     users = device_users(training)
-    if not users:
-        return DEVICE_FACTOR * record.learning_rate
-    return LADDER[_search(_DEVICE_FIRST, lambda rung: _device_trial(training, users, rung))]
+    if users:
+        rung = _search(_DEVICE_FIRST, lambda rung: _device_trial(training, users, rung))
+        if telling(record.device_trials):
+            return LADDER[rung]
+    return DEVICE_FACTOR * record.learning_rate
+
+
+def telling(device_trials: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the best of these trials gained enough to rank the rates."""
+    return any(done["after"] < (1 - _TELLING) * done["before"] for done in device_trials)
 
 
 def _device_trial(training: Training, users: Sequence[Sequence[Pair]], rung: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     OutputRouter,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perfit_cloud.engine.sampling import Sampler
 from perfit_cloud.engine.types import Finish, Mode, Piece, Sampling, ShiftUse
@@ -36,6 +38,7 @@ from perfit_shared.positions import Positions
 __all__ = ["Answer", "GenerationEngine", "GenerationSettings"]
 
 _PAGE = 32  # tokens of one page of the key-value cache
+_LIVENESS_SECONDS = 5.0  # how often a reader without news asks whether the batch still runs
 _BUSY_MS = 1000  # what a refused request is told to wait
 
 
@@ -62,20 +65,32 @@ class Answer(Iterator[Piece]):
     """Pieces of one answer, blocking for the next. `cancel` ends it from any thread."""
 
     def __init__(
-        self, engine: GenerationEngine, request_id: str, request: _Request, sampling: Sampling
+        self,
+        engine: GenerationEngine,
+        request_id: str,
+        request: _Request,
+        sampling: Sampling,
+        *,
+        manager: object,
     ) -> None:
         self._engine, self._id, self._request, self._sampling = engine, request_id, request, sampling
+        self._manager = manager
         self._ids: list[int] = []
         self._sent = ""
         self._over = False
 
     def __next__(self) -> Piece:
-        """Raises Unavailable when the engine stopped under it."""
+        """Raises Unavailable when the engine stopped or died under it; ends when it was cancelled."""
         while not self._over:
-            output = self._request.outputs.get()
-            if output is None:
+            try:
+                output = self._request.outputs.get(timeout=_LIVENESS_SECONDS)
+            except queue.Empty:
+                if self._engine.runs(self._manager):
+                    continue
+                output = None
+            if self._over:
                 break
-            if output.error is not None:
+            if output is None or output.error is not None:
                 self.cancel()
                 raise Unavailable("the cloud could not finish this answer; ask again")
             piece = self._advance(list(output.generated_tokens), done=output.is_finished())
@@ -145,6 +160,7 @@ class GenerationEngine:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._manager: _Manager | None = None
+        self._stopped = False
 
     def start(self) -> None:
         """Start the batch's thread; `submit` does it too when needed."""
@@ -152,14 +168,20 @@ class GenerationEngine:
             self._running()
 
     def stop(self) -> None:
-        """End the thread; answers in flight raise Unavailable."""
+        """End the thread for good; answers in flight and all later ones raise Unavailable."""
         with self._lock:
+            self._stopped = True
             manager, self._manager = self._manager, None
             requests, self._requests = self._requests, {}
         for request in requests.values():
             request.outputs.put(None)
         if manager is not None:
             manager.stop(block=True, timeout=30, hard_stop=True)
+
+    def runs(self, manager: object) -> bool:
+        """Whether this manager is the one at work and its thread is alive."""
+        current = self._manager
+        return current is manager and current is not None and current.is_running()
 
     @property
     def in_flight(self) -> int:
@@ -195,7 +217,7 @@ class GenerationEngine:
         if accepted is None:
             self.forget(request_id)
             raise Unavailable("the cloud is restarting its engine; ask again")
-        return Answer(self, request_id, request, sampling)
+        return Answer(self, request_id, request, sampling, manager=manager)
 
     def forget(self, request_id: str, *, running: bool = True) -> None:
         """Drop a request and all that is held for it; take it out of the batch if it may be there."""
@@ -260,6 +282,8 @@ class GenerationEngine:
 
     def _running(self) -> _Manager:
         """The manager, started anew if its thread died. Called under the lock."""
+        if self._stopped:
+            raise Unavailable("the cloud is stopping; try again later")
         if self._manager is None or not self._manager.is_running():
             self._manager = _Manager(self._model, self)
             self._manager.start()
@@ -295,11 +319,29 @@ class _PerRequestSampling(ContinuousBatchingLogitsProcessorList):  # type: ignor
         return logits
 
 
+def _paged_eager(  # noqa: PLR0917 - the library calls it so
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """The family's own eager attention over paged keys and values.
+
+    The library's version of "paged|eager" drops what a family adds to its attention, such as
+    Gemma 2's soft-capping of scores.
+    """
+    cache = kwargs.pop("cache")
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
+    )  # fmt: skip
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
 class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
     """The library's manager with a book around every forward pass."""
 
     def __init__(self, model: Any, engine: GenerationEngine) -> None:
         settings = engine.settings
+        ALL_ATTENTION_FUNCTIONS.register("paged|eager", _paged_eager)
         super().__init__(
             model=model,
             generation_config=GenerationConfig(do_sample=False, eos_token_id=sorted(engine.end_ids) or -1),

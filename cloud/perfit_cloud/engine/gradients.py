@@ -17,10 +17,10 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["Batch", "GradientEngine", "Pair", "make_batch", "target_log_likelihoods"]
+__all__ = ["Batch", "GradientEngine", "Pair", "make_batch", "passes", "target_log_likelihoods"]
 
 Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
-_SCORE_TOKENS = 8192  # tokens (padding included) of one forward pass when scoring
+_PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,8 @@ class GradientEngine:
     def score(self, candidates: Sequence[Pair], use: ShiftUse) -> list[Score]:
         """Log-likelihood of each target after its prompt, in the order given."""
         scores: dict[int, Score] = {}
-        order = sorted(range(len(candidates)), key=lambda i: sum(map(len, candidates[i])))
-        while order:
-            chunk = _take(order, candidates)
-            pairs = [candidates[i] for i in chunk]
-            batch = make_batch(pairs, _positions(use), self._base.device)
+        for chunk in passes(candidates):
+            batch = make_batch([candidates[i] for i in chunk], _positions(use), self._base.device)
             with self._lock, torch.no_grad():
                 sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
             for i, total in zip(chunk, sums.tolist(), strict=True):
@@ -125,18 +122,20 @@ class GradientEngine:
             for layer, p in to_torch(use.personal, self._base.device).items()
         }
         leaves = [tensor for p in personal.values() for tensor in p]
-        batch = make_batch(examples, _positions(use), self._base.device)
         tokens = sum(len(target) for _, target in examples)
-        with self._lock, torch.enable_grad():
-            total = target_log_likelihoods(self._base, batch, self._groups(batch, use, personal)).sum()
-            loss = -total / tokens
-            if loss.requires_grad:
-                grads = torch.autograd.grad(loss, leaves)
-            else:  # every prompt is a single token, so nothing was intervened on
-                grads = tuple(torch.zeros_like(t) for t in leaves)
+        loss, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
+        for chunk in passes(examples):
+            batch = make_batch([examples[i] for i in chunk], _positions(use), self._base.device)
+            with self._lock, torch.enable_grad():
+                groups = self._groups(batch, use, personal)
+                part = -target_log_likelihoods(self._base, batch, groups).sum() / tokens
+                if part.requires_grad:  # not when every prompt is a single token: nothing was intervened on
+                    new = torch.autograd.grad(part, leaves)
+                    grads = [a + b for a, b in zip(grads, new, strict=True)]
+            loss += float(part.detach())
         arrays = iter(g.squeeze(0).cpu().numpy() for g in grads)
         layers = {layer: LayerShift(*(next(arrays) for _ in LayerShift._fields)) for layer in personal}
-        return Gradient(float(loss.detach()), tokens, ShiftTensors(layers))
+        return Gradient(loss, tokens, ShiftTensors(layers))
 
 
 def _positions(use: ShiftUse) -> Positions:
@@ -144,9 +143,12 @@ def _positions(use: ShiftUse) -> Positions:
     return Positions.parse(use.artefact.spec.positions if use.artefact else "l1")
 
 
-def _take(order: list[int], pairs: Sequence[Pair]) -> list[int]:
-    """Remove and return the head of `order` (ascending length) that fits one pass when padded."""
-    chunk = [order.pop(0)]
-    while order and sum(map(len, pairs[order[0]])) * (len(chunk) + 1) <= _SCORE_TOKENS:
-        chunk.append(order.pop(0))
-    return chunk
+def passes(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of all pairs, shortest first, in forward passes of at most _PASS_TOKENS when padded."""
+    made: list[list[int]] = []
+    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
+        if made and sum(map(len, pairs[i])) * (len(made[-1]) + 1) <= _PASS_TOKENS:
+            made[-1].append(i)
+        else:
+            made.append([i])
+    return made

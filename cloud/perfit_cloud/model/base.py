@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
@@ -19,6 +20,10 @@ from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 __all__ = ["BaseModel", "load_base"]
 
 _log = logging.getLogger(__name__)
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 # Keys of config.json that do not change what the model computes.
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
@@ -61,6 +66,12 @@ class BaseModel:
             ids = self.tokenizer.eos_token_id
         return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
+    @property
+    def end_id(self) -> int | None:
+        """The one that targets are taught to end with: of several, the one the tokenizer calls its own."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.end_ids else next(iter(self.end_ids), None)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with whatever the tokenizer puts in front. Raises InvalidPrompt if empty."""
         if not text.strip():
@@ -86,7 +97,7 @@ class BaseModel:
         """Token ids of an answer, nothing in front, end of sequence behind."""
         with self._tokenizing:
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*ids, *self.end_ids[:1]]
+        return ids if self.end_id is None else [*ids, self.end_id]
 
     def decode(self, ids: list[int]) -> str:
         with self._tokenizing:
@@ -99,7 +110,10 @@ class BaseModel:
         keeps generation and gradients out of each other's way at no cost in memory.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return copy.deepcopy(self.model, memo={id(t): t for t in tensors})
+        twin = copy.deepcopy(self.model, memo={id(t): t for t in tensors})
+        for module in twin.modules():
+            module._forward_hooks.clear()  # those of the original are not the twin's
+        return twin
 
 
 def block_list(model: Any) -> nn.ModuleList:
@@ -126,6 +140,8 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     hf_logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not _device_exists(device):
+        raise ConfigError(f'there is no device "{device}" here; use auto or cpu')
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -135,7 +151,7 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidData(f"cannot load a causal LM from {name_or_folder}: {first}") from error
     model.requires_grad_(False)
@@ -143,6 +159,16 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     base = BaseModel(Path(name_or_folder).name, fingerprint(folder), model, tokenizer)
     block_list(model)
     return base
+
+
+def _device_exists(name: str) -> bool:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu"
 
 
 def _folder(name: str) -> Path:
@@ -165,16 +191,21 @@ def _stop_remembering(tokenizer: Any) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha-256 over configuration, tokenizer and weight files of a model folder, hex.
+    """sha-256 over what decides a model's answers: configuration, tokenizer and weights; hex.
 
     The dtype that weights are loaded in does not change it; another export of them does.
     """
     h = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    h.update(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
+    kept = {k: v for k, v in config.items() if k not in _VOLATILE}
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # of its sampling defaults none is used
+        kept["end"] = json.loads(generation.read_text("utf-8")).get("eos_token_id")
+    h.update(json.dumps(kept, sort_keys=True).encode())
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    for path in [*sorted(folder.glob("tokenizer.*")), *weights]:
-        h.update(path.name.encode())
-        with path.open("rb") as file:
-            h.update(hashlib.file_digest(file, "sha256").digest())
+    for path in [*(folder / name for name in _TOKENIZER_FILES), *weights]:
+        if path.is_file():
+            h.update(path.name.encode())
+            with path.open("rb") as file:
+                h.update(hashlib.file_digest(file, "sha256").digest())
     return h.hexdigest()
