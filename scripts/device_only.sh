@@ -6,13 +6,11 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-.venv/bin/pip wheel -q --no-deps -w "$work/own" .
-python=${PYTHON:-python3}
-"$python" -m venv "$work/venv"
-"$work/venv/bin/pip" download -q -c constraints.txt -d "$work/wheels" "$work"/own/perfit-*.whl
+"${PYTHON:-python3}" -m venv "$work/venv"
+"$work/venv/bin/pip" wheel -q -c constraints.txt -w "$work/wheels" .
 kb=$(du -sk "$work/wheels" | cut -f1)
 echo "device-only install: $((kb / 1024)) MB of wheels"
 [ "$kb" -lt $((45 * 1024)) ] || { echo "over 45 MB" >&2; exit 1; }
-"$work/venv/bin/pip" install -q --no-index --find-links "$work/wheels" "$work"/own/perfit-*.whl
+"$work/venv/bin/pip" install -q --no-index --find-links "$work/wheels" perfit
 if "$work/venv/bin/python" -c 'import torch' 2>/dev/null; then echo "torch came along" >&2; exit 1; fi
 PERFIT_DEVICE_BIN="$work/venv/bin" .venv/bin/python scripts/device_only.py
