@@ -23,6 +23,7 @@ __all__ = ["CloudConfig", "load_config", "parse_address", "parse_duration"]
 _PREFIX = "PERFIT_CLOUD_"
 _FILE_VARIABLE = "PERFIT_CLOUD_CONFIG"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DTYPES = ("auto", "float32", "bfloat16")
 _EVERY_INTERFACE = {"0.0.0.0", "::", ""}  # noqa: S104 - compared with, not bound to
 
 
@@ -36,7 +37,7 @@ class CloudConfig:
     # What is served
     model: str = ""  # folder or hub name of the base model; `serve` needs one
     artefacts: tuple[str, ...] = ()  # artefact folders
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    dtype: str = "auto"  # auto, float32 or bfloat16
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of one forward pass; 0: torch's own choice
 
@@ -80,6 +81,13 @@ class CloudConfig:
         for field in fields(self):
             value = _converted(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        if self.dtype == "float16":
+            raise ConfigError(
+                "dtype float16 cannot be served: one device's shift can overflow it, and the answers that "
+                "share its batch break; use bfloat16, or auto"
+            )
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f'dtype should be {", ".join(_DTYPES)}, not "{self.dtype[:60]}"')
         for name in ("address", "enrol_address"):
             parse_address(getattr(self, name), name)
         for name in ("public_address", "public_enrol_address"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel",
 MESSAGE_BYTES = 32 * 1024 * 1024  # largest message in either direction
 _MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
 _PROBE_SECONDS = 3.0
+# Addresses are shown on terminals, and a cloud says its own: nothing that could steer one.
+_ADDRESS = re.compile(r"([A-Za-z0-9.:\-\[\]_]+):([0-9]{1,5})")
 
 _SERVICE_CONFIG = json.dumps({
     "methodConfig": [{
@@ -32,10 +35,10 @@ _SERVICE_CONFIG = json.dumps({
 
 def address_of(address: str) -> tuple[str, int]:
     """(host, port). Raises NotAuthenticated on an address that cannot be dialled."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host:
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 0 < int(match[2]) < 65536:
         raise NotAuthenticated("the cloud's address should read host:port; enrol again with a new invite")
-    return host.strip("[]"), int(port)
+    return match[1].strip("[]"), int(match[2])
 
 
 def enrolment_channel(address: str, server_ca: bytes) -> grpc.Channel:
@@ -93,7 +96,9 @@ def translate(error: grpc.RpcError, address: str, server_ca: bytes) -> PerfitErr
 def _transport_error(status: grpc.StatusCode, address: str, server_ca: bytes) -> PerfitError:
     messages = {
         grpc.StatusCode.DEADLINE_EXCEEDED: f"the cloud at {address} took too long; try again later",
-        grpc.StatusCode.RESOURCE_EXHAUSTED: f"a message to or from {address} is larger than it takes",
+        grpc.StatusCode.RESOURCE_EXHAUSTED: (
+            f"the cloud at {address} is too busy, or the message is larger than it takes; try again"
+        ),
         grpc.StatusCode.CANCELLED: "the call was cancelled",
         grpc.StatusCode.UNIMPLEMENTED: f"the cloud at {address} is of another version; update perfit",
         grpc.StatusCode.UNAUTHENTICATED: f"the cloud at {address} does not know this device; enrol again",

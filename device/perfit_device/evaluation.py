@@ -6,8 +6,10 @@ Also what binds an update to a cloud: gradients and losses of history items.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
+from threading import Event
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from perfit_device.cloud import Cloud
 from perfit_device.codec import Artefact, Limits, Message, Prompt, Sampling, Score, ShiftUse
 from perfit_device.history import HistoryItem
+from perfit_device.patience import IMPATIENT, Patience
 from perfit_shared.errors import InvalidData, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
@@ -40,15 +43,16 @@ def mean_loss(
     limits: Limits,
     *,
     cut: bool = False,
+    patience: Patience = IMPATIENT,
 ) -> float:
     """Mean nats a token over all answers and their end-of-sequence tokens.
 
-    Raises InvalidData naming the example that the cloud refuses.
+    Every call has `patience` of its own. Raises InvalidData naming the example that the cloud refuses.
     """
 
     def score(chunk: Sequence[HistoryItem]) -> list[Score]:
         pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields)) for item in chunk]
-        return cloud.score(pairs, use)
+        return patience.call(lambda: cloud.score(pairs, use))
 
     size = min(_SCORES_A_CALL, limits.examples)
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
@@ -74,22 +78,29 @@ def _naming_the_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequ
 
 def answers(
     cloud: Cloud, task: Task, items: Sequence[HistoryItem], use: ShiftUse, limits: Limits,
-    *, in_flight: int = _IN_FLIGHT,
+    *, in_flight: int = _IN_FLIGHT, patience: Patience = IMPATIENT,
 ) -> list[str]:  # fmt: skip
-    """Greedy answers in the order of the items, `in_flight` asked for at a time."""
+    """Greedy answers in the order of the items, `in_flight` asked for at a time, each with `patience`."""
+    leaving = Event()
+    # Leaving the pool waits for its threads, and they should not sleep on meanwhile.
+    patience = replace(patience, sleep=leaving.wait)
     sampling = Sampling(
         max_new_tokens=min(task.answer_tokens, limits.new_tokens), temperature=0.0, stop=task.stop
     )
 
     def answer(item: HistoryItem) -> str:
-        pieces = cloud.generate(prompt_of(task, item), use, sampling)
+        pieces = patience.stream(lambda: cloud.generate(prompt_of(task, item), use, sampling))
         return task.parse("".join(piece.text for piece in pieces))
 
     with ThreadPoolExecutor(max_workers=in_flight) as pool:
         try:
-            return list(pool.map(answer, items))
+            futures = [pool.submit(answer, item) for item in items]
+            for future in as_completed(futures):
+                future.result()  # the first failure ends it, however long the others would wait
+            return [future.result() for future in futures]
         except BaseException:
             cloud.close()  # ends the calls in flight, for which leaving the pool would wait
+            leaving.set()  # after it: who wakes up calls once more, and should find it closed
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -46,7 +45,7 @@ class HistoryItem:
     @classmethod
     def make(cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "") -> HistoryItem:
         """From any mapping that has the task's fields. Raises InvalidData naming the field."""
-        names = _field_names(task)
+        names = task.field_names
         for name in names:
             value = values.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -152,9 +151,3 @@ def find(items: Sequence[HistoryItem], prefixes: Sequence[str]) -> list[HistoryI
             raise InvalidInput(f'"{prefix}" means {len(matches)} examples; type more of the name')
         found.append(matches[0])
     return found
-
-
-def _field_names(task: Task) -> list[str]:
-    """The template's fields and the gold's, in order, each once."""
-    names = [name for _, name, _, _ in string.Formatter().parse(task.template + task.answer) if name]
-    return list(dict.fromkeys(names))

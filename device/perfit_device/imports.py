@@ -4,6 +4,9 @@
     CSV    the same names in the first row
     LaMP   [{"user_id", "profile": [{task fields}], "query": [{"id", "input", "gold"}]}]
 
+Of a LaMP user the profile is history and the queries are the test part. Where profiles lack the
+task's fields (LaMP-7 holds tweets without their paraphrases), the queries are the history.
+
 `date` (ISO 8601) and `part` ("test": never trained on) may be left out. Every problem is
 InvalidData that names the file, the item and the field.
 """
@@ -116,7 +119,7 @@ def _lamp_user(records: list[dict[str, Any]], user: str | None) -> dict[str, Any
 
 
 def _lamp_items(record: Mapping[str, Any], task: Task) -> Iterator[HistoryItem]:
-    """Profile items are history, queries the held-out test part."""
+    """Profile items are history and queries the held-out test part, or queries alone the history."""
     who = f"user {str(record.get('user_id'))[:40]}"
     parts: dict[str, list[Any]] = {}
     for part in ("profile", "query"):
@@ -124,7 +127,11 @@ def _lamp_items(record: Mapping[str, Any], task: Task) -> Iterator[HistoryItem]:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise InvalidData(f'{who}: field "{part}" should be a list of objects')
         parts[part] = entries
-    for number, entry in enumerate(parts["profile"]):
+    # Queries are no stand-in for a profile with a broken item: that is named below.
+    names = set(task.field_names)
+    usable = any(names <= entry.keys() for entry in parts["profile"])
+    instead = bool(parts["profile"] and parts["query"]) and not usable
+    for number, entry in enumerate([] if instead else parts["profile"]):
         yield _item(f"{who}, profile item {_named(entry, number)}", entry, task)
     for number, entry in enumerate(parts["query"]):
         place = f"{who}, query {_named(entry, number)}"
@@ -135,7 +142,7 @@ def _lamp_items(record: Mapping[str, Any], task: Task) -> Iterator[HistoryItem]:
                     + ("; golds in a file of their own should be merged in first" * (field == "gold"))
                 )
         item = _at(place, partial(task.item_from_query, entry["input"], entry["gold"]))
-        yield _item(place, {**item, "part": "test", "date": entry.get("date", "")}, task)
+        yield _item(place, {**item, "part": "" if instead else "test", "date": entry.get("date", "")}, task)
 
 
 def _named(entry: Mapping[str, Any], number: int) -> str:

@@ -19,7 +19,12 @@ from perfit_shared.metrics import HIGHER_IS_BETTER
 __all__ = ["TASKS", "Example", "Task", "load_task", "task_named"]
 
 _FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
-_NAME = re.compile(r"^[a-z][a-z0-9_]{0,63}$")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# Tasks come from clouds and files that may be hostile, so all of it is bounded.
+_TEMPLATE_CHARACTERS = 16_384  # of template and answer
+_TEMPLATE_FIELDS = 16  # {field}s of a template; every one may be a whole article
+_ANSWER_TOKENS = 4096
+_STOP_TEXTS, _STOP_BYTES = 8, 64  # what Generate takes
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """Raises InvalidData when built with a template or metric that cannot work."""
+    """Raises InvalidData when built with anything that cannot work, of the wrong type or out of bounds."""
 
     name: str  # "news_headline"
     template: str  # prompt with {field}s of an item
@@ -46,14 +51,43 @@ class Task:
     chat: bool = False  # the prompt is the user's turn of a chat
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise InvalidData("a task's name should be lower-case letters, digits and underscores")
+        try:
+            self._check()
+        except InvalidData as error:
+            raise InvalidData(f"task {self.name}: {error}") from error
         object.__setattr__(self, "labels", tuple(self.labels))
         object.__setattr__(self, "stop", tuple(self.stop))
-        if not _NAME.match(self.name):
-            raise InvalidData("a task's name should be lower-case letters, digits and underscores")
+
+    def _check(self) -> None:
+        """Types first: JSON may hold anything, whatever the annotations say."""
+        for key in ("template", "answer", "metric", "marker", "lamp"):
+            if not _is_text(getattr(self, key)):
+                raise InvalidData(f"its {key} should be text")
+        for key in ("labels", "stop"):
+            values = getattr(self, key)
+            if not isinstance(values, list | tuple) or not all(_is_text(v) and v for v in values):
+                raise InvalidData(f"its {key} should be a list of texts, none empty")
+        if len(self.stop) > _STOP_TEXTS or any(len(s.encode()) > _STOP_BYTES for s in self.stop):
+            raise InvalidData(f"there may be {_STOP_TEXTS} stop texts of at most {_STOP_BYTES} bytes")
+        if type(self.answer_tokens) is not int or not 1 <= self.answer_tokens <= _ANSWER_TOKENS:
+            raise InvalidData(f"its answer_tokens should be a whole number from 1 to {_ANSWER_TOKENS}")
+        if not isinstance(self.chat, bool):
+            raise InvalidData("its chat should be true or false")
         if self.metric not in HIGHER_IS_BETTER:
-            raise InvalidData(f'task {self.name}: no metric "{self.metric[:40]}"')
-        if len(_fields(self.template)) < 1 or len(_fields(self.answer)) != 1:
-            raise InvalidData(f"task {self.name}: a template needs a {{field}}, an answer exactly one")
+            raise InvalidData(f'no metric "{self.metric[:40]}"')
+        if max(len(self.template), len(self.answer)) > _TEMPLATE_CHARACTERS:
+            raise InvalidData(f"template and answer may have {_TEMPLATE_CHARACTERS} characters")
+        if not 1 <= len(_fields(self.template)) <= _TEMPLATE_FIELDS or len(_fields(self.answer)) != 1:
+            raise InvalidData(
+                f"a template needs a {{field}} and may have {_TEMPLATE_FIELDS}, an answer needs exactly one"
+            )
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """What an item holds: the template's fields and the answer's, in order, each once."""
+        return tuple(dict.fromkeys(_fields(self.template) + _fields(self.answer)))
 
     @property
     def text_field(self) -> str:
@@ -98,18 +132,30 @@ class Task:
         """Raises InvalidData on unknown or missing keys."""
         try:
             return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise InvalidData("not a task: unknown or missing keys") from error
+
+
+def _is_text(value: object) -> bool:
+    """A string that UTF-8 can carry: JSON also makes lone surrogates."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fields(template: str) -> list[str]:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise InvalidData("a template's braces do not match") from error
-    if not all(name.isidentifier() for name in names):
+    # A format such as {text:>300000000} would make a prompt of that length.
+    if not all((name or "").isidentifier() and not spec and not how for _, name, spec, how in parts):
         raise InvalidData("a template's {fields} should be plain names")
-    return names
+    return [str(name) for _, name, _, _ in parts]
 
 
 def _fill(template: str, item: Mapping[str, str], *, cut: bool = False) -> str:
@@ -194,8 +240,6 @@ def load_task(folder: Path, name: str) -> Task:
             raise InvalidData("it is for another task")
         if not set(overrides) <= {f.name for f in fields(Task)} - {"name"}:
             raise InvalidData("unknown keys")
-        if "labels" in overrides:
-            overrides["labels"] = tuple(overrides["labels"])
         return replace(task, **overrides)
-    except (ValueError, AttributeError, TypeError, InvalidData) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, InvalidData) as error:
         raise InvalidData(f"{path}: {error}") from error

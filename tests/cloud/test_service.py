@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import ssl
@@ -225,6 +226,29 @@ def test_answers_are_the_engines(
         assert got[-1].answer_tokens == expected[-1].answer_tokens
         texts.add("".join(m.text for m in got))
     assert len(texts) == 2  # the personal shift is on
+
+
+def test_an_answer_arrives_while_it_is_made(
+    run: Callable[..., Running], generation: GenerationEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, go, made = run().device(), threading.Event(), itertools.count(1)
+    deliver = generation.deliver
+
+    def held(output: Any) -> None:
+        """The engine stands still at its 20th token until the first message was read."""
+        if next(made) == 20:
+            assert go.wait(TIMEOUT)
+        deliver(output)
+
+    monkeypatch.setattr(generation, "deliver", held)
+    stream = device.stub.Generate(generate(max_new_tokens=60), timeout=TIMEOUT)
+    first = next(stream)
+    assert generation.in_flight == 1
+    assert (bool(first.text), first.finish) == (True, pb.FINISH_REASON_UNSPECIFIED)
+    go.set()
+    rest = list(stream)
+    assert len(rest) >= 1
+    assert rest[-1].answer_tokens > 20
 
 
 def test_scores_and_gradients_are_the_engines(
@@ -521,9 +545,84 @@ def test_calls_without_a_deadline_end_too(run: Callable[..., Running]) -> None:
     stream = device.stub.Generate(generate())
     drip.go.release()
     next(stream)
-    time.sleep(1.2)
-    drip.go.release()
+    # The next piece never comes; the end used to be looked at only after a piece.
+    started = time.monotonic()
     assert failure(lambda: next(stream))[:2] == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
+    assert time.monotonic() - started < 5
+    assert drip.cancelled.is_set()
+
+
+# -- floods --------------------------------------------------------------------------------------
+
+# Frames of HTTP/2, to do what no gRPC client lets one do.
+_SETTINGS, _HEADERS, _END_HEADERS = 0x4, 0x1, 0x4
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def header_only_calls(running: Running, address: str, path: str, count: int, device: Device | None) -> Any:
+    """A connection on which `count` calls were begun that never send their message, nor any deadline."""
+    fields = {
+        ":method": "POST", ":scheme": "https", ":path": path, ":authority": "localhost",
+        "content-type": "application/grpc", "te": "trailers",
+    }  # fmt: skip
+    # Literal header fields without indexing, RFC 7541 6.2.2.
+    block = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in fields.items()
+    )
+    context = ssl.create_default_context(cadata=pem(running.authority.server_ca_der).decode())
+    context.set_alpn_protocols(["h2"])
+    if device is not None:
+        file = running.config.state / "device.pem"
+        file.write_bytes(key_pem(device.key) + pem(device.certificate))
+        context.load_cert_chain(file)
+    host, port = address.rsplit(":", 1)
+    tls = context.wrap_socket(socket.create_connection((host, int(port)), TIMEOUT), server_hostname=host)
+    tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0))
+    tls.sendall(b"".join(frame(_HEADERS, _END_HEADERS, 2 * i + 1, block) for i in range(count)))
+    return tls
+
+
+def test_calls_without_a_message_on_one_connection_starve_nobody(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # gRPC takes a thread for a call whose message has not come; these were as many as there are threads.
+    monkeypatch.setattr("perfit_cloud.service.server._ENROL_AGE_SECONDS", 3)
+    monkeypatch.setattr("perfit_cloud.service.server._GRACE_SECONDS", 1)
+    running = run(calls=4)
+    enrol, main = running.server.addresses.enrol_address, running.address
+    hostile, honest = running.device(), running.device()
+    enrol_flood = header_only_calls(running, enrol, "/perfit.v1.Enrollment/Challenge", 60, None)
+    path = "/perfit.v1.Personalization/Describe"
+    with (
+        enrol_flood,
+        header_only_calls(running, main, path, 60, hostile),
+    ):
+        time.sleep(0.5)
+        stub = enrol_grpc.EnrollmentStub(running.enrolment())
+        assert stub.Challenge(enrol_pb.ChallengeRequest(), timeout=2).nonce
+        assert pb_grpc.PersonalizationStub(honest.channel).Describe(pb.DescribeRequest(), timeout=2).cloud_id
+        # What the flood does hold is cut off when its connection is old.
+        enrol_flood.settimeout(10)
+        while enrol_flood.recv(65536):
+            pass
+
+
+def test_a_stream_outlives_the_age_of_its_connection(run: Callable[..., Running]) -> None:
+    drip = Drip()
+    device = run(engine=drip, call_seconds=3).device()  # and so old may a connection get
+    device.describe()
+    time.sleep(1.5)
+    stream = device.stub.Generate(generate())
+    for _ in range(5):
+        drip.go.release()
+        assert next(stream).text == "word "
+        time.sleep(0.5)
+    device.describe()  # over a new connection
+    stream.cancel()
 
 
 class Slow:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,17 +72,34 @@ def test_serve_invite_revoke_and_stop(
             process.kill()
 
 
+# Libraries that complain about what they work on, once everything is set up.
+TALKATIVE = """
+import logging
+from perfit_cloud.service.server import CloudServer
+start = CloudServer.start
+def talk(self):
+    start(self)
+    for name in ("transformers.generation", "ContinuousBatchingLogger"):
+        logging.getLogger(name).error("ids of a prompt: 42 42 42")
+CloudServer.start = talk
+from perfit_cloud.cli.main import run
+run()
+"""
+
+
 def test_start_up_line_for_people(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
     words = ["serve", "--model", str(model_folder("llama")), "--address", "127.0.0.1:0"]
     words += ["--enrol-address", "127.0.0.1:0", "--state", str(tmp_path)]
-    with subprocess.Popen([*RUN, *words], stdout=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", TALKATIVE, *words], **pipes) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             assert line.startswith("serving llama")
             assert "no artefacts on 127.0.0.1:" in line
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
+            rest, errors = process.communicate(timeout=60)
+            assert (process.returncode, rest, errors) == (0, "", "")
         finally:
             process.kill()
 
@@ -91,6 +111,42 @@ def test_artefact_of_another_model_is_not_served(
     replace(make_artefact(load("llama")), fingerprint="0" * 64).save(tmp_path / "a")
     words = ["serve", "--model", str(model_folder("llama")), "--state", str(tmp_path / "state")]
     assert "trained on another model" in one_line(cloud(*words, "--artefact", str(tmp_path / "a")))
+
+
+def test_what_cannot_be_served_is_one_line(
+    tmp_path: Path, model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
+    make_artefact: Callable[..., Artefact],
+) -> None:  # fmt: skip
+    good, short, artefact = model_folder("llama"), tmp_path / "short", tmp_path / "artefact"
+    shutil.copytree(good, short)
+    os.truncate(short / "model.safetensors", 1000)
+    make_artefact(load("llama")).save(artefact)
+    os.truncate(artefact / "seed.safetensors", 100)
+    (tmp_path / "file").touch()
+    taken = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    mistakes = [
+        (good, ["--set", "device=cuda:99"], "device"),
+        (good, ["--set", "device=quantum"], "device"),
+        (good, ["--dtype", "float16"], "dtype"),
+        (good, ["--artefact", str(artefact)], "not a usable artefact"),
+        (good, ["--address", address], f"cannot listen on {address}"),
+        (good, ["--config", str(tmp_path)], "cannot read"),
+        (good, ["--state", str(tmp_path / "file")], "state folder"),
+        (short, [], "cannot load"),
+    ]
+    with taken:
+        for model, words, says in mistakes:
+            full = ["serve", "--model", str(model), "--enrol-address", "127.0.0.1:0", *words]
+            assert says in one_line(cloud(*full, PERFIT_CLOUD_STATE=str(tmp_path / "state")))
+
+
+def test_errors_of_the_system_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "state" / "serve.lock").mkdir(parents=True)
+    (tmp_path / "state").chmod(0o700)
+    line = one_line(cloud("serve", "--model", "m", PERFIT_CLOUD_STATE=str(tmp_path / "state")))
+    assert line.startswith("perfit-cloud: ")
+    assert "serve.lock: Is a directory" in line
 
 
 @pytest.mark.parametrize(

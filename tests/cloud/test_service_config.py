@@ -46,11 +46,20 @@ def test_unknown_keys_are_refused_wherever_they_stand(tmp_path: Path) -> None:
         ("address", "::1:80"), ("address", "0.0.0.0:80"), ("enrol_address", "[::]:80"),
         ("public_address", "host:0"), ("public_address", "0.0.0.0:80"), ("invite_seconds", 0),
         ("invite_seconds", "1y"), ("invite_seconds", ""), ("certificate_seconds", "400d"),
+        ("dtype", "float64"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_are_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key):
         load_config(environment={}, flags={key: value})
+
+
+def test_float16_is_refused_with_the_reason() -> None:
+    for dtype in ("auto", "float32", "bfloat16"):
+        CloudConfig(dtype=dtype)
+    # A legal shift overflowed it, and the answer of another device in the batch became NaN.
+    with pytest.raises(ConfigError, match=r"dtype float16 cannot be served: .* overflow"):
+        CloudConfig(dtype="float16")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

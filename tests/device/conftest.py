@@ -224,13 +224,18 @@ class Personalization(services.PersonalizationServicer):
         if "too long" in request.prompt.text:
             _abort(context, InvalidPrompt("the prompt is longer than 512 tokens; shorten it"))
         mode = pb.ShiftMode.Name(request.shift.mode).rpartition("_")[2].lower()
-        for word in f" {self.cloud.answer} {mode}".split(" "):
-            time.sleep(self.cloud.pause)
-            if not context.is_active():
+        whole = False
+        try:
+            for word in f" {self.cloud.answer} {mode}".split(" "):
+                time.sleep(self.cloud.pause)
+                if not context.is_active():
+                    return
+                yield pb.GenerateResponse(text=f"{word} ")
+            yield pb.GenerateResponse(finish=pb.FINISH_REASON_END, prompt_tokens=5, answer_tokens=3)
+            whole = True
+        finally:  # gRPC drops a generator at a yield when the caller leaves just then
+            if not whole:
                 self.cloud.cancelled.set()
-                return
-            yield pb.GenerateResponse(text=f"{word} ")
-        yield pb.GenerateResponse(finish=pb.FINISH_REASON_END, prompt_tokens=5, answer_tokens=3)
 
     def Score(self, request: Any, context: Any) -> pb.ScoreResponse:  # noqa: N802
         self.cloud.check("Score", context)

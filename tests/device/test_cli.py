@@ -91,7 +91,7 @@ def test_enrol_ask_update_evaluate_export(ready: Perfit, tmp_path: Path, home: P
         "bytes_down",
     }  # fmt: skip
     assert updated["gate"]["accepted"] and updated["loss_last"] < updated["loss_first"]
-    assert (updated["epochs"], updated["examples"], updated["steps"]) == (3, 13, 12)
+    assert (updated["epochs"], updated["examples"], updated["steps"]) == (20, 13, 80)
     assert updated["bytes_up"] > 1000 and updated["bytes_down"] > 1000
     report = ready.json("evaluate")
     assert report["loss"]["personal"] < report["loss"]["collective"]
@@ -312,6 +312,53 @@ def test_other_settings_or_history_start_anew(ready: Perfit, cloud: Any) -> None
     ready.ok("history", "add", "One more.", "More", "--task", "news_headline")
     code, _, err = ready("update")
     assert code == 0 and "your history changed; starting anew" in err
+
+
+def test_a_batch_larger_than_the_history_resumes(ready: Perfit, cloud: Any) -> None:
+    """The plan keeps min(64, 13), and was compared with the 64 asked for: the half-done update was lost."""
+    again = ("update", "--batch-size", "64")
+    # A batch of 13 takes five calls of at most 3 examples.
+    calls = iter(range(1000))
+    cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(calls) > 16 else None
+    ready.fails(*again, "--patience", "1")
+    cloud.fail = lambda method: None
+    result = ready.json(*again)
+    assert result["resumed_from"] == 3 and result["steps"] == 80
+
+
+def busy_at_times(*methods: str) -> Any:
+    """A cloud that turns every other call of these methods away."""
+    seen: list[str] = []
+
+    def fail(method: str) -> Busy | None:
+        seen.extend([method] if method in methods else [])
+        turned_away = method in methods and seen.count(method) % 2 == 1
+        return Busy("the cloud is busy; come back soon", retry_ms=20) if turned_away else None
+
+    return fail
+
+
+def test_a_busy_cloud_is_waited_for(ready: Perfit, cloud: Any) -> None:
+    """It says when to come back, and evaluate and ask died all the same."""
+    cloud.fail = busy_at_times("Score", "Generate")
+    assert ready.json("evaluate")["examples"] == 4
+    code, out, err = ready("ask", "x", "--mode", "base")
+    assert (code, out) == (0, "Hello world base \n")
+    assert "the cloud is busy; come back soon; waiting, for 60 s at most" in err
+
+
+def test_leaving_an_evaluation_ends_its_waits(ready: Perfit, cloud: Any) -> None:
+    """Leaving the pool waits for its threads: one that sleeps on would keep back another's error."""
+    trouble = iter([IdentityRevoked("this device was revoked; ask the operator")])
+    busy = Busy("busy", retry_ms=30_000)
+
+    def fail(method: str) -> Any:
+        return next(trouble, busy) if method == "Generate" else None
+
+    cloud.fail = fail
+    start = time.monotonic()
+    assert "revoked" in ready.fails("evaluate")
+    assert time.monotonic() - start < 15
 
 
 def test_an_example_that_the_cloud_refuses_is_named(

@@ -87,6 +87,55 @@ def test_lamp_files(tmp_path: Path) -> None:
     assert len(read_history(write(tmp_path, "one.json", LAMP[:1]), TASK)) == 3
 
 
+# name → a profile item's fields, query.input before the text, gold, field of the gold
+OPPU: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "news_categorize": (
+        {"text": "old", "title": "t", "category": "sports"},
+        "Which category does this article relate to among the following categories? Just answer with the "
+        "category name without further explanation. categories: [sports, travel] article: ",
+        "travel", "category",
+    ),
+    "movie_tagging": (
+        {"description": "old", "tag": "comedy"},
+        "Which tag does this movie relate to among the following tags? Just answer with the tag name without "
+        "further explanation. tags: [comedy, classic] description: ", "classic", "tag",
+    ),
+    "product_rating": (
+        {"text": "old", "score": "4"},
+        "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
+        "without further explanation. review: ", "2", "score",
+    ),
+    "news_headline": ({"text": "old", "title": "t"}, CUE, "g", "title"),
+    "scholarly_title": (
+        {"title": "t", "abstract": "old"},
+        "Generate a title for the following abstract of a paper: ", "g", "title",
+    ),
+    "tweet_paraphrase": (
+        {"text": "old"},
+        "Paraphrase the following tweet without any explanation before or after it: ", "g", "text",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPPU)
+def test_every_task_s_lamp_files(tmp_path: Path, name: str) -> None:
+    fields, cue, gold, gold_field = OPPU[name]
+    task = TASKS[name]
+    user = {
+        "user_id": 7,
+        "profile": [{"id": "70", "date": "2020-01-01", **fields}],
+        "query": [{"id": "q", "input": f"{cue}new", "gold": gold}],
+    }
+    items = read_history(write(tmp_path, "user_top_100_history.json", [user]), task)
+    query = {task.text_field: "new", gold_field: gold}
+    if name == "tweet_paraphrase":  # its profiles lack the paraphrases, and the whole file was refused
+        assert [(i.fields, i.part) for i in items] == [(query, "")]
+    else:
+        assert [i.part for i in items] == ["", "test"]
+        assert items[0].fields == {key: fields[key] for key in task.field_names}
+        assert items[1].fields == query
+
+
 @pytest.mark.brief
 @pytest.mark.skipif(not BRIEF.is_dir(), reason="the brief's data is not beside the checkout")
 @pytest.mark.parametrize("name", ["news_headline", "news_categorize"])
@@ -128,7 +177,12 @@ def broken_lamp(**changes: Any) -> list[dict[str, Any]]:
         ("a.csv", 'text,title\n"x,y\n', "not CSV"),
         ("a.csv", "body,title\nx,y\n", 'row 2: field "text"'),
         ("a.json", broken_lamp(profile={"a": 1}), 'user 7: field "profile" should be a list'),
-        ("a.json", broken_lamp(profile=[{"id": "p1", "text": "x"}]), 'profile item p1: field "title"'),
+        (
+            "a.json",
+            broken_lamp(profile=[{"text": "x", "title": "y"}, {"id": "p1", "text": "x"}]),
+            'profile item p1: field "title"',
+        ),
+        ("a.json", broken_lamp(profile=[{"id": "p1", "text": "x"}], query=[]), 'item p1: field "title"'),
         ("a.json", broken_lamp(query=[{"id": "q1", "input": "x"}]), 'query q1: field "gold"'),
         (
             "a.json",

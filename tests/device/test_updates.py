@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from perfit_device import history, personal, updates
 from perfit_device.codec import Artefact
 from perfit_device.history import HistoryItem, Split
+from perfit_device.patience import Patience
 from perfit_device.sealing import KdfParams
-from perfit_device.updates import Checkpoint, Patience, Plan, Result, Update
+from perfit_device.updates import Checkpoint, Plan, Result, Update
 from perfit_device.vault import Vault
 from perfit_shared.errors import (
     Busy,
@@ -233,9 +235,24 @@ def test_nonsense_plans_are_refused() -> None:
             plan_for(split, **changes)
 
 
-def test_a_shift_of_another_artefact_version_is_a_mismatch(vault: Vault) -> None:
-    from dataclasses import replace
+def test_short_histories_take_at_least_80_steps() -> None:
+    """The demo's 77 examples took 30 steps at the artefact's figures, and learned next to nothing."""
+    paper = replace(ARTEFACT, epochs=6, batch_size=16)
+    assert updates.schedule(paper, 77) == (8, 7)  # 11 steps an epoch, 88 in all
+    assert updates.schedule(paper, 4) == (80, 4)
+    assert updates.schedule(paper, 3) == (80, 3)
+    assert updates.schedule(paper, 20) == (16, 4)
+    assert updates.schedule(paper, 1000) == (6, 16)
+    assert updates.schedule(replace(paper, batch_size=2), 77) == (6, 2)
+    # What the user says stays, and the other figure follows it.
+    assert updates.schedule(paper, 77, epochs=2) == (2, 7)
+    assert updates.schedule(paper, 77, batch_size=16) == (16, 16)
+    assert updates.schedule(paper, 77, batch_size=500) == (80, 77)
+    assert updates.schedule(paper, 77, epochs=1, batch_size=0) == (1, 0), "for Plan to refuse"
+    assert updates.schedule(paper, 77, batch_size=0)[1] == 0
 
+
+def test_a_shift_of_another_artefact_version_is_a_mismatch(vault: Vault) -> None:
     personal.store(vault, "cloud", ARTEFACT, personal.PersonalShift(SEED, 1))
     with pytest.raises(ShiftMismatch, match="--fresh"):
         personal.load(vault, "cloud", replace(ARTEFACT, version="v2"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,47 @@ def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> 
     (tmp_path / "task.json").write_text(wrong)
     with pytest.raises(InvalidData, match=r"task\.json"):
         load_task(tmp_path, "news_headline")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"template": "{text:>300000000}"}, {"template": "{text!r}"}, {"template": "{text:{text}}"},
+        {"answer": "{title:>9}"}, {"answer": "{title!s}"}, {"template": "{}"},
+        {"template": "x" * 16_385 + "{text}"}, {"template": "{text}" * 17}, {"template": None},
+        {"template": 5}, {"template": "{text} \ud800"}, {"answer": ["{title}"]},
+        {"answer": "{title}" + "x" * 16_385},
+        {"marker": None}, {"marker": 1}, {"lamp": 4}, {"lamp": None}, {"metric": None}, {"metric": ["mae"]},
+        {"labels": "abc"}, {"labels": [1]}, {"labels": None}, {"labels": [""]}, {"labels": {"a": 1}},
+        {"stop": "\n"}, {"stop": [""]}, {"stop": [1]}, {"stop": None}, {"stop": ["a"] * 9},
+        {"stop": ["é" * 33]}, {"stop": ["\ud800"]}, {"answer_tokens": 0}, {"answer_tokens": -1},
+        {"answer_tokens": 4097}, {"answer_tokens": True}, {"answer_tokens": 4.0},
+        {"answer_tokens": "4"}, {"answer_tokens": None},
+        {"chat": 1}, {"chat": "yes"}, {"chat": None}, {"name": None}, {"name": 5}, {"name": "news\n"},
+    ],
+    ids=lambda wrong: json.dumps(wrong)[:40],
+)  # fmt: skip
+def test_tasks_of_a_hostile_cloud_are_invalid_data(wrong: dict[str, Any]) -> None:
+    """{text:>300000000} made a prompt of 300 MB, and answer_tokens "4" a TypeError in `ask`."""
+    values = json.loads(TASKS["news_headline"].to_json()) | wrong
+    with pytest.raises(InvalidData):
+        Task(**values)
+    with pytest.raises(InvalidData):
+        Task.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "5", "null", '{"name": 1}', "", "{"])
+def test_what_is_no_task_is_invalid_data(text: str) -> None:
+    with pytest.raises(InvalidData):
+        Task.from_json(text)
+
+
+def test_tasks_at_their_bounds() -> None:
+    full = {"stop": ["é" * 32] * 8, "answer_tokens": 4096, "template": "{{x}} {text}" + "y" * 16_000}
+    task = Task(**json.loads(TASKS["news_headline"].to_json()) | full)
+    assert task.stop == ("é" * 32,) * 8
+    assert task.prompt({"text": "t"}).startswith("{x} ty")
+    assert TASKS["tweet_paraphrase"].field_names == ("input", "text")
 
 
 def test_a_task_file_overrides(tmp_path: Path) -> None:

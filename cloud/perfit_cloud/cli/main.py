@@ -39,5 +39,9 @@ def run() -> None:
     except PerfitError as error:
         print(f"perfit-cloud: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"perfit-cloud: {place}{error.strerror or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

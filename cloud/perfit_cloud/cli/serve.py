@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from perfit_cloud.service.server import Addresses
 
 __all__ = ["ConfigFile", "StateFolder", "serve"]
+
+# Libraries whose messages may quote what they work on: prompts, as ids or text.
+_LOOSE_TONGUES = ("transformers", "ContinuousBatchingLogger")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
@@ -51,7 +55,7 @@ def serve(  # noqa: PLR0917 - options of a command
     name: Annotated[
         list[str] | None, typer.Option(help="Another host name or IP for the server's certificate.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one forward pass.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting.")
@@ -73,6 +77,8 @@ def serve(  # noqa: PLR0917 - options of a command
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Before gRPC is imported: its own lines would stand beside ours, and any caller's bad handshake is one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _serve(load_config(file=config, flags=_settings(setting or []) | given), as_json=as_json)
 
 
@@ -121,6 +127,8 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
         torch.set_num_threads(config.threads)
     artefacts = [Artefact.load(Path(folder).expanduser()) for folder in config.artefacts]
     base = load_base(config.model, dtype=config.dtype, device=config.device)
+    for name in _LOOSE_TONGUES:  # after loading, which sets a level of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     served = Served.build(config, base, artefacts, authority.cloud_id)
     settings = GenerationSettings(
         cache_tokens=config.cache_tokens,

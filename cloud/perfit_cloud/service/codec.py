@@ -7,7 +7,6 @@ of the errors say what to change and hold no text of a prompt and no number of a
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 from perfit_cloud.engine.types import Finish, Gradient, Mode, Piece, Sampling, Score, ShiftUse
@@ -55,13 +54,11 @@ _FINISHES = {
 
 
 class PromptReader:
-    """Prompts and targets to token ids, within the limits. Thread-safe."""
+    """Prompts and targets to token ids, within the limits. Thread-safe, as the base is."""
 
     def __init__(self, base: BaseModel, limits: Limits) -> None:
         self._base = base
         self._limits = limits
-        # Hugging Face's fast tokenizers fail with "Already borrowed" when two threads enter one.
-        self._tokenizer = threading.Lock()
 
     def prompt(self, message: pb.Prompt) -> list[int]:
         """Raises InvalidPrompt when it is missing, empty or too long, InvalidInput on a strange role."""
@@ -69,8 +66,7 @@ class PromptReader:
         form = message.WhichOneof("form")
         if form == "text":
             _check_characters([message.text], limit)
-            with self._tokenizer:
-                ids = self._base.encode(message.text)
+            ids = self._base.encode(message.text)
         elif form == "chat":
             turns = [(m.role, m.content) for m in message.chat.messages]
             if any(role not in _ROLES for role, _ in turns):
@@ -124,8 +120,7 @@ class PromptReader:
         if not text.strip():
             raise InvalidPrompt("the answer is empty")
         if len(text) <= limit * _CHARACTERS_A_TOKEN:
-            with self._tokenizer:
-                ids = self._base.encode_target(text)
+            ids = self._base.encode_target(text)
             if 0 < len(ids) <= limit:
                 return ids
         raise InvalidPrompt(f"the answer is longer than the {limit} tokens that this cloud takes; shorten it")
@@ -134,8 +129,7 @@ class PromptReader:
         from jinja2 import TemplateError
 
         try:
-            with self._tokenizer:
-                return self._base.encode_chat(turns)
+            return self._base.encode_chat(turns)
         except TemplateError:
             # The template's own words may quote the messages.
             raise InvalidPrompt(

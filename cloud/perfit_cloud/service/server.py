@@ -1,4 +1,11 @@
-"""The two listeners: enrolment with server TLS only, everything else over mutual TLS."""
+"""The two listeners: enrolment with server TLS only, everything else over mutual TLS.
+
+gRPC gives a call its thread before the call's message has come, so that headers alone hold a thread, and
+no code of ours runs that could end it. Therefore a connection has few calls at once and a bounded age,
+after which its calls are cut off: nobody starves the others over one connection. Over many connections
+(five on the enrolment listener, which anybody may open) it can still be done, for as long as they are
+opened anew; a firewall or proxy in front that counts connections per address is the help against that.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +42,10 @@ __all__ = ["Addresses", "CloudServer", "only_server"]
 _ENROL_MESSAGE_BYTES = 64 * 1024  # a lapsed certificate and a request take 1 KB
 _ENROL_CALLS = 16
 _SPARE_THREADS = 4  # for calls that are refused at once, and health checks
+_ENROL_STREAMS = 4  # calls at once over one connection; enrolling makes one after the other
+_ENROL_AGE_SECONDS = 20
+_DEVICE_STREAMS = 16  # calls at once over one connection; a device that makes more waits by itself
+_GRACE_SECONDS = 5
 _ADDRESSES = "addresses.json"
 
 
@@ -64,6 +75,15 @@ class Addresses:
             raise ConfigError(f"{state / _ADDRESSES} is damaged; start `perfit-cloud serve` again") from error
 
 
+@dataclass(frozen=True)
+class _Connection:
+    """What one connection may take."""
+
+    streams: int  # calls at once
+    age_seconds: int  # then it takes no new calls
+    grace_seconds: int  # and after this the ones that still run are cut off
+
+
 class CloudServer:
     """Both gRPC servers. Ports are bound when it is made, and served from `start` on."""
 
@@ -82,8 +102,24 @@ class CloudServer:
         self._health = health.HealthServicer()
         gate = Gate(running=config.calls, waiting=0, retry_ms=config.retry_ms)
         enrol_gate = Gate(running=_ENROL_CALLS, waiting=0, retry_ms=config.retry_ms)
-        self._server = self._make(authority, gate, config.calls, config.message_bytes)
-        self._enrol_server = self._make(None, enrol_gate, _ENROL_CALLS, _ENROL_MESSAGE_BYTES)
+        threads = config.calls + _SPARE_THREADS
+        self._server = self._make(
+            Guard(authority=authority, gate=gate),
+            threads=threads,
+            message_bytes=config.message_bytes,
+            connection=_Connection(
+                min(_DEVICE_STREAMS, threads // 2),
+                config.call_seconds,
+                # A call that began at the very end of the age still gets all its time.
+                config.call_seconds + _GRACE_SECONDS,
+            ),
+        )
+        self._enrol_server = self._make(
+            Guard(authority=None, gate=enrol_gate),
+            threads=_ENROL_CALLS + _SPARE_THREADS,
+            message_bytes=_ENROL_MESSAGE_BYTES,
+            connection=_Connection(_ENROL_STREAMS, _ENROL_AGE_SECONDS, _GRACE_SECONDS),
+        )
         self._credentials = _RotatingIdentity(authority, self._names())
         bound = self._bind(self._server, config.address, client_ca=authority.device_ca_pem)
         enrol_bound = self._bind(self._enrol_server, config.enrol_address, client_ca=None)
@@ -108,20 +144,25 @@ class CloudServer:
 
     # -- building --------------------------------------------------------------------------------
 
-    def _make(self, authority: Authority | None, gate: Gate, calls: int, message_bytes: int) -> grpc.Server:
-        threads = calls + _SPARE_THREADS
+    def _make(
+        self, guard: Guard, *, threads: int, message_bytes: int, connection: _Connection
+    ) -> grpc.Server:
         return grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="perfit-rpc"),
-            interceptors=[Guard(authority=authority, gate=gate, call_seconds=self._config.call_seconds)],
+            interceptors=[guard],
             # Beyond this gRPC itself refuses with RESOURCE_EXHAUSTED, before a thread is taken.
             maximum_concurrent_rpcs=2 * threads,
             options=[
                 ("grpc.max_receive_message_length", message_bytes),
                 ("grpc.max_send_message_length", message_bytes),
+                ("grpc.max_concurrent_streams", connection.streams),
                 ("grpc.max_connection_idle_ms", self._config.idle_seconds * 1000),
+                ("grpc.max_connection_age_ms", connection.age_seconds * 1000),
+                ("grpc.max_connection_age_grace_ms", connection.grace_seconds * 1000),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.max_ping_strikes", 2),  # who pings more often than that is hung up on
                 ("grpc.so_reuseport", 0),  # a second server on the port fails instead of sharing it
             ],
         )

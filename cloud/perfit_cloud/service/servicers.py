@@ -3,7 +3,9 @@
 # ruff: noqa: N802 - methods are named as the protos name them
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import grpc
@@ -24,7 +26,7 @@ from perfit_cloud.service.codec import (
 from perfit_cloud.service.guard import caller, seconds_left
 from perfit_cloud.service.limits import Gate
 from perfit_cloud.service.served import Served
-from perfit_shared.errors import Cancelled, InvalidInput, Unavailable
+from perfit_shared.errors import Cancelled, InvalidInput, TooSlow, Unavailable
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -89,7 +91,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._served.limits)
         with self._streams.place(0):
             answer = self._generation.submit(prompt, shift, sampling)
-            try:
+            with _cancelled_after(self._call_seconds, answer) as late:
                 # Called when the RPC ends, however it does: the caller left, or its deadline passed.
                 if not context.add_callback(answer.cancel):
                     raise Cancelled("the caller left")
@@ -97,9 +99,9 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
                     yield encode_piece(piece)
                     if piece.finish is not None:
                         return
-            finally:
-                answer.cancel()
         _check_active(context)
+        if late.is_set():
+            raise TooSlow("the answer took longer than this cloud allows")
         raise Unavailable("the cloud is stopping; try again later")
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
@@ -160,6 +162,28 @@ class IdentityService(enrol_grpc.IdentityServicer):
         identity = self._authority.check(caller(context))
         certificate = self._authority.renew(identity, request.csr)
         return _credentials(self._authority, certificate, self._address)
+
+
+@contextmanager
+def _cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event]:
+    """Cancel the answer on leaving, or after `seconds`, which sets the event.
+
+    A timer, because the call may stand in the answer's `next` for a piece that never comes.
+    """
+    late = threading.Event()
+
+    def expire() -> None:
+        late.set()
+        answer.cancel()
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        answer.cancel()
 
 
 def _credentials(authority: Authority, certificate: bytes, address: str) -> enrol_pb.Credentials:

@@ -117,10 +117,11 @@ def _answer(
 ) -> tuple[str, Piece]:
     """(the whole answer, its last piece); written to stdout as it comes if `show`."""
     from perfit_device.codec import Piece
+    from perfit_device.patience import Patience
 
     pieces: list[str] = []
     last = Piece("")
-    for last in cloud.generate(prompt, use, sampling):
+    for last in Patience(tell=say).stream(lambda: cloud.generate(prompt, use, sampling)):
         # The cue's space belongs to the prompt's form, not to what a person reads.
         text = last.text if any(pieces) else last.text.lstrip()
         pieces.append(text)

@@ -35,6 +35,7 @@ def evaluate(
     session = Session.of(context, profile=profile, json=json)
     from perfit_device import evaluation, history, personal
     from perfit_device.codec import ShiftUse
+    from perfit_device.patience import Patience
     from perfit_shared.metrics import measure
 
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
@@ -52,12 +53,13 @@ def evaluate(
             uses["other"] = ShiftUse(artefact, personal.read_file(shift, artefact))
         vault.close()
         golds = [item.fields[of.gold_field] for item in test]
+        patience = Patience()
         loss: dict[str, float] = {}
         metric: dict[str, Any] = {"name": of.metric}
         rows = [{"gold": gold} for gold in golds]
         for name, use in uses.items():
-            loss[name] = evaluation.mean_loss(cloud, of, test, use, info.limits)
-            given = evaluation.answers(cloud, of, test, use, info.limits)
+            loss[name] = evaluation.mean_loss(cloud, of, test, use, info.limits, patience=patience)
+            given = evaluation.answers(cloud, of, test, use, info.limits, patience=patience)
             metric[name] = measure(of.metric, given, golds)
             for row, answer in zip(rows, given, strict=True):
                 row[name] = answer

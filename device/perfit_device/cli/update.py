@@ -22,13 +22,19 @@ def update(
     *,
     task: TaskOption = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Passes over the history.  [default: the artefact's]")
+        int | None,
+        typer.Option(
+            "--epochs", help="Passes over the history.  [default: the artefact's, more for short histories]"
+        ),
     ] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", help="Peak learning rate.  [default: the artefact's]")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Examples a step.  [default: the artefact's]")
+        int | None,
+        typer.Option(
+            "--batch-size", help="Examples a step.  [default: the artefact's, fewer for short histories]"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the examples' order.  [default: 0]")] = None,
     fresh: Annotated[
@@ -53,7 +59,7 @@ def update(
     perfit update --fresh
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.updates import Patience
+    from perfit_device.patience import Patience
 
     wanted = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
@@ -89,6 +95,8 @@ def _plan(
 
     split = history.split(history.load(vault, artefact.task.name))
     now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
+    if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
+        wanted = wanted | {"batch_size": min(wanted["batch_size"], len(split.train))}
     place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
     kept = updates.read_checkpoint(vault, place)
     if kept is not None:
@@ -102,16 +110,14 @@ def _plan(
             else "you asked for other settings"
         )  # fmt: skip
         say(f"the update that was interrupted cannot be resumed, since {reason}; starting anew")
-    settings: dict[str, Any] = {
-        "epochs": artefact.epochs, "learning_rate": artefact.learning_rate,
-        "batch_size": artefact.batch_size, "seed": 0,
-    }  # fmt: skip
-    settings |= wanted
+    epochs, batch_size = updates.schedule(
+        artefact, len(split.train), epochs=wanted.get("epochs"), batch_size=wanted.get("batch_size")
+    )
     plan = updates.Plan(
-        epochs=int(settings["epochs"]),
-        learning_rate=float(settings["learning_rate"]),
-        batch_size=min(int(settings["batch_size"]), len(split.train)),
-        seed=int(settings["seed"]),
+        epochs=epochs,
+        learning_rate=float(wanted.get("learning_rate", artefact.learning_rate)),
+        batch_size=batch_size,
+        seed=int(wanted.get("seed", 0)),
         fresh=fresh,
         history=split.digest(),
         version=artefact.version,
