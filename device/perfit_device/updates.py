@@ -91,7 +91,7 @@ def schedule(
 
 @dataclass(frozen=True)
 class Gate:
-    """Mean nats a token on the gate part, before and after."""
+    """Mean nats a token on the gate part, before and after (of the best epoch)."""
 
     before: float
     after: float
@@ -122,16 +122,22 @@ class Checkpoint:
     optimizer: StiefelAdamW
     losses: list[float] = field(default_factory=list)  # by step
     seconds: float = 0.0
+    judged: int = 0  # the step, at an epoch's end, that the gate part was last measured at
+    best_loss: float = math.inf  # on the gate part, of the best epoch so far
+    best: ShiftTensors | None = None
 
     @property
     def step(self) -> int:
         return len(self.losses)
 
     def to_bytes(self) -> bytes:
-        header = json.dumps(
-            {"plan": asdict(self.plan), "losses": self.losses, "seconds": self.seconds}
-        ).encode()
-        parts = (header, self.tensors.to_bytes(), self.optimizer.to_bytes())
+        header = {
+            "plan": asdict(self.plan), "losses": self.losses, "seconds": self.seconds,
+            "judged": self.judged, "best_loss": self.best_loss,
+        }  # fmt: skip
+        parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
+        if self.best is not None:
+            parts.append(self.best.to_bytes())
         return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 
     @classmethod
@@ -150,6 +156,9 @@ class Checkpoint:
                 optimizer=StiefelAdamW.from_bytes(parts[2]),
                 losses=header["losses"],
                 seconds=header["seconds"],
+                judged=header["judged"],
+                best_loss=header["best_loss"],
+                best=ShiftTensors.from_named(safetensors.numpy.load(parts[3])) if len(parts) > 3 else None,
             )
         except (ValueError, KeyError, TypeError, IndexError, safetensors.SafetensorError) as error:
             raise VaultDamaged("the vault holds a half-done update that cannot be read") from error
@@ -216,10 +225,8 @@ class Update:
         """
         try:
             self._train()
-            gate = Gate(
-                before=self._patience.call(lambda: self._evaluate(self._split.gate, self._start)),
-                after=self._patience.call(lambda: self._evaluate(self._split.gate, self._state.tensors)),
-            )
+            before = self._patience.call(lambda: self._evaluate(self._split.gate, self._start))
+            gate = Gate(before, after=self._state.best_loss)
         except PASSING as error:
             self._save()
             raise UpdateFailed(
@@ -235,7 +242,11 @@ class Update:
     def _train(self) -> None:
         plan = self._state.plan
         last_saved = clocked = time.monotonic()
-        while self._state.step < plan.steps:
+        while True:
+            if self.step > self._state.judged and self.step % plan.steps_per_epoch == 0:
+                self._judge()
+            if self.step >= plan.steps:
+                return
             state = self._state
             batch = [self._split.train[row] for row in plan.batch(state.step)]
             loss, _, gradient = self._patience.call(partial(self._gradient, batch, state.tensors))
@@ -264,6 +275,21 @@ class Update:
                 self._save()
                 last_saved = now
 
+    def _judge(self) -> None:
+        """Measure the gate part at the end of an epoch; the best epoch's tensors are the candidate.
+
+        A later epoch may have learned the train part by heart.
+        """
+        state = self._state
+        loss = self._patience.call(lambda: self._evaluate(self._split.gate, state.tensors))
+        better = loss < state.best_loss
+        self._state = replace(
+            state,
+            judged=state.step,
+            best_loss=loss if better else state.best_loss,
+            best=state.tensors if better else state.best,
+        )
+
     def _save(self) -> None:
         if self._state.step > self._saved:
             self._vault.put(_KIND, self._place, self._state.to_bytes())
@@ -272,9 +298,9 @@ class Update:
     def _finish(self, gate: Gate) -> None:
         """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""
         with self._vault.transaction():
-            if gate.accepted:
+            if gate.accepted and self._state.best is not None:
                 updates = 1 if self._state.plan.fresh else self._updates + 1
-                shift = PersonalShift(self._state.tensors, updates)
+                shift = PersonalShift(self._state.best, updates)
                 personal.store(self._vault, self._cloud_id, self._artefact, shift)
             forget_checkpoint(self._vault, self._place)
 

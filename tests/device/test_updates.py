@@ -136,9 +136,25 @@ def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         prepared(vault, evaluate=gone, checkpoint_seconds=1e9).run()
-    again = prepared(vault, gradient=failing_after(0, AssertionError()))
-    assert again.resumed_from == 24
+    again = prepared(vault)
+    assert again.resumed_from == 6  # the end of the first epoch, where the gate part is first measured
     assert again.run().gate.accepted
+
+
+def test_the_best_epoch_is_the_candidate(vault: Vault) -> None:
+    seen: list[ShiftTensors] = []
+
+    def second_is_best(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
+        if tensors.digest() == SEED.digest():
+            return 1.0
+        seen.append(tensors)
+        return [0.9, 0.5, 0.7, 0.8][len(seen) - 1]
+
+    result = prepared(vault, evaluate=second_is_best).run()
+    assert (result.gate.before, result.gate.after, len(seen)) == (1.0, 0.5, 4)
+    kept = personal.load(vault, "cloud", ARTEFACT)
+    assert kept is not None
+    assert kept.tensors.digest() == seen[1].digest() != seen[3].digest()
 
 
 def test_checkpoint_bytes_round_trip(vault: Vault) -> None:
