@@ -115,6 +115,15 @@ def test_served_tokens_equal_hooked_generate(family: Any) -> None:
     assert changed >= 5  # the shifts are on
 
 
+def test_the_same_prompt_of_many_users_is_not_shared(family: Any) -> None:
+    """A page of keys and values holds one user's shift; a prefix cache would hand it to the next."""
+    base, artefacts, engine = family
+    prompt = [0, *np.random.default_rng(8).integers(3, 250, 69).tolist()]  # over two pages
+    wanted = [(prompt, use, Sampling(NEW)) for use in uses(artefacts, 6)]
+    for (_, use, _), got in zip(wanted, serve(engine, wanted), strict=True):
+        assert got == alone(base, prompt, use)
+
+
 def test_zero_shift_is_exactly_the_identity(load: Any, make_artefact: Any) -> None:
     base = load("llama")
     spec = make_artefact(base).spec

@@ -19,7 +19,6 @@ from perfit_shared.errors import InvalidData, InvalidInput, NotFound
 from perfit_shared.tasks import TASKS, load_task
 
 TASK = TASKS["news_headline"]
-BRIEF = Path(__file__).parents[3] / "shared" / "data" / "lamp_news"
 
 
 @pytest.fixture
@@ -137,10 +136,10 @@ def test_every_task_s_lamp_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.brief
-@pytest.mark.skipif(not BRIEF.is_dir(), reason="the brief's data is not beside the checkout")
+@pytest.mark.brief
 @pytest.mark.parametrize("name", ["news_headline", "news_categorize"])
-def test_the_briefs_files(name: str, vault: Vault) -> None:
-    folder = BRIEF / name
+def test_the_briefs_files(name: str, vault: Vault, brief: Path) -> None:
+    folder = brief / "data" / "lamp_news" / name
     task = load_task(folder, name)
     items = read_history(folder / "user_top_100_history.json", task, user="12")
     added, known = history.add(vault, items)
