@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 BRIEF = Path(__file__).resolve().parents[2] / "shared"
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def pytest_configure() -> None:
+    # A shell that starts us in the background makes us ignore Ctrl-C, and with us every command
+    # that a test interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

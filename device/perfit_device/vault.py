@@ -27,7 +27,7 @@ from typing import Any
 
 from perfit_device import filesum
 from perfit_device.sealing import DataKey, Header, KdfParams
-from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
+from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError, VaultUnswept
 
 __all__ = ["Vault"]
 
@@ -43,10 +43,6 @@ CREATE TABLE rows (
 """
 _Place = tuple[str, bytes]  # kind, row id
 Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
-
-
-class VaultUnswept(VaultError):
-    """A change is made, but what it removed may still lie in the file."""
 
 
 class Vault:

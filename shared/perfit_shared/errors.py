@@ -19,7 +19,8 @@ PerfitError
 ├── VaultError                the device's sealed store
 │   ├── WrongPassphrase
 │   ├── VaultDamaged          bytes were changed or lost; nothing was touched
-│   └── VaultBusy             another process holds it
+│   ├── VaultBusy             another process holds it
+│   └── VaultUnswept          the change is made; traces of what was deleted still lie in the file
 ├── UpdateFailed              an update cannot go on; its state is kept
 └── ConfigError               an unknown key, or a value that cannot be
 
@@ -52,6 +53,7 @@ __all__ = [
     "VaultBusy",
     "VaultDamaged",
     "VaultError",
+    "VaultUnswept",
     "WrongPassphrase",
     "from_code",
     "to_status",
@@ -142,6 +144,10 @@ class VaultDamaged(VaultError):
 
 class VaultBusy(VaultError):
     code = "vault_busy"
+
+
+class VaultUnswept(VaultError):
+    code = "vault_unswept"
 
 
 class UpdateFailed(PerfitError):
