@@ -124,6 +124,19 @@ def summary(task: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def record(row: dict[str, Any]) -> dict[str, Any]:
+    """One author's figures; the seed's apart from those of the four modes."""
+    loss, metric = dict(row["loss"]), dict(row["metric"])
+    seed = {"loss": loss.pop("seed"), "metric": metric.pop("seed")}
+    return {
+        "user_id": row["user_id"],
+        "examples": row["examples"],
+        "loss": loss,
+        "metric": metric,
+        "seed": seed,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,7 +154,7 @@ def main() -> None:
     out: dict[str, Any] = {}
     for task in args.tasks:
         rows = run_task(task, args)
-        out[task] = {"users": [{k: r[k] for k in ("user_id", "examples", "loss", "metric")} for r in rows]}
+        out[task] = {"users": [record(row) for row in rows]}
         print(summary(task, rows), flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(out, indent=1))
