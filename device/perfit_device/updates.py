@@ -31,7 +31,7 @@ from perfit_shared.shifts import ShiftTensors
 __all__ = ["Gate", "Plan", "Result", "Update", "forget_checkpoint", "place_of", "read_checkpoint", "schedule"]
 
 _KIND = "checkpoint"
-_FEWEST_STEPS = 80  # of an update, unless the user says otherwise
+_FEWEST_STEPS = 150  # of an update, unless the user says otherwise
 Gradient = Callable[[Sequence[HistoryItem], ShiftTensors], tuple[float, int, ShiftTensors]]
 Evaluate = Callable[[Sequence[HistoryItem], ShiftTensors], float]
 
@@ -75,10 +75,10 @@ def schedule(
 ) -> tuple[int, int]:
     """(epochs, batch size) of an update: what the user asks for, else the artefact's, fit to a short history.
 
-    The artefact's figures are made for long histories; on a short one they end before anything is
-    learned. On the demo's 77 training examples 30 steps end at a test loss of 1.43 and an accuracy
-    of 0.25, 60 at 1.07 and 0.45. So a batch is at most a tenth of the examples, or 4 where that is
-    more, and there are as many epochs as 80 steps take.
+    The artefact's figures are made for long histories; on a short one they end before much is
+    learned. On the 77 training examples of the demo's Ravi 88 steps end at a test loss of 1.36, 154
+    at 0.93 and 220 at 0.80. So a batch is at most a tenth of the examples, or 4 where that is more,
+    and there are as many epochs as 150 steps take; the gate keeps the best one.
     """
     if batch_size is None:
         batch_size = min(artefact.batch_size, max(4, examples // 10))

@@ -91,7 +91,7 @@ def test_enrol_ask_update_evaluate_export(ready: Perfit, tmp_path: Path, home: P
         "bytes_down",
     }  # fmt: skip
     assert updated["gate"]["accepted"] and updated["loss_last"] < updated["loss_first"]
-    assert (updated["epochs"], updated["examples"], updated["steps"]) == (20, 13, 80)
+    assert (updated["epochs"], updated["examples"], updated["steps"]) == (38, 13, 152)
     assert updated["bytes_up"] > 1000 and updated["bytes_down"] > 1000
     report = ready.json("evaluate")
     assert report["loss"]["personal"] < report["loss"]["collective"]
@@ -323,7 +323,7 @@ def test_a_batch_larger_than_the_history_resumes(ready: Perfit, cloud: Any) -> N
     ready.fails(*again, "--patience", "1")
     cloud.fail = lambda method: None
     result = ready.json(*again)
-    assert result["resumed_from"] == 3 and result["steps"] == 80
+    assert result["resumed_from"] == 3 and result["steps"] == 150
 
 
 def busy_at_times(*methods: str) -> Any:
