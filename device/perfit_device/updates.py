@@ -1,32 +1,26 @@
 """An update: training a personal shift step by step, with gradients that somebody else computes.
 
 Knows no gRPC. What an interrupted update needs lies in one sealed checkpoint: tensors, moments,
-step, and the plan they belong to. The order of examples is a function of the plan's seed and the
-epoch, so a resumed update takes the very steps that an uninterrupted one would have taken.
+step, and the plan they belong to.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import numpy as np
-import safetensors.numpy
 
 from perfit_device import personal
 from perfit_device.codec import Artefact
 from perfit_device.history import HistoryItem, Split
-from perfit_device.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_device.patience import PASSING, Patience
 from perfit_device.personal import PersonalShift
 from perfit_device.vault import Vault
-from perfit_shared.errors import InvalidInput, UpdateFailed, VaultDamaged
+from perfit_shared.errors import InvalidData, UpdateFailed, VaultDamaged
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.training import Schedule, Training
 
 __all__ = ["Gate", "Plan", "Result", "Update", "forget_checkpoint", "place_of", "read_checkpoint", "schedule"]
 
@@ -37,37 +31,12 @@ Evaluate = Callable[[Sequence[HistoryItem], ShiftTensors], float]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an update will do. Two with equal plans take equal steps. Raises InvalidInput."""
+class Plan(Schedule):
+    """A schedule with what it was made for: a half-done update goes on only under an equal plan."""
 
-    epochs: int
-    learning_rate: float  # peak
-    batch_size: int  # examples a step
-    seed: int
     fresh: bool  # start from the seed shift rather than from the current one
     history: str  # digest of the split
     version: str  # of the artefact
-    examples: int  # in the train part
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.epochs <= 1000 or not 1 <= self.batch_size <= 4096 or self.seed < 0:
-            raise InvalidInput("epochs and batch size should be at least 1, and the seed not negative")
-        if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 10):
-            raise InvalidInput("a learning rate should be above 0 and at most 10")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    def batch(self, step: int) -> list[int]:
-        """Row indices of one step; every epoch is a permutation of its own."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
-        return [int(row) for row in order[place * self.batch_size : (place + 1) * self.batch_size]]
 
 
 def schedule(
@@ -113,65 +82,20 @@ class Result:
     resumed_from: int  # step
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A half-done update."""
-
-    plan: Plan
-    tensors: ShiftTensors
-    optimizer: StiefelAdamW
-    losses: list[float] = field(default_factory=list)  # by step
-    seconds: float = 0.0
-    judged: int = 0  # the step, at an epoch's end, that the gate part was last measured at
-    best_loss: float = math.inf  # on the gate part, of the best epoch so far
-    best: ShiftTensors | None = None
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
-
-    def to_bytes(self) -> bytes:
-        header = {
-            "plan": asdict(self.plan), "losses": self.losses, "seconds": self.seconds,
-            "judged": self.judged, "best_loss": self.best_loss,
-        }  # fmt: skip
-        parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
-        if self.best is not None:
-            parts.append(self.best.to_bytes())
-        return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Checkpoint:
-        """Raises VaultDamaged."""
-        try:
-            parts = []
-            while data:
-                size = int.from_bytes(data[:8], "big")
-                parts.append(data[8 : 8 + size])
-                data = data[8 + size :]
-            header: dict[str, Any] = json.loads(parts[0])
-            return cls(
-                plan=Plan(**header["plan"]),
-                tensors=ShiftTensors.from_named(safetensors.numpy.load(parts[1])),
-                optimizer=StiefelAdamW.from_bytes(parts[2]),
-                losses=header["losses"],
-                seconds=header["seconds"],
-                judged=header["judged"],
-                best_loss=header["best_loss"],
-                best=ShiftTensors.from_named(safetensors.numpy.load(parts[3])) if len(parts) > 3 else None,
-            )
-        except (ValueError, KeyError, TypeError, IndexError, safetensors.SafetensorError) as error:
-            raise VaultDamaged("the vault holds a half-done update that cannot be read") from error
-
-
 def place_of(cloud_id: str, artefact: str, task: str) -> str:
     """The name of a checkpoint in the vault. It ends in the task, by which `forget` finds it."""
     return f"{personal.place_of(cloud_id, artefact)}/{task}"
 
 
-def read_checkpoint(vault: Vault, place: str) -> Checkpoint | None:
+def read_checkpoint(vault: Vault, place: str) -> Training[Plan] | None:
+    """A half-done update, None when there is none. Raises VaultDamaged."""
     data = vault.get(_KIND, place)
-    return None if data is None else Checkpoint.from_bytes(data)
+    if data is None:
+        return None
+    try:
+        return Training.from_bytes(data, Plan)
+    except InvalidData as error:
+        raise VaultDamaged("the vault holds a half-done update that cannot be read") from error
 
 
 def forget_checkpoint(vault: Vault, place: str) -> bool:
@@ -204,11 +128,7 @@ class Update:
         self._progress = progress
         self._place = place_of(cloud_id, artefact.name, artefact.task.name)
         kept = read_checkpoint(vault, self._place)
-        if kept is not None and kept.plan == plan:
-            self._state = kept
-        else:
-            optimizer = StiefelAdamW(OptimizerConfig(plan.learning_rate, plan.steps))
-            self._state = Checkpoint(plan, start, optimizer)
+        self._state = kept if kept is not None and kept.schedule == plan else Training.start(plan, start)
         self._saved = self._state.step
         self.resumed_from = self._state.step
 
@@ -230,7 +150,7 @@ class Update:
         except PASSING as error:
             self._save()
             raise UpdateFailed(
-                f"{error}; stopped after step {self.step} of {self._state.plan.steps}, "
+                f"{error}; stopped after step {self.step} of {self._state.schedule.steps}, "
                 "and `perfit update` resumes there"
             ) from error
         except BaseException:
@@ -240,55 +160,35 @@ class Update:
         return self._result(gate)
 
     def _train(self) -> None:
-        plan = self._state.plan
         last_saved = clocked = time.monotonic()
         while True:
-            if self.step > self._state.judged and self.step % plan.steps_per_epoch == 0:
-                self._judge()
-            if self.step >= plan.steps:
-                return
             state = self._state
-            batch = [self._split.train[row] for row in plan.batch(state.step)]
+            if state.at_epoch_end:
+                loss = self._patience.call(lambda: self._evaluate(self._split.gate, self._state.tensors))
+                self._state = state = state.judge(loss)
+            if state.done:
+                return
+            batch = [self._split.train[row] for row in state.rows]
             loss, _, gradient = self._patience.call(partial(self._gradient, batch, state.tensors))
-            if not math.isfinite(loss) or not math.isfinite(gradient.norm()):
-                forget_checkpoint(self._vault, self._place)
-                self._saved = state.step
-                raise UpdateFailed(
-                    f"the loss is no longer a number at step {state.step + 1}, so this update was dropped "
-                    f"and your shift stays as it was; try --lr {plan.learning_rate / 3:.2g}"
-                )
-            optimizer = state.optimizer.copy()
-            tensors = optimizer.step(state.tensors, gradient)
             now = time.monotonic()
-            # All in one assignment: an interrupt between two lines must not part them.
-            self._state = replace(
-                state,
-                tensors=tensors,
-                optimizer=optimizer,
-                losses=[*state.losses, loss],
-                seconds=state.seconds + now - clocked,
-            )
+            # In one assignment: an interrupt between two lines must not part step and tensors.
+            self._state = self._stepped(state, loss, gradient, now - clocked)
             clocked = now
             if self._progress is not None:
-                self._progress(self.step, plan.steps, loss)
+                self._progress(self.step, state.schedule.steps, loss)
             if now - last_saved >= self._checkpoint_seconds:
                 self._save()
                 last_saved = now
 
-    def _judge(self) -> None:
-        """Measure the gate part at the end of an epoch; the best epoch's tensors are the candidate.
-
-        A later epoch may have learned the train part by heart.
-        """
-        state = self._state
-        loss = self._patience.call(lambda: self._evaluate(self._split.gate, state.tensors))
-        better = loss < state.best_loss
-        self._state = replace(
-            state,
-            judged=state.step,
-            best_loss=loss if better else state.best_loss,
-            best=state.tensors if better else state.best,
-        )
+    def _stepped(
+        self, state: Training[Plan], loss: float, gradient: ShiftTensors, seconds: float
+    ) -> Training[Plan]:
+        try:
+            return state.stepped(loss, gradient, seconds=seconds)
+        except UpdateFailed as error:
+            forget_checkpoint(self._vault, self._place)
+            self._saved = state.step
+            raise UpdateFailed(f"{error}. This update was dropped, and your shift stays as it was") from error
 
     def _save(self) -> None:
         if self._state.step > self._saved:
@@ -299,13 +199,13 @@ class Update:
         """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""
         with self._vault.transaction():
             if gate.accepted and self._state.best is not None:
-                updates = 1 if self._state.plan.fresh else self._updates + 1
+                updates = 1 if self._state.schedule.fresh else self._updates + 1
                 shift = PersonalShift(self._state.best, updates)
                 personal.store(self._vault, self._cloud_id, self._artefact, shift)
             forget_checkpoint(self._vault, self._place)
 
     def _result(self, gate: Gate) -> Result:
-        plan, losses = self._state.plan, self._state.losses
+        plan, losses = self._state.schedule, self._state.losses
         per_epoch = plan.steps_per_epoch
         return Result(
             steps=plan.steps,

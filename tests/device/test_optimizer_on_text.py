@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from perfit_device.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
+from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import load_task
 

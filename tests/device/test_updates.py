@@ -16,7 +16,7 @@ from perfit_device.codec import Artefact
 from perfit_device.history import HistoryItem, Split
 from perfit_device.patience import Patience
 from perfit_device.sealing import KdfParams
-from perfit_device.updates import Checkpoint, Plan, Result, Update
+from perfit_device.updates import Plan, Result, Update
 from perfit_device.vault import Vault
 from perfit_shared.errors import (
     Busy,
@@ -29,6 +29,7 @@ from perfit_shared.errors import (
 )
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
+from perfit_shared.training import Training
 
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=3, hidden_size=12)
 TASK = TASKS["news_headline"]
@@ -162,13 +163,17 @@ def test_checkpoint_bytes_round_trip(vault: Vault) -> None:
         prepared(vault, gradient=failing_after(5, KeyboardInterrupt())).run()
     data = vault.get("checkpoint", PLACE)
     assert data is not None
-    once = Checkpoint.from_bytes(data)
-    twice = Checkpoint.from_bytes(once.to_bytes())
-    assert (twice.plan, twice.losses, twice.seconds) == (once.plan, once.losses, once.seconds)
+    once = updates.read_checkpoint(vault, PLACE)
+    assert once is not None
+    twice = Training.from_bytes(once.to_bytes(), Plan)
+    assert (twice.schedule, twice.losses, twice.seconds) == (once.schedule, once.losses, once.seconds)
     assert once.step == 5 and twice.tensors.digest() == once.tensors.digest()
     for broken in (b"", data[:100], data[:-100], b"x" * 200):
+        with pytest.raises(InvalidData):
+            Training.from_bytes(broken, Plan)
+        vault.put("checkpoint", PLACE, broken)
         with pytest.raises(VaultDamaged):
-            Checkpoint.from_bytes(broken)
+            updates.read_checkpoint(vault, PLACE)
 
 
 def test_another_plan_starts_anew(vault: Vault) -> None:

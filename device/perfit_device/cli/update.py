@@ -100,10 +100,10 @@ def _plan(
     place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
     kept = updates.read_checkpoint(vault, place)
     if kept is not None:
-        old = asdict(kept.plan)
-        again = replace(kept.plan, **wanted, fresh=fresh or kept.plan.fresh)
-        if {key: old[key] for key in now} == now and again == kept.plan:
-            return kept.plan, split
+        old = asdict(kept.schedule)
+        again = replace(kept.schedule, **wanted, fresh=fresh or kept.schedule.fresh)
+        if {key: old[key] for key in now} == now and again == kept.schedule:
+            return kept.schedule, split
         reason = (
             "your history changed" if old["history"] != now["history"]
             else "the cloud's artefact changed" if old["version"] != now["version"]

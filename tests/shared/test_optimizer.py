@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn.utils import parametrizations
 
-from perfit_device.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
-from perfit_shared.errors import InvalidInput, VaultDamaged
+from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 
 D = 32
@@ -151,5 +151,5 @@ def test_nonsense_is_refused() -> None:
     for rate in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(InvalidInput):
             OptimizerConfig(learning_rate=rate, total_steps=1)
-    with pytest.raises(VaultDamaged):
+    with pytest.raises(InvalidData):
         StiefelAdamW.from_bytes(b"\x10" * 40)

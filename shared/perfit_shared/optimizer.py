@@ -25,7 +25,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from perfit_shared.errors import InvalidInput, VaultDamaged
+from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
 __all__ = ["OptimizerConfig", "StiefelAdamW", "learning_rate_at"]
@@ -127,7 +127,7 @@ class StiefelAdamW:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StiefelAdamW:
-        """Raises VaultDamaged."""
+        """Raises InvalidData."""
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             values: dict[str, Any] = header["__metadata__"]
@@ -138,7 +138,7 @@ class StiefelAdamW:
                 if moment in ("first", "second"):
                     (optimizer._first if moment == "first" else optimizer._second)[tensor] = array
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, InvalidInput) as error:
-            raise VaultDamaged("the vault holds an optimizer state that cannot be read") from error
+            raise InvalidData("not the state of an optimizer") from error
         return optimizer
 
 

@@ -1,0 +1,119 @@
+"""What a LaMP run leaves behind: its settings, and for each user the losses and answers of every query.
+
+    OUT/run.json                      settings of the run and how long it took
+    OUT/users/{user_id}/result.json   one `UserResult`
+    OUT/users/{user_id}/personal.safetensors
+
+Everything that is reported (summary.json, comparisons, tables, figures) is computed from these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perfit_shared.errors import InvalidData
+from perfit_shared.tasks import Task
+
+__all__ = ["MODES", "QueryResult", "Run", "UserResult", "user_folder", "write_json"]
+
+MODES = ("base", "collective", "personal", "other")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """One held-out query. A mode that the run did not measure is missing from `loss` and `answers`."""
+
+    id: str
+    gold: str  # what answers are compared with
+    tokens: int  # of the target, end of sequence included
+    loss: Mapping[str, float]  # by mode, mean nats a target token of this query
+    answers: Mapping[str, str]  # by mode, parsed
+
+
+@dataclass(frozen=True)
+class UserResult:
+    user_id: str
+    examples: int  # of the history, trained on
+    steps: int  # of stage 2
+    queries: tuple[QueryResult, ...]
+
+    def loss(self, mode: str) -> float:
+        """Mean nats over all target tokens of this user's queries."""
+        tokens = sum(q.tokens for q in self.queries)
+        return sum(q.loss[mode] * q.tokens for q in self.queries) / tokens
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "result.json", asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> UserResult:
+        """Raises InvalidData naming the file."""
+        path = folder / "result.json"
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            return cls(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InvalidData(f"{path} is not a user's result; remove it and run again") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `settings`: plain JSON values, the keys of `run.Settings`."""
+
+    folder: Path
+    task: Task
+    settings: Mapping[str, Any]
+    seconds: Mapping[str, float]  # stage1, stage2, evaluation
+    users: tuple[UserResult, ...]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes measured, in MODES' order."""
+        return tuple(mode for mode in MODES if mode in self.users[0].queries[0].loss)
+
+    def save(self) -> None:
+        """Write run.json; the users' files are there already."""
+        write_json(self.folder / "run.json", {
+            "format": _FORMAT, "task": json.loads(self.task.to_json()), "settings": dict(self.settings),
+            "seconds": dict(self.seconds), "users": [user.user_id for user in self.users],
+        })  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Raises InvalidData naming the folder when it holds no finished run."""
+        try:
+            data = json.loads((folder / "run.json").read_text("utf-8"))
+            if data["format"] != _FORMAT:
+                raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
+            return cls(
+                folder=folder,
+                task=Task.from_json(json.dumps(data["task"])),
+                settings=data["settings"],
+                seconds=data["seconds"],
+                users=tuple(UserResult.load(user_folder(folder, user)) for user in data["users"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
+
+
+def user_folder(run: Path, user_id: str) -> Path:
+    """Where a user's files lie. Ids come from data files, so whatever a file name may not hold is escaped."""
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else f"%{ord(c):x}" for c in user_id)
+    return run / "users" / (safe or "%")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all: to a temporary file that then takes the old one's place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(data, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
