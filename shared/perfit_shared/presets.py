@@ -41,17 +41,26 @@ class Preset:
             key=lambda c: (sum(abs(a - b) for a, b in zip(c, wanted, strict=True)), c),
         )
 
-    def spec(self, *, blocks: int, hidden_size: int, layers: tuple[int, ...] | None = None) -> ShiftSpec:
+    def spec(
+        self, *, blocks: int, hidden_size: int, layers: tuple[int, ...] | None = None,
+        positions: str | None = None, collective_rank: int | None = None, personal_rank: int | None = None,
+    ) -> ShiftSpec:  # fmt: skip
+        """For a model of that size; what is given replaces the preset's. Raises InvalidInput."""
         chosen = layers or self.layers_for(blocks)
         if chosen[-1] >= blocks:
             raise InvalidInput(f"layer {chosen[-1]} asked for, but the model has blocks 0 to {blocks - 1}")
         return ShiftSpec(
             layers=chosen,
-            positions=self.positions,
-            collective_rank=min(self.collective_rank, hidden_size),
-            personal_rank=min(self.personal_rank, hidden_size),
+            positions=positions or self.positions,
+            # A given rank is taken as it is, or refused; the preset's may be too large for a small model.
+            collective_rank=_or(collective_rank, min(self.collective_rank, hidden_size)),
+            personal_rank=_or(personal_rank, min(self.personal_rank, hidden_size)),
             hidden_size=hidden_size,
         )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 PRESETS: dict[str, Preset] = {
@@ -61,6 +70,7 @@ PRESETS: dict[str, Preset] = {
     "news_headline": Preset(32, 4, (14, 15, 16), "l7", 4),
     "scholarly_title": Preset(32, 8, (15,), "f7+l7", 4, batch_size=4),
     "tweet_paraphrase": Preset(32, 16, (14, 15), "f7+l7", 4),
+    "appendix_e4": Preset(32, 32, (7, 9, 11), "f7+l7", 2),  # of the paper, for every task
     # Not in the paper: the longest row of Table 9 that also suits short prompts.
     "chat": Preset(32, 8, (14, 15), "f7+l7", 4),
 }

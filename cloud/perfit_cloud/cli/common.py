@@ -1,0 +1,46 @@
+"""What several commands share: stopping between steps, and flags that need reading."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from perfit_shared.errors import InvalidInput
+
+__all__ = ["INTERRUPTED", "layers_of", "stopping"]
+
+INTERRUPTED = 130  # exit code of a shell for SIGINT
+
+
+def layers_of(text: str | None) -> tuple[int, ...] | None:
+    """Block numbers of "2;3" or "2,3", ascending. Raises InvalidInput."""
+    if text is None:
+        return None
+    parts = text.replace(",", ";").split(";")
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise InvalidInput('--layers should be block numbers like "2;3"')
+    return tuple(sorted({int(part) for part in parts}))
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    wished = False
+
+    def wish(number: int, _frame: Any) -> None:
+        nonlocal wished
+        wished = True
+        signal.signal(number, old[number])
+
+    old: dict[int, Any] = {
+        int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    for number in old:
+        signal.signal(number, wish)
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

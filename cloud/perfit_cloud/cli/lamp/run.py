@@ -1,0 +1,117 @@
+"""`perfit-cloud lamp run`: both stages, answers and metrics for one task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
+from perfit_shared.errors import Cancelled
+
+if TYPE_CHECKING:
+    from perfit_cloud.evaluation.results import Run
+
+_GIB = 1 << 30
+
+
+def run(  # noqa: PLR0917 - typer's way; all are options
+    task: Annotated[str, typer.Option(help="Task, for example news_headline.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    data: Annotated[Path, typer.Option(help="Folder with the task's files, as `lamp prepare` makes it.")],
+    out: Annotated[Path, typer.Option(help="Folder for everything the run makes.")],
+    artefact: Annotated[
+        Path | None, typer.Option(help="Collective shift to use instead of training one; of any task.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Row of the paper's Table 9, or appendix_e4.  [default: the task's]")
+    ] = None,
+    users: Annotated[int | None, typer.Option(help="The first N users of the test cohort.")] = None,
+    collective_users: Annotated[
+        int | None, typer.Option(help="Stage 1 on N users, chosen by the seed.")
+    ] = None,
+    ablation: Annotated[
+        str, typer.Option(help="full, stage1, stage2 (no collective shift) or stage2_sum (at both ranks).")
+    ] = "full",
+    histories: Annotated[
+        str, typer.Option(help="own, or other: everybody trains on the next user's history.")
+    ] = "own",
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="Several runs: layers[=0,1], ranks[=4,16], seeds[=0,1], collective-users[=10], ablations."
+        ),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
+    positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')] = None,
+    collective_rank: Annotated[int | None, typer.Option(help="Rank of the collective shift.")] = None,
+    personal_rank: Annotated[int | None, typer.Option(help="Rank of the personal shifts.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step, both stages.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Stage 2: passes over a history.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Stage 2: peak rate.  [default: the artefact's]")] = None,
+    collective_epochs: Annotated[int | None, typer.Option(help="Stage 1: passes over everybody.")] = None,
+    collective_lr: Annotated[
+        float | None, typer.Option(help="Stage 1: peak rate.  [default: chosen on held-out users]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of shifts, batches, splits and draws.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of answers; 0: greedy.")] = 0.1,
+    users_together: Annotated[int, typer.Option(help="Users whose steps run as one pass.")] = 8,
+    keep_gib: Annotated[float, typer.Option(help="Memory for activations kept between steps.")] = 4.0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json, a list for a sweep.")] = False,
+) -> None:
+    """Train both stages for a task's users, answer their held-out queries, and measure.
+
+    What is finished is kept: the same command goes on after an interruption. The defaults are the
+    paper's settings for the task, with layers mapped to the depth of the model, and learning rates
+    chosen on held-out collective users. OUT holds predictions.json in LaMP's schema and summary.json.
+
+    \b
+    perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/headline
+    perfit-cloud lamp run --task movie_tagging --model MODEL --data lamp/movie_tagging --out runs/tags --users 10
+    perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/sweep --sweep layers
+    perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/few --collective-users 10
+    """  # noqa: E501 - \b keeps an example on one line
+    from perfit_cloud.evaluation.measure import Decoding
+    from perfit_cloud.evaluation.request import Request
+    from perfit_cloud.evaluation.run import run_lamp
+    from perfit_cloud.evaluation.sweep import run_sweep
+
+    request = Request(
+        task=task, model=model, data=data, out=out, artefact=artefact, preset=preset, users=users,
+        collective_users=collective_users, ablation=ablation, histories=histories, layers=layers_of(layers),
+        positions=positions, collective_rank=collective_rank, personal_rank=personal_rank,
+        batch_size=batch_size, collective_epochs=collective_epochs, collective_learning_rate=collective_lr,
+        epochs=epochs, learning_rate=lr, seed=seed,
+        decoding=Decoding(temperature=temperature, seed=seed), users_together=users_together,
+        keep_bytes=int(keep_gib * _GIB), threads=threads, dtype=dtype, device=device,
+    )  # fmt: skip
+    try:
+        with stopping() as stop:
+            runs = [run_lamp(request, stop=stop)] if sweep is None else run_sweep(request, sweep, stop=stop)
+    except Cancelled as error:
+        typer.echo(f"perfit-cloud: {error}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        found = [json.loads((each.folder / "summary.json").read_text("utf-8")) for each in runs]
+        typer.echo(json.dumps(found[0] if sweep is None else found, ensure_ascii=False))
+    else:
+        for each in runs:
+            typer.echo("\n".join(_lines(each)))
+
+
+def _lines(run: Run) -> Sequence[str]:
+    """A small table of one run: a row each for loss and metrics, a column for each mode."""
+    summary: dict[str, Any] = json.loads((run.folder / "summary.json").read_text("utf-8"))
+    rows = {"loss, nats a token": summary["loss"], **summary["metrics"]}
+    width = max(map(len, rows))
+    head = f"{run.folder} ({len(run.users)} users)"
+    lines = [head, " " * width + "".join(f"{mode:>12}" for mode in run.modes)]
+    for name, values in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{values[mode]:12.4f}" for mode in run.modes))
+    return lines

@@ -1,0 +1,122 @@
+"""The test cohort as token pairs: each user's history to train on and held-out queries to answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from perfit_cloud.engine.gradients import Pair
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import InvalidData
+from perfit_shared.lamp import Entry, User, read_users
+from perfit_shared.tasks import Task
+
+__all__ = ["HISTORY_FILE", "LABEL_FILE", "People", "Person", "Question", "read_people", "swap_histories"]
+
+HISTORY_FILE, LABEL_FILE = "user_top_100_history.json", "user_top_100_history_label.json"
+TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out query."""
+
+    id: str
+    gold: str  # the answer alone, as metrics compare it
+    pair: Pair  # prompt ids, and the ids of the gold answer as it would follow them
+
+
+@dataclass(frozen=True)
+class Person:
+    user_id: str
+    history: tuple[Pair, ...]  # oldest first
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class People:
+    """Everyone with a query, in the file's order, and what was left out or cut on the way."""
+
+    people: tuple[Person, ...]
+    dropped_empty: int  # entries with an empty field
+    dropped_long: int  # history examples over the token cap
+    shortened: int  # prompts of queries cut to fit the context
+    without_queries: int  # users
+
+    def digest(self) -> str:
+        """sha-256 over all ids and tokens, hex."""
+        h = hashlib.sha256()
+        for person in self.people:
+            questions = [(q.id, q.gold, q.pair) for q in person.questions]
+            h.update(json.dumps([person.user_id, person.history, questions]).encode())
+        return h.hexdigest()
+
+
+def read_people(folder: Path, task: Task, base: BaseModel, *, users: int | None = None) -> People:
+    """The first `users` users of a folder's test cohort.
+
+    Raises InvalidData naming file, item and field when a file is missing or malformed.
+    """
+    path, labels = folder / HISTORY_FILE, folder / LABEL_FILE
+    if not path.is_file():
+        raise InvalidData(f"{folder} holds no {HISTORY_FILE}; `perfit-cloud lamp prepare` makes one")
+    found = read_users(path, task, golds=labels if labels.is_file() else None)
+    chosen = found.users[:users]
+    reader = _Reader(base, task)
+    people = tuple(reader.person(user) for user in chosen if user.query)
+    if not people:
+        raise InvalidData(f"{path}: no user has a query with all fields of task {task.name}")
+    return People(
+        people, found.dropped_empty, reader.dropped_long, reader.shortened, len(chosen) - len(people)
+    )
+
+
+class _Reader:
+    """Turns entries into tokens and counts what does not fit."""
+
+    def __init__(self, base: BaseModel, task: Task) -> None:
+        self._base, self._task = base, task
+        self._cap = min(base.context, TOKEN_CAP)
+        self.dropped_long = self.shortened = 0
+
+    def person(self, user: User) -> Person:
+        history = tuple(pair for entry in user.profile if (pair := self._example(entry)) is not None)
+        return Person(user.user_id, history, tuple(self._question(entry) for entry in user.query))
+
+    def _example(self, entry: Entry) -> Pair | None:
+        example = self._task.example(entry.item)
+        prompt, target = self._encode(example.prompt), self._base.encode_target(example.target)
+        if len(prompt) + len(target) > self._cap:
+            self.dropped_long += 1
+            return None
+        return prompt, target
+
+    def _question(self, entry: Entry) -> Question:
+        """Test articles are left whole, unless they would not fit the model together with an answer."""
+        gold = entry.item[self._task.gold_field]
+        prompt, target = (
+            self._encode(self._task.prompt(entry.item)),
+            self._base.encode_target(self._task.target(entry.item)),
+        )
+        room = self._cap - max(self._task.answer_tokens, len(target))
+        if room < 2:
+            raise InvalidData(f"query {entry.id}: no room for its answer in {self._cap} tokens")
+        if len(prompt) > room:
+            # The instruction stands at the start and the answer's cue at the end: the middle goes.
+            prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
+            self.shortened += 1
+        return Question(
+            entry.id, self._task.parse(self._task.target({**entry.item})) or gold, (prompt, target)
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._base.encode_chat([("user", text)]) if self._task.chat else self._base.encode(text)
+
+
+def swap_histories(people: Sequence[Person]) -> tuple[Person, ...]:
+    """Everyone with the history of the next one (the last with the first's): the control of Table 15."""
+    after = [*people[1:], people[0]]
+    return tuple(replace(person, history=other.history) for person, other in zip(people, after, strict=True))

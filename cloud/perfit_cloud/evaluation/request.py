@@ -1,0 +1,64 @@
+"""What a researcher may ask a LaMP run for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perfit_cloud.evaluation.measure import Decoding
+from perfit_shared.errors import InvalidInput
+
+__all__ = ["ABLATIONS", "HISTORIES", "Request"]
+
+# full; φ₁ alone; φ₂ alone from the identity, at the personal rank or at the sum of both (Table 4)
+ABLATIONS = ("full", "stage1", "stage2", "stage2_sum")
+HISTORIES = ("own", "other")  # whose history a user's shift is trained on (Table 15)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a researcher asks for; None stands for the preset's value, or a choice on the data."""
+
+    task: str
+    model: str  # folder or hub name
+    data: Path  # folder with one task's files
+    out: Path
+    artefact: Path | None = None  # a collective shift that is there already, perhaps of another task
+    preset: str | None = None  # the task's own
+    users: int | None = None  # the first N of the test cohort
+    collective_users: int | None = None  # so many of user_others.json, chosen by the seed
+    ablation: str = "full"
+    histories: str = "own"
+    layers: tuple[int, ...] | None = None
+    positions: str | None = None
+    collective_rank: int | None = None
+    personal_rank: int | None = None
+    batch_size: int | None = None  # examples a step, both stages
+    collective_epochs: int | None = None
+    collective_learning_rate: float | None = None
+    epochs: int | None = None  # of stage 2
+    learning_rate: float | None = None  # of stage 2
+    seed: int = 0
+    decoding: Decoding = field(default_factory=Decoding)
+    users_together: int = 8  # a cohort of stage 2
+    keep_bytes: int = 4 << 30  # for activations that no user's tensors change
+    threads: int = 0  # of the CPU; 0: torch's own choice
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.ablation not in ABLATIONS:
+            raise InvalidInput(f'no ablation "{self.ablation[:20]}"; there are {", ".join(ABLATIONS)}')
+        if self.histories not in HISTORIES:
+            raise InvalidInput(f"histories should be {' or '.join(HISTORIES)}")
+        for name in ("users", "collective_users", "users_together", "collective_epochs", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")
+        if self.alone and self.artefact is not None:
+            raise InvalidInput(f"{self.ablation} uses no collective shift, so it takes no --artefact")
+
+    @property
+    def alone(self) -> bool:
+        """Whether stage 2 stands without a collective shift."""
+        return self.ablation in ("stage2", "stage2_sum")

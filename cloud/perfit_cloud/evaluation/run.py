@@ -1,0 +1,271 @@
+"""One run of the method on one task: stage 1, stage 2 for every user, answers, summary.
+
+    OUT/settings.json                what the run was asked for; a later one must share it
+    OUT/artefact/                    stage 1, unless an artefact was given
+    OUT/users/{user_id}/             personal.safetensors, result.json
+    OUT/run.json, summary.json       written last
+    OUT/predictions.json             personal answers in LaMP's schema; every mode's in predictions/
+
+Whatever is finished is kept, so that the same command goes on after a kill at any moment, and ends
+with the same figures.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from perfit_cloud.collective.progress import Progress
+from perfit_cloud.engine.adaptation import AdaptationEngine
+from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.evaluation import stage2
+from perfit_cloud.evaluation.measure import measure, use_of
+from perfit_cloud.evaluation.people import People, Person, read_people, swap_histories
+from perfit_cloud.evaluation.request import Request
+from perfit_cloud.evaluation.results import MODES, Run, UserResult, user_folder, write_json
+from perfit_cloud.evaluation.stage1 import artefact_for
+from perfit_cloud.evaluation.summary import summarise
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel, load_base
+from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
+from perfit_shared.shifts import ShiftTensors
+from perfit_shared.tasks import Task, load_task
+
+__all__ = ["run_lamp"]
+
+_GENERATING = 1.5  # cost of a query's loss and answer in one mode, in units of a training example
+
+
+def run_lamp(
+    request: Request, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
+) -> Run:
+    """Run it, or go on with an interrupted run of the same request; a finished one is only read.
+
+    Raises Cancelled when `stop` says so (everything done is kept), InvalidInput on flags that cannot
+    be or an OUT of another request, InvalidData on data that cannot be read.
+    """
+    if request.threads > 0:
+        import torch
+
+        torch.set_num_threads(request.threads)
+    task = load_task(request.data, request.task)
+    base = base or load_base(request.model, dtype=request.dtype, device=request.device)
+    people = read_people(request.data, task, base, users=request.users)
+    say = Progress(0).say
+    say(_described(people))
+    artefact, seconds = artefact_for(request, task, base, stop)
+    run = _Run(
+        request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
+    )
+    return run.finished() or run.run()
+
+
+def _described(people: People) -> str:
+    histories = sum(len(person.history) for person in people.people)
+    queries = sum(len(person.questions) for person in people.people)
+    return (
+        f"{len(people.people)} users, {histories} past examples, {queries} queries; left out: "
+        f"{people.dropped_empty} with an empty field, {people.dropped_long} too long, "
+        f"{people.without_queries} users without queries; {people.shortened} prompts shortened"
+    )
+
+
+class _Run:
+    """One run with everything loaded."""
+
+    def __init__(
+        self, request: Request, *, task: Task, base: BaseModel, people: People, artefact: Artefact,
+        stage1_seconds: float, stop: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._request, self._task, self._base, self._artefact = request, task, base, artefact
+        self._out, self._stage1_seconds, self._wishes = request.out, stage1_seconds, stop
+        self._people = people.people if request.histories == "own" else swap_histories(people.people)
+        self._stage2 = stage2.Settings(
+            epochs=request.epochs or artefact.epochs, seed=request.seed,
+            learning_rate=request.learning_rate or artefact.learning_rate,
+            batch_size=request.batch_size or artefact.batch_size,
+        )  # fmt: skip
+        self._settings = self._described(people)
+
+    def _described(self, people: People) -> dict[str, Any]:
+        """Everything that decides the figures, plain JSON values."""
+        request, spec = self._request, self._artefact.spec
+        return {
+            "task": self._task.name, "model": self._base.name, "fingerprint": self._base.fingerprint,
+            "dtype": str(self._base.model.dtype).removeprefix("torch."), "data": people.digest(),
+            "blocks": self._base.blocks, "hidden_size": spec.hidden_size, "layers": list(spec.layers),
+            "positions": spec.positions, "collective_rank": 0 if request.alone else spec.collective_rank,
+            "personal_rank": spec.personal_rank, "personal_parameters": spec.personal_parameters(),
+            **asdict(self._stage2), "users": len(self._people), "users_together": request.users_together,
+            "collective_users": request.collective_users, "ablation": request.ablation,
+            "histories": request.histories, "artefact": self._artefact.version,
+            "artefact_task": self._artefact.task.name, "decoding": asdict(request.decoding),
+        }  # fmt: skip
+
+    def finished(self) -> Run | None:
+        """The run that OUT holds, if it is this one and finished.
+
+        Raises InvalidInput when OUT holds another one, finished or not.
+        """
+        path = self._out / "settings.json"
+        if path.is_file():
+            try:
+                theirs = json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise InvalidData(f"{path} is damaged; use another --out") from error
+            ours = json.loads(json.dumps(self._settings))
+            changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            if changed:
+                names = ", ".join(name.replace("_", " ") for name in changed)
+                raise InvalidInput(f"{self._out} holds a run with other {names}; use another --out")
+        else:
+            write_json(path, self._settings)
+        return Run.load(self._out) if (self._out / "summary.json").is_file() else None
+
+    def run(self) -> Run:
+        if self._request.ablation != "stage1":
+            self._train()
+        self._evaluate()
+        users = tuple(UserResult.load(self._folder(person)) for person in self._people)
+        seconds = {
+            "stage1": self._stage1_seconds,
+            "stage2": sum(self._times(person)["stage2"] for person in self._people),
+            "evaluation": sum(self._times(person)["evaluation"] for person in self._people),
+        }
+        run = Run(self._out, self._task, self._settings, seconds, users)
+        run.save()
+        self._write_predictions(run)
+        write_json(self._out / "summary.json", summarise(run))
+        return run
+
+    # -- stage 2 -------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        """A personal shift for everyone with a history."""
+        learners = [person for person in self._people if person.history]
+        cohorts = stage2.cohorts(learners, self._request.users_together)
+        progress = Progress(sum(len(person.history) for person in learners) * self._stage2.epochs)
+        engine = AdaptationEngine(self._base, keep_bytes=self._request.keep_bytes)
+        done = 0
+        try:
+            for cohort in cohorts:
+                missing = [p for p in cohort if not (self._folder(p) / "personal.safetensors").is_file()]
+                if missing:
+                    self._train_cohort(engine, cohort, progress, f"{done} of {len(learners)} users done")
+                else:
+                    progress.skip(sum(len(p.history) for p in cohort) * self._stage2.epochs)
+                done += len(cohort)
+        finally:
+            engine.close()
+
+    def _train_cohort(
+        self, engine: AdaptationEngine, cohort: Sequence[Person], progress: Progress, text: str
+    ) -> None:
+        checkpoint = self._out / "stage2.bin"
+        began = time.monotonic()
+        trainings = stage2.train(
+            engine, cohort, self._artefact, self._stage2, checkpoint=checkpoint, stop=self._stop,
+            progress=lambda examples: progress.advance(examples, f"stage 2: {text}"),
+        )  # fmt: skip
+        for person, training in zip(cohort, trainings, strict=True):
+            folder = self._folder(person)
+            self._keep_times(person, stage2=training.seconds)
+            write_json(folder / "stage2.json", {"losses": training.losses, "seconds": training.seconds})
+            _write_bytes(folder / "personal.safetensors", training.tensors.to_bytes())
+        checkpoint.unlink(missing_ok=True)
+        progress.say(f"stage 2: {len(cohort)} users in {time.monotonic() - began:.0f} s")
+
+    def _stop(self) -> None:
+        if self._wishes():
+            raise Cancelled("stopped; the same command goes on from there")
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Losses and answers of everyone who has no result yet."""
+        modes = self._modes()
+        cohorts = stage2.cohorts(self._people, self._request.users_together)
+        queries = sum(len(person.questions) for person in self._people)
+        progress = Progress(queries * len(modes) * _GENERATING)
+        engine = GradientEngine(self._base)
+        done = 0
+        try:
+            for cohort in cohorts:
+                cost = sum(len(p.questions) for p in cohort) * len(modes) * _GENERATING
+                done += len(cohort)
+                if all((self._folder(p) / "result.json").is_file() for p in cohort):
+                    progress.skip(cost)
+                    continue
+                self._stop()
+                self._evaluate_cohort(engine, cohort, modes)
+                progress.advance(cost, f"answers: {done} of {len(self._people)} users done")
+        finally:
+            engine.close()
+
+    def _modes(self) -> tuple[str, ...]:
+        left_out = {"full": (), "stage1": ("personal", "other")}.get(self._request.ablation, ("collective",))
+        alone = len(self._people) == 1
+        return tuple(m for m in MODES if m not in left_out and not (m == "other" and alone))
+
+    def _evaluate_cohort(
+        self, engine: GradientEngine, cohort: Sequence[Person], modes: Sequence[str]
+    ) -> None:
+        began = time.monotonic()
+        uses = [
+            {m: use_of(m, self._artefact, self._shift(p), self._shift(self._next(p))) for m in modes}
+            for p in cohort
+        ]
+        results = measure(self._base, engine, self._task, cohort, uses=uses, decoding=self._request.decoding)
+        seconds = (time.monotonic() - began) / len(cohort)
+        for person, queries in zip(cohort, results, strict=True):
+            examples = len(person.history)
+            steps = self._stage2.schedule(examples).steps if examples else 0
+            self._keep_times(person, evaluation=seconds)
+            UserResult(person.user_id, examples, steps, tuple(queries)).save(self._folder(person))
+
+    def _next(self, person: Person) -> Person:
+        """The user whose shift serves as someone else's."""
+        at = [p.user_id for p in self._people].index(person.user_id)
+        return self._people[(at + 1) % len(self._people)]
+
+    def _shift(self, person: Person) -> ShiftTensors | None:
+        path = self._folder(person) / "personal.safetensors"
+        if not path.is_file():
+            return None
+        spec = self._artefact.spec
+        try:
+            return ShiftTensors.from_bytes(path.read_bytes(), spec, spec.personal_rank)
+        except PerfitError as error:
+            raise InvalidData(f"{path}: {error}; remove it and run again") from error
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def _folder(self, person: Person) -> Path:
+        return user_folder(self._out, person.user_id)
+
+    def _times(self, person: Person) -> dict[str, float]:
+        path = self._folder(person) / "seconds.json"
+        times: Mapping[str, float] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return {"stage2": times.get("stage2", 0.0), "evaluation": times.get("evaluation", 0.0)}
+
+    def _keep_times(self, person: Person, **seconds: float) -> None:
+        write_json(self._folder(person) / "seconds.json", self._times(person) | seconds)
+
+    def _write_predictions(self, run: Run) -> None:
+        """Answers in LaMP's schema, one file a mode; the best mode's also as predictions.json."""
+        for mode in run.modes:
+            golds = [{"id": q.id, "output": q.answers[mode]} for user in run.users for q in user.queries]
+            data = {"task": run.task.lamp or run.task.name, "golds": golds, "model": self._base.name}
+            write_json(self._out / "predictions" / f"{mode}.json", data)
+            if mode == ("personal" if "personal" in run.modes else "collective"):
+                write_json(self._out / "predictions.json", data)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(data)
+    new.replace(path)

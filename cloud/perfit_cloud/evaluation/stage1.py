@@ -1,0 +1,90 @@
+"""The collective shift of a run: given, found where an earlier run left it, trained, or none at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from perfit_cloud.collective.run import Request as CollectiveRequest
+from perfit_cloud.collective.run import train_collective
+from perfit_cloud.evaluation.request import Request
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import InvalidInput, ShiftMismatch
+from perfit_shared.presets import Preset, preset_for
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.tasks import Task
+
+__all__ = ["artefact_for"]
+
+
+def artefact_for(
+    request: Request, task: Task, base: BaseModel, stop: Callable[[], bool]
+) -> tuple[Artefact, float]:
+    """The collective shift with its seed, and what stage 1 took in seconds: given, found in OUT, or trained.
+
+    Without a collective shift both are the identity.
+    """
+    if request.alone:
+        return _identity(request, task, base), 0.0
+    folder = request.artefact or request.out / "artefact"
+    if request.artefact is None and not (folder / "artefact.json").is_file():
+        artefact = train_collective(_collective(request, folder), base=base, stop=stop)
+    else:
+        artefact = Artefact.load(folder)
+    _check(artefact, request, base, folder)
+    return artefact, float(artefact.card.get("seconds", 0.0))
+
+
+def _collective(request: Request, out: Path) -> CollectiveRequest:
+    return CollectiveRequest(
+        task=request.task, data=request.data, model=request.model, out=out, preset=request.preset,
+        layers=request.layers, positions=request.positions, collective_rank=request.collective_rank,
+        personal_rank=request.personal_rank, epochs=request.collective_epochs,
+        learning_rate=request.collective_learning_rate, batch_size=request.batch_size,
+        device_epochs=request.epochs, device_learning_rate=request.learning_rate, seed=request.seed,
+        users=request.collective_users, dtype=request.dtype, device=request.device, threads=request.threads,
+    )  # fmt: skip
+
+
+def _spec(request: Request, base: BaseModel) -> ShiftSpec:
+    """The preset's, with what the request overrides."""
+    return _preset(request).spec(
+        blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers,
+        positions=request.positions, collective_rank=request.collective_rank,
+        personal_rank=request.personal_rank,
+    )  # fmt: skip
+
+
+def _preset(request: Request) -> Preset:
+    return preset_for(request.preset or request.task)
+
+
+def _identity(request: Request, task: Task, base: BaseModel) -> Artefact:
+    """φ₁ that changes nothing, and φ₂ at the personal rank or at the sum of both."""
+    if request.learning_rate is None:
+        raise InvalidInput("without stage 1 nothing chooses a learning rate; give --lr")
+    preset, spec = _preset(request), _spec(request, base)
+    rank = spec.personal_rank + (spec.collective_rank if request.ablation == "stage2_sum" else 0)
+    spec = ShiftSpec(spec.layers, spec.positions, 1, rank, spec.hidden_size)
+    return Artefact(
+        name=task.name, spec=spec, task=task, fingerprint=base.fingerprint,
+        collective=ShiftTensors.identity(spec, 1, 2 * request.seed),
+        seed=ShiftTensors.identity(spec, rank, 2 * request.seed + 1),
+        learning_rate=request.learning_rate, epochs=request.epochs or preset.epochs,
+        batch_size=request.batch_size or preset.batch_size,
+    )  # fmt: skip
+
+
+def _check(artefact: Artefact, request: Request, base: BaseModel, folder: Path) -> None:
+    """Raises ShiftMismatch or InvalidInput unless the artefact fits model and request."""
+    if artefact.fingerprint != base.fingerprint:
+        raise ShiftMismatch(f"{folder} was trained on another base model than {base.name}")
+    asked = {
+        "layers": request.layers, "positions": request.positions,
+        "collective_rank": request.collective_rank, "personal_rank": request.personal_rank,
+    }  # fmt: skip
+    differing = [k for k, v in asked.items() if v is not None and getattr(artefact.spec, k) != v]
+    if differing:
+        names = ", ".join(name.replace("_", " ") for name in differing)
+        raise InvalidInput(f"{folder} was trained with other {names}; leave them out, or train anew")

@@ -1,0 +1,127 @@
+"""Stage 2 (PerFit, Algorithm 1) for many users at once, in this process.
+
+Every user takes the steps of `perfit_shared.training`, as a device does; the gradients come from the
+engine that serves devices. Users train in *cohorts*: one step of each member is one pass. Who is in a
+cohort is a function of the users alone, and an interrupted cohort goes on from one file with
+everybody in it, so that the passes, and with them the tensors, are those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perfit_cloud.engine.adaptation import AdaptationEngine, Step
+from perfit_cloud.evaluation.people import Person
+from perfit_cloud.model.artefacts import Artefact
+from perfit_shared.errors import InvalidData, UpdateFailed
+from perfit_shared.training import Schedule, Training
+
+__all__ = ["Settings", "cohorts", "train"]
+
+_CHECKPOINT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    epochs: int
+    learning_rate: float  # peak
+    batch_size: int  # examples a step
+    seed: int
+
+    def schedule(self, examples: int) -> Schedule:
+        return Schedule(
+            epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed,
+            batch_size=min(self.batch_size, examples), examples=examples,
+        )  # fmt: skip
+
+
+def cohorts(people: Sequence[Person], size: int) -> list[list[Person]]:
+    """Users with histories of like length together, so that few wait for the longest of them."""
+    order = sorted(people, key=lambda person: len(person.history), reverse=True)
+    return [list(order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def train(
+    engine: AdaptationEngine, people: Sequence[Person], artefact: Artefact, settings: Settings, *,
+    checkpoint: Path, progress: Callable[[int], None], stop: Callable[[], None],
+) -> list[Training[Schedule]]:  # fmt: skip
+    """The finished trainings of one cohort, in its order; everybody has a history.
+
+    `progress` is told of the examples of every step; `stop` is asked after each and may raise, with
+    the cohort saved in `checkpoint` (removed by the caller once the results are kept). Raises
+    UpdateFailed naming the user whose loss is no longer a number.
+    """
+    trainings = _resumed(checkpoint, people, settings) or [
+        Training.start(settings.schedule(len(person.history)), artefact.seed) for person in people
+    ]
+    progress(sum(t.step * t.schedule.batch_size for t in trainings))
+    last_saved = clocked = time.monotonic()
+    with ExitStack() as open_ones:
+        adaptations = [
+            None if t.done else open_ones.enter_context(engine.open(person.history, artefact))
+            for t, person in zip(trainings, people, strict=True)
+        ]
+        while active := [i for i, t in enumerate(trainings) if not t.done]:
+            steps = [Step(adaptations[i], trainings[i].rows, trainings[i].tensors) for i in active]
+            gradients = engine.gradients(steps)
+            now = time.monotonic()
+            for i, gradient in zip(active, gradients, strict=True):
+                try:
+                    trainings[i] = trainings[i].stepped(
+                        gradient.loss, gradient.tensors, seconds=(now - clocked) / len(active)
+                    )
+                except UpdateFailed as error:
+                    raise UpdateFailed(f"user {people[i].user_id}: {error}") from error
+            clocked = now
+            progress(sum(len(step.rows) for step in steps))
+            try:
+                stop()
+            except BaseException:
+                _save(checkpoint, people, trainings)
+                raise
+            if now - last_saved >= _CHECKPOINT_SECONDS:
+                _save(checkpoint, people, trainings)
+                last_saved = now
+    return trainings
+
+
+def _save(path: Path, people: Sequence[Person], trainings: Sequence[Training[Schedule]]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    states = [training.to_bytes() for training in trainings]
+    header = json.dumps({
+        "users": [person.user_id for person in people], "sizes": [len(state) for state in states],
+    }).encode()  # fmt: skip
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(len(header).to_bytes(8, "big") + header + b"".join(states))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _resumed(path: Path, people: Sequence[Person], settings: Settings) -> list[Training[Schedule]] | None:
+    """What an interrupted run of this cohort left, None when it left nothing. Raises InvalidData."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    try:
+        start = 8 + int.from_bytes(data[:8], "big")
+        header: dict[str, Any] = json.loads(data[8:start])
+        if header["users"] != [person.user_id for person in people]:
+            return None  # of a cohort whose results are kept by now
+        trainings = []
+        for size in header["sizes"]:
+            trainings.append(Training.from_bytes(data[start : start + size], Schedule))
+            start += size
+    except (InvalidData, ValueError, KeyError, TypeError) as error:
+        raise InvalidData(f"{path} is damaged; remove it and run again") from error
+    planned = [settings.schedule(len(person.history)) for person in people]
+    return trainings if [t.schedule for t in trainings] == planned else None

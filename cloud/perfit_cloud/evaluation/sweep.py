@@ -1,0 +1,89 @@
+"""Several runs that differ in one thing: the paper's ablations, figures and seeds.
+
+layers[=0,1,2]            one intervened block at a time; every block of the model by default
+ranks[=4,16,32]           every pair of collective and personal rank
+seeds[=0,1,2]
+collective-users[=10,100] stage 1 on so few
+ablations                 stage 1 alone, stage 2 alone at the personal rank and at the sum of both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from perfit_cloud.evaluation.request import ABLATIONS, Request
+from perfit_cloud.evaluation.results import Run
+from perfit_cloud.evaluation.run import run_lamp
+from perfit_cloud.model.base import load_base
+from perfit_shared.errors import InvalidInput
+
+__all__ = ["SWEEPS", "run_sweep", "sweep_requests"]
+
+_RANKS, _SEEDS, _COLLECTIVE_USERS = (4, 16, 32), (0, 1, 2), (10, 100)
+SWEEPS = ("layers", "ranks", "seeds", "collective-users", "ablations")
+
+
+def sweep_requests(request: Request, sweep: str, *, blocks: int) -> list[Request]:
+    """The runs of "ranks=4,16" and the like, each in a folder of its own under OUT.
+
+    Raises InvalidInput on an unknown sweep or values that are no numbers.
+    """
+    name, _, text = sweep.partition("=")
+    if name not in SWEEPS or (name == "ablations" and text):
+        raise InvalidInput(f'no sweep "{sweep[:40]}"; there are {", ".join(SWEEPS)}, as "ranks=4,16"')
+    parts = text.split(",") if text else []
+    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
+        raise InvalidInput(f'values of a sweep should be whole numbers, like "{name}=1,2"')
+    values = [int(part) for part in parts]
+    return list(_requests(request, name, values, blocks))
+
+
+def _requests(request: Request, name: str, values: list[int], blocks: int) -> Iterator[Request]:
+    out = request.out
+    if name == "layers":
+        for layer in values or range(blocks):
+            yield replace(request, layers=(layer,), out=out / f"layer-{layer}")
+    elif name == "ranks":
+        for collective in values or _RANKS:
+            for personal in values or _RANKS:
+                yield replace(
+                    request, collective_rank=collective, personal_rank=personal,
+                    out=out / f"ranks-{collective}-{personal}",
+                )  # fmt: skip
+    elif name == "seeds":
+        for seed in values or _SEEDS:
+            decoding = replace(request.decoding, seed=seed)
+            yield replace(request, seed=seed, decoding=decoding, out=out / f"seed-{seed}")
+    elif name == "collective-users":
+        for count in values or _COLLECTIVE_USERS:
+            yield replace(request, collective_users=count, out=out / f"collective-users-{count}")
+    else:
+        for ablation in ABLATIONS:
+            alone = ablation.startswith("stage2")
+            artefact = None if alone else request.artefact
+            yield replace(request, ablation=ablation, artefact=artefact, out=out / ablation)
+
+
+def run_sweep(request: Request, sweep: str, *, stop: Callable[[], bool] = lambda: False) -> list[Run]:
+    """All runs of a sweep; finished ones are only read. Raises what run_lamp raises."""
+    base = load_base(request.model, dtype=request.dtype, device=request.device)
+    runs: list[Run] = []
+    for each in sweep_requests(request, sweep, blocks=base.blocks):
+        run = run_lamp(_like_full(each, request, runs), base=base, stop=stop)
+        runs.append(run)
+    return runs
+
+
+def _like_full(each: Request, request: Request, runs: list[Run]) -> Request:
+    """An ablation with the full run's collective shift, or where it has none with its spec and rate."""
+    if each.alone:
+        full = runs[0].settings
+        return replace(
+            each, layers=tuple(full["layers"]), positions=full["positions"],
+            collective_rank=full["collective_rank"], personal_rank=full["personal_rank"],
+            learning_rate=full["learning_rate"], epochs=full["epochs"], batch_size=full["batch_size"],
+        )  # fmt: skip
+    if each.ablation == "stage1":
+        return replace(each, artefact=request.artefact or runs[0].folder / "artefact")
+    return each

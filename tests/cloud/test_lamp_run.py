@@ -1,0 +1,222 @@
+"""A LaMP run end to end on a tiny random model and invented files: both stages, resume, ablations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.lamp_files import TASK, write_files
+
+from perfit_cloud.evaluation.measure import Decoding
+from perfit_cloud.evaluation.people import read_people, swap_histories
+from perfit_cloud.evaluation.request import Request
+from perfit_cloud.evaluation.results import Run
+from perfit_cloud.evaluation.run import run_lamp
+from perfit_cloud.evaluation.sweep import run_sweep, sweep_requests
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, ShiftMismatch
+from perfit_shared.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("lamp"))
+
+
+@pytest.fixture(scope="module")
+def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[..., Request]:
+    def make(out: Path, **changes: Any) -> Request:
+        values: dict[str, Any] = {
+            "task": TASK, "model": str(model_folder("llama")), "data": data, "out": out, "layers": (1, 2),
+            "positions": "f2+l3", "collective_rank": 4, "personal_rank": 2, "batch_size": 4,
+            "collective_epochs": 1, "collective_learning_rate": 5e-3, "epochs": 4, "learning_rate": 2e-2,
+            "users_together": 2,
+        }  # fmt: skip
+        return Request(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base(load: Callable[[str], BaseModel]) -> BaseModel:
+    return load("llama")
+
+
+@pytest.fixture(scope="module")
+def full(
+    request_for: Callable[..., Request], base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """An undisturbed run."""
+    return run_lamp(request_for(tmp_path_factory.mktemp("full")), base=base)
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """The summary without its clock."""
+    summary = json.loads((run.folder / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if k != "seconds"}
+
+
+def tensors(run: Run) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in run.folder.glob("users/*/personal.safetensors")}
+
+
+def test_a_run_leaves_everything(full: Run, data: Path) -> None:
+    summary = json.loads((full.folder / "summary.json").read_text())
+    modes = {"base", "collective", "personal", "other"}
+    assert summary["task"] == TASK and set(summary["loss"]) == modes
+    assert set(summary["metrics"]) == {"rouge_1", "rouge_l"}
+    assert all(set(values) == modes for values in summary["metrics"].values())
+    assert [u["user_id"] for u in summary["users"]] == ["12", "13", "14", "15", "16"]
+    assert set(summary["seconds"]) == {"stage1", "stage2", "evaluation"}
+    assert all(value > 0 for value in summary["seconds"].values())
+    assert summary["loss"]["personal"] < summary["loss"]["collective"], "everyone has a habit to learn"
+    assert summary["loss"]["personal"] < summary["loss"]["other"], "and it is their own"
+    assert len(tensors(full)) == len(set(tensors(full).values())) == 5
+
+
+def test_predictions_are_in_lamps_schema(full: Run, data: Path) -> None:
+    golds = json.loads((data / "user_top_100_history_label.json").read_text())["golds"]
+    for name in ("predictions", "predictions/base", "predictions/other"):
+        found = json.loads((full.folder / f"{name}.json").read_text())
+        assert found["task"] == "LaMP_4" and set(found) == {"task", "golds", "model"}
+        assert sorted(g["id"] for g in found["golds"]) == sorted(g["id"] for g in golds)
+        assert all(set(g) == {"id", "output"} and "\n" not in g["output"] for g in found["golds"])
+    personal, base = (
+        json.loads((full.folder / f"predictions/{mode}.json").read_text())["golds"]
+        for mode in ("personal", "base")
+    )
+    assert personal != base
+
+
+def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., Request], base: BaseModel) -> None:
+    before = {p: p.stat().st_mtime_ns for p in full.folder.rglob("*") if p.is_file()}
+    again = run_lamp(request_for(full.folder), base=base)
+    assert again.users == full.users
+    assert before == {p: p.stat().st_mtime_ns for p in full.folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("changes", [{"epochs": 3}, {"seed": 1}, {"users": 3}, {"histories": "other"}])
+def test_an_out_of_another_run_is_refused(
+    full: Run, request_for: Callable[..., Request], base: BaseModel, changes: dict[str, Any]
+) -> None:
+    request = replace(request_for(full.folder, **changes), artefact=full.folder / "artefact")
+    with pytest.raises(InvalidInput, match=r"holds a run with other .* use another --out"):
+        run_lamp(request, base=base)
+
+
+def test_stopped_anywhere_and_resumed_gives_the_same_figures(
+    full: Run, request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+) -> None:
+    """Stopped after every few steps of both stages; what a run without interruption gives comes out."""
+    request, stops = request_for(tmp_path / "again"), 0
+    while True:
+        asked = iter(range(3))
+        try:
+            run = run_lamp(request, base=base, stop=lambda asked=asked: next(asked, None) is None)  # type: ignore[misc]
+            break
+        except Cancelled:
+            stops += 1
+    assert stops >= 8
+    assert tensors(run) == tensors(full)
+    assert figures(run) == figures(full)
+
+
+def test_a_users_history_reaches_nobody_else(
+    full: Run, request_for: Callable[..., Request], base: BaseModel, data: Path, tmp_path: Path
+) -> None:
+    """FACTS: a widely copied baseline trains user i on the data of users 0…i. Another history of user
+    12, of the same shapes, may change what 12 becomes, and nobody else's tensors by a bit."""
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    users = json.loads((changed / "user_top_100_history.json").read_text())
+    for entry in users[0]["profile"]:
+        entry["title"] = entry["title"].replace("1", "2")  # as many tokens
+    (changed / "user_top_100_history.json").write_text(json.dumps(users))
+    task = TASKS[TASK]
+    lengths = [
+        [len(p) + len(t) for p, t in read_people(folder, task, base).people[0].history]
+        for folder in (data, changed)
+    ]
+    assert lengths[0] == lengths[1], "or the passes would have other shapes"
+    request = replace(request_for(tmp_path / "out"), data=changed, artefact=full.folder / "artefact")
+    theirs, ours = tensors(run_lamp(request, base=base)), tensors(full)
+    assert theirs["12"] != ours["12"]
+    assert {k: v for k, v in theirs.items() if k != "12"} == {k: v for k, v in ours.items() if k != "12"}
+
+
+def test_ablations(full: Run, request_for: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_for(tmp_path, artefact=full.folder / "artefact", users=2, layers=None, positions=None,
+                          collective_rank=None, personal_rank=2)  # fmt: skip
+    runs = {run.settings["ablation"]: run for run in run_sweep(request, "ablations")}
+    assert set(runs) == {"full", "stage1", "stage2", "stage2_sum"}
+    assert runs["stage1"].modes == ("base", "collective") and not tensors(runs["stage1"])
+    assert runs["stage2"].modes == ("base", "personal", "other")
+    losses = {name: run.users[0].loss(run.modes[-1]) for name, run in runs.items()}
+    assert runs["full"].users[0].loss("collective") == losses["stage1"]
+    assert len(set(losses.values())) == 4
+    # From the identity, the base is where stage 2 alone starts.
+    assert runs["stage2"].users[0].loss("base") == runs["full"].users[0].loss("base")
+
+
+def test_a_collective_shift_of_another_task_serves(
+    full: Run, request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+) -> None:
+    artefact = Artefact.load(full.folder / "artefact")
+    replace(artefact, name="chat", task=TASKS["chat"]).save(tmp_path / "chat")
+    run = run_lamp(request_for(tmp_path / "out", artefact=tmp_path / "chat", users=1), base=base)
+    assert (run.task.name, run.settings["artefact_task"]) == (TASK, "chat")
+    assert run.modes == ("base", "collective", "personal"), "a single user has nobody else"
+    other = replace(artefact, fingerprint="0" * 64)
+    other.save(tmp_path / "other")
+    with pytest.raises(ShiftMismatch, match="another base model"):
+        run_lamp(request_for(tmp_path / "no", artefact=tmp_path / "other"), base=base)
+    with pytest.raises(InvalidInput, match="other layers"):
+        run_lamp(request_for(tmp_path / "no", artefact=tmp_path / "chat", layers=(0,)), base=base)
+
+
+def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, full: Run) -> None:
+    people = read_people(data, TASKS[TASK], base).people
+    swapped = swap_histories(people)
+    assert [p.history for p in swapped] == [*(p.history for p in people[1:]), people[0].history]
+    assert [p.questions for p in swapped] == [p.questions for p in people]
+
+
+def test_sweeps_name_their_runs(request_for: Callable[..., Request], tmp_path: Path) -> None:
+    request = request_for(tmp_path)
+    assert [r.layers for r in sweep_requests(request, "layers", blocks=3)] == [(0,), (1,), (2,)]
+    grid = sweep_requests(request, "ranks=2,4", blocks=3)
+    assert [(r.collective_rank, r.personal_rank) for r in grid] == [(2, 2), (2, 4), (4, 2), (4, 4)]
+    assert [r.seed for r in sweep_requests(request, "seeds", blocks=3)] == [0, 1, 2]
+    few = sweep_requests(request, "collective-users", blocks=3)
+    assert [r.collective_users for r in few] == [10, 100]
+    assert len({r.out for r in grid}) == 4
+    for wrong in ("depth", "layers=a", "ablations=2", "ranks=-1"):
+        with pytest.raises(InvalidInput):
+            sweep_requests(request, wrong, blocks=3)
+
+
+def test_draws_depend_on_the_query_alone(full: Run, data: Path, base: BaseModel) -> None:
+    people = read_people(data, TASKS[TASK], base).people
+    seeds = {
+        Decoding(seed=seed).sampling(TASKS[TASK], p.user_id, q).seed
+        for seed in (0, 1) for p in people for q in p.questions
+    }  # fmt: skip
+    assert len(seeds) == 2 * sum(len(p.questions) for p in people)
+
+
+def test_what_cannot_be_is_said(
+    request_for: Callable[..., Request], base: BaseModel, data: Path, tmp_path: Path
+) -> None:
+    for changes in ({"ablation": "none"}, {"histories": "mine"}, {"users": 0}, {"epochs": 0}):
+        with pytest.raises(InvalidInput):
+            request_for(tmp_path, **changes)
+    with pytest.raises(InvalidInput, match="--lr"):
+        run_lamp(request_for(tmp_path / "a", ablation="stage2", learning_rate=None), base=base)
+    with pytest.raises(InvalidData, match="lamp prepare"):
+        run_lamp(request_for(tmp_path / "b", data=tmp_path), base=base)
