@@ -51,7 +51,7 @@ def mean_loss(
     """
 
     def score(chunk: Sequence[HistoryItem]) -> list[Score]:
-        pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields)) for item in chunk]
+        pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
         return patience.call(lambda: cloud.score(pairs, use))
 
     size = min(_SCORES_A_CALL, limits.examples)
@@ -115,7 +115,7 @@ def gradient_of(
     task = artefact.task
 
     def once(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
-        pairs = [(prompt_of(task, item, cut=True), task.target(item.fields)) for item in items]
+        pairs = [(prompt_of(task, item, cut=True), task.target(item.fields, cut=True)) for item in items]
         loss, tokens, gradient = cloud.compute_gradient(pairs, artefact, tensors)
         if tokens < 1:
             raise PerfitError("the cloud computed a gradient over no tokens; tell its operator")

@@ -45,7 +45,7 @@ class HistoryItem:
     @classmethod
     def make(cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "") -> HistoryItem:
         """From any mapping that has the task's fields. Raises InvalidData naming the field."""
-        names = task.field_names
+        names = task.fields_of(values)
         for name in names:
             value = values.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perfit_cloud.collective.data import find_data, read_items, tokenise
-from perfit_shared.errors import InvalidData
+from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.tasks import TASKS
 
 HEADLINE = TASKS["news_headline"]
@@ -41,20 +41,60 @@ def test_numbers_are_ratings(tmp_path: Path) -> None:
     assert [*read_items(path, TASKS["product_rating"]).users.values()] == [[{"text": "fine", "score": "4"}]]
 
 
-def test_oppu_profile_sorted_by_date_else_query(tmp_path: Path) -> None:
+def query(name: Any, text: str, gold: str) -> dict[str, Any]:
+    return {"id": name, "input": f"Generate a headline for the following article: {text}", "gold": gold}
+
+
+def test_oppu_files_train_on_queries_else_on_profiles(tmp_path: Path) -> None:
     profile = [
         {"id": 1, "date": "2020-02-02", "text": "later", "title": "l"},
         {"id": 2, "date": "2019-02-02", "text": "first", "title": "f"},
     ]
-    query = [{"id": 9, "input": "Generate a headline for the following article: now", "gold": "n"}]
-    path = write(tmp_path / "user_others.json", [{"user_id": 1, "profile": profile, "query": query}])
+    user = {"user_id": 1, "profile": profile, "query": [query(9, "now", "n")]}
+    path = write(tmp_path / "user_others.json", [user])
+    items = read_items(tmp_path, HEADLINE)
+    assert items.kind == "query" and items.users == {"1": [{"text": "now", "title": "n"}]}
+    # Queries with a label file beside are held out to test on.
+    path = write(tmp_path / "user_top_100_history.json", [user])
+    labels = {"task": "LaMP_4", "golds": [{"id": "9", "output": "n"}]}
+    write(tmp_path / "user_top_100_history_label.json", labels)
     items = read_items(path, HEADLINE)
     assert items.kind == "profile"
     assert [item["text"] for item in items.users["1"]] == ["first", "later"]
-    bare = [{"id": 1, "text": "no title"}]
-    path = write(tmp_path / "user_others.json", [{"user_id": 1, "profile": bare, "query": query}])
+    items = read_items(write(tmp_path / "p.json", [{"user_id": 1, "profile": profile}]), HEADLINE)
+    assert items.kind == "profile" and len(items.users["1"]) == 2
+
+
+def test_lamp_s_own_files(tmp_path: Path) -> None:
+    profile = [{"id": "100", "text": "old", "title": "o"}]
+    questions = [{**query(f"{n}", f"now {n}", ""), "profile": profile} for n in (10, 11)]
+    for question in questions:
+        del question["gold"]
+    path = write(tmp_path / "train_questions.json", questions)
+    golds = [{"id": f"{n}", "output": f"t{n}"} for n in (11, 10)]
+    write(tmp_path / "train_outputs.json", {"task": "LaMP_4", "golds": golds})
     items = read_items(path, HEADLINE)
-    assert items.kind == "query" and items.users["1"] == [{"text": "now", "title": "n"}]
+    assert items.users == {
+        "10": [{"text": "now 10", "title": "t10"}], "11": [{"text": "now 11", "title": "t11"}],
+    }  # fmt: skip
+
+
+def test_some_of_the_users(tmp_path: Path) -> None:
+    rows = [{"user_id": f"u{n}", "text": f"a{n}", "title": "b"} for n in range(50)]
+    items = read_items(write(tmp_path / "d.jsonl", lines(*rows)), HEADLINE)
+    ten, twenty = items.first_users(10, seed=3), items.first_users(20, seed=3)
+    assert len(ten.users) == 10 and set(ten.users) < set(twenty.users)
+    assert ten.users == items.first_users(10, seed=3).users != items.first_users(10, seed=4).users
+    assert list(ten.users) == [name for name in items.users if name in ten.users], "in the file's order"
+    assert items.first_users(50, seed=0).users == items.users
+    for count in (0, 51):
+        with pytest.raises(InvalidInput, match="holds 50 users"):
+            items.first_users(count, seed=0)
+
+
+def test_line_separators_inside_a_line_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", '{"text": "one\u2028two", "title": "t"}')
+    assert [*read_items(path, HEADLINE).users.values()] == [[{"text": "one\u2028two", "title": "t"}]]
 
 
 GOOD = {"id": "5", "text": "a", "title": "b"}
@@ -63,32 +103,19 @@ GOOD = {"id": "5", "text": "a", "title": "b"}
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", "{\n", "d.jsonl, line 1: not JSON"),
-        ("d.jsonl", lines(GOOD, {"text": "a"}), 'd.jsonl, line 2: field "title" is missing'),
+        ("d.jsonl", "{\n", "d.jsonl: line 1: not JSON"),
+        ("d.jsonl", "[" * 100_000, "d.jsonl: line 1: not JSON"),
+        ("d.jsonl", lines(GOOD, {"text": "a"}), 'd.jsonl: line 2: field "title" is missing'),
         ("d.jsonl", lines({"text": ["a"], "title": "b"}), 'line 1: field "text" should be text'),
-        ("d.jsonl", lines([1]), "line 1: should be an object"),
+        ("d.jsonl", lines({**GOOD, "user_id": [1]}), 'line 1: field "user_id" should be text'),
+        ("d.jsonl", lines([1]), "line 1: it should be an object"),
         ("d.jsonl", "", "holds no item"),
-        ("d.jsonl", "<!DOCTYPE html><html>404</html>", "is an HTML page"),
-        ("u.json", "\n <html>", "is an HTML page"),
+        ("d.jsonl", "<!DOCTYPE html><html>404</html>", "d.jsonl: an HTML page"),
+        ("u.json", "\n <html>", "u.json: an HTML page"),
         ("u.json", "[", "u.json: not JSON"),
         ("u.json", {"a": 1}, "should be a list of users"),
-        ("u.json", [{"profile": []}], 'u.json, user 1: field "user_id" is missing'),
-        ("u.json", [{"user_id": 3, "profile": 1}], 'user 3: field "profile" should be a list'),
-        (
-            "u.json",
-            [{"user_id": 3, "profile": [GOOD, {"id": "6", "text": "x"}]}],
-            'u.json, user 3, profile item 6: field "title" is missing',
-        ),
-        (
-            "u.json",
-            [{"user_id": 3, "profile": [{"id": 1, "x": ""}], "query": [{"id": 8, "input": "i"}]}],
-            'user 3, query item 8: field "gold" is missing',
-        ),
-        (
-            "u.json",
-            [{"user_id": 3, "profile": [{"id": 1}], "query": [{"id": 8, "input": "i", "gold": "g"}]}],
-            'user 3, query item 8: input lacks "article:"',
-        ),
+        ("u.json", [], "holds no item"),
+        ("u.json", [{"user_id": 3, "profile": 1}], 'u.json: user 3: field "profile" should be a list'),
     ],
 )  # fmt: skip
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: Any, message: str) -> None:
@@ -146,4 +173,4 @@ def test_chat_pairs(tmp_path: Path, load: Any) -> None:
 def test_the_real_files(brief: Path) -> None:
     for name, count in (("news_headline", 5145), ("news_categorize", 4953)):
         items = read_items(brief / "data/lamp_news" / name, TASKS[name])
-        assert (items.kind, sum(map(len, items.users.values())), items.dropped_empty) == ("profile", count, 0)
+        assert (items.kind, sum(map(len, items.users.values())), items.dropped_empty) == ("query", count, 0)

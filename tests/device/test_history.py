@@ -16,7 +16,7 @@ from perfit_device.imports import read_history
 from perfit_device.sealing import KdfParams
 from perfit_device.vault import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
-from perfit_shared.tasks import TASKS, load_task
+from perfit_shared.tasks import TASKS, Example, load_task
 
 TASK = TASKS["news_headline"]
 
@@ -41,7 +41,7 @@ def lamp_user(uid: int) -> dict[str, Any]:
     profile = [
         {"id": f"{uid}{n}", "text": f"old {uid} {n}", "title": "t", "date": "2020-01-01"} for n in range(2)
     ]
-    query = [{"id": "q", "input": f"{CUE}new {uid}", "gold": "g"}]
+    query = [{"id": f"q{uid}", "input": f"{CUE}new {uid}", "gold": "g"}]
     return {"user_id": uid, "profile": profile, "query": query}
 
 
@@ -127,15 +127,61 @@ def test_every_task_s_lamp_files(tmp_path: Path, name: str) -> None:
     }
     items = read_history(write(tmp_path, "user_top_100_history.json", [user]), task)
     query = {task.text_field: "new", gold_field: gold}
-    if name == "tweet_paraphrase":  # its profiles lack the paraphrases, and the whole file was refused
-        assert [(i.fields, i.part) for i in items] == [(query, "")]
-    else:
-        assert [i.part for i in items] == ["", "test"]
-        assert items[0].fields == {key: fields[key] for key in task.field_names}
-        assert items[1].fields == query
+    assert [i.part for i in items] == ["", "test"]
+    # LaMP-7's profiles lack the paraphrases; once the whole file was refused for it.
+    known = [key for key in task.field_names if key in fields]
+    assert items[0].fields == {key: fields[key] for key in known}
+    assert known == (["text"] if name == "tweet_paraphrase" else list(task.field_names))
+    assert items[1].fields == query
 
 
-@pytest.mark.brief
+def test_tweets_are_learned_from_the_cue_alone_and_kept(tmp_path: Path, vault: Vault) -> None:
+    task = TASKS["tweet_paraphrase"]
+    profile = [{"id": str(n), "text": f"old {n}"} for n in range(12)]
+    query = [{"id": "q", "input": f"{OPPU[task.name][1]}new", "gold": "g"}]
+    user = {"user_id": 1, "profile": profile, "query": query}
+    history.add(vault, read_history(write(tmp_path, "u.json", [user]), task))
+    split = history.split(history.load(vault, task.name))
+    assert len(split.test) == 1 and len(split.train) + len(split.gate) == 12
+    assert task.example(split.train[0].fields) == Example("tweet:", " old 0")
+    assert task.prompt(split.test[0].fields) == f"{OPPU[task.name][1]}new tweet:"
+
+
+def test_profiles_without_the_task_s_fields_leave_the_queries(tmp_path: Path) -> None:
+    bare = {**LAMP[0], "profile": [{"id": "70", "text": "no title"}]}
+    items = read_history(write(tmp_path, "u.json", [bare]), TASK)
+    assert [(i.fields, i.part) for i in items] == [({"text": "new 7", "title": "g"}, "")]
+
+
+def test_golds_in_a_file_of_their_own(tmp_path: Path) -> None:
+    bare = {**LAMP[0], "query": [{"id": "q7", "input": f"{CUE}new 7"}]}
+    path = write(tmp_path, "user_top_100_history.json", [bare])
+    with pytest.raises(InvalidData, match='query q7: field "gold" is missing, and no label file'):
+        read_history(path, TASK)
+    golds = {"task": "LaMP_4", "golds": [{"id": "q7", "output": "beside"}]}
+    labels = write(tmp_path, "user_top_100_history_label.json", golds)
+    assert read_history(path, TASK)[-1].fields["title"] == "beside"
+    labels.write_text("<html>")
+    with pytest.raises(InvalidData, match=r"_label\.json: an HTML page"):
+        read_history(path, TASK)
+
+
+def test_entries_with_an_empty_field_are_left_out_and_told(tmp_path: Path) -> None:
+    user = lamp_user(1)
+    user["profile"].append({"id": "x", "text": " ", "title": "t", "date": "2020-01-01"})
+    told: list[str] = []
+    assert len(read_history(write(tmp_path, "u.json", [user]), TASK, tell=told.append)) == 3
+    assert told == ["1 entries of the file have an empty field and were left out"]
+
+
+def test_dates_that_cannot_order_a_profile_are_dropped(tmp_path: Path) -> None:
+    """Undated examples count as older than dated ones, so a mixed profile would change its order."""
+    user = lamp_user(1)
+    user["profile"][1]["date"] = "last spring"
+    items = read_history(write(tmp_path, "u.json", [user]), TASK)
+    assert [(i.fields["text"], i.date) for i in items[:2]] == [("old 1 0", ""), ("old 1 1", "")]
+
+
 @pytest.mark.brief
 @pytest.mark.parametrize("name", ["news_headline", "news_categorize"])
 def test_the_briefs_files(name: str, vault: Vault, brief: Path) -> None:
@@ -155,15 +201,17 @@ def broken_lamp(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("a.json", "<!DOCTYPE html><html><body>404</body></html>", "web page"),
-        ("a.jsonl", "  <html>", "web page"),
+        ("a.json", "<!DOCTYPE html><html><body>404</body></html>", "an HTML page"),
+        ("a.jsonl", "  <html>", "an HTML page"),
+        ("a.jsonl", '{"text": "\\ud800", "title": "x"}', 'line 1: field "text" is no text'),
+        ("a.json", [{"text": "x", "title": "\ud800"}], 'item 0: field "title" is no text'),
         ("a.json", '[{"text": "x"', "not JSON"),
         ("a.jsonl", '{"text": "x", "title": "y"}\n{"text": ', "line 2: not JSON"),
         ("a.jsonl", '{"text": "x"}', 'line 1: field "title" is missing'),
         ("a.jsonl", '{"text": " ", "title": "y"}', 'line 1: field "text" is missing, empty'),
         ("a.jsonl", '{"text": ["x"], "title": "y"}', 'line 1: field "text"'),
         ("a.jsonl", '{"text": true, "title": "y"}', 'line 1: field "text"'),
-        ("a.jsonl", '"just text"', "line 1: should be an object"),
+        ("a.jsonl", '"just text"', "line 1: it should be an object"),
         ("a.jsonl", '{"text": "x", "title": "y", "date": "yesterday"}', 'field "date"'),
         ("a.jsonl", '{"text": "x", "title": "y", "date": 5}', 'field "date"'),
         ("a.jsonl", '{"text": "x", "title": "y", "part": "best"}', 'field "part"'),
@@ -171,8 +219,8 @@ def broken_lamp(**changes: Any) -> list[dict[str, Any]]:
         ("a.json", "[]", "no examples"),
         ("a.json", "[1, 2]", "list of objects"),
         ("a.json", [{"text": "x"}], 'item 0: field "title"'),
-        ("a.csv", "text,title\nx\n", "row 2 has not as many columns"),
-        ("a.csv", "text,title\nx,y,z\n", "row 2 has not as many columns"),
+        ("a.csv", "text,title\nx\n", "row 2: it has not as many columns"),
+        ("a.csv", "text,title\nx,y,z\n", "row 2: it has not as many columns"),
         ("a.csv", 'text,title\n"x,y\n', "not CSV"),
         ("a.csv", "body,title\nx,y\n", 'row 2: field "text"'),
         ("a.json", broken_lamp(profile={"a": 1}), 'user 7: field "profile" should be a list'),

@@ -12,7 +12,7 @@ from perfit_shared.errors import InvalidData, InvalidInput, NotFound
 from perfit_shared.metrics import mae, measure, rmse, rouge
 from perfit_shared.positions import Positions
 from perfit_shared.presets import PRESETS, preset_for
-from perfit_shared.tasks import TASKS, Task, load_task, task_named
+from perfit_shared.tasks import TASKS, Example, Task, load_task, task_named
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,89 @@ def test_tasks_read_lamp_queries_back_into_the_form_of_the_history() -> None:
         TASKS["news_headline"].item_from_query("Paraphrase this", "x")
 
 
+# What LaMP's questions ask: task → input without its article.
+ASKED = {
+    "news_categorize": "Which category does this article relate to among the following categories? Just "
+    "answer with the category name without further explanation. categories: [women, religion] article:",
+    "movie_tagging": "Which tag does this movie relate to among the following tags? Just answer with the tag "
+    "name without further explanation. tags: [sci-fi, based on a book] description:",
+    "product_rating": "What is the score of the following review on a scale of 1 to 5? just answer with 1, "
+    "2, 3, 4, or 5 without further explanation. review:",
+    "news_headline": "Generate a headline for the following article:",
+    "scholarly_title": "Generate a title for the following abstract of a paper:",
+    "tweet_paraphrase": "Paraphrase the following tweet without any explanation before or after it:",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_articles_are_cut_out_of_lamp_s_questions(name: str) -> None:
+    task = TASKS[name]
+    text = 'An article: "description: none"; review: 5. paper: it.'
+    assert task.item_from_query(f"{ASKED[name]} {text}", "g")[task.text_field] == text
+    assert task.item_from_query(f"{ASKED[name]}\n{text}", "g")[task.text_field] == text
+    assert task.item_from_query(ASKED[name], "g")[task.text_field] == ""
+
+
+def test_labels_are_lamp_s_and_asked_for() -> None:
+    for name, count in (("news_categorize", 15), ("movie_tagging", 15), ("product_rating", 5)):
+        task = TASKS[name]
+        assert len(set(task.labels)) == count
+        if count == 15:
+            listed = task.template.split("[")[1].split("]")[0].split(", ")
+            assert sorted(listed) == sorted(task.labels)
+        for label in task.labels:
+            item = dict.fromkeys(task.field_names, label)
+            assert task.parse(task.target(item) + "\nanything") == label
+
+
 def test_fields_are_cut_in_training_only() -> None:
     task = task_named("news_headline")
     item = {"text": "word " * 1000, "title": "t"}
     assert task.example(item).prompt.count("word") == 768
     assert task.prompt(item).count("word") == 1000
+    long = {"text": "t", "title": "word " * 1000}
+    assert task.example(long).target.count("word") == 768
+    assert task.target(long).count("word") == 1000
+    # A chat's reply would learn to stop in the middle.
+    chat = {"prompt": "word " * 1000, "reply": "word " * 1000}
+    example = TASKS["chat"].example(chat)
+    assert (example.prompt.count("word"), example.target.count("word")) == (768, 1000)
+
+
+def test_items_without_the_template_s_fields_take_the_history_s() -> None:
+    task = TASKS["tweet_paraphrase"]
+    assert task.example({"text": "hi", "title": "x"}) == Example("tweet:", " hi")
+    whole = {"input": "hello", "text": "hi"}
+    assert task.prompt(whole).endswith("before or after it: hello tweet:")
+    assert task.fields_of({"id": 1, **whole}) == ("input", "text")
+    assert task.fields_of({"text": "hi"}) == ("text",)
+    with pytest.raises(InvalidData, match='"input" is missing or empty'):
+        task.prompt({"input": "", "text": "hi"})
+    with pytest.raises(InvalidData, match='"text" is missing or empty'):
+        task.example({"title": "x"})
+    # Only where a task has such a template.
+    assert TASKS["news_headline"].fields_of({"title": "x"}) == ("text", "title")
+    with pytest.raises(InvalidData, match='"text" is missing'):
+        TASKS["news_headline"].example({"title": "x"})
+
+
+def test_the_history_s_template_travels_and_is_left_out_where_there_is_none() -> None:
+    """A device or an artefact.json from before there was one knows the other keys alone."""
+    tweets = TASKS["tweet_paraphrase"]
+    assert Task.from_json(tweets.to_json()) == tweets
+    assert "history_template" not in json.loads(TASKS["news_headline"].to_json())
+    before = json.loads(tweets.to_json())
+    del before["history_template"]
+    assert Task(**before).example({"input": "a", "text": "b"}).prompt.endswith("a tweet:")
+
+
+def test_the_starter_s_artefacts_still_hold_tasks() -> None:
+    folder = Path(__file__).parents[2] / "cloud" / "perfit_cloud" / "starter"
+    files = sorted(folder.glob("*/artefact.json"))
+    assert len(files) == 2
+    for file in files:
+        text = json.dumps(json.loads(file.read_text("utf-8"))["task"])
+        assert json.loads(Task.from_json(text).to_json()) == json.loads(text)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +208,9 @@ def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> 
         {"stop": ["é" * 33]}, {"stop": ["\ud800"]}, {"answer_tokens": 0}, {"answer_tokens": -1},
         {"answer_tokens": 4097}, {"answer_tokens": True}, {"answer_tokens": 4.0},
         {"answer_tokens": "4"}, {"answer_tokens": None},
+        {"history_template": None}, {"history_template": 1}, {"history_template": "{text} {title}"},
+        {"history_template": "{text}"}, {"history_template": "{other}:"}, {"history_template": "{"},
+        {"history_template": "x" * 16_385}, {"history_template": "{title:>9}"},
         {"chat": 1}, {"chat": "yes"}, {"chat": None}, {"name": None}, {"name": 5}, {"name": "news\n"},
     ],
     ids=lambda wrong: json.dumps(wrong)[:40],
@@ -161,6 +242,8 @@ def test_a_task_file_overrides(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text(json.dumps({"template": "T: {text}", "labels": ["a", "b"]}))
     task = load_task(tmp_path, "news_categorize")
     assert (task.template, task.labels, task.metric) == ("T: {text}", ("a", "b"), "accuracy")
+    (tmp_path / "task.json").write_text(json.dumps({"history_template": "said:"}))
+    assert load_task(tmp_path, "tweet_paraphrase").prompt({"text": "hi"}) == "said:"
     assert load_task(tmp_path / "none", "news_categorize") == TASKS["news_categorize"]
 
 

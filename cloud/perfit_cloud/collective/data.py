@@ -1,19 +1,17 @@
 """An operator's examples: JSONL or LaMP/OPPU files → token pairs by user, with a validation slice.
 
     items.jsonl        {"user_id": "7", "text": "…", "title": "…"}     one item a line, user_id optional
-    user_others.json   [{"user_id", "profile": [{id, date, fields…}], "query": [{id, input, gold}]}]
+    user_others.json   and the other files of `perfit_shared.lamp`, which says what is trained on
 
-Of an OPPU user the profile is read when its items have the task's fields, else the queries: in
-`user_others.json` one repeats the other. Whatever is left out is counted.
+Whatever is left out is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import string
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ import numpy as np
 
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.model.base import BaseModel
-from perfit_shared.errors import InvalidData
+from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.lamp import at, id_of, item_of, parse_json, read_text, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["Corpus", "Items", "find_data", "read_items", "tokenise"]
@@ -38,7 +37,20 @@ class Items:
     source: str  # file name and its folder's, no path
     kind: str  # "jsonl", "profile" or "query"
     users: Mapping[str, list[dict[str, str]]]
-    dropped_empty: int  # items with an empty field
+    dropped_empty: int  # items of the file with an empty field
+
+    def first_users(self, count: int, seed: int) -> Items:
+        """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
+
+        Raises InvalidInput when the file does not hold as many.
+        """
+        if not 1 <= count <= len(self.users):
+            raise InvalidInput(
+                f"{self.source} holds {len(self.users)} users, {count} of them cannot be taken"
+            )
+        names = sorted(self.users)
+        chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+        return replace(self, users={name: items for name, items in self.users.items() if name in chosen})
 
 
 @dataclass(frozen=True)
@@ -104,120 +116,41 @@ def find_data(path: Path) -> Path:
 
 
 def read_items(path: Path, task: Task) -> Items:
-    """Read a .jsonl or OPPU file. Raises InvalidData naming file, item and field when malformed."""
+    """Read a .jsonl, OPPU or LaMP file. Raises InvalidData naming file, item and field when malformed."""
     path = find_data(path)
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidData(f"{path.name} cannot be read as UTF-8 text") from error
-    if text.lstrip()[:200].lower().startswith(("<!doctype html", "<html")):
-        raise InvalidData(f"{path.name} is an HTML page, not data: the download went wrong, fetch it again")
-    lines = path.suffix == ".jsonl"
-    rows, kind = (_jsonl(path.name, text), "jsonl") if lines else _oppu(path.name, text, task)
+    items = _read_lines(path, task) if path.suffix == ".jsonl" else _read_users(path, task)
+    if not items.users:
+        raise InvalidData(f"{path} holds no item with all fields of task {task.name}")
+    return items
+
+
+def _read_users(path: Path, task: Task) -> Items:
+    found = read_users(path, task)
+    kind, entries = found.to_train_on()
+    users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}
+    return Items(found.source, kind, users, found.dropped_empty)
+
+
+def _read_lines(path: Path, task: Task) -> Items:
     users: dict[str, list[dict[str, str]]] = {}
     dropped = 0
-    for user, where, raw in rows:
-        item = _item(raw, task, where)
-        if item is None:
-            dropped += 1
-        else:
-            users.setdefault(user, []).append(item)
-    if not users:
-        raise InvalidData(f"{path.name} holds no item with all fields of task {task.name}")
-    return Items(f"{path.resolve().parent.name}/{path.name}", kind, users, dropped)
-
-
-Row = tuple[str, str, Mapping[str, Any]]  # user, where it stands (for messages), item
-
-
-def _jsonl(name: str, text: str) -> Iterable[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise InvalidData(f"{where}: not JSON") from error
-        if not isinstance(item, dict):
-            raise InvalidData(f"{where}: should be an object with the task's fields")
-        # Without a name, a line is somebody of their own.
-        yield str(item.get("user_id", f"line {number}")), where, item
-
-
-def _oppu(name: str, text: str, task: Task) -> tuple[list[Row], str]:
-    try:
-        users = json.loads(text)
-    except ValueError as error:
-        raise InvalidData(f"{name}: not JSON") from error
-    if not isinstance(users, list):
-        raise InvalidData(f"{name}: should be a list of users with user_id, profile and query")
-    kind = ""
-    rows: list[Row] = []
-    for number, user in enumerate(users, 1):
-        where = f"{name}, user {number}"
-        if not isinstance(user, dict) or "user_id" not in user:
-            raise InvalidData(f'{where}: field "user_id" is missing')
-        where = f"{name}, user {user['user_id']}"
-        profile, query = _list(user, "profile", where), _list(user, "query", where)
-        kind = kind or _kind(profile, task)
-        for item in profile if kind == "profile" else query:
-            at = f"{where}, {kind} item {item.get('id', '?')}"
-            rows.append((str(user["user_id"]), at, item if kind == "profile" else _query(item, task, at)))
-    return _by_date(rows) if kind == "profile" else rows, kind or "profile"
-
-
-def _list(user: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    value = user.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise InvalidData(f'{where}: field "{key}" should be a list of items')
-    return value
-
-
-def _kind(profile: list[dict[str, Any]], task: Task) -> str:
-    """Whether the file's profiles have the task's fields, judged by its first item; "" if it has none."""
-    if not profile:
-        return ""
-    return "profile" if set(_fields(task)) <= profile[0].keys() else "query"
-
-
-def _query(item: Mapping[str, Any], task: Task, where: str) -> dict[str, str]:
-    for field in ("input", "gold"):
-        if not isinstance(item.get(field), str):
-            raise InvalidData(f'{where}: field "{field}" is missing or not text')
-    try:
-        return task.item_from_query(item["input"], item["gold"])
-    except InvalidData as error:
-        raise InvalidData(f"{where}: {error}") from error
-
-
-def _by_date(rows: list[Row]) -> list[Row]:
-    """Oldest first when every item has an ISO date, else as they stand."""
-    if not all(isinstance(item.get("date"), str) for _, _, item in rows):
-        return rows
-    return sorted(rows, key=lambda row: str(row[2]["date"]))
-
-
-def _fields(task: Task) -> list[str]:
-    parsed = string.Formatter().parse(task.template + task.answer)
-    return [name for _, name, _, _ in parsed if name is not None]
-
-
-def _item(raw: Mapping[str, Any], task: Task, where: str) -> dict[str, str] | None:
-    """The task's fields as text; None when one is empty. Raises InvalidData when one is no text."""
-    item = {}
-    for field in _fields(task):
-        if field not in raw:
-            raise InvalidData(f'{where}: field "{field}" is missing')
-        value = raw[field]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # a rating
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return None
-        if not isinstance(value, str):
-            raise InvalidData(f'{where}: field "{field}" should be text')
-        item[field] = value
-    return item
+    with at(str(path)):
+        # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
+        for number, line in enumerate(read_text(path).split("\n"), 1):
+            if not line.strip():
+                continue
+            with at(f"line {number}"):
+                values = parse_json(line)
+                if not isinstance(values, dict):
+                    raise InvalidData("it should be an object with the task's fields")
+                # Without a name, a line is somebody of their own.
+                user = id_of(values, "user_id") if "user_id" in values else f"line {number}"
+                item = item_of(values, task)
+            if item is None:
+                dropped += 1
+            else:
+                users.setdefault(user, []).append(item)
+    return Items(f"{path.resolve().parent.name}/{path.name}", "jsonl", users, dropped)
 
 
 # -- tokens ------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import Entry, User, read_users
 from perfit_shared.tasks import Task
 
-__all__ = ["HISTORY_FILE", "LABEL_FILE", "People", "Person", "Question", "read_people", "swap_histories"]
+__all__ = ["People", "Person", "Question", "read_people", "swap_histories"]
 
-HISTORY_FILE, LABEL_FILE = "user_top_100_history.json", "user_top_100_history_label.json"
+# OPPU's release has another name for LaMP-7's.
+HISTORY_FILES = ("user_top_100_history.json", "user_more_100_history.json")
 TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
 
 
@@ -45,6 +46,7 @@ class People:
     dropped_long: int  # history examples over the token cap
     shortened: int  # prompts of queries cut to fit the context
     without_queries: int  # users
+    empty_queries: tuple[str, ...]  # ids of queries with an empty field, in the whole file
 
     def digest(self) -> str:
         """sha-256 over all ids and tokens, hex."""
@@ -60,18 +62,20 @@ def read_people(folder: Path, task: Task, base: BaseModel, *, users: int | None 
 
     Raises InvalidData naming file, item and field when a file is missing or malformed.
     """
-    path, labels = folder / HISTORY_FILE, folder / LABEL_FILE
-    if not path.is_file():
-        raise InvalidData(f"{folder} holds no {HISTORY_FILE}; `perfit-cloud lamp prepare` makes one")
-    found = read_users(path, task, golds=labels if labels.is_file() else None)
+    path = next((folder / name for name in HISTORY_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise InvalidData(f"{folder} holds no {HISTORY_FILES[0]}; `perfit-cloud lamp prepare` makes one")
+    found = read_users(path, task)
     chosen = found.users[:users]
     reader = _Reader(base, task)
     people = tuple(reader.person(user) for user in chosen if user.query)
     if not people:
         raise InvalidData(f"{path}: no user has a query with all fields of task {task.name}")
     return People(
-        people, found.dropped_empty, reader.dropped_long, reader.shortened, len(chosen) - len(people)
-    )
+        people=people, dropped_empty=found.dropped_empty, dropped_long=reader.dropped_long,
+        shortened=reader.shortened, without_queries=len(chosen) - len(people),
+        empty_queries=found.empty_queries,
+    )  # fmt: skip
 
 
 class _Reader:

@@ -89,6 +89,7 @@ class _Run:
             learning_rate=request.learning_rate or artefact.learning_rate,
             batch_size=request.batch_size or artefact.batch_size,
         )  # fmt: skip
+        self._unanswered = people.empty_queries
         self._settings = self._described(people)
 
     def _described(self, people: People) -> dict[str, Any]:
@@ -256,9 +257,13 @@ class _Run:
         write_json(self._folder(person) / "seconds.json", self._times(person) | seconds)
 
     def _write_predictions(self, run: Run) -> None:
-        """Answers in LaMP's schema, one file a mode; the best mode's also as predictions.json."""
+        """Answers in LaMP's schema, one file a mode, and the personal ones as predictions.json.
+
+        LaMP's own script wants one for every gold, so queries with an empty field get an empty one.
+        """
         for mode in run.modes:
             golds = [{"id": q.id, "output": q.answers[mode]} for user in run.users for q in user.queries]
+            golds += [{"id": name, "output": ""} for name in self._unanswered]
             data = {"task": run.task.lamp or run.task.name, "golds": golds, "model": self._base.name}
             write_json(self._out / "predictions" / f"{mode}.json", data)
             if mode == ("personal" if "personal" in run.modes else "collective"):

@@ -64,10 +64,11 @@ def train(
     progress(sum(t.step * t.schedule.batch_size for t in trainings))
     last_saved = clocked = time.monotonic()
     with ExitStack() as open_ones:
-        adaptations = [
-            None if t.done else open_ones.enter_context(engine.open(person.history, artefact))
-            for t, person in zip(trainings, people, strict=True)
-        ]
+        adaptations = {
+            i: open_ones.enter_context(engine.open(person.history, artefact))
+            for i, person in enumerate(people)
+            if not trainings[i].done
+        }
         while active := [i for i, t in enumerate(trainings) if not t.done]:
             steps = [Step(adaptations[i], trainings[i].rows, trainings[i].tensors) for i in active]
             gradients = engine.gradients(steps)

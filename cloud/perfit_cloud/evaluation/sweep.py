@@ -70,13 +70,13 @@ def run_sweep(request: Request, sweep: str, *, stop: Callable[[], bool] = lambda
     base = load_base(request.model, dtype=request.dtype, device=request.device)
     runs: list[Run] = []
     for each in sweep_requests(request, sweep, blocks=base.blocks):
-        run = run_lamp(_like_full(each, request, runs), base=base, stop=stop)
+        run = run_lamp(_like_first(each, request, runs), base=base, stop=stop)
         runs.append(run)
     return runs
 
 
-def _like_full(each: Request, request: Request, runs: list[Run]) -> Request:
-    """An ablation with the full run's collective shift, or where it has none with its spec and rate."""
+def _like_first(each: Request, request: Request, runs: list[Run]) -> Request:
+    """What a run takes from the sweep's first: an ablation its shift, or spec and rate; a seed its rate."""
     if each.alone:
         full = runs[0].settings
         return replace(
@@ -86,4 +86,6 @@ def _like_full(each: Request, request: Request, runs: list[Run]) -> Request:
         )  # fmt: skip
     if each.ablation == "stage1":
         return replace(each, artefact=request.artefact or runs[0].folder / "artefact")
+    if runs and each.seed != runs[0].settings["seed"]:  # seeds should differ in nothing else
+        return replace(each, learning_rate=runs[0].settings["learning_rate"])
     return each

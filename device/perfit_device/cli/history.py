@@ -68,7 +68,7 @@ def import_(
 
     with session.open_vault() as vault:
         of = session.task(vault, task)
-        items = read_history(file, of, user=user)
+        items = read_history(file, of, user=user, tell=say)
         _report(session, of.name, history.add(vault, items))
 
 

@@ -1,0 +1,371 @@
+"""LaMP's files and OPPU's, as users with items of a task: the one reader of device, stage 1 and LaMP runs.
+
+    OPPU   user_others.json, user_top_100_history.json
+           [{"user_id", "profile": [{"id", "date", the task's fields}], "query": [{"id", "input", "gold"}]}]
+           user_top_100_history_label.json   {"task", "golds": [{"id", "output"}]}
+    LaMP   questions.json                    [{"id", "input", "profile"}], every question somebody of its own
+           outputs.json                      {"task", "golds": [{"id", "output"}]}
+
+Whatever is malformed is InvalidData that names file, user, item and field. An entry with an empty
+field is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from perfit_shared.errors import InvalidData
+from perfit_shared.tasks import Task
+
+__all__ = [
+    "Entry",
+    "User",
+    "Users",
+    "at",
+    "id_of",
+    "is_date",
+    "item_of",
+    "labels_beside",
+    "parse_json",
+    "read_golds",
+    "read_text",
+    "read_users",
+    "users_of",
+]
+
+_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ][0-9:.]+(Z|[+-]\d\d:?\d\d)?)?)?)?")
+_SHOWN = 40  # characters of an id in a message
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One profile item or query. `item`: the task's fields as text, numbers such as scores included."""
+
+    id: str  # the file's; of a profile item without one, its place from 0
+    date: str  # as the file has it; "" if it has none, as queries
+    item: Mapping[str, str]
+    extra: Mapping[str, str] = field(default_factory=dict)  # a query's `input`; other texts, as 2N's title
+
+
+@dataclass(frozen=True)
+class User:
+    """`profile` oldest first where every entry has an ISO date, else as the file has it."""
+
+    user_id: str
+    profile: tuple[Entry, ...]
+    query: tuple[Entry, ...]
+    person: str = ""  # `user_id` of a LaMP question's record, where it has one
+
+    @property
+    def dated(self) -> bool:
+        """Whether dates order the profile: every entry has one in ISO 8601."""
+        return all(is_date(entry.date) for entry in self.profile)
+
+
+@dataclass(frozen=True)
+class Users:
+    """What a file holds, and what was left out of it."""
+
+    source: str  # file name and its folder's, no path
+    users: tuple[User, ...]
+    questions: bool  # LaMP's own form, every question a user of its own
+    held_out: bool  # the golds of the queries have a label file: these users are tested on them
+    no_profiles: bool  # no profile item had the task's fields, so all were left aside
+    dropped_empty: int  # profile items and queries with an empty field
+    empty_queries: tuple[str, ...]  # ids of the queries among them, for who must answer every one
+
+    def to_train_on(self) -> tuple[str, dict[str, tuple[Entry, ...]]]:
+        """What stage 1 learns from: ("query" or "profile", entries by user id), nobody without any.
+
+        The queries, as in OPPU's training for a task: profiles may repeat them, and where they do not
+        they are up to two hundred times as much. The profiles where the queries are held out, or
+        nobody has any.
+        """
+        queries = not self.held_out and any(user.query for user in self.users)
+        entries = {user.user_id: user.query if queries else user.profile for user in self.users}
+        return "query" if queries else "profile", {name: found for name, found in entries.items() if found}
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def read_users(path: Path, task: Task, *, golds: Path | None = None) -> Users:
+    """Read an OPPU file or LaMP's questions.
+
+    `golds` is a label file for queries that lack their gold; without it, the one that lies beside
+    (`labels_beside`). Raises InvalidData naming file, item and field, also where a query's gold and
+    its label differ.
+    """
+    labels = golds or labels_beside(path)
+    known = {} if labels is None else read_golds(labels)
+    with at(str(path)):
+        return users_of(
+            parse_json(read_text(path)), task, golds=known, source=f"{path.resolve().parent.name}/{path.name}"
+        )
+
+
+def read_golds(path: Path) -> dict[str, str]:
+    """Gold answers by query id, of LaMP's outputs.json or OPPU's label file. Raises InvalidData."""
+    with at(str(path)):
+        data = parse_json(read_text(path))
+        entries = data.get("golds") if isinstance(data, dict) else None
+        if not _is_list_of_objects(entries):
+            raise InvalidData('it should be {"task": …, "golds": [{"id": …, "output": …}]}')
+        golds: dict[str, str] = {}
+        for number, entry in enumerate(entries):
+            with at(f"gold {_shown(entry, number)}"):
+                name = id_of(entry)
+                if name in golds:
+                    raise InvalidData("it is there twice")
+                golds[name] = _text(entry, "output")
+        return golds
+
+
+def labels_beside(path: Path) -> Path | None:
+    """The label file that belongs to `path`: `X_label.json` of `X.json`, `outputs.json` of questions.json."""
+    for name in (f"{path.stem}_label.json", path.name.replace("questions", "outputs")):
+        if name != path.name and (path.parent / name).is_file():
+            return path.parent / name
+    return None
+
+
+def read_text(path: Path) -> str:
+    """A file as text, UTF-8 with or without a mark. Raises InvalidData, also on a web page saved as data."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidData("not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise InvalidData(f"cannot be read ({error.strerror})") from error
+    if re.match(r"\s*<", text):
+        raise InvalidData(
+            "an HTML page, not data: the download went wrong; check its address, fetch it again"
+        )
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """Raises InvalidData on what is no JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidData(f"not JSON ({error.msg}, line {error.lineno}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets 100,000 deep
+        raise InvalidData("not JSON") from error
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Put `place` before the message of an InvalidData."""
+    try:
+        yield
+    except InvalidData as error:
+        raise InvalidData(f"{place}: {error}") from error
+
+
+# -- users -------------------------------------------------------------------------------------------
+
+
+def users_of(records: Any, task: Task, *, golds: Mapping[str, str], source: str) -> Users:
+    """The users of a parsed file. `golds`: gold answers by query id, for queries without their own.
+
+    Raises InvalidData naming user, item and field.
+    """
+    if not _is_list_of_objects(records):
+        raise InvalidData("it should be a list of users with user_id, profile and query, or of questions")
+    questions = bool(records) and "input" in records[0] and "query" not in records[0]
+    raw = [_record(record, number, questions=questions) for number, record in enumerate(records)]
+    aside = _profiles_are_useless(raw, task)
+    reader = _Reader(task, golds)
+    users: dict[str, User] = {}
+    for record in raw:
+        with at(record.place):
+            if record.user_id in users:
+                raise InvalidData("it is there twice")
+            users[record.user_id] = reader.user(record, aside=aside)
+    return Users(
+        source=source, users=tuple(users.values()), questions=questions,
+        held_out=bool(golds) and not questions, no_profiles=aside,
+        dropped_empty=reader.dropped_empty, empty_queries=tuple(reader.empty_queries),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A user before its entries are looked at."""
+
+    user_id: str
+    place: str  # for messages
+    profile: list[dict[str, Any]]
+    query: list[dict[str, Any]]
+    person: str
+
+
+def _record(record: Mapping[str, Any], number: int, *, questions: bool) -> _Record:
+    key = "id" if questions else "user_id"
+    place = f"{'question' if questions else 'user'} {_shown(record, number, key)}"
+    with at(place):
+        name = id_of(record, key)
+        if not questions and not {"profile", "query"} & record.keys():
+            raise InvalidData('field "profile" is missing')
+        return _Record(
+            name, place, _list(record, "profile"), [dict(record)] if questions else _list(record, "query"),
+            id_of(record, "user_id") if questions and "user_id" in record else "",
+        )  # fmt: skip
+
+
+def _profiles_are_useless(records: Collection[_Record], task: Task) -> bool:
+    """Whether no profile item of a file has the task's fields, while its queries do the same service.
+
+    Queries are no stand-in where some profile is sound: there a broken item is named.
+    """
+    items = [item for record in records for item in record.profile]
+    usable = any(set(task.fields_of(item)) <= item.keys() for item in items)
+    return bool(items) and not usable and any(record.query for record in records)
+
+
+class _Reader:
+    """Turns raw entries into `Entry`s, and counts."""
+
+    def __init__(self, task: Task, golds: Mapping[str, str]) -> None:
+        self._task, self._golds = task, golds
+        self._queries: set[str] = set()
+        self.dropped_empty = 0
+        self.empty_queries: list[str] = []
+
+    def user(self, record: _Record, *, aside: bool) -> User:
+        profile = [self._profile(raw, n) for n, raw in enumerate([] if aside else record.profile)]
+        query = [self._query(raw, n) for n, raw in enumerate(record.query)]
+        user = User(
+            record.user_id, tuple(filter(None, profile)), tuple(filter(None, query)), record.person
+        )  # fmt: skip
+        if not user.dated:
+            return user
+        ordered = tuple(sorted(user.profile, key=lambda entry: entry.date))
+        return User(user.user_id, ordered, user.query, user.person)
+
+    def _profile(self, raw: Mapping[str, Any], number: int) -> Entry | None:
+        with at(f"profile item {_shown(raw, number)}"):
+            item = item_of(raw, self._task)
+            name = id_of(raw) if "id" in raw else str(number)
+            date = _date(raw)
+        if item is None:
+            self.dropped_empty += 1
+            return None
+        used = {"id", "date", *item}
+        extra = {key: value for key, value in raw.items() if key not in used and isinstance(value, str)}
+        return Entry(name, date, item, extra)
+
+    def _query(self, raw: Mapping[str, Any], number: int) -> Entry | None:
+        with at(f"query {_shown(raw, number)}"):
+            name = id_of(raw)
+            if name in self._queries:
+                raise InvalidData("another query of the file has this id")
+            self._queries.add(name)
+            text, gold = _text(raw, "input"), self._gold(raw, name)
+            item = self._task.item_from_query(text, gold)
+        if not all(value.strip() for value in item.values()):
+            self.dropped_empty += 1
+            self.empty_queries.append(name)
+            return None
+        return Entry(name, _date(raw), item, {"input": text})
+
+    def _gold(self, raw: Mapping[str, Any], name: str) -> str:
+        key = "gold" if "gold" in raw else "output"  # what LaMP's own merging of its two files makes
+        own, label = _text(raw, key) if key in raw else None, self._golds.get(name)
+        if own and label and own != label:
+            raise InvalidData(f'field "{key}" is not what the label file has')
+        if own is None and label is None:
+            raise InvalidData('field "gold" is missing, and no label file has it')
+        return own or label or ""
+
+
+# -- values ------------------------------------------------------------------------------------------
+
+
+def item_of(values: Mapping[str, Any], task: Task) -> dict[str, str] | None:
+    """The fields that `task` wants of such an item, as stripped text; None when one is empty.
+
+    Raises InvalidData naming the field that is missing or neither text nor a number.
+    """
+    names = task.fields_of(values)
+    item = {name: _text(values, name) for name in names}
+    return item if all(item.values()) else None
+
+
+def id_of(record: Mapping[str, Any], key: str = "id") -> str:
+    """An id as text. Raises InvalidData when it is missing, empty or neither text nor a whole number."""
+    value = _value(record, key)
+    if not isinstance(value, str | int) or isinstance(value, bool) or not (text := _as_text(value)):
+        raise InvalidData(f'field "{key}" should be text or a whole number')
+    return text
+
+
+def is_date(text: str) -> bool:
+    """Whether it is an ISO 8601 date, year alone or with a time included: these sort as text."""
+    return _DATE.fullmatch(text) is not None
+
+
+def _date(raw: Mapping[str, Any]) -> str:
+    value = raw.get("date")
+    if value is None:
+        return ""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InvalidData('field "date" should be text')
+    return _as_text(value) or ""  # LaMP-5's dates are years, as numbers
+
+
+def _list(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    value = record.get(key, [])
+    if not _is_list_of_objects(value):
+        raise InvalidData(f'field "{key}" should be a list of objects')
+    return value
+
+
+def _is_list_of_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _value(record: Mapping[str, Any], key: str) -> Any:
+    if key not in record:
+        raise InvalidData(f'field "{key}" is missing')
+    return record[key]
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    """A field as stripped text; "" for null. Raises InvalidData on any other type."""
+    text = _as_text(_value(record, key))
+    if text is None:
+        raise InvalidData(f'field "{key}" should be text')
+    return text
+
+
+def _as_text(value: Any) -> str | None:
+    """None for what is neither text that UTF-8 can carry nor a finite number: JSON makes lone surrogates."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else str(value)  # a score of 4.0 is the label "4"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return None
+    return value.strip()
+
+
+def _shown(record: Mapping[str, Any], number: int, key: str = "id") -> str:
+    """An id for a message: on one line, not long; the place, from 1, when there is none to show."""
+    value = record.get(key)
+    text = " ".join((_as_text(value) or "").split())[:_SHOWN] if isinstance(value, str | int) else ""
+    return text or f"number {number + 1}"

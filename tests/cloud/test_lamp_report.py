@@ -1,0 +1,296 @@
+"""`perfit-cloud lamp report`: which runs make which table, and that the numbers in it are theirs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from matplotlib import image
+from tests.cloud.lamp_runs import LABELS, TEXTS, save_run, simple_users
+from typer.testing import CliRunner
+
+from perfit_cloud.cli.lamp.report import report as command
+from perfit_cloud.evaluation import paper
+from perfit_cloud.evaluation.groups import group_runs, main_groups, nearest, rank_grids, sweeps
+from perfit_cloud.evaluation.report import write_report
+from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.tasks import TASKS
+
+LOSSES = {"base": 3.0, "collective": 2.0, "personal": 1.0, "other": 3.5}
+
+
+class Runs:
+    """Writes runs of four users; `loss` of the personal mode, or of the collective one without."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: list[Path] = []
+
+    def add(self, name: str, loss: float = 1.0, *, modes: str = "", **settings: Any) -> None:
+        losses = {m: LOSSES[m] for m in (modes.split() or LOSSES)}
+        losses["personal" if "personal" in losses else "collective"] = loss
+        users = simple_users(losses, users=4)
+        save_run(self.root / name, settings.pop("task", LABELS), users, **{"users": 4} | settings)
+        self.folders.append(self.root / name)
+
+    def report(self) -> str:
+        return write_report(self.folders, self.root / "report").read_text("utf-8")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def _rows(text: str, title: str) -> list[dict[str, str]]:
+    """Every table row of a section, by its column."""
+    part = text.split(f"## {title}", 1)[1].split("\n## ", 1)[0]
+    rows: list[dict[str, str]] = []
+    head: list[str] = []
+    for line in part.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            head = []
+        elif not head:
+            head = cells
+        elif set(line) - set("|- "):
+            rows.append(dict(zip(head, cells, strict=True)))
+    return rows
+
+
+def _one(rows: list[dict[str, str]], **wanted: str) -> Mapping[str, str]:
+    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    assert len(found) == 1, (wanted, rows)
+    return found[0]
+
+
+# -- the main table ----------------------------------------------------------------------------
+
+
+def test_main_table_has_our_numbers_beside_the_paper_s(runs: Runs) -> None:
+    runs.add("labels")
+    runs.add("texts", task=TEXTS)
+    text = runs.report()
+    rows = _rows(text, "Main results")
+    loss = _one(rows, task="news_categorize", measure="loss")
+    assert loss["personal"].startswith("1.150 [")  # the users' 1.0, 1.1, 1.2, 1.3
+    assert loss["base"].startswith("3.150 [")
+    assert (loss["paper: PerFit"], loss["users"], loss["seeds"]) == ("–", "4", "1")
+    accuracy = _one(rows, task="news_categorize", measure="accuracy")
+    assert accuracy["base"] == "0.000 [0.000, 0.000]"
+    assert (accuracy["paper: PerFit"], accuracy["paper: OPPU"]) == ("0.818", "0.810")
+    assert _one(rows, task="news_headline", measure="rouge_l")["paper: PerFit"] == "0.186"
+    assert "Llama-2-7B" in text
+    assert "No runs for: ablation (Table 4), layers" in text
+
+
+def test_seeds_become_one_row_with_their_spread(runs: Runs) -> None:
+    losses = (1.0, 1.3, 1.1)
+    for seed, loss in enumerate(losses):
+        runs.add(
+            f"s{seed}", loss, seed=seed, artefact=f"v{seed}", decoding={"temperature": 0.1, "seed": seed}
+        )
+    runs.add("hotter", 2.0, seed=3, decoding={"temperature": 0.7, "seed": 3})
+    text = runs.report()
+    means = [loss + 0.15 for loss in losses]
+    expected = f"{statistics.fmean(means):.3f} ± {statistics.stdev(means):.3f}"
+    rows = [row for row in _rows(text, "Main results") if row["measure"] == "loss"]
+    assert [(row["seeds"], row["personal"].split(" [")[0]) for row in rows] == [
+        ("3", expected),
+        ("1", "2.150"),
+    ]
+    seeds = _rows(text, "Seeds (Table 10)")
+    assert [row["loss, personal"] for row in seeds] == ["1.150", "1.450", "1.250", expected]
+    assert [row["seed"] for row in seeds] == ["0", "1", "2", "mean ± sd"]
+
+
+def test_one_seed_with_two_artefacts_is_two_settings(runs: Runs) -> None:
+    runs.add("a", artefact="v0")
+    runs.add("b", artefact="v1")
+    assert len(_rows(runs.report(), "Main results")) == 6
+
+
+def test_paired_tests_are_those_of_the_summary(runs: Runs) -> None:
+    runs.add("full")
+    row = _one(_rows(runs.report(), "Paired tests"), pair="personal − collective", measure="loss")
+    assert (row["difference"], row["p"], row["users better"]) == ("-1.000", "0.1250", "4 of 4")
+    assert row["95 % interval"] == "[-1.000, -1.000]"
+
+
+# -- variants ----------------------------------------------------------------------------------
+
+
+def _ablations(runs: Runs) -> None:
+    runs.add("full", 1.0)
+    runs.add("stage1", 1.9, ablation="stage1", modes="base collective")
+    runs.add("stage2", 1.5, ablation="stage2", modes="base personal other", collective_rank=0)
+    runs.add(
+        "sum", 1.4, ablation="stage2_sum", modes="base personal other", collective_rank=0, personal_rank=12
+    )
+
+
+def test_ablation(runs: Runs) -> None:
+    _ablations(runs)
+    text = runs.report()
+    rows = _rows(text, "Ablation (Table 4)")
+    loss = _one([r for r in rows if "of" in r], measure="loss", of="ours")
+    names = ("stage 1 only", "stage 2 only (P)", "stage 2 only (C+P)", "full")
+    assert [loss[name].split(" ")[0] for name in names] == ["2.050", "1.650", "1.550", "1.150"]
+    theirs = _one([r for r in rows if "of" in r], measure="accuracy", of="paper")
+    assert [theirs[name] for name in names] == ["0.792", "0.801", "0.803", "0.818"]
+    tests = [r for r in rows if r.get("measure") == "loss" and "pair" in r]
+    assert [(r["pair"], r["difference"], r["p"]) for r in tests] == [
+        ("full − stage 1 only", "-0.900", "0.1250"), ("full − stage 2 only (P)", "-0.500", "0.1250"),
+        ("full − stage 2 only (C+P)", "-0.400", "0.1250"),
+    ]  # fmt: skip
+    assert (runs.root / "report" / "ablation.png").is_file()
+
+
+def test_an_ablation_finds_the_run_of_its_ranks(runs: Runs) -> None:
+    """Among full runs of several ranks: 8 + 4 = 12 and 4 are those of the 8/4 run."""
+    _ablations(runs)
+    for ranks in ((4, 4), (4, 2), (8, 2)):
+        runs.add(f"r{ranks}", 0.5, collective_rank=ranks[0], personal_rank=ranks[1])
+    runs.add("sum-8-2", 1.2, ablation="stage2_sum", collective_rank=0, personal_rank=10)
+    rows = [r for r in _rows(runs.report(), "Ablation (Table 4)") if r.get("of") == "ours"]
+    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7")
+    assert row["stage 2 only (C+P)"].startswith("1.550")
+    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7")
+    assert row["stage 2 only (C+P)"].startswith("1.350")
+    assert row["stage 1 only"].startswith("2.150")  # the full run's own collective mode
+
+
+def test_layers_and_ranks(runs: Runs) -> None:
+    runs.add("main", users=24)
+    for layer in (0, 1, 2):
+        runs.add(f"l{layer}", 1.0 + layer / 10, layers=[layer], learning_rate=1e-3 * (layer + 1))
+    for ranks in ((2, 4), (2, 8), (6, 4), (6, 8)):
+        runs.add(f"r{ranks}", ranks[0] + ranks[1] / 10, collective_rank=ranks[0], personal_rank=ranks[1])
+    text = runs.report()
+    layers = _rows(text, "Layers (Fig. 6, Table 11)")
+    assert [row["layers"] for row in layers] == ["0", "1", "2"]
+    assert layers[2]["loss, personal"].startswith("1.350")
+    ranks = _rows(text, "Ranks (Fig. 5)")
+    row = next(r for r in ranks if (r["measure"], r["collective rank"]) == ("loss", "6"))
+    assert (row["personal rank 4"][:5], row["personal rank 8"][:5]) == ("6.550", "6.950")
+    # What explores is not the method's result.
+    assert {row["users"] for row in _rows(text, "Main results")} == {"24"}
+    for name in ("layers.png", "ranks.png", "main.png"):
+        pixels = image.imread(runs.root / "report" / name)
+        assert pixels.shape[0] > 200
+        assert pixels.std() > 0.05  # something is drawn
+    assert "figures for this table are not at hand" in text
+
+
+def test_of_a_grid_alone_one_run_stands_for_the_method(runs: Runs) -> None:
+    for collective in (2, 6):
+        for personal in (4, 8):
+            runs.add(f"r{collective}-{personal}", collective_rank=collective, personal_rank=personal)
+    runs.add("again", collective_rank=6, personal_rank=4, seed=1)
+    rows = _rows(runs.report(), "Main results")
+    assert {(row["setting"], row["seeds"]) for row in rows} == {("layers 2;3, ranks 6/4, f7+l7", "2")}
+
+
+def test_collective_users_other_histories_and_other_tasks(runs: Runs) -> None:
+    runs.add("full", 1.0)
+    runs.add("more", 0.9, users=24)
+    runs.add("c100", 1.1, collective_users=100)
+    runs.add("c10", 1.2, collective_users=10)
+    runs.add("swap", 2.2, histories="other")
+    runs.add("foreign", 1.4, artefact_task="news_headline")
+    text = runs.report()
+
+    def column(title: str) -> list[tuple[str, str]]:
+        return [(next(iter(row.values())), row["loss, personal"][:5]) for row in _rows(text, title)]
+
+    few = [("10", "1.350"), ("100", "1.250"), ("all", "1.150")]
+    assert column("Few collective users (Table 14)") == few
+    swapped = [("own history", "1.150"), ("another user's history", "2.350")]
+    assert column("Other users' batches (Table 15)") == swapped
+    foreign = [("news_categorize", "1.150"), ("news_headline", "1.550")]
+    assert column("Another task's collective shift (Table 16)") == foreign
+
+
+def test_costs(runs: Runs) -> None:
+    _ablations(runs)
+    rows = _rows(runs.report(), "Seconds and parameters")
+    full = _one(rows, variant="full")
+    # 2 layers, R and W of 16 numbers a rank, b of 1; ranks 8 and 4.
+    assert (full["collective parameters"], full["personal parameters"]) == ("528", "264")
+    assert (full["stage 1, s"], full["stage 2, s a user"]) == ("100", "7.5")
+    assert full["paper: personal, %"] == "0.0117"
+    assert _one(rows, variant="stage 2 only (C+P)")["collective parameters"] == "0"
+
+
+# -- groups ------------------------------------------------------------------------------------
+
+
+def test_nearest_keeps_to_the_same_test_users(tmp_path: Path) -> None:
+    users = simple_users(LOSSES)
+    made = [
+        save_run(tmp_path / "24", LABELS, users, users=24),
+        save_run(tmp_path / "3", LABELS, users, users=3, epochs=5),
+        save_run(tmp_path / "few", LABELS, users, users=3, collective_users=10),
+        save_run(tmp_path / "other", LABELS, users, users=3, fingerprint="f1"),
+    ]
+    groups = group_runs(made)
+    few = next(group for group in groups if group.get("collective_users"))
+    found = nearest(few, groups)
+    assert found is not None
+    assert (found.get("users"), found.get("fingerprint"), found.get("epochs")) == (3, "f0", 5)
+    assert [group.get("users") for group in main_groups(groups)] == [24, 3, 3]
+    assert sweeps(groups) == rank_grids(groups) == []
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_command_prints_the_path(runs: Runs) -> None:
+    runs.add("full")
+    app = typer.Typer()
+    app.command()(command)
+    out = runs.root / "made" / "here"
+    folder = str(runs.folders[0])
+    result = CliRunner().invoke(app, [folder, folder + "/.", "--out", str(out)])  # the same run twice
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(out / "report.md")
+    text = (out / "report.md").read_text("utf-8")
+    assert "seed 0" in text
+    assert str(runs.root.parent) not in text  # no path of this machine
+
+
+def test_what_is_no_run_is_refused(runs: Runs) -> None:
+    with pytest.raises(InvalidData, match="no finished run"):
+        write_report([runs.root / "none"], runs.root / "report")
+    with pytest.raises(InvalidInput, match="no runs"):
+        write_report([], runs.root / "report")
+    runs.add("a")
+    runs.add("copy")
+    with pytest.raises(InvalidInput, match="are the same run"):
+        runs.report()
+
+
+# -- the paper ---------------------------------------------------------------------------------
+
+
+def test_the_paper_s_figures_agree_with_each_other() -> None:
+    assert set(paper.MAIN.figures) == set(TASKS) - {"chat"}
+    for task, measures in paper.ABLATION.figures.items():
+        for measure, columns in measures.items():
+            assert columns["full"] == paper.MAIN.get(task, measure, "perfit")
+    assert paper.MAIN.get("movie_tagging", "loss", "perfit") is None
+
+
+@pytest.mark.parametrize("task", paper.PARAMETERS.figures)
+def test_the_paper_s_parameter_counts_are_those_of_its_presets(task: str) -> None:
+    """Layers, ranks and the hidden size of Llama-2-7B (6.738e9 parameters) give the percentages."""
+    from perfit_shared.presets import preset_for
+
+    preset = preset_for(task)
+    for name, rank in (("collective", preset.collective_rank), ("personal", preset.personal_rank)):
+        percent = 100 * len(preset.paper_layers) * rank * 2 * 4096 / 6.738e9
+        assert paper.PARAMETERS.get(task, "percent", name) == pytest.approx(percent, abs=6e-5)
