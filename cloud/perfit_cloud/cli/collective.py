@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
+from perfit_shared.errors import Cancelled
 
 if TYPE_CHECKING:
     from perfit_cloud.model.artefacts import Artefact
@@ -20,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train collective shifts, the part of personalisation that all users of a task share.",
 )
-_INTERRUPTED = 130  # exit code of a shell for SIGINT
 
 
 @app.callback()
@@ -46,14 +43,26 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     personal_rank: Annotated[int | None, typer.Option(help="Rank of the seed and personal shifts.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over everybody's examples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; chosen on held-out users.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples a step, of all processes together.")
+    ] = None,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches a step: less memory, the same step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Compute activations twice: less memory, same step."),
+    ] = False,
+    users: Annotated[
+        int | None, typer.Option(help="Train on N users only, drawn by --seed.", metavar="N")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the shifts' start, the batches and the split.")] = 0,
     device_epochs: Annotated[int | None, typer.Option(help="Passes over a history on devices.")] = None,
     device_lr: Annotated[float | None, typer.Option(help="Peak rate on devices; chosen by trials.")] = None,
     threads: Annotated[
         int, typer.Option(help="CPU threads; 0: one a core. Fewer are faster beside other work.")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16; shifts stay float32.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -61,58 +70,37 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     """Learn the collective shift and the seed of a task from many users' examples.
 
     An interrupted run goes on when the same command is given again. Progress is on stderr.
+    On several GPUs or hosts, put accelerate's launcher in front: one process a GPU.
 
     \b
     perfit-cloud collective train --task news_headline --data lamp/news_headline --model newslm --out artefacts/news_headline
     perfit-cloud collective train --task chat --data chats.jsonl --model newslm --lr 2e-3 --epochs 1 --out artefacts/chat
+    accelerate launch --num_processes 4 $(which perfit-cloud) collective train --task chat --data chats.jsonl --model llama --out artefacts/chat
     """  # noqa: E501 - \b keeps an example on one line
+    from perfit_cloud.collective.processes import Processes, leave
     from perfit_cloud.collective.run import Request, train_collective
 
     request = Request(
-        task=task, data=data, model=model, out=out, preset=preset, layers=_layers(layers),
+        task=task, data=data, model=model, out=out, preset=preset, layers=layers_of(layers),
         positions=positions, collective_rank=collective_rank, personal_rank=personal_rank, epochs=epochs,
-        learning_rate=lr, batch_size=batch_size, device_epochs=device_epochs,
+        learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing, users=users, device_epochs=device_epochs,
         device_learning_rate=device_lr, seed=seed, force=force, dtype=dtype, device=device,
         threads=threads,
     )  # fmt: skip
+    main = Processes().main
     try:
-        with _stopping() as stop:
+        with stopping() as stop:
             artefact = train_collective(request, stop=stop)
     except Cancelled as error:
-        typer.echo(f"perfit-cloud: {error}", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
-    typer.echo(json.dumps(_result(artefact, out), ensure_ascii=False) if as_json else _line(artefact, out))
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = text.replace(",", ";").split(";")
-    if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
-        raise InvalidInput('--layers should be block numbers like "2;3"')
-    return tuple(sorted({int(part) for part in parts}))
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
-    wished = False
-
-    def wish(number: int, _frame: Any) -> None:
-        nonlocal wished
-        wished = True
-        signal.signal(number, old[number])
-
-    old: dict[int, Any] = {
-        int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    for number in old:
-        signal.signal(number, wish)
-    try:
-        yield lambda: wished
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        leave()
+        if main:
+            typer.echo(f"perfit-cloud: {error}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    leave()
+    if main:
+        result = json.dumps(_result(artefact, out), ensure_ascii=False) if as_json else _line(artefact, out)
+        typer.echo(result)
 
 
 def _result(artefact: Artefact, out: Path) -> dict[str, Any]:

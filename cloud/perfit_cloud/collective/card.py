@@ -35,6 +35,9 @@ def make_card(
             "epochs": settings.epochs, "steps": training.steps, "batch_size": settings.batch_size,
             "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
             "gradient_clipping": CLIP, "weight_decay": 0, "seed": settings.seed,
+            "dtype": str(training.base.model.dtype).removeprefix("torch."),
+            "processes": training.processes.count, "accumulate": settings.accumulate,
+            "gradient_checkpointing": settings.gradient_checkpointing,
             "optimizer": "Adam, rotations on the Stiefel manifold by QR retraction",
             "collective_parameters": _parameters(settings.spec, settings.spec.collective_rank),
             "personal_parameters": settings.spec.personal_parameters(),
@@ -88,7 +91,7 @@ def _device_note(training: Training) -> str:
 
 
 def _libraries() -> dict[str, str]:
-    names = ("perfit", "torch", "transformers", "numpy")
+    names = ("perfit", "torch", "transformers", "accelerate", "numpy")
     return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
 
 
@@ -127,9 +130,9 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"{_validation_of(data['validation_users'])}.",
         "",
         f"**Training.** {hyper['epochs']} epochs, {hyper['steps']:,} steps of {hyper['batch_size']} "
-        f"examples, {hyper['optimizer']}, peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, "
-        "linear decay, "
-        f"clipping {hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's mean "
+        f"examples{_spread(hyper['processes'])}, base in {hyper['dtype']}, {hyper['optimizer']}, "
+        f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay, clipping "
+        f"{hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's mean "
         f"training loss {losses['train_last']:.4f}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
@@ -146,6 +149,10 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
 
 
 _LOSSES = {"base": "base model", "collective": "collective (φ₁)", "seed": "with the seed (φ₂∘φ₁)"}
+
+
+def _spread(processes: int) -> str:
+    return f" over {processes} processes" if processes > 1 else ""
 
 
 def _validation_of(users: int) -> str:

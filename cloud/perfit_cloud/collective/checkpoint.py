@@ -65,8 +65,8 @@ def save(folder: Path, arguments: Mapping[str, Any], snapshot: Snapshot) -> None
     new.replace(folder / FILE)
 
 
-def load(folder: Path, arguments: Mapping[str, Any], device: torch.device) -> Snapshot | None:
-    """The snapshot to go on from, None when there is none.
+def load(folder: Path, arguments: Mapping[str, Any]) -> Snapshot | None:
+    """The snapshot to go on from, its tensors on the CPU; None when there is none.
 
     Raises InvalidInput when it was made with other arguments, InvalidData when it is damaged.
     """
@@ -75,7 +75,7 @@ def load(folder: Path, arguments: Mapping[str, Any], device: torch.device) -> Sn
         return None
     advice = f"remove {FILE} to start anew, or use another --out"
     try:
-        data = torch.load(path, map_location=device, weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True)
         theirs = json.loads(data["arguments"])
         record = Record(**json.loads(data["record"]))
         snapshot = Snapshot(record, data["tensors"], data["optimizer"])

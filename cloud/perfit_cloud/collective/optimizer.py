@@ -68,13 +68,20 @@ class StiefelAdam:
         ]
         self._count = 0
 
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every tensor, in a fixed order; zeros are put where there was none."""
+        for tensor in self._tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        return [tensor.grad for tensor in self._tensors if tensor.grad is not None]
+
     @torch.no_grad()
     def step(self, rate: float) -> float:
         """One step at learning rate `rate`; returns the global gradient norm before clipping.
 
         A tensor without a gradient counts as one whose gradient is zero.
         """
-        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in self._tensors]
+        grads = self.gradients()
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
         scale = min(1.0, self._clip / norm) if norm > 0 else 1.0
         self._count += 1

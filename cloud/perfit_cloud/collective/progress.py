@@ -18,10 +18,12 @@ class Progress:
 
     The remaining time is what is left at the mean pace of this process so far, trials and
     validation included; none is shown in the first 15 seconds, which hold one-time costs.
+    `shown=False` counts and writes nothing.
     """
 
-    def __init__(self, total: float, *, stream: TextIO | None = None) -> None:
+    def __init__(self, total: float, *, stream: TextIO | None = None, shown: bool = True) -> None:
         self.total = total
+        self._quiet = not shown
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._started = self._shown = time.monotonic()
@@ -37,7 +39,7 @@ class Progress:
         """`units` more are done; show `text` with the pace and the time left, if it is time."""
         self._done += units
         now = time.monotonic()
-        if now - self._shown < _EVERY[self._terminal]:
+        if self._quiet or now - self._shown < _EVERY[self._terminal]:
             return
         self._shown = now
         elapsed = now - self._started
@@ -50,6 +52,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self._quiet:
+            return
         self._clear()
         self._stream.write(text + "\n")
         self._stream.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +11,13 @@ import torch
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.card import draw_losses, make_card, write_card
 from perfit_cloud.collective.data import Corpus, find_data, read_items, tokenise
+from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import from_torch
 from perfit_cloud.collective.training import FORWARD, Settings, Training
 from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_users, trial_steps
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_cloud.model.shifts import hooked
 from perfit_shared.errors import InvalidInput
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftSpec
@@ -41,7 +41,10 @@ class Request:
     personal_rank: int | None = None
     epochs: int | None = None
     learning_rate: float | None = None
-    batch_size: int | None = None
+    batch_size: int | None = None  # examples a step, of all processes together
+    accumulate: int = 1  # micro-batches that a process splits its share of a batch into
+    gradient_checkpointing: bool = False
+    users: int | None = None  # train on so many, drawn by the seed; all
     device_epochs: int | None = None
     device_learning_rate: float | None = None
     seed: int = 0
@@ -52,45 +55,85 @@ class Request:
 
 
 def train_collective(
-    request: Request, *, progress: Progress | None = None, stop: Callable[[], bool] = lambda: False
-) -> Artefact:
+    request: Request, *, base: BaseModel | None = None, progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Artefact:  # fmt: skip
     """Train and write the artefact, or go on with an interrupted run of the same request.
 
-    Raises Cancelled when `stop` says so (the run is saved), InvalidInput on flags that cannot be or
-    an output folder in use, InvalidData on data that cannot be read.
+    `base`: what `request.model` names, where it is loaded already; the request's dtype and device
+    then do not count. Its weights are used, its modules and their hooks are not.
+
+    Started by `accelerate launch`, every process calls this and gets the artefact; the main one
+    prints and writes. How many there are, and into how many micro-batches they split, may differ
+    when an interrupted run goes on.
+
+    Raises Cancelled when `stop` says so in any process (the run is saved), InvalidInput on flags that
+    cannot be or an output folder in use, InvalidData on data that cannot be read.
     """
-    progress = progress or Progress(0)
-    _check_out(request)
+    processes = Processes()
+    if progress is None or not processes.main:
+        progress = Progress(0, shown=processes.main)
+    processes.from_main(lambda: _check_out(request))
     if request.threads > 0:
         torch.set_num_threads(request.threads)
-    task_named(request.task)
-    file = find_data(request.data)
-    task = load_task(file.parent, request.task)
-    items = read_items(file, task)
-    base = load_base(request.model, dtype=request.dtype, device=request.device)
-    settings = _settings(request, base, progress)
-    corpus = tokenise(items, base=base, task=task, seed=request.seed)
-    _report(corpus, progress)
-    _make_out(request.out)
-    training = Training(base, corpus, task, settings, out=request.out, progress=progress, stop=stop)
+    training = _begin(request, base, processes, progress, stop)
     _plan_work(training, progress)
-    with hooked(base.model, settings.spec.layers):
+    with training.prepared():
         choose_rate(training)
         training.train()
         device_rate = choose_device_rate(training)
         losses = {mode: training.validation_loss(mode=mode) for mode in ("base", "collective", "seed")}
     training.save()
+    artefact = _artefact(training, request, device_rate, losses)
+    if processes.main:
+        _write(artefact, training, request.out, base_loss=losses["base"])
+    return artefact
+
+
+def _begin(
+    request: Request, base: BaseModel | None, processes: Processes, progress: Progress,
+    stop: Callable[[], bool],
+) -> Training:  # fmt: skip
+    """Everything read and checked, at the step where an interrupted run stopped."""
+    task_named(request.task)
+    file = find_data(request.data)
+    task = load_task(file.parent, request.task)
+    items = read_items(file, task)
+    if request.users is not None:
+        items = items.first_users(request.users, request.seed)
+    if base is None:
+        device, dtype = processes.device(request.device), processes.dtype(request.dtype)
+        with processes.one_first():
+            base = load_base(request.model, dtype=dtype, device=device)
+    else:
+        base = replace(base, model=base.twin())  # hooks that the caller has on it would shift twice
+    settings = _settings(request, base, progress)
+    corpus = tokenise(items, base=base, task=task, seed=request.seed)
+    _report(corpus, progress)
+    processes.from_main(lambda: _make_out(request.out))
+    return Training(
+        base, corpus, task, settings, out=request.out, progress=progress, processes=processes, stop=stop
+    )
+
+
+def _artefact(
+    training: Training, request: Request, device_rate: float, losses: Mapping[str, float]
+) -> Artefact:
+    settings, task = training.settings, training.task
     card = make_card(training, preset=request.preset or task.name, device_rate=device_rate, losses=losses)
-    artefact = Artefact(
-        name=task.name, spec=settings.spec, task=task, fingerprint=base.fingerprint,
+    return Artefact(
+        name=task.name, spec=settings.spec, task=task, fingerprint=training.base.fingerprint,
         collective=from_torch(training.collective), seed=from_torch(training.personal),
         learning_rate=device_rate, epochs=settings.device_epochs, batch_size=settings.batch_size, card=card,
     )  # fmt: skip
-    draw_losses(request.out / "loss.png", training, base=losses["base"])
-    write_card(request.out / "CARD.md", artefact.name, card)
-    artefact.save(request.out)
-    (request.out / checkpoint.FILE).unlink(missing_ok=True)
-    return artefact
+
+
+def _write(artefact: Artefact, training: Training, out: Path, *, base_loss: float) -> None:
+    """The artefact with its card and picture; the checkpoint is not needed any more."""
+    draw_losses(out / "loss.png", training, base=base_loss)
+    write_card(out / "CARD.md", artefact.name, artefact.card)
+    artefact.save(out)
+    (out / checkpoint.FILE).unlink(missing_ok=True)
 
 
 def _check_out(request: Request) -> None:
@@ -126,6 +169,8 @@ def _settings(request: Request, base: BaseModel, progress: Progress) -> Settings
         learning_rate=request.learning_rate,
         device_learning_rate=request.device_learning_rate,
         seed=request.seed,
+        accumulate=request.accumulate,
+        gradient_checkpointing=request.gradient_checkpointing,
     )
 
 
@@ -155,6 +200,8 @@ def _plan_work(training: Training, progress: Progress) -> None:
     """Add up the units of all phases, so that the remaining time counts what is still to come."""
     settings, validation = training.settings, FORWARD * len(training.corpus.validation)
     units = len(training.examples) * settings.epochs + validation * (settings.epochs + 4)
+    if training.keeps:
+        units += training.lower_cost * (len(training.examples) + len(training.corpus.validation))
     if settings.learning_rate is None and not training.record.learning_rate:
         units += 4 * (trial_steps(training) * settings.batch_size + validation)
     if settings.device_learning_rate is None:

@@ -1,4 +1,4 @@
-"""What all training here is made of: batches of like length, one step, a loss, a schedule."""
+"""What all training here is made of: batches of like length, steps and losses, a schedule."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from perfit_cloud.collective.frozen import FrozenBase
 from perfit_cloud.collective.optimizer import StiefelAdam
-from perfit_cloud.engine.gradients import Pair, group_all, make_batch, passes, target_log_likelihoods
-from perfit_cloud.model.base import BaseModel
+from perfit_cloud.collective.processes import Processes
+from perfit_cloud.engine.gradients import Pair, group_all, make_batch, passes
 from perfit_cloud.model.shifts import Phi, Shift, to_torch
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["WARM_UP", "batches", "evaluate", "from_torch", "rate_at", "step", "trainable"]
+__all__ = ["WARM_UP", "Losses", "batches", "from_torch", "rate_at", "trainable"]
 
 WARM_UP = 0.1  # share of all steps
 _POOL = 50  # batches that are sorted by length together
@@ -60,38 +62,61 @@ def batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -
     return [made[i] for i in rng.permutation(len(made))]
 
 
-def step(
-    base: BaseModel, pairs: Sequence[Pair], positions: Positions, *,
-    collective: Shift, personal: Shift, optimizer: StiefelAdam, rate: float,
-) -> float:  # fmt: skip
-    """One step on a batch; returns its loss before the step, nats a target token.
+class Losses:
+    """Losses and steps on batches: split over processes, micro-batches and passes.
 
     The base's hooks are on. Only blocks above the first intervened one are differentiated, since
     nothing below depends on a tensor that requires grad.
     """
-    tokens = sum(len(target) for _, target in pairs)
-    total = 0.0
-    for chunk in passes(pairs):
-        batch = make_batch([pairs[i] for i in chunk], positions, base.device)
-        with torch.enable_grad():
-            likelihoods = target_log_likelihoods(base, batch, group_all(batch, collective, personal))
-            loss = -likelihoods.sum() / tokens
-            if loss.requires_grad:  # not when every prompt is a single token
-                loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    optimizer.step(rate)
-    return total
 
+    def __init__(
+        self, frozen: FrozenBase, positions: Positions, device: torch.device, *,
+        processes: Processes, accumulate: int = 1,
+    ) -> None:  # fmt: skip
+        self._frozen, self._positions, self._device = frozen, positions, device
+        self._processes, self._accumulate = processes, accumulate
 
-def evaluate(
-    base: BaseModel, pairs: Sequence[Pair], positions: Positions, *,
-    collective: Shift | None, personal: Shift | None,
-) -> float:  # fmt: skip
-    """Mean loss over all target tokens, nats; without a collective shift, the base model's."""
-    total = 0.0
-    for chunk in passes(pairs):
-        batch = make_batch([pairs[i] for i in chunk], positions, base.device)
+    def step(
+        self, pairs: Sequence[Pair], *,
+        collective: Shift, personal: Shift, optimizer: StiefelAdam, rate: float,
+    ) -> float:  # fmt: skip
+        """One step on a batch; returns its loss before the step, nats a target token.
+
+        Each process adds up the gradient of its pairs, weighted by their share of all target tokens,
+        over its micro-batches. The sum over processes is the gradient of the whole batch, so all
+        take the same step, and how many there are changes nothing but rounding.
+        """
+        tokens = sum(len(target) for _, target in pairs)
+        mine = self._processes.mine(pairs)
+        parts = min(self._accumulate, len(mine))
+        loss = 0.0
+        for k in range(parts):
+            for chunk in self._chunks(mine[k * len(mine) // parts : (k + 1) * len(mine) // parts]):
+                with torch.enable_grad():
+                    part = -self._log_likelihoods(chunk, collective, personal).sum() / tokens
+                    if part.requires_grad:  # not when every prompt is a single token
+                        part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+        loss = self._processes.add_up(loss, optimizer.gradients())
+        optimizer.step(rate)
+        return loss
+
+    def mean(self, pairs: Sequence[Pair], *, collective: Shift | None, personal: Shift | None) -> float:
+        """Mean loss over all target tokens, nats; without a collective shift, the base model's."""
+        total = 0.0
+        for chunk in self._chunks(self._processes.mine(pairs)):
+            with torch.no_grad():
+                total -= float(self._log_likelihoods(chunk, collective, personal).sum())
+        return self._processes.add_up(total) / sum(len(target) for _, target in pairs)
+
+    @staticmethod
+    def _chunks(pairs: Sequence[Pair]) -> list[list[Pair]]:
+        """What fits into a pass each."""
+        return [[pairs[i] for i in chunk] for chunk in passes(pairs)]
+
+    def _log_likelihoods(
+        self, pairs: Sequence[Pair], collective: Shift | None, personal: Shift | None
+    ) -> Tensor:
+        batch = make_batch(pairs, self._positions, self._device)
         groups = [] if collective is None else group_all(batch, collective, personal)
-        with torch.no_grad():
-            total -= float(target_log_likelihoods(base, batch, groups).sum())
-    return total / sum(len(target) for _, target in pairs)
+        return self._frozen.log_likelihoods(pairs, batch, groups)

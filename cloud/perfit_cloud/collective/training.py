@@ -7,10 +7,11 @@ starts from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.checkpoint import Record, Snapshot
 from perfit_cloud.collective.data import Corpus
+from perfit_cloud.collective.frozen import FrozenBase, checkpointed
 from perfit_cloud.collective.optimizer import StiefelAdam
+from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.collective.steps import batches, evaluate, rate_at, step, trainable
+from perfit_cloud.collective.steps import Losses, batches, rate_at, trainable
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.shifts import Phi
+from perfit_cloud.model.shifts import Phi, hooked
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -44,33 +47,45 @@ class Settings:
 
     spec: ShiftSpec
     epochs: int  # passes over everybody's examples
-    batch_size: int  # examples a step
+    batch_size: int  # examples a step, of all processes together
     device_epochs: int  # passes over one user's history, on devices
     learning_rate: float | None = None  # peak; None: chosen on the validation slice
     device_learning_rate: float | None = None  # peak; None: chosen by trial personal updates
     seed: int = 0
+    accumulate: int = 1  # micro-batches that a process splits its share of a batch into
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "device_epochs"):
+        for name in ("epochs", "batch_size", "device_epochs", "accumulate"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")
+        if self.accumulate > self.batch_size:
+            raise InvalidInput(
+                f"a batch of {self.batch_size} cannot be split into {self.accumulate} micro-batches"
+            )
         for rate in (self.learning_rate, self.device_learning_rate):
             if rate is not None and not 0 < rate < 1:
                 raise InvalidInput("a learning rate should lie between 0 and 1")
 
 
 class Training:
-    """One run: its data, its two shifts and its record. The base's hooks must be on while it works.
+    """One run: its data, its two shifts and its record. It works inside `prepared()`.
 
-    `stop` is asked after every step; when it says yes the run is saved and Cancelled is raised.
+    `stop` is asked after every step; when any process says yes the run is saved and Cancelled is
+    raised on all. Raises InvalidInput when the processes differ in data or settings.
     """
 
     def __init__(
         self, base: BaseModel, corpus: Corpus, task: Task, settings: Settings, *,
-        out: Path, progress: Progress, stop: Callable[[], bool] = lambda: False,
+        out: Path, progress: Progress, processes: Processes, stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        self.base, self.corpus, self.settings = base, corpus, settings
-        self.positions = Positions.parse(settings.spec.positions)
+        self.base, self.corpus, self.task, self.settings = base, corpus, task, settings
+        self.processes = processes
+        self._frozen = FrozenBase(base, settings.spec.layers[0])
+        self.losses = Losses(
+            self._frozen, Positions.parse(settings.spec.positions), base.device,
+            processes=processes, accumulate=settings.accumulate,
+        )  # fmt: skip
         self.examples = corpus.examples()
         self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
         self.progress, self._stop, self._out = progress, stop, out
@@ -90,6 +105,36 @@ class Training:
         personal = trainable(ShiftTensors.identity(spec, spec.personal_rank, 2 * seed + 1), device)
         return collective, personal, StiefelAdam([collective, personal])
 
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The base's hooks are on, and what it need not compute again and again is known."""
+        first = self.settings.spec.layers[0]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hooked(self.base.model, self.settings.spec.layers))
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(checkpointed(self.base, first))
+            self._frozen.try_rows(self.examples)
+            if self.keeps:
+                self._frozen.keep([*self.examples, *self.corpus.validation], self._kept)
+            yield
+
+    @property
+    def keeps(self) -> bool:
+        """Whether to keep what the lower blocks make of each example: not for a single look at it.
+
+        Nor with several processes, since each would have to keep all.
+        """
+        return self.settings.epochs > 1 and self.processes.count == 1
+
+    @property
+    def lower_cost(self) -> float:
+        """Units to run one example up to the first intervened block."""
+        return FORWARD * (self.settings.spec.layers[0] + 1) / self.base.blocks
+
+    def _kept(self, examples: int) -> None:
+        self.progress.advance(self.lower_cost * examples, "running the lower blocks, once for all epochs")
+        self.pause()
+
     def batch(self, index: int) -> list[Pair]:
         """The examples of step `index` of the run."""
         epoch, place = divmod(index, self.steps_an_epoch)
@@ -103,11 +148,11 @@ class Training:
 
     def validation_loss(self, *, mode: str = "seed") -> float:
         """Loss on the validation slice, nats a token: "base", "collective" (φ₁ alone) or "seed" (φ₂∘φ₁)."""
-        loss = evaluate(
-            self.base, self.corpus.validation, self.positions,
+        loss = self.losses.mean(
+            self.corpus.validation,
             collective=None if mode == "base" else self.collective,
             personal=self.personal if mode == "seed" else None,
-        )  # fmt: skip
+        )
         self.progress.advance(FORWARD * len(self.corpus.validation), "validating")
         return loss
 
@@ -119,9 +164,9 @@ class Training:
         while record.step < self.steps:
             pairs = self.batch(record.step)
             began = time.monotonic()
-            loss = step(
-                self.base, pairs, self.positions, collective=self.collective, personal=self.personal,
-                optimizer=self._optimizer, rate=rate_at(record.step, self.steps, record.learning_rate),
+            loss = self.losses.step(
+                pairs, collective=self.collective, personal=self.personal, optimizer=self._optimizer,
+                rate=rate_at(record.step, self.steps, record.learning_rate),
             )  # fmt: skip
             if not math.isfinite(loss):
                 raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")
@@ -156,16 +201,18 @@ class Training:
         return [tensor for shift in shifts for layer in sorted(shift) for tensor in shift[layer]]
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; only the main process does."""
         now = time.monotonic()
         self.record.seconds += now - self._since
         self._since = self._saved = now
+        if not self.processes.main:
+            return
         snapshot = Snapshot(self.record, self.tensors(), self._optimizer.state())
         checkpoint.save(self._out, self._arguments, snapshot)
 
     def pause(self) -> None:
         """Save when a minute has passed, and stop here when asked to."""
-        if self._stop():
+        if self.processes.any(self._stop()):
             self.save()
             raise Cancelled(
                 f"stopped after step {self.record.step} of {self.steps}; the same command goes on from there"
@@ -174,7 +221,9 @@ class Training:
             self.save()
 
     def _resume(self) -> None:
-        snapshot = checkpoint.load(self._out, self._arguments, self.base.device)
+        if self.processes.from_main(lambda: self._arguments) != self._arguments:
+            raise InvalidInput("the processes of this run read different models, data or settings")
+        snapshot = self.processes.from_main(lambda: checkpoint.load(self._out, self._arguments))
         if snapshot is None:
             return
         self.record = snapshot.record
@@ -187,7 +236,10 @@ class Training:
 
 
 def _arguments(base: BaseModel, corpus: Corpus, task: Task, settings: Settings) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from; keys are words for a message."""
+    """What a resumed run must share with the one it goes on from; keys are words for a message.
+
+    Processes, micro-batches and recomputed activations are not among it: the steps are the same.
+    """
     return {
         "model": base.fingerprint,
         "dtype": str(base.model.dtype),

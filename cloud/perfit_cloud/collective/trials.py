@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from perfit_cloud.collective.optimizer import StiefelAdam
-from perfit_cloud.collective.steps import batches, evaluate, from_torch, rate_at, step, trainable
+from perfit_cloud.collective.steps import batches, from_torch, rate_at, trainable
 from perfit_cloud.collective.training import FORWARD, Training
 from perfit_cloud.engine.gradients import Pair
 
@@ -68,14 +68,14 @@ def _trial(training: Training, rung: int) -> float:
     steps = trial_steps(training)
     for index in range(steps):
         pairs = training.batch(index)
-        step(
-            training.base, pairs, training.positions, collective=collective, personal=personal,
-            optimizer=optimizer, rate=rate_at(index, steps, rate),
+        training.losses.step(
+            pairs, collective=collective, personal=personal, optimizer=optimizer,
+            rate=rate_at(index, steps, rate),
         )  # fmt: skip
         training.progress.advance(len(pairs), f"trying learning rate {rate:g}: step {index + 1}/{steps}")
         training.pause()
     validation = training.corpus.validation
-    loss = evaluate(training.base, validation, training.positions, collective=collective, personal=personal)
+    loss = training.losses.mean(validation, collective=collective, personal=personal)
     loss = loss if math.isfinite(loss) else math.inf  # it diverged
     training.progress.advance(FORWARD * len(validation), f"trying learning rate {rate:g}")
     training.progress.say(f"learning rate {rate:g}: validation loss {loss:.4f} after {steps} steps")
@@ -135,15 +135,15 @@ def _device_trial(training: Training, users: Sequence[Sequence[Pair]], rung: int
 
 def _update(training: Training, pairs: Sequence[Pair], rate: float) -> tuple[float, float]:
     """(held-out loss at the seed, after an update) of one user."""
-    settings, base = training.settings, training.base
+    settings = training.settings
     cut = len(pairs) * 3 // 4
     past, latest = pairs[:cut], pairs[cut:]
     collective = {layer: type(phi)(*(t.detach() for t in phi)) for layer, phi in training.collective.items()}
-    personal = trainable(from_torch(training.personal), base.device)
+    personal = trainable(from_torch(training.personal), training.base.device)
     optimizer = StiefelAdam([personal])
 
     def held_out() -> float:
-        return evaluate(base, latest, training.positions, collective=collective, personal=personal)
+        return training.losses.mean(latest, collective=collective, personal=personal)
 
     before = held_out()
     lengths = [len(prompt) + len(target) for prompt, target in past]
@@ -153,9 +153,9 @@ def _update(training: Training, pairs: Sequence[Pair], rate: float) -> tuple[flo
         for batch in batches(lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
     ]
     for index, batch in enumerate(plan):
-        step(
-            base, [past[i] for i in batch], training.positions, collective=collective, personal=personal,
-            optimizer=optimizer, rate=rate_at(index, len(plan), rate),
+        training.losses.step(
+            [past[i] for i in batch], collective=collective, personal=personal, optimizer=optimizer,
+            rate=rate_at(index, len(plan), rate),
         )  # fmt: skip
         training.progress.advance(len(batch), f"trying device learning rate {rate:g}")
         training.pause()

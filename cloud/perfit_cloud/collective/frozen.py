@@ -1,0 +1,215 @@
+"""What a training pass over a frozen base need not do, with the same result but for rounding.
+
+- Blocks up to the first intervened one see nothing that training changes: what comes out of them is
+  kept for every example and given back in their place (`keep`).
+- Of the last block's MLP and of the head, only the rows that predict a target token are read.
+
+Both work by standing in for modules of the model during one pass, so that masks, rotary embeddings
+and whatever else a family does stay the family's own. `keep` and `try_rows` check that on real
+examples; a family for which it does not hold is run in full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from perfit_cloud.engine.gradients import Batch, Pair, make_batch, passes, target_log_likelihoods
+from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.shifts import Group, open_book
+from perfit_shared.positions import Positions
+
+__all__ = ["FrozenBase", "checkpointed"]
+
+_KEPT_BYTES = 2**30  # of all that is kept; a corpus that needs more is run in full
+# Mean difference of log-likelihoods that is rounding, as a share of their mean: float32, and less.
+_SAME, _SAME_HALF = 1e-3, 0.05
+
+
+class _ReachedError(Exception):
+    """The output that a pass was made for is in; the blocks above are not run."""
+
+
+class FrozenBase:
+    """Log-likelihoods under shifts whose first intervened block is `first`.
+
+    Nothing else may run on the model during a call, since modules are replaced in it meanwhile.
+    """
+
+    def __init__(self, base: BaseModel, first: int) -> None:
+        self._base = base
+        self._blocks = block_list(base.model)
+        self._first = first
+        self._kept: dict[tuple[int, ...], Tensor] = {}  # by token ids: (T, d), output of block `first`
+        self._outputs = 0  # of a block, when it returns a tuple
+        self._rows = False  # whether only the rows that are read are computed
+
+    def log_likelihoods(self, pairs: Sequence[Pair], batch: Batch, groups: Sequence[Group]) -> Tensor:
+        """Of all N target tokens of the batch made from `pairs`: (N,), in the order of its labels."""
+        with contextlib.ExitStack() as stack:
+            if all(_ids(pair) in self._kept for pair in pairs):
+                stack.enter_context(self._lower_blocks_give(pairs))
+            if not self._rows:
+                return target_log_likelihoods(self._base, batch, groups)[batch.labels != -100]
+            keep = batch.labels.shape[1]
+            # A token is predicted by the position before it; columns count from the right end.
+            row, column = F.pad(batch.labels != -100, (0, 1)).nonzero(as_tuple=True)
+            read = (row, column - keep - 1)
+            stack.enter_context(_only(self._base.model.get_output_embeddings(), read))
+            mlp = getattr(self._blocks[-1], "mlp", None)
+            if mlp is not None:
+                stack.enter_context(_only(mlp, read, put_back=True))
+            stack.enter_context(open_book(groups))
+            logits = self._base.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids, use_cache=False, logits_to_keep=keep + 1,
+            ).logits  # (1, N, V)  # fmt: skip
+            labels = batch.labels[batch.labels != -100]
+            return -F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
+
+    # -- rows ----------------------------------------------------------------------------------------
+
+    def try_rows(self, pairs: Sequence[Pair]) -> bool:
+        """From now on compute only the rows that are read, if that gives the same for `pairs`."""
+        if self._base.model.get_output_embeddings() is None:
+            return False
+        self._rows = True
+        self._rows = self._same(pairs)
+        return self._rows
+
+    # -- lower blocks --------------------------------------------------------------------------------
+
+    def keep(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> bool:
+        """Keep what the lower blocks make of these pairs; `done` is told how many after every pass.
+
+        Returns whether it did: not when it takes more than 1 GiB, or when the model does not give
+        the same with it. The passes are the same for the same pairs, so an interrupted run that
+        goes on finds the same bits.
+        """
+        size = self._base.model.dtype.itemsize * self._base.hidden_size
+        if size * sum(len(prompt) + len(target) for prompt, target in pairs) > _KEPT_BYTES:
+            return False
+        for chunk in passes(pairs):
+            chosen = [pairs[i] for i in chunk]
+            for pair, states in zip(chosen, self._lower(chosen), strict=True):
+                ids = _ids(pair)
+                self._kept[ids] = states[-len(ids) :].clone()  # off the padding
+            done(len(chosen))
+        if self._same(pairs):
+            return True
+        self._kept.clear()
+        return False
+
+    def _lower(self, pairs: Sequence[Pair]) -> Tensor:
+        """(B, T, d): output of block `first`, with nothing run above."""
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._outputs = len(output) if isinstance(output, tuple) else 0
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _ReachedError
+
+        batch = make_batch(pairs, _ANY, self._base.device)
+        handle = self._blocks[self._first].register_forward_hook(stop)
+        try:
+            with torch.no_grad(), contextlib.suppress(_ReachedError):
+                target_log_likelihoods(self._base, batch, [])
+        finally:
+            handle.remove()
+        return found[0]
+
+    @contextlib.contextmanager
+    def _lower_blocks_give(self, pairs: Sequence[Pair]) -> Iterator[None]:
+        """In place of what they compute, the blocks up to `first` give what was kept."""
+        states = pad_sequence([self._kept[_ids(p)] for p in pairs], batch_first=True, padding_side="left")
+        output = (states, *[None] * (self._outputs - 1)) if self._outputs else states
+        with _replaced(self._blocks[: self._first + 1], lambda _own: lambda *_args, **_more: output):
+            yield
+
+    def _same(self, pairs: Sequence[Pair]) -> bool:
+        """Whether the first few pairs get the base model's log-likelihoods."""
+        few = [pairs[i] for i in passes(pairs[:8])[0]]
+        batch = make_batch(few, _ANY, self._base.device)
+        with torch.no_grad():
+            ours = self.log_likelihoods(few, batch, [])
+            plain = target_log_likelihoods(self._base, batch, [])[batch.labels != -100]
+        rounding = _SAME if self._base.model.dtype == torch.float32 else _SAME_HALF
+        return bool((ours - plain).abs().mean() <= rounding * plain.abs().mean())
+
+
+_ANY = Positions(0, 1)  # without a book no row is intervened on
+
+
+def _ids(pair: Pair) -> tuple[int, ...]:
+    return (*pair[0], *pair[1])
+
+
+# -- standing in for modules -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _replaced(modules: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[None]:
+    """`make(own forward)` for the forward of every module; hooks on the modules run as ever."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module, _ in before:
+            module.forward = make(module.forward)
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own
+
+
+@contextlib.contextmanager
+def _only(module: nn.Module, read: tuple[Tensor, Tensor], *, put_back: bool = False) -> Iterator[None]:
+    """A module that treats every position alike sees only rows `read` of its (B, T, d), as (1, N, d).
+
+    `put_back`: what it makes of them returns to their places, zeros elsewhere.
+    """
+    shape = torch.Size()
+
+    def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal shape
+        shape = args[0].shape
+        return (args[0][read].unsqueeze(0), *args[1:])
+
+    def scatter(_module: nn.Module, _args: Any, output: Any) -> Any:
+        made = output[0] if isinstance(output, tuple) else output  # some experts add their routing
+        whole = made.new_zeros(*shape[:2], made.shape[-1]).index_put(read, made[0])
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    handles = [module.register_forward_pre_hook(select)]
+    if put_back:
+        handles.append(module.register_forward_hook(scatter))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def checkpointed(base: BaseModel, first: int) -> Iterator[None]:
+    """Activations inside blocks are computed again in the backward pass instead of being kept.
+
+    Not those of blocks up to `first`, which have none to keep, nor of the last: they are needed
+    first and would be back at once. transformers' own switch works in train mode only, which turns
+    dropout on too. Non-reentrant, so that frozen inputs still end the backward pass; hooks on a
+    block's output lie outside what is repeated.
+    """
+    blocks = block_list(base.model)[first + 1 : -1]
+    with _replaced(
+        blocks, lambda own: partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
+    ):
+        yield
