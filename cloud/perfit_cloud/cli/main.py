@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from perfit_cloud.cli import authority, collective, serve
+from perfit_cloud.cli import artefact, authority, collective, lamp, serve
 from perfit_shared.errors import PerfitError
 
 __all__ = ["app", "run"]
@@ -27,6 +27,8 @@ app.command("invite")(authority.invite)
 app.command("revoke")(authority.revoke)
 app.command("devices")(authority.devices)
 app.add_typer(collective.app, name="collective")
+app.add_typer(lamp.app, name="lamp")
+app.add_typer(artefact.app, name="artefact")
 
 
 def run() -> None:

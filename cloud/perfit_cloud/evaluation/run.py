@@ -156,7 +156,7 @@ class _Run:
             for cohort in cohorts:
                 missing = [p for p in cohort if not (self._folder(p) / "personal.safetensors").is_file()]
                 if missing:
-                    self._train_cohort(engine, cohort, progress, f"{done} of {len(learners)} users done")
+                    self._train_cohort(engine, cohort, progress, done=done, of=len(learners))
                 else:
                     progress.skip(sum(len(p.history) for p in cohort) * self._stage2.epochs)
                 done += len(cohort)
@@ -164,13 +164,17 @@ class _Run:
             engine.close()
 
     def _train_cohort(
-        self, engine: AdaptationEngine, cohort: Sequence[Person], progress: Progress, text: str
+        self, engine: AdaptationEngine, cohort: Sequence[Person], progress: Progress, *, done: int, of: int
     ) -> None:
         checkpoint = self._out / "stage2.bin"
         began = time.monotonic()
+
+        def tell(examples: int, finished: int) -> None:
+            progress.advance(examples, f"stage 2: {done + finished} of {of} users done")
+
         trainings = stage2.train(
-            engine, cohort, self._artefact, self._stage2, checkpoint=checkpoint, stop=self._stop,
-            progress=lambda examples: progress.advance(examples, f"stage 2: {text}"),
+            engine, cohort, self._artefact, self._stage2,
+            checkpoint=checkpoint, progress=tell, stop=self._stop,
         )  # fmt: skip
         for person, training in zip(cohort, trainings, strict=True):
             folder = self._folder(person)

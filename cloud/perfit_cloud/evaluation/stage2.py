@@ -50,18 +50,18 @@ def cohorts(people: Sequence[Person], size: int) -> list[list[Person]]:
 
 def train(
     engine: AdaptationEngine, people: Sequence[Person], artefact: Artefact, settings: Settings, *,
-    checkpoint: Path, progress: Callable[[int], None], stop: Callable[[], None],
+    checkpoint: Path, progress: Callable[[int, int], None], stop: Callable[[], None],
 ) -> list[Training[Schedule]]:  # fmt: skip
     """The finished trainings of one cohort, in its order; everybody has a history.
 
-    `progress` is told of the examples of every step; `stop` is asked after each and may raise, with
-    the cohort saved in `checkpoint` (removed by the caller once the results are kept). Raises
-    UpdateFailed naming the user whose loss is no longer a number.
+    `progress` is told the examples of every step and how many users are through. `stop` is asked after
+    each and may raise, with the cohort saved in `checkpoint` (removed by the caller once the results
+    are kept). Raises UpdateFailed naming the user whose loss is no longer a number.
     """
     trainings = _resumed(checkpoint, people, settings) or [
         Training.start(settings.schedule(len(person.history)), artefact.seed) for person in people
     ]
-    progress(sum(t.step * t.schedule.batch_size for t in trainings))
+    progress(sum(t.step * t.schedule.batch_size for t in trainings), sum(t.done for t in trainings))
     last_saved = clocked = time.monotonic()
     with ExitStack() as open_ones:
         adaptations = {
@@ -81,7 +81,7 @@ def train(
                 except UpdateFailed as error:
                     raise UpdateFailed(f"user {people[i].user_id}: {error}") from error
             clocked = now
-            progress(sum(len(step.rows) for step in steps))
+            progress(sum(len(step.rows) for step in steps), sum(t.done for t in trainings))
             try:
                 stop()
             except BaseException:
