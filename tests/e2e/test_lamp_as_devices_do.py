@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from perfit_cloud.engine.adaptation import AdaptationEngine
 
 from local import LocalCloud
+from perfit_cloud.engine.adaptation import AdaptationEngine
 from perfit_cloud.evaluation import stage2
 from perfit_cloud.evaluation.people import Person
 from perfit_cloud.model.artefacts import Artefact

@@ -85,9 +85,7 @@ def import_(  # noqa: PLR0917 - typer's way; all are options
     form: FormatOption = Format.PYREFT,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
     task: Annotated[str | None, typer.Option(help="Task, for example news_headline or chat.")] = None,
-    positions: Annotated[
-        str | None, typer.Option(help='Prompt tokens it was trained on, like "f7+l7"; the preset\'s.')
-    ] = None,
+    positions: Annotated[str | None, typer.Option(help='Prompt tokens it was trained on: "f7+l7".')] = None,
     shift: Annotated[
         Which | None,
         typer.Option(
@@ -128,8 +126,9 @@ def import_(  # noqa: PLR0917 - typer's way; all are options
         if given := [f"--{name}" for name, value in new if value is not None]:
             raise InvalidInput(f"{given[0]} makes an artefact; leave it out, or --artefact")
         result = _import_personal(read, artefact, out)
-    elif model is None or task is None:
-        raise InvalidInput("give --model and --task for an artefact, or --artefact for a user's shift")
+    elif model is None or task is None or positions is None:
+        # The checkpoint does not say which positions, and a wrong guess would spoil it in silence.
+        raise InvalidInput("give --model, --task and --positions for an artefact, or --artefact for a shift")
     else:
         result = _import_artefact(
             read, out, model=model, task=task, positions=positions, shift=shift, data=data,
@@ -162,7 +161,7 @@ def _import_personal(read: Checkpoint, artefact: Path, out: Path) -> dict[str, A
 
 
 def _import_artefact(
-    read: Checkpoint, out: Path, *, model: str, task: str, positions: str | None, shift: Which | None,
+    read: Checkpoint, out: Path, *, model: str, task: str, positions: str, shift: Which | None,
     data: Path | None, personal_rank: int | None, epochs: int | None, learning_rate: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     from perfit_cloud.model.pyreft import describe_model, to_artefact

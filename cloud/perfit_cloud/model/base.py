@@ -17,7 +17,7 @@ from torch import nn
 
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["BaseModel", "load_base"]
+__all__ = ["BaseModel", "block_list", "fingerprint", "load_base", "model_folder"]
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = (
@@ -147,7 +147,7 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in dtypes:
         raise ConfigError(f'dtype "{dtype}" should be auto, {", ".join(dtypes)}')
-    folder = _folder(name_or_folder)
+    folder = model_folder(name_or_folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -171,7 +171,8 @@ def _device_exists(name: str) -> bool:
     return device.type == "cpu"
 
 
-def _folder(name: str) -> Path:
+def model_folder(name: str) -> Path:
+    """A model's folder, fetched from the hub where `name` is none. Raises InvalidData."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

@@ -1,0 +1,274 @@
+"""Gradient steps that compute only what a user's tensors can change, for several users in one pass.
+
+An *adaptation* holds the examples of one update and, of each, what no user's tensors can change
+(engine/kept.py). A step then runs the blocks above the first intervened one, from the first
+intervened token on, and the head on the target tokens (engine/joint.py). Families that
+model/tail.py does not know are run in full, several users together all the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from perfit_cloud.engine.gradients import Pair, make_batch, passes, target_log_likelihoods
+from perfit_cloud.engine.joint import Outcome, Users, pass_from_kept, pass_in_full
+from perfit_cloud.engine.kept import Caps, Examples, Kept, Part, keep, kept_bytes
+from perfit_cloud.engine.types import Gradient
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.shifts import install, to_torch
+from perfit_cloud.model.tail import Indices, Tail, supports
+from perfit_shared.errors import InvalidInput, InvalidTensors
+from perfit_shared.positions import Positions
+from perfit_shared.shifts import LayerShift, ShiftTensors
+
+__all__ = ["Adaptation", "AdaptationEngine", "Step"]
+
+
+_IN_FULL = Caps(8192, 8192, 2**62)  # what no part is kept of is padded as a whole
+
+
+class Adaptation:
+    """The examples of one update, and all of them that no user's tensors can change.
+
+    Made by AdaptationEngine.open; `close`, or the end of a `with`, overwrites what it holds.
+    """
+
+    def __init__(
+        self, engine: AdaptationEngine, artefact: Artefact, pairs: Sequence[Pair], device: torch.device
+    ) -> None:
+        self.examples = len(pairs)
+        self.target_tokens = tuple(len(target) for _, target in pairs)
+        self.kept_examples = 0  # the others are computed again at every step
+        self.kept_bytes = 0
+        self._engine, self._artefact = engine, artefact
+        self._positions = Positions.parse(artefact.spec.positions)
+        self._collective = to_torch(artefact.collective, device)
+        self._arrays = Examples(pairs, self._positions, device)
+        self._kept: Kept | None = None
+        self._places = np.full(self.examples, -1)  # in _kept
+        # −log p of the target where the prompt has no intervened token, which nothing changes.
+        self._constants = np.zeros(self.examples)
+        self._is_open = True
+
+    def close(self) -> None:
+        """Overwrite and drop. Waits for a pass at work; later steps are refused. Harmless twice."""
+        self._engine._close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One gradient that one user asks for: of examples `rows` of an adaptation, at these tensors."""
+
+    adaptation: Adaptation
+    rows: Sequence[int]
+    personal: ShiftTensors
+
+
+class AdaptationEngine:
+    """Adaptations of one base model. One pass at a time; thread-safe."""
+
+    def __init__(self, base: BaseModel, *, keep_bytes: int) -> None:
+        """`keep_bytes`: what all open adaptations together may keep, in bytes.
+
+        An example that does not fit when its adaptation opens is computed anew, through the same
+        code, at every step that has it. The past of a long prompt is the big part.
+        """
+        self._base = base
+        self._own = replace(base, model=base.twin())
+        self._tail = Tail(self._own.model) if supports(base.model) else None
+        if self._tail is None:
+            install(self._own.model, range(base.blocks))
+        self._room = keep_bytes
+        self._lock = threading.RLock()
+        self._open: set[Adaptation] = set()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this model's family is one that steps of need not be run in full."""
+        return self._tail is not None
+
+    def close(self) -> None:
+        """Close every adaptation that is still open."""
+        for adaptation in list(self._open):
+            adaptation.close()
+
+    def open(self, examples: Sequence[Pair], artefact: Artefact) -> Adaptation:
+        """Take the examples of an update. Raises InvalidInput when there is none or one is empty."""
+        if not examples or not all(prompt and target for prompt, target in examples):
+            raise InvalidInput("an update needs examples, each with a prompt and a target")
+        adaptation = Adaptation(self, artefact, examples, self._base.device)
+        with self._lock:
+            self._open.add(adaptation)
+        try:
+            self._fill(adaptation)
+        except BaseException:
+            adaptation.close()
+            raise
+        return adaptation
+
+    def gradients(self, steps: Sequence[Step]) -> list[Gradient]:
+        """Each step's mean loss over its target tokens, and its gradient, as if it were alone.
+
+        Steps under one artefact share passes. Raises InvalidInput on rows that are not there and on
+        an adaptation that is closed, InvalidTensors on tensors that are not of the artefact's shapes.
+        """
+        sums = self._run(steps, differentiate=True)
+        return [Gradient(s.loss / s.tokens, s.tokens, ShiftTensors(s.gradient)) for s in sums]
+
+    def losses(self, steps: Sequence[Step]) -> list[tuple[float, int]]:
+        """Each step's mean loss over its target tokens (nats a token), and how many those are."""
+        return [(s.loss / s.tokens, s.tokens) for s in self._run(steps, differentiate=False)]
+
+    # -- opening and closing -------------------------------------------------------------------
+
+    def _fill(self, adaptation: Adaptation) -> None:
+        """Compute constants, and keep as many examples as there is room for, the cheapest first."""
+        arrays = adaptation._arrays
+        constant = np.flatnonzero(arrays.marked == 0)
+        pairs = [arrays.pair(int(i)) for i in constant]
+        for chunk in passes(pairs):
+            batch = make_batch([pairs[i] for i in chunk], Positions(0, 1), self._base.device)
+            with self._lock, torch.no_grad():
+                likelihoods = target_log_likelihoods(self._base, batch, []).sum(1)
+            adaptation._constants[constant[chunk]] = -likelihoods.cpu().numpy()
+        if self._tail is None:
+            return
+        collective = adaptation._collective
+        costs = kept_bytes(self._tail, arrays, min(collective))
+        order = np.argsort(np.where(arrays.marked > 0, costs, np.inf), kind="stable")
+        order = order[: np.count_nonzero(arrays.marked)]
+        with self._lock:
+            which = order[costs[order].cumsum() <= self._room]
+            adaptation.kept_bytes = int(costs[which].sum())
+            self._room -= adaptation.kept_bytes
+        kept = keep(self._tail, arrays, which, collective, self._lock)
+        with self._lock:
+            if not adaptation._is_open:
+                kept.erase()
+                raise InvalidInput("the engine was closed")
+            adaptation._kept = kept
+            adaptation._places[which] = np.arange(len(which))
+            adaptation.kept_examples = len(which)
+
+    def _close(self, adaptation: Adaptation) -> None:
+        with self._lock:
+            if not adaptation._is_open:
+                return
+            adaptation._is_open = False
+            adaptation._arrays.ids.zero_()
+            adaptation._constants.fill(0)
+            if adaptation._kept is not None:
+                adaptation._kept.erase()
+                adaptation._kept = None
+            self._room += adaptation.kept_bytes
+            self._open.discard(adaptation)
+
+    # -- passes --------------------------------------------------------------------------------
+
+    def _run(self, steps: Sequence[Step], *, differentiate: bool) -> list[_Sum]:
+        sums = [_Sum(step) for step in steps]
+        by_artefact: dict[int, list[_Sum]] = {}
+        for total in sums:
+            if len(total.changing):
+                by_artefact.setdefault(id(total.adaptation._artefact), []).append(total)
+        caps = _IN_FULL if self._tail is None else Caps.of(self._base.device)
+        for members in by_artefact.values():
+            for shares in _cut(members, caps):
+                outcome = self._pass(shares, differentiate=differentiate)
+                for u, (total, _) in enumerate(shares):
+                    total.add(outcome, u)
+        return sums
+
+    def _pass(self, shares: Sequence[_Share], *, differentiate: bool) -> Outcome:
+        first = shares[0][0].adaptation
+        users = Users(
+            first._collective,
+            [total.personal for total, _ in shares],
+            [1 / total.tokens for total, _ in shares] if differentiate else None,
+        )
+        with self._lock:
+            if not all(total.adaptation._is_open for total, _ in shares):
+                raise InvalidInput("this adaptation is closed; open another")
+            if self._tail is None:
+                pairs = [total.adaptation._arrays.pair(i) for total, which in shares for i in which]
+                owners = [u for u, (_, which) in enumerate(shares) for _ in which]
+                return pass_in_full(self._own, pairs, owners, users, first._positions)
+            parts = [
+                (u, part)
+                for u, (total, which) in enumerate(shares)
+                for part in self._parts(self._tail, total.adaptation, which)
+            ]
+            return pass_from_kept(self._tail, [part for _, part in parts], [u for u, _ in parts], users)
+
+    def _parts(self, tail: Tail, adaptation: Adaptation, which: Indices) -> Iterator[Part]:
+        """What is kept of some examples, and the same of the others, computed now."""
+        arrays, places = adaptation._arrays, adaptation._places[which]
+        there, missing = which[places >= 0], which[places < 0]
+        if len(there) and adaptation._kept is not None:
+            yield Part(arrays, there, adaptation._kept, places[places >= 0])
+        if len(missing):
+            now = keep(tail, arrays, missing, adaptation._collective, self._lock)
+            yield Part(arrays, missing, now, np.arange(len(missing)))
+
+
+class _Sum:
+    """What passes have found of one step so far."""
+
+    def __init__(self, step: Step) -> None:
+        """Raises InvalidInput, InvalidTensors."""
+        self.adaptation, self.personal = step.adaptation, step.personal
+        arrays, rows = step.adaptation._arrays, np.array(step.rows, dtype=np.int64)
+        if not len(rows) or rows.min() < 0 or rows.max() >= step.adaptation.examples:
+            raise InvalidInput("a step needs examples of its adaptation")
+        _check_shapes(step.personal, step.adaptation._artefact)
+        self.changing = rows[arrays.marked[rows] > 0]  # examples that the tensors change the loss of
+        self.tokens = int(arrays.targets[rows].sum())
+        self.loss = float(step.adaptation._constants[rows].sum())  # nats
+        self.gradient = {
+            layer: LayerShift(*map(np.zeros_like, shift)) for layer, shift in step.personal.layers.items()
+        }
+
+    def add(self, outcome: Outcome, owner: int) -> None:
+        self.loss += float(outcome.sums[owner])
+        for layer, stacks in outcome.gradients.items():
+            for array, stack in zip(self.gradient[layer], stacks, strict=True):
+                np.add(array, stack[owner], out=array)
+
+
+_Share = tuple[_Sum, Indices]  # whose, and which of their examples a pass takes on
+
+
+def _check_shapes(personal: ShiftTensors, artefact: Artefact) -> None:
+    rank, d = artefact.spec.personal_rank, artefact.spec.hidden_size
+    shapes = {layer: tuple(t.shape for t in shift) for layer, shift in personal.layers.items()}
+    if shapes != dict.fromkeys(artefact.spec.layers, ((rank, d), (rank, d), (rank,))):
+        raise InvalidTensors("the tensors are not of the shapes that the artefact's spec names")
+
+
+def _cut(members: Sequence[_Sum], caps: Caps) -> list[list[_Share]]:
+    """Passes over all that these steps ask for, examples of like length together whoever owns them."""
+    owners = np.repeat(np.arange(len(members)), [len(m.changing) for m in members])
+    examples = np.concatenate([m.changing for m in members])
+    rows = np.concatenate([m.adaptation._arrays.rows[m.changing] for m in members])
+    lengths = np.concatenate([m.adaptation._arrays.lengths[m.changing] for m in members])
+    made = []
+    for piece in caps.cut(rows, lengths):
+        shares = ((u, examples[piece[owners[piece] == u]]) for u in np.unique(owners[piece]))
+        made.append([(members[u], which) for u, which in shares])
+    return made
