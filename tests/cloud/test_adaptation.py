@@ -204,7 +204,12 @@ def test_big_steps_are_cut_into_passes(
     whole = engine.gradients(steps)
     passes: list[Any] = []
     run = engine._pass
-    monkeypatch.setattr(engine, "_pass", lambda shares, **k: (passes.append(shares), run(shares, **k))[1])
+
+    def counted(shares: Any, **how: Any) -> Any:
+        passes.append(shares)
+        return run(shares, **how)
+
+    monkeypatch.setattr(engine, "_pass", counted)
     for caps in (
         Caps(48, 2**20, 2**20),
         Caps(2**20, 64, 2**20),
@@ -245,8 +250,27 @@ def test_nothing_is_left_after_close(llama: Any) -> None:
     assert not adaptation._constants.any()
     assert engine._room == room
     for call in (engine.gradients, engine.losses):
-        with pytest.raises(InvalidInput, match="closed"):
-            call([step])
+        for late in (step, Step(adaptation, [4], step.personal)):  # the other needs no pass
+            with pytest.raises(InvalidInput, match="closed"):
+                call([late])
+
+
+def test_an_adaptation_closed_while_it_opens_holds_nothing(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, artefact, engine = llama
+    room, compute, made = engine._room, module.keep, []
+
+    def keep(*arguments: Any) -> Any:
+        made.append(compute(*arguments))
+        engine.close()
+        return made[0]
+
+    monkeypatch.setattr(module, "keep", keep)
+    with pytest.raises(InvalidInput, match="closed"):
+        engine.open(RAGGED, artefact)
+    assert not made[0].hidden.any()
+    assert engine._room == room
 
 
 def test_an_adaptation_that_fails_to_open_holds_no_room(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class Adaptation:
         self, engine: AdaptationEngine, artefact: Artefact, pairs: Sequence[Pair], device: torch.device
     ) -> None:
         self.examples = len(pairs)
-        self.target_tokens = tuple(len(target) for _, target in pairs)
+        self.target_tokens = tuple(len(target) for _, target in pairs)  # of each example
         self.kept_examples = 0  # the others are computed again at every step
         self.kept_bytes = 0
         self._engine, self._artefact = engine, artefact
@@ -61,6 +61,11 @@ class Adaptation:
     def close(self) -> None:
         """Overwrite and drop. Waits for a pass at work; later steps are refused. Harmless twice."""
         self._engine._close(self)
+
+    def _check_open(self) -> None:
+        """Raises InvalidInput. Means something under the engine's lock alone."""
+        if not self._is_open:
+            raise InvalidInput("this adaptation is closed; open another")
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +105,7 @@ class AdaptationEngine:
 
     @property
     def keeps(self) -> bool:
-        """Whether this model's family is one that steps of need not be run in full."""
+        """Whether steps of this model run from what is kept; those of other families run in full."""
         return self._tail is not None
 
     def close(self) -> None:
@@ -154,6 +159,7 @@ class AdaptationEngine:
         order = np.argsort(np.where(arrays.marked > 0, costs, np.inf), kind="stable")
         order = order[: np.count_nonzero(arrays.marked)]
         with self._lock:
+            adaptation._check_open()
             which = order[costs[order].cumsum() <= self._room]
             adaptation.kept_bytes = int(costs[which].sum())
             self._room -= adaptation.kept_bytes
@@ -161,7 +167,7 @@ class AdaptationEngine:
         with self._lock:
             if not adaptation._is_open:
                 kept.erase()
-                raise InvalidInput("the engine was closed")
+            adaptation._check_open()
             adaptation._kept = kept
             adaptation._places[which] = np.arange(len(which))
             adaptation.kept_examples = len(which)
@@ -203,8 +209,8 @@ class AdaptationEngine:
             [1 / total.tokens for total, _ in shares] if differentiate else None,
         )
         with self._lock:
-            if not all(total.adaptation._is_open for total, _ in shares):
-                raise InvalidInput("this adaptation is closed; open another")
+            for total, _ in shares:
+                total.adaptation._check_open()
             if self._tail is None:
                 pairs = [total.adaptation._arrays.pair(i) for total, which in shares for i in which]
                 owners = [u for u, (_, which) in enumerate(shares) for _ in which]
@@ -233,6 +239,7 @@ class _Sum:
     def __init__(self, step: Step) -> None:
         """Raises InvalidInput, InvalidTensors."""
         self.adaptation, self.personal = step.adaptation, step.personal
+        self.adaptation._check_open()  # a step may need no pass, which checks again
         arrays, rows = step.adaptation._arrays, np.array(step.rows, dtype=np.int64)
         if not len(rows) or rows.min() < 0 or rows.max() >= step.adaptation.examples:
             raise InvalidInput("a step needs examples of its adaptation")
