@@ -155,7 +155,7 @@ class Bench:
             begun = time.perf_counter()
             trainings = stage2.train(
                 self._adaptation, people, artefact, settings, checkpoint=Path(folder) / "checkpoint",
-                progress=lambda examples, finished: None, stop=lambda: None,
+                resumed=lambda examples: None, progress=lambda examples, finished: None, stop=lambda: None,
             )  # fmt: skip
             return [training.tensors for training in trainings], time.perf_counter() - begun
 

@@ -15,7 +15,7 @@ from tests.lamp_files import TASK, write_files
 from perfit_cloud.evaluation.measure import Decoding
 from perfit_cloud.evaluation.people import read_people, swap_histories
 from perfit_cloud.evaluation.request import Request
-from perfit_cloud.evaluation.results import Run
+from perfit_cloud.evaluation.results import Run, user_folder
 from perfit_cloud.evaluation.run import run_lamp
 from perfit_cloud.evaluation.sweep import run_sweep, sweep_requests
 from perfit_cloud.model.artefacts import Artefact
@@ -56,6 +56,9 @@ def full(
     return run_lamp(request_for(tmp_path_factory.mktemp("full")), base=base)
 
 
+NO_STAGE_1 = {"collective_epochs": None, "collective_learning_rate": None}
+
+
 def figures(run: Run) -> dict[str, Any]:
     """The summary without its clock."""
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -68,7 +71,7 @@ def tensors(run: Run) -> dict[str, bytes]:
 
 def test_a_run_leaves_everything(full: Run, data: Path) -> None:
     summary = json.loads((full.folder / "summary.json").read_text())
-    modes = {"base", "collective", "personal", "other"}
+    modes = {"base", "collective", "seed", "personal", "other"}
     assert summary["task"] == TASK and set(summary["loss"]) == modes
     assert set(summary["metrics"]) == {"rouge_1", "rouge_l"}
     assert all(set(values) == modes for values in summary["metrics"].values())
@@ -105,7 +108,7 @@ def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., Reque
 def test_an_out_of_another_run_is_refused(
     full: Run, request_for: Callable[..., Request], base: BaseModel, changes: dict[str, Any]
 ) -> None:
-    request = replace(request_for(full.folder, **changes), artefact=full.folder / "artefact")
+    request = request_for(full.folder, artefact=full.folder / "artefact", **NO_STAGE_1, **changes)
     with pytest.raises(InvalidInput, match=r"holds a run with other .* use another --out"):
         run_lamp(request, base=base)
 
@@ -144,21 +147,23 @@ def test_a_users_history_reaches_nobody_else(
         for folder in (data, changed)
     ]
     assert lengths[0] == lengths[1], "or the passes would have other shapes"
-    request = replace(request_for(tmp_path / "out"), data=changed, artefact=full.folder / "artefact")
+    request = request_for(tmp_path / "out", data=changed, artefact=full.folder / "artefact", **NO_STAGE_1)
     theirs, ours = tensors(run_lamp(request, base=base)), tensors(full)
     assert theirs["12"] != ours["12"]
     assert {k: v for k, v in theirs.items() if k != "12"} == {k: v for k, v in ours.items() if k != "12"}
 
 
 def test_ablations(full: Run, request_for: Callable[..., Request], tmp_path: Path) -> None:
-    request = request_for(tmp_path, artefact=full.folder / "artefact", users=2, layers=None, positions=None,
-                          collective_rank=None, personal_rank=2)  # fmt: skip
+    request = request_for(
+        tmp_path, **NO_STAGE_1, artefact=full.folder / "artefact", users=2, layers=None, positions=None,
+        collective_rank=None, personal_rank=2,
+    )  # fmt: skip
     runs = {run.settings["ablation"]: run for run in run_sweep(request, "ablations")}
     assert set(runs) == {"full", "stage1", "stage2", "stage2_sum"}
-    assert runs["stage1"].modes == ("base", "collective") and not tensors(runs["stage1"])
+    assert runs["stage1"].modes == ("base", "collective", "seed") and not tensors(runs["stage1"])
     assert runs["stage2"].modes == ("base", "personal", "other")
     losses = {name: run.users[0].loss(run.modes[-1]) for name, run in runs.items()}
-    assert runs["full"].users[0].loss("collective") == losses["stage1"]
+    assert runs["full"].users[0].loss("seed") == losses["stage1"]
     assert len(set(losses.values())) == 4
     # From the identity, the base is where stage 2 alone starts.
     assert runs["stage2"].users[0].loss("base") == runs["full"].users[0].loss("base")
@@ -169,15 +174,19 @@ def test_a_collective_shift_of_another_task_serves(
 ) -> None:
     artefact = Artefact.load(full.folder / "artefact")
     replace(artefact, name="chat", task=TASKS["chat"]).save(tmp_path / "chat")
-    run = run_lamp(request_for(tmp_path / "out", artefact=tmp_path / "chat", users=1), base=base)
+    run = run_lamp(
+        request_for(tmp_path / "out", artefact=tmp_path / "chat", users=1, **NO_STAGE_1), base=base
+    )
     assert (run.task.name, run.settings["artefact_task"]) == (TASK, "chat")
-    assert run.modes == ("base", "collective", "personal"), "a single user has nobody else"
+    assert run.modes == ("base", "collective", "seed", "personal"), "a single user has nobody else"
     other = replace(artefact, fingerprint="0" * 64)
     other.save(tmp_path / "other")
     with pytest.raises(ShiftMismatch, match="another base model"):
-        run_lamp(request_for(tmp_path / "no", artefact=tmp_path / "other"), base=base)
+        run_lamp(request_for(tmp_path / "no", artefact=tmp_path / "other", **NO_STAGE_1), base=base)
     with pytest.raises(InvalidInput, match="other layers"):
-        run_lamp(request_for(tmp_path / "no", artefact=tmp_path / "chat", layers=(0,)), base=base)
+        run_lamp(
+            request_for(tmp_path / "no", artefact=tmp_path / "chat", layers=(0,), **NO_STAGE_1), base=base
+        )
 
 
 def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, full: Run) -> None:
@@ -188,7 +197,7 @@ def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, 
 
 
 def test_sweeps_name_their_runs(request_for: Callable[..., Request], tmp_path: Path) -> None:
-    request = request_for(tmp_path)
+    request = request_for(tmp_path, layers=None, collective_rank=None, personal_rank=None)
     assert [r.layers for r in sweep_requests(request, "layers", blocks=3)] == [(0,), (1,), (2,)]
     grid = sweep_requests(request, "ranks=2,4", blocks=3)
     assert [(r.collective_rank, r.personal_rank) for r in grid] == [(2, 2), (2, 4), (4, 2), (4, 4)]
@@ -199,6 +208,46 @@ def test_sweeps_name_their_runs(request_for: Callable[..., Request], tmp_path: P
     for wrong in ("depth", "layers=a", "ablations=2", "ranks=-1"):
         with pytest.raises(InvalidInput):
             sweep_requests(request, wrong, blocks=3)
+    for both, sweep in (
+        ({"layers": (1,)}, "layers"),
+        ({"seed": 2}, "seeds"),
+        ({"personal_rank": 2}, "ranks"),
+    ):
+        with pytest.raises(InvalidInput, match="leave one out"):
+            sweep_requests(replace(request, **both), sweep, blocks=3)
+
+
+def test_sweeps_keep_what_they_do_not_sweep(
+    full: Run, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    """A review found both of these to end in an IndexError."""
+    alone = request_for(tmp_path / "a", ablation="stage2", users=1, epochs=1, **NO_STAGE_1)
+    assert [run.settings["seed"] for run in run_sweep(alone, "seeds=0,1")] == [0, 1]
+    few = request_for(tmp_path / "b", users=1, epochs=1, collective_epochs=None)
+    runs = run_sweep(few, "collective-users=2,5")
+    assert len({run.settings["artefact"] for run in runs}) == 2
+
+
+def test_a_damaged_result_is_made_again(
+    full: Run, request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+) -> None:
+    shutil.copytree(full.folder, tmp_path / "copy")
+    damaged = tmp_path / "copy" / "users" / "13" / "result.json"
+    damaged.write_text("{")
+    with pytest.raises(InvalidData, match="remove it and run again"):
+        run_lamp(request_for(tmp_path / "copy"), base=base)
+    damaged.unlink()
+    assert figures(run_lamp(request_for(tmp_path / "copy"), base=base)) == figures(full)
+
+
+def test_folders_of_users_are_distinct(tmp_path: Path) -> None:
+    """A review found two ids with one folder, and a name too long for a file system."""
+    ids = ["7", "éa", "ບ", "Ann", "ann", "a/b", "a%2fb", "..", "", "ບ" * 100, "ບ" * 101]
+    folders = [user_folder(tmp_path, name) for name in ids]
+    assert len({str(folder).lower() for folder in folders}) == len(ids)
+    assert all(folder.parent == tmp_path / "users" for folder in folders)
+    for folder in folders:
+        folder.mkdir(parents=True)
 
 
 def test_draws_depend_on_the_query_alone(full: Run, data: Path, base: BaseModel) -> None:
@@ -213,10 +262,15 @@ def test_draws_depend_on_the_query_alone(full: Run, data: Path, base: BaseModel)
 def test_what_cannot_be_is_said(
     request_for: Callable[..., Request], base: BaseModel, data: Path, tmp_path: Path
 ) -> None:
-    for changes in ({"ablation": "none"}, {"histories": "mine"}, {"users": 0}, {"epochs": 0}):
+    for changes in (
+        {"ablation": "none"}, {"histories": "mine"}, {"users": 0}, {"epochs": 0}, {"learning_rate": 20.0},
+        {"batch_size": 0}, {"keep_bytes": -1}, {"artefact": tmp_path}, {"ablation": "stage2"},
+    ):  # fmt: skip
         with pytest.raises(InvalidInput):
             request_for(tmp_path, **changes)
+    with pytest.raises(InvalidInput, match="temperature"):
+        Decoding(temperature=-1)
     with pytest.raises(InvalidInput, match="--lr"):
-        run_lamp(request_for(tmp_path / "a", ablation="stage2", learning_rate=None), base=base)
+        run_lamp(request_for(tmp_path / "a", ablation="stage2", learning_rate=None, **NO_STAGE_1), base=base)
     with pytest.raises(InvalidData, match="lamp prepare"):
         run_lamp(request_for(tmp_path / "b", data=tmp_path), base=base)

@@ -68,7 +68,7 @@ def test_the_same_tensors_as_devices_over_grpc(
     people = [person(n, items) for n, items in enumerate(histories)]
     trainings = stage2.train(
         engine, people, artefact, settings, checkpoint=tmp_path / "c.bin",
-        progress=lambda examples, finished: None, stop=lambda: None,
+        resumed=lambda examples: None, progress=lambda examples, finished: None, stop=lambda: None,
     )  # fmt: skip
     engine.close()
     for over_the_wire, training in zip(remote, trainings, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from perfit_cloud.engine.batched import generate_batch
@@ -13,6 +13,7 @@ from perfit_cloud.evaluation.people import Person, Question
 from perfit_cloud.evaluation.results import QueryResult
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import InvalidInput
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
 
@@ -30,6 +31,11 @@ class Decoding:
     top_p: float = 0.9
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises InvalidInput."""
+        if not 0 <= self.temperature <= 100:
+            raise InvalidInput("a temperature should be from 0 (greedy) to 100")
+
     def sampling(self, task: Task, user_id: str, question: Question) -> Sampling:
         """A seed of each query's own, so that no draw depends on who else is asked."""
         name = f"{self.seed}/{user_id}/{question.id}".encode()
@@ -46,16 +52,17 @@ def use_of(mode: str, artefact: Artefact, own: ShiftTensors | None, other: Shift
         return ShiftUse(Mode.BASE)
     if mode == "collective":
         return ShiftUse(Mode.COLLECTIVE, artefact)
-    tensors = own if mode == "personal" else other
+    tensors = {"seed": None, "personal": own, "other": other}[mode]
     return ShiftUse(Mode.PERSONAL, artefact, artefact.seed if tensors is None else tensors)
 
 
 def measure(
     base: BaseModel, engine: GradientEngine, task: Task, people: Sequence[Person], *,
-    uses: Sequence[Mapping[str, ShiftUse]], decoding: Decoding,
+    uses: Sequence[Mapping[str, ShiftUse]], decoding: Decoding, done: Callable[[int], None],
 ) -> list[list[QueryResult]]:  # fmt: skip
     """Every query of these people in every mode of their `uses` (by mode), in their order.
 
+    `done` is told how many answers a batch gave.
     Which prompts share a batch is a function of the people alone, so the answers are too.
     """
     modes = list(uses[0])
@@ -77,6 +84,7 @@ def measure(
             texts = generate_batch(base, prompts, [uses[asked[i][0]][mode] for i in chunk], samplings)
             for i, text in zip(chunk, texts, strict=True):
                 answers[i][mode] = task.parse(text)
+            done(len(chunk))
     results: list[list[QueryResult]] = [[] for _ in people]
     for (at, question), its_loss, its_answers in zip(asked, loss, answers, strict=True):
         tokens = len(question.pair[1])

@@ -112,9 +112,7 @@ class _Reader:
             # The instruction stands at the start and the answer's cue at the end: the middle goes.
             prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
             self.shortened += 1
-        return Question(
-            entry.id, self._task.parse(self._task.target({**entry.item})) or gold, (prompt, target)
-        )
+        return Question(entry.id, gold.strip(), (prompt, target))
 
     def _encode(self, text: str) -> list[int]:
         return self._base.encode_chat([("user", text)]) if self._task.chat else self._base.encode(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perfit_cloud.evaluation.measure import Decoding
 from perfit_shared.errors import InvalidInput
+from perfit_shared.training import Schedule
 
 __all__ = ["ABLATIONS", "HISTORIES", "Request"]
 
@@ -51,12 +52,31 @@ class Request:
             raise InvalidInput(f'no ablation "{self.ablation[:20]}"; there are {", ".join(ABLATIONS)}')
         if self.histories not in HISTORIES:
             raise InvalidInput(f"histories should be {' or '.join(HISTORIES)}")
-        for name in ("users", "collective_users", "users_together", "collective_epochs", "epochs"):
+        for name in ("users", "collective_users", "users_together", "collective_epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")
+        if self.keep_bytes < 0:
+            raise InvalidInput("the memory for activations should not be negative")
+        # Raises on what no schedule can have, before anything is trained or written.
+        Schedule(
+            epochs=1 if self.epochs is None else self.epochs, seed=self.seed, examples=1,
+            batch_size=1 if self.batch_size is None else self.batch_size,
+            learning_rate=1e-4 if self.learning_rate is None else self.learning_rate,
+        )  # fmt: skip
+        self._check_stage1()
+
+    def _check_stage1(self) -> None:
+        """No flag that would change nothing."""
         if self.alone and self.artefact is not None:
             raise InvalidInput(f"{self.ablation} uses no collective shift, so it takes no --artefact")
+        idle = {
+            "--collective-users": self.collective_users, "--collective-epochs": self.collective_epochs,
+            "--collective-lr": self.collective_learning_rate,
+        }  # fmt: skip
+        given = ", ".join(flag for flag, value in idle.items() if value is not None)
+        if given and (self.artefact is not None or self.alone):
+            raise InvalidInput(f"{given}: there is no stage 1 to train in this run")
 
     @property
     def alone(self) -> bool:

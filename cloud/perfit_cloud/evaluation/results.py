@@ -9,20 +9,24 @@ Everything that is reported (summary.json, comparisons, tables, figures) is comp
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import Task
 
-__all__ = ["MODES", "QueryResult", "Run", "UserResult", "user_folder", "write_json"]
+__all__ = ["MODES", "QueryResult", "Run", "UserResult", "user_folder", "write_bytes", "write_json"]
 
-MODES = ("base", "collective", "personal", "other")
+# φ₁ alone is "collective"; stage 1 trained φ₂∘φ₁, which is "seed", where every user starts.
+MODES = ("base", "collective", "seed", "personal", "other")
 _FORMAT = 1
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+_LONGEST_NAME = 100  # characters of a folder, before a hash
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ class UserResult:
         """Mean nats over all target tokens of this user's queries."""
         tokens = sum(q.tokens for q in self.queries)
         return sum(q.loss[mode] * q.tokens for q in self.queries) / tokens
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those measured, in MODES' order."""
+        return tuple(mode for mode in MODES if mode in self.queries[0].loss)
+
+    def with_modes(self, queries: Sequence[QueryResult]) -> UserResult:
+        """With what these, the same queries in the same order, say of other modes."""
+        merged = tuple(
+            replace(old, loss={**old.loss, **new.loss}, answers={**old.answers, **new.answers})
+            for old, new in zip(self.queries, queries, strict=True)
+        )
+        return replace(self, queries=merged)
 
     def save(self, folder: Path) -> None:
         write_json(folder / "result.json", asdict(self))
@@ -75,7 +92,7 @@ class Run:
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes measured, in MODES' order."""
-        return tuple(mode for mode in MODES if mode in self.users[0].queries[0].loss)
+        return self.users[0].modes
 
     def save(self) -> None:
         """Write run.json; the users' files are there already."""
@@ -104,16 +121,23 @@ class Run:
 
 def user_folder(run: Path, user_id: str) -> Path:
     """Where a user's files lie. Ids come from data files, so whatever a file name may not hold is escaped."""
-    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else f"%{ord(c):x}" for c in user_id)
+    # Capitals too: some file systems hold "Ann" and "ann" for the same.
+    safe = "".join(c if c in _PLAIN else "".join(f"%{b:02x}" for b in c.encode()) for c in user_id)
+    if len(safe) > _LONGEST_NAME:
+        safe = f"{safe[:_LONGEST_NAME]}~{hashlib.sha256(user_id.encode()).hexdigest()[:16]}"
     return run / "users" / (safe or "%")
 
 
 def write_json(path: Path, data: Any) -> None:
+    write_bytes(path, json.dumps(data, ensure_ascii=False, indent=1).encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Whole or not at all: to a temporary file that then takes the old one's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(data, file, ensure_ascii=False, indent=1)
+    with new.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)

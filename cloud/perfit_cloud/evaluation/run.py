@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.engine.adaptation import AdaptationEngine
@@ -26,18 +26,29 @@ from perfit_cloud.evaluation import stage2
 from perfit_cloud.evaluation.measure import measure, use_of
 from perfit_cloud.evaluation.people import People, Person, read_people, swap_histories
 from perfit_cloud.evaluation.request import Request
-from perfit_cloud.evaluation.results import MODES, Run, UserResult, user_folder, write_json
+from perfit_cloud.evaluation.results import (
+    MODES,
+    QueryResult,
+    Run,
+    UserResult,
+    user_folder,
+    write_bytes,
+    write_json,
+)
 from perfit_cloud.evaluation.stage1 import artefact_for
 from perfit_cloud.evaluation.summary import summarise
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
+from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task, load_task
 
 __all__ = ["run_lamp"]
 
-_GENERATING = 1.5  # cost of a query's loss and answer in one mode, in units of a training example
+_T = TypeVar("_T")
+
+_ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a training example
 
 
 def run_lamp(
@@ -84,12 +95,16 @@ class _Run:
         self._request, self._task, self._base, self._artefact = request, task, base, artefact
         self._out, self._stage1_seconds, self._wishes = request.out, stage1_seconds, stop
         self._people = people.people if request.histories == "own" else swap_histories(people.people)
+        own = artefact.task.name == task.name
+        preset = preset_for(request.preset or task.name)
         self._stage2 = stage2.Settings(
-            epochs=request.epochs or artefact.epochs, seed=request.seed,
-            learning_rate=request.learning_rate or artefact.learning_rate,
-            batch_size=request.batch_size or artefact.batch_size,
-        )  # fmt: skip
-        self._unanswered = people.empty_queries
+            # Another task's artefact brings its shift and rate, not how long this task trains.
+            epochs=_given(request.epochs, artefact.epochs if own else preset.epochs),
+            learning_rate=_given(request.learning_rate, artefact.learning_rate),
+            batch_size=_given(request.batch_size, artefact.batch_size if own else preset.batch_size),
+            seed=request.seed,
+        )
+        self._unanswered = people.empty_queries if request.users is None else ()
         self._settings = self._described(people)
 
     def _described(self, people: People) -> dict[str, Any]:
@@ -102,7 +117,9 @@ class _Run:
             "positions": spec.positions, "collective_rank": 0 if request.alone else spec.collective_rank,
             "personal_rank": spec.personal_rank, "personal_parameters": spec.personal_parameters(),
             **asdict(self._stage2), "users": len(self._people), "users_together": request.users_together,
-            "collective_users": request.collective_users, "ablation": request.ablation,
+            "collective_users": request.collective_users, "collective_epochs": request.collective_epochs,
+            "collective_learning_rate": request.collective_learning_rate, "preset": request.preset,
+            "ablation": request.ablation,
             "histories": request.histories, "artefact": self._artefact.version,
             "artefact_task": self._artefact.task.name, "decoding": asdict(request.decoding),
         }  # fmt: skip
@@ -125,7 +142,13 @@ class _Run:
                 raise InvalidInput(f"{self._out} holds a run with other {names}; use another --out")
         else:
             write_json(path, self._settings)
-        return Run.load(self._out) if (self._out / "summary.json").is_file() else None
+        if not (self._out / "summary.json").is_file():
+            return None
+        try:
+            run = Run.load(self._out)
+        except InvalidData:  # a file is gone or damaged; what is left of it is made again
+            return None
+        return run if run.modes == self._modes() else None
 
     def run(self) -> Run:
         if self._request.ablation != "stage1":
@@ -174,13 +197,13 @@ class _Run:
 
         trainings = stage2.train(
             engine, cohort, self._artefact, self._stage2,
-            checkpoint=checkpoint, progress=tell, stop=self._stop,
+            checkpoint=checkpoint, resumed=progress.skip, progress=tell, stop=self._stop,
         )  # fmt: skip
         for person, training in zip(cohort, trainings, strict=True):
             folder = self._folder(person)
             self._keep_times(person, stage2=training.seconds)
             write_json(folder / "stage2.json", {"losses": training.losses, "seconds": training.seconds})
-            _write_bytes(folder / "personal.safetensors", training.tensors.to_bytes())
+            write_bytes(folder / "personal.safetensors", training.tensors.to_bytes())
         checkpoint.unlink(missing_ok=True)
         progress.say(f"stage 2: {len(cohort)} users in {time.monotonic() - began:.0f} s")
 
@@ -191,46 +214,65 @@ class _Run:
     # -- evaluation ----------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Losses and answers of everyone who has no result yet."""
+        """Losses and answers of everyone, in the modes that their result lacks."""
         modes = self._modes()
         cohorts = stage2.cohorts(self._people, self._request.users_together)
         queries = sum(len(person.questions) for person in self._people)
-        progress = Progress(queries * len(modes) * _GENERATING)
+        progress = Progress(queries * len(modes) * _ANSWER)
         engine = GradientEngine(self._base)
         done = 0
         try:
             for cohort in cohorts:
-                cost = sum(len(p.questions) for p in cohort) * len(modes) * _GENERATING
+                found = [self._result(person) for person in cohort]
+                missing = [m for m in modes if not all(r is not None and m in r.modes for r in found)]
+                there = len(modes) - len(missing)
+                progress.skip(sum(len(p.questions) for p in cohort) * there * _ANSWER)
+                if missing:
+                    text = f"answers: {done} of {len(self._people)} users done"
+                    self._evaluate_cohort(engine, cohort, missing, progress, text=text)
                 done += len(cohort)
-                if all((self._folder(p) / "result.json").is_file() for p in cohort):
-                    progress.skip(cost)
-                    continue
-                self._stop()
-                self._evaluate_cohort(engine, cohort, modes)
-                progress.advance(cost, f"answers: {done} of {len(self._people)} users done")
         finally:
             engine.close()
 
     def _modes(self) -> tuple[str, ...]:
-        left_out = {"full": (), "stage1": ("personal", "other")}.get(self._request.ablation, ("collective",))
+        left_out = {"full": (), "stage1": ("personal", "other")}.get(
+            self._request.ablation, ("collective", "seed")
+        )
         alone = len(self._people) == 1
         return tuple(m for m in MODES if m not in left_out and not (m == "other" and alone))
 
+    def _result(self, person: Person) -> UserResult | None:
+        folder = self._folder(person)
+        return UserResult.load(folder) if (folder / "result.json").is_file() else None
+
     def _evaluate_cohort(
-        self, engine: GradientEngine, cohort: Sequence[Person], modes: Sequence[str]
-    ) -> None:
-        began = time.monotonic()
-        uses = [
-            {m: use_of(m, self._artefact, self._shift(p), self._shift(self._next(p))) for m in modes}
-            for p in cohort
-        ]
-        results = measure(self._base, engine, self._task, cohort, uses=uses, decoding=self._request.decoding)
-        seconds = (time.monotonic() - began) / len(cohort)
-        for person, queries in zip(cohort, results, strict=True):
-            examples = len(person.history)
-            steps = self._stage2.schedule(examples).steps if examples else 0
-            self._keep_times(person, evaluation=seconds)
-            UserResult(person.user_id, examples, steps, tuple(queries)).save(self._folder(person))
+        self, engine: GradientEngine, cohort: Sequence[Person], modes: Sequence[str], progress: Progress,
+        *, text: str,
+    ) -> None:  # fmt: skip
+        """One mode after another, each kept when it is done."""
+        for mode in modes:
+            began = time.monotonic()
+            results = measure(
+                self._base, engine, self._task, cohort, decoding=self._request.decoding,
+                uses=[
+                    {mode: use_of(mode, self._artefact, self._shift(p), self._shift(self._next(p)))}
+                    for p in cohort
+                ],
+                done=lambda answers: progress.advance(answers * _ANSWER, text),
+            )  # fmt: skip
+            seconds = (time.monotonic() - began) / len(cohort)
+            for person, queries in zip(cohort, results, strict=True):
+                self._keep_times(person, evaluation=self._times(person)["evaluation"] + seconds)
+                self._keep_result(person, queries)
+            self._stop()
+
+    def _keep_result(self, person: Person, queries: Sequence[QueryResult]) -> None:
+        result = self._result(person)
+        if result is None:
+            learned = (self._folder(person) / "personal.safetensors").is_file()
+            steps = self._stage2.schedule(len(person.history)).steps if learned else 0
+            result = UserResult(person.user_id, len(person.history), steps, tuple(queries))
+        result.with_modes(queries).save(self._folder(person))
 
     def _next(self, person: Person) -> Person:
         """The user whose shift serves as someone else's."""
@@ -274,7 +316,5 @@ class _Run:
                 write_json(self._out / "predictions.json", data)
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(data)
-    new.replace(path)
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -33,6 +33,8 @@ def artefact_for(
     else:
         artefact = Artefact.load(folder)
     _check(artefact, request, base, folder)
+    if request.artefact is None:
+        _check_own(artefact, request, folder)
     return artefact, float(artefact.card.get("seconds", 0.0))
 
 
@@ -88,3 +90,16 @@ def _check(artefact: Artefact, request: Request, base: BaseModel, folder: Path) 
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)
         raise InvalidInput(f"{folder} was trained with other {names}; leave them out, or train anew")
+
+
+def _check_own(artefact: Artefact, request: Request, folder: Path) -> None:
+    """Raises InvalidInput when the artefact that OUT holds was trained in another way than is asked now."""
+    trained = artefact.card.get("hyper_parameters", {})
+    asked = {
+        "seed": request.seed, "epochs": request.collective_epochs, "batch_size": request.batch_size,
+        "learning_rate": request.collective_learning_rate, "preset": request.preset,
+    }  # fmt: skip
+    differing = [k for k, v in asked.items() if v is not None and k in trained and trained[k] != v]
+    if differing:
+        names = ", ".join(name.replace("_", " ") for name in differing)
+        raise InvalidInput(f"{folder} was trained with another {names}; use another --out")

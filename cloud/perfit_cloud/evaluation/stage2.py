@@ -9,7 +9,6 @@ everybody in it, so that the passes, and with them the tensors, are those of an 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from typing import Any
 
 from perfit_cloud.engine.adaptation import AdaptationEngine, Step
 from perfit_cloud.evaluation.people import Person
+from perfit_cloud.evaluation.results import write_bytes
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, UpdateFailed
 from perfit_shared.training import Schedule, Training
@@ -50,18 +50,20 @@ def cohorts(people: Sequence[Person], size: int) -> list[list[Person]]:
 
 def train(
     engine: AdaptationEngine, people: Sequence[Person], artefact: Artefact, settings: Settings, *,
-    checkpoint: Path, progress: Callable[[int, int], None], stop: Callable[[], None],
+    checkpoint: Path, resumed: Callable[[int], None], progress: Callable[[int, int], None],
+    stop: Callable[[], None],
 ) -> list[Training[Schedule]]:  # fmt: skip
     """The finished trainings of one cohort, in its order; everybody has a history.
 
-    `progress` is told the examples of every step and how many users are through. `stop` is asked after
-    each and may raise, with the cohort saved in `checkpoint` (removed by the caller once the results
-    are kept). Raises UpdateFailed naming the user whose loss is no longer a number.
+    `resumed` is told how many examples an interrupted run took already, `progress` those of every step
+    and how many users are through. `stop` is asked after each step and may raise, with the cohort saved
+    in `checkpoint` (removed by the caller once the results are kept). Raises UpdateFailed naming the
+    user whose loss is no longer a number.
     """
     trainings = _resumed(checkpoint, people, settings) or [
         Training.start(settings.schedule(len(person.history)), artefact.seed) for person in people
     ]
-    progress(sum(t.step * t.schedule.batch_size for t in trainings), sum(t.done for t in trainings))
+    resumed(sum(len(t.schedule.batch(step)) for t in trainings for step in range(t.step)))
     last_saved = clocked = time.monotonic()
     with ExitStack() as open_ones:
         adaptations = {
@@ -95,17 +97,11 @@ def train(
 
 def _save(path: Path, people: Sequence[Person], trainings: Sequence[Training[Schedule]]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     states = [training.to_bytes() for training in trainings]
     header = json.dumps({
         "users": [person.user_id for person in people], "sizes": [len(state) for state in states],
     }).encode()  # fmt: skip
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(len(header).to_bytes(8, "big") + header + b"".join(states))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    write_bytes(path, len(header).to_bytes(8, "big") + header + b"".join(states))
 
 
 def _resumed(path: Path, people: Sequence[Person], settings: Settings) -> list[Training[Schedule]] | None:

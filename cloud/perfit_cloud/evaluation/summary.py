@@ -18,7 +18,7 @@ from perfit_shared.tasks import Task
 
 __all__ = ["Measured", "as_json", "measure_users", "summarise"]
 
-_COMPARED = (("personal", "collective"), ("personal", "other"))
+_COMPARED = (("personal", "collective"), ("personal", "seed"), ("personal", "other"))
 
 
 @dataclass(frozen=True)

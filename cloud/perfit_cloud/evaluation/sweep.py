@@ -35,8 +35,14 @@ def sweep_requests(request: Request, sweep: str, *, blocks: int) -> list[Request
     parts = text.split(",") if text else []
     if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise InvalidInput(f'values of a sweep should be whole numbers, like "{name}=1,2"')
-    values = [int(part) for part in parts]
-    return list(_requests(request, name, values, blocks))
+    own = {
+        "layers": request.layers, "ranks": request.collective_rank or request.personal_rank,
+        "seeds": request.seed, "collective-users": request.collective_users,
+        "ablations": request.ablation != "full",
+    }  # fmt: skip
+    if own[name]:
+        raise InvalidInput(f"--sweep {name} says what is given by an option of its own too; leave one out")
+    return list(_requests(request, name, [int(part) for part in parts], blocks))
 
 
 def _requests(request: Request, name: str, values: list[int], blocks: int) -> Iterator[Request]:
@@ -59,10 +65,13 @@ def _requests(request: Request, name: str, values: list[int], blocks: int) -> It
         for count in values or _COLLECTIVE_USERS:
             yield replace(request, collective_users=count, out=out / f"collective-users-{count}")
     else:
-        for ablation in ABLATIONS:
-            alone = ablation.startswith("stage2")
-            artefact = None if alone else request.artefact
-            yield replace(request, ablation=ablation, artefact=artefact, out=out / ablation)
+        yield replace(request, out=out / "full")
+        for ablation in ABLATIONS[1:]:  # none of them trains stage 1
+            yield replace(
+                request, ablation=ablation, out=out / ablation, collective_users=None,
+                collective_epochs=None, collective_learning_rate=None,
+                artefact=None if ablation.startswith("stage2") else request.artefact,
+            )  # fmt: skip
 
 
 def run_sweep(request: Request, sweep: str, *, stop: Callable[[], bool] = lambda: False) -> list[Run]:
@@ -70,22 +79,24 @@ def run_sweep(request: Request, sweep: str, *, stop: Callable[[], bool] = lambda
     base = load_base(request.model, dtype=request.dtype, device=request.device)
     runs: list[Run] = []
     for each in sweep_requests(request, sweep, blocks=base.blocks):
-        run = run_lamp(_like_first(each, request, runs), base=base, stop=stop)
-        runs.append(run)
+        like = _like_first(each, sweep.partition("=")[0], runs[0] if runs else None)
+        runs.append(run_lamp(like, base=base, stop=stop))
     return runs
 
 
-def _like_first(each: Request, request: Request, runs: list[Run]) -> Request:
+def _like_first(each: Request, sweep: str, first: Run | None) -> Request:
     """What a run takes from the sweep's first: an ablation its shift, or spec and rate; a seed its rate."""
+    if first is None:
+        return each
+    if sweep == "seeds":  # stage 1's rate is part of what a seed decides; stage 2's would blur them
+        return replace(each, learning_rate=first.settings["learning_rate"])
+    if sweep != "ablations":
+        return each
     if each.alone:
-        full = runs[0].settings
+        full = first.settings
         return replace(
             each, layers=tuple(full["layers"]), positions=full["positions"],
             collective_rank=full["collective_rank"], personal_rank=full["personal_rank"],
             learning_rate=full["learning_rate"], epochs=full["epochs"], batch_size=full["batch_size"],
         )  # fmt: skip
-    if each.ablation == "stage1":
-        return replace(each, artefact=request.artefact or runs[0].folder / "artefact")
-    if runs and each.seed != runs[0].settings["seed"]:  # seeds should differ in nothing else
-        return replace(each, learning_rate=runs[0].settings["learning_rate"])
-    return each
+    return replace(each, artefact=each.artefact or first.folder / "artefact")

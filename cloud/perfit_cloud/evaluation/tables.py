@@ -52,7 +52,8 @@ def _main(groups: Sequence[Group]) -> Section | None:
         ])  # fmt: skip
     head = ["task", "model", "setting", "users", "seeds", "measure", *MODES, "paper: PerFit", "paper: OPPU"]
     about = (
-        "base: the untouched model; collective: φ₁ alone; personal: φ₂ after φ₁; other: someone else's φ₂."
+        "base: the untouched model; collective: φ₁ alone; seed: φ₂∘φ₁ as stage 1 left them; personal: the "
+        "user's φ₂ after φ₁; other: someone else's φ₂."
     )
     return section("main", "Main results", about, [Block(head, rows, points=panels)], cited(MAIN))
 
@@ -97,8 +98,8 @@ def _ablation(groups: Sequence[Group]) -> Section | None:
         tests += _ablation_tests(book)
     head = ["task", "setting", "measure", "of", *ABLATIONS.values()]
     about = (
-        "Stage 1 only is φ₁ without anything personal; stage 2 only trains φ₂ without φ₁, at the personal "
-        "rank (P) or at the sum of both (C+P)."
+        "Stage 1 only is φ₂∘φ₁ as it left them (φ₁ alone where a run did not measure that); stage 2 only "
+        "trains φ₂ without φ₁, at the personal rank (P) or at the sum of both (C+P)."
     )
     blocks = [
         Block(head, rows, points=panels),
@@ -133,7 +134,7 @@ def _ablation_tests(book: Mapping[str, Group]) -> list[list[str]]:
         seed = next((seed for seed in full.seeds if seed in part.seeds), None)
         one = full.runs[0 if seed is None else full.seeds.index(seed)]
         two = part.runs[0 if seed is None else part.seeds.index(seed)]
-        found = compare(Side(one, "personal"), Side(two, "collective" if name == "stage1" else "personal"))
+        found = compare(Side(one, "personal"), Side(two, _mode_of(name, part)))
         rows += [
             [full.task.name, setting(full), NONE if seed is None else str(seed), f"full − {told}", *cells]
             for cells in tested(as_json(found.against), full)
@@ -149,12 +150,18 @@ def _whole(group: Group, groups: Sequence[Group]) -> Group | None:
     )
 
 
+def _mode_of(ablation: str, group: Group | None) -> str:
+    if ablation != "stage1":
+        return "personal"
+    return "seed" if group is not None and "seed" in group.modes else "collective"
+
+
 def _ablation_cells(book: Mapping[str, Group], measure: str) -> dict[str, Cell | None]:
-    """By ablation. A whole run measures its collective shift alone too, which is stage 1 only."""
+    """By ablation. A whole run measures what stage 1 left too."""
     cells: dict[str, Cell | None] = {}
     for name in ABLATIONS:
         group = book.get(name, book["full"] if name == "stage1" else None)
-        cells[name] = cell_of(group, measure, "collective" if name == "stage1" else "personal")
+        cells[name] = cell_of(group, measure, _mode_of(name, group))
     return cells
 
 

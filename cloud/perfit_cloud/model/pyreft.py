@@ -257,6 +257,9 @@ def _layer_shift(path: Path, rank: int | None, hidden_size: int) -> LayerShift:
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             raise InvalidData(f"{path}: {key} should be a float32, bfloat16 or float16 tensor")
+        # A view may name far more numbers than the file holds.
+        if tensor.numel() * tensor.itemsize > min(tensor.untyped_storage().nbytes(), path.stat().st_size):
+            raise InvalidData(f"{path}: {key} claims more numbers than the file holds")
     weight = state["weight"]
     r, d = tuple(weight.shape) if weight.dim() == 2 else (0, 0)
     if not 0 < r <= d or r != (rank or r) or d != (hidden_size or d):

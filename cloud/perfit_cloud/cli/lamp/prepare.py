@@ -51,7 +51,7 @@ def prepare(  # noqa: PLR0917 - typer's way; all are options
     none by their profiles.
 
     \b
-    perfit-cloud lamp prepare --task movie_tagging --folder LaMP_2/time --out data/movie_tagging
+    perfit-cloud lamp prepare --task movie_tagging --folder downloads/LaMP_2 --out data/movie_tagging
     perfit-cloud lamp prepare --task tweet_paraphrase --questions dev_questions.json --outputs dev_outputs.json --out data/tweet_paraphrase
     perfit-cloud lamp prepare --news-category News_Category_Dataset_v3.json --users 24 --out data/news
     """  # noqa: E501 - \b keeps an example on one line

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
-from perfit_shared.errors import Cancelled
+from perfit_shared.errors import Cancelled, InvalidInput
 
 if TYPE_CHECKING:
     from perfit_cloud.evaluation.results import Run
 
-_GIB = 1 << 30
+_GIB, _MOST_GIB = 1 << 30, 1 << 20
 
 
 def run(  # noqa: PLR0917 - typer's way; all are options
@@ -82,6 +82,8 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     from perfit_cloud.evaluation.run import run_lamp
     from perfit_cloud.evaluation.sweep import run_sweep
 
+    if not 0 <= keep_gib <= _MOST_GIB:
+        raise InvalidInput(f"--keep-gib should be from 0 to {_MOST_GIB}")
     request = Request(
         task=task, model=model, data=data, out=out, artefact=artefact, preset=preset, users=users,
         collective_users=collective_users, ablation=ablation, histories=histories, layers=layers_of(layers),
