@@ -89,7 +89,7 @@ class Processes:
         return self.add_up(float(wish)) > 0
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the main process; a PerfitError that it raises there is raised by all."""
+        """What `work` gives on the main process. A PerfitError or OSError (a full disk) there is raised by all."""
         if self.count == 1:
             return work()
         from accelerate.utils import broadcast_object_list
@@ -98,7 +98,7 @@ class Processes:
         if self.main:
             try:
                 box[0] = work()
-            except PerfitError as error:
+            except (PerfitError, OSError) as error:
                 box[1] = error
         broadcast_object_list(box)
         if box[1] is not None:

@@ -417,7 +417,7 @@ def _array(records: Iterable[str]) -> Iterable[str]:
 
 
 def _write_all(out: Path, files: Mapping[str, Iterable[str]]) -> None:
-    """All of them or none: to temporary files that take the old ones' places once all are whole."""
+    """None unless all can be written: to temporary files that then take the old ones' places in a row."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         for name, parts in files.items():
