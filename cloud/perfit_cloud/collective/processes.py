@@ -89,7 +89,7 @@ class Processes:
         return self.add_up(float(wish)) > 0
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the main process. A PerfitError or OSError (a full disk) there is raised by all."""
+        """What `work` gives on the main process; all raise a PerfitError or OSError (a full disk) of it."""
         if self.count == 1:
             return work()
         from accelerate.utils import broadcast_object_list
