@@ -33,7 +33,6 @@ lamp news_categorize "$newslm" high_rate/stage2 --ablation stage2 --lr 5e-3
 lamp news_categorize "$newslm" high_rate/stage2_sum --ablation stage2_sum --lr 5e-3
 
 few=(--users 8 --epochs 1 --lr 1e-3 --collective-epochs 1 --collective-lr 3e-4)
-lamp news_categorize "$newslm" sweeps/full "${few[@]}"
 lamp news_categorize "$newslm" sweeps/layers --sweep layers "${few[@]}"
 lamp news_categorize "$newslm" sweeps/ranks --sweep ranks "${few[@]}"
 lamp news_categorize "$newslm" sweeps/few --sweep collective-users "${few[@]}"
