@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,17 @@ def load(model_folder: Callable[[str], Path]) -> Callable[[str], BaseModel]:
         return loaded[family]
 
     return make
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small lose more to waking threads than they gain."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_shift(spec: ShiftSpec, rank: int, seed: int, size: float = 0.5) -> ShiftTensors:
