@@ -59,11 +59,17 @@ class CloudConfig:
     new_tokens: int = 512  # longest answer, or target of an example, tokens
     examples: int = 64  # examples of one gradient, candidates of one Score
     call_tokens: int = 65536  # prompt and target tokens of one gradient or Score together
+    adapt_examples: int = 4096  # examples of one update
+    adapt_tokens: int = 2**20  # prompt and target tokens of one update together
+    questions: int = 16  # questions of one Ask stream that may wait for their answers
     message_bytes: int = 16 * 2**20  # largest request and largest reply
 
     # What all requests together may take
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
+    adaptations: int = 16  # updates at once
+    keep_bytes: int = 2 * 2**30  # what all updates together may keep of their examples, on the model's device
+    spill_bytes: int = 8 * 2**30  # and beyond that in host memory, where the model is not on the host
     gradient_waiting: int = 16  # gradient and Score calls that may wait for the one that runs
     retry_ms: int = 500  # when a refused call should come back
 
@@ -74,6 +80,7 @@ class CloudConfig:
 
     # Deadlines
     call_seconds: int = 600  # most time one call may take, whatever deadline the caller set
+    stream_seconds: int = 3600  # most time one Ask or Adapt stream may take; a device opens another
     idle_seconds: int = 60  # an idle connection is closed after this
     drain_seconds: int = 20  # time for running calls to end after SIGTERM
 

@@ -144,6 +144,27 @@ class Cloud:
         gradient = _tensors(response.gradient, artefact, "a gradient", gradient=True)
         return response.loss, response.tokens, gradient
 
+    def stream(self, method: str, requests: Iterator[Any], seconds: float) -> Iterator[Any]:
+        """Responses of a call that streams both ways, within `seconds`. Closing the iterator cancels it.
+
+        gRPC reads `requests` in a thread of its own.
+        """
+
+        def counted() -> Iterator[Any]:
+            for request in requests:
+                self._count(up=request.ByteSize())
+                yield request
+
+        call = getattr(self._stub, method)(counted(), timeout=seconds)
+        try:
+            for response in call:
+                self._count(down=response.ByteSize())
+                yield response
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        finally:
+            call.cancel()
+
     # -- plumbing ------------------------------------------------------------------------------
 
     def _call(self, method: str, request: Any) -> Any:

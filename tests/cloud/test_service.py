@@ -10,189 +10,43 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.cloud.serving import (
+    BASE,
+    INVALID,
+    TIMEOUT,
+    Device,
+    Running,
+    failure,
+    generate,
+    key_pem,
+    pem,
+    personal,
+)
 from tests.cloud.test_authority import csr_of, new_key
-from tests.conftest import random_shift
 
-from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
+from perfit_cloud.engine.generation import GenerationEngine
 from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.types import Finish, Mode, Piece, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import identity_of
-from perfit_cloud.service.served import Served
-from perfit_cloud.service.server import Addresses, CloudServer, only_server
+from perfit_cloud.service.server import Addresses, only_server
 from perfit_shared.errors import ConfigError, InvalidTensors
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
-
-SETTINGS = GenerationSettings(cache_tokens=2048, batch_tokens=64, max_requests=8)
-TIMEOUT = 30
-INVALID = "INVALID_ARGUMENT"
-
-
-@dataclass
-class Running:
-    """A server in this process, and the means to talk to it."""
-
-    config: CloudConfig
-    authority: Authority
-    server: CloudServer
-    channels: list[grpc.Channel] = field(default_factory=list)
-
-    @property
-    def address(self) -> str:
-        return self.server.addresses.address
-
-    def invite(self) -> bytes:
-        return self.authority.invite(60)[0]
-
-    def enrolment(self) -> grpc.Channel:
-        roots = pem(self.authority.server_ca_der)
-        return self.open(self.server.addresses.enrol_address, grpc.ssl_channel_credentials(roots))
-
-    def open(self, address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:
-        channel = grpc.secure_channel(address, credentials, options=[("grpc.enable_http_proxy", 0)])
-        self.channels.append(channel)
-        return channel
-
-    def device(self, key: ec.EllipticCurvePrivateKey | None = None) -> Device:
-        key = key or new_key()
-        der = self.authority.enroll(self.invite(), csr_of(key))
-        return self.with_certificate(key, der)
-
-    def with_certificate(self, key: ec.EllipticCurvePrivateKey, der: bytes) -> Device:
-        credentials = grpc.ssl_channel_credentials(pem(self.authority.server_ca_der), key_pem(key), pem(der))
-        return Device(key, der, self.open(self.address, credentials))
-
-
-@dataclass
-class Device:
-    key: ec.EllipticCurvePrivateKey
-    certificate: bytes
-    channel: grpc.Channel
-
-    @property
-    def identity(self) -> str:
-        return identity_of(x509.load_der_x509_certificate(self.certificate))
-
-    @property
-    def stub(self) -> pb_grpc.PersonalizationStub:
-        return pb_grpc.PersonalizationStub(self.channel)
-
-    def describe(self) -> pb.DescribeResponse:
-        return self.stub.Describe(pb.DescribeRequest(), timeout=TIMEOUT)
-
-
-def pem(der: bytes) -> bytes:
-    return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
-
-
-def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-@pytest.fixture(scope="module")
-def base(load: Callable[[str], BaseModel]) -> BaseModel:
-    return load("llama")
-
-
-@pytest.fixture(scope="module")
-def artefact(base: BaseModel, make_artefact: Callable[..., Artefact]) -> Artefact:
-    return make_artefact(base)
-
-
-@pytest.fixture(scope="module")
-def generation(base: BaseModel, artefact: Artefact) -> Iterator[GenerationEngine]:
-    engine = GenerationEngine(base, {artefact.name: artefact}, SETTINGS)
-    yield engine
-    engine.stop()
-
-
-@pytest.fixture(scope="module")
-def gradients(base: BaseModel) -> Iterator[GradientEngine]:
-    engine = GradientEngine(base)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture
-def run(
-    tmp_path: Path, base: BaseModel, artefact: Artefact, generation: GenerationEngine,
-    gradients: GradientEngine,
-) -> Iterator[Callable[..., Running]]:  # fmt: skip
-    """Start a server; keyword arguments change its configuration or put a stand-in for an engine."""
-    started: list[Running] = []
-
-    def start(*, engine: Any = None, gradient_engine: Any = None, **change: Any) -> Running:
-        settings: dict[str, Any] = {
-            "state": tmp_path / f"state{len(started)}", "address": "127.0.0.1:0",
-            "enrol_address": "127.0.0.1:0", "drain_seconds": 2, "cache_tokens": SETTINGS.cache_tokens,
-        }  # fmt: skip
-        config = CloudConfig(**{**settings, **change})
-        authority = Authority(
-            config.state, certificate_seconds=config.certificate_seconds, lapse_seconds=config.lapse_seconds
-        )
-        served = Served.build(config, base, [artefact], authority.cloud_id)
-        server = CloudServer(
-            config, authority=authority, served=served, generation=engine or generation,
-            gradients=gradient_engine or gradients,
-        )  # fmt: skip
-        server.start()
-        started.append(Running(config, authority, server))
-        return started[-1]
-
-    yield start
-    for running in started:
-        for channel in running.channels:
-            channel.close()
-        running.server.stop(0)
-
-
-def failure(call: Callable[[], object]) -> tuple[str, dict[str, str], str]:
-    """(status name, our trailing metadata, message) of a call that must fail."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    error: Any = caught.value
-    metadata = {key: value for key, value in error.trailing_metadata() or () if key.startswith("perfit-")}
-    return error.code().name, metadata, error.details()
-
-
-def personal(artefact: Artefact, seed: int = 1) -> tuple[pb.Shift, ShiftUse]:
-    tensors = random_shift(artefact.spec, artefact.spec.personal_rank, seed)
-    message = pb.Shift(
-        mode=pb.SHIFT_MODE_PERSONAL, artefact=artefact.name, version=artefact.version,
-        personal=tensors.to_bytes(),
-    )  # fmt: skip
-    return message, ShiftUse(Mode.PERSONAL, artefact, tensors)
-
-
-BASE = pb.Shift(mode=pb.SHIFT_MODE_BASE)
-
-
-def generate(text: str = "the cat sat", shift: pb.Shift = BASE, **sampling: Any) -> pb.GenerateRequest:
-    sampling = {"max_new_tokens": 12, **sampling}
-    return pb.GenerateRequest(prompt=pb.Prompt(text=text), shift=shift, sampling=pb.Sampling(**sampling))
-
-
-# -- what a device gets --------------------------------------------------------------------------
 
 
 def test_describe_and_seed(run: Callable[..., Running], artefact: Artefact, base: BaseModel) -> None:

@@ -33,7 +33,15 @@ from perfit_shared.tasks import Task
 from perfit_shared.wire import personalization_pb2 as pb
 
 LIMITS = Limits(
-    prompt_tokens=40, new_tokens=20, context=50, examples=3, call_tokens=100, message_bytes=1 << 20
+    adapt_examples=64,
+    adapt_tokens=4096,
+    questions=4,
+    prompt_tokens=40,
+    new_tokens=20,
+    context=50,
+    examples=3,
+    call_tokens=100,
+    message_bytes=1 << 20,
 )
 
 

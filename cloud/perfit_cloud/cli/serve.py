@@ -116,8 +116,10 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
     """Load everything, then answer until told to stop."""
     import torch
 
+    from perfit_cloud.engine.adaptation import AdaptationEngine
     from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
     from perfit_cloud.engine.gradients import GradientEngine
+    from perfit_cloud.engine.steps import StepQueue
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
     from perfit_cloud.service.served import Served
@@ -136,9 +138,11 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
         max_requests=config.max_requests,
     )
     generation = GenerationEngine(base, served.artefacts, settings)
+    steps = StepQueue(AdaptationEngine(base, keep_bytes=config.keep_bytes))
     server = CloudServer(
-        config, authority=authority, served=served, generation=generation, gradients=GradientEngine(base)
-    )
+        config, authority=authority, served=served, generation=generation,
+        gradients=GradientEngine(base), steps=steps,
+    )  # fmt: skip
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -150,6 +154,7 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
     finally:
         server.stop(config.drain_seconds)
         generation.stop()
+        steps.close()
 
 
 def _line(served: Served, addresses: Addresses, *, as_json: bool) -> str:

@@ -70,7 +70,13 @@ class Guard(grpc.ServerInterceptor):
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        return None  # no method streams requests; better unknown than unguarded
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(handler.stream_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return None  # no method is of the fourth kind; better unknown than unguarded
 
     def _unary(
         self, behaviour: Callable[[Any, grpc.ServicerContext], Any], method: str

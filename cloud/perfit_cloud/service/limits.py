@@ -22,6 +22,9 @@ class Limits:
     examples: int  # examples of one gradient, candidates of one Score
     call_tokens: int  # prompt and target tokens of one gradient or Score together
     message_bytes: int  # largest request
+    adapt_examples: int  # examples of one Adapt stream
+    adapt_tokens: int  # prompt and target tokens of one Adapt stream together
+    questions: int  # of one Ask stream, waiting for their answers
 
 
 class Gate:

@@ -54,6 +54,9 @@ class Served:
             examples=config.examples,
             call_tokens=config.call_tokens,
             message_bytes=config.message_bytes,
+            adapt_examples=config.adapt_examples,
+            adapt_tokens=config.adapt_tokens,
+            questions=config.questions,
         )
         return cls(base, by_name, limits, cloud_id)
 

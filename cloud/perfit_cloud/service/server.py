@@ -23,17 +23,16 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from perfit_cloud.config import CloudConfig, parse_address
+from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.service.adapt import Adapting
+from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority, ServerIdentity
+from perfit_cloud.service.calls import Generation, Gradients
+from perfit_cloud.service.codec import PromptReader
 from perfit_cloud.service.guard import Guard
 from perfit_cloud.service.limits import Gate
 from perfit_cloud.service.served import Served
-from perfit_cloud.service.servicers import (
-    EnrollmentService,
-    Generation,
-    Gradients,
-    IdentityService,
-    PersonalizationService,
-)
+from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
 from perfit_shared.errors import ConfigError
 from perfit_shared.wire import enrollment_pb2_grpc, personalization_pb2_grpc
 
@@ -95,6 +94,7 @@ class CloudServer:
         served: Served,
         generation: Generation,
         gradients: Gradients,
+        steps: StepQueue,
     ) -> None:
         """Raises ConfigError when a port is taken."""
         self._config = config
@@ -127,7 +127,7 @@ class CloudServer:
             address=config.public_address or bound,
             enrol_address=config.public_enrol_address or enrol_bound,
         )
-        self._register(served, generation, gradients)
+        self._register(served, generation, gradients, steps)
 
     def start(self) -> None:
         """Begin to answer, and leave the addresses where `perfit-cloud invite` finds them."""
@@ -187,14 +187,28 @@ class CloudServer:
         ]
         return [*dialled, *config.names, "localhost", "127.0.0.1", "::1"]
 
-    def _register(self, served: Served, generation: Generation, gradients: Gradients) -> None:
+    def _register(
+        self, served: Served, generation: Generation, gradients: Gradients, steps: StepQueue
+    ) -> None:
         config = self._config
+        reader = PromptReader(served.base, served.limits)
+        streams = Gate(running=config.streams, waiting=0, retry_ms=config.retry_ms)
         personalization = PersonalizationService(
             served,
             generation=generation,
             gradients=gradients,
-            streams=Gate(running=config.streams, waiting=0, retry_ms=config.retry_ms),
+            streams=streams,
             passes=Gate(running=1, waiting=config.gradient_waiting, retry_ms=config.retry_ms),
+            asking=Asking(
+                served, reader, generation=generation, streams=streams, stream_seconds=config.stream_seconds
+            ),
+            adapting=Adapting(
+                served,
+                reader,
+                queue=steps,
+                streams=Gate(running=config.adaptations, waiting=0, retry_ms=config.retry_ms),
+                stream_seconds=config.stream_seconds,
+            ),
             call_seconds=config.call_seconds,
         )
         enrollment = EnrollmentService(self._authority, self.addresses.address)

@@ -3,15 +3,15 @@
 # ruff: noqa: N802 - methods are named as the protos name them
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
 
 import grpc
 
-from perfit_cloud.engine.types import Gradient, Mode, Piece, Sampling, Score, ShiftUse
+from perfit_cloud.engine.types import Mode
+from perfit_cloud.service.adapt import Adapting
+from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.calls import Generation, Gradients, cancelled_after, check_active
 from perfit_cloud.service.codec import (
     PromptReader,
     decode_sampling,
@@ -32,30 +32,7 @@ from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
-__all__ = [
-    "Answer",
-    "EnrollmentService",
-    "Generation",
-    "Gradients",
-    "IdentityService",
-    "PersonalizationService",
-]
-
-
-class Answer(Protocol):
-    """An answer as it is made: blocks in `next`; `cancel` frees its place at once, from any thread."""
-
-    def __iter__(self) -> Iterator[Piece]: ...
-    def cancel(self) -> None: ...
-
-
-class Generation(Protocol):
-    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, /) -> Answer: ...
-
-
-class Gradients(Protocol):
-    def score(self, candidates: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> list[Score]: ...
-    def gradient(self, examples: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> Gradient: ...
+__all__ = ["EnrollmentService", "IdentityService", "PersonalizationService"]
 
 
 class PersonalizationService(pb_grpc.PersonalizationServicer):
@@ -67,6 +44,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         gradients: Gradients,
         streams: Gate,
         passes: Gate,
+        asking: Asking,
+        adapting: Adapting,
         call_seconds: float,
     ) -> None:
         self._served = served
@@ -75,6 +54,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self._gradients = gradients
         self._streams = streams
         self._passes = passes
+        self._asking = asking
+        self._adapting = adapting
         self._call_seconds = call_seconds
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
@@ -91,7 +72,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._served.limits)
         with self._streams.place(0):
             answer = self._generation.submit(prompt, shift, sampling)
-            with _cancelled_after(self._call_seconds, answer) as late:
+            with cancelled_after(self._call_seconds, answer) as late:
                 # Called when the RPC ends, however it does: the caller left, or its deadline passed.
                 if not context.add_callback(answer.cancel):
                     raise Cancelled("the caller left")
@@ -99,16 +80,21 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
                     yield encode_piece(piece)
                     if piece.finish is not None:
                         return
-        _check_active(context)
+        check_active(context)
         if late.is_set():
             raise TooSlow("the answer took longer than this cloud allows")
         raise Unavailable("the cloud is stopping; try again later")
+
+    def Ask(
+        self, request_iterator: Iterator[pb.AskRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.AskResponse]:
+        return self._asking.answers(request_iterator, context)
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         shift = decode_shift(request.shift, self._served.artefacts)
         pairs = self._reader.pairs([(c.prompt, c.answer) for c in request.candidates])
         with self._passes.place(seconds_left(context, self._call_seconds)):
-            _check_active(context)
+            check_active(context)
             return encode_scores(self._gradients.score(pairs, shift))
 
     def ComputeGradient(
@@ -119,8 +105,13 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
             raise InvalidInput("a gradient is computed in personal mode")
         pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
         with self._passes.place(seconds_left(context, self._call_seconds)):
-            _check_active(context)
+            check_active(context)
             return encode_gradient(self._gradients.gradient(pairs, shift), shift.artefact.spec)
+
+    def Adapt(
+        self, request_iterator: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.AdaptResponse]:
+        return self._adapting.steps(request_iterator, context)
 
 
 class EnrollmentService(enrol_grpc.EnrollmentServicer):
@@ -164,28 +155,6 @@ class IdentityService(enrol_grpc.IdentityServicer):
         return _credentials(self._authority, certificate, self._address)
 
 
-@contextmanager
-def _cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event]:
-    """Cancel the answer on leaving, or after `seconds`, which sets the event.
-
-    A timer, because the call may stand in the answer's `next` for a piece that never comes.
-    """
-    late = threading.Event()
-
-    def expire() -> None:
-        late.set()
-        answer.cancel()
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield late
-    finally:
-        timer.cancel()
-        answer.cancel()
-
-
 def _credentials(authority: Authority, certificate: bytes, address: str) -> enrol_pb.Credentials:
     return enrol_pb.Credentials(
         certificate=certificate,
@@ -193,8 +162,3 @@ def _credentials(authority: Authority, certificate: bytes, address: str) -> enro
         address=address,
         cloud_id=authority.cloud_id,
     )
-
-
-def _check_active(context: grpc.ServicerContext) -> None:
-    if not context.is_active():
-        raise Cancelled("the caller left")

@@ -94,34 +94,44 @@ class Artefact(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., spec: _Optional[_Union[ShiftSpec, _Mapping]] = ..., task_json: _Optional[str] = ..., learning_rate: _Optional[float] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("prompt_tokens", "new_tokens", "examples", "message_bytes")
+    __slots__ = ("prompt_tokens", "new_tokens", "examples", "message_bytes", "adapt_examples", "adapt_tokens", "questions")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPT_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ADAPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUESTIONS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     new_tokens: int
     examples: int
     message_bytes: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., examples: _Optional[int] = ..., message_bytes: _Optional[int] = ...) -> None: ...
+    adapt_examples: int
+    adapt_tokens: int
+    questions: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., examples: _Optional[int] = ..., message_bytes: _Optional[int] = ..., adapt_examples: _Optional[int] = ..., adapt_tokens: _Optional[int] = ..., questions: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("base_model", "fingerprint", "artefacts", "limits", "cloud_id")
+    __slots__ = ("base_model", "fingerprint", "artefacts", "limits", "cloud_id", "continuous", "keeps")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ARTEFACTS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     CLOUD_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTINUOUS_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_FIELD_NUMBER: _ClassVar[int]
     base_model: str
     fingerprint: str
     artefacts: _containers.RepeatedCompositeFieldContainer[Artefact]
     limits: Limits
     cloud_id: str
-    def __init__(self, base_model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., artefacts: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cloud_id: _Optional[str] = ...) -> None: ...
+    continuous: bool
+    keeps: bool
+    def __init__(self, base_model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., artefacts: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cloud_id: _Optional[str] = ..., continuous: _Optional[bool] = ..., keeps: _Optional[bool] = ...) -> None: ...
 
 class FetchSeedRequest(_message.Message):
     __slots__ = ("artefact",)
@@ -175,6 +185,44 @@ class GenerateResponse(_message.Message):
     answer_tokens: int
     def __init__(self, text: _Optional[str] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ...) -> None: ...
 
+class AskRequest(_message.Message):
+    __slots__ = ("shift", "question")
+    SHIFT_FIELD_NUMBER: _ClassVar[int]
+    QUESTION_FIELD_NUMBER: _ClassVar[int]
+    shift: Shift
+    question: Question
+    def __init__(self, shift: _Optional[_Union[Shift, _Mapping]] = ..., question: _Optional[_Union[Question, _Mapping]] = ...) -> None: ...
+
+class Question(_message.Message):
+    __slots__ = ("number", "prompt", "sampling")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    prompt: Prompt
+    sampling: Sampling
+    def __init__(self, number: _Optional[int] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class AskResponse(_message.Message):
+    __slots__ = ("number", "part", "failure")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    part: GenerateResponse
+    failure: Failure
+    def __init__(self, number: _Optional[int] = ..., part: _Optional[_Union[GenerateResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message", "retry_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_MS_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    retry_ms: int
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retry_ms: _Optional[int] = ...) -> None: ...
+
 class Candidate(_message.Message):
     __slots__ = ("prompt", "answer")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +270,50 @@ class ComputeGradientRequest(_message.Message):
     def __init__(self, examples: _Optional[_Iterable[_Union[Example, _Mapping]]] = ..., shift: _Optional[_Union[Shift, _Mapping]] = ...) -> None: ...
 
 class ComputeGradientResponse(_message.Message):
+    __slots__ = ("loss", "tokens", "gradient")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    tokens: int
+    gradient: bytes
+    def __init__(self, loss: _Optional[float] = ..., tokens: _Optional[int] = ..., gradient: _Optional[bytes] = ...) -> None: ...
+
+class AdaptRequest(_message.Message):
+    __slots__ = ("open", "examples", "step")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    open: AdaptOpen
+    examples: AdaptExamples
+    step: AdaptStep
+    def __init__(self, open: _Optional[_Union[AdaptOpen, _Mapping]] = ..., examples: _Optional[_Union[AdaptExamples, _Mapping]] = ..., step: _Optional[_Union[AdaptStep, _Mapping]] = ...) -> None: ...
+
+class AdaptOpen(_message.Message):
+    __slots__ = ("artefact", "version")
+    ARTEFACT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    artefact: str
+    version: str
+    def __init__(self, artefact: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class AdaptExamples(_message.Message):
+    __slots__ = ("examples",)
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    examples: _containers.RepeatedCompositeFieldContainer[Example]
+    def __init__(self, examples: _Optional[_Iterable[_Union[Example, _Mapping]]] = ...) -> None: ...
+
+class AdaptStep(_message.Message):
+    __slots__ = ("personal", "rows", "loss_only")
+    PERSONAL_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    personal: bytes
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    loss_only: bool
+    def __init__(self, personal: _Optional[bytes] = ..., rows: _Optional[_Iterable[int]] = ..., loss_only: _Optional[bool] = ...) -> None: ...
+
+class AdaptResponse(_message.Message):
     __slots__ = ("loss", "tokens", "gradient")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]

@@ -54,10 +54,20 @@ class PersonalizationStub:
                 request_serializer=personalization__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=personalization__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Ask = channel.stream_stream(
+                '/perfit.v1.Personalization/Ask',
+                request_serializer=personalization__pb2.AskRequest.SerializeToString,
+                response_deserializer=personalization__pb2.AskResponse.FromString,
+                _registered_method=True)
         self.ComputeGradient = channel.unary_unary(
                 '/perfit.v1.Personalization/ComputeGradient',
                 request_serializer=personalization__pb2.ComputeGradientRequest.SerializeToString,
                 response_deserializer=personalization__pb2.ComputeGradientResponse.FromString,
+                _registered_method=True)
+        self.Adapt = channel.stream_stream(
+                '/perfit.v1.Personalization/Adapt',
+                request_serializer=personalization__pb2.AdaptRequest.SerializeToString,
+                response_deserializer=personalization__pb2.AdaptResponse.FromString,
                 _registered_method=True)
 
 
@@ -92,8 +102,23 @@ class PersonalizationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ask(self, request_iterator, context):
+        """Several answers over one stream: the shift once, then questions; their answers interleave.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ComputeGradient(self, request, context):
         """Loss and gradients of one batch of examples; wholly stateless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Adapt(self, request_iterator, context):
+        """One update: the examples once, then for every step the tensors and which examples. What the cloud
+        holds of it dies with the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,10 +147,20 @@ def add_PersonalizationServicer_to_server(servicer, server):
                     request_deserializer=personalization__pb2.ScoreRequest.FromString,
                     response_serializer=personalization__pb2.ScoreResponse.SerializeToString,
             ),
+            'Ask': grpc.stream_stream_rpc_method_handler(
+                    servicer.Ask,
+                    request_deserializer=personalization__pb2.AskRequest.FromString,
+                    response_serializer=personalization__pb2.AskResponse.SerializeToString,
+            ),
             'ComputeGradient': grpc.unary_unary_rpc_method_handler(
                     servicer.ComputeGradient,
                     request_deserializer=personalization__pb2.ComputeGradientRequest.FromString,
                     response_serializer=personalization__pb2.ComputeGradientResponse.SerializeToString,
+            ),
+            'Adapt': grpc.stream_stream_rpc_method_handler(
+                    servicer.Adapt,
+                    request_deserializer=personalization__pb2.AdaptRequest.FromString,
+                    response_serializer=personalization__pb2.AdaptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -247,6 +282,33 @@ class Personalization:
             _registered_method=True)
 
     @staticmethod
+    def Ask(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/perfit.v1.Personalization/Ask',
+            personalization__pb2.AskRequest.SerializeToString,
+            personalization__pb2.AskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ComputeGradient(request,
             target,
             options=(),
@@ -263,6 +325,33 @@ class Personalization:
             '/perfit.v1.Personalization/ComputeGradient',
             personalization__pb2.ComputeGradientRequest.SerializeToString,
             personalization__pb2.ComputeGradientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adapt(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/perfit.v1.Personalization/Adapt',
+            personalization__pb2.AdaptRequest.SerializeToString,
+            personalization__pb2.AdaptResponse.FromString,
             options,
             channel_credentials,
             insecure,

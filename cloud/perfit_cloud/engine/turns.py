@@ -1,0 +1,63 @@
+"""One pass at a time on the model's device, in the order in which they asked.
+
+Passes that ran side by side would only take cores from each other. A long pass (a gradient of many
+examples) breathes between blocks: whoever waits goes first, and the pass goes on after one turn of
+theirs. So answers wait for one block of a gradient at most, and gradients for one step of the answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """A fair lock that its holder can lend out. Thread-safe; not reentrant."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._is_taken = False
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold the device; waits for those who asked before."""
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def breathe(self) -> None:
+        """Called by the holder, from any of its threads: let everyone who waits now go first."""
+        if self._waiting:
+            self._release()
+            self._acquire()
+
+    def _acquire(self) -> None:
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine = threading.Event()
+            self._waiting.append(mine)
+        try:
+            mine.wait()
+        except BaseException:  # Ctrl-C while waiting: the turn must not be handed to nobody
+            with self._lock:
+                if mine in self._waiting:
+                    self._waiting.remove(mine)
+                    raise
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()  # handed over: nobody can slip in between
+            else:
+                self._is_taken = False

@@ -1,0 +1,87 @@
+"""Fixtures of the service: engines on a tiny model, and servers over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cloud.serving import SETTINGS, Running
+
+from perfit_cloud.config import CloudConfig
+from perfit_cloud.engine.adaptation import AdaptationEngine
+from perfit_cloud.engine.generation import GenerationEngine
+from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.served import Served
+from perfit_cloud.service.server import CloudServer
+
+
+@pytest.fixture(scope="module")
+def base(load: Callable[[str], BaseModel]) -> BaseModel:
+    return load("llama")
+
+
+@pytest.fixture(scope="module")
+def artefact(base: BaseModel, make_artefact: Callable[..., Artefact]) -> Artefact:
+    return make_artefact(base)
+
+
+@pytest.fixture(scope="module")
+def generation(base: BaseModel, artefact: Artefact) -> Iterator[GenerationEngine]:
+    engine = GenerationEngine(base, {artefact.name: artefact}, SETTINGS)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def gradients(base: BaseModel) -> Iterator[GradientEngine]:
+    engine = GradientEngine(base)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def step_queue(base: BaseModel) -> Iterator[StepQueue]:
+    queue = StepQueue(AdaptationEngine(base, keep_bytes=2**26))
+    yield queue
+    queue.close()
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, base: BaseModel, artefact: Artefact, generation: GenerationEngine,
+    gradients: GradientEngine, step_queue: StepQueue,
+) -> Iterator[Callable[..., Running]]:  # fmt: skip
+    """Start a server; keyword arguments change its configuration or put a stand-in for an engine."""
+    started: list[Running] = []
+
+    def start(
+        *, engine: Any = None, gradient_engine: Any = None, steps: Any = None, **change: Any
+    ) -> Running:
+        settings: dict[str, Any] = {
+            "state": tmp_path / f"state{len(started)}", "address": "127.0.0.1:0",
+            "enrol_address": "127.0.0.1:0", "drain_seconds": 2, "cache_tokens": SETTINGS.cache_tokens,
+        }  # fmt: skip
+        config = CloudConfig(**{**settings, **change})
+        authority = Authority(
+            config.state, certificate_seconds=config.certificate_seconds, lapse_seconds=config.lapse_seconds
+        )
+        served = Served.build(config, base, [artefact], authority.cloud_id)
+        server = CloudServer(
+            config, authority=authority, served=served, generation=engine or generation,
+            gradients=gradient_engine or gradients, steps=steps or step_queue,
+        )  # fmt: skip
+        server.start()
+        started.append(Running(config, authority, server))
+        return started[-1]
+
+    yield start
+    for running in started:
+        for channel in running.channels:
+            channel.close()
+        running.server.stop(0)
