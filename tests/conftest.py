@@ -17,7 +17,26 @@ if TYPE_CHECKING:
     from perfit_cloud.model.base import BaseModel
 
 BRIEF = Path(__file__).resolve().parents[2] / "shared"
-FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
+# What a tiny model of each family has beyond the sizes that all share: windows shorter than the
+# sequences, and blocks with and without one where the family mixes them.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 12, "head_dim": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "head_dim": 16},
+    "gemma2": {
+        "sliding_window": 11, "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 7, "head_dim": 8, "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {"sliding_window": 13},
+    "gpt2": {},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
+    "falcon": {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+}  # fmt: skip
+KEPT = tuple(FAMILIES)[:7]  # families whose gradient steps run from what is kept
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -42,18 +61,15 @@ def brief() -> Path:
     return BRIEF
 
 
-def _config(family: str, vocabulary: int) -> Any:
+def tiny_config(family: str, vocabulary: int) -> Any:
+    """Four blocks of 32 with four heads, weights wide enough for a context to matter."""
     from transformers import AutoConfig
 
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    if family == "gpt2":
-        return AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=4, n_positions=256, **common)
-    extra: dict[str, Any] = {"head_dim": 8} if family == "gemma2" else {}
-    if family == "gemma2":
-        extra |= {"sliding_window": 16, "query_pre_attn_scalar": 8}
+    grouped = {"num_key_value_heads": 2} if family in KEPT else {}  # what the others do not know
     return AutoConfig.for_model(
         family, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, **extra, **common,
+        max_position_embeddings=256, initializer_range=0.3, vocab_size=vocabulary,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, **grouped, **FAMILIES[family],
     )  # fmt: skip
 
 
@@ -88,8 +104,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             from transformers import AutoModelForCausalLM
 
             tokenizer = _tokenizer()
-            torch.manual_seed(FAMILIES.index(family))
-            model = AutoModelForCausalLM.from_config(_config(family, len(tokenizer)))
+            torch.manual_seed(list(FAMILIES).index(family))
+            model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

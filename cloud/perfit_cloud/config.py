@@ -75,7 +75,7 @@ class CloudConfig:
 
     # The generation engine
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
-    batch_tokens: int = 2048  # most tokens of one forward pass
+    batch_tokens: int = 512  # most tokens of one forward pass; a GPU wants some thousands
     max_requests: int = 64  # requests inside the engine at once
 
     # Deadlines

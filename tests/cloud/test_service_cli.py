@@ -79,7 +79,7 @@ from perfit_cloud.service.server import CloudServer
 start = CloudServer.start
 def talk(self):
     start(self)
-    for name in ("transformers.generation", "ContinuousBatchingLogger"):
+    for name in ("transformers", "transformers.generation"):
         logging.getLogger(name).error("ids of a prompt: 42 42 42")
 CloudServer.start = talk
 from perfit_cloud.cli.main import run

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ConfigFile", "StateFolder", "serve"]
 
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
-_LOOSE_TONGUES = ("transformers", "ContinuousBatchingLogger")
+_LOOSE_TONGUES = ("transformers",)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
@@ -117,9 +117,10 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
     import torch
 
     from perfit_cloud.engine.adaptation import AdaptationEngine
-    from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
+    from perfit_cloud.engine.generation import GenerationSettings, engine_for
     from perfit_cloud.engine.gradients import GradientEngine
     from perfit_cloud.engine.steps import StepQueue
+    from perfit_cloud.engine.turns import Turns
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
     from perfit_cloud.service.served import Served
@@ -137,11 +138,15 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
         batch_tokens=config.batch_tokens,
         max_requests=config.max_requests,
     )
-    generation = GenerationEngine(base, served.artefacts, settings)
-    steps = StepQueue(AdaptationEngine(base, keep_bytes=config.keep_bytes))
+    turns = Turns()
+    generation = engine_for(base, served.artefacts, settings, turns)
+    # Where the model is on the host, spilling would be keeping by another name.
+    spill_bytes = 0 if base.device.type == "cpu" else config.spill_bytes
+    adaptations = AdaptationEngine(base, keep_bytes=config.keep_bytes, spill_bytes=spill_bytes, turns=turns)
+    steps = StepQueue(adaptations, retry_ms=config.retry_ms)
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,
-        gradients=GradientEngine(base), steps=steps,
+        gradients=GradientEngine(base, turns), steps=steps,
     )  # fmt: skip
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

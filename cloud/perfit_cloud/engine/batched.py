@@ -1,15 +1,15 @@
 """Answers to several prompts at once by the library's own `generate`, each under its own shift.
 
-For research, where all prompts are known beforehand, and for families that continuous batching does
-not take. Prompts are padded on the left. The book of whose rows are shifted is open for one forward
-pass, that of the prompts, and closed by its logits: decoded tokens are never intervened on.
+For research, where all prompts are known beforehand, and to serve families that continuous batching
+does not take. Prompts are padded on the left. The book of whose rows are shifted is open for one
+forward pass, that of the prompts, and closed by its logits: decoded tokens are never intervened on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,14 +21,17 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from perfit_cloud.engine.sampling import Sampler
+from perfit_cloud.engine.sampling import Sampler, draw
+from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
+from perfit_cloud.engine.turns import Turns
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
-from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, stack, to_torch
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.shifts import Group, hooked, install, open_book, row_index, stack, to_torch
 from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.positions import Positions
 
-__all__ = ["generate_batch"]
+__all__ = ["BatchedEngine", "generate_batch"]
 
 
 def generate_batch(
@@ -51,15 +54,87 @@ def generate_batch(
     model.generation_config = GenerationConfig()  # what the model's folder suggests is not asked for
     answers = [_Answer(base, sampling) for sampling in samplings]
     with hooked(model, {layer for use in uses if use.artefact for layer in use.artefact.spec.layers}):
-        for chosen in _fitting(base.context, prompts, samplings):
-            _generate(
-                model, [prompts[i] for i in chosen], [uses[i] for i in chosen], [answers[i] for i in chosen]
-            )
+        for chosen in _fitting(base.context, [(len(p), s) for p, s in zip(prompts, samplings, strict=True)]):
+            members = [prompts[i] for i in chosen]
+            width = max(map(len, members))
+            groups = _groups(members, [uses[i] for i in chosen], width, base.device)
+            _generate(model, members, groups, [answers[i] for i in chosen])
     return [answer.text for answer in answers]
 
 
+class BatchedEngine(Engine):
+    """Answers in batches: who comes while one runs waits for its end. For every family."""
+
+    continuous = False
+
+    def __init__(
+        self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings,
+        turns: Turns | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(base, artefacts, settings, turns or Turns())
+        self._model = base.twin()
+        self._model.generation_config = GenerationConfig()
+        install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
+        self._most = 1 if depends_on_length(base.model) else settings.max_requests
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting)
+
+    def _round(self) -> None:
+        with self._changed:
+            members: list[Request] = []
+            later: list[Request] = []
+            for request in self._waiting:
+                more = [(len(r.prompt), r.sampling) for r in (*members, request)]
+                fits = len(members) < self._most and _span(more) <= self._base.context
+                (members if fits else later).append(request)
+            self._waiting.clear()
+            self._waiting.extend(later)
+        if not members:
+            return
+        width = max(len(request.prompt) for request in members)
+        rows = {
+            request: [(b + 1) * width - len(request.prompt) + p for p in request.positions]
+            for b, request in enumerate(members)
+        }
+        prompts = [request.prompt for request in members]
+        with self._turns.take():
+            streams = [_Stream(request, self._produced) for request in members]
+            _generate(self._model, prompts, self._groups(rows), streams, between=self._turns.breathe)
+
+    def _drop(self) -> None:
+        """All that was held lay in `generate`."""
+
+
+class _Reader(Protocol):
+    """Who takes the tokens of one row."""
+
+    sampler: Sampler | None
+    most: int  # tokens
+
+    @property
+    def is_over(self) -> bool: ...
+    def take(self, ids: list[int]) -> None: ...
+
+
+class _Stream:
+    """A row whose tokens go out as they come."""
+
+    def __init__(self, request: Request, produced: Callable[[Request, int], bool]) -> None:
+        self.sampler, self.most = request.sampler, request.sampling.max_new_tokens
+        self._request, self._produced = request, produced
+        self._is_done = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_done or self._request.has_left
+
+    def take(self, ids: list[int]) -> None:
+        self._is_done = self._produced(self._request, ids[-1])
+
+
 class _Answer:
-    """One request while it is being answered."""
+    """A row whose text is wanted in the end."""
 
     def __init__(self, base: BaseModel, sampling: Sampling) -> None:
         self._base, self._sampling = base, sampling
@@ -82,23 +157,24 @@ class _Answer:
 
 
 def _generate(
-    model: Any, prompts: Sequence[list[int]], uses: Sequence[ShiftUse], answers: Sequence[_Answer]
-) -> None:
-    """One `generate` on a model whose hooks are on."""
+    model: Any, prompts: Sequence[list[int]], groups: Sequence[Group], readers: Sequence[_Reader],
+    between: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """One `generate` on a model whose hooks are on; calls `between` its passes."""
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
     ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
     with ExitStack() as book:
-        book.enter_context(open_book(_groups(prompts, uses, width, model.device)))
+        book.enter_context(open_book(groups))
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max(answer.most for answer in answers),
+            max_new_tokens=max(reader.most for reader in readers),
             do_sample=False,
             use_cache=True,
-            logits_processor=LogitsProcessorList([_Choice(answers, on_first=book.close)]),
-            stopping_criteria=StoppingCriteriaList([_Ends(answers, width)]),
+            logits_processor=LogitsProcessorList([_Choice(readers, on_first=book.close, between=between)]),
+            stopping_criteria=StoppingCriteriaList([_Ends(readers, width)]),
         )
 
 
@@ -126,50 +202,49 @@ def _groups(
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]
-    """Replaces the scores of requests that sample by their draw; `generate` takes the arg-max."""
+    """Leaves the chosen token alone in the scores; `generate` takes the arg-max."""
 
-    def __init__(self, answers: Sequence[_Answer], *, on_first: Callable[[], None]) -> None:
-        self._answers, self._on_first = answers, on_first
+    def __init__(
+        self, readers: Sequence[_Reader], *, on_first: Callable[[], None], between: Callable[[], None]
+    ) -> None:
+        self._readers, self._on_first, self._between = readers, on_first, between
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
         self._on_first()  # harmless when repeated
-        at, samplers = [], []
-        for b, answer in enumerate(self._answers):
-            if answer.sampler is not None and not answer.is_over:
-                at.append(b)
-                samplers.append(answer.sampler)
-        if at:
-            logits = scores[at].cpu()  # one transfer for all
-            drawn = [sampler.draw(row) for sampler, row in zip(samplers, logits, strict=True)]
-            scores[at] = -torch.inf
-            scores[at, drawn] = 0
+        self._between()
+        samplers = [None if reader.is_over else reader.sampler for reader in self._readers]
+        if any(samplers):
+            chosen = draw(scores, samplers)
+            scores.fill_(-torch.inf)
+            scores[range(len(chosen)), chosen] = 0
         return scores
 
 
 class _Ends(StoppingCriteria):  # type: ignore[misc]
     """Which answers are over; those run on, unread, until all are."""
 
-    def __init__(self, answers: Sequence[_Answer], width: int) -> None:
-        self._answers, self._width = answers, width
+    def __init__(self, readers: Sequence[_Reader], width: int) -> None:
+        self._readers, self._width = readers, width
 
     def __call__(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        for answer, new in zip(self._answers, ids[:, self._width :].tolist(), strict=True):
-            if not answer.is_over:
-                answer.take(new)
-        return torch.tensor([answer.is_over for answer in self._answers], device=ids.device)
+        for reader, new in zip(self._readers, ids[:, self._width :].tolist(), strict=True):
+            if not reader.is_over:
+                reader.take(new)
+        return torch.tensor([reader.is_over for reader in self._readers], device=ids.device)
 
 
-def _fitting(
-    context: int, prompts: Sequence[list[int]], samplings: Sequence[Sampling]
-) -> Iterator[list[int]]:
-    """Requests that can run until the last of them is over without leaving the context: all, mostly."""
+def _span(requests: Sequence[tuple[int, Sampling]]) -> int:
+    """Tokens of context that these (prompt tokens, sampling) take, run until the last of them is over."""
+    return max(prompt for prompt, _ in requests) + max(s.max_new_tokens for _, s in requests)
+
+
+def _fitting(context: int, requests: Sequence[tuple[int, Sampling]]) -> Iterator[list[int]]:
+    """Requests (prompt tokens, sampling) that can run together within the context: all, mostly."""
     batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        more = [*batch, i]
-        longest = max(len(prompts[j]) for j in more) + max(samplings[j].max_new_tokens for j in more)
-        if batch and longest > context:
+    for i in sorted(range(len(requests)), key=lambda i: requests[i][0]):
+        if batch and _span([requests[j] for j in (*batch, i)]) > context:
             yield batch
-            more = [i]
-        batch = more
+            batch = []
+        batch.append(i)
     if batch:
         yield batch

@@ -1,371 +1,178 @@
 """Answers for many devices from one continuous batch, each with its own shift.
 
-transformers' continuous batching schedules and caches; before every forward pass this module opens
-a book that says which rows of the packed batch belong to whose prompt positions. Decoded tokens are
-never intervened on, so a step without prefill opens an empty book.
+Every pass takes one token of each answer under way and pieces of the prompts that are still to be
+read, packed without padding. Before it a book says which rows belong to whose intervened prompt
+positions; decoded tokens are never intervened on, so a pass without prompts opens none.
 """
 
 from __future__ import annotations
 
-import itertools
-import queue
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    OutputRouter,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from perfit_cloud.engine.sampling import Sampler
-from perfit_cloud.engine.types import Finish, Mode, Piece, Sampling, ShiftUse
+from perfit_cloud.engine.batched import BatchedEngine
+from perfit_cloud.engine.sampling import draw
+from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
+from perfit_cloud.engine.turns import Turns
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.shifts import Group, Shift, install, open_book, row_index, stack, to_torch
-from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
-from perfit_shared.positions import Positions
+from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.cache import Pass, Place, Shelves, attend_on_shelves
+from perfit_cloud.model.shifts import install, open_book
 
-__all__ = ["Answer", "GenerationEngine", "GenerationSettings"]
+__all__ = ["Engine", "GenerationEngine", "GenerationSettings", "engine_for"]
 
-_PAGE = 32  # tokens of one page of the key-value cache
-_LIVENESS_SECONDS = 5.0  # how often a reader without news asks whether the batch still runs
-_BUSY_MS = 1000  # what a refused request is told to wait
+_SHARERS = 4  # prompts that a pass is split between, where there are as many
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    cache_tokens: int = 32_768  # tokens whose keys and values are held at once
-    batch_tokens: int = 2_048  # most tokens of one forward pass; longer prompts are chunked
-    max_requests: int = 64  # answers in flight; more are refused with Busy
+def engine_for(
+    base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings,
+    turns: Turns | None = None,
+) -> Engine:  # fmt: skip
+    """The continuous batch where the model's family can share one, else answers in batches."""
+    kind = GenerationEngine if can_share(base) else BatchedEngine
+    return kind(base, artefacts, settings, turns or Turns())
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What the engine knows of one answer in flight; dropped when it ends."""
+class GenerationEngine(Engine):
+    """Continuous batching. The model must be one that `can_share`."""
 
-    prompt_tokens: int
-    positions: tuple[int, ...]  # intervened prompt positions, ascending
-    artefact: str  # "" in BASE mode
-    personal: Shift | None
-    sampler: Sampler | None  # None: greedy
-    outputs: queue.SimpleQueue[Any]
-
-
-class Answer(Iterator[Piece]):
-    """Pieces of one answer, blocking for the next. `cancel` ends it from any thread."""
+    continuous = True
 
     def __init__(
-        self,
-        engine: GenerationEngine,
-        request_id: str,
-        request: _Request,
-        sampling: Sampling,
-        *,
-        manager: object,
-    ) -> None:
-        self._engine, self._id, self._request, self._sampling = engine, request_id, request, sampling
-        self._manager = manager
-        self._ids: list[int] = []
-        self._sent = ""
-        self._over = False
-
-    def __next__(self) -> Piece:
-        """Raises Unavailable when the engine stopped or died under it; ends when it was cancelled."""
-        while not self._over:
-            try:
-                output = self._request.outputs.get(timeout=_LIVENESS_SECONDS)
-            except queue.Empty:
-                if self._engine.runs(self._manager):
-                    continue
-                output = None
-            if self._over:
-                break
-            if output is None or output.error is not None:
-                self.cancel()
-                raise Unavailable("the cloud could not finish this answer; ask again")
-            piece = self._advance(list(output.generated_tokens), done=output.is_finished())
-            if piece is not None:
-                return piece
-        self.cancel()
-        raise StopIteration
-
-    def cancel(self) -> None:
-        """Free the place in the batch. Harmless when the answer is over."""
-        self._over = True
-        self._engine.forget(self._id)
-        self._request.outputs.put(None)  # wakes a reader in another thread
-
-    def _advance(self, ids: list[int], *, done: bool) -> Piece | None:
-        """The next piece, given all tokens so far; None when there is nothing to send yet."""
-        self._ids = ids
-        ended = bool(ids) and ids[-1] in self._engine.end_ids
-        text = self._engine.decode(ids[:-1] if ended else ids)
-        cut, stopped = _stop(text, self._sampling.stop)
-        last = done or stopped
-        if not last:  # hold back what may still turn into another character or into a stop text
-            cut = len(text[:cut].rstrip("\ufffd"))
-            cut -= _overlap(text[:cut], self._sampling.stop)
-        new = text[len(self._sent) : cut]
-        if not last and not new:
-            return None
-        self._sent += new
-        if not last:
-            return Piece(new)
-        self._over = True
-        self._engine.forget(self._id, running=not done)
-        finish = Finish.END if ended or stopped else Finish.LENGTH
-        return Piece(new, finish, self._request.prompt_tokens, len(ids))
-
-
-def _stop(text: str, stops: tuple[str, ...]) -> tuple[int, bool]:
-    """(length of text before the first stop, whether there is one)."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (min(found), True) if found else (len(text), False)
-
-
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of text that begins a stop."""
-    return max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-        default=0,
-    )
-
-
-class GenerationEngine:
-    """Continuous batching over one base model and any number of artefacts. Thread-safe."""
-
-    def __init__(
-        self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings
-    ) -> None:
-        self.settings = settings
-        self.end_ids = frozenset(base.end_ids)
-        self.decode = base.decode
-        self._base = base
-        self._positions = {name: Positions.parse(a.spec.positions) for name, a in artefacts.items()}
-        self._collective = {name: to_torch(a.collective, base.device) for name, a in artefacts.items()}
+        self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings,
+        turns: Turns | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(base, artefacts, settings, turns or Turns())
         self._model = base.twin()
+        attend_on_shelves(self._model)
         # Only blocks that an artefact names carry a hook.
         install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
-        self._requests: dict[str, _Request] = {}
-        self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        self._manager: _Manager | None = None
-        self._stopped = False
+        self._shelves = Shelves(settings.cache_tokens)
+        self._places: dict[Request, Place] = {}  # of those in the batch, in the order they came
+        self._newest: dict[Request, int] = {}  # token that the next pass reads, by answer under way
 
-    def start(self) -> None:
-        """Start the batch's thread; `submit` does it too when needed."""
-        with self._lock:
-            self._running()
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._places)
 
-    def stop(self) -> None:
-        """End the thread for good; answers in flight and all later ones raise Unavailable."""
-        with self._lock:
-            self._stopped = True
-            manager, self._manager = self._manager, None
-            requests, self._requests = self._requests, {}
-        for request in requests.values():
-            request.outputs.put(None)
-        if manager is not None:
-            manager.stop(block=True, timeout=30, hard_stop=True)
+    def _round(self) -> None:
+        self._admit()
+        plan = self._plan()
+        if plan:
+            with self._turns.take():
+                logits, speaking = self._forward(plan)
+                tokens = draw(logits, [request.sampler for request in speaking])
+            for request, token in zip(speaking, tokens, strict=True):
+                self._newest[request] = token
+                self._produced(request, token)
 
-    def runs(self, manager: object) -> bool:
-        """Whether this manager is the one at work and its thread is alive."""
-        current = self._manager
-        return current is manager and current is not None and current.is_running()
+    def _drop(self) -> None:
+        self._places.clear()
+        self._newest.clear()
+        self._shelves.clear()
 
-    @property
-    def in_flight(self) -> int:
-        """Answers that hold a place."""
-        return len(self._requests)
+    def _end(self, request: Request) -> None:
+        self._release(request)
+        super()._end(request)
 
-    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling) -> Answer:
-        """Queue one answer.
+    def _release(self, request: Request) -> None:
+        self._newest.pop(request, None)
+        self._shelves.free(self._places.pop(request))
 
-        Raises Busy when all places are taken, InvalidPrompt when prompt and answer cannot fit the
-        model's context or the cache.
+    def _admit(self) -> None:
+        """Let go of those who left, and take in who waits, in their order, as far as there is room."""
+        for request in [r for r in self._places if r.has_left]:
+            self._release(request)
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    return
+                request = self._waiting[0]
+                place = self._shelves.put(len(request.prompt) + request.sampling.max_new_tokens)
+                if place is None:
+                    return
+                self._waiting.popleft()
+            self._places[request] = place
+
+    def _plan(self) -> dict[Request, int]:
+        """How many tokens of each request the next pass takes.
+
+        A token of every answer under way; the rest of the pass is shared by the prompts that came
+        first, so that behind a long one a short one does not wait, and nobody keeps the long one.
         """
-        room = min(self._base.context, self.settings.cache_tokens // 2)
-        if len(prompt) + sampling.max_new_tokens > room:
-            raise InvalidPrompt(
-                f"the prompt has {len(prompt)} tokens; with {sampling.max_new_tokens} for the answer "
-                f"that is over the {room} that fit"
-            )
-        request = self._request(prompt, shift, sampling)
-        with self._lock:
-            if len(self._requests) >= self.settings.max_requests:
-                raise Busy("the cloud is answering as many as it can; try again", retry_ms=_BUSY_MS)
-            manager = self._running()
-            request_id = f"r{next(self._numbers)}"
-            self._requests[request_id] = request
-        accepted = manager.add_request(
-            prompt,
-            request_id=request_id,
-            max_new_tokens=sampling.max_new_tokens,
-            streaming=True,
-            eos_token_id=list(self.end_ids),
-        )
-        if accepted is None:
-            self.forget(request_id)
-            raise Unavailable("the cloud is restarting its engine; ask again")
-        return Answer(self, request_id, request, sampling, manager=manager)
+        plan = dict.fromkeys(self._newest, 1)
+        room = max(1, self.settings.batch_tokens - len(plan))
+        least = max(1, room // _SHARERS)
+        reading = [request for request in self._places if request not in plan]
+        for number, request in enumerate(reading):
+            share = max(least, room // (len(reading) - number))
+            count = min(len(request.prompt) - self._places[request].length, share, room)
+            plan[request] = count
+            room -= count
+            if not room:
+                break
+        return plan
 
-    def forget(self, request_id: str, *, running: bool = True) -> None:
-        """Drop a request and all that is held for it; take it out of the batch if it may be there."""
-        known = self._requests.pop(request_id, None) is not None
-        manager = self._manager
-        if known and running and manager is not None:
-            manager.cancel_request(request_id)
-
-    # -- called by the batch's thread -----------------------------------------------------------
-
-    def deliver(self, output: Any) -> None:
-        """Hand a generation output to whoever reads that answer."""
-        request = self._requests.get(output.request_id)
-        if request is not None:
-            request.outputs.put(output)
-
-    def book(self, scheduled: list[Any]) -> list[Group]:
-        """Groups for the prompt positions that this packed batch prefills; empty in a decode step."""
-        owners: dict[tuple[str, bool], list[tuple[list[int], _Request]]] = {}
-        row = 0
-        for future in scheduled:
-            count = future.query_length
-            # prepare_batch_tensors has already moved the offset past this query.
-            start = future.state.position_offset - count
-            request = self._requests.get(future.state.request_id)
-            if request is not None and request.artefact and start < request.prompt_tokens:
-                rows = [row + p - start for p in request.positions if start <= p < start + count]
-                if rows:
-                    key = (request.artefact, request.personal is not None)
-                    owners.setdefault(key, []).append((rows, request))
-            row += count
-        return [self._group(*key, members) for key, members in owners.items()]
-
-    def samplers(self, scheduled: list[Any]) -> list[tuple[int, Sampler]]:
-        """(row of the logits, sampler) of the requests in this batch that sample."""
-        found = []
-        new = [future for future in scheduled if future.has_new_token]
-        for row, future in enumerate(new):
-            request = self._requests.get(future.state.request_id)
-            if request is not None and request.sampler is not None:
-                found.append((row, request.sampler))
-        return found
-
-    # -- helpers --------------------------------------------------------------------------------
-
-    def _group(self, artefact: str, is_personal: bool, members: list[tuple[list[int], _Request]]) -> Group:
-        index, valid = row_index([rows for rows, _ in members], self._base.device)
-        shifts = [r.personal for _, r in members if r.personal is not None]
-        return Group(index, valid, self._collective[artefact], stack(shifts) if is_personal else None)
-
-    def _request(self, prompt: list[int], shift: ShiftUse, sampling: Sampling) -> _Request:
-        name = "" if shift.mode is Mode.BASE or shift.artefact is None else shift.artefact.name
-        personal = to_torch(shift.personal, self._base.device) if name and shift.personal else None
-        return _Request(
-            prompt_tokens=len(prompt),
-            positions=tuple(self._positions[name].indices(len(prompt))) if name else (),
-            artefact=name,
-            personal=personal,
-            sampler=Sampler(sampling) if sampling.temperature > 0 else None,
-            outputs=queue.SimpleQueue(),
-        )
-
-    def _running(self) -> _Manager:
-        """The manager, started anew if its thread died. Called under the lock."""
-        if self._stopped:
-            raise Unavailable("the cloud is stopping; try again later")
-        if self._manager is None or not self._manager.is_running():
-            self._manager = _Manager(self._model, self)
-            self._manager.start()
-        return self._manager
+    @torch.no_grad()
+    def _forward(self, plan: dict[Request, int]) -> tuple[torch.Tensor, list[Request]]:
+        """One pass: logits (n, V) of the n requests whose prompts are read, and those."""
+        requests, device = list(plan), self._base.device
+        shelves = Pass([self._places[r] for r in requests], list(plan.values()), device)
+        ids: list[int] = []
+        marks: dict[Request, list[int]] = {}
+        speaking: list[tuple[Request, int]] = []  # and the place in the pass's order
+        for at, number in enumerate(shelves.order):
+            request, count = requests[number], plan[requests[number]]
+            start, row = self._places[request].length, len(ids)
+            if request in self._newest:
+                ids.append(self._newest[request])
+                speaking.append((request, at))
+                continue
+            ids += request.prompt[start : start + count]
+            marks[request] = [row + p - start for p in request.positions if start <= p < start + count]
+            if start + count == len(request.prompt):
+                speaking.append((request, at))
+        input_ids = torch.tensor([ids], device=device)
+        rows = shelves.last[torch.tensor([at for _, at in speaking], dtype=torch.long, device=device)]
+        with open_book(self._groups(marks)):
+            logits = self._model(
+                input_ids=input_ids, position_ids=shelves.position_ids, use_cache=False,
+                logits_to_keep=rows, shelves=shelves,
+            ).logits[0]  # fmt: skip
+        shelves.done()
+        input_ids.zero_()
+        return logits, [request for request, _ in speaking]
 
 
-class _Router(OutputRouter):  # type: ignore[misc]
-    def __init__(self, engine: GenerationEngine) -> None:
-        super().__init__()
-        self._engine = engine
+def can_share(base: BaseModel) -> bool:
+    """Whether packed requests get from this model what each would get alone.
 
-    def deliver(self, output: Any) -> None:
-        self._engine.deliver(output)
-
-    def deliver_batch(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            self._engine.deliver(output)
-
-
-class _PerRequestSampling(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
-    """Replaces the rows of requests that sample; the manager itself always takes the arg-max."""
-
-    def __init__(self, manager: _Manager, engine: GenerationEngine) -> None:
-        super().__init__(LogitsProcessorList())
-        self.do_processing = True
-        self._manager, self._engine = manager, engine
-
-    def __call__(self, _ids: torch.Tensor, logits: torch.Tensor, _args: Any) -> torch.Tensor:
-        for row, sampler in self._engine.samplers(self._manager.scheduled()):
-            token = sampler.draw(logits[row])
-            logits[row].fill_(-torch.inf)
-            logits[row, token] = 0
-        return logits
-
-
-def _paged_eager(  # noqa: PLR0917 - the library calls it so
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
-) -> Any:  # fmt: skip
-    """The family's own eager attention over paged keys and values.
-
-    The library's version of "paged|eager" drops what a family adds to its attention, such as
-    Gemma 2's soft-capping of scores.
+    Tried, not looked up: two prompts in pieces, then a token more, against the model as it is.
     """
-    cache = kwargs.pop("cache")
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs
-    )  # fmt: skip
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    return own(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-class _Manager(ContinuousBatchingManager):  # type: ignore[misc]
-    """The library's manager with a book around every forward pass."""
-
-    def __init__(self, model: Any, engine: GenerationEngine) -> None:
-        settings = engine.settings
-        ALL_ATTENTION_FUNCTIONS.register("paged|eager", _paged_eager)
-        super().__init__(
-            model=model,
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=sorted(engine.end_ids) or -1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=_PAGE,
-                num_blocks=settings.cache_tokens // _PAGE,
-                max_batch_tokens=settings.batch_tokens,
-                max_requests_per_batch=settings.max_requests,
-                # A shared prefix would carry one user's shifted keys and values into another's.
-                allow_block_sharing=False,
-                use_async_batching=False,
-                use_cuda_graph=False,  # Python hooks do not run when a graph is replayed
-                auto_switch_to_flash=False,
-            ),
-        )
-        self.output_router = _Router(engine)
-        self.logit_processor = _PerRequestSampling(self, engine)
-        self._engine = engine
-
-    def scheduled(self) -> list[Any]:
-        """Requests of the batch at hand, in the order of their rows."""
-        processor = self.batch_processor
-        return [] if processor is None else list(processor.inputs_and_outputs.requests_in_batch)
-
-    def _generation_step(self) -> None:
-        with open_book(self._engine.book(self.scheduled())):
-            super()._generation_step()
+    if depends_on_length(base.model):
+        return False
+    size = base.model.config.get_text_config().vocab_size
+    prompts = [[7 % size, 11 % size, 5 % size, 3 % size], [2 % size, 13 % size]]
+    with torch.no_grad(), suppress(Exception):
+        model, shelves = base.twin(), Shelves(128)
+        attend_on_shelves(model)
+        places = [shelves.put(8), shelves.put(8)]
+        found: list[torch.Tensor] = []
+        for cut in ((slice(0, 3), slice(0, 1)), (slice(3, 4), slice(1, 2))):
+            parts = [prompt[part] for prompt, part in zip(prompts, cut, strict=True)]
+            step = Pass([p for p in places if p is not None], list(map(len, parts)), base.device)
+            ids = [i for number in step.order for i in parts[number]]
+            logits = model(
+                input_ids=torch.tensor([ids], device=base.device), position_ids=step.position_ids,
+                use_cache=False, logits_to_keep=step.last, shelves=step,
+            ).logits[0]  # fmt: skip
+            step.done()
+            found = [logits[step.order.index(number)].float() for number in range(len(prompts))]
+        for prompt, got in zip(prompts, found, strict=True):
+            want = base.model(torch.tensor([prompt], device=base.device)).logits[0, -1].float()
+            tolerance = 1e-3 if base.model.dtype == torch.float32 else 5e-2
+            if not torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max())):
+                return False
+        return True
+    return False

@@ -1,18 +1,22 @@
-"""Sampling a request at a time inside a shared batch.
+"""Choosing the next token of every row of a batch: the arg-max, or a draw of the request's own.
 
-Continuous batching picks the arg-max of the processed scores. For a request that samples, its row
-is replaced by one token: the arg-max of log-probability / temperature plus Gumbel noise from the
-request's own generator, which is a draw from the softmax. Greedy rows stay as they are.
+A draw is the arg-max of log-probability / temperature plus Gumbel noise from the request's own
+generator, which is a draw from the softmax.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from perfit_cloud.engine.types import Sampling
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "draw"]
 
 
 class Sampler:
@@ -20,19 +24,40 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed % 2**63)
+        self._noise = np.random.default_rng(sampling.seed)
 
-    def draw(self, logits: Tensor) -> int:
-        """A token id from logits (V,): temperature, then top-k, then top-p, as transformers orders them."""
-        s = self._sampling
-        count = min(s.top_k, len(logits)) if s.top_k else len(logits)
-        values, ids = torch.topk(logits.float(), count)  # descending
-        values = values / s.temperature
-        if s.top_p < 1:
-            probabilities = values.softmax(0)
-            # Keep tokens until their sum reaches top_p; the first always stays.
-            before = probabilities.cumsum(0) - probabilities
-            values = values.masked_fill(before >= s.top_p, -torch.inf)
-        uniform = torch.rand(count, generator=self._generator).to(values.device)
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-        return int(ids[(values + gumbel).argmax()])
+    def candidates(self, vocabulary: int) -> int:
+        """How many of the likeliest tokens it looks at."""
+        return min(self._sampling.top_k, vocabulary) if self._sampling.top_k else vocabulary
+
+    def draw(self, logits: npt.NDArray[np.float32]) -> int:
+        """The place of the drawn one among its candidates' logits, the highest first.
+
+        Temperature, then top-k, then top-p, as transformers orders them.
+        """
+        with np.errstate(all="ignore"):  # a hostile shift may have made them infinite
+            values = logits.astype(np.float64) / self._sampling.temperature
+            if self._sampling.top_p < 1:
+                probabilities = np.exp(values - values[0])
+                probabilities /= probabilities.sum()
+                # Keep tokens until their sum reaches top_p; the first always stays.
+                before = probabilities.cumsum() - probabilities
+                values[before >= self._sampling.top_p] = -np.inf
+            uniform = self._noise.random(len(values)).clip(1e-20, 1 - 1e-16)
+            return int((values - np.log(-np.log(uniform))).argmax())
+
+
+def draw(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int]:
+    """The next token of each row of logits (n, V): its sampler's draw, the arg-max where it has none."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    by_count: dict[int, list[tuple[int, Sampler]]] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler is not None:
+            by_count.setdefault(sampler.candidates(logits.shape[1]), []).append((row, sampler))
+    for count, members in by_count.items():
+        # One search and one transfer for all who look at equally many.
+        found: Any = torch.topk(logits[[row for row, _ in members]].float(), count)
+        values, ids = found.values.cpu().numpy(), found.indices.cpu().numpy()
+        for (row, sampler), of_row, its_ids in zip(members, values, ids, strict=True):
+            tokens[row] = int(its_ids[sampler.draw(of_row)])
+    return tokens

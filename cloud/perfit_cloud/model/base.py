@@ -17,7 +17,7 @@ from torch import nn
 
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["BaseModel", "block_list", "fingerprint", "load_base", "model_folder"]
+__all__ = ["BaseModel", "block_list", "depends_on_length", "fingerprint", "load_base", "model_folder"]
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = (
@@ -124,6 +124,13 @@ def block_list(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise InvalidData("no list of decoder blocks found in this model")
+
+
+def depends_on_length(model: Any) -> bool:
+    """Whether rotary frequencies change with the longest sequence of a batch, so with one's neighbours."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
+    return bool(kinds & {"dynamic", "longrope"})
 
 
 def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
