@@ -21,7 +21,7 @@ def base(request: pytest.FixtureRequest, load: Any) -> BaseModel:
 
 
 def test_batched_answers_equal_hooked_generate(base: BaseModel, make_artefact: Any) -> None:
-    """Of one request at a time, with φ written out by hand: also where no continuous batch can be compared."""
+    """Of one request at a time, with φ written out by hand."""
     artefacts = {
         "news_headline": make_artefact(base),
         "chat": make_artefact(base, "chat", positions="l4", layers=(0, 2, 3), seed=9, ranks=(4, 5)),
@@ -36,7 +36,7 @@ def test_batched_answers_equal_hooked_generate(base: BaseModel, make_artefact: A
 
 
 def test_the_model_is_a_good_witness(base: BaseModel) -> None:
-    """A context that changed nothing would let every test of it pass: its first token moves the last logits."""
+    """Its first token moves the last logits; a context that changed nothing would let every test pass."""
     ids = torch.tensor([prompts(8)[5], prompts(8)[5]])
     ids[1, 0] = 40
     with torch.no_grad():

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from perfit_cloud.model.attention import attend, hiding
+
 __all__ = ["Pass", "Place", "Shelves", "attend_on_shelves"]
 
 _ATTENTION = "perfit_shelves"
@@ -199,7 +201,7 @@ class Pass:
             rows = query[single.rows]
             if not is_full:  # other slots of the shelf are asked as well, and nobody reads the answers
                 rows = rows.new_zeros(single.view, *rows.shape[1:]).index_copy_(0, single.slots, rows)
-            found = _attend(
+            found = attend(
                 rows.reshape(single.view, -1, groups, rows.shape[2]), keys, values,
                 self._single_mask(number, window, query.dtype), scale=scale, softcap=softcap,
             ).reshape(rows.shape)  # fmt: skip
@@ -235,7 +237,7 @@ class Pass:
             .permute(1, 2, 0, 3)
             .reshape(1, len(keys), groups * count, -1)
         )
-        found = _attend(
+        found = attend(
             rows, keys.unsqueeze(0), values.unsqueeze(0), mask.repeat(groups, 1), scale=scale, softcap=softcap
         )
         return found.view(len(keys), groups, count, -1).permute(2, 0, 1, 3).reshape(query.shape)
@@ -246,37 +248,23 @@ class Pass:
             single = self._singles[number]
             # A slot without a row sees its first key: a row that saw none would be no number.
             positions = single.slots.new_zeros(single.view).index_copy_(0, single.slots, single.positions)
-            seen = _sees(positions[:, None], torch.arange(single.keys, device=self._device), window)
-            self._masks[number, window] = _as_bias(seen[:, None, None], dtype)
+            keys = torch.arange(single.keys, device=self._device)
+            hidden = _hidden(positions[:, None], keys, window)
+            self._masks[number, window] = hiding(hidden[:, None, None], dtype)
         return self._masks[number, window]
 
     def _piece_mask(self, number: int, piece: _Piece, window: int | None, dtype: torch.dtype) -> Tensor:
         """(n, S) of a piece."""
         if (number, window) not in self._masks:
             keys = torch.arange(piece.start + piece.rows.stop - piece.rows.start, device=self._device)
-            self._masks[number, window] = _as_bias(_sees(keys[piece.start :, None], keys, window), dtype)
+            self._masks[number, window] = hiding(_hidden(keys[piece.start :, None], keys, window), dtype)
         return self._masks[number, window]
 
 
-def _sees(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Whether queries at positions (…, 1) see keys (S,): those of (p − window, p]."""
-    seen = keys <= positions
-    return seen if window is None else seen & (keys > positions - window)
-
-
-def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, *, scale: float | None, softcap: float | None
-) -> Tensor:
-    """query (B, K, T, D) over key and value (B, K, S, D), `bias` added to the scores: (B, K, T, D)."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap + bias
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+def _hidden(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys (S,) are hidden from queries at positions (…, 1): those outside (p − window, p]."""
+    hidden = keys > positions
+    return hidden if window is None else hidden | (keys <= positions - window)
 
 
 def _packed_attention(

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from perfit_cloud.model.attention import attend, hiding
+from perfit_cloud.model.base import depends_on_length
 from perfit_cloud.model.shifts import Group, shift_rows
 
 __all__ = ["Indices", "Packing", "Tail", "ragged", "supports"]
@@ -29,8 +31,6 @@ __all__ = ["Indices", "Packing", "Tail", "ragged", "supports"]
 Indices = npt.NDArray[np.int64]
 
 _FAMILIES = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
-# Their rotary frequencies change with the longest sequence of a batch, so with one's neighbours.
-_LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 _ATTENTION = "perfit_packed"
 # Logits of one piece of the loss, elements of float32. Memory above 32 MB is given back to the
 # system at every free (glibc), and faulting it in again costs as much as the head itself.
@@ -43,9 +43,7 @@ def supports(model: Any) -> bool:
     config = model.config
     if config.model_type not in _FAMILIES or getattr(config, "use_bidirectional_attention", False):
         return False
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
-    return not kinds & _LENGTH_DEPENDENT
+    return not depends_on_length(model)
 
 
 def ragged(first: Indices, count: Indices) -> Indices:
@@ -107,7 +105,7 @@ class Packing:
             q = q.view(self.batch, self.longest, -1, groups, width).permute(0, 2, 3, 1, 4)
             q = q.reshape(self.batch, -1, groups * self.longest, width)  # (B, K, G · T, D)
             mask = self._mask(window, groups, q.dtype)
-            out = _attend(q, k, v, mask, scaling=scaling, softcap=softcap)
+            out = attend(q, k, v, mask, scale=scaling, softcap=softcap)
             out = out.reshape(self.batch, -1, groups, self.longest, width).permute(0, 3, 1, 2, 4)
         out = out.reshape(self.batch * self.longest, -1)
         out = out if self._is_even else out.index_select(0, self._slots)
@@ -145,22 +143,11 @@ class Packing:
             hidden = positions.unsqueeze(1) > rows.unsqueeze(2)
             if window is not None:
                 hidden |= positions.unsqueeze(1) <= rows.unsqueeze(2) - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device)
-            self._masks[key] = mask.masked_fill_(hidden, -torch.inf).repeat(1, groups, 1).unsqueeze(1)
+            self._masks[key] = hiding(hidden, dtype).repeat(1, groups, 1).unsqueeze(1)
         return self._masks[key]
 
     def _on_device(self, index: Indices) -> Tensor:
         return torch.from_numpy(index).to(self._device)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float | None
-) -> Tensor:
-    """softmax(cap(q kᵀ · scaling) + mask) v for (B, K, n, D); cap(x) = softcap · tanh(x / softcap)."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = torch.tanh(query @ key.mT * (scaling / softcap)) * softcap + mask
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _packed_attention(

@@ -1,0 +1,192 @@
+"""How light the device is: one optimizer step, the memory of an update, the time of `perfit --help`.
+
+    python scripts/bench/device.py --json docs/results/bench/device.json
+
+At Llama-2-7B's width with the preset of LaMP-2N: 3 layers, rank 32, d = 4096, 786k numbers. The step
+runs on one core. The update is `perfit update` itself, a process of its own with a vault, against a
+cloud that serves a thin random model of that width (4 blocks, small heads: what a device does depends
+on the width alone). Its resident memory is read from /proc while it trains: the median, how the last
+quarter differs from the second, and the highest moment, checkpoints into the vault included; then the
+highest moment before, which is Argon2id's when the vault opens.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import common
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
+from perfit_shared.presets import preset_for
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.training import Schedule, Training
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from local import BIN, Device, LocalCloud
+
+_ROOT = Path(__file__).resolve().parents[2]
+_STARTER = _ROOT / "cloud" / "perfit_cloud" / "starter"
+_HISTORY = _ROOT / "demo" / "people" / "folders.jsonl"
+_TASK = "news_categorize"
+_POLL_SECONDS = 0.02
+_CHECKPOINT_SECONDS = 1.0  # 30 by default: here every update should make some
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden_size: int
+    steps: int  # of the optimizer, timed
+    epochs: int  # of the update
+    helps: int
+
+
+FULL = Sizes(hidden_size=4096, steps=200, epochs=20, helps=21)
+SMALL = Sizes(hidden_size=256, steps=5, epochs=2, helps=3)
+
+
+def main() -> None:
+    args = common.parser(__doc__).parse_args()
+    sizes = SMALL if args.small else FULL
+    spec = preset_for(_TASK).spec(blocks=4, hidden_size=sizes.hidden_size)
+    result = {"parameters": spec.personal_parameters(), **stepping(spec, sizes.steps), **helping(sizes.helps)}
+    with tempfile.TemporaryDirectory() as folder:
+        result |= updating(spec, sizes.epochs, Path(folder))
+    print(common.table(["figure", "value"], list(result.items())))
+    common.finish(result, args.json)
+
+
+def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
+    """Median time of an optimizer step, and of making a checkpoint and reading it, on one core, ms."""
+    rng = np.random.default_rng(0)
+    tensors = ShiftTensors.identity(spec, spec.personal_rank)
+    gradients = [
+        ShiftTensors.from_named(
+            {name: rng.standard_normal(a.shape).astype(np.float32) for name, a in tensors.named()}
+        )
+        for _ in range(4)
+    ]
+    optimizer = StiefelAdamW(OptimizerConfig(1e-4, steps))
+    times = []
+    with threadpool_limits(1):
+        for step in range(steps):
+            begun = time.perf_counter()
+            tensors = optimizer.step(tensors, gradients[step % len(gradients)])
+            times.append(time.perf_counter() - begun)
+        tensors.check(spec, spec.personal_rank)
+        training = Training(Schedule(1, 1e-4, 1, 0, steps), tensors, optimizer, best=tensors)
+        data = training.to_bytes()
+        write = median(timed(training.to_bytes) for _ in range(9))
+        read = median(timed(lambda: Training.from_bytes(data, Schedule)) for _ in range(9))
+    return {
+        "step_ms": 1e3 * median(times), "checkpoint_mb": len(data) / 1e6,
+        "checkpoint_write_ms": 1e3 * write, "checkpoint_read_ms": 1e3 * read,
+    }  # fmt: skip
+
+
+def helping(times: int) -> dict[str, float]:
+    """Median wall time of `perfit --help`, ms."""
+
+    def ask() -> None:
+        subprocess.run([BIN / "perfit", "--help"], check=True, capture_output=True)
+
+    return {"help_ms": 1e3 * median(timed(ask) for _ in range(times))}
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def updating(spec: ShiftSpec, epochs: int, folder: Path) -> dict[str, Any]:
+    """Resident memory of `perfit update`, MB."""
+    with thin_cloud(spec, folder) as cloud:
+        device = Device(folder / "homes", "bench")
+        device("enroll", "-", text=cloud.invite())
+        device("history", "import", str(_HISTORY), "--task", _TASK)
+        said = folder / "said.txt"
+        flags = ("--epochs", str(epochs), "--lr", "1e-4", "--checkpoint", str(_CHECKPOINT_SECONDS))
+        with said.open("w") as stderr:
+            process = subprocess.Popen(
+                device.command("update", *flags), env={**os.environ, **device.env}, stderr=stderr
+            )
+            return watch(process, said)
+
+
+def watch(process: subprocess.Popen[bytes], said: Path) -> dict[str, Any]:
+    """Memory of a running update from its first step to its end."""
+    status, before = Path(f"/proc/{process.pid}/status"), 0.0
+    while process.poll() is None and "step 1/" not in said.read_text("utf-8"):
+        before = resident(status).get("VmHWM", before)
+        time.sleep(_POLL_SECONDS)
+    if process.poll() is None:
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the highest moment counts from here
+    samples, highest = [], 0.0
+    while process.poll() is None:
+        now = resident(status)
+        if "VmRSS" in now:
+            samples.append(now["VmRSS"])
+            highest = now["VmHWM"]
+        time.sleep(_POLL_SECONDS)
+    if process.returncode or len(samples) < 8:
+        raise SystemExit(f"no update to measure: {said.read_text('utf-8')}")
+    quarter = len(samples) // 4
+    return {
+        "rss_mb": median(samples),
+        "rss_growth_mb": median(samples[-quarter:]) - median(samples[quarter : 2 * quarter]),
+        "rss_highest_mb": highest,
+        "rss_unlock_mb": before,
+    }
+
+
+def resident(status: Path) -> dict[str, float]:
+    """VmRSS and VmHWM, MB; empty once the process has ended."""
+    try:
+        lines = status.read_text("ascii").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    parts = [line.split() for line in lines if line.startswith(("VmRSS", "VmHWM"))]
+    return {name.rstrip(":"): int(kib) * 1024 / 1e6 for name, kib, _ in parts}
+
+
+@contextmanager
+def thin_cloud(spec: ShiftSpec, folder: Path) -> Iterator[LocalCloud]:
+    """A cloud for shifts of `spec`, whose model is as wide as they are and small otherwise."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from perfit_cloud.model.artefacts import Artefact
+    from perfit_cloud.model.base import load_base
+
+    start = _STARTER / "perfit-starter"
+    config = AutoConfig.from_pretrained(
+        start, hidden_size=spec.hidden_size, num_hidden_layers=4, intermediate_size=64,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = folder / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(start).save_pretrained(model)
+    artefact = replace(
+        Artefact.load(_STARTER / _TASK), spec=spec, fingerprint=load_base(str(model)).fingerprint,
+        collective=ShiftTensors.identity(spec, spec.collective_rank, seed=1),
+        seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2),
+    )  # fmt: skip
+    artefact.save(folder / "artefact")
+    with LocalCloud(model, [folder / "artefact"], folder / "cloud") as cloud:
+        yield cloud
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""How serving's cost grows with users in flight, prompt length and rank, and where its time goes."""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import ctypes
+import gc
+import pstats
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+from asking import Run, ask_all
+from workload import Asked, artefact_for, prompts, uses
+
+from perfit_cloud.engine.generation import GenerationSettings, engine_for
+from perfit_cloud.engine.types import Sampling
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+
+__all__ = ["profile", "scaling"]
+
+_NEW_TOKENS = 64
+_IN_FLIGHT = (1, 4, 16, 64, 256)
+_PROMPTS = (32, 128, 512, 1024)  # tokens; as far as the model's context goes
+_RANKS = (4, 16, 64)
+
+
+def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Three tables, every user another. Else 32 in flight (8 for lengths), prompts 32–256, rank 4."""
+    pairs, new = (1, 4) if args.small else (3, _NEW_TOKENS)
+
+    def measure(count: int, shortest: int, longest: int, rank: int) -> dict[str, Any]:
+        artefact = artefact_for(base, personal_rank=rank)
+        texts = prompts(base, count, shortest, longest)
+        room = 2 * sum(len(text) + new for text in texts)
+        settings = GenerationSettings(cache_tokens=max(32_768, room), max_requests=count)
+        ours, plain = (engine_for(base, of, settings) for of in ({artefact.name: artefact}, {}))
+        asked, unshifted = (_asked(texts, of, new) for of in (artefact, None))
+        runs: list[Run] = []
+
+        def shifted() -> float:
+            runs.append(ask_all(ours, asked))
+            return runs[-1].tokens_per_second
+
+        with _Peak() as peak:  # of ours alone: the other engine holds nothing yet
+            ask_all(ours, asked)
+        speeds = common.interleaved(
+            {"base": lambda: ask_all(plain, unshifted).tokens_per_second, "ours": shifted}, pairs=pairs
+        )
+        ours.stop()
+        plain.stop()
+        return {
+            "model": base.name, "in_flight": count, "prompt_tokens": [shortest, longest],
+            "personal_rank": rank,
+            "tokens_per_second": float(np.median(speeds["ours"])),
+            "ratio_to_base": common.ratio(speeds["ours"], speeds["base"]).median,
+            "ttft_p50": float(np.median([s for run in runs[1:] for s in run.first])),
+            "peak_rss_mb": peak.megabytes,
+        }  # fmt: skip
+
+    most = base.context - new
+    few = (1, 4), (32, 64), (4, 16)
+    in_flight, lengths, ranks = few if args.small else (_IN_FLIGHT, _PROMPTS, _RANKS)
+    lengths = tuple(dict.fromkeys(min(length, most) for length in lengths))
+    usual = 4 if args.small else 32
+    tables = {
+        "users in flight": [measure(count, 32, min(256, most), 4) for count in in_flight],
+        "prompt tokens": [measure(usual // 4, length, length, 4) for length in lengths],
+        "personal rank": [measure(usual, 32, min(256, most), rank) for rank in ranks],
+    }
+    for title, rows in tables.items():
+        key = title.replace("users ", "").replace(" ", "_")
+        print(common.table(
+            [title, "tokens/s", "of base", "first token, p50 s", "peak memory, MB"],
+            [
+                [
+                    np.max(row[key]), row["tokens_per_second"], f"{row['ratio_to_base']:.3f}",
+                    row["ttft_p50"], f"{row['peak_rss_mb']:.0f}",
+                ]
+                for row in rows
+            ],
+        ) + "\n")  # fmt: skip
+    return {"scaling": [row for rows in tables.values() for row in rows]}
+
+
+def _asked(texts: list[list[int]], artefact: Artefact | None, new_tokens: int) -> list[Asked]:
+    whose = uses(artefact, len(texts), len(texts))
+    return [(text, use, Sampling(new_tokens)) for text, use in zip(texts, whose, strict=True)]
+
+
+class _Peak:
+    """The most memory that this process is resident with while the block runs."""
+
+    megabytes: float
+
+    def __enter__(self) -> _Peak:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        self.megabytes = int(status["VmHWM"].split()[0]) / 1024
+
+
+# -- where the time goes -------------------------------------------------------------------------
+
+# (file, function): none calls another, and all are called within the forward pass.
+_PARTS = {
+    "linear layers": ("", "<built-in method torch._C._nn.linear>"),
+    "attention": ("model/cache.py", "_packed_attention"),
+    "the book: whose rows": ("engine/serving.py", "_groups"),
+    "φ": ("model/shifts.py", "shift_rows"),
+    "choosing tokens": ("engine/sampling.py", "draw"),
+}
+_FORWARD = ("engine/generation.py", "_forward")
+_TOP = 12  # functions shown by their own time
+
+
+def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Parts of the engine thread's time for 32 asks of 32 users, and the functions with most of their own.
+
+    By cProfile, which makes Python look dearer than it is.
+    """
+    artefact = artefact_for(base)
+    count, new, longest = (4, 4, 64) if args.small else (32, _NEW_TOKENS, 256)
+    engine = engine_for(base, {artefact.name: artefact}, GenerationSettings())
+    if not engine.continuous:
+        raise SystemExit("this model's family is served in batches; there is no step to profile")
+    asked = _asked(prompts(base, count, 32, longest), artefact, new)
+    ask_all(engine, asked)
+    profiler, step = cProfile.Profile(), engine._round
+    engine._round = lambda: profiler.runcall(step)  # type: ignore[method-assign]
+    ask_all(engine, asked)
+    engine.stop()
+    stats: Any = pstats.Stats(profiler)
+    total = stats.total_tt
+
+    def seconds(file: str, function: str) -> float:
+        """With all that it calls."""
+        return sum(of[3] for at, of in stats.stats.items() if at[0].endswith(file) and at[2] == function)
+
+    parts = {part: seconds(*of) for part, of in _PARTS.items()}
+    parts["rest of the pass: norms, rotary, activations, packing"] = seconds(*_FORWARD) - sum(parts.values())
+    parts["between passes: plan, delivery"] = total - seconds(*_FORWARD)
+    print(common.table(
+        ["part", "s", "share"], [[part, s, f"{s / total:.1%}"] for part, s in parts.items()]
+    ) + "\n")  # fmt: skip
+    top = sorted(stats.stats.items(), key=lambda entry: -entry[1][2])[:_TOP]
+    print(common.table(
+        ["function", "calls", "own s"],
+        [[f"{Path(at[0]).name}:{at[1]} {at[2]}" if at[1] else at[2], of[1], of[2]] for at, of in top],
+    ))  # fmt: skip
+    return {"profile": {"model": base.name, "seconds": total, "parts": parts}}
