@@ -13,7 +13,7 @@ import grpc
 from perfit_device.identity import Enrolment, pem
 from perfit_shared.errors import NotAuthenticated, PerfitError, Unavailable, from_code
 
-__all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel", "translate"]
+__all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel", "readable", "translate"]
 
 MESSAGE_BYTES = 32 * 1024 * 1024  # largest message in either direction
 _MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
@@ -84,9 +84,9 @@ def translate(error: grpc.RpcError, address: str, server_ca: bytes) -> PerfitErr
         trailing[str(key)] = str(value)
     code, delay = trailing.get("perfit-code"), trailing.get("perfit-retry-ms", "0")
     if code is not None:
-        message = _one_line(str(call.details() if call else ""))
+        message = readable(str(call.details() if call else ""))
         return from_code(
-            status.name, code, message or "the cloud gave no reason",
+            status.name, code, message,
             int(delay) if delay.isdigit() and len(delay) < 9 else 0,
         )  # fmt: skip
     # gRPC made this status itself, so its text is for programmers.
@@ -130,6 +130,9 @@ def _why_unreachable(address: str, server_ca: bytes) -> PerfitError:
     )
 
 
-def _one_line(text: str) -> str:
+def readable(text: str) -> str:
     """A cloud's message, harmless on a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)[:_MESSAGE_CHARACTERS].strip()
+    return (
+        "".join(c if c.isprintable() else " " for c in text)[:_MESSAGE_CHARACTERS].strip()
+        or "the cloud gave no reason"
+    )

@@ -12,6 +12,8 @@ import grpc
 from perfit_device import enrolment as enrolments
 from perfit_device.channels import mutual_channel, translate
 from perfit_device.codec import (
+    ANSWER_DTYPE,
+    LOSS_DTYPE,
     Artefact,
     CloudInfo,
     Piece,
@@ -28,16 +30,16 @@ from perfit_device.codec import (
 )
 from perfit_device.identity import Enrolment, life_left
 from perfit_shared.errors import CertificateExpired, InvalidTensors, PerfitError, ShiftMismatch
-from perfit_shared.shifts import ShiftTensors
+from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services
 
-__all__ = ["Cloud"]
+__all__ = ["ANSWER_CHARACTERS", "Cloud", "Stream", "tensors_from_wire"]
 
 # Deadlines in seconds. The long ones leave room for a queue in front of a busy CPU cloud.
 _DEADLINES = {"Describe": 20.0, "FetchSeed": 60.0, "Score": 300.0, "ComputeGradient": 300.0}
 _GENERATE_SECONDS = 600.0
-_ANSWER_CHARACTERS = 1 << 20  # no honest answer is longer
+ANSWER_CHARACTERS = 1 << 20  # no honest answer is longer
 _LAPSING = 0.001  # share of life left below which a certificate counts as lapsed
 
 
@@ -104,12 +106,14 @@ class Cloud:
         response = self._call("FetchSeed", pb.FetchSeedRequest(artefact=artefact.name))
         if response.version != artefact.version:
             raise ShiftMismatch(f"the cloud replaced {artefact.name} just now; try again")
-        return _tensors(response.seed, artefact, "a seed")
+        return tensors_from_wire(ShiftTensors.from_bytes, response.seed, artefact, "a seed")
 
     def generate(self, prompt: Prompt, use: ShiftUse, sampling: Sampling) -> Iterator[Piece]:
         """Pieces of an answer as they come. Closing the iterator cancels the call."""
         request = pb.GenerateRequest(
-            prompt=prompt_to_wire(prompt), shift=shift_to_wire(use), sampling=sampling_to_wire(sampling)
+            prompt=prompt_to_wire(prompt),
+            shift=shift_to_wire(use, ANSWER_DTYPE),
+            sampling=sampling_to_wire(sampling),
         )
         self._count(up=request.ByteSize())
         call = self._stub.Generate(request, timeout=_GENERATE_SECONDS)
@@ -118,7 +122,7 @@ class Cloud:
             for response in call:
                 self._count(down=response.ByteSize())
                 length += len(response.text)
-                if length > _ANSWER_CHARACTERS:
+                if length > ANSWER_CHARACTERS:
                     raise PerfitError("the cloud sends without end; the answer was cut off")
                 yield piece_from_wire(response)
         except grpc.RpcError as error:
@@ -128,7 +132,7 @@ class Cloud:
 
     def score(self, candidates: Sequence[tuple[Prompt, str]], use: ShiftUse) -> list[Score]:
         """Log-likelihoods of (prompt, answer) pairs, in their order."""
-        request = pb.ScoreRequest(shift=shift_to_wire(use))
+        request = pb.ScoreRequest(shift=shift_to_wire(use, LOSS_DTYPE))
         for prompt, answer in candidates:
             request.candidates.add(prompt=prompt_to_wire(prompt), answer=answer)
         return scores_from_wire(self._call("Score", request), len(candidates))
@@ -137,18 +141,16 @@ class Cloud:
         self, examples: Sequence[tuple[Prompt, str]], artefact: Artefact, tensors: ShiftTensors
     ) -> tuple[float, int, ShiftTensors]:
         """(loss in nats a token, target tokens, d loss / d tensors) of one batch."""
-        request = pb.ComputeGradientRequest(shift=shift_to_wire(ShiftUse(artefact, tensors)))
+        shift = shift_to_wire(ShiftUse(artefact, tensors), LOSS_DTYPE)
+        request = pb.ComputeGradientRequest(shift=shift)
         for prompt, target in examples:
             request.examples.add(prompt=prompt_to_wire(prompt), target=target)
         response = self._call("ComputeGradient", request)
-        gradient = _tensors(response.gradient, artefact, "a gradient", gradient=True)
+        gradient = tensors_from_wire(gradient_from_bytes, response.gradient, artefact, "a gradient")
         return response.loss, response.tokens, gradient
 
-    def stream(self, method: str, requests: Iterator[Any], seconds: float) -> Iterator[Any]:
-        """Responses of a call that streams both ways, within `seconds`. Closing the iterator cancels it.
-
-        gRPC reads `requests` in a thread of its own.
-        """
+    def stream(self, method: str, requests: Iterator[Any], seconds: float) -> Stream:
+        """A call that streams both ways, for at most `seconds`; gRPC reads `requests` in its own thread."""
 
         def counted() -> Iterator[Any]:
             for request in requests:
@@ -156,14 +158,7 @@ class Cloud:
                 yield request
 
         call = getattr(self._stub, method)(counted(), timeout=seconds)
-        try:
-            for response in call:
-                self._count(down=response.ByteSize())
-                yield response
-        except grpc.RpcError as error:
-            raise self._translated(error) from error
-        finally:
-            call.cancel()
+        return Stream(call, lambda size: self._count(down=size), self._translated)
 
     # -- plumbing ------------------------------------------------------------------------------
 
@@ -198,10 +193,38 @@ class Cloud:
             self.bytes_down += down
 
 
-def _tensors(data: bytes, artefact: Artefact, what: str, *, gradient: bool = False) -> ShiftTensors:
+class Stream:
+    """The responses of a call that streams both ways, as they come."""
+
+    def __init__(
+        self, call: Any, count: Callable[[int], None], translated: Callable[[grpc.RpcError], PerfitError]
+    ) -> None:
+        self._call = call
+        self._count = count
+        self._translated = translated
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            response = next(self._call)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        self._count(response.ByteSize())
+        return response
+
+    def close(self) -> None:
+        """Cancel the call. From any thread, also while another waits for a response."""
+        self._call.cancel()
+
+
+def tensors_from_wire(
+    decode: Callable[[bytes, ShiftSpec, int], ShiftTensors], data: bytes, artefact: Artefact, what: str
+) -> ShiftTensors:
     """Decoded and checked. Raises PerfitError: what is wrong here is the cloud's doing, not the user's."""
     try:
-        return ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank, gradient=gradient)
+        return decode(data, artefact.spec, artefact.spec.personal_rank)
     except InvalidTensors as error:
         raise PerfitError(
             f"the cloud sent {what} that cannot be used ({error}); tell its operator"

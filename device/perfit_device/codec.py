@@ -6,19 +6,28 @@ What comes from a cloud is checked: a hostile one may answer anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from perfit_shared.errors import InvalidInput, PerfitError
+from perfit_device.channels import readable
+from perfit_shared.errors import InvalidInput, PerfitError, from_code
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = [
+    "ANSWER_DTYPE", "LOSS_DTYPE",
     "Artefact", "CloudInfo", "Limits", "Message", "Piece", "Sampling", "Score", "ShiftUse",
-    "cloud_info_from_wire", "piece_from_wire", "prompt_to_wire", "sampling_to_wire",
+    "adapt_examples_to_wire", "adapt_open_to_wire", "adapt_step_to_wire",
+    "cloud_info_from_wire", "opening_to_wire", "part_from_wire", "piece_from_wire", "prompt_to_wire",
+    "question_to_wire", "sampling_to_wire",
     "scores_from_wire", "shift_to_wire",
 ]  # fmt: skip
+
+# Forms of personal tensors (perfit_shared.shifts; docs/wire.md has what rounding costs). A loss decides
+# about a shift, and a gradient is added up over steps: both want more than an answer does.
+ANSWER_DTYPE = "int8"
+LOSS_DTYPE = "float16"
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Limits:
     new_tokens: int
     examples: int  # a ComputeGradient, or candidates a Score
     message_bytes: int
+    questions: int  # of one Ask at a time; 0: a cloud without Ask
+    adapt_examples: int  # of one update; 0: a cloud without Adapt
 
 
 @dataclass(frozen=True)
@@ -116,13 +127,14 @@ def prompt_to_wire(prompt: Prompt) -> pb.Prompt:
     return pb.Prompt(chat=pb.Chat(messages=messages))
 
 
-def shift_to_wire(use: ShiftUse) -> pb.Shift:
+def shift_to_wire(use: ShiftUse, dtype: str) -> pb.Shift:
+    """Personal tensors in the form `dtype` of perfit_shared.shifts."""
     if use.artefact is None:
         return pb.Shift(mode=pb.SHIFT_MODE_BASE)
     shift = pb.Shift(mode=pb.SHIFT_MODE_COLLECTIVE, artefact=use.artefact.name, version=use.artefact.version)
     if use.personal is not None:
         shift.mode = pb.SHIFT_MODE_PERSONAL
-        shift.personal = use.personal.to_bytes()
+        shift.personal = use.personal.to_bytes(dtype=dtype)
     return shift
 
 
@@ -146,6 +158,49 @@ def scores_from_wire(response: pb.ScoreResponse, count: int) -> list[Score]:
     return scores
 
 
+def opening_to_wire(use: ShiftUse) -> pb.AskRequest:
+    """The first message of an Ask stream."""
+    return pb.AskRequest(shift=shift_to_wire(use, ANSWER_DTYPE))
+
+
+def question_to_wire(number: int, prompt: Prompt, sampling: Sampling) -> pb.AskRequest:
+    question = pb.Question(number=number, prompt=prompt_to_wire(prompt), sampling=sampling_to_wire(sampling))
+    return pb.AskRequest(question=question)
+
+
+def part_from_wire(response: pb.AskResponse) -> tuple[int, Piece | PerfitError]:
+    """A question's number, and part of its answer or why there is none."""
+    if response.WhichOneof("body") == "part":
+        return response.number, piece_from_wire(response.part)
+    failure = response.failure
+    return response.number, from_code("", failure.code, readable(failure.message), failure.retry_ms)
+
+
+def adapt_open_to_wire(artefact: Artefact) -> pb.AdaptRequest:
+    """The first message of an Adapt stream."""
+    return pb.AdaptRequest(open=pb.AdaptOpen(artefact=artefact.name, version=artefact.version))
+
+
+def adapt_examples_to_wire(
+    pairs: Iterable[tuple[Prompt, str]], message_bytes: int
+) -> Iterator[pb.AdaptRequest]:
+    """The messages that hold these examples, of about `message_bytes` each, made as they are sent."""
+    message, size = pb.AdaptRequest(), 0
+    for prompt, target in pairs:
+        example = pb.Example(prompt=prompt_to_wire(prompt), target=target)
+        if size and size + example.ByteSize() > message_bytes:
+            yield message
+            message, size = pb.AdaptRequest(), 0
+        message.examples.examples.append(example)
+        size += example.ByteSize()
+    yield message
+
+
+def adapt_step_to_wire(tensors: ShiftTensors, rows: Sequence[int], *, loss_only: bool) -> pb.AdaptRequest:
+    personal = tensors.to_bytes(dtype=LOSS_DTYPE)
+    return pb.AdaptRequest(step=pb.AdaptStep(personal=personal, rows=rows, loss_only=loss_only))
+
+
 def cloud_info_from_wire(response: pb.DescribeResponse) -> CloudInfo:
     """Raises PerfitError when the cloud says what this version cannot work with."""
     limits = response.limits
@@ -159,6 +214,8 @@ def cloud_info_from_wire(response: pb.DescribeResponse) -> CloudInfo:
             new_tokens=max(1, limits.new_tokens),
             examples=max(1, limits.examples),
             message_bytes=limits.message_bytes,
+            questions=limits.questions,
+            adapt_examples=limits.adapt_examples,
         ),
     )
 

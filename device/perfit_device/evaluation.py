@@ -6,14 +6,12 @@ Also what binds an update to a cloud: gradients and losses of history items.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
 from functools import partial
-from threading import Event
 from typing import TypeVar
 
 import numpy as np
 
+from perfit_device.asking import ask_all
 from perfit_device.cloud import Cloud
 from perfit_device.codec import Artefact, Limits, Message, Prompt, Sampling, Score, ShiftUse
 from perfit_device.history import HistoryItem
@@ -22,17 +20,22 @@ from perfit_shared.errors import InvalidData, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
 
-__all__ = ["answers", "gradient_of", "mean_loss", "prompt_of"]
+__all__ = ["answers", "gradient_of", "mean_loss", "pair_of", "prompt_of"]
 
 _T = TypeVar("_T")
 _SCORES_A_CALL = 16  # candidates; fewer where the cloud says so
-_IN_FLIGHT = 8  # Generate calls at a time
+_IN_FLIGHT = 8  # questions of one Ask at a time
 
 
 def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False) -> Prompt:
     """What the model reads for an item: text, or the user's turn of a chat."""
     text = task.prompt(item.fields, cut=cut)
     return [Message("user", text)] if task.chat else text
+
+
+def pair_of(task: Task, item: HistoryItem) -> tuple[Prompt, str]:
+    """Prompt and target of an item as an update takes them."""
+    return prompt_of(task, item, cut=True), task.target(item.fields, cut=True)
 
 
 def mean_loss(
@@ -78,44 +81,30 @@ def _naming_the_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequ
 
 def answers(
     cloud: Cloud, task: Task, items: Sequence[HistoryItem], use: ShiftUse, limits: Limits,
-    *, in_flight: int = _IN_FLIGHT, patience: Patience = IMPATIENT,
+    *, patience: Patience = IMPATIENT,
 ) -> list[str]:  # fmt: skip
-    """Greedy answers in the order of the items, `in_flight` asked for at a time, each with `patience`."""
-    leaving = Event()
-    # Leaving the pool waits for its threads, and they should not sleep on meanwhile.
-    patience = replace(patience, sleep=leaving.wait)
+    """Greedy answers in the order of the items."""
     sampling = Sampling(
         max_new_tokens=min(task.answer_tokens, limits.new_tokens), temperature=0.0, stop=task.stop
     )
-
-    def answer(item: HistoryItem) -> str:
-        pieces = patience.stream(lambda: cloud.generate(prompt_of(task, item), use, sampling))
-        return task.parse("".join(piece.text for piece in pieces))
-
-    with ThreadPoolExecutor(max_workers=in_flight) as pool:
-        try:
-            futures = [pool.submit(answer, item) for item in items]
-            for future in as_completed(futures):
-                future.result()  # the first failure ends it, however long the others would wait
-            return [future.result() for future in futures]
-        except BaseException:
-            cloud.close()  # ends the calls in flight, for which leaving the pool would wait
-            leaving.set()  # after it: who wakes up calls once more, and should find it closed
-            pool.shutdown(cancel_futures=True)
-            raise
+    questions = [(prompt_of(task, item), sampling) for item in items]
+    in_flight = min(_IN_FLIGHT, limits.questions)
+    return [
+        task.parse(text) for text in ask_all(cloud, use, questions, in_flight=in_flight, patience=patience)
+    ]
 
 
 def gradient_of(
     cloud: Cloud, artefact: Artefact, limits: Limits
 ) -> Callable[[Sequence[HistoryItem], ShiftTensors], tuple[float, int, ShiftTensors]]:
-    """`Update`'s gradient by ComputeGradient, in as many calls a batch as the cloud's limit needs.
+    """Loss, tokens and gradient of a batch by ComputeGradient, in as many calls as the cloud's limit needs.
 
     An example that the cloud refuses is named in InvalidData.
     """
     task = artefact.task
 
     def once(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
-        pairs = [(prompt_of(task, item, cut=True), task.target(item.fields, cut=True)) for item in items]
+        pairs = [pair_of(task, item) for item in items]
         loss, tokens, gradient = cloud.compute_gradient(pairs, artefact, tensors)
         if tokens < 1:
             raise PerfitError("the cloud computed a gradient over no tokens; tell its operator")

@@ -10,11 +10,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from perfit_device import personal
+from perfit_device import memory, personal
 from perfit_device.codec import Artefact
-from perfit_device.history import HistoryItem, Split
 from perfit_device.patience import PASSING, Patience
 from perfit_device.personal import PersonalShift
 from perfit_device.vault import Vault
@@ -26,8 +24,9 @@ __all__ = ["Gate", "Plan", "Result", "Update", "forget_checkpoint", "place_of", 
 
 _KIND = "checkpoint"
 _FEWEST_STEPS = 150  # of an update, unless the user says otherwise
-Gradient = Callable[[Sequence[HistoryItem], ShiftTensors], tuple[float, int, ShiftTensors]]
-Evaluate = Callable[[Sequence[HistoryItem], ShiftTensors], float]
+# Both ask, and give what waits for the answer: called again, after an error, it asks again.
+Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
+Evaluate = Callable[[ShiftTensors], Callable[[], float]]
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,12 @@ def forget_checkpoint(vault: Vault, place: str) -> bool:
 class Update:
     """One update of one artefact's personal shift, from its first step or from its checkpoint.
 
-    `start` is what training begins with, `current` what the gate compares with (and `updates` how
-    many updates made it): the same, but for a fresh update, where both are the seed shift.
+    `start` is what training begins with and the gate compares with; `updates` is how many updates
+    made it. `gradient` is asked for rows of the training part, `evaluate` for the loss of the gate's.
     """
 
     def __init__(
-        self, vault: Vault, cloud_id: str, artefact: Artefact, split: Split, plan: Plan, *,
+        self, vault: Vault, cloud_id: str, artefact: Artefact, plan: Plan, *,
         start: ShiftTensors, updates: int, gradient: Gradient, evaluate: Evaluate,
         patience: Patience | None = None, checkpoint_seconds: float = 30.0,
         progress: Callable[[int, int, float], None] | None = None,
@@ -118,7 +117,6 @@ class Update:
         self._vault = vault
         self._cloud_id = cloud_id
         self._artefact = artefact
-        self._split = split
         self._start = start
         self._updates = updates
         self._gradient = gradient
@@ -130,6 +128,7 @@ class Update:
         kept = read_checkpoint(vault, self._place)
         self._state = kept if kept is not None and kept.schedule == plan else Training.start(plan, start)
         self._saved = self._state.step
+        self._clocked = 0.0  # when the last step was done, by the monotonic clock
         self.resumed_from = self._state.step
 
     @property
@@ -145,7 +144,7 @@ class Update:
         """
         try:
             self._train()
-            before = self._patience.call(lambda: self._evaluate(self._split.gate, self._start))
+            before = self._patience.call(self._evaluate(self._start))
             gate = Gate(before, after=self._state.best_loss)
         except PASSING as error:
             self._save()
@@ -160,29 +159,36 @@ class Update:
         return self._result(gate)
 
     def _train(self) -> None:
-        last_saved = clocked = time.monotonic()
-        while True:
-            state = self._state
-            if state.at_epoch_end:
-                loss = self._patience.call(lambda: self._evaluate(self._split.gate, self._state.tensors))
-                self._state = state = state.judge(loss)
-            if state.done:
-                return
-            batch = [self._split.train[row] for row in state.rows]
-            loss, _, gradient = self._patience.call(partial(self._gradient, batch, state.tensors))
-            now = time.monotonic()
+        """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
+        last_saved = self._clocked = time.monotonic()
+        answer = self._ask()
+        while answer is not None:
+            before = self._state.step
             # In one assignment: an interrupt between two lines must not part step and tensors.
-            self._state = self._stepped(state, loss, gradient, now - clocked)
-            clocked = now
-            if self._progress is not None:
-                self._progress(self.step, state.schedule.steps, loss)
-            if now - last_saved >= self._checkpoint_seconds:
+            self._state = answer()
+            answer = self._ask()
+            if self._progress is not None and self.step > before:
+                self._progress(self.step, self._state.schedule.steps, self._state.losses[-1])
+            if time.monotonic() - last_saved >= self._checkpoint_seconds:
                 self._save()
-                last_saved = now
+                last_saved = time.monotonic()
+            memory.give_back()
+
+    def _ask(self) -> Callable[[], Training[Plan]] | None:
+        """Ask for what comes next; gives what waits for it and tells the new state. None: all is done."""
+        state = self._state
+        if state.at_epoch_end:
+            loss = self._evaluate(state.tensors)
+            return lambda: state.judge(self._patience.call(loss))
+        if state.done:
+            return None
+        found = self._gradient(state.rows, state.tensors)
+        return lambda: self._stepped(state, *self._patience.call(found))
 
     def _stepped(
-        self, state: Training[Plan], loss: float, gradient: ShiftTensors, seconds: float
+        self, state: Training[Plan], loss: float, _tokens: int, gradient: ShiftTensors
     ) -> Training[Plan]:
+        seconds, self._clocked = time.monotonic() - self._clocked, time.monotonic()
         try:
             return state.stepped(loss, gradient, seconds=seconds)
         except UpdateFailed as error:

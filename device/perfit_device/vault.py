@@ -163,12 +163,15 @@ class Vault:
         place = (kind, self._key.row_id(kind, name))
         version = self._listed.get(place, (0, b""))[0] + 1
         wrapped, sealed = self._key.seal(*place, version, _pack(name, data))
+        del data  # megabytes, of which SQLite makes copies
+        digest = _row_digest(wrapped, sealed)
         with self.transaction():
             self._execute(
                 "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *place, version, wrapped, sealed
             )
+            del sealed
             self._removed = self._removed or version > 1
-            self._listed[place] = (version, _row_digest(wrapped, sealed))
+            self._listed[place] = (version, digest)
 
     def delete(self, kind: str, name: str) -> bool:
         """Remove a row and its key for good; whether it was there."""
@@ -288,9 +291,10 @@ def _attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header
 def _connect(path: Path, wait_seconds: float = _WAIT_SECONDS) -> sqlite3.Connection:
     # mode=rw: never make a file. isolation_level=None: transactions begin where we say so.
     # Used by one thread at a time, but not always by the one that opened it.
+    # cached_statements=0: a statement kept for later keeps a copy of the row it wrote.
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=wait_seconds,
-        check_same_thread=False,
+        check_same_thread=False, cached_statements=0,
     )  # fmt: skip
     try:
         for pragma in ("secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY", "trusted_schema=OFF"):

@@ -80,41 +80,49 @@ class StiefelAdamW:
 
     def step(self, tensors: ShiftTensors, gradient: ShiftTensors) -> ShiftTensors:
         """The tensors after one step; neither argument is changed."""
-        norm = gradient.norm()
-        scale = min(1.0, self.config.clip / (norm + 1e-6))
+        scale = min(1.0, self.config.clip / (gradient.norm() + 1e-6))
         rate = learning_rate_at(self.steps, self.config)
         self.steps += 1
         layers = {}
         for layer, shift in tensors.layers.items():
-            of = gradient.layers[layer]
+            of = LayerShift(*(scale * array for array in gradient.layers[layer]))
             name = f"layers.{layer}."
             layers[layer] = LayerShift(
-                rotation=self._rotate(
-                    name + "rotation", shift.rotation, of.rotation * np.float32(scale), rate
-                ),
-                source=shift.source - rate * self._direction(name + "source", of.source * np.float32(scale)),
-                bias=shift.bias - rate * self._direction(name + "bias", of.bias * np.float32(scale)),
+                rotation=self._rotate(name + "rotation", shift.rotation, of.rotation, rate),
+                source=self._descend(name + "source", shift.source, of.source, rate),
+                bias=self._descend(name + "bias", shift.bias, of.bias, rate),
             )
         return ShiftTensors(layers)
 
-    def _direction(self, name: str, gradient: Array, *, by_row: bool = False) -> Array:
-        """Adam's bias-corrected direction m̂ / (√v̂ + ε), float32; the moments move on."""
-        c = self.config
-        square = gradient**2
-        if by_row:
-            square = square.mean(axis=-1, keepdims=True)
-        m = c.beta1 * self._first.get(name, np.zeros_like(gradient)) + (1 - c.beta1) * gradient
-        v = c.beta2 * self._second.get(name, np.zeros_like(square)) + (1 - c.beta2) * square
-        self._first[name], self._second[name] = m.astype(np.float32), v.astype(np.float32)
-        m_hat = m / (1 - c.beta1**self.steps)
-        v_hat = v / (1 - c.beta2**self.steps)
-        return (m_hat / (np.sqrt(v_hat) + c.epsilon)).astype(np.float32)
+    def _descend(self, name: str, parameter: Array, gradient: Array, rate: float) -> Array:
+        change = self._direction(name, gradient, gradient**2, np.empty_like(gradient))
+        change *= -rate
+        change += parameter
+        return change
 
     def _rotate(self, name: str, rotation: Array, gradient: Array, rate: float) -> Array:
         if name in self._first:
             self._first[name] = _tangent(rotation, self._first[name])
-        direction = self._direction(name, _tangent(rotation, gradient), by_row=True)
-        return _retract(rotation, -_ROTATION_SCALE * rate * _tangent(rotation, direction))
+        along = _tangent(rotation, gradient)
+        square = np.square(along, out=gradient).mean(axis=-1, keepdims=True)
+        direction = self._direction(name, along, square, gradient)
+        direction *= -_ROTATION_SCALE * rate
+        return _retract(rotation, _tangent(rotation, direction))
+
+    def _direction(self, name: str, gradient: Array, square: Array, work: Array) -> Array:
+        """Adam's bias-corrected direction m̂ / (√v̂ + ε), written into `work`; the moments move on.
+
+        `gradient` and `square` become the new moments, for copies of this optimizer hold the old ones.
+        """
+        c = self.config
+        scale = work[..., : square.shape[-1]]  # a rotation has one v a row
+        m = self._first[name] = _mixed(self._first.get(name), gradient, c.beta1, work)
+        v = self._second[name] = _mixed(self._second.get(name), square, c.beta2, scale)
+        np.divide(v, 1 - c.beta2**self.steps, out=scale)
+        np.sqrt(scale, out=scale)
+        scale += c.epsilon
+        scale *= 1 - c.beta1**self.steps
+        return np.divide(m, scale, out=work)
 
     # -- bytes ---------------------------------------------------------------------------------
 
@@ -142,16 +150,31 @@ class StiefelAdamW:
         return optimizer
 
 
+def _mixed(moment: Array | None, new: Array, beta: float, work: Array) -> Array:
+    """β · moment + (1 − β) · new, written over `new`; `work` has their shape."""
+    new *= 1 - beta
+    if moment is not None:
+        new += np.multiply(moment, beta, out=work)
+    return new
+
+
 def _tangent(rotation: Array, ambient: Array) -> Array:
     """P_R(A) = A − sym(A Rᵀ) R: the part of A (r, d) that keeps the rows orthonormal, to first order."""
     product = ambient @ rotation.T
-    return (ambient - (product + product.T) / 2 @ rotation).astype(np.float32)
+    part = (product + product.T) @ rotation
+    part *= -0.5
+    part += ambient
+    return part
 
 
 def _retract(rotation: Array, change: Array) -> Array:
-    """The rows of R + change made orthonormal by QR, in float64 so that errors do not add up."""
-    moved = rotation.astype(np.float64) + change
-    q, upper = np.linalg.qr(moved.T)
-    # QR leaves each column's sign open; the diagonal of a small step's R factor is near +1.
-    q *= np.where(np.diag(upper) < 0, -1.0, 1.0)
-    return np.ascontiguousarray(q.T, dtype=np.float32)
+    """The rows of M = R + change made orthonormal by QR, in float64 so that errors do not add up.
+
+    With MMᵀ = LLᵀ (Cholesky) Mᵀ = (L⁻¹M)ᵀ Lᵀ is that decomposition, signs and all, in an eighth of
+    Householder's time. It squares M's condition, which is next to 1: a tangent step only lengthens rows.
+    """
+    moved = rotation.astype(np.float64)
+    moved += change
+    lower = np.linalg.cholesky(moved @ moved.T)  # (r, r)
+    rows = np.linalg.inv(lower) @ moved
+    return rows.astype(np.float32)

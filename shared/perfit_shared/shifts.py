@@ -1,7 +1,11 @@
-"""Shifts φ(x) = x + Rᵀ(Wx + b − Rx) as numpy tensors, and their form on disk and on the wire.
+"""Shifts φ(x) = x + Rᵀ(Wx + b − Rx) as numpy tensors, and their forms on disk and on the wire.
 
 R *rotation* (r, d) with orthonormal rows, W *source* (r, d), b *bias* (r); one triple a layer
 (PerFit, eq. 3, after LoReFT). Nothing here computes φ: the cloud does.
+
+Disks hold float32. On the wire float16 and int8 also go: R, W − R (*change*) and b, rounded. φ needs
+orthonormal rows, which rounding spoils: the receiver takes the rotation nearest to what came, and W
+from it and the change.
 """
 
 from __future__ import annotations
@@ -21,16 +25,39 @@ import safetensors.numpy
 from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.positions import Positions
 
-__all__ = ["LayerShift", "ShiftSpec", "ShiftTensors", "read_metadata"]
+__all__ = [
+    "LayerShift", "ShiftSpec", "ShiftTensors",
+    "gradient_from_bytes", "gradient_to_bytes", "read_metadata", "wire_dtype",
+]  # fmt: skip
 
 Array = npt.NDArray[np.float32]
+Parts = dict[str, npt.NDArray[Any]]  # of one layer, by the end of their names
 
 # Largest Frobenius norm of one tensor. Trained shifts stay under 100; beyond this lies abuse, which
 # float32 and bfloat16 survive for 16 layers in a row before a hidden state could overflow.
 NORM_CAP = 200.0
-# ‖RRᵀ − I‖ (Frobenius) that rounding to the dtype explains at r = 32, d = 4096 (fp16: 1.5e-4
-# measured), with room. Rounding averages out over d, so it is √(4096 / d) of that at other widths.
-_ORTHONORMAL = {"float32": 5e-6, "float16": 2.5e-4}
+# ‖RRᵀ − I‖ (Frobenius) that float32 explains at r = 32, d = 4096, with room. Rounding averages out over
+# d, so it is √(4096 / d) of that at other widths.
+_ORTHONORMAL = 5e-6
+# No honest rotation is further off, in any form; within it the nearest rotation is well conditioned.
+_FAR_FROM_ORTHONORMAL = 0.5
+# Parts of a layer by form: dtype and shape, where r and d stand for the rank and the hidden size.
+_SHIFT_FORMS = {
+    "float32": {"rotation": ("float32", "rd"), "source": ("float32", "rd"), "bias": ("float32", "r")},
+    "float16": {"rotation": ("float16", "rd"), "change": ("float16", "rd"), "bias": ("float16", "r")},
+    "int8": {
+        "rotation": ("int8", "rd"), "rotation.scale": ("float32", "r"),
+        "change": ("int8", "rd"), "change.scale": ("float32", "r"), "bias": ("float32", "r"),
+    },
+}  # fmt: skip
+_GRADIENT_FORMS = {
+    "float32": _SHIFT_FORMS["float32"],
+    "float16": {
+        "rotation": ("float16", "rd"), "rotation.scale": ("float32", "1"),
+        "source": ("float16", "rd"), "source.scale": ("float32", "1"),
+        "bias": ("float16", "r"), "bias.scale": ("float32", "1"),
+    },
+}  # fmt: skip
 _FORMAT = "perfit-shift-1"
 _HEADER_CAP = 64 * 1024  # bytes: names of a few dozen tensors need under 10 KB
 
@@ -140,65 +167,228 @@ class ShiftTensors:
 
     # -- checking ------------------------------------------------------------------------------
 
-    def check(self, spec: ShiftSpec, rank: int, *, gradient: bool = False, dtype: str = "float32") -> None:
+    def check(self, spec: ShiftSpec, rank: int) -> None:
         """Raise InvalidTensors unless names, shapes and values are those of a shift of `rank`.
 
-        Values: finite, each tensor within NORM_CAP, ‖RRᵀ − I‖ within what `dtype` explains.
-        A gradient only has to be finite.
+        Values: finite, each tensor within NORM_CAP, ‖RRᵀ − I‖ within what float32 explains.
         """
-        if set(self.layers) != set(spec.layers):
-            raise InvalidTensors("the layers of the tensors are not those of the artefact's spec")
-        d = spec.hidden_size
+        _check_layout(dict(self.named()), _SHIFT_FORMS["float32"], spec, rank)
+        explained = _ORTHONORMAL * math.sqrt(4096 / spec.hidden_size) * max(1.0, rank / 32)
         for layer, shift in self.layers.items():
-            shapes = ((rank, d), (rank, d), (rank,))
-            for field, array, shape in zip(LayerShift._fields, shift, shapes, strict=True):
-                if array.shape != shape:
-                    raise InvalidTensors(f"layers.{layer}.{field} should have shape {shape}")
-                if not np.isfinite(array).all():
-                    raise InvalidTensors(f"layers.{layer}.{field} holds NaN or infinity")
-                if not gradient and float(np.linalg.norm(array.astype(np.float64))) > NORM_CAP:
+            for field, array in zip(LayerShift._fields, shift, strict=True):
+                if float(np.linalg.norm(array.astype(np.float64))) > NORM_CAP:
                     raise InvalidTensors(f"layers.{layer}.{field} is too large to be a shift")
-            if not gradient:
-                r = shift.rotation.astype(np.float64)
-                error = float(np.linalg.norm(r @ r.T - np.eye(rank)))
-                if error > _ORTHONORMAL[dtype] * math.sqrt(4096 / d) * max(1.0, rank / 32):
-                    raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
+            if _off_orthonormal(shift.rotation.astype(np.float64))[1] > explained:
+                raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
 
     # -- bytes ---------------------------------------------------------------------------------
 
     def to_bytes(self, *, dtype: str = "float32", metadata: Mapping[str, str] | None = None) -> bytes:
-        """safetensors bytes in "float32" or "float16"."""
-        named = {name: np.ascontiguousarray(a.astype(dtype)) for name, a in self.named()}
-        header = None if metadata is None else {"format": _FORMAT, **metadata}
-        return safetensors.numpy.save(named, metadata=header)
+        """safetensors bytes in the form "float32", "float16" or "int8"; InvalidInput on any other."""
+        _check_form(dtype, _SHIFT_FORMS)
+        layers = {layer: _rounded(shift, dtype) for layer, shift in self.layers.items()}
+        return _save(layers, None if metadata is None else {"format": _FORMAT, **metadata})
 
     @classmethod
-    def from_bytes(cls, data: bytes, spec: ShiftSpec, rank: int, *, gradient: bool = False) -> ShiftTensors:
-        """Decode and check. Raises InvalidTensors; looks at the size before anything else."""
-        elements = len(spec.layers) * rank * (2 * spec.hidden_size + 1)
-        if len(data) > 4 * elements + _HEADER_CAP:
-            raise InvalidTensors("more bytes than a shift of this spec has")
-        try:
-            named = safetensors.numpy.load(data)
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
-            raise InvalidTensors("not a safetensors payload") from error
-        dtypes = {array.dtype.name for array in named.values()}
-        if len(dtypes) != 1 or not dtypes <= _ORTHONORMAL.keys():
-            raise InvalidTensors("tensors should all be float32 or all float16")
-        tensors = cls.from_named(named)
-        tensors.check(spec, rank, gradient=gradient, dtype=dtypes.pop())
+    def from_bytes(cls, data: bytes, spec: ShiftSpec, rank: int) -> ShiftTensors:
+        """Decode any form and check. Raises InvalidTensors; looks at the size before anything else."""
+        form, layers = _load(data, _SHIFT_FORMS, spec, rank)
+        tensors = cls({layer: _restored(parts, form, layer) for layer, parts in layers.items()})
+        tensors.check(spec, rank)
         return tensors
+
+
+def wire_dtype(data: bytes) -> str:
+    """The form of a shift's bytes: "float32", "float16" or "int8". Raises InvalidTensors."""
+    tensors = [of for name, of in _header(data).items() if name != "__metadata__" and isinstance(of, dict)]
+    dtypes = [tensor.get("dtype") for tensor in tensors]
+    return "int8" if "I8" in dtypes else "float16" if "F16" in dtypes else "float32"
+
+
+def gradient_to_bytes(gradient: ShiftTensors, dtype: str) -> bytes:
+    """safetensors bytes of d loss / d tensor in "float32" or "float16".
+
+    Raises InvalidTensors when it holds NaN or infinity, InvalidInput on another form.
+    """
+    _check_form(dtype, _GRADIENT_FORMS)
+    for name, array in gradient.named():
+        if not np.isfinite(array).all():
+            raise InvalidTensors(f"the gradient of {name} holds NaN or infinity")
+    return _save({layer: _scaled(shift, dtype) for layer, shift in gradient.layers.items()})
+
+
+def gradient_from_bytes(data: bytes, spec: ShiftSpec, rank: int) -> ShiftTensors:
+    """Decode either form. Raises InvalidTensors unless it has the spec's names and shapes and is finite."""
+    form, layers = _load(data, _GRADIENT_FORMS, spec, rank)
+    if form == "float16":
+        with np.errstate(over="ignore"):  # the check below tells
+            layers = {
+                layer: {f: parts[f].astype(np.float32) * parts[f"{f}.scale"] for f in LayerShift._fields}
+                for layer, parts in layers.items()
+            }
+    gradient = ShiftTensors({layer: LayerShift(**parts) for layer, parts in layers.items()})
+    _check_layout(dict(gradient.named()), _GRADIENT_FORMS["float32"], spec, rank)
+    return gradient
+
+
+# -- forms -------------------------------------------------------------------------------------------
+
+
+def _check_form(form: str, forms: Mapping[str, object]) -> None:
+    if form not in forms:
+        raise InvalidInput(f"a form of tensors should be {', '.join(forms)}")
+
+
+def _rounded(shift: LayerShift, form: str) -> Parts:
+    """The parts of a layer in a form of _SHIFT_FORMS."""
+    rotation, source, bias = shift
+    if form == "float32":
+        return shift._asdict()
+    change = source - rotation
+    if form == "float16":
+        parts = {"rotation": rotation, "change": change, "bias": bias}
+        return {part: array.astype(np.float16) for part, array in parts.items()}
+    (rotation8, rotation_scale), (change8, change_scale) = _in_int8(rotation), _in_int8(change)
+    return {
+        "rotation": rotation8, "rotation.scale": rotation_scale,
+        "change": change8, "change.scale": change_scale, "bias": bias,
+    }  # fmt: skip
+
+
+def _restored(parts: Parts, form: str, layer: int) -> LayerShift:
+    """The way back, with the rotation nearest to the rounded one.
+
+    Raises InvalidTensors when that is further from orthonormal than rounding explains.
+    """
+    if form == "float32":
+        return LayerShift(**parts)
+    rotation = parts["rotation"].astype(np.float64)  # (r, d)
+    change = parts["change"].astype(np.float32)
+    if form == "float16":
+        step = np.abs(rotation) * 2.0**-10 + 2.0**-24  # at most, between one number and the next
+    else:
+        for part in ("rotation.scale", "change.scale"):
+            if not ((parts[part] >= 0) & (parts[part] <= NORM_CAP)).all():
+                raise InvalidTensors(f"layers.{layer}.{part} is no scale")
+        step = parts["rotation.scale"].astype(np.float64)[:, None]
+        rotation *= step
+        change *= parts["change.scale"][:, None]
+    nearest = _nearest_rotation(rotation, step, layer)
+    return LayerShift(nearest, nearest + change, parts["bias"].astype(np.float32))
+
+
+def _nearest_rotation(
+    rounded: npt.NDArray[np.float64], step: npt.NDArray[np.float64], layer: int
+) -> Array:  # fmt: skip
+    """The matrix with orthonormal rows nearest to `rounded` (r, d), which went in steps of `step`.
+
+    Rounding moved each entry by up to half a step, evenly: Δ has variance step² / 12. That makes
+    RΔᵀ + ΔRᵀ + ΔΔᵀ of RRᵀ − I, of which the first two have a spread that can be told, and the last a mean.
+    """
+    gram, off = _off_orthonormal(rounded)
+    weights, steps = rounded**2, np.broadcast_to(step**2, rounded.shape)
+    spread = math.sqrt((float(weights.sum(0) @ steps.sum(0)) + float(np.vdot(weights, steps))) / 6)
+    if off > min(6 * spread + float(steps.sum()) / 12, _FAR_FROM_ORTHONORMAL):
+        raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
+    values, vectors = np.linalg.eigh(gram)
+    nearest: Array = (((vectors / np.sqrt(values)) @ vectors.T) @ rounded).astype(np.float32)
+    return nearest
+
+
+def _off_orthonormal(rotation: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
+    """RRᵀ (r, r), and the Frobenius norm of what it differs from I."""
+    gram = rotation @ rotation.T
+    return gram, float(np.linalg.norm(gram - np.eye(len(gram))))
+
+
+def _in_int8(array: Array) -> tuple[npt.NDArray[np.int8], Array]:
+    """(r, d) as whole numbers from −127 to 127 times a scale (r) for each row."""
+    scale = np.abs(array).max(axis=1) / np.float32(127)
+    safe = np.where(scale > 0, scale, 1)[:, None]
+    return np.rint(array / safe).astype(np.int8), scale
+
+
+def _scaled(gradient: LayerShift, form: str) -> Parts:
+    """The parts of a layer's gradient in a form of _GRADIENT_FORMS."""
+    if form == "float32":
+        return gradient._asdict()
+    parts: Parts = {}
+    for field, array in zip(LayerShift._fields, gradient, strict=True):
+        scale = np.abs(array).max()
+        parts[field] = (array / (scale or np.float32(1))).astype(np.float16)
+        parts[f"{field}.scale"] = scale.reshape(1)
+    return parts
+
+
+# -- safetensors -------------------------------------------------------------------------------------
+
+
+def _save(layers: Mapping[int, Parts], metadata: dict[str, str] | None = None) -> bytes:
+    named = {
+        f"layers.{layer}.{part}": np.ascontiguousarray(array)
+        for layer in sorted(layers)
+        for part, array in layers[layer].items()
+    }
+    return safetensors.numpy.save(named, metadata=metadata)
+
+
+def _load(
+    data: bytes, forms: Mapping[str, Mapping[str, tuple[str, str]]], spec: ShiftSpec, rank: int
+) -> tuple[str, dict[int, Parts]]:
+    """The form, and the parts by layer. Raises InvalidTensors unless all is as the form wants it."""
+    if len(data) > 4 * len(spec.layers) * rank * (2 * spec.hidden_size + 1) + _HEADER_CAP:
+        raise InvalidTensors("more bytes than a shift of this spec has")
+    try:
+        named = safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise InvalidTensors("not a safetensors payload") from error
+    dtypes = {array.dtype.name for array in named.values()}
+    form = next(
+        (name for name, parts in forms.items() if {dtype for dtype, _ in parts.values()} == dtypes), ""
+    )
+    if not form:
+        raise InvalidTensors(f"tensors should all be in one form: {', '.join(forms)}")
+    _check_layout(named, forms[form], spec, rank)
+    layers = {layer: {part: named[f"layers.{layer}.{part}"] for part in forms[form]} for layer in spec.layers}
+    return form, layers
+
+
+def _check_layout(
+    named: Mapping[str, npt.NDArray[Any]], parts: Mapping[str, tuple[str, str]], spec: ShiftSpec, rank: int
+) -> None:
+    """Raise InvalidTensors unless names, dtypes and shapes are those of `parts`, and all is finite."""
+    sizes = {"r": rank, "d": spec.hidden_size, "1": 1}
+    wanted = {f"layers.{layer}.{part}": of for layer in spec.layers for part, of in parts.items()}
+    if named.keys() != wanted.keys():
+        raise InvalidTensors("the tensors are not those of the layers of the artefact's spec")
+    for name, (dtype, dims) in wanted.items():
+        array, shape = named[name], tuple(sizes[dim] for dim in dims)
+        if array.dtype.name != dtype:
+            raise InvalidTensors(f"{name} should be {dtype}")
+        if array.shape != shape:
+            raise InvalidTensors(f"{name} should have shape {shape}")
+        if not np.isfinite(array).all():
+            raise InvalidTensors(f"{name} holds NaN or infinity")
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header of safetensors bytes. Raises InvalidTensors when there is none."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size]) if 0 < size <= _HEADER_CAP else None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise InvalidTensors("not a safetensors payload")
+    return header
 
 
 def read_metadata(data: bytes) -> dict[str, str]:
     """The metadata of an exported shift file. Raises InvalidTensors if it is none."""
     try:
-        size = int.from_bytes(data[:8], "little")
-        if not 0 < size <= _HEADER_CAP:
-            raise ValueError
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError
-    except (ValueError, AttributeError) as error:
-        raise InvalidTensors("not a shift file; `perfit export --shift FILE` writes one") from error
+        metadata = _header(data).get("__metadata__")
+    except InvalidTensors:
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise InvalidTensors("not a shift file; `perfit export --shift FILE` writes one")
     return {str(k): str(v) for k, v in metadata.items()}

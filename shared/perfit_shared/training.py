@@ -135,17 +135,17 @@ class Training(Generic[S]):
         parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
         if self.best is not None:
             parts.append(self.best.to_bytes())
-        return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        return b"".join(piece for part in parts for piece in (len(part).to_bytes(8, "big"), part))
 
     @classmethod
     def from_bytes(cls, data: bytes, schedule: type[S]) -> Self:
         """Raises InvalidData."""
         try:
-            parts = []
-            while data:
-                size = int.from_bytes(data[:8], "big")
-                parts.append(data[8 : 8 + size])
-                data = data[8 + size :]
+            parts, at = [], 0
+            while at < len(data):
+                start = at + 8
+                at = start + int.from_bytes(data[at:start], "big")
+                parts.append(data[start:at])
             header: dict[str, Any] = json.loads(parts[0])
             return cls(
                 schedule=schedule(**header["plan"]),

@@ -1,4 +1,4 @@
-"""What training does not compute changes nothing: log-likelihoods and gradients of four families."""
+"""What training does not compute changes nothing: log-likelihoods and gradients of every family."""
 
 from __future__ import annotations
 

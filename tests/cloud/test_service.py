@@ -42,7 +42,7 @@ from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.authority import Authority
 from perfit_cloud.service.server import Addresses, only_server
 from perfit_shared.errors import ConfigError, InvalidTensors
-from perfit_shared.shifts import ShiftTensors
+from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -122,7 +122,7 @@ def test_scores_and_gradients_are_the_engines(
         pb.ComputeGradientRequest(examples=examples, shift=message), timeout=TIMEOUT
     )
     gradient, spec = gradients.gradient(pairs, use), artefact.spec
-    tensors = ShiftTensors.from_bytes(got.gradient, spec, spec.personal_rank, gradient=True)
+    tensors = gradient_from_bytes(got.gradient, spec, spec.personal_rank)
     assert got.tokens == gradient.tokens
     assert got.loss == pytest.approx(gradient.loss, rel=1e-6)
     for (_, a), (_, b) in zip(tensors.named(), gradient.tensors.named(), strict=True):
@@ -263,6 +263,8 @@ def test_revoked_on_an_open_channel(run: Callable[..., Running]) -> None:
 
 class Drip:
     """A generation engine whose answers come piece by piece when a test says so, or never."""
+
+    continuous = True
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)

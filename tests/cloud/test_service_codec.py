@@ -28,7 +28,7 @@ from perfit_shared.errors import (
     PerfitError,
     ShiftMismatch,
 )
-from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors, gradient_from_bytes, wire_dtype
 from perfit_shared.tasks import Task
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -79,17 +79,17 @@ def shift_message(artefact: Artefact, /, **change: Any) -> pb.Shift:
     return pb.Shift(**{**fields, **change})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_personal_shift_arrives_as_it_was_sent(artefact: Artefact, dtype: str) -> None:
-    sent = random_shift(artefact.spec, artefact.spec.personal_rank, 1)
-    message = shift_message(artefact, personal=sent.to_bytes(dtype=dtype))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_personal_shift_arrives(artefact: Artefact, dtype: str) -> None:
+    """What a form itself costs is tests/shared/test_shifts.py's."""
+    spec = artefact.spec
+    data = random_shift(spec, spec.personal_rank, 1).to_bytes(dtype=dtype)
+    message = shift_message(artefact, personal=data)
     use = codec.decode_shift(pb.Shift.FromString(message.SerializeToString()), {artefact.name: artefact})
     assert use.mode is Mode.PERSONAL
     assert use.artefact is artefact
     assert use.personal is not None
-    for (name, got), (expected_name, expected) in zip(use.personal.named(), sent.named(), strict=True):
-        assert name == expected_name
-        assert np.array_equal(got, expected.astype(dtype).astype(np.float32))
+    assert use.personal.digest() == ShiftTensors.from_bytes(data, spec, spec.personal_rank).digest()
 
 
 def test_base_and_collective(artefact: Artefact) -> None:
@@ -306,19 +306,26 @@ def test_pieces_and_scores() -> None:
 def test_gradients_go_out_whole_or_not_at_all(artefact: Artefact) -> None:
     spec = artefact.spec
     tensors = random_shift(spec, spec.personal_rank, 3)
-    message = codec.encode_gradient(Gradient(1.25, 7, tensors), spec)
-    got = ShiftTensors.from_bytes(message.gradient, spec, spec.personal_rank, gradient=True)
+    whole = tensors.to_bytes()
+    message = codec.encode_gradient(Gradient(1.25, 7, tensors), whole)
+    got = gradient_from_bytes(message.gradient, spec, spec.personal_rank)
     assert (message.loss, message.tokens, got.digest()) == (1.25, 7, tensors.digest())
+    for dtype in ("float16", "int8"):  # of the tensors that came
+        rounded = codec.encode_gradient(Gradient(1.25, 7, tensors), tensors.to_bytes(dtype=dtype))
+        assert wire_dtype(rounded.gradient) == "float16"
     with pytest.raises(InvalidTensors):
-        codec.encode_gradient(Gradient(math.nan, 7, tensors), spec)
+        codec.encode_gradient(Gradient(math.nan, 7, tensors), whole)
     layer = spec.layers[0]
     spoilt = tensors.layers[layer]._replace(bias=np.full(spec.personal_rank, np.inf, np.float32))
     with pytest.raises(InvalidTensors):
-        codec.encode_gradient(Gradient(1.0, 7, ShiftTensors({**tensors.layers, layer: spoilt})), spec)
+        codec.encode_gradient(Gradient(1.0, 7, ShiftTensors({**tensors.layers, layer: spoilt})), whole)
 
 
 def test_description_and_seed(base: BaseModel, artefact: Artefact) -> None:
-    message = codec.encode_description(Served(base, {artefact.name: artefact}, LIMITS, "c0"))
+    message = codec.encode_description(
+        Served(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, keeps=True
+    )
+    assert (message.continuous, message.keeps) == (False, True)
     assert (message.base_model, message.fingerprint, message.cloud_id) == (base.name, base.fingerprint, "c0")
     (told,) = message.artefacts
     assert (told.name, told.version) == (artefact.name, artefact.version)

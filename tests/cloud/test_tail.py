@@ -9,43 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from tests.conftest import FAMILIES, KEPT, tiny_config
+from transformers import AutoModelForCausalLM
 
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.tail import Packing, Tail, ragged, supports
 
-# Windows shorter than the sequences, and blocks with and without one where the family mixes them.
-KEPT = {
-    "llama": {},
-    "mistral": {"sliding_window": 12, "head_dim": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "head_dim": 16},
-    "gemma2": {
-        "sliding_window": 11, "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0,
-    },
-    "gemma3_text": {
-        "sliding_window": 7, "head_dim": 8, "query_pre_attn_scalar": 8,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
-    "phi3": {"sliding_window": 13},
-}  # fmt: skip
 LENGTHS = np.array([9, 31, 2, 17, 1])
 
 
 @functools.cache
-def build(family: str, dtype: torch.dtype = torch.float32, **extra: Any) -> BaseModel:
+def build(family: str, dtype: torch.dtype = torch.float32) -> BaseModel:
     """A tiny random model of four blocks, without a tokenizer."""
-    common = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    if family == "gpt2":
-        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=4, n_positions=256, **common)
-    else:
-        config = AutoConfig.for_model(
-            family, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3,
-            **KEPT.get(family, {}), **extra, **common,
-        )  # fmt: skip
     torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(family, 300), dtype=dtype).eval()
     model.requires_grad_(False)
     return BaseModel(family, "fingerprint", model, None)
 
@@ -128,8 +105,8 @@ def test_gradient_of_the_losses_equals_autograd(both: Any, monkeypatch: pytest.M
 
 
 def test_which_models_are_supported() -> None:
-    assert all(supports(build(family).model) for family in KEPT)
-    assert not supports(build("gpt2").model)
+    for family in FAMILIES:
+        assert supports(build(family).model) == (family in KEPT)
     longrope = {
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
         "original_max_position_embeddings": 64, "factor": 4.0,

@@ -5,8 +5,15 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from typing import Any
 
+import pytest
+from tests.cloud.test_tail import build
+from tests.conftest import random_shift
+
+from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.turns import Turns
+from perfit_cloud.engine.types import Mode, ShiftUse
 
 
 def test_one_at_a_time_in_the_order_asked() -> None:
@@ -60,3 +67,45 @@ def test_breathing_alone_costs_no_turn() -> None:
         turns.breathe()
         assert turns._is_taken
     assert not turns._is_taken
+
+
+def test_long_passes_wait_for_each_others_end_and_let_short_ones_in() -> None:
+    turns, log, inside = Turns(), [], threading.Event()
+
+    def long() -> None:
+        inside.set()
+        with turns.take_long():
+            log.append("long")
+
+    def short() -> None:
+        with turns.take():
+            log.append("short")
+
+    threads = [threading.Thread(target=long), threading.Thread(target=short)]
+    with turns.take_long():
+        for thread in threads:
+            thread.start()
+        assert inside.wait(5)
+        while not turns._waiting or not turns._long._waiting:
+            time.sleep(0.001)
+        turns.breathe()
+        log.append("end of the first")
+    for thread in threads:
+        thread.join(5)
+    assert log == ["short", "end of the first", "long"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_stateless_passes_breathe_behind_every_block(
+    family: str, make_artefact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, turns, breaths = build(family), Turns(), []
+    artefact = make_artefact(base)  # at blocks 1 and 2 of 4
+    use = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, artefact.spec.personal_rank, 1))
+    engine = GradientEngine(base, turns)
+    monkeypatch.setattr(turns, "breathe", lambda: breaths.append(turns._is_taken))
+    engine.score([([0, 5, 6], [7, 1])], use)
+    assert breaths == [True] * 4
+    engine.gradient([([0, 5, 6], [7, 1])], use)
+    assert breaths[4:] == [True] * (4 + 3), "forward, and back to the first that the tensors change"
+    engine.close()

@@ -206,7 +206,7 @@ class Personalization(services.PersonalizationServicer):
             )
             for name in self.cloud.tasks
         ]  # fmt: skip
-        limits = pb.Limits(prompt_tokens=512, new_tokens=64, examples=3, message_bytes=1 << 20)
+        limits = pb.Limits(prompt_tokens=512, new_tokens=64, examples=3, message_bytes=1 << 20, questions=4)
         return pb.DescribeResponse(
             base_model="fake", fingerprint="f" * 64, artefacts=artefacts, limits=limits,
             cloud_id=self.cloud.cloud_id,
@@ -236,6 +236,24 @@ class Personalization(services.PersonalizationServicer):
         finally:  # gRPC drops a generator at a yield when the caller leaves just then
             if not whole:
                 self.cloud.cancelled.set()
+
+    def Ask(self, requests: Any, context: Any) -> Iterator[pb.AskResponse]:  # noqa: N802
+        """One answer after the other; `fail("Question")` turns a question away."""
+        self.cloud.check("Ask", context)
+        shift = next(requests).shift
+        self.cloud.tensors(shift, context)
+        for request in requests:
+            question = request.question
+            self.cloud.calls.append("Question")
+            error = self.cloud.fail("Question")
+            if error is not None:
+                _, code, message, delay = to_status(error)
+                failure = pb.Failure(code=code, message=message, retry_ms=delay)
+                yield pb.AskResponse(number=question.number, failure=failure)
+                continue
+            generate = pb.GenerateRequest(prompt=question.prompt, shift=shift, sampling=question.sampling)
+            for part in self.Generate(generate, context):
+                yield pb.AskResponse(number=question.number, part=part)
 
     def Score(self, request: Any, context: Any) -> pb.ScoreResponse:  # noqa: N802
         self.cloud.check("Score", context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from perfit_shared.training import Training
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=3, hidden_size=12)
 TASK = TASKS["news_headline"]
 ARTEFACT = Artefact("news_headline", "v1", SPEC, TASK, 0.02, 4, 4)
+Answer = tuple[float, int, ShiftTensors]
 PLACE = updates.place_of("cloud", "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 0)
 NO_WAIT = Patience(give_up=1.0, sleep=lambda seconds: None, clock=iter(np.arange(0, 1e6, 0.1)).__next__)
@@ -45,6 +47,7 @@ def vault(tmp_path: Path) -> Iterator[Vault]:
         yield opened
 
 
+@functools.cache
 def make_split(count: int = 30) -> Split:
     items = [
         HistoryItem.make(TASK, {"text": f"text {n}", "title": f"t {n}"}, date=f"2024-01-{n + 1:02}")
@@ -57,15 +60,19 @@ def pull(item: HistoryItem) -> float:
     return 0.3 + len(item.fields["text"]) / 100 + int(item.fields["text"].split()[1]) / 500
 
 
-def gradient(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
+def quadratic(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Answer:
     goal, shift = np.float32(np.mean([pull(i) for i in items])), tensors.layers[1]
     parts = (shift.rotation - shift.source, shift.source - goal, shift.bias - goal)
     loss = sum(float((part**2).mean()) for part in parts)
     return loss, len(items), ShiftTensors({1: LayerShift(*(2 * p / p.size for p in parts))})
 
 
-def evaluate(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
-    return gradient(items, tensors)[0]
+def gradient(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+    return lambda: quadratic([make_split().train[row] for row in rows], tensors)
+
+
+def evaluate(tensors: ShiftTensors) -> Callable[[], float]:
+    return lambda: quadratic(make_split().gate, tensors)[0]
 
 
 def plan_for(split: Split, **changes: Any) -> Plan:
@@ -77,23 +84,25 @@ def plan_for(split: Split, **changes: Any) -> Plan:
 
 
 def prepared(vault: Vault, *, plan: Plan | None = None, **changes: Any) -> Update:
-    split = make_split()
     options: dict[str, Any] = {
         "start": SEED, "updates": 0, "gradient": gradient, "evaluate": evaluate, "patience": NO_WAIT,
         "checkpoint_seconds": 0.0,
     }  # fmt: skip
-    return Update(vault, "cloud", ARTEFACT, split, plan or plan_for(split), **(options | changes))
+    return Update(vault, "cloud", ARTEFACT, plan or plan_for(make_split()), **(options | changes))
 
 
 def failing_after(calls: int, error: BaseException) -> Callable[..., Any]:
     left = iter(range(calls))
 
-    def call(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Any:
-        if next(left, None) is None:
-            raise error
-        return gradient(items, tensors)
+    def ask(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        def answer() -> Answer:
+            if next(left, None) is None:
+                raise error
+            return gradient(rows, tensors)()
 
-    return call
+        return answer
+
+    return ask
 
 
 def final(vault: Vault) -> str:
@@ -132,7 +141,7 @@ def test_an_interrupted_update_resumes_exactly(
 
 
 def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
-    def gone(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
+    def gone(tensors: ShiftTensors) -> Callable[[], float]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -145,11 +154,11 @@ def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
 def test_the_best_epoch_is_the_candidate(vault: Vault) -> None:
     seen: list[ShiftTensors] = []
 
-    def second_is_best(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
+    def second_is_best(tensors: ShiftTensors) -> Callable[[], float]:
         if tensors.digest() == SEED.digest():
-            return 1.0
+            return lambda: 1.0
         seen.append(tensors)
-        return [0.9, 0.5, 0.7, 0.8][len(seen) - 1]
+        return lambda: [0.9, 0.5, 0.7, 0.8][len(seen) - 1]
 
     result = prepared(vault, evaluate=second_is_best).run()
     assert (result.gate.before, result.gate.after, len(seen)) == (1.0, 0.5, 4)
@@ -187,39 +196,70 @@ def test_another_plan_starts_anew(vault: Vault) -> None:
 def test_the_gate_keeps_a_worse_candidate_out(vault: Vault) -> None:
     personal.store(vault, "cloud", ARTEFACT, personal.PersonalShift(SEED, 3))
     worse = prepared(
-        vault, updates=3, evaluate=lambda items, tensors: 1.0 if tensors.digest() == SEED.digest() else 1.1
+        vault, updates=3, evaluate=lambda tensors: lambda: 1.0 if tensors.digest() == SEED.digest() else 1.1
     )
     result = worse.run()
     assert not result.gate.accepted
     kept = personal.load(vault, "cloud", ARTEFACT)
     assert kept is not None and kept.updates == 3 and kept.tensors.digest() == SEED.digest()
     assert updates.read_checkpoint(vault, PLACE) is None
-    same = prepared(vault, updates=3, evaluate=lambda items, tensors: 1.0)
+    same = prepared(vault, updates=3, evaluate=lambda tensors: lambda: 1.0)
     assert not same.run().gate.accepted, "as good is not better"
 
 
-def test_the_gate_sees_its_own_part_alone(vault: Vault) -> None:
-    split, seen = make_split(), set()
+def test_the_next_request_is_out_before_the_bookkeeping(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress and checkpoint of a step fall between the next request and its answer."""
+    log: list[str] = []
+    put = vault.put
 
-    def watching(items: Sequence[HistoryItem], tensors: ShiftTensors) -> float:
-        seen.update(items and [i.name for i in items])
-        return evaluate(items, tensors)
+    def asking(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        log.append("ask")
 
-    prepared(vault, evaluate=watching).run()
-    assert seen == {i.name for i in split.gate}
-    names = [{i.name for i in part} for part in (split.train, split.gate, split.test)]
-    assert sum(map(len, names)) == len(set.union(*names)) == 30
+        def answer() -> Answer:
+            log.append("answer")
+            return gradient(rows, tensors)()
+
+        return answer
+
+    def judged(tensors: ShiftTensors) -> Callable[[], float]:
+        log.append("ask judge")
+
+        def answer() -> float:
+            log.append("judged")
+            return evaluate(tensors)()
+
+        return answer
+
+    def kept(kind: str, name: str, data: bytes) -> None:
+        log.append(kind)
+        put(kind, name, data)
+
+    monkeypatch.setattr(vault, "put", kept)
+    prepared(
+        vault, plan=plan_for(make_split(), epochs=1, batch_size=11), gradient=asking, evaluate=judged,
+        progress=lambda *_: log.append("progress"),
+    ).run()  # fmt: skip
+    assert log == [
+        "ask", "answer", "ask", "progress", "checkpoint",
+        "answer", "ask judge", "progress", "checkpoint",
+        "judged", "ask judge", "judged", "shift",
+    ]  # fmt: skip
 
 
 def test_a_cloud_that_comes_back_is_waited_for(vault: Vault) -> None:
     waits: list[float] = []
     trouble = iter([Unavailable("a"), Busy("b", retry_ms=700), Unavailable("c")])
 
-    def shaky(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Any:
-        error = next(trouble, None)
-        if error is not None:
-            raise error
-        return gradient(items, tensors)
+    def shaky(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        def answer() -> Answer:
+            error = next(trouble, None)
+            if error is not None:
+                raise error
+            return gradient(rows, tensors)()
+
+        return answer
 
     patience = Patience(give_up=60.0, sleep=waits.append)
     assert prepared(vault, gradient=shaky, patience=patience).run().gate.accepted
@@ -232,8 +272,8 @@ def test_a_cloud_that_stays_away_ends_it_with_a_hint(vault: Vault) -> None:
 
 
 def test_divergence_drops_the_update_alone(vault: Vault) -> None:
-    def diverges(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Any:
-        return math.nan, 1, SEED
+    def diverges(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        return lambda: (math.nan, 1, SEED)
 
     with pytest.raises(UpdateFailed, match="try --lr"):
         prepared(vault, gradient=diverges).run()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +22,7 @@ import torch
 from perfit_cloud.engine.gradients import Pair, make_batch, passes, target_log_likelihoods
 from perfit_cloud.engine.joint import Outcome, Users, pass_from_kept, pass_in_full
 from perfit_cloud.engine.kept import Caps, Examples, Kept, Part, keep, kept_bytes
+from perfit_cloud.engine.turns import Turns, breathe_between_blocks
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
@@ -33,6 +36,7 @@ __all__ = ["Adaptation", "AdaptationEngine", "Step"]
 
 
 _IN_FULL = Caps(8192, 8192, 2**62)  # what no part is kept of is padded as a whole
+_ON_DEVICE, _SPILLED, _NOWHERE = 0, 1, -1  # where an example is kept
 
 
 class Adaptation:
@@ -42,29 +46,47 @@ class Adaptation:
     """
 
     def __init__(
-        self, engine: AdaptationEngine, artefact: Artefact, pairs: Sequence[Pair], device: torch.device
-    ) -> None:
+        self, engine: AdaptationEngine, artefact: Artefact, pairs: Sequence[Pair], device: torch.device,
+        left: threading.Event,
+    ) -> None:  # fmt: skip
         self.examples = len(pairs)
         self.target_tokens = tuple(len(target) for _, target in pairs)  # of each example
-        self.kept_examples = 0  # the others are computed again at every step
-        self.kept_bytes = 0
-        self._engine, self._artefact = engine, artefact
+        self._engine, self._artefact, self._left = engine, artefact, left
         self._positions = Positions.parse(artefact.spec.positions)
         self._collective = to_torch(artefact.collective, device)
         self._arrays = Examples(pairs, self._positions, device)
-        self._kept: Kept | None = None
-        self._places = np.full(self.examples, -1)  # in _kept
+        self._stores: list[Kept] = []  # on the device, and in host memory
+        self._taken = [0, 0]  # bytes of these
+        self._where = np.full(self.examples, _NOWHERE)  # of each example: on the device, spilled or nowhere
+        self._places = np.zeros(self.examples, dtype=np.int64)  # in its store
         # −log p of the target where the prompt has no intervened token, which nothing changes.
         self._constants = np.zeros(self.examples)
-        self._is_open = True
+
+    @property
+    def kept_examples(self) -> int:
+        """How many are kept on the model's device. What is neither kept nor spilled is computed anew."""
+        return int((self._where == _ON_DEVICE).sum())
+
+    @property
+    def spilled_examples(self) -> int:
+        """How many are kept in host memory."""
+        return int((self._where == _SPILLED).sum())
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._taken[_ON_DEVICE]
+
+    @property
+    def spilled_bytes(self) -> int:
+        return self._taken[_SPILLED]
 
     def close(self) -> None:
-        """Overwrite and drop. Waits for a pass at work; later steps are refused. Harmless twice."""
+        """Overwrite and drop. Waits for a pass at work on it; later steps are refused. Harmless twice."""
         self._engine._close(self)
 
     def _check_open(self) -> None:
-        """Raises InvalidInput. Means something under the engine's lock alone."""
-        if not self._is_open:
+        """Raises InvalidInput."""
+        if self._left.is_set():
             raise InvalidInput("this adaptation is closed; open another")
 
     def __enter__(self) -> Self:
@@ -88,37 +110,70 @@ class Step:
 class AdaptationEngine:
     """Adaptations of one base model. One pass at a time; thread-safe."""
 
-    def __init__(self, base: BaseModel, *, keep_bytes: int) -> None:
-        """`keep_bytes`: what all open adaptations together may keep, in bytes.
+    def __init__(
+        self, base: BaseModel, *, keep_bytes: int, spill_bytes: int = 0, turns: Turns | None = None
+    ) -> None:
+        """`keep_bytes`: what all open adaptations together may keep on the model's device.
 
-        An example that does not fit when its adaptation opens is computed anew, through the same
-        code, at every step that has it. The past of a long prompt is the big part.
+        What does not fit when its adaptation opens is kept in host memory as long as `spill_bytes`
+        last, and copied to the device at every step that has it (of no use where the device is the
+        host). The rest is computed anew, through the same code. The past of a long prompt is the
+        big part. `turns`: of all engines on the device.
         """
         self._base = base
-        self._own = replace(base, model=base.twin())
-        self._tail = Tail(self._own.model) if supports(base.model) else None
-        if self._tail is None:
+        self._turns = turns or Turns()
+        self._own = self._whole = replace(base, model=base.twin())
+        if supports(base.model):
+            self._tail: Tail | None = Tail(self._own.model)
+            self._whole = replace(base, model=base.twin())
+            breathe_between_blocks(self._whole.model, self._turns)
+        else:
+            self._tail = None
             install(self._own.model, range(base.blocks))
-        self._room = keep_bytes
-        self._lock = threading.RLock()
+        breathe_between_blocks(self._own.model, self._turns)
+        self._caps = _IN_FULL if self._tail is None else Caps.of(base.device)
+        self._room = [keep_bytes, spill_bytes]
+        self._state = threading.Condition()  # of what follows and of _room
         self._open: set[Adaptation] = set()
+        self._at_work: set[Adaptation] = set()
 
     @property
     def keeps(self) -> bool:
         """Whether steps of this model run from what is kept; those of other families run in full."""
         return self._tail is not None
 
+    @property
+    def pass_rows(self) -> int:
+        """Rows that one pass takes on."""
+        return self._caps.rows
+
+    def pass_rows_of(self, step: Step) -> Indices:
+        """Rows that each example of a step brings to a pass.
+
+        Raises InvalidInput or InvalidTensors where `gradients` would.
+        """
+        rows = _checked(step)
+        arrays, where = step.adaptation._arrays, step.adaptation._where
+        found: Indices = np.where(where[rows] == _NOWHERE, arrays.lengths[rows], arrays.rows[rows])
+        return found
+
     def close(self) -> None:
         """Close every adaptation that is still open."""
         for adaptation in list(self._open):
             adaptation.close()
 
-    def open(self, examples: Sequence[Pair], artefact: Artefact) -> Adaptation:
-        """Take the examples of an update. Raises InvalidInput when there is none or one is empty."""
+    def open(
+        self, examples: Sequence[Pair], artefact: Artefact, *, left: threading.Event | None = None
+    ) -> Adaptation:
+        """Take the examples of an update. Raises InvalidInput when there is none or one is empty.
+
+        Whoever sets `left`, from any thread, has no pass begin for it from then on; it is to be
+        closed all the same.
+        """
         if not examples or not all(prompt and target for prompt, target in examples):
             raise InvalidInput("an update needs examples, each with a prompt and a target")
-        adaptation = Adaptation(self, artefact, examples, self._base.device)
-        with self._lock:
+        adaptation = Adaptation(self, artefact, examples, self._base.device, left or threading.Event())
+        with self._state:
             self._open.add(adaptation)
         try:
             self._fill(adaptation)
@@ -144,13 +199,13 @@ class AdaptationEngine:
 
     def _fill(self, adaptation: Adaptation) -> None:
         """Compute constants, and keep as many examples as there is room for, the cheapest first."""
-        arrays = adaptation._arrays
+        arrays, working = adaptation._arrays, partial(self._working, [adaptation])
         constant = np.flatnonzero(arrays.marked == 0)
         pairs = [arrays.pair(int(i)) for i in constant]
         for chunk in passes(pairs):
             batch = make_batch([pairs[i] for i in chunk], Positions(0, 1), self._base.device)
-            with self._lock, torch.no_grad():
-                likelihoods = target_log_likelihoods(self._base, batch, []).sum(1)
+            with working(), torch.no_grad():
+                likelihoods = target_log_likelihoods(self._whole, batch, []).sum(1)
             adaptation._constants[constant[chunk]] = -likelihoods.cpu().numpy()
         if self._tail is None:
             return
@@ -158,32 +213,51 @@ class AdaptationEngine:
         costs = kept_bytes(self._tail, arrays, min(collective))
         order = np.argsort(np.where(arrays.marked > 0, costs, np.inf), kind="stable")
         order = order[: np.count_nonzero(arrays.marked)]
-        with self._lock:
-            adaptation._check_open()
-            which = order[costs[order].cumsum() <= self._room]
-            adaptation.kept_bytes = int(costs[which].sum())
-            self._room -= adaptation.kept_bytes
-        kept = keep(self._tail, arrays, which, collective, self._lock)
-        with self._lock:
-            if not adaptation._is_open:
-                kept.erase()
-            adaptation._check_open()
-            adaptation._kept = kept
-            adaptation._places[which] = np.arange(len(which))
-            adaptation.kept_examples = len(which)
+        for where in (_ON_DEVICE, _SPILLED):
+            with self._state:
+                adaptation._check_open()
+                which = order[costs[order].cumsum() <= self._room[where]]
+                adaptation._taken[where] = int(costs[which].sum())
+                self._room[where] -= adaptation._taken[where]
+            order = order[len(which) :]
+            kept = keep(self._tail, arrays, which, collective, working=working, spill=where == _SPILLED)
+            with self._state:
+                if adaptation._left.is_set():
+                    kept.erase()
+                adaptation._check_open()
+                adaptation._stores.append(kept)
+                adaptation._places[which] = np.arange(len(which))
+                adaptation._where[which] = where
 
     def _close(self, adaptation: Adaptation) -> None:
-        with self._lock:
-            if not adaptation._is_open:
+        with self._state:
+            adaptation._left.set()
+            self._state.wait_for(lambda: adaptation not in self._at_work)
+            if adaptation not in self._open:
                 return
-            adaptation._is_open = False
+            self._open.discard(adaptation)
             adaptation._arrays.ids.zero_()
             adaptation._constants.fill(0)
-            if adaptation._kept is not None:
-                adaptation._kept.erase()
-                adaptation._kept = None
-            self._room += adaptation.kept_bytes
-            self._open.discard(adaptation)
+            for kept in adaptation._stores:
+                kept.erase()
+            adaptation._stores.clear()
+            for where, taken in enumerate(adaptation._taken):
+                self._room[where] += taken
+
+    @contextmanager
+    def _working(self, adaptations: Sequence[Adaptation]) -> Iterator[None]:
+        """One pass over these. Raises InvalidInput when one of them is closed."""
+        with self._turns.take_long():
+            with self._state:
+                for adaptation in adaptations:
+                    adaptation._check_open()
+                self._at_work.update(adaptations)
+            try:
+                yield
+            finally:
+                with self._state:
+                    self._at_work.clear()  # passes exclude each other
+                    self._state.notify_all()
 
     # -- passes --------------------------------------------------------------------------------
 
@@ -193,9 +267,8 @@ class AdaptationEngine:
         for total in sums:
             if len(total.changing):
                 by_artefact.setdefault(id(total.adaptation._artefact), []).append(total)
-        caps = _IN_FULL if self._tail is None else Caps.of(self._base.device)
         for members in by_artefact.values():
-            for shares in _cut(members, caps):
+            for shares in _cut(members, self._caps):
                 outcome = self._pass(shares, differentiate=differentiate)
                 for u, (total, _) in enumerate(shares):
                     total.add(outcome, u)
@@ -208,9 +281,7 @@ class AdaptationEngine:
             [total.personal for total, _ in shares],
             [1 / total.tokens for total, _ in shares] if differentiate else None,
         )
-        with self._lock:
-            for total, _ in shares:
-                total.adaptation._check_open()
+        with self._working([total.adaptation for total, _ in shares]):
             if self._tail is None:
                 pairs = [total.adaptation._arrays.pair(i) for total, which in shares for i in which]
                 owners = [u for u, (_, which) in enumerate(shares) for _ in which]
@@ -224,12 +295,18 @@ class AdaptationEngine:
 
     def _parts(self, tail: Tail, adaptation: Adaptation, which: Indices) -> Iterator[Part]:
         """What is kept of some examples, and the same of the others, computed now."""
-        arrays, places = adaptation._arrays, adaptation._places[which]
-        there, missing = which[places >= 0], which[places < 0]
-        if len(there) and adaptation._kept is not None:
-            yield Part(arrays, there, adaptation._kept, places[places >= 0])
+        arrays, where, device = adaptation._arrays, adaptation._where[which], self._base.device
+        for store, kept in enumerate(adaptation._stores):
+            there = which[where == store]
+            places = adaptation._places[there]
+            if len(there) and store == _ON_DEVICE:
+                yield Part(arrays, there, kept, places)
+            elif len(there):
+                moved = kept.moved(places, arrays.rows[there], arrays.starts[there], device)
+                yield Part(arrays, there, moved, np.arange(len(there)))
+        missing = which[where == _NOWHERE]
         if len(missing):
-            now = keep(tail, arrays, missing, adaptation._collective, self._lock)
+            now = keep(tail, arrays, missing, adaptation._collective)
             yield Part(arrays, missing, now, np.arange(len(missing)))
 
 
@@ -239,11 +316,7 @@ class _Sum:
     def __init__(self, step: Step) -> None:
         """Raises InvalidInput, InvalidTensors."""
         self.adaptation, self.personal = step.adaptation, step.personal
-        self.adaptation._check_open()  # a step may need no pass, which checks again
-        arrays, rows = step.adaptation._arrays, np.array(step.rows, dtype=np.int64)
-        if not len(rows) or rows.min() < 0 or rows.max() >= step.adaptation.examples:
-            raise InvalidInput("a step needs examples of its adaptation")
-        _check_shapes(step.personal, step.adaptation._artefact)
+        arrays, rows = step.adaptation._arrays, _checked(step)
         self.changing = rows[arrays.marked[rows] > 0]  # examples that the tensors change the loss of
         self.tokens = int(arrays.targets[rows].sum())
         self.loss = float(step.adaptation._constants[rows].sum())  # nats
@@ -261,11 +334,18 @@ class _Sum:
 _Share = tuple[_Sum, Indices]  # whose, and which of their examples a pass takes on
 
 
-def _check_shapes(personal: ShiftTensors, artefact: Artefact) -> None:
-    rank, d = artefact.spec.personal_rank, artefact.spec.hidden_size
-    shapes = {layer: tuple(t.shape for t in shift) for layer, shift in personal.layers.items()}
-    if shapes != dict.fromkeys(artefact.spec.layers, ((rank, d), (rank, d), (rank,))):
+def _checked(step: Step) -> Indices:
+    """The rows of a step that can be taken. Raises InvalidInput, InvalidTensors."""
+    step.adaptation._check_open()  # a step may need no pass, which checks again
+    rows = np.array(step.rows, dtype=np.int64)
+    if not len(rows) or rows.min() < 0 or rows.max() >= step.adaptation.examples:
+        raise InvalidInput("a step needs examples of its adaptation")
+    spec = step.adaptation._artefact.spec
+    rank, d = spec.personal_rank, spec.hidden_size
+    shapes = {layer: tuple(t.shape for t in shift) for layer, shift in step.personal.layers.items()}
+    if shapes != dict.fromkeys(spec.layers, ((rank, d), (rank, d), (rank,))):
         raise InvalidTensors("the tensors are not of the shapes that the artefact's spec names")
+    return rows
 
 
 def _cut(members: Sequence[_Sum], caps: Caps) -> list[list[_Share]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perfit_cloud.engine.turns import Turns, breathe_between_blocks
 from perfit_cloud.engine.types import Gradient, Mode, Score, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.shifts import Group, Phi, Shift, install, open_book, row_index, to_torch
@@ -80,11 +80,13 @@ def group_all(batch: Batch, collective: Shift, personal: Shift | None) -> list[G
 class GradientEngine:
     """Runs forward and backward passes for one base model. One pass at a time; thread-safe."""
 
-    def __init__(self, base: BaseModel) -> None:
-        self._base = base
-        self._lock = threading.Lock()
+    def __init__(self, base: BaseModel, turns: Turns | None = None) -> None:
+        """`turns`: of all engines on the base's device."""
+        self._base = replace(base, model=base.twin())
+        self._turns = turns or Turns()
         # On every block: a hook whose layer no open book names does nothing.
-        self._handles = install(base.model, range(base.blocks))
+        self._handles = install(self._base.model, range(base.blocks))
+        self._handles += breathe_between_blocks(self._base.model, self._turns)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -104,7 +106,7 @@ class GradientEngine:
         scores: dict[int, Score] = {}
         for chunk in passes(candidates):
             batch = make_batch([candidates[i] for i in chunk], _positions(use), self._base.device)
-            with self._lock, torch.no_grad():
+            with self._turns.take_long(), torch.no_grad():
                 sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
             for i, total in zip(chunk, sums.tolist(), strict=True):
                 scores[i] = Score(total, len(candidates[i][1]))
@@ -126,7 +128,7 @@ class GradientEngine:
         loss, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
         for chunk in passes(examples):
             batch = make_batch([examples[i] for i in chunk], _positions(use), self._base.device)
-            with self._lock, torch.enable_grad():
+            with self._turns.take_long(), torch.enable_grad():
                 groups = self._groups(batch, use, personal)
                 part = -target_log_likelihoods(self._base, batch, groups).sum() / tokens
                 if part.requires_grad:  # not when every prompt is a single token: nothing was intervened on

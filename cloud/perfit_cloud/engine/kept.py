@@ -13,7 +13,7 @@ With an "f" part in the positions the rows are all of the example and there is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,6 +94,25 @@ class Kept:
         for tensor in (self.hidden, *(t for pair in self.past.values() for t in pair)):
             tensor.zero_()
 
+    def moved(self, places: Indices, rows: Indices, starts: Indices, device: torch.device) -> Kept:
+        """A copy on `device` of the examples at these places, which have so many rows and past tokens."""
+
+        def copied(tensor: Tensor, first: Indices, counts: Indices) -> Tensor:
+            out = tensor.new_empty(counts.sum(), tensor.shape[1], device=device)
+            for at, to, count in np.stack([first[places], _first(counts), counts], 1).tolist():
+                out[to : to + count].copy_(tensor[at : at + count], non_blocking=True)
+            return out
+
+        return Kept(
+            hidden=copied(self.hidden, self.first_row, rows),
+            past={
+                block: (copied(keys, self.first_past, starts), copied(values, self.first_past, starts))
+                for block, (keys, values) in self.past.items()
+            },
+            first_row=_first(rows),
+            first_past=_first(starts),
+        )
+
 
 class Part(NamedTuple):
     """Examples of one owner, and where what is kept of them lies."""
@@ -113,28 +132,38 @@ def kept_bytes(tail: Tail, examples: Examples, layer: int) -> Indices:
 
 
 def keep(
-    tail: Tail, examples: Examples, which: Indices, collective: Shift, lock: AbstractContextManager[Any]
-) -> Kept:
-    """Compute rows and pasts of examples `which`; `lock` is held a pass at a time."""
-    layer = min(collective)
+    tail: Tail, examples: Examples, which: Indices, collective: Shift, *,
+    working: Callable[[], AbstractContextManager[Any]] = nullcontext, spill: bool = False,
+) -> Kept:  # fmt: skip
+    """Compute rows and pasts of examples `which`, to be kept on their device or (`spill`) in host memory.
+
+    `working` is entered for each pass, and what it raises ends it.
+    """
+    layer, device = min(collective), examples.ids.device
     rows, starts = examples.rows[which], examples.starts[which]
-    like = torch.empty(0, dtype=tail.dtype, device=examples.ids.device)
+
+    def store(count: int, width: int) -> Tensor:
+        if spill:  # locked in memory, or a copy from there would wait for the CPU
+            return torch.empty(count, width, dtype=tail.dtype, pin_memory=device.type == "cuda")
+        return torch.empty(count, width, dtype=tail.dtype, device=device)
+
     kept = Kept(
-        hidden=like.new_empty(rows.sum(), tail.hidden_size),
+        hidden=store(rows.sum(), tail.hidden_size),
         past={
-            later: (
-                like.new_empty(starts.sum(), tail.past_width),
-                like.new_empty(starts.sum(), tail.past_width),
-            )
+            later: (store(starts.sum(), tail.past_width), store(starts.sum(), tail.past_width))
             for later in range(layer + 1, tail.blocks)
         },
         first_row=_first(rows),
         first_past=_first(starts),
     )
     lengths = rows + starts
-    for places in Caps.of(like.device).cut(lengths, lengths):
-        with lock, torch.no_grad():
-            _fill(tail, Part(examples, which[places], kept, places), collective)
+    try:
+        for places in Caps.of(device).cut(lengths, lengths):
+            with working(), torch.no_grad():
+                _fill(tail, Part(examples, which[places], kept, places), collective)
+    except BaseException:
+        kept.erase()
+        raise
     return kept
 
 
@@ -156,22 +185,22 @@ def _fill(tail: Tail, part: Part, collective: Shift) -> None:
         marks = marks + np.repeat(first + starts, examples.marked[which])
         group = Group(torch.from_numpy(marks).to(device).unsqueeze(0), None, collective, None)
         hidden = shift_rows(hidden, group, layer)
-    kept.hidden.index_copy_(
-        0, index(kept.first_row[places], rows), hidden.index_select(0, index(first + starts, rows))
-    )
+    store = kept.hidden.device
+    there = index(kept.first_row[places], rows).to(store)
+    kept.hidden.index_copy_(0, there, hidden.index_select(0, index(first + starts, rows)).to(store))
     if not kept.past or not starts.any():
         return
-    there = index(kept.first_past[places], starts)
+    there = index(kept.first_past[places], starts).to(store)
 
     def capture(block: int, keys: Tensor, values: Tensor) -> None:
         for kept_tensor, new in zip(kept.past[block], (keys, values), strict=True):
-            kept_tensor.index_copy_(0, there, new)
+            kept_tensor.index_copy_(0, there, new.to(store))
 
     behind = starts > 0
     packing = Packing(none[behind], starts[behind], device, capture=capture)
     hidden = hidden.index_select(0, index(first, starts))
     # Nobody wants the last block's output, only its keys and values.
-    tail.run(hidden, range(layer + 1, tail.blocks), packing, rows=there[:0])
+    tail.run(hidden, range(layer + 1, tail.blocks), packing, rows=there[:0].to(device))
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,190 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
 
 from perfit_cloud.engine.adaptation import Adaptation, AdaptationEngine, Step
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.model.artefacts import Artefact
+from perfit_shared.errors import Busy, Unavailable
+from perfit_shared.shifts import LayerShift, ShiftTensors
 
 __all__ = ["StepQueue"]
 
+_STOPPING = "the cloud is stopping; try again later"
+
 
 class StepQueue:
-    def __init__(self, engine: AdaptationEngine) -> None:
-        self._engine = engine
+    """A thread that takes, again and again, as many of the waiting steps as one pass holds.
 
-    def open(self, examples: Sequence[Pair], artefact: Artefact) -> Adaptation:
-        return self._engine.open(examples, artefact)
+    Who waits longest goes first. A step too big for one pass is cut: while others wait it gets half
+    of each, and goes to the end of the line for the rest. So whoever fits beside it waits for the
+    pass at work and for no other.
+    """
 
-    def gradient(self, step: Step) -> Gradient:
-        return self._engine.gradients([step])[0]
+    def __init__(self, engine: AdaptationEngine, *, waiting: int = 64, retry_ms: int = 500) -> None:
+        """`waiting`: the most steps in line; who comes then is told to come back in `retry_ms`."""
+        self._engine, self._most, self._retry_ms = engine, waiting, retry_ms
+        self._changed = threading.Condition()  # of what follows
+        self._line: list[_Task] = []
+        self._is_open = True
+        self._worker = threading.Thread(target=self._work, name="perfit-steps", daemon=True)
+        self._worker.start()
 
-    def loss(self, step: Step) -> tuple[float, int]:
-        return self._engine.losses([step])[0]
+    @property
+    def keeps(self) -> bool:
+        """As the engine's."""
+        return self._engine.keeps
+
+    def open(
+        self, examples: Sequence[Pair], artefact: Artefact, *, left: threading.Event | None = None
+    ) -> Adaptation:
+        """As the engine's."""
+        return self._engine.open(examples, artefact, left=left)
+
+    def submit(self, step: Step, *, loss_only: bool = False) -> Future[Gradient]:
+        """The step's loss and gradient (without tensors for `loss_only`), as if it were alone.
+
+        Cancelling the future takes the step out of the line; a pass at work goes on. Raises Busy or
+        Unavailable, and InvalidInput or InvalidTensors on a step that cannot be; the future may end
+        in any of these but Busy.
+        """
+        task = _Task(step, self._engine.pass_rows_of(step), loss_only=loss_only)
+        with self._changed:
+            if not self._is_open:
+                raise Unavailable(_STOPPING)
+            if len(self._line) >= self._most:
+                raise Busy("too many updates wait for the cloud; try again shortly", retry_ms=self._retry_ms)
+            self._line.append(task)
+            self._changed.notify()
+        return task.future
 
     def close(self) -> None:
+        """End every step that waits and every adaptation; waits for the pass at work."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        self._worker.join()
         self._engine.close()
+
+    # -- the worker ----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while self._round():
+                pass
+        finally:  # however it ends: nobody is left waiting
+            with self._changed:
+                self._is_open = False
+                for task in self._line:
+                    task.fail(Unavailable(_STOPPING))
+                self._line = []
+
+    def _round(self) -> bool:
+        """One pass, in a frame of its own: while the thread waits it holds nobody's tensors."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._line or not self._is_open)
+            if not self._is_open:
+                return False
+            self._line = [task for task in self._line if not task.future.cancelled()]
+            pieces = self._next_pieces()
+        for loss_only in (False, True):
+            of_kind = [piece for piece in pieces if piece[0].loss_only == loss_only]
+            if of_kind:
+                self._run(of_kind, loss_only=loss_only)
+        with self._changed:
+            taken = [task for task, _ in pieces]
+            self._line = [task for task in self._line if task not in taken]
+            self._line += [task for task in taken if not task.future.done()]
+        return True
+
+    def _next_pieces(self) -> list[tuple[_Task, Step]]:
+        """What the next pass takes on: the first task or a part of it, and others that fit whole."""
+        pieces: list[tuple[_Task, Step]] = []
+        room = most = self._engine.pass_rows
+        for task in self._line:
+            cost = task.cost
+            if not pieces and cost > most and len(self._line) > 1:
+                room -= most // 2
+                pieces.append((task, task.cut(most // 2)))
+            elif not pieces or cost <= room:
+                room -= cost
+                pieces.append((task, task.cut(most)))
+        return pieces
+
+    def _run(self, pieces: Sequence[tuple[_Task, Step]], *, loss_only: bool) -> None:
+        """What fails is run again, each alone, so that everyone fails for themselves."""
+        steps = [step for _, step in pieces]
+        try:
+            if loss_only:
+                found = [Gradient(*of_step, ShiftTensors({})) for of_step in self._engine.losses(steps)]
+            else:
+                found = self._engine.gradients(steps)
+        except Exception as error:
+            if len(pieces) == 1:
+                pieces[0][0].fail(error)
+                return
+            for piece in pieces:
+                self._run([piece], loss_only=loss_only)
+            return
+        for (task, _), gradient in zip(pieces, found, strict=True):
+            task.add(gradient)
+
+
+class _Task:
+    """A step on its way through the line, and what passes have found of it so far."""
+
+    def __init__(self, step: Step, costs: np.typing.NDArray[np.int64], *, loss_only: bool) -> None:
+        """`costs`: rows that each example brings to a pass."""
+        self.future: Future[Gradient] = Future()
+        self.loss_only = loss_only
+        order = np.argsort(costs, kind="stable")  # examples of like length together pad least
+        self.rows = np.array(step.rows)[order]  # examples still to do
+        self._costs = costs[order]
+        self._step = step
+        self._found: list[Gradient] = []
+
+    @property
+    def cost(self) -> int:
+        return int(self._costs.sum())
+
+    def cut(self, room: int) -> Step:
+        """The next examples that fit into so many rows, one at least, as a step of their own."""
+        count = max(1, int(np.searchsorted(self._costs.cumsum(), room, side="right")))
+        step = replace(self._step, rows=self.rows[:count].tolist())
+        self.rows, self._costs = self.rows[count:], self._costs[count:]
+        return step
+
+    def add(self, found: Gradient) -> None:
+        """The future's end, if nothing is left to do."""
+        self._found.append(found)
+        if not len(self.rows) and self._may_end():
+            self.future.set_result(_joined(self._found))
+
+    def fail(self, error: Exception) -> None:
+        if self._may_end():
+            self.future.set_exception(error)
+
+    def _may_end(self) -> bool:
+        """From here on the future cannot be cancelled."""
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
+
+
+def _joined(parts: Sequence[Gradient]) -> Gradient:
+    """One step from its parts: means over tokens, so parts weigh as many tokens as they have."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = sum(part.tokens for part in parts)
+    weights = np.array([part.tokens / tokens for part in parts], dtype=np.float32)
+    layers = {}
+    for layer in parts[0].tensors.layers:
+        stacks = zip(*(part.tensors.layers[layer] for part in parts), strict=True)
+        layers[layer] = LayerShift(*(np.tensordot(weights, np.stack(s), 1) for s in stacks))
+    loss = sum(part.tokens * part.loss for part in parts) / tokens
+    return Gradient(loss, tokens, ShiftTensors(layers))

@@ -11,12 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["Turns"]
+from perfit_cloud.model.base import block_list
+
+__all__ = ["Turns", "breathe_between_blocks"]
 
 
-class Turns:
-    """A fair lock that its holder can lend out. Thread-safe; not reentrant."""
+class _Line:
+    """A fair lock. Not reentrant."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,18 +28,12 @@ class Turns:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Hold the device; waits for those who asked before."""
+        """Hold it; waits for those who asked before."""
         self._acquire()
         try:
             yield
         finally:
             self._release()
-
-    def breathe(self) -> None:
-        """Called by the holder, from any of its threads: let everyone who waits now go first."""
-        if self._waiting:
-            self._release()
-            self._acquire()
 
     def _acquire(self) -> None:
         with self._lock:
@@ -61,3 +58,45 @@ class Turns:
                 self._waiting.popleft().set()  # handed over: nobody can slip in between
             else:
                 self._is_taken = False
+
+
+class Turns(_Line):
+    """A fair lock that its holder can lend out. Thread-safe; not reentrant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._long = _Line()
+
+    @contextmanager
+    def take_long(self) -> Iterator[None]:
+        """Hold the device for a pass that breathes; waits for the end of other such passes first.
+
+        One of them inside another could stand still for ever: all backward passes of a CUDA device
+        run in one thread of torch's.
+        """
+        with self._long.take(), self.take():
+            yield
+
+    def breathe(self) -> None:
+        """Called by the holder, from any of its threads: let everyone who waits now go first."""
+        if self._waiting:
+            self._release()
+            self._acquire()
+
+
+def breathe_between_blocks(model: Any, turns: Turns) -> list[Any]:
+    """Make every pass of this model breathe behind its blocks, forward and backward.
+
+    The model must be run by holders alone. Returns handles whose remove() ends it.
+    """
+
+    def back(_gradient: Any) -> None:
+        turns.breathe()
+
+    def breathe(_module: Any, _args: Any, output: Any) -> None:
+        turns.breathe()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(back)
+
+    return [block.register_forward_hook(breathe) for block in block_list(model)]

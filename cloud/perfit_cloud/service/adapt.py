@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import grpc
 
+from perfit_cloud.engine.adaptation import Step
 from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.service.codec import PromptReader
+from perfit_cloud.engine.types import Gradient
+from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
+from perfit_cloud.service.guard import seconds_left
 from perfit_cloud.service.limits import Gate
 from perfit_cloud.service.served import Served
+from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Adapting"]
+
+_IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is given up
 
 
 class Adapting:
@@ -21,8 +30,108 @@ class Adapting:
         queue: StepQueue, streams: Gate, stream_seconds: float,
     ) -> None:  # fmt: skip
         self._served = served
+        self._reader = reader
+        self._queue = queue
+        self._streams = streams
+        self._stream_seconds = stream_seconds
 
     def steps(
         self, requests: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.AdaptResponse]:
-        raise NotImplementedError
+        """Answers to the steps, one after the other, until the caller wants no more.
+
+        Raises InvalidInput and its kin on what a message should not hold, NotFound, ShiftMismatch,
+        Busy, and TooSlow when nothing comes for long or the stream's time is over.
+        """
+        with (
+            self._streams.place(0),
+            _Stream(requests, context, seconds_left(context, self._stream_seconds)) as stream,
+        ):
+            opening = stream.next("open").open
+            artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
+            pairs = self._reader.update((e.prompt, e.target) for e in stream.examples())
+            with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
+                del pairs
+                while (step := stream.step()) is not None:
+                    rows, personal = decode_step(step, artefact.spec, adaptation.examples)
+                    future = self._queue.submit(Step(adaptation, rows, personal), loss_only=step.loss_only)
+                    yield encode_step(stream.wait(future), step.personal, loss_only=step.loss_only)
+
+
+class _Stream:
+    """The messages of one call, in the order that there is, and an end to every wait."""
+
+    def __init__(
+        self, requests: Iterator[pb.AdaptRequest], context: grpc.ServicerContext, seconds: float
+    ) -> None:
+        self.left = threading.Event()  # set when nobody waits for answers any more
+        self._requests = requests
+        self._ends = time.monotonic() + seconds
+        self._future: Future[Gradient] | None = None
+        self._ahead: pb.AdaptRequest | None = None  # the first step, which ended the examples
+        # One message at a time, when it is wanted: gRPC has no reading within a time.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="perfit-adapt")
+        # Called when the RPC ends, however it does: the caller left, or its deadline passed.
+        if not context.add_callback(self._leave):
+            raise Cancelled("the caller left")
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+        self._reader.shutdown(wait=False)
+
+    def _leave(self) -> None:
+        self.left.set()
+        if self._future is not None:
+            self._future.cancel()
+
+    def next(self, *kinds: str | None) -> pb.AdaptRequest:
+        """The next message, which should be of one of these kinds; of kind None when there is no more."""
+        seconds = min(_IDLE_SECONDS, self._ends - time.monotonic())
+        try:
+            message = self._reader.submit(next, self._requests, pb.AdaptRequest()).result(max(0.0, seconds))
+        except TimeoutError:
+            if seconds < _IDLE_SECONDS:
+                raise self._over() from None
+            raise TooSlow("no message came for long; open another stream with the next step") from None
+        except grpc.RpcError:
+            raise Cancelled("the caller left") from None
+        if message.WhichOneof("body") not in kinds:
+            raise InvalidInput("a stream should hold one open, then examples, then steps")
+        return message
+
+    def examples(self) -> Iterator[pb.Example]:
+        """Those of all messages up to the first step, one at least."""
+        message = self.next("examples")
+        while message.HasField("examples"):
+            if not message.examples.examples:
+                raise InvalidInput("a message of examples should hold some")
+            yield from message.examples.examples
+            message = self.next("examples", "step")
+        self._ahead = message
+
+    def step(self) -> pb.AdaptStep | None:
+        """The next one, None when there is no more."""
+        message, self._ahead = self._ahead or self.next("step", None), None
+        return message.step if message.HasField("step") else None
+
+    def wait(self, future: Future[Gradient]) -> Gradient:
+        """What the step found, unless the stream ends first."""
+        self._future = future
+        try:
+            if self.left.is_set():  # before the future was there to be cancelled
+                future.cancel()
+            return future.result(max(0.0, self._ends - time.monotonic()))
+        except TimeoutError:
+            future.cancel()
+            raise self._over() from None
+        except CancelledError:
+            raise Cancelled("the caller left") from None
+        finally:
+            self._future = None
+
+    @staticmethod
+    def _over() -> TooSlow:
+        return TooSlow("the stream is over its time; open another")

@@ -1,28 +1,153 @@
-"""Ask: several answers over one stream, the shift sent once."""
+"""Ask: several answers over one stream, the shift sent once.
+
+A thread of the stream reads its questions, and one for each question waits for the engine; the thread
+that gRPC gave the call sends what they have. A question keeps its slot until its answer has been sent to
+the end, so that a caller who reads slowly holds up nobody else, and little waits for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from perfit_cloud.service.calls import Generation
-from perfit_cloud.service.codec import PromptReader
-from perfit_cloud.service.limits import Gate
+from perfit_cloud.engine.types import ShiftUse
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.service.calls import Answers
+from perfit_cloud.service.codec import decode_shift, encode_piece
+from perfit_cloud.service.guard import told
 from perfit_cloud.service.served import Served
+from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Asking"]
 
+_IDLE_SECONDS = 120.0  # without a question, after which the tensors are given up
+
 
 class Asking:
-    def __init__(
-        self, served: Served, reader: PromptReader, *,
-        generation: Generation, streams: Gate, stream_seconds: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, served: Served, answers: Answers, *, stream_seconds: float) -> None:
         self._served = served
+        self._answers = answers
+        self._stream_seconds = stream_seconds
 
     def answers(
         self, requests: Iterator[pb.AskRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.AskResponse]:
-        raise NotImplementedError
+        """Parts of the answers as they are made, until the caller has asked all and got all.
+
+        Raises InvalidInput and what `decode_shift` raises on messages out of order, TooSlow at the end
+        of the stream's time.
+        """
+        stream = _Stream(self._answers, slots=self._served.limits.questions)
+        try:
+            stream.start(requests, self._served.artefacts)
+            # Called when the RPC ends, however it does: the caller left, or its deadline passed.
+            if not context.add_callback(stream.close):
+                raise Cancelled("the caller left")
+            yield from stream.responses(self._stream_seconds)
+        finally:
+            stream.close()
+
+
+class _Stream:
+    """The state of one Ask call."""
+
+    def __init__(self, answers: Answers, *, slots: int) -> None:
+        self._answers = answers
+        self._slots = threading.Semaphore(slots)
+        self._pool = ThreadPoolExecutor(slots + 1, thread_name_prefix="perfit-ask")
+        # What to send; None when there are no more questions; an error that ends the stream.
+        self._events: queue.SimpleQueue[pb.AskResponse | Exception | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Callable[[], None] | None] = {}  # number → how to cancel its answer
+        self._is_closed = False
+
+    def start(self, requests: Iterator[pb.AskRequest], artefacts: Mapping[str, Artefact]) -> None:
+        self._pool.submit(self._read, requests, artefacts)
+
+    def close(self) -> None:
+        """End every answer at once and let go of every thread."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            cancels = [cancel for cancel in self._waiting.values() if cancel is not None]
+        for cancel in cancels:
+            cancel()
+        self._events.put(Cancelled("the caller left"))
+        self._slots.release()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def responses(self, seconds: float) -> Iterator[pb.AskResponse]:
+        end, is_asked = time.monotonic() + seconds, False
+        while not is_asked or self._waiting:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TooSlow("the stream is over its time; open another")
+            try:
+                event = self._events.get(timeout=min(left, _IDLE_SECONDS))
+            except queue.Empty:
+                if left > _IDLE_SECONDS and not self._waiting:
+                    raise TooSlow("no question came for long; open another stream with the next") from None
+                continue
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                is_asked = True
+                continue
+            is_last = bool(event.failure.code or event.part.finish)
+            if is_last:  # who hears that it is over may ask under its number again
+                with self._lock:
+                    del self._waiting[event.number]
+            yield event
+            if is_last:
+                self._slots.release()
+
+    # -- in the threads of the stream ----------------------------------------------------------
+
+    def _read(self, requests: Iterator[pb.AskRequest], artefacts: Mapping[str, Artefact]) -> None:
+        try:
+            first = next(requests, pb.AskRequest())
+            if first.WhichOneof("body") != "shift":
+                raise InvalidInput("the first message of the stream should hold the shift")
+            shift = decode_shift(first.shift, artefacts)
+            while self._slots.acquire():
+                request = next(requests, None)
+                if request is None:
+                    break
+                if request.WhichOneof("body") != "question":
+                    raise InvalidInput("every message after the first should hold a question")
+                self._take(request.question, shift)
+            self._events.put(None)
+        except grpc.RpcError:
+            return  # the call is over, which `close` hears from gRPC
+        except Exception as error:
+            self._events.put(error)
+
+    def _take(self, question: pb.Question, shift: ShiftUse) -> None:
+        with self._lock:
+            if self._is_closed:
+                raise Cancelled("the caller left")
+            if question.number in self._waiting:
+                raise InvalidInput("a question has the number of one that still waits for its answer")
+            self._waiting[question.number] = None
+            self._pool.submit(self._answer, question, shift)
+
+    def _answer(self, question: pb.Question, shift: ShiftUse) -> None:
+        def at_end(cancel: Callable[[], None]) -> bool:
+            with self._lock:
+                self._waiting[question.number] = cancel
+                return not self._is_closed
+
+        try:
+            for piece in self._answers.pieces(question, shift, at_end):
+                self._events.put(pb.AskResponse(number=question.number, part=encode_piece(piece)))
+        except Exception as error:
+            _, code, message, retry_ms = told(error, "Ask")
+            failure = pb.Failure(code=code, message=message, retry_ms=retry_ms)
+            self._events.put(pb.AskResponse(number=question.number, failure=failure))

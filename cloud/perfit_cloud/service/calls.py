@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import grpc
 
 from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
-from perfit_shared.errors import Cancelled
+from perfit_cloud.service.codec import PromptReader, decode_sampling
+from perfit_cloud.service.limits import Gate, Limits
+from perfit_shared.errors import Cancelled, TooSlow, Unavailable
+from perfit_shared.wire import personalization_pb2 as pb
 
-__all__ = ["Answer", "Generation", "Gradients", "cancelled_after", "check_active"]
+__all__ = ["Answer", "Answers", "Generation", "Gradients", "check_active"]
 
 
 class Answer(Protocol):
@@ -23,6 +26,8 @@ class Answer(Protocol):
 
 
 class Generation(Protocol):
+    continuous: bool  # whether a request joins the batch at once, or when the one before is over
+
     def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, /) -> Answer: ...
 
 
@@ -31,8 +36,49 @@ class Gradients(Protocol):
     def gradient(self, examples: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> Gradient: ...
 
 
+class Answers:
+    """The answers of Generate and of Ask: no more at once than there are places, none without end."""
+
+    def __init__(
+        self, generation: Generation, reader: PromptReader, limits: Limits, *, places: Gate, seconds: float
+    ) -> None:
+        self._generation = generation
+        self._reader = reader
+        self._limits = limits
+        self._places = places
+        self._seconds = seconds
+
+    def pieces(
+        self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse,
+        at_end: Callable[[Callable[[], None]], bool],
+    ) -> Iterator[Piece]:  # fmt: skip
+        """The pieces of one answer; what it asks for is checked first.
+
+        `at_end(cancel)` keeps `cancel` for when the caller leaves, and says false when it has left.
+        """
+        prompt = self._reader.prompt(request.prompt)
+        sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
+        last = None
+        with self._places.place(0):
+            answer = self._generation.submit(prompt, shift, sampling)
+            with _cancelled_after(self._seconds, answer) as late:
+                if not at_end(answer.cancel):
+                    raise Cancelled("the caller left")
+                for piece in answer:
+                    if piece.finish is not None:
+                        last = piece
+                        break
+                    yield piece
+        if last is not None:
+            yield last  # who hears that it is over finds the place free
+        elif late.is_set():
+            raise TooSlow("the answer took longer than this cloud allows")
+        else:
+            raise Unavailable("the cloud is stopping; try again later")
+
+
 @contextmanager
-def cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event]:
+def _cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event]:
     """Cancel the answer on leaving, or after `seconds`, which sets the event.
 
     A timer, because the call may stand in the answer's `next` for a piece that never comes.

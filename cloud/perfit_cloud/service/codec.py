@@ -15,7 +15,7 @@ from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.limits import Limits
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import InvalidInput, InvalidPrompt, InvalidTensors, NotFound, ShiftMismatch
-from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_to_bytes, wire_dtype
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = [
@@ -23,12 +23,16 @@ __all__ = [
     "decode_sampling",
     "decode_shift",
     "decode_spec",
+    "decode_step",
     "encode_description",
     "encode_gradient",
     "encode_piece",
     "encode_scores",
     "encode_seed",
     "encode_spec",
+    "encode_step",
+    "find_artefact",
+    "find_version",
 ]
 
 _CHARACTERS_A_TOKEN = 16  # a text with more than this for each token allowed is not even tokenized
@@ -88,7 +92,7 @@ class PromptReader:
 
         Raises InvalidInput when there are none or too many, InvalidPrompt when one does not fit.
         """
-        limits, read, total = self._limits, [], 0
+        limits = self._limits
         if not pairs:
             raise InvalidInput("the call holds no examples")
         if len(pairs) > limits.examples:
@@ -96,7 +100,24 @@ class PromptReader:
                 f"the call holds {len(pairs)} examples and this cloud takes at most {limits.examples}; "
                 "send fewer at a time"
             )
+        return self._read(pairs, limits.call_tokens)
+
+    def update(self, pairs: Iterable[tuple[pb.Prompt, str]]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, target ids) of the examples of an update, read as they come.
+
+        Raises InvalidInput when there are too many, InvalidPrompt when one does not fit.
+        """
+        limits = self._limits
+        return self._read(pairs, limits.adapt_tokens, limits.adapt_examples)
+
+    def _read(
+        self, pairs: Iterable[tuple[pb.Prompt, str]], tokens: int, examples: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        limits, total = self._limits, 0
+        read: list[tuple[list[int], list[int]]] = []
         for number, (prompt, target) in enumerate(pairs, 1):
+            if examples is not None and number > examples:
+                raise InvalidInput(f"this cloud takes at most {examples} examples in one update")
             try:
                 ids = self.prompt(prompt)
                 target_ids = self._target(target)
@@ -108,9 +129,9 @@ class PromptReader:
                     f"{limits.context}; shorten it"
                 )
             total += len(ids) + len(target_ids)
-            if total > limits.call_tokens:
+            if total > tokens:
                 raise InvalidInput(
-                    f"the examples hold more than {limits.call_tokens} tokens together; send fewer at a time"
+                    f"the examples hold more than {tokens} tokens together; send fewer at a time"
                 )
             read.append((ids, target_ids))
         return read
@@ -160,13 +181,10 @@ def decode_shift(message: pb.Shift, artefacts: Mapping[str, Artefact]) -> ShiftU
         if message.artefact or message.version or message.personal:
             raise InvalidInput("base mode takes no artefact and no tensors")
         return ShiftUse(mode)
-    artefact = find_artefact(message.artefact, artefacts)
-    # Only tensors are trained against a version: without any, the device may leave it out.
-    if message.version != artefact.version and (message.version or mode is Mode.PERSONAL):
-        raise ShiftMismatch(
-            f'the cloud serves another version of artefact "{artefact.name}"; run `perfit update` to train '
-            "this device's shift on it"
-        )
+    if mode is Mode.COLLECTIVE and not message.version:  # only tensors are trained against one
+        artefact = find_artefact(message.artefact, artefacts)
+    else:
+        artefact = find_version(message.artefact, message.version, artefacts)
     if mode is Mode.COLLECTIVE:
         if message.personal:
             raise InvalidInput("collective mode takes no tensors")
@@ -184,6 +202,25 @@ def find_artefact(name: str, artefacts: Mapping[str, Artefact]) -> Artefact:
     except KeyError:
         there = f"there are {', '.join(sorted(artefacts))}" if artefacts else "it serves none"
         raise NotFound(f'this cloud has no artefact "{name[:64]}"; {there}') from None
+
+
+def find_version(name: str, version: str, artefacts: Mapping[str, Artefact]) -> Artefact:
+    """The artefact that tensors were trained against. Raises NotFound, ShiftMismatch."""
+    artefact = find_artefact(name, artefacts)
+    if version != artefact.version:
+        raise ShiftMismatch(
+            f'the cloud serves another version of artefact "{artefact.name}"; run `perfit update` to train '
+            "this device's shift on it"
+        )
+    return artefact
+
+
+def decode_step(message: pb.AdaptStep, spec: ShiftSpec, examples: int) -> tuple[list[int], ShiftTensors]:
+    """Which examples of an update a step takes, and at which tensors. Raises InvalidInput, InvalidTensors."""
+    rows = list(message.rows)
+    if not rows or max(rows) >= examples or len(set(rows)) < len(rows):
+        raise InvalidInput(f"the rows of a step should be distinct, and each from 0 to {examples - 1}")
+    return rows, ShiftTensors.from_bytes(message.personal, spec, spec.personal_rank)
 
 
 def encode_spec(spec: ShiftSpec) -> pb.ShiftSpec:
@@ -256,21 +293,40 @@ def encode_scores(scores: Sequence[Score]) -> pb.ScoreResponse:
     )
 
 
-def encode_gradient(gradient: Gradient, spec: ShiftSpec) -> pb.ComputeGradientResponse:
-    """Raises InvalidTensors when the numbers overflowed on the way."""
-    gradient.tensors.check(spec, spec.personal_rank, gradient=True)
+def encode_gradient(gradient: Gradient, personal: bytes) -> pb.ComputeGradientResponse:
+    """In float32 where the tensors came so (`personal`), in float16 where they came rounded.
+
+    Raises InvalidTensors when the numbers overflowed on the way.
+    """
+    _check_loss(gradient)
+    return pb.ComputeGradientResponse(
+        loss=gradient.loss, tokens=gradient.tokens, gradient=_gradient_bytes(gradient, personal)
+    )
+
+
+def encode_step(gradient: Gradient, personal: bytes, *, loss_only: bool) -> pb.AdaptResponse:
+    """As `encode_gradient`."""
+    _check_loss(gradient)
+    response = pb.AdaptResponse(loss=gradient.loss, tokens=gradient.tokens)
+    if not loss_only:
+        response.gradient = _gradient_bytes(gradient, personal)
+    return response
+
+
+def _check_loss(gradient: Gradient) -> None:
     if not math.isfinite(gradient.loss):
         raise InvalidTensors("with these tensors the loss is not a number")
-    return pb.ComputeGradientResponse(
-        loss=gradient.loss, tokens=gradient.tokens, gradient=gradient.tensors.to_bytes()
-    )
+
+
+def _gradient_bytes(gradient: Gradient, personal: bytes) -> bytes:
+    return gradient_to_bytes(gradient.tensors, "float32" if wire_dtype(personal) == "float32" else "float16")
 
 
 def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
     return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
 
 
-def encode_description(served: Served) -> pb.DescribeResponse:
+def encode_description(served: Served, *, continuous: bool, keeps: bool) -> pb.DescribeResponse:
     limits = served.limits
     return pb.DescribeResponse(
         base_model=served.base.name,
@@ -292,6 +348,11 @@ def encode_description(served: Served) -> pb.DescribeResponse:
             new_tokens=limits.new_tokens,
             examples=limits.examples,
             message_bytes=limits.message_bytes,
+            adapt_examples=limits.adapt_examples,
+            adapt_tokens=limits.adapt_tokens,
+            questions=limits.questions,
         ),
         cloud_id=served.cloud_id,
+        continuous=continuous,
+        keeps=keeps,
     )

@@ -21,7 +21,7 @@ from perfit_cloud.service.certificates import read_certificate
 from perfit_cloud.service.limits import Gate
 from perfit_shared.errors import NotAuthenticated, to_status
 
-__all__ = ["Guard", "caller", "seconds_left"]
+__all__ = ["Guard", "caller", "seconds_left", "told"]
 
 _log = logging.getLogger(__name__)
 # Long-lived and served without a thread; it tells only whether the cloud serves.
@@ -113,14 +113,20 @@ def translated(context: grpc.ServicerContext, method: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        status, code, message, retry_ms = to_status(error)
-        if status == "INTERNAL":
-            _log.error("%s failed: %s", method, _where(error))
+        status, code, message, retry_ms = told(error, method)
         metadata = [("perfit-code", code)]
         if retry_ms:
             metadata.append(("perfit-retry-ms", str(retry_ms)))
         context.set_trailing_metadata(tuple(metadata))
         context.abort(grpc.StatusCode[status], message)
+
+
+def told(error: Exception, method: str) -> tuple[str, str, str, int]:
+    """What a caller is told of an error (`to_status`); the log gets what no caller should see."""
+    status = to_status(error)
+    if status[0] == "INTERNAL":
+        _log.error("%s failed: %s", method, _where(error))
+    return status
 
 
 def _where(error: BaseException) -> str:

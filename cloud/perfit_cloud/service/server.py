@@ -27,8 +27,8 @@ from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.service.adapt import Adapting
 from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority, ServerIdentity
-from perfit_cloud.service.calls import Generation, Gradients
-from perfit_cloud.service.codec import PromptReader
+from perfit_cloud.service.calls import Answers, Generation, Gradients
+from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.guard import Guard
 from perfit_cloud.service.limits import Gate
 from perfit_cloud.service.served import Served
@@ -111,7 +111,7 @@ class CloudServer:
                 min(_DEVICE_STREAMS, threads // 2),
                 config.call_seconds,
                 # A call that began at the very end of the age still gets all its time.
-                config.call_seconds + _GRACE_SECONDS,
+                max(config.call_seconds, config.stream_seconds) + _GRACE_SECONDS,
             ),
         )
         self._enrol_server = self._make(
@@ -192,16 +192,21 @@ class CloudServer:
     ) -> None:
         config = self._config
         reader = PromptReader(served.base, served.limits)
-        streams = Gate(running=config.streams, waiting=0, retry_ms=config.retry_ms)
+        answers = Answers(
+            generation,
+            reader,
+            served.limits,
+            places=Gate(running=config.streams, waiting=0, retry_ms=config.retry_ms),
+            seconds=config.call_seconds,
+        )
         personalization = PersonalizationService(
             served,
-            generation=generation,
+            reader,
+            description=encode_description(served, continuous=generation.continuous, keeps=steps.keeps),
+            answers=answers,
             gradients=gradients,
-            streams=streams,
             passes=Gate(running=1, waiting=config.gradient_waiting, retry_ms=config.retry_ms),
-            asking=Asking(
-                served, reader, generation=generation, streams=streams, stream_seconds=config.stream_seconds
-            ),
+            asking=Asking(served, answers, stream_seconds=config.stream_seconds),
             adapting=Adapting(
                 served,
                 reader,

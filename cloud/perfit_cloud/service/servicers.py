@@ -11,12 +11,10 @@ from perfit_cloud.engine.types import Mode
 from perfit_cloud.service.adapt import Adapting
 from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.calls import Generation, Gradients, cancelled_after, check_active
+from perfit_cloud.service.calls import Answers, Gradients, check_active
 from perfit_cloud.service.codec import (
     PromptReader,
-    decode_sampling,
     decode_shift,
-    encode_description,
     encode_gradient,
     encode_piece,
     encode_scores,
@@ -26,7 +24,7 @@ from perfit_cloud.service.codec import (
 from perfit_cloud.service.guard import caller, seconds_left
 from perfit_cloud.service.limits import Gate
 from perfit_cloud.service.served import Served
-from perfit_shared.errors import Cancelled, InvalidInput, TooSlow, Unavailable
+from perfit_shared.errors import InvalidInput
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -39,27 +37,28 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def __init__(
         self,
         served: Served,
+        reader: PromptReader,
         *,
-        generation: Generation,
+        description: pb.DescribeResponse,
+        answers: Answers,
         gradients: Gradients,
-        streams: Gate,
         passes: Gate,
         asking: Asking,
         adapting: Adapting,
         call_seconds: float,
     ) -> None:
         self._served = served
-        self._reader = PromptReader(served.base, served.limits)
-        self._generation = generation
+        self._reader = reader
+        self._description = description
+        self._answers = answers
         self._gradients = gradients
-        self._streams = streams
         self._passes = passes
         self._asking = asking
         self._adapting = adapting
         self._call_seconds = call_seconds
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
-        return encode_description(self._served)
+        return self._description
 
     def FetchSeed(self, request: pb.FetchSeedRequest, context: grpc.ServicerContext) -> pb.FetchSeedResponse:
         return encode_seed(find_artefact(request.artefact, self._served.artefacts))
@@ -68,22 +67,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         shift = decode_shift(request.shift, self._served.artefacts)
-        prompt = self._reader.prompt(request.prompt)
-        sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._served.limits)
-        with self._streams.place(0):
-            answer = self._generation.submit(prompt, shift, sampling)
-            with cancelled_after(self._call_seconds, answer) as late:
-                # Called when the RPC ends, however it does: the caller left, or its deadline passed.
-                if not context.add_callback(answer.cancel):
-                    raise Cancelled("the caller left")
-                for piece in answer:
-                    yield encode_piece(piece)
-                    if piece.finish is not None:
-                        return
-        check_active(context)
-        if late.is_set():
-            raise TooSlow("the answer took longer than this cloud allows")
-        raise Unavailable("the cloud is stopping; try again later")
+        for piece in self._answers.pieces(request, shift, context.add_callback):
+            yield encode_piece(piece)
 
     def Ask(
         self, request_iterator: Iterator[pb.AskRequest], context: grpc.ServicerContext
@@ -101,12 +86,12 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self, request: pb.ComputeGradientRequest, context: grpc.ServicerContext
     ) -> pb.ComputeGradientResponse:
         shift = decode_shift(request.shift, self._served.artefacts)
-        if shift.mode is not Mode.PERSONAL or shift.artefact is None:
+        if shift.mode is not Mode.PERSONAL:
             raise InvalidInput("a gradient is computed in personal mode")
         pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
         with self._passes.place(seconds_left(context, self._call_seconds)):
             check_active(context)
-            return encode_gradient(self._gradients.gradient(pairs, shift), shift.artefact.spec)
+            return encode_gradient(self._gradients.gradient(pairs, shift), request.shift.personal)
 
     def Adapt(
         self, request_iterator: Iterator[pb.AdaptRequest], context: grpc.ServicerContext

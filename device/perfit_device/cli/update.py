@@ -10,6 +10,7 @@ import typer
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
 
 if TYPE_CHECKING:
+    from perfit_device.adapting import Adapting
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, CloudInfo
     from perfit_device.history import Split
@@ -59,27 +60,31 @@ def update(
     perfit update --fresh
     """
     session = Session.of(context, profile=profile, json=json)
+    from perfit_device import memory
+    from perfit_device.adapting import Adapting
     from perfit_device.patience import Patience
 
+    memory.keep_little()
     wanted = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
         artefact = session.artefact(info, vault, task)
         plan, split = _plan(vault, info, artefact, {k: v for k, v in wanted.items() if v is not None}, fresh)
-        run = _prepare(
-            vault, cloud, info, artefact, split, plan=plan,
-            patience=Patience(give_up=patience), checkpoint_seconds=checkpoint,
-        )  # fmt: skip
-        say(
-            f"{artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
-            + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
-        )
-        try:
-            result = run.run()
-        except KeyboardInterrupt:
-            say(f"\nstopped after step {run.step} of {plan.steps}; `perfit update` resumes there")
-            raise
-        finally:
-            _end_progress()
+        with Adapting(cloud, artefact, info.limits, split) as source:
+            run = _prepare(
+                vault, cloud, info, artefact, source, plan=plan,
+                patience=Patience(give_up=patience), checkpoint_seconds=checkpoint,
+            )  # fmt: skip
+            say(
+                f"{artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
+                + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
+            )
+            try:
+                result = run.run()
+            except KeyboardInterrupt:
+                say(f"\nstopped after step {run.step} of {plan.steps}; `perfit update` resumes there")
+                raise
+            finally:
+                _end_progress()
         if session.json:
             session.emit(_as_json(artefact, result, cloud))
         _report(result, plan)
@@ -131,25 +136,21 @@ def _prepare(
     cloud: Cloud,
     info: CloudInfo,
     artefact: Artefact,
-    split: Split,
+    source: Adapting,
     *,
     plan: Plan,
     **options: object,
 ) -> Update:
     from perfit_device import personal
-    from perfit_device.codec import ShiftUse
-    from perfit_device.evaluation import gradient_of, mean_loss
     from perfit_device.updates import Update
 
     mine = None if plan.fresh else personal.load(vault, info.cloud_id, artefact)
     return Update(
-        vault, info.cloud_id, artefact, split, plan,
+        vault, info.cloud_id, artefact, plan,
         start=mine.tensors if mine is not None else cloud.fetch_seed(artefact),
         updates=mine.updates if mine is not None else 0,
-        gradient=gradient_of(cloud, artefact, info.limits),
-        evaluate=lambda items, tensors: mean_loss(
-            cloud, artefact.task, items, ShiftUse(artefact, tensors), info.limits, cut=True
-        ),
+        gradient=source.gradient,
+        evaluate=source.loss,
         progress=_progress,
         **options,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Gradients and losses of one update: over one Adapt stream, and call by call where there is none."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from perfit_device.cloud import Cloud, tensors_from_wire
+from perfit_device.codec import (
+    Artefact,
+    Limits,
+    ShiftUse,
+    adapt_examples_to_wire,
+    adapt_open_to_wire,
+    adapt_step_to_wire,
+)
+from perfit_device.evaluation import gradient_of, mean_loss, pair_of
+from perfit_device.history import Split
+from perfit_device.patience import PASSING
+from perfit_shared.errors import Cancelled, CertificateExpired, PerfitError
+from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
+
+__all__ = ["Adapting"]
+
+_T = TypeVar("_T")
+_STREAM_SECONDS = 86400.0  # clouds end it earlier
+_STEP_SECONDS = 300.0  # without a response, after which the stream is given up
+_MESSAGE_BYTES = 1 << 20  # of examples; the cloud's limit may be lower
+_PASSING = (*PASSING, Cancelled, CertificateExpired)  # after which another stream may be had
+
+
+class Adapting:
+    """What an `Update` asks a cloud. Use `with`.
+
+    Where a stream cannot be had, or breaks, it goes on call by call; and when an epoch is judged it
+    tries another stream, unless the cloud refused this one for good.
+    """
+
+    def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
+        self._cloud, self._artefact, self._limits, self._split = cloud, artefact, limits, split
+        self._gradient_of = gradient_of(cloud, artefact, limits)
+        self._stream: _Stream | None = None
+        self._is_welcome = len(split.train) + len(split.gate) <= limits.adapt_examples
+        self._may_open = self._is_welcome
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def gradient(
+        self, rows: Sequence[int], tensors: ShiftTensors
+    ) -> Callable[[], tuple[float, int, ShiftTensors]]:
+        """Ask for (nats a token, target tokens, d loss / d tensors) of rows of the training part.
+
+        What it gives waits for the answer; called again, after an error, it asks again.
+        """
+        items = [self._split.train[row] for row in rows]
+        return self._ask(rows, tensors, self._decoded, partial(self._gradient_of, items, tensors))
+
+    def loss(self, tensors: ShiftTensors) -> Callable[[], float]:
+        """Ask for the mean nats a token of the gate's part. As `gradient`."""
+        self._may_open = self._is_welcome
+        first = len(self._split.train)
+        use = ShiftUse(self._artefact, tensors)
+        alone = partial(
+            mean_loss, self._cloud, self._artefact.task, self._split.gate, use, self._limits, cut=True
+        )
+        rows = range(first, first + len(self._split.gate))
+        return self._ask(rows, tensors, lambda response: float(response.loss), alone, loss_only=True)
+
+    def _ask(
+        self, rows: Sequence[int], tensors: ShiftTensors, decode: Callable[[Any], _T],
+        alone: Callable[[], _T], *, loss_only: bool = False,
+    ) -> Callable[[], _T]:  # fmt: skip
+        if self._stream is None and self._may_open:
+            self._stream = _Stream(self._cloud, self._artefact, self._limits, self._split)
+        asked = self._stream
+        if asked is not None:
+            asked.send(adapt_step_to_wire(tensors, rows, loss_only=loss_only))
+
+        def answer() -> _T:
+            nonlocal asked
+            stream, asked = asked, None
+            if stream is not None:
+                try:
+                    return decode(stream.receive())
+                except PerfitError as error:
+                    self._is_welcome = isinstance(error, _PASSING)
+                    self._close()
+            return alone()
+
+        return answer
+
+    def _decoded(self, response: Any) -> tuple[float, int, ShiftTensors]:
+        if response.tokens < 1:
+            raise PerfitError("the cloud computed a gradient over no tokens; tell its operator")
+        gradient = tensors_from_wire(gradient_from_bytes, response.gradient, self._artefact, "a gradient")
+        return response.loss, response.tokens, gradient
+
+    def _close(self) -> None:
+        self._may_open = False
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+class _Stream:
+    """One Adapt call. Opening it sends the examples, gate's behind training's."""
+
+    def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
+        self._artefact, self._split = artefact, split
+        self._message_bytes = min(_MESSAGE_BYTES, limits.message_bytes // 2)
+        self._steps: SimpleQueue[Any] = SimpleQueue()  # None: no more
+        self._responses = cloud.stream("Adapt", self._messages(), _STREAM_SECONDS)
+
+    def _messages(self) -> Iterator[Any]:
+        yield adapt_open_to_wire(self._artefact)
+        items = itertools.chain(self._split.train, self._split.gate)
+        pairs = (pair_of(self._artefact.task, item) for item in items)
+        yield from adapt_examples_to_wire(pairs, self._message_bytes)
+        yield from iter(self._steps.get, None)
+
+    def send(self, step: Any) -> None:
+        self._steps.put(step)
+
+    def receive(self) -> Any:
+        """The response to the next step that was sent. Raises PerfitError."""
+        timer = threading.Timer(_STEP_SECONDS, self._responses.close)
+        timer.daemon = True
+        timer.start()
+        try:
+            return next(self._responses)
+        except StopIteration:
+            raise Cancelled("the cloud ended the stream") from None
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        self._steps.put(None)  # gRPC's thread waits there
+        self._responses.close()

@@ -1,0 +1,366 @@
+"""Adapt over real TLS: one update over one stream."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tests.cloud.serving import INVALID, TIMEOUT, Device, Running, failure
+from tests.conftest import random_shift
+
+from perfit_cloud.engine.adaptation import AdaptationEngine
+from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.types import Gradient, Mode, ShiftUse
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service import adapt
+from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
+from perfit_shared.wire import personalization_pb2 as pb
+
+EXAMPLES = [
+    ("the cat sat on the mat", " the dog"), ("the dog ran", " to the door"), ("a", " cat"),
+    ("the mat and the door and the cat and the dog", " ran"), ("to the door", " the cat sat"),
+]  # fmt: skip
+
+
+def opening(artefact: Artefact, /, **change: str) -> pb.AdaptRequest:
+    return pb.AdaptRequest(
+        open=pb.AdaptOpen(**{"artefact": artefact.name, "version": artefact.version} | change)
+    )
+
+
+def examples(pairs: Sequence[tuple[str, str]]) -> pb.AdaptRequest:
+    made = [pb.Example(prompt=pb.Prompt(text=text), target=target) for text, target in pairs]
+    return pb.AdaptRequest(examples=pb.AdaptExamples(examples=made))
+
+
+def step(tensors: ShiftTensors | bytes, rows: Sequence[int], *, loss_only: bool = False) -> pb.AdaptRequest:
+    data = tensors if isinstance(tensors, bytes) else tensors.to_bytes()
+    return pb.AdaptRequest(step=pb.AdaptStep(personal=data, rows=rows, loss_only=loss_only))
+
+
+def mine(artefact: Artefact, seed: int) -> ShiftTensors:
+    return random_shift(artefact.spec, artefact.spec.personal_rank, seed)
+
+
+class Stream:
+    """An open stream that sends when told to."""
+
+    def __init__(self, device: Device, *messages: pb.AdaptRequest) -> None:
+        self._requests: queue.SimpleQueue[pb.AdaptRequest | None] = queue.SimpleQueue()
+        self.call: Any = device.stub.Adapt(iter(self._requests.get, None), timeout=TIMEOUT)
+        self.send(*messages)
+
+    def send(self, *messages: pb.AdaptRequest) -> None:
+        for message in messages:
+            self._requests.put(message)
+
+    def ask(self, *messages: pb.AdaptRequest) -> pb.AdaptResponse:
+        self.send(*messages)
+        return next(self.call)
+
+    def end(self) -> None:
+        """Send no more."""
+        self._requests.put(None)
+
+
+@pytest.fixture
+def stream(artefact: Artefact) -> Iterator[Callable[..., Stream]]:
+    """A stream whose examples are sent."""
+    made: list[Stream] = []
+
+    def start(device: Device, pairs: Sequence[tuple[str, str]] = EXAMPLES) -> Stream:
+        made.append(Stream(device, opening(artefact), examples(pairs)))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
+        each.call.cancel()
+
+
+def wanted_of(
+    engine: GradientEngine, base: BaseModel, artefact: Artefact, tensors: ShiftTensors, rows: Sequence[int]
+) -> Gradient:
+    pairs = [(base.encode(EXAMPLES[row][0]), base.encode_target(EXAMPLES[row][1])) for row in rows]
+    return engine.gradient(pairs, ShiftUse(Mode.PERSONAL, artefact, tensors))
+
+
+def assert_is(got: pb.AdaptResponse, wanted: Gradient, artefact: Artefact, tolerance: float = 2e-5) -> None:
+    assert (got.loss, got.tokens) == (
+        pytest.approx(wanted.loss, rel=max(1e-5, tolerance / 10)),
+        wanted.tokens,
+    )
+    gradient = gradient_from_bytes(got.gradient, artefact.spec, artefact.spec.personal_rank)
+    for (name, a), (_, b) in zip(gradient.named(), wanted.tensors.named(), strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-7, name
+
+
+def freed(running: Running, steps: StepQueue) -> bool:
+    """Whether nothing of an update is left, once the server has had a moment."""
+    engine, until = steps._engine, time.monotonic() + 5
+    while engine._open and time.monotonic() < until:
+        time.sleep(0.01)
+    with engine._state:  # not in the middle of a close
+        return not engine._open and engine._room == [2**26, 0]
+
+
+def test_steps_equal_those_of_the_stateless_engine(
+    run: Callable[..., Running], artefact: Artefact, base: BaseModel, gradients: GradientEngine,
+    step_queue: StepQueue,
+) -> None:  # fmt: skip
+    running = run()
+    call = Stream(running.device(), opening(artefact), examples(EXAMPLES[:2]), examples(EXAMPLES[2:]))
+    for seed, rows in enumerate([[3, 0], [4, 1, 2], [2], [0, 1, 2, 3, 4]]):
+        tensors = mine(artefact, seed)
+        wanted = wanted_of(gradients, base, artefact, tensors, rows)
+        assert_is(call.ask(step(tensors, rows)), wanted, artefact)
+        loss = call.ask(step(tensors, rows, loss_only=True))
+        assert (loss.loss, loss.tokens, loss.gradient) == (
+            pytest.approx(wanted.loss, rel=1e-5), wanted.tokens, b"",
+        )  # fmt: skip
+        rounded = call.ask(step(tensors.to_bytes(dtype="float16"), rows))
+        assert b'"F16"' in rounded.gradient
+        assert_is(rounded, wanted, artefact, tolerance=2e-2)
+    call.end()
+    assert list(call.call) == []
+    assert call.call.code() is grpc.StatusCode.OK
+    assert freed(running, step_queue)
+
+
+def test_describe_tells_the_limits_and_what_is_kept(run: Callable[..., Running]) -> None:
+    told = run(adapt_examples=7, adapt_tokens=900, questions=3).device().describe()
+    assert (told.limits.adapt_examples, told.limits.adapt_tokens, told.limits.questions) == (7, 900, 3)
+    assert told.keeps and told.continuous
+
+
+def test_streams_side_by_side_equal_each_alone(
+    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact, base: BaseModel,
+    gradients: GradientEngine,
+) -> None:  # fmt: skip
+    running = run()
+    streams = [stream(running.device()) for _ in range(3)]
+
+    def work(who: int) -> list[tuple[pb.AdaptResponse, Gradient]]:
+        found = []
+        for at in range(6):
+            tensors, rows = mine(artefact, 10 * who + at), [(who + at) % 5, (who + at + 2) % 5]
+            got = streams[who].ask(step(tensors, rows))
+            found.append((got, wanted_of(gradients, base, artefact, tensors, rows)))
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(work, range(3)):
+            for got, wanted in found:
+                assert_is(got, wanted, artefact)
+
+
+@pytest.mark.parametrize("moment", ["idle", "filling", "in line"])
+def test_a_caller_who_leaves_frees_everything(
+    moment: str, run: Callable[..., Running], base: BaseModel, stream: Callable[..., Stream],
+    artefact: Artefact, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    engine = AdaptationEngine(base, keep_bytes=2**26)
+    steps = StepQueue(engine)
+    there, go_on = threading.Event(), threading.Event()
+
+    def slow(work: Callable[..., Any]) -> Callable[..., Any]:
+        def held(*args: Any, **how: Any) -> Any:
+            there.set()
+            assert go_on.wait(TIMEOUT)
+            return work(*args, **how)
+
+        return held
+
+    running = run(steps=steps)
+    call, tensors = stream(running.device()), mine(artefact, 1)
+    if moment == "filling":
+        monkeypatch.setattr("perfit_cloud.engine.kept._fill", slow(lambda *_: None))
+        call.send(step(tensors, [0]))
+        assert there.wait(TIMEOUT)
+    else:
+        call.ask(step(tensors, [0]))
+        assert len(engine._open) == 1 and engine._room[0] < 2**26
+    if moment == "in line":
+        monkeypatch.setattr(engine, "_pass", slow(engine._pass))
+        call.send(step(tensors, [0]))
+        assert there.wait(TIMEOUT)
+    call.call.cancel()
+    if moment != "idle":
+        time.sleep(0.2)  # the pass is still at work
+        go_on.set()
+    assert freed(running, steps)
+    steps.close()
+
+
+Hostile = Callable[[Artefact], list[pb.AdaptRequest]]
+HOSTILE: dict[str, tuple[str, str, str, Hostile]] = {
+    "steps before open": (INVALID, "invalid_input", "one open", lambda a: [step(mine(a, 1), [0])]),
+    "examples before open": (INVALID, "invalid_input", "one open", lambda a: [examples(EXAMPLES)]),
+    "nothing": (INVALID, "invalid_input", "one open", lambda a: []),
+    "an empty message": (INVALID, "invalid_input", "one open", lambda a: [pb.AdaptRequest()]),
+    "open twice": (INVALID, "invalid_input", "one open", lambda a: [opening(a), opening(a)]),
+    "a step before examples": (
+        INVALID, "invalid_input", "then examples", lambda a: [opening(a), step(mine(a, 1), [0])],
+    ),
+    "half-closed before a step": (
+        INVALID, "invalid_input", "then steps", lambda a: [opening(a), examples(EXAMPLES)],
+    ),
+    "no examples": (INVALID, "invalid_input", "should hold some", lambda a: [opening(a), examples([])]),
+    "examples after a step": (
+        INVALID, "invalid_input", "then steps",
+        lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [0]), examples(EXAMPLES)],
+    ),
+    "another artefact": ("NOT_FOUND", "not_found", "there are", lambda a: [opening(a, artefact="other")]),
+    "another version": (
+        "FAILED_PRECONDITION", "shift_mismatch", "perfit update", lambda a: [opening(a, version="0")],
+    ),
+    "too many examples": (
+        INVALID, "invalid_input", "at most 6 examples",
+        lambda a: [opening(a), *[examples(EXAMPLES)] * 2, step(mine(a, 1), [0])],
+    ),
+    "too many tokens": (
+        INVALID, "invalid_input", "300 tokens together",
+        lambda a: [opening(a), *[examples([("cat dog " * 30, " ran")] * 2)] * 3, step(mine(a, 1), [0])],
+    ),
+    "an example too long": (
+        INVALID, "invalid_prompt", "example 4: ",
+        lambda a: [opening(a), examples(EXAMPLES[:2]), examples([EXAMPLES[2], ("cat " * 300, " ran")])],
+    ),
+    "an example without a target": (
+        INVALID, "invalid_prompt", "example 2: ", lambda a: [opening(a), examples([EXAMPLES[0], ("a", " ")])],
+    ),
+    "no rows": (
+        INVALID, "invalid_input", "0 to 4", lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [])],
+    ),
+    "rows out of range": (
+        INVALID, "invalid_input", "0 to 4",
+        lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [4, 5])],
+    ),
+    "a row twice": (
+        INVALID, "invalid_input", "distinct",
+        lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [1, 1])],
+    ),
+    "garbage for tensors": (
+        INVALID, "invalid_tensors", "safetensors",
+        lambda a: [opening(a), examples(EXAMPLES), step(b"\x08" + bytes(400), [0])],
+    ),
+    "no tensors": (
+        INVALID, "invalid_tensors", "safetensors", lambda a: [opening(a), examples(EXAMPLES), step(b"", [0])],
+    ),
+    "tensors of another spec": (
+        INVALID, "invalid_tensors", "",
+        lambda a: [opening(a), examples(EXAMPLES), step(a.collective, [0])],
+    ),
+}  # fmt: skip
+
+
+def test_hostile_streams_get_their_one_clear_error(
+    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact, step_queue: StepQueue
+) -> None:
+    """And harm nobody: a stream that was there before goes on as if nothing had been."""
+    running = run(adapt_examples=6, adapt_tokens=300)
+    device, tensors = running.device(), mine(artefact, 2)
+    honest = stream(running.device())
+    before = honest.ask(step(tensors, [0, 3]))
+    for name, (status, code, text, messages) in HOSTILE.items():
+        found = failure(lambda m=messages: list(device.stub.Adapt(iter(m(artefact)), timeout=TIMEOUT)))
+        assert (found[0], found[1]) == (status, {"perfit-code": code}), name
+        assert text in found[2], name
+        assert "cat" not in found[2], name
+    assert honest.ask(step(tensors, [0, 3])) == before
+    honest.end()
+    assert list(honest.call) == []
+    assert freed(running, step_queue)
+
+
+def test_bytes_that_are_no_message_end_their_stream_alone(
+    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact
+) -> None:
+    running = run()
+    honest = stream(running.device())
+    raw = running.device().channel.stream_stream("/perfit.v1.Personalization/Adapt")
+    assert failure(lambda: list(raw(iter([b"\xff" * 50]), timeout=TIMEOUT)))[0] == "INTERNAL"
+    assert honest.ask(step(mine(artefact, 1), [0])).tokens > 0
+
+
+def test_streams_beyond_the_places_come_back_later(
+    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact
+) -> None:
+    running = run(adaptations=1, retry_ms=750)
+    device = running.device()
+    first = stream(device)
+    first.ask(step(mine(artefact, 1), [0]))
+    status, metadata, _ = failure(lambda: stream(device).ask())
+    assert (status, metadata) == (
+        "RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"},
+    )  # fmt: skip
+    first.end()
+    assert list(first.call) == []
+    assert stream(device).ask(step(mine(artefact, 1), [0])).tokens > 0
+
+
+@pytest.mark.parametrize("silent", ["from the start", "after a step"])
+def test_a_silent_stream_does_not_hold_its_place(
+    silent: str, run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream],
+    step_queue: StepQueue, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(adapt, "_IDLE_SECONDS", 0.3)
+    running = run()
+    call = stream(running.device())
+    if silent == "after a step":
+        call.ask(step(mine(artefact, 1), [0]))
+    status, metadata, text = failure(call.ask)
+    assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
+    assert "open another stream" in text
+    assert freed(running, step_queue)
+
+
+def test_no_stream_lasts_for_ever(
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue
+) -> None:
+    running = run(stream_seconds=1)
+    call = stream(running.device())
+
+    def go_on() -> None:
+        for _ in range(200):
+            call.ask(step(mine(artefact, 1), [0]))
+            time.sleep(0.02)
+
+    status, metadata, text = failure(go_on)
+    assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
+    assert "open another" in text
+    assert freed(running, step_queue)
+
+
+def test_a_revoked_device_gets_no_further_response(
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue
+) -> None:
+    running = run()
+    device = running.device()
+    call = stream(device)
+    call.ask(step(mine(artefact, 1), [0]))
+    running.authority.revoke(device.identity)
+    assert failure(lambda: call.ask(step(mine(artefact, 1), [0])))[:2] == (
+        "PERMISSION_DENIED", {"perfit-code": "identity_revoked"},
+    )  # fmt: skip
+    assert freed(running, step_queue)
+
+
+def test_a_server_that_stops_ends_its_streams(
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue
+) -> None:
+    running = run()
+    call = stream(running.device())
+    call.ask(step(mine(artefact, 1), [0]))
+    running.server.stop(0)
+    assert failure(lambda: call.ask(step(mine(artefact, 1), [0])))[0] in {"UNAVAILABLE", "CANCELLED"}
+    assert freed(running, step_queue)
