@@ -3,11 +3,11 @@
     python scripts/bench/device.py --json docs/results/bench/device.json
 
 At Llama-2-7B's width with the preset of LaMP-2N: 3 layers, rank 32, d = 4096, 786k numbers. The step
-runs on one core. The update is `perfit update` itself, a process of its own with a vault, against a
-cloud that serves a thin random model of that width (4 blocks, small heads: what a device does depends
-on the width alone). Its resident memory is read from /proc while it trains: the median, how the last
-quarter differs from the second, and the highest moment, checkpoints into the vault included; then the
-highest moment before, which is Argon2id's when the vault opens.
+runs on one core, with the allocator set as in an update. The update is `perfit update` itself, a
+process of its own with a vault, against a cloud that serves a thin random model of that width (4
+blocks, small heads: what a device does depends on the width alone). Its resident memory, in 10⁶ bytes,
+is read from /proc while it trains: the median, how the last quarter's differs from the second's, and
+the highest moment, which is a checkpoint's; then the highest before, Argon2id's when the vault opens.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import common
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from perfit_device import memory
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -41,7 +42,6 @@ _STARTER = _ROOT / "cloud" / "perfit_cloud" / "starter"
 _HISTORY = _ROOT / "demo" / "people" / "folders.jsonl"
 _TASK = "news_categorize"
 _POLL_SECONDS = 0.02
-_CHECKPOINT_SECONDS = 1.0  # 30 by default: here every update should make some
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ class Sizes:
     hidden_size: int
     steps: int  # of the optimizer, timed
     epochs: int  # of the update
+    checkpoint: float  # seconds between two; 30 by default, but a short update should make some
     helps: int
 
 
-FULL = Sizes(hidden_size=4096, steps=200, epochs=20, helps=21)
-SMALL = Sizes(hidden_size=256, steps=5, epochs=2, helps=3)
+FULL = Sizes(hidden_size=4096, steps=200, epochs=30, checkpoint=5.0, helps=21)
+SMALL = Sizes(hidden_size=256, steps=5, epochs=2, checkpoint=1.0, helps=3)
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
     spec = preset_for(_TASK).spec(blocks=4, hidden_size=sizes.hidden_size)
     result = {"parameters": spec.personal_parameters(), **stepping(spec, sizes.steps), **helping(sizes.helps)}
     with tempfile.TemporaryDirectory() as folder:
-        result |= updating(spec, sizes.epochs, Path(folder))
+        result |= updating(spec, sizes, Path(folder))
     print(common.table(["figure", "value"], list(result.items())))
     common.finish(result, args.json)
 
@@ -79,6 +80,7 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
     ]
     optimizer = StiefelAdamW(OptimizerConfig(1e-4, steps))
     times = []
+    memory.keep_little()
     with threadpool_limits(1):
         for step in range(steps):
             begun = time.perf_counter()
@@ -111,14 +113,14 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def updating(spec: ShiftSpec, epochs: int, folder: Path) -> dict[str, Any]:
+def updating(spec: ShiftSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Resident memory of `perfit update`, MB."""
     with thin_cloud(spec, folder) as cloud:
         device = Device(folder / "homes", "bench")
         device("enroll", "-", text=cloud.invite())
         device("history", "import", str(_HISTORY), "--task", _TASK)
         said = folder / "said.txt"
-        flags = ("--epochs", str(epochs), "--lr", "1e-4", "--checkpoint", str(_CHECKPOINT_SECONDS))
+        flags = ("--epochs", str(sizes.epochs), "--lr", "1e-4", "--checkpoint", str(sizes.checkpoint))
         with said.open("w") as stderr:
             process = subprocess.Popen(
                 device.command("update", *flags), env={**os.environ, **device.env}, stderr=stderr

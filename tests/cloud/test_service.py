@@ -86,15 +86,15 @@ def test_an_answer_arrives_while_it_is_made(
     run: Callable[..., Running], generation: GenerationEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, go, made = run().device(), threading.Event(), itertools.count(1)
-    deliver = generation.deliver
+    forward = generation._forward
 
-    def held(output: Any) -> None:
-        """The engine stands still at its 20th token until the first message was read."""
+    def held(plan: Any) -> Any:
+        """The engine stands still at its 20th pass until the first message was read."""
         if next(made) == 20:
             assert go.wait(TIMEOUT)
-        deliver(output)
+        return forward(plan)
 
-    monkeypatch.setattr(generation, "deliver", held)
+    monkeypatch.setattr(generation, "_forward", held)
     stream = device.stub.Generate(generate(max_new_tokens=60), timeout=TIMEOUT)
     first = next(stream)
     assert generation.in_flight == 1

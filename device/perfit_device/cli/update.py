@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perfit_device import memory
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
 
 if TYPE_CHECKING:
@@ -60,11 +61,10 @@ def update(
     perfit update --fresh
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device import memory
+    memory.keep_little()
     from perfit_device.adapting import Adapting
     from perfit_device.patience import Patience
 
-    memory.keep_little()
     wanted = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
         artefact = session.artefact(info, vault, task)
