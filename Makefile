@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow lint wire help-page starter clean
+.PHONY: help setup peers demo test test-slow bench lint wire help-page starter clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
 	@echo "make test        set up, then the tests (under 8 minutes)"
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
+	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
 	@echo "make lint        ruff, mypy and the import contracts"
 
 setup: $(VENV)/.ready
@@ -31,6 +32,20 @@ peers:
 
 test-slow: setup peers
 	$(BIN)/python -m pytest -m slow
+
+RESULTS := docs/results/bench
+NEWSLM := ../shared/models/newslm
+SERVING := $(BIN)/python scripts/bench/serving.py
+
+bench: setup peers
+	$(SERVING) --model $(NEWSLM) --json $(RESULTS)/serving-newslm.json
+	$(SERVING) --model random-100m --json $(RESULTS)/serving-100m.json
+	$(SERVING) --asks-during-updates --model $(NEWSLM) --json $(RESULTS)/asks-newslm.json
+	$(SERVING) --scaling --model random-100m --json $(RESULTS)/scaling-100m.json
+	$(SERVING) --profile --model random-100m --json $(RESULTS)/profile-100m.json
+	$(BIN)/python scripts/bench/update.py --model $(NEWSLM) --json $(RESULTS)/update.json
+	$(BIN)/python scripts/bench/wire.py --json $(RESULTS)/wire.json
+	$(BIN)/python scripts/bench/device.py --json $(RESULTS)/device.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from perfit_device import memory, personal
+from perfit_device import footprint, personal
 from perfit_device.codec import Artefact
 from perfit_device.patience import PASSING, Patience
 from perfit_device.personal import PersonalShift
@@ -172,7 +172,7 @@ class Update:
             if time.monotonic() - last_saved >= self._checkpoint_seconds:
                 self._save()
                 last_saved = time.monotonic()
-            memory.give_back()
+            footprint.give_back()
 
     def _ask(self) -> Callable[[], Training[Plan]] | None:
         """Ask for what comes next; gives what waits for it and tells the new state. None: all is done."""

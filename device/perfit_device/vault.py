@@ -297,7 +297,10 @@ def _connect(path: Path, wait_seconds: float = _WAIT_SECONDS) -> sqlite3.Connect
         check_same_thread=False, cached_statements=0,
     )  # fmt: skip
     try:
-        for pragma in ("secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY", "trusted_schema=OFF"):
+        for pragma in (
+            "secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY", "trusted_schema=OFF",
+            "cache_size=-256",
+        ):  # fmt: skip
             connection.execute(f"PRAGMA {pragma}")
     except BaseException:
         connection.close()

@@ -28,7 +28,7 @@ import common
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from perfit_device import memory
+from perfit_device import footprint
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -80,7 +80,7 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
     ]
     optimizer = StiefelAdamW(OptimizerConfig(1e-4, steps))
     times = []
-    memory.keep_little()
+    footprint.stay_small()
     with threadpool_limits(1):
         for step in range(steps):
             begun = time.perf_counter()

@@ -24,6 +24,7 @@ Times to first token run from a request's submit to its first piece, over all ru
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,7 @@ class Bench:
             })  # fmt: skip
         return made
 
-    def peers(self, pairs: int, ratio_to_base: float) -> dict[str, Any]:
+    def peers(self, pairs: int, ratio_to_base: float, *, with_pyreft: bool) -> dict[str, Any]:
         """Ours with every request another user, over each peer; intervals beside."""
         users = self._sizes.in_flight
         ours = self._side(self._ours, self._artefact, users)
@@ -132,7 +133,7 @@ class Bench:
         lora = Lora(self._base, self._prompts, self._sizes.new_tokens)
         sides = {"ours": ours, "static_generate": static, "peft_base": lora.base, "peft": lora.mixed}
         with ExitStack() as stack:
-            process = pyreft_for(self._base)
+            process = pyreft_for(self._base) if with_pyreft else None
             pyreft = None
             if process is not None:
                 pyreft = PyreftServing(stack.enter_context(process), self._artefact, ours.asked)
@@ -167,6 +168,7 @@ def main() -> None:
     mode = made.add_mutually_exclusive_group()
     for flag in _MODES:
         mode.add_argument(f"--{flag}", action="store_true")
+    made.add_argument("--without-pyreft", action="store_true", help="it takes most of the time")
     args = made.parse_args()
     base = load_model(args)
     run = next((run for flag, run in _MODES.items() if vars(args)[flag.replace("-", "_")]), _serve)
@@ -178,22 +180,10 @@ def _serve(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(base, SMALL if args.small else Sizes())
     try:
         rows = bench.rows(pairs)
-        peers = bench.peers(pairs, rows[-1]["ratio_to_base"])
+        _print_rows(rows)
+        peers = bench.peers(pairs, rows[-1]["ratio_to_base"], with_pyreft=not args.without_pyreft)
     finally:
         bench.close()
-    print(common.table(
-        ["users", "tokens/s", "of base [95 %]", "first token, p50 s", "of base", "p95 s", "of base"],
-        [
-            [
-                row["distinct_users"], row["tokens_per_second"],
-                common.Ratio(row["ratio_to_base"], *row["ratio_interval"]), row["ttft_p50"],
-                common.Ratio(*row["ttft_p50_ratio"]), row["ttft_p95"], common.Ratio(*row["ttft_p95_ratio"]),
-            ]
-            for row in rows
-        ],
-    ))  # fmt: skip
-    ratios = [row["ratio_to_base"] for row in rows]
-    print(f"spread over users, of the ratios to base: {(max(ratios) - min(ratios)) / max(ratios):.1%}\n")
     print(common.table(
         ["peer", "its tokens/s", "ours over it [95 %]"],
         [
@@ -207,6 +197,25 @@ def _serve(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     if peers["same_answers_as_pyreft"] is not None:
         print(f"answers that pyreft gives, too: {peers['same_answers_as_pyreft']} of {rows[0]['in_flight']}")
     return {"rows": rows, "peers": peers}
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    print(common.table(
+        ["users", "tokens/s", "of base [95 %]", "first token, p50 s", "of base", "p95 s", "of base"],
+        [
+            [
+                row["distinct_users"], row["tokens_per_second"],
+                common.Ratio(row["ratio_to_base"], *row["ratio_interval"]), row["ttft_p50"],
+                common.Ratio(*row["ttft_p50_ratio"]), row["ttft_p95"], common.Ratio(*row["ttft_p95_ratio"]),
+            ]
+            for row in rows
+        ],
+    ))  # fmt: skip
+    ratios = [row["ratio_to_base"] for row in rows]
+    print(
+        f"spread over users, of the ratios to base: {(max(ratios) - min(ratios)) / max(ratios):.1%}\n",
+        flush=True,
+    )
 
 
 _MODES = {"asks-during-updates": beside_updates.run, "scaling": growth.scaling, "profile": growth.profile}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,10 @@ import pytest
 import torch
 from tests.conftest import FAMILIES, random_shift
 
-from perfit_cloud.engine.generation import Engine, GenerationEngine, GenerationSettings, engine_for
+from perfit_cloud.engine.generation import Engine, GenerationEngine, GenerationSettings, can_share, engine_for
 from perfit_cloud.engine.gradients import GradientEngine, passes
 from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
+from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.shifts import Group, hooked, open_book, phi, row_index, to_torch
 from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
 from perfit_shared.positions import Positions
@@ -365,6 +369,102 @@ def test_coming_and_leaving_leaves_nothing_behind(load: Any) -> None:
     finally:
         engine.stop()
     assert not any(shelf.places for shelf in engine._shelves._shelves.values())
+
+
+def test_what_a_request_held_goes_with_it(load: Any, make_artefact: Any) -> None:
+    """Not at some later collection of cycles: on an idle cloud that may be hours away."""
+    base = load("llama")
+    artefact = make_artefact(base)
+    engine = GenerationEngine(base, {artefact.name: artefact}, SMALL)
+    use = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, 3, 1))
+    gc.collect()
+    gc.disable()
+    try:
+        answers = [engine.submit([0, 5, 6, 7], use, Sampling(n)) for n in (3, 200)]
+        held = [weakref.ref(request) for request in engine._requests]
+        held += [weakref.ref(t) for r in engine._requests for phi in r.personal.values() for t in phi]
+        list(answers[0])
+        next(answers[1])
+        answers[1].cancel()
+        deadline = time.monotonic() + 30
+        while any(ref() is not None for ref in held) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(held) == 14
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
+        engine.stop()
+
+
+def test_an_engine_that_cannot_forget_stops(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error of the device itself nothing works any more: readers and callers must hear of it."""
+    engine = GenerationEngine(load("llama"), {}, SMALL)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(engine, "_forward", broken)
+    monkeypatch.setattr(engine._shelves, "clear", broken)
+    with pytest.raises(Unavailable):
+        list(engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(4)))
+    assert engine._thread is not None
+    engine._thread.join(30)
+    with pytest.raises(Unavailable):
+        engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(4))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])
+def test_a_family_that_hides_its_window_in_the_mask_is_not_packed(kind: str) -> None:
+    """Such a block does not tell its attention of it, which would look back over everything."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=100, max_position_embeddings=256, sliding_window=10,
+        use_sliding_window=True, max_window_layers=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not can_share(BaseModel("tiny", "", model, None))
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(load: Any) -> None:
+    """In a shared pass it would end everybody's answers."""
+    engine = GenerationEngine(load("llama"), {}, SMALL)
+    with pytest.raises(InvalidPrompt, match="does not know"):
+        engine.submit([0, 10**6], ShiftUse(Mode.BASE), Sampling(4))
+
+
+def test_half_precision_serves_what_generate_does_up_to_ties(model_folder: Any, make_artefact: Any) -> None:
+    """bfloat16: where served and hooked `generate` part, the two best tokens were next to equal."""
+    base = load_base(str(model_folder("llama")), dtype="bfloat16")
+    artefacts = {"news_headline": make_artefact(base)}
+    engine = engine_for(base, artefacts, SMALL)
+    assert engine.continuous
+    asked = uses(artefacts | {"again": artefacts["news_headline"]}, 12)
+    wanted = [(p, u, Sampling(NEW)) for p, u in zip(prompts(12), asked, strict=True)]
+    try:
+        served = serve(engine, wanted)
+    finally:
+        engine.stop()
+    same = 0
+    for (prompt, use, _), got in zip(wanted, served, strict=True):
+        want = alone(base, prompt, use)
+        part = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
+        same += part is None
+        if part is not None:
+            gap = _gap(base, prompt, use, want[:part], got[part], want[part])
+            assert gap < 0.06, gap  # logits of this model span about 6; bfloat16 rounds them to 0.03
+    assert same >= 6
+
+
+def _gap(base: Any, prompt: list[int], use: ShiftUse, before: list[int], a: int, b: int) -> float:
+    """How far apart two tokens' log-likelihoods are after prompt and `before`."""
+    engine = GradientEngine(base)
+    try:
+        scores = engine.score([(prompt, [*before, a]), (prompt, [*before, b])], use)
+    finally:
+        engine.close()
+    return abs(scores[0].log_likelihood - scores[1].log_likelihood)
 
 
 def test_an_error_in_a_pass_ends_its_answers_and_the_engine_goes_on(load: Any) -> None:

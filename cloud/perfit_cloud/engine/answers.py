@@ -67,11 +67,14 @@ class Answer(Iterator[Piece]):
         self._tokens.put(None)  # wakes a reader in another thread
 
     def _read(self) -> list[int]:
-        """All tokens that are there, at least one; none when there will be no more."""
+        """All tokens that are there, at least one; none when there will be no more.
+
+        One at a time where a text may stop it: the count of tokens ends with that.
+        """
         new, token = [], self._tokens.get()
         while token is not None:
             new.append(token)
-            if self._tokens.empty():
+            if self._sampling.stop or self._tokens.empty():
                 break
             token = self._tokens.get()
         if token is None and new:

@@ -85,8 +85,9 @@ class BatchedEngine(Engine):
             members: list[Request] = []
             later: list[Request] = []
             for request in self._waiting:
-                more = [(len(r.prompt), r.sampling) for r in (*members, request)]
-                fits = len(members) < self._most and _span(more) <= self._base.context
+                span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
+                fits = len(members) < self._most and span <= self._base.context
+                fits &= span * (len(members) + 1) <= self.settings.cache_tokens
                 (members if fits else later).append(request)
             self._waiting.clear()
             self._waiting.extend(later)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
@@ -62,6 +63,7 @@ class Engine(ABC):
         self.settings = settings
         self.end_ids = frozenset(base.end_ids)
         self._base, self._turns = base, turns
+        self._vocabulary = int(base.model.get_input_embeddings().num_embeddings)
         self._positions = {name: Positions.parse(a.spec.positions) for name, a in artefacts.items()}
         self._collective = {name: to_torch(a.collective, base.device) for name, a in artefacts.items()}
         self._changed = threading.Condition()
@@ -104,6 +106,8 @@ class Engine(ABC):
                 f"the prompt has {len(prompt)} tokens; with {sampling.max_new_tokens} for the answer "
                 f"that is over the {room} that fit"
             )
+        if max(prompt) >= self._vocabulary:
+            raise InvalidPrompt("the prompt has a token that the model does not know; tell the operator")
         request = self._request(prompt, shift, sampling)
         with self._changed:
             if len(self._requests) >= self.settings.max_requests:
@@ -163,7 +167,9 @@ class Engine(ABC):
         name = "" if shift.mode is Mode.BASE or shift.artefact is None else shift.artefact.name
 
         def leave() -> None:
-            self._leave(request)
+            request = known()
+            if request is not None:
+                self._leave(request)
 
         request = Request(
             prompt=prompt,
@@ -174,6 +180,8 @@ class Engine(ABC):
             sampler=Sampler(sampling) if sampling.temperature > 0 else None,
             answer=Answer(self._base, len(prompt), sampling, end_ids=self.end_ids, leave=leave),
         )
+        # Weak: what a request holds goes with the engine's last use of it, not at some later collection.
+        known = weakref.ref(request)
         return request
 
     def _leave(self, request: Request) -> None:
@@ -203,11 +211,7 @@ class Engine(ABC):
                 try:
                     self._round()
                 except Exception as error:
-                    # Not its message: that may quote what it worked on.
-                    where = traceback.extract_tb(error.__traceback__)[-1]
-                    _log.error(
-                        "a pass failed: %s at %s:%d", type(error).__name__, where.name, where.lineno or 0
-                    )
+                    _report(error)
                     self._fail()
         finally:
             self._fail()
@@ -217,6 +221,17 @@ class Engine(ABC):
         with self._changed:
             requests, self._requests = self._requests, set()
             self._waiting.clear()
-        self._drop()
+        try:
+            self._drop()
+        except Exception as error:
+            _report(error)
+            with self._changed:  # a device that cannot even forget will not answer either
+                self._is_stopped = True
         for request in requests:
             request.answer.fail()
+
+
+def _report(error: Exception) -> None:
+    """Log type and place. Not its message: that may quote what it worked on."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    _log.error("a pass failed: %s at %s:%d", type(error).__name__, where.name, where.lineno or 0)

@@ -177,6 +177,7 @@ class Pass:
                 max(p.length for p in of_shelf) + 1,
             ))  # fmt: skip
             row += len(of_shelf)
+        self.windows: dict[int, int | None] = {}  # that each block has asked for
         self.position_ids = torch.tensor([positions], device=device)
         self.last = torch.tensor(last, device=device)
 
@@ -190,6 +191,7 @@ class Pass:
         scale: float | None, softcap: float | None, window: int | None,
     ) -> Tensor:  # fmt: skip
         """Attention of query (N, H, D) over key and value (N, K, D) and what came before: (N, H, D)."""
+        self.windows[layer] = window
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         groups = query.shape[1] // key.shape[1]
         for number, single in enumerate(self._singles):

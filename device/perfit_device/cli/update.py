@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_device import memory
+from perfit_device import footprint
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def update(
     perfit update --fresh
     """
     session = Session.of(context, profile=profile, json=json)
-    memory.keep_little()
+    footprint.stay_small()
     from perfit_device.adapting import Adapting
     from perfit_device.patience import Patience
 

@@ -1,0 +1,43 @@
+"""How little an update takes of the device: one core, and no memory that it has no use for.
+
+Measured at Llama-2-7B's width with 786k numbers. numpy's BLAS starts a thread a core, which on a busy
+machine wait for one another: a step of 18 ms took 900. And glibc keeps what is freed for later use, for
+every thread apart: some 30 MB at every step, 50 at a checkpoint. Kept, an update has 160 MB resident;
+given back, 97. On systems other than glibc's nothing is given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+
+__all__ = ["give_back", "stay_small"]
+
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of malloc.h
+_LARGE = 256 * 1024  # bytes
+
+
+def stay_small() -> None:
+    """One thread for BLAS, one heap for all threads, and large blocks that go back once they are free.
+
+    A step pays for the last with 10 ms of page faults. To be called before numpy is imported, and
+    before threads start.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        mallopt(_ARENA_MAX, 1)
+        mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+def give_back() -> None:
+    """What is free in the heap now goes back; takes about 1 ms."""
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

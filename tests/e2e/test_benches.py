@@ -1,0 +1,23 @@
+"""Benchmarks of the device and of the wire run with --small and write what they promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.e2e.test_bench_peers import bench
+
+
+def test_device(tmp_path: Path) -> None:
+    result = bench(tmp_path, "device.py")
+    assert result["parameters"] == 3 * 32 * (2 * 256 + 1)
+    assert result["step_ms"] > 0 and result["help_ms"] > 0
+    # Argon2id's 64 MiB come before the update, and have gone by then.
+    assert 0 < result["rss_mb"] <= result["rss_highest_mb"] < result["rss_unlock_mb"]
+    assert result["rss_unlock_mb"] > 100
+
+
+def test_wire(tmp_path: Path) -> None:
+    result = bench(tmp_path, "wire.py")
+    forms = {row["form"]: row for row in result["forms"]}
+    assert result["query_bytes"] == forms["int8"]["query_bytes"] < forms["float16"]["query_bytes"]
+    assert result["step_bytes"] == forms["float16"]["step_bytes"] < forms["float32"]["step_bytes"]
