@@ -2,8 +2,8 @@
 
 Measured at Llama-2-7B's width with 786k numbers. numpy's BLAS starts a thread a core, which on a busy
 machine wait for one another: a step of 18 ms took 900. And glibc keeps what is freed for later use, for
-every thread apart: some 30 MB at every step, 50 at a checkpoint. Kept, an update has 160 MB resident;
-given back, 97. On systems other than glibc's nothing is given back.
+every thread apart: an update had 152 MB resident, before its first checkpoint, and has 97 with this. On
+systems other than glibc's nothing is given back.
 """
 
 from __future__ import annotations

@@ -49,11 +49,11 @@ class Sizes:
     hidden_size: int
     steps: int  # of the optimizer, timed
     epochs: int  # of the update
-    checkpoint: float  # seconds between two; 30 by default, but a short update should make some
+    checkpoint: float  # seconds between two
     helps: int
 
 
-FULL = Sizes(hidden_size=4096, steps=200, epochs=30, checkpoint=5.0, helps=21)
+FULL = Sizes(hidden_size=4096, steps=200, epochs=50, checkpoint=30.0, helps=21)
 SMALL = Sizes(hidden_size=256, steps=5, epochs=2, checkpoint=1.0, helps=3)
 
 

@@ -24,7 +24,7 @@ Times to first token run from a request's submit to its first piece, over all ru
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -125,15 +125,17 @@ class Bench:
             })  # fmt: skip
         return made
 
-    def peers(self, pairs: int, ratio_to_base: float, *, with_pyreft: bool) -> dict[str, Any]:
+    def peers(self, pairs: int, ratio_to_base: float, *, without: Sequence[str]) -> dict[str, Any]:
         """Ours with every request another user, over each peer; intervals beside."""
         users = self._sizes.in_flight
         ours = self._side(self._ours, self._artefact, users)
         static = Static(self._base, self._prompts, self._sizes.new_tokens)
-        lora = Lora(self._base, self._prompts, self._sizes.new_tokens)
-        sides = {"ours": ours, "static_generate": static, "peft_base": lora.base, "peft": lora.mixed}
+        sides: dict[str, Callable[[], float]] = {"ours": ours, "static_generate": static}
+        if "peft" not in without:
+            lora = Lora(self._base, self._prompts, self._sizes.new_tokens)
+            sides |= {"peft_base": lora.base, "peft": lora.mixed}
         with ExitStack() as stack:
-            process = pyreft_for(self._base) if with_pyreft else None
+            process = None if "pyreft" in without else pyreft_for(self._base)
             pyreft = None
             if process is not None:
                 pyreft = PyreftServing(stack.enter_context(process), self._artefact, ours.asked)
@@ -144,14 +146,17 @@ class Bench:
             for name in ("peft", "static_generate", "pyreft")
             if name in speeds
         }
-        ratios["peft_slowdown"] = common.ratio(speeds["peft_base"], speeds["peft"])
+        slowdown = None
+        if "peft" in speeds:
+            ratios["peft_slowdown"] = common.ratio(speeds["peft_base"], speeds["peft"])
+            slowdown = 1 / ratio_to_base / ratios["peft_slowdown"].median
         same = None
         if pyreft is not None:
             same = sum(a == b for a, b in zip(ours.answers, pyreft.answers, strict=True))
         return {
-            "pyreft": None,
+            **dict.fromkeys(("peft", "peft_slowdown", "pyreft")),
             **{name: ratio.median for name, ratio in ratios.items()},
-            "slowdown_over_peft": 1 / ratio_to_base / ratios["peft_slowdown"].median,
+            "slowdown_over_peft": slowdown,
             "intervals": {name: [ratio.low, ratio.high] for name, ratio in ratios.items()},
             "tokens_per_second": {name: float(np.median(speed)) for name, speed in speeds.items()},
             "same_answers_as_pyreft": same,
@@ -168,7 +173,9 @@ def main() -> None:
     mode = made.add_mutually_exclusive_group()
     for flag in _MODES:
         mode.add_argument(f"--{flag}", action="store_true")
-    made.add_argument("--without-pyreft", action="store_true", help="it takes most of the time")
+    made.add_argument(
+        "--without", action="append", choices=["peft", "pyreft"], default=[], help="a slow peer"
+    )
     args = made.parse_args()
     base = load_model(args)
     run = next((run for flag, run in _MODES.items() if vars(args)[flag.replace("-", "_")]), _serve)
@@ -181,7 +188,7 @@ def _serve(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     try:
         rows = bench.rows(pairs)
         _print_rows(rows)
-        peers = bench.peers(pairs, rows[-1]["ratio_to_base"], with_pyreft=not args.without_pyreft)
+        peers = bench.peers(pairs, rows[-1]["ratio_to_base"], without=args.without)
     finally:
         bench.close()
     print(common.table(
@@ -191,9 +198,10 @@ def _serve(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
             for name in ("static_generate", "peft", "pyreft") if peers[name] is not None
         ],
     ))  # fmt: skip
-    slowdown = common.Ratio(peers["peft_slowdown"], *peers["intervals"]["peft_slowdown"])
-    print(f"peft's time with mixed adapters over none: {slowdown}; ours over that: "
-          f"{peers['slowdown_over_peft']:.3f}")  # fmt: skip
+    if peers["peft"] is not None:
+        slowdown = common.Ratio(peers["peft_slowdown"], *peers["intervals"]["peft_slowdown"])
+        print(f"peft's time with mixed adapters over none: {slowdown}; ours over that: "
+              f"{peers['slowdown_over_peft']:.3f}")  # fmt: skip
     if peers["same_answers_as_pyreft"] is not None:
         print(f"answers that pyreft gives, too: {peers['same_answers_as_pyreft']} of {rows[0]['in_flight']}")
     return {"rows": rows, "peers": peers}
