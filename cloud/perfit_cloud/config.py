@@ -61,13 +61,15 @@ class CloudConfig:
     call_tokens: int = 65536  # prompt and target tokens of one gradient or Score together
     adapt_examples: int = 4096  # examples of one update
     adapt_tokens: int = 2**20  # prompt and target tokens of one update together
-    questions: int = 16  # questions of one Ask stream that may wait for their answers
+    questions: int = 12  # questions of one Ask stream that may wait for their answers
     message_bytes: int = 16 * 2**20  # largest request and largest reply
 
     # What all requests together may take
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
+    answers_each: int = 12  # of them, those of one device
     adaptations: int = 16  # updates at once
+    adaptations_each: int = 2  # of them, those of one device
     keep_bytes: int = 2 * 2**30  # what all updates together may keep of their examples, on the model's device
     spill_bytes: int = 8 * 2**30  # and beyond that in host memory, where the model is not on the host
     gradient_waiting: int = 16  # gradient and Score calls that may wait for the one that runs

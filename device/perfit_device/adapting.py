@@ -29,7 +29,8 @@ __all__ = ["Adapting"]
 
 _T = TypeVar("_T")
 _STREAM_SECONDS = 86400.0  # clouds end it earlier
-_STEP_SECONDS = 300.0  # without a response, after which the stream is given up
+_FIRST_SECONDS = 1800.0  # without the first response, after which no stream is tried any more
+_STEP_SECONDS = 300.0  # without one of the others, after which the stream is given up
 _MESSAGE_BYTES = 1 << 20  # of examples; the cloud's limit may be lower
 _PASSING = (*PASSING, Cancelled, CertificateExpired)  # after which another stream may be had
 
@@ -38,7 +39,8 @@ class Adapting:
     """What an `Update` asks a cloud. Use `with`.
 
     Where a stream cannot be had, or breaks, it goes on call by call; and when an epoch is judged it
-    tries another stream, unless the cloud refused this one for good.
+    tries another stream, unless the cloud refused this one for good, or took too long to open it: the
+    cloud works through all examples before its first response, and would have to again.
     """
 
     def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
@@ -94,7 +96,7 @@ class Adapting:
                 try:
                     return decode(stream.receive())
                 except PerfitError as error:
-                    self._is_welcome = isinstance(error, _PASSING)
+                    self._is_welcome = isinstance(error, _PASSING) and not stream.opens_too_slowly
                     self._close()
             return alone()
 
@@ -120,6 +122,8 @@ class _Stream:
         self._artefact, self._split = artefact, split
         self._message_bytes = min(_MESSAGE_BYTES, limits.message_bytes // 2)
         self._steps: SimpleQueue[Any] = SimpleQueue()  # None: no more
+        self._has_answered = False
+        self.opens_too_slowly = False
         self._responses = cloud.stream("Adapt", self._messages(), _STREAM_SECONDS)
 
     def _messages(self) -> Iterator[Any]:
@@ -134,15 +138,21 @@ class _Stream:
 
     def receive(self) -> Any:
         """The response to the next step that was sent. Raises PerfitError."""
-        timer = threading.Timer(_STEP_SECONDS, self._responses.close)
+        timer = threading.Timer(_STEP_SECONDS if self._has_answered else _FIRST_SECONDS, self._give_up)
         timer.daemon = True
         timer.start()
         try:
-            return next(self._responses)
+            response = next(self._responses)
+            self._has_answered = True
+            return response
         except StopIteration:
             raise Cancelled("the cloud ended the stream") from None
         finally:
             timer.cancel()
+
+    def _give_up(self) -> None:
+        self.opens_too_slowly = not self._has_answered
+        self._responses.close()
 
     def close(self) -> None:
         self._steps.put(None)  # gRPC's thread waits there

@@ -44,7 +44,7 @@ def ask_all(
     def ask() -> None:
         before = len(answers)
         try:
-            _Round(questions, answers).run(cloud, use, in_flight)
+            cloud.renewing(lambda: _Round(questions, answers).run(cloud, use, in_flight))
         except PASSING:
             if len(answers) == before:
                 raise

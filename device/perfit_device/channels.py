@@ -68,6 +68,10 @@ def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel
         # A cloud that restarts should be found again within seconds, not gRPC's two minutes.
         ("grpc.initial_reconnect_backoff_ms", 250),
         ("grpc.max_reconnect_backoff_ms", 3000),
+        # A network that goes away under a call that waits is noticed, however long the call may wait.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),  # or it would look twice and no more
     ]
     if host in ("localhost", "127.0.0.1", "::1"):
         options.append(("grpc.enable_http_proxy", 0))

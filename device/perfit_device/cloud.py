@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -36,6 +36,7 @@ from perfit_shared.wire import personalization_pb2_grpc as services
 
 __all__ = ["ANSWER_CHARACTERS", "Cloud", "Stream", "tensors_from_wire"]
 
+_T = TypeVar("_T")
 # Deadlines in seconds. The long ones leave room for a queue in front of a busy CPU cloud.
 _DEADLINES = {"Describe": 20.0, "FetchSeed": 60.0, "Score": 300.0, "ComputeGradient": 300.0}
 _GENERATE_SECONDS = 600.0
@@ -160,12 +161,10 @@ class Cloud:
         call = getattr(self._stub, method)(counted(), timeout=seconds)
         return Stream(call, lambda size: self._count(down=size), self._translated)
 
-    # -- plumbing ------------------------------------------------------------------------------
-
-    def _call(self, method: str, request: Any) -> Any:
-        """One unary call; once more with a new certificate when the old one ran out meanwhile."""
+    def renewing(self, call: Callable[[], _T]) -> _T:
+        """The call's value; called once more, with a new certificate, when the old one ran out meanwhile."""
         try:
-            return self._call_once(method, request)
+            return call()
         except CertificateExpired:
             used = self.enrolment
         with self._lock:
@@ -173,7 +172,12 @@ class Cloud:
                 self._keep(enrolments.renew_lapsed(used))
                 self._channel.close()
                 self._open()
-        return self._call_once(method, request)
+        return call()
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def _call(self, method: str, request: Any) -> Any:
+        return self.renewing(lambda: self._call_once(method, request))
 
     def _call_once(self, method: str, request: Any) -> Any:
         self._count(up=request.ByteSize())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +23,7 @@ from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.engine.types import Gradient, Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service import adapt
+from perfit_cloud.service import adapt, guard, server
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -106,7 +108,7 @@ def assert_is(got: pb.AdaptResponse, wanted: Gradient, artefact: Artefact, toler
 
 def freed(running: Running, steps: StepQueue) -> bool:
     """Whether nothing of an update is left, once the server has had a moment."""
-    engine, until = steps._engine, time.monotonic() + 5
+    engine, until = steps._engine, time.monotonic() + TIMEOUT
     while engine._open and time.monotonic() < until:
         time.sleep(0.01)
     with engine._state:  # not in the middle of a close
@@ -313,11 +315,20 @@ def test_a_silent_stream_does_not_hold_its_place(
     silent: str, run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream],
     step_queue: StepQueue, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(adapt, "_IDLE_SECONDS", 0.3)
+    submit = step_queue.submit
+
+    def hurried(*args: Any, **how: Any) -> Any:
+        monkeypatch.setattr(adapt, "_IDLE_SECONDS", 0.1)
+        return submit(*args, **how)
+
     running = run()
-    call = stream(running.device())
     if silent == "after a step":
+        monkeypatch.setattr(step_queue, "submit", hurried)
+        call = stream(running.device())
         call.ask(step(mine(artefact, 1), [0]))
+    else:
+        monkeypatch.setattr(adapt, "_IDLE_SECONDS", 0.1)
+        call = stream(running.device())
     status, metadata, text = failure(call.ask)
     assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
     assert "open another stream" in text
@@ -339,6 +350,78 @@ def test_no_stream_lasts_for_ever(
     assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
     assert "open another" in text
     assert freed(running, step_queue)
+
+
+def test_a_caller_who_does_not_read_is_cut_off(
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """gRPC's send held the call, its place and all that it kept, for as long as the caller liked."""
+    sent = threading.Event()
+
+    def big(*_: object, **__: object) -> pb.AdaptResponse:
+        sent.set()
+        return pb.AdaptResponse(gradient=bytes(5_000_000))  # more than all buffers on the way take
+
+    monkeypatch.setattr(guard, "_LATE_SECONDS", 0.5)
+    monkeypatch.setattr(server, "_GRACE_SECONDS", 10 * TIMEOUT)  # or the connection's end would do it
+    running = run(adaptations=1, stream_seconds=3)
+    unread, other = stream(running.device()), running.device()
+    with monkeypatch.context() as patch:
+        patch.setattr(adapt, "encode_step", big)
+        unread.send(step(mine(artefact, 1), [0]))
+        assert sent.wait(TIMEOUT)
+    assert failure(lambda: stream(other).ask(step(mine(artefact, 1), [0])))[0] == "RESOURCE_EXHAUSTED"
+    assert freed(running, step_queue)
+    assert unread.call.is_active(), "and not by its own deadline"
+    assert stream(other).ask(step(mine(artefact, 1), [0])).tokens > 0
+
+
+def test_one_device_leaves_room_for_the_others(
+    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact
+) -> None:
+    running = run(adaptations=3, adaptations_each=2, retry_ms=750)
+    device = running.device()
+    held = [stream(device), stream(running.with_certificate(device.key, device.certificate))]
+    for each in held:
+        each.ask(step(mine(artefact, 1), [0]))
+    status, metadata, text = failure(lambda: stream(device).ask())
+    assert (status, metadata) == (
+        "RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"},
+    )  # fmt: skip
+    assert "this device" in text
+    assert stream(running.device()).ask(step(mine(artefact, 1), [0])).tokens > 0
+    held[0].end()
+    assert list(held[0].call) == []
+    assert stream(device).ask(step(mine(artefact, 1), [0])).tokens > 0
+
+
+def test_a_step_that_failed_leaves_nothing_behind(
+    run: Callable[..., Running], base: BaseModel, stream: Callable[..., Stream], artefact: Artefact,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The tensors were held by the frames that its error went through, and those by its error."""
+    engine, gone = AdaptationEngine(base, keep_bytes=2**26), []
+    steps = StepQueue(engine)
+
+    def broken(shares: Any, **_: Any) -> None:
+        gone.append(weakref.ref(shares[0][0].personal))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "_pass", broken)
+    call = stream(run(steps=steps).device())
+    gc.disable()
+    try:
+        assert failure(lambda: call.ask(step(mine(artefact, 1), [0])))[:2] == (
+            "INTERNAL", {"perfit-code": "internal"},
+        )  # fmt: skip
+        end = time.monotonic() + TIMEOUT
+        while gone[0]() is not None:
+            assert time.monotonic() < end, "the tensors are still there"
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+    steps.close()
 
 
 def test_a_revoked_device_gets_no_further_response(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import grpc
 import pytest
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate, personal
 
@@ -16,6 +18,7 @@ from perfit_cloud.engine.generation import GenerationEngine
 from perfit_cloud.engine.types import Finish, Piece
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service import ask as ask_module
+from perfit_cloud.service import guard, server
 from perfit_shared.wire import personalization_pb2 as pb
 
 TEXTS = ["the cat sat", "on the mat", "and the dog", "ran to the door", "the mat", "the dog sat on the cat"]
@@ -284,8 +287,9 @@ def test_leaving_ends_every_answer_at_once(run: Callable[..., Running], how: str
     engine = Held()
     running = run(engine=engine, streams=3)
     device = running.device()
+    device.describe()  # the connection stands
     stream = Stream(
-        device, opening(), *(question(n) for n in range(3)), timeout=1 if how == "deadline" else TIMEOUT
+        device, opening(), *(question(n) for n in range(3)), timeout=5 if how == "deadline" else TIMEOUT
     )
     until(lambda: len(engine.answers) == 3)
     if how == "cancel":
@@ -304,14 +308,26 @@ def test_leaving_ends_every_answer_at_once(run: Callable[..., Running], how: str
     assert not failures_of(list(again.call))
 
 
-def test_leaving_frees_the_real_engine(run: Callable[..., Running], generation: GenerationEngine) -> None:
-    device = run().device()
+def test_leaving_frees_the_real_engine(
+    run: Callable[..., Running], generation: GenerationEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, go, made, forward = run().device(), threading.Event(), itertools.count(1), generation._forward
+
+    def held(plan: Any) -> Any:
+        if next(made) == 20:
+            assert go.wait(TIMEOUT)
+        return forward(plan)
+
+    monkeypatch.setattr(generation, "_forward", held)
     stream = Stream(device, opening(), *(question(n, max_new_tokens=200) for n in range(4)))
     stream.next()
     assert generation.in_flight > 0
     stream.call.cancel()
-    until(lambda: generation.in_flight == 0)
     stream.end()
+    until(lambda: ask_threads() == 0)  # the server knows
+    go.set()
+    until(lambda: generation.in_flight == 0)
+    assert next(made) < 100, "it went on for somebody who had left"
     assert len(texts_of(ask(device, opening(), question(1)))) == 1
 
 
@@ -337,19 +353,97 @@ def test_an_answer_has_its_time_and_so_has_the_stream(run: Callable[..., Running
 def test_a_silent_caller_is_let_go(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, first: tuple[pb.AskRequest, ...]
 ) -> None:
-    monkeypatch.setattr(ask_module, "_IDLE_SECONDS", 0.3)
     engine = Held()
     device = run(engine=engine).device()
+    waits = Stream(device, opening(), question(1))  # who waits for an answer is not silent
+    until(lambda: len(engine.answers) == 1)
+    monkeypatch.setattr(ask_module, "_IDLE_SECONDS", 0.1)
+    engine.answers[0].step()
+    waits.next()
     silent = Stream(device, *first)
     status, metadata, details = failure(silent.next)
     assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
     assert "no question" in details
     silent.end()
-    waits = Stream(device, opening(), question(1))  # who waits for an answer is not silent
-    time.sleep(1)
+    time.sleep(0.5)
     engine.answers[0].finish()
     assert waits.next().part.finish
     waits.end()
+
+
+def answers(device: Device) -> bool:
+    """Whether the cloud has room for this device's call."""
+    try:
+        return bool(list(device.stub.Generate(generate(), timeout=TIMEOUT)))
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        return False
+
+
+@pytest.mark.parametrize("method", ["Generate", "Ask"])
+def test_a_caller_who_does_not_read_is_cut_off(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """gRPC's send held the call for as long as the caller liked."""
+    monkeypatch.setattr(guard, "_LATE_SECONDS", 0.5)
+    monkeypatch.setattr(server, "_GRACE_SECONDS", 10 * TIMEOUT)  # or the connection's end would do it
+    engine = Held(piece="x" * 1_000_000)
+    running = run(engine=engine, calls=1, streams=1, call_seconds=3, stream_seconds=3)
+    device, other = running.device(), running.device()
+    if method == "Ask":
+        stream = Stream(device, opening(), question(0), timeout=10 * TIMEOUT)
+        call = stream.call
+    else:
+        call = device.stub.Generate(generate(), timeout=10 * TIMEOUT)
+    until(lambda: len(engine.answers) == 1)
+    engine.ends_at_once = True
+    for _ in range(15):  # more than all buffers on the way take
+        engine.answers[0].step()
+    assert not answers(other)
+    until(lambda: answers(other))
+    assert engine.running == 0
+    call.cancel()
+    if method == "Ask":
+        stream.end()
+
+
+def test_the_place_of_an_answer_whose_time_is_over_is_free_though_nobody_reads_it(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_LATE_SECONDS", 10.0 * TIMEOUT)
+    engine = Held(piece="x" * 1_000_000)
+    running = run(engine=engine, streams=1, call_seconds=3)
+    device, other = running.device(), running.device()
+    call = device.stub.Generate(generate(), timeout=10 * TIMEOUT)
+    until(lambda: len(engine.answers) == 1)
+    engine.ends_at_once = True
+    for _ in range(15):
+        engine.answers[0].step()
+    assert not answers(other)
+    until(lambda: answers(other))
+    assert failure(lambda: list(call))[:2] == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
+
+
+def test_one_device_leaves_room_for_the_others(run: Callable[..., Running]) -> None:
+    """Three streams of one device took all places."""
+    engine = Held()
+    running = run(engine=engine, streams=4, answers_each=3, retry_ms=70)
+    greedy = running.device()
+    stream = Stream(greedy, opening(), *(question(n) for n in range(5)))
+    told = failures_of([stream.next() for _ in range(2)])
+    assert {(f.code, f.retry_ms) for f in told.values()} == {("busy", 70)}
+    assert all("this device" in f.message for f in told.values())
+    until(lambda: len(engine.answers) == 3)
+    engine.ends_at_once = True
+    assert not answers(running.with_certificate(greedy.key, greedy.certificate)), (
+        "nor over another connection"
+    )
+    assert answers(running.device())
+    for answer in engine.answers[:3]:
+        answer.finish()
+    stream.end()
+    assert not failures_of(list(stream.call))
+    assert answers(greedy)
 
 
 # -- errors nobody foresaw -------------------------------------------------------------------------

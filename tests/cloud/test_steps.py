@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
@@ -49,6 +53,13 @@ def parts(make_artefact: Callable[..., Any]) -> Iterator[tuple[Any, Held, StepQu
     yield make_artefact(base), engine, queue
     engine.go.release(10**6)
     queue.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
 
 
 def occupy(engine: Held, queue: StepQueue, step: Step) -> Future[Any]:
@@ -107,6 +118,36 @@ def test_one_who_fails_fails_alone(parts: Any) -> None:
         futures[1].result(WAIT)
     for future in (first, futures[0], futures[2]):
         assert_equal(future.result(WAIT), wanted)
+
+
+def test_a_step_that_failed_leaves_nothing_behind(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error held the frames of the pass, and those the tensors, for as long as it lived."""
+    artefact, engine, queue = parts
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("zebracanary")
+
+    monkeypatch.setattr(engine, "_pass", broken)
+    gc.disable()
+    try:
+        with caplog.at_level(logging.INFO):
+            adaptation, tensors = queue.open(RAGGED, artefact), [person(artefact, n) for n in range(3)]
+            futures = [occupy(engine, queue, Step(adaptation, [2], tensors[0]))]
+            futures += [queue.submit(Step(adaptation, [3, 5], each)) for each in tensors[1:]]
+            gone = [weakref.ref(each) for each in tensors]
+            tensors.clear()
+            engine.go.release(10**6)
+            errors = [future.exception(WAIT) for future in futures]
+        assert [type(error) for error in errors] == [ZeroDivisionError] * 3
+        assert [len(run) for run in engine.runs] == [1, 2, 1, 1]  # together, then each alone
+        engine.runs.clear()
+        until(lambda: all(ref() is None for ref in gone))
+    finally:
+        gc.enable()
+    assert caplog.text.count("a step failed: ZeroDivisionError at broken") == 3
+    assert "zebracanary" not in caplog.text
 
 
 def test_who_left_is_not_computed(parts: Any) -> None:
@@ -183,6 +224,7 @@ def test_close_ends_every_wait(parts: Any) -> None:
     at_work, waiting = occupy(engine, queue, step), queue.submit(step)
     closing = threading.Thread(target=queue.close)
     closing.start()
+    until(lambda: not queue._is_open)  # or the worker could take the one that waits
     engine.go.release(10**6)
     closing.join(WAIT)
     assert at_work.result(WAIT).tokens > 0

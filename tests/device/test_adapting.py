@@ -231,11 +231,70 @@ def test_a_cloud_that_has_no_adapt_is_asked_call_by_call(cloud: Any) -> None:
 
 
 def test_a_silent_cloud_is_not_waited_for(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapting, "_STEP_SECONDS", 0.3)
-    parts.queue.hold.clear()
+    seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
-        assert source.gradient([0], parts.cloud.fetch_seed(parts.artefact))()[1] > 0
-    assert parts.queue.asked == 1
+        source.gradient([0], seed)()
+        parts.queue.hold.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(adapting, "_STEP_SECONDS", 0.1)
+            assert source.gradient([0], seed)()[1] > 0
+        parts.queue.hold.set()
+        assert source.loss(seed)() > 0
+    assert parts.streams == ["Adapt"] * 2, "it had opened fast enough"
+
+
+def test_a_cloud_too_slow_to_open_is_not_tried_again(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It worked through all examples anew at every epoch, to be left each time."""
+    monkeypatch.setattr(adapting, "_FIRST_SECONDS", 0.1)
+    parts.queue.hold.clear()
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        assert source.gradient([0], seed)()[1] > 0
+        for _ in range(2):
+            assert source.loss(seed)() > 0
+            assert source.gradient([1], seed)()[1] > 0
+    assert parts.streams == ["Adapt"]
+
+
+@pytest.mark.parametrize("limits", [{}, {"adapt_examples": 0}])
+def test_the_gate_sees_its_own_part_alone(
+    parts: Parts, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it goes over the wire: what trains never judges, what judges never trains; neither sees the test."""
+    trained, judged = set(), set()
+    stream, gradient, score = parts.cloud.stream, parts.cloud.compute_gradient, parts.cloud.score
+
+    def streamed(method: str, requests: Iterator[Any], seconds: float) -> Any:
+        def seen() -> Iterator[Any]:
+            sent: list[tuple[str, str]] = []
+            for request in requests:
+                sent += [(e.prompt.text, e.target) for e in request.examples.examples]
+                for row in request.step.rows:
+                    (judged if request.step.loss_only else trained).add(sent[row])
+                yield request
+
+        return stream(method, seen(), seconds)
+
+    def alone(examples: Any, *args: Any) -> Any:
+        trained.update(examples)
+        return gradient(examples, *args)
+
+    def scored(candidates: Any, *args: Any) -> Any:
+        judged.update(candidates)
+        return score(candidates, *args)
+
+    monkeypatch.setattr(parts.cloud, "stream", streamed)
+    monkeypatch.setattr(parts.cloud, "compute_gradient", alone)
+    monkeypatch.setattr(parts.cloud, "score", scored)
+    with parts.adapting(**limits) as source:
+        parts.update(source, "gate.db")
+    assert bool(parts.streams) is not bool(limits)
+    pairs = [
+        {evaluation.pair_of(parts.artefact.task, item) for item in part}
+        for part in (parts.split.train, parts.split.gate, parts.split.test)
+    ]
+    assert [trained, judged] == pairs[:2]
+    assert sum(map(len, pairs)) == len(set.union(*pairs)) == 24
 
 
 def test_leaving_ends_the_stream(parts: Parts) -> None:

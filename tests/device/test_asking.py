@@ -17,7 +17,14 @@ from perfit_device.cloud import Cloud
 from perfit_device.codec import Sampling, ShiftUse
 from perfit_device.identity import Identity
 from perfit_device.patience import Patience
-from perfit_shared.errors import Busy, IdentityRevoked, InvalidPrompt, PerfitError, Unavailable
+from perfit_shared.errors import (
+    Busy,
+    CertificateExpired,
+    IdentityRevoked,
+    InvalidPrompt,
+    PerfitError,
+    Unavailable,
+)
 from perfit_shared.wire import personalization_pb2 as pb
 
 QUESTIONS = [(f"question {n}", Sampling(8)) for n in range(10)]
@@ -85,6 +92,19 @@ def test_a_stream_that_breaks_asks_only_for_the_rest(device: Cloud, use: ShiftUs
     assert ask_all(device, use, QUESTIONS, in_flight=3, patience=HURRIED) == EXPECTED
     assert cloud.calls.count("Ask") == 2
     assert cloud.calls.count("Question") == 10 + 1
+
+
+def test_a_certificate_that_runs_out_meanwhile_is_renewed(
+    device: Cloud, use: ShiftUse, cloud: FakeCloud
+) -> None:
+    left = iter([None] * 5 + [CertificateExpired("expired")] + [None] * 100)
+    cloud.fail = lambda method: next(left) if method == "Generate" else None
+    assert ask_all(device, use, QUESTIONS, in_flight=3) == EXPECTED
+    assert cloud.calls.count("RenewLapsed") == 1
+    cloud.fail = lambda method: CertificateExpired("expired") if method == "Generate" else None
+    with pytest.raises(CertificateExpired):
+        ask_all(device, use, QUESTIONS, in_flight=3)
+    assert cloud.calls.count("RenewLapsed") == 2
 
 
 def test_a_cloud_that_goes_and_comes_back(device: Cloud, use: ShiftUse, cloud: FakeCloud) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,11 +15,12 @@ from perfit_cloud.engine.adaptation import Adaptation, AdaptationEngine, Step
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.model.artefacts import Artefact
-from perfit_shared.errors import Busy, Unavailable
+from perfit_shared.errors import Busy, PerfitError, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
 __all__ = ["StepQueue"]
 
+_log = logging.getLogger(__name__)
 _STOPPING = "the cloud is stopping; try again later"
 
 
@@ -25,8 +28,10 @@ class StepQueue:
     """A thread that takes, again and again, as many of the waiting steps as one pass holds.
 
     Who waits longest goes first. A step too big for one pass is cut: while others wait it gets half
-    of each, and goes to the end of the line for the rest. So whoever fits beside it waits for the
-    pass at work and for no other.
+    of each, and goes to the end of the line for the rest. So whoever fits beside it waits for what
+    is at work, and for no other step. The device has a line of its own (`Turns`), in which each of our
+    passes waits for one pass each of those who stand there before it: updates that open, Score and
+    ComputeGradient.
     """
 
     def __init__(self, engine: AdaptationEngine, *, waiting: int = 64, retry_ms: int = 500) -> None:
@@ -169,8 +174,13 @@ class _Task:
             self.future.set_result(_joined(self._found))
 
     def fail(self, error: Exception) -> None:
+        """The future's end. An error's frames hold tensors, which should not live as long as it does."""
+        if not isinstance(error, PerfitError):
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            _log.error("a step failed: %s at %s:%d", type(error).__name__, where.name, where.lineno or 0)
+        error.__context__ = error.__cause__ = None
         if self._may_end():
-            self.future.set_exception(error)
+            self.future.set_exception(error.with_traceback(None))
 
     def _may_end(self) -> bool:
         """From here on the future cannot be cancelled."""

@@ -13,8 +13,8 @@ from perfit_cloud.engine.adaptation import Step
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
-from perfit_cloud.service.guard import seconds_left
-from perfit_cloud.service.limits import Gate
+from perfit_cloud.service.guard import device_of, seconds_left
+from perfit_cloud.service.limits import Gate, Quota
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
@@ -27,12 +27,13 @@ _IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is
 class Adapting:
     def __init__(
         self, served: Served, reader: PromptReader, *,
-        queue: StepQueue, streams: Gate, stream_seconds: float,
+        queue: StepQueue, streams: Gate, each: Quota, stream_seconds: float,
     ) -> None:  # fmt: skip
         self._served = served
         self._reader = reader
         self._queue = queue
         self._streams = streams
+        self._each = each
         self._stream_seconds = stream_seconds
 
     def steps(
@@ -44,6 +45,7 @@ class Adapting:
         Busy, and TooSlow when nothing comes for long or the stream's time is over.
         """
         with (
+            self._each.place(device_of(context)),
             self._streams.place(0),
             _Stream(requests, context, seconds_left(context, self._stream_seconds)) as stream,
         ):
@@ -54,8 +56,10 @@ class Adapting:
                 del pairs
                 while (step := stream.step()) is not None:
                     rows, personal = decode_step(step, artefact.spec, adaptation.examples)
-                    future = self._queue.submit(Step(adaptation, rows, personal), loss_only=step.loss_only)
-                    yield encode_step(stream.wait(future), step.personal, loss_only=step.loss_only)
+                    found = stream.wait(
+                        self._queue.submit(Step(adaptation, rows, personal), loss_only=step.loss_only)
+                    )
+                    yield encode_step(found, step.personal, loss_only=step.loss_only)
 
 
 class _Stream:
@@ -118,7 +122,10 @@ class _Stream:
         return message.step if message.HasField("step") else None
 
     def wait(self, future: Future[Gradient]) -> Gradient:
-        """What the step found, unless the stream ends first."""
+        """What the step found, unless the stream ends first.
+
+        No caller should keep the future: its error's frames, and what they hold, would keep each other.
+        """
         self._future = future
         try:
             if self.left.is_set():  # before the future was there to be cancelled
@@ -131,6 +138,7 @@ class _Stream:
             raise Cancelled("the caller left") from None
         finally:
             self._future = None
+            del future
 
     @staticmethod
     def _over() -> TooSlow:

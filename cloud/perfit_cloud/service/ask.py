@@ -19,7 +19,7 @@ from perfit_cloud.engine.types import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import decode_shift, encode_piece
-from perfit_cloud.service.guard import told
+from perfit_cloud.service.guard import device_of, told
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
@@ -43,7 +43,7 @@ class Asking:
         Raises InvalidInput and what `decode_shift` raises on messages out of order, TooSlow at the end
         of the stream's time.
         """
-        stream = _Stream(self._answers, slots=self._served.limits.questions)
+        stream = _Stream(self._answers, device_of(context), slots=self._served.limits.questions)
         try:
             stream.start(requests, self._served.artefacts)
             # Called when the RPC ends, however it does: the caller left, or its deadline passed.
@@ -57,8 +57,9 @@ class Asking:
 class _Stream:
     """The state of one Ask call."""
 
-    def __init__(self, answers: Answers, *, slots: int) -> None:
+    def __init__(self, answers: Answers, device: str, *, slots: int) -> None:
         self._answers = answers
+        self._device = device
         self._slots = threading.Semaphore(slots)
         self._pool = ThreadPoolExecutor(slots + 1, thread_name_prefix="perfit-ask")
         # What to send; None when there are no more questions; an error that ends the stream.
@@ -145,7 +146,7 @@ class _Stream:
                 return not self._is_closed
 
         try:
-            for piece in self._answers.pieces(question, shift, at_end):
+            for piece in self._answers.pieces(question, shift, self._device, at_end):
                 self._events.put(pb.AskResponse(number=question.number, part=encode_piece(piece)))
         except Exception as error:
             _, code, message, retry_ms = told(error, "Ask")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol, Self
 
 import grpc
 
 from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
-from perfit_cloud.service.limits import Gate, Limits
+from perfit_cloud.service.limits import Gate, Limits, Quota
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -40,29 +40,37 @@ class Answers:
     """The answers of Generate and of Ask: no more at once than there are places, none without end."""
 
     def __init__(
-        self, generation: Generation, reader: PromptReader, limits: Limits, *, places: Gate, seconds: float
-    ) -> None:
+        self, generation: Generation, reader: PromptReader, limits: Limits, *,
+        places: Gate, each: Quota, seconds: float,
+    ) -> None:  # fmt: skip
         self._generation = generation
         self._reader = reader
         self._limits = limits
         self._places = places
+        self._each = each
         self._seconds = seconds
 
     def pieces(
-        self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse,
+        self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse, device: str,
         at_end: Callable[[Callable[[], None]], bool],
     ) -> Iterator[Piece]:  # fmt: skip
         """The pieces of one answer; what it asks for is checked first.
 
         `at_end(cancel)` keeps `cancel` for when the caller leaves, and says false when it has left.
+        Its place is free when it is over or cancelled, whether or not anybody reads on.
         """
         prompt = self._reader.prompt(request.prompt)
         sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
         last = None
-        with self._places.place(0):
+        with _Held(self._each.place(device), self._places.place(0)) as held:
             answer = self._generation.submit(prompt, shift, sampling)
-            with _cancelled_after(self._seconds, answer) as late:
-                if not at_end(answer.cancel):
+
+            def cancel() -> None:
+                answer.cancel()
+                held.release()
+
+            with _after(self._seconds, cancel) as late:
+                if not at_end(cancel):
                     raise Cancelled("the caller left")
                 for piece in answer:
                     if piece.finish is not None:
@@ -77,9 +85,30 @@ class Answers:
             raise Unavailable("the cloud is stopping; try again later")
 
 
+class _Held:
+    """Places that are given back once, by whichever thread comes first."""
+
+    def __init__(self, *places: AbstractContextManager[None]) -> None:
+        self._lock = threading.Lock()
+        with ExitStack() as stack:
+            for place in places:
+                stack.enter_context(place)
+            self._places = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        with self._lock:
+            self._places.close()
+
+
 @contextmanager
-def _cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event]:
-    """Cancel the answer on leaving, or after `seconds`, which sets the event.
+def _after(seconds: float, cancel: Callable[[], None]) -> Iterator[threading.Event]:
+    """Cancel on leaving, or after `seconds`, which sets the event.
 
     A timer, because the call may stand in the answer's `next` for a piece that never comes.
     """
@@ -87,7 +116,7 @@ def _cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event
 
     def expire() -> None:
         late.set()
-        answer.cancel()
+        cancel()
 
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
@@ -96,7 +125,7 @@ def _cancelled_after(seconds: float, answer: Answer) -> Iterator[threading.Event
         yield late
     finally:
         timer.cancel()
-        answer.cancel()
+        cancel()
 
 
 def check_active(context: grpc.ServicerContext) -> None:

@@ -7,6 +7,7 @@ its identity are checked on every call and before every message of a stream.
 from __future__ import annotations
 
 import logging
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +18,16 @@ import grpc
 from cryptography import x509
 
 from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import read_certificate
+from perfit_cloud.service.certificates import identity_of, read_certificate
 from perfit_cloud.service.limits import Gate
 from perfit_shared.errors import NotAuthenticated, to_status
 
-__all__ = ["Guard", "caller", "seconds_left", "told"]
+__all__ = ["Guard", "caller", "device_of", "seconds_left", "told"]
 
 _log = logging.getLogger(__name__)
 # Long-lived and served without a thread; it tells only whether the cloud serves.
 _HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+_LATE_SECONDS = 5.0  # after its time a stream is cut off; until then it ends by itself, and says why
 
 
 def caller(context: grpc.ServicerContext) -> x509.Certificate:
@@ -34,6 +36,11 @@ def caller(context: grpc.ServicerContext) -> x509.Certificate:
     if not pem:
         raise NotAuthenticated("this call needs a device certificate; enrol with `perfit enroll`")
     return read_certificate(bytes(list(pem)[0]), pem=True)  # noqa: RUF015
+
+
+def device_of(context: grpc.ServicerContext) -> str:
+    """The identity that calls. Raises NotAuthenticated."""
+    return identity_of(caller(context))
 
 
 def seconds_left(context: grpc.ServicerContext, cap: float) -> float:
@@ -45,9 +52,14 @@ def seconds_left(context: grpc.ServicerContext, cap: float) -> float:
 class Guard(grpc.ServerInterceptor):
     """Wraps every method of a server. Without an authority (enrolment) anybody may call."""
 
-    def __init__(self, *, authority: Authority | None, gate: Gate) -> None:
+    def __init__(
+        self, *, authority: Authority | None, gate: Gate, call_seconds: float, stream_seconds: float
+    ) -> None:
+        """The most time of calls that answer in a stream, and of those that stream both ways."""
         self._authority = authority
         self._gate = gate
+        self._call_seconds = call_seconds
+        self._stream_seconds = stream_seconds
 
     def intercept_service(
         self,
@@ -66,13 +78,13 @@ class Guard(grpc.ServerInterceptor):
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, method),
+                self._stream(handler.unary_stream, method, self._call_seconds),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, method),
+                self._stream(handler.stream_stream, method, self._stream_seconds),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
@@ -90,12 +102,12 @@ class Guard(grpc.ServerInterceptor):
         return guarded
 
     def _stream(
-        self, behaviour: Callable[[Any, grpc.ServicerContext], Iterator[Any]], method: str
+        self, behaviour: Callable[[Any, grpc.ServicerContext], Iterator[Any]], method: str, seconds: float
     ) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
         def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             with translated(context, method):
                 self._authorise(context)
-                with self._gate.place(0):
+                with self._gate.place(0), _cut_off_after(seconds + _LATE_SECONDS, context):
                     for response in behaviour(request, context):
                         self._authorise(context)
                         yield response
@@ -105,6 +117,18 @@ class Guard(grpc.ServerInterceptor):
     def _authorise(self, context: grpc.ServicerContext) -> None:
         if self._authority is not None:
             self._authority.check(caller(context))
+
+
+@contextmanager
+def _cut_off_after(seconds: float, context: grpc.ServicerContext) -> Iterator[None]:
+    """A timer, because a caller who does not read holds the call in gRPC's send."""
+    timer = threading.Timer(seconds, context.cancel)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

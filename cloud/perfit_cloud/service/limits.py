@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from perfit_shared.errors import Busy, TooSlow
 
-__all__ = ["Gate", "Limits"]
+__all__ = ["Gate", "Limits", "Quota"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,29 @@ class Gate:
                 self._places.release()
         finally:
             self._room.release()
+
+
+class Quota:
+    """Lets one device hold `each` places at once, over all its connections together."""
+
+    def __init__(self, *, each: int, retry_ms: int) -> None:
+        self._each = each
+        self._retry_ms = retry_ms
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()  # of devices that hold some
+
+    @contextmanager
+    def place(self, device: str) -> Iterator[None]:
+        """Hold one of the device's places. Raises Busy when it has them all."""
+        with self._lock:
+            if self._held[device] >= self._each:
+                message = "this device has as much under way as one may; try again shortly"
+                raise Busy(message, retry_ms=self._retry_ms)
+            self._held[device] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[device] -= 1
+                if not self._held[device]:
+                    del self._held[device]

@@ -2,9 +2,11 @@
 
 gRPC gives a call its thread before the call's message has come, so that headers alone hold a thread, and
 no code of ours runs that could end it. Therefore a connection has few calls at once and a bounded age,
-after which its calls are cut off: nobody starves the others over one connection. Over many connections
-(five on the enrolment listener, which anybody may open) it can still be done, for as long as they are
-opened anew; a firewall or proxy in front that counts connections per address is the help against that.
+after which its calls are cut off. What a call costs once its message is there (answers, updates) is
+counted by device, and ends with the call's time whether or not its caller reads. So nobody starves the
+others over one connection. Over many connections (five on the enrolment listener, which anybody may open)
+the threads can still all be taken, for as long as they are opened anew; a firewall or proxy in front that
+counts connections per address is the help against that.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from perfit_cloud.service.authority import Authority, ServerIdentity
 from perfit_cloud.service.calls import Answers, Generation, Gradients
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.guard import Guard
-from perfit_cloud.service.limits import Gate
+from perfit_cloud.service.limits import Gate, Quota
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
 from perfit_shared.errors import ConfigError
@@ -100,11 +102,9 @@ class CloudServer:
         self._config = config
         self._authority = authority
         self._health = health.HealthServicer()
-        gate = Gate(running=config.calls, waiting=0, retry_ms=config.retry_ms)
-        enrol_gate = Gate(running=_ENROL_CALLS, waiting=0, retry_ms=config.retry_ms)
         threads = config.calls + _SPARE_THREADS
         self._server = self._make(
-            Guard(authority=authority, gate=gate),
+            self._guard(authority, calls=config.calls),
             threads=threads,
             message_bytes=config.message_bytes,
             connection=_Connection(
@@ -115,7 +115,7 @@ class CloudServer:
             ),
         )
         self._enrol_server = self._make(
-            Guard(authority=None, gate=enrol_gate),
+            self._guard(None, calls=_ENROL_CALLS),
             threads=_ENROL_CALLS + _SPARE_THREADS,
             message_bytes=_ENROL_MESSAGE_BYTES,
             connection=_Connection(_ENROL_STREAMS, _ENROL_AGE_SECONDS, _GRACE_SECONDS),
@@ -167,6 +167,15 @@ class CloudServer:
             ],
         )
 
+    def _guard(self, authority: Authority | None, *, calls: int) -> Guard:
+        config = self._config
+        return Guard(
+            authority=authority,
+            gate=Gate(running=calls, waiting=0, retry_ms=config.retry_ms),
+            call_seconds=config.call_seconds,
+            stream_seconds=config.stream_seconds,
+        )
+
     def _bind(self, server: grpc.Server, address: str, *, client_ca: bytes | None) -> str:
         """ "host:port" as bound."""
         credentials = self._credentials.credentials(client_ca)
@@ -197,6 +206,7 @@ class CloudServer:
             reader,
             served.limits,
             places=Gate(running=config.streams, waiting=0, retry_ms=config.retry_ms),
+            each=Quota(each=config.answers_each, retry_ms=config.retry_ms),
             seconds=config.call_seconds,
         )
         personalization = PersonalizationService(
@@ -212,6 +222,7 @@ class CloudServer:
                 reader,
                 queue=steps,
                 streams=Gate(running=config.adaptations, waiting=0, retry_ms=config.retry_ms),
+                each=Quota(each=config.adaptations_each, retry_ms=config.retry_ms),
                 stream_seconds=config.stream_seconds,
             ),
             call_seconds=config.call_seconds,

@@ -21,7 +21,7 @@ from perfit_cloud.service.codec import (
     encode_seed,
     find_artefact,
 )
-from perfit_cloud.service.guard import caller, seconds_left
+from perfit_cloud.service.guard import caller, device_of, seconds_left
 from perfit_cloud.service.limits import Gate
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import InvalidInput
@@ -67,7 +67,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         shift = decode_shift(request.shift, self._served.artefacts)
-        for piece in self._answers.pieces(request, shift, context.add_callback):
+        for piece in self._answers.pieces(request, shift, device_of(context), context.add_callback):
             yield encode_piece(piece)
 
     def Ask(
