@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cloud.asked import SMALL as TINY_CACHE
 from tests.cloud.serving import SETTINGS, Running
+from tests.conftest import FAMILIES
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.engine.generation import GenerationEngine
+from perfit_cloud.engine.generation import GenerationEngine, engine_for
 from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.model.artefacts import Artefact
@@ -85,3 +87,16 @@ def run(
         for channel in running.channels:
             channel.close()
         running.server.stop(0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, load: Any, make_artefact: Any) -> Any:
+    base = load(request.param)
+    artefacts = {
+        "news_headline": make_artefact(base),
+        "chat": make_artefact(base, "chat", positions="l4", layers=(0, 2, 3), seed=9, ranks=(4, 5)),
+    }
+    engine = engine_for(base, artefacts, TINY_CACHE)
+    engine.start()
+    yield base, artefacts, engine
+    engine.stop()

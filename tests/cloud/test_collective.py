@@ -28,9 +28,6 @@ from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
 WORDS = ("cat", "dog", "mat", "door")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def write_toy(folder: Path, users: int = 12, items: int = 16) -> Path:
     """OPPU users whose headline is always the same few words: a shift can learn that."""
     rng = random.Random(0)

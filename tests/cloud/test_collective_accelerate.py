@@ -40,9 +40,6 @@ from perfit_shared.tasks import load_task
 WORDS = ("cat", "dog", "mat", "door")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight users whose headline depends on the first word, so that something can be learned."""

@@ -27,9 +27,6 @@ PAIRS: list[Pair] = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def run(base: BaseModel, how: FrozenBase | None, pairs: list[Pair] = PAIRS) -> tuple[Tensor, list[Tensor]]:
     """(log-likelihoods under random shifts, gradient of their sum for both shifts)."""
     from perfit_cloud.collective.steps import trainable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +10,6 @@ from perfit_cloud.collective.steps import rate_at
 from perfit_cloud.model.shifts import Phi, phi
 
 D, R, ROWS = 32, 4, 256
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rotation(seed: int) -> Tensor:

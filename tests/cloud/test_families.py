@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cloud.test_right import NEW, alone, prompts, uses
+from tests.cloud.asked import NEW, alone, prompts, uses
 from tests.conftest import FAMILIES
 
 from perfit_cloud.engine.batched import generate_batch
