@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Barrier, Thread
 from typing import Any
 
@@ -51,13 +52,14 @@ class Sizes:
     batch: int = 16
     epochs: int = 4
     devices: tuple[int, ...] = (1, 2, 4, 8)
-    device_prompt: int = 24  # tokens
+    together: tuple[tuple[int, int], ...] = ((24, 16), (12, 4))  # several at once: prompt tokens, batch
     device_steps: int = 20
 
 
 SMALL = Sizes(
-    settings=(("f7+l7", 24), ("l7", 40)), examples=8, batch=4, epochs=1, devices=(1, 2), device_steps=3
-)
+    settings=(("f7+l7", 24), ("l7", 40)), examples=8, batch=4, epochs=1, devices=(1, 2),
+    together=((12, 4),), device_steps=3,
+)  # fmt: skip
 
 
 class Bench:
@@ -110,16 +112,17 @@ class Bench:
 
     def devices(self, pairs: int) -> list[dict[str, Any]]:
         """Steps a second of n devices together."""
-        speeds = common.interleaved(
-            {str(n): lambda n=n: self._together(n) for n in self._sizes.devices}, pairs=pairs
-        )
-        one = speeds[str(self._sizes.devices[0])]
         rows = []
-        for n in self._sizes.devices:
-            ratio = common.ratio(speeds[str(n)], one)
-            rows.append({
-                "n": n, "steps_per_second": float(np.median(speeds[str(n)])), "over_one": ratio.to_json(),
-            })  # fmt: skip
+        for tokens, batch in self._sizes.together:
+            speeds = common.interleaved(
+                {str(n): partial(self._together, n, tokens, batch) for n in self._sizes.devices}, pairs=pairs
+            )
+            for n in self._sizes.devices:
+                ratio = common.ratio(speeds[str(n)], speeds[str(self._sizes.devices[0])])
+                rows.append({
+                    "n": n, "prompt_tokens": tokens, "batch": batch,
+                    "steps_per_second": float(np.median(speeds[str(n)])), "over_one": ratio.to_json(),
+                })  # fmt: skip
         return rows
 
     def _artefact(self, positions: str) -> Artefact:
@@ -136,14 +139,14 @@ class Bench:
             for (_, a), (_, b) in zip(cached.named(), full.named(), strict=True)
         )
 
-    def _together(self, count: int) -> float:
+    def _together(self, count: int, tokens: int, batch: int) -> float:
         sizes, artefact = self._sizes, self._artefact("f7+l7")
         ready = Barrier(count + 1)
 
         def device(number: int) -> None:
-            data = examples(self._base, sizes.examples, sizes.device_prompt, seed=number)
-            epochs = -(-sizes.device_steps * sizes.batch // len(data))
-            schedule = Schedule(epochs, artefact.learning_rate, sizes.batch, number, len(data))
+            data = examples(self._base, sizes.examples, tokens, seed=number)
+            epochs = -(-sizes.device_steps * batch // len(data))
+            schedule = Schedule(epochs, artefact.learning_rate, batch, number, len(data))
             training = Training.start(schedule, person(artefact, number))
             with self._queue.open(data, artefact) as adaptation:
                 ready.wait()
@@ -182,15 +185,18 @@ def _training(
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--devices", action="store_true", help="only several devices at once")
+    args = made.parse_args()
     sizes, pairs = (SMALL, 2) if args.small else (Sizes(), args.pairs)
     base = load_model(args)
     bench = Bench(base, sizes)
     with ExitStack() as stack:
         stack.callback(bench.close)
-        process = pyreft_for(base)
+        process = None if args.devices else pyreft_for(base)
         pyreft = stack.enter_context(process) if process is not None else None
-        rows = [bench.row(*setting, pyreft=pyreft, pairs=pairs) for setting in sizes.settings]
+        settings = () if args.devices else sizes.settings
+        rows = [bench.row(*setting, pyreft=pyreft, pairs=pairs) for setting in settings]
         devices = bench.devices(pairs)
     print(common.table(
         ["positions", "prompt tokens", "ours, s", "pyreft, s", "pyreft over ours [95 %]", "gradient error",
@@ -208,8 +214,12 @@ def main() -> None:
         ],
     ) + "\n")  # fmt: skip
     print(common.table(
-        ["devices at once", "steps/s of all", "over one [95 %]"],
-        [[row["n"], row["steps_per_second"], common.Ratio(*row["over_one"])] for row in devices],
+        ["prompt tokens", "batch", "devices at once", "steps/s of all", "over one [95 %]"],
+        [
+            [row["prompt_tokens"], row["batch"], row["n"], row["steps_per_second"],
+             common.Ratio(*row["over_one"])]
+            for row in devices
+        ],
     ))  # fmt: skip
     common.finish({"rows": rows, "devices": devices}, args.json)
 

@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HAS_PYREFT = (ROOT / ".peers" / "pyreft" / "bin" / "python").is_file()
 
 
+pytestmark = pytest.mark.slow
+
+
 def bench(place: Path, script: str, *flags: str) -> dict[str, Any]:
     """What `script --small` writes."""
     file = place / "result.json"
@@ -55,7 +58,6 @@ def test_update(tmp_path: Path) -> None:
     assert all(row["steps_per_second"] > 0 for row in result["devices"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "key"),
     [("asks-during-updates", "asks_during_updates"), ("scaling", "scaling"), ("profile", "profile")],

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tests.e2e.test_bench_peers import bench
+
+pytestmark = pytest.mark.slow
 
 
 def test_device(tmp_path: Path) -> None:
