@@ -137,14 +137,18 @@ def test_an_engine_that_cannot_forget_stops(load: Any, monkeypatch: pytest.Monke
         engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(4))
 
 
+@pytest.mark.parametrize("window", [10, 200])
 @pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])
-def test_a_family_that_hides_its_window_in_the_mask_is_not_packed(kind: str) -> None:
-    """Such a block does not tell its attention of it, which would look back over everything."""
+def test_a_family_that_hides_its_window_in_the_mask_is_not_packed(kind: str, window: int) -> None:
+    """Such a block does not tell its attention of it, which would look back over everything.
+
+    The trial itself shows a window of 10; one of 200 is longer than its prompts.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
         kind, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, max_position_embeddings=256, sliding_window=10,
+        num_key_value_heads=2, vocab_size=100, max_position_embeddings=256, sliding_window=window,
         use_sliding_window=True, max_window_layers=2, initializer_range=0.3,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
