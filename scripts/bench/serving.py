@@ -12,9 +12,12 @@ distinct users beside an engine with no hook registered; then those of 32 users 
     pyreft            one user after another, for it holds one shift at a time; a process of its own
                       (`make peers`), the same weights, tensors and token ids
 
-Tokens a second are new tokens over the time from the first submit to the last token. `peft_slowdown`
-is peft's time with mixed adapters over its time with none, `slowdown_over_peft` is ours over that.
-Times to first token run from a request's submit to its first piece, over all runs.
+Tokens a second are new tokens over the time from the first submit to the last token. The first table's
+engines run side by side, a pass of each after one of the others', and each side's time is that of its
+own passes: figures of one engine alone, which no change of the machine's speed can part. Peers cannot be
+run so: whole runs of ours and theirs take turns. `peft_slowdown` is peft's time with mixed adapters over
+its time with none, `slowdown_over_peft` is ours over that. Times to first token run from a request's
+submit to its first piece, over all runs.
 
     --asks-during-updates   instead: time to first token of single asks, idle and beside two updates
     --scaling               instead: tokens a second and memory by users, prompt length and rank
@@ -33,7 +36,7 @@ import beside_updates
 import common
 import growth
 import numpy as np
-from asking import Run, ask_all
+from asking import Run, ask_all, ask_in_step
 from peers.library import Lora, Static
 from peers.pyreft_process import PyreftServing, pyreft_for
 from workload import Asked, artefact_for, load_model, parser, prompts, uses
@@ -62,62 +65,64 @@ SMALL = Sizes(distinct=(1, 2, 4), shortest=15, longest=40, new_tokens=8)
 
 
 class Side:
-    """One engine and what it is asked. Called, it gives tokens a second; its runs stay."""
+    """One engine and what it is asked. Called, it gives tokens a second of a run alone; its runs stay."""
 
     def __init__(self, engine: Engine, asked: list[Asked]) -> None:
         self.asked = asked
-        self._engine = engine
-        self._runs: list[Run] = []
+        self.engine = engine
+        self.runs: list[Run] = []
 
     def __call__(self) -> float:
-        self._runs.append(ask_all(self._engine, self.asked))
-        return self._runs[-1].tokens_per_second
+        self.runs.append(ask_all(self.engine, self.asked))
+        return self.runs[-1].tokens_per_second
 
     @property
     def answers(self) -> list[list[int]]:
         """Of the last run."""
-        return self._runs[-1].answers
+        return self.runs[-1].answers
+
+    def speeds(self) -> list[float]:
+        """Tokens a second of each counted run."""
+        return [run.tokens_per_second for run in self.runs[_WARM_UP:]]
 
     def first(self, percentile: float) -> list[float]:
         """Of each counted run, a percentile of its requests' seconds to the first piece."""
-        return [float(np.percentile(run.first, percentile)) for run in self._runs[_WARM_UP:]]
+        return [float(np.percentile(run.first, percentile)) for run in self.runs[_WARM_UP:]]
 
     def all_first(self, percentile: float) -> float:
         """Over all counted runs."""
-        return float(np.percentile([s for run in self._runs[_WARM_UP:] for s in run.first], percentile))
+        return float(np.percentile([s for run in self.runs[_WARM_UP:] for s in run.first], percentile))
 
 
 class Bench:
-    """Two engines on one model, with hooks and without, and the requests."""
+    """A model with engines on it, with hooks and without, and the requests."""
 
     def __init__(self, base: BaseModel, sizes: Sizes) -> None:
         self._base, self._sizes = base, sizes
         self._artefact = artefact_for(base)
         self._prompts = prompts(base, sizes.in_flight, sizes.shortest, sizes.longest)
-        settings = GenerationSettings(max_requests=sizes.in_flight)
-        self._plain = engine_for(base, {}, settings)
-        self._ours = engine_for(base, {self._artefact.name: self._artefact}, settings)
+        self._engines = ExitStack()
 
     def close(self) -> None:
-        self._plain.stop()
-        self._ours.stop()
+        self._engines.close()
 
     def rows(self, pairs: int) -> list[dict[str, Any]]:
         """Ours by distinct users, beside no hooks."""
-        base = self._side(self._plain, None, 1)
-        sides = {count: self._side(self._ours, self._artefact, count) for count in self._sizes.distinct}
-        speeds = common.interleaved(
-            {"base": base, **{str(count): side for count, side in sides.items()}},
-            pairs=pairs, warm_up=_WARM_UP,
-        )  # fmt: skip
+        base = self._side(None, 1)
+        sides = {count: self._side(self._artefact, count) for count in self._sizes.distinct}
+        for _ in range(_WARM_UP + pairs):
+            everyone = (base, *sides.values())
+            runs = ask_in_step({str(i): (side.engine, side.asked) for i, side in enumerate(everyone)})
+            for side, run in zip(everyone, runs.values(), strict=True):
+                side.runs.append(run)
         made = []
         for count, side in sides.items():
-            ratio = common.ratio(speeds[str(count)], speeds["base"])
+            ratio = common.ratio(side.speeds(), base.speeds())
             waits = {p: common.ratio(side.first(p), base.first(p)) for p in (50, 95)}
             made.append({
                 "model": self._base.name, "distinct_users": count, "in_flight": self._sizes.in_flight,
-                "tokens_per_second": float(np.median(speeds[str(count)])),
-                "base_tokens_per_second": float(np.median(speeds["base"])),
+                "tokens_per_second": float(np.median(side.speeds())),
+                "base_tokens_per_second": float(np.median(base.speeds())),
                 "ratio_to_base": ratio.median, "ratio_interval": [ratio.low, ratio.high],
                 "ttft_p50": side.all_first(50), "ttft_p95": side.all_first(95),
                 "base_ttft_p50": base.all_first(50), "base_ttft_p95": base.all_first(95),
@@ -128,7 +133,7 @@ class Bench:
     def peers(self, pairs: int, ratio_to_base: float, *, without: Sequence[str]) -> dict[str, Any]:
         """Ours with every request another user, over each peer; intervals beside."""
         users = self._sizes.in_flight
-        ours = self._side(self._ours, self._artefact, users)
+        ours = self._side(self._artefact, users)
         static = Static(self._base, self._prompts, self._sizes.new_tokens)
         sides: dict[str, Callable[[], float]] = {"ours": ours, "static_generate": static}
         if "peft" not in without:
@@ -162,7 +167,11 @@ class Bench:
             "same_answers_as_pyreft": same,
         }
 
-    def _side(self, engine: Engine, artefact: Artefact | None, distinct: int) -> Side:
+    def _side(self, artefact: Artefact | None, distinct: int) -> Side:
+        """An engine of its own, without hooks where there is no artefact, and the requests of these users."""
+        settings = GenerationSettings(max_requests=self._sizes.in_flight)
+        engine = engine_for(self._base, {artefact.name: artefact} if artefact else {}, settings)
+        self._engines.callback(engine.stop)
         sampling = Sampling(self._sizes.new_tokens)
         whose = uses(artefact, distinct, len(self._prompts))
         return Side(engine, [(p, use, sampling) for p, use in zip(self._prompts, whose, strict=True)])
