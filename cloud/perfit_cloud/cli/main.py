@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from perfit_cloud.cli import artefact, authority, collective, lamp, serve
+from perfit_cloud.cli import artefact, audit, authority, collective, lamp, serve
 from perfit_shared.errors import PerfitError
 
 __all__ = ["app", "run"]
@@ -26,6 +26,7 @@ app.command("serve")(serve.serve)
 app.command("invite")(authority.invite)
 app.command("revoke")(authority.revoke)
 app.command("devices")(authority.devices)
+app.command("audit")(audit.audit)
 app.add_typer(collective.app, name="collective")
 app.add_typer(lamp.app, name="lamp")
 app.add_typer(artefact.app, name="artefact")

@@ -1,0 +1,1 @@
+"""Looking from outside for what a server should have forgotten: `perfit-cloud audit`."""

@@ -1,0 +1,70 @@
+"""What a server will compute of a request, computed here first.
+
+Of a call that is cut off nobody receives an answer or a gradient, and token ids and exact gradients are
+never sent at all. To look for them the auditor runs the server's own engines on the same model: the same
+request gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from perfit_cloud.engine.adaptation import AdaptationEngine, Step
+from perfit_cloud.engine.generation import GenerationSettings, engine_for
+from perfit_cloud.engine.gradients import GradientEngine, Pair
+from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.shifts import ShiftTensors
+
+__all__ = ["Foresight"]
+
+_KEEP_BYTES = 2**28
+
+
+class Foresight:
+    """The engines, for the length of a with block."""
+
+    def __init__(self, base: BaseModel, artefact: Artefact) -> None:
+        self.base, self.artefact = base, artefact
+        self._generation = engine_for(base, {artefact.name: artefact}, GenerationSettings())
+        self._gradients = GradientEngine(base)
+        self._adaptations = AdaptationEngine(base, keep_bytes=_KEEP_BYTES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._generation.stop()
+        self._gradients.close()
+        self._adaptations.close()
+
+    def decoded(self, personal: bytes) -> ShiftTensors:
+        """The tensors that a server makes of these bytes."""
+        spec = self.artefact.spec
+        return ShiftTensors.from_bytes(personal, spec, spec.personal_rank)
+
+    def answer(self, prompt: str, personal: ShiftTensors, sampling: Sampling) -> tuple[str, list[int]]:
+        """The whole answer's text, and its token ids."""
+        answer = self._generation.submit(self.base.encode(prompt), self._use(personal), sampling)
+        return "".join(piece.text for piece in answer), answer.ids
+
+    def gradient(self, pairs: Sequence[tuple[str, str]], personal: ShiftTensors) -> ShiftTensors:
+        """What ComputeGradient finds for (prompt, target) texts."""
+        return self._gradients.gradient(self.ids(pairs), self._use(personal)).tensors
+
+    def step(self, pairs: Sequence[tuple[str, str]], personal: ShiftTensors) -> ShiftTensors:
+        """What a step of Adapt over all these pairs finds."""
+        with self._adaptations.open(self.ids(pairs), self.artefact) as adaptation:
+            step = Step(adaptation, range(len(pairs)), personal)
+            return self._adaptations.gradients([step])[0].tensors
+
+    def ids(self, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+        return [(self.base.encode(prompt), self.base.encode_target(target)) for prompt, target in pairs]
+
+    def _use(self, personal: ShiftTensors) -> ShiftUse:
+        return ShiftUse(Mode.PERSONAL, self.artefact, personal)

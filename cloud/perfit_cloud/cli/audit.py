@@ -1,0 +1,129 @@
+"""`perfit-cloud audit`: look into a server from outside for what it should have forgotten."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perfit_shared.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from perfit_cloud.audit.scenarios import Row
+
+__all__ = ["audit"]
+
+_MOMENTS = ("before", "during", "after", "closed")
+
+
+def audit(  # noqa: PLR0917 - options of a command
+    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    artefact: Annotated[Path, typer.Option(help="Artefact folder.")],
+    rpc: Annotated[list[str] | None, typer.Option(help="Only this RPC; may be given several times.")] = None,
+    ending: Annotated[
+        list[str] | None,
+        typer.Option(help="Only calls that end so: done, cancelled, deadline, refused or gone."),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=0, max=64, help="How many at once; 0: no load.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the canaries.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one forward pass.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer calls, and no load.")] = False,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write what each look found.")
+    ] = None,
+) -> None:
+    """Search a server's memory, files and logs for what devices sent it, while and after it worked on that.
+
+    It starts servers of its own, first with hardening off and then on, and calls every RPC with words
+    and tensors that stand nowhere else. The code is 1 when something is left after a call and its
+    channel have ended, or when a control fails: before a call nothing may be found, during it tensors
+    and text must be. Needs Linux and CAP_SYS_PTRACE. GPU memory cannot be searched.
+
+        perfit-cloud audit --model models/newslm --artefact runs/news_headline
+
+        perfit-cloud audit --model models/newslm --artefact runs/news_headline --rpc Adapt --quick
+    """
+    from perfit_cloud.audit.memory import check_allowed
+    from perfit_cloud.audit.scenarios import ENDINGS, RPCS, Plan, is_kept
+    from perfit_cloud.audit.scenarios import audit as run
+
+    # A server that was stopped to be looked at should not stay so: SIGTERM unwinds as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rpcs, endings = _chosen("--rpc", rpc, RPCS), _chosen("--ending", ending, ENDINGS)
+    check_allowed()
+
+    import torch
+
+    from perfit_cloud.audit.foreseen import Foresight
+    from perfit_cloud.model.artefacts import Artefact
+    from perfit_cloud.model.base import load_base
+
+    torch.set_num_threads(threads)  # as the server's: the same bits
+    base = load_base(model)
+    with tempfile.TemporaryDirectory(prefix="perfit-audit-") as folder:
+        plan = Plan(
+            model=model, artefact=artefact, folder=Path(folder), rpcs=rpcs, endings=endings,
+            devices=devices, seed=seed, is_quick=quick, flags=("--threads", str(threads)),
+        )  # fmt: skip
+        with Foresight(base, Artefact.load(artefact)) as foresight:
+            rows = run(plan, foresight, _tell)
+    if as_json is not None:
+        written = [{**asdict(row), "fault": row.fault} for row in rows]
+        as_json.write_text(json.dumps({"kept": is_kept(rows), "rows": written}, indent=1), "utf-8")
+    for line in _table(rows):
+        print(line)
+    if not is_kept(rows):
+        print("the audit failed", file=sys.stderr)
+        raise typer.Exit(1)
+    print("nothing was left after any call and channel, and every control found what it should")
+
+
+def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Raises InvalidInput and lists what there is."""
+    for name in given or ():
+        if name not in known:
+            raise InvalidInput(f'{flag} should be {", ".join(known)}, not "{name[:40]}"')
+    return tuple(name for name in known if not given or name in given)
+
+
+def _tell(row: Row) -> None:
+    """Progress, on stderr."""
+    print(
+        f"hardening {row.hardening}, {row.rpc} {row.ending}, {row.moment}: {_count(row)}"
+        f"{'' if not row.fault else ': ' + row.fault}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _count(row: Row) -> str:
+    return f"{len(row.found)} kinds" if row.found else "nothing"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """A line for each call, and below it what was found when the call was over."""
+    calls: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        calls.setdefault((row.hardening, row.rpc, row.ending), {})[row.moment] = row
+    lines = [_line("hardening", "rpc", "ending", *_MOMENTS)]
+    for call, looks in calls.items():
+        lines.append(_line(*call, *(_count(looks[m]) if m in looks else "-" for m in _MOMENTS)))
+        for moment in ("before", "after", "closed"):
+            found = looks[moment].found if moment in looks else {}
+            lines += [f"    {moment}: {kind} in {', '.join(where)}" for kind, where in sorted(found.items())]
+        for row in looks.values():
+            if row.unreadable:
+                lines.append(f"    {row.moment}: could not read {'; '.join(row.unreadable[:4])}")
+    return lines
+
+
+def _line(*cells: str) -> str:
+    widths = (9, 15, 10, 8, 8, 8, 8)
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

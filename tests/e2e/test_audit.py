@@ -1,0 +1,68 @@
+"""The audit of a whole server: real processes, mutual TLS, a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local import BIN, CommandFailed, run
+from perfit_cloud.audit.memory import check_allowed
+from perfit_shared.errors import ConfigError
+
+try:
+    check_allowed()
+    MAY_LOOK = True
+except ConfigError:
+    MAY_LOOK = False
+looking = pytest.mark.skipif(not MAY_LOOK, reason="looking into other processes needs CAP_SYS_PTRACE")
+
+
+@pytest.fixture(scope="module")
+def command(
+    model_folder: Callable[[str], Path],
+    load: Any,
+    make_artefact: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[str]:
+    artefact = tmp_path_factory.mktemp("artefact")
+    make_artefact(load("llama"), layers=(0, 1, 2)).save(artefact)
+    model = model_folder("llama")
+    return [str(BIN / "perfit-cloud"), "audit", "--model", str(model), "--artefact", str(artefact)]
+
+
+@looking
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hardened_server_forgets(command: list[str], tmp_path: Path) -> None:
+    """Every RPC, answered and cut off, beside a server with hardening off that must not look clean."""
+    file = tmp_path / "audit.json"
+    try:
+        said = run([*command, "--quick", "--json", str(file)])
+    except CommandFailed as failed:
+        rows = json.loads(file.read_text())["rows"] if file.exists() else []
+        pytest.fail(f"{failed.said[-800:]} {[row for row in rows if row['fault']]}")
+    written = json.loads(file.read_text())
+    assert written["kept"]
+    assert "nothing was left" in said
+    seen = {(row["rpc"], row["ending"]) for row in written["rows"] if row["hardening"] == "on"}
+    for rpc in ("Generate", "Ask", "Score", "ComputeGradient", "Adapt"):
+        assert {(rpc, "done"), (rpc, "gone")} <= seen
+    during = [row for row in written["rows"] if row["moment"] == "during"]
+    assert all(any(kind.startswith("tensor") for kind in row["found"]) for row in during)
+    left = [
+        row["found"] for row in written["rows"] if row["hardening"] == "off" and row["moment"] == "closed"
+    ]
+    assert any(left)
+    assert not any(row["unreadable"] for row in written["rows"])
+
+
+def test_an_rpc_that_there_is_not_is_refused(command: list[str]) -> None:
+    with pytest.raises(CommandFailed) as failed:
+        run([*command, "--rpc", "Forget"])
+    said = failed.value.said.strip()
+    assert said.startswith("perfit-cloud: --rpc should be Generate, Ask, Score,")
+    assert said.endswith('not "Forget"')
