@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -77,7 +78,7 @@ class Adapting:
             mean_loss, self._cloud, self._artefact.task, self._split.gate, use, self._limits, cut=True
         )
         rows = range(first, first + len(self._split.gate))
-        return self._ask(rows, tensors, lambda response: float(response.loss), alone, loss_only=True)
+        return self._ask(rows, tensors, _finite_loss, alone, loss_only=True)
 
     def _ask(
         self, rows: Sequence[int], tensors: ShiftTensors, decode: Callable[[Any], _T],
@@ -113,6 +114,12 @@ class Adapting:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _finite_loss(response: Any) -> float:
+    if not math.isfinite(response.loss):
+        raise PerfitError("the cloud sent a loss that is no number; tell its operator")
+    return float(response.loss)
 
 
 class _Stream:

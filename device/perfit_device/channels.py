@@ -1,11 +1,15 @@
-"""gRPC channels to a cloud, and its errors as ours. Never fork after a channel exists."""
+"""gRPC channels to a cloud, and its errors as ours. Never fork after a channel exists.
+
+gRPC itself calls again only what a cloud never saw. A retry policy of its own would not read when the
+cloud wants to be called again, which is for `Patience` to do.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import ssl
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -13,24 +17,23 @@ import grpc
 from perfit_device.identity import Enrolment, pem
 from perfit_shared.errors import NotAuthenticated, PerfitError, Unavailable, from_code
 
-__all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel", "readable", "translate"]
+__all__ = [
+    "MESSAGE_BYTES", "BrokenOff",
+    "address_of", "enrolment_channel", "mutual_channel", "readable", "translate",
+]  # fmt: skip
 
 MESSAGE_BYTES = 32 * 1024 * 1024  # largest message in either direction
 _MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
 _PROBE_SECONDS = 3.0
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+_NOT_THE_TIME = (9, 10)
 # Addresses are shown on terminals, and a cloud says its own: nothing that could steer one.
 _ADDRESS = re.compile(r"([A-Za-z0-9.:\-\[\]_]+):([0-9]{1,5})")
 
-_SERVICE_CONFIG = json.dumps({
-    "methodConfig": [{
-        "name": [{"service": f"perfit.v1.{name}"} for name in ("Personalization", "Enrollment", "Identity")],
-        # gRPC jitters the backoff by 20 % itself.
-        "retryPolicy": {
-            "maxAttempts": 4, "initialBackoff": "0.2s", "maxBackoff": "2s", "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE"],
-        },
-    }]
-})  # fmt: skip
+
+class BrokenOff(Unavailable):
+    """Somebody is there, with the right certificate, and ended the connection nevertheless: the cloud is
+    stopping, or does not take *our* certificate, which gRPC does not tell."""
 
 
 def address_of(address: str) -> tuple[str, int]:
@@ -63,8 +66,6 @@ def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel
     options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
-        ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES),
-        ("grpc.service_config", _SERVICE_CONFIG),
         # A cloud that restarts should be found again within seconds, not gRPC's two minutes.
         ("grpc.initial_reconnect_backoff_ms", 250),
         ("grpc.max_reconnect_backoff_ms", 3000),
@@ -91,7 +92,7 @@ def translate(error: grpc.RpcError, address: str, server_ca: bytes) -> PerfitErr
         message = readable(str(call.details() if call else ""))
         return from_code(
             status.name, code, message,
-            int(delay) if delay.isdigit() and len(delay) < 9 else 0,
+            int(delay) if delay.isdecimal() and len(delay) < 9 else 0,
         )  # fmt: skip
     # gRPC made this status itself, so its text is for programmers.
     return _transport_error(status, address, server_ca)
@@ -122,16 +123,19 @@ def _why_unreachable(address: str, server_ca: bytes) -> PerfitError:
     try:
         with socket.create_connection((host, port), timeout=_PROBE_SECONDS) as plain:
             context.wrap_socket(plain, server_hostname=host).close()
-    except ssl.SSLCertVerificationError:
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _NOT_THE_TIME:
+            return NotAuthenticated(
+                f"by this device's clock, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, the certificate of the "
+                f"server at {address} is not valid; set the clock, or tell the cloud's operator"
+            )
         return NotAuthenticated(
             f"the server at {address} is not the cloud that this device trusts: its certificate comes "
             "from someone else; check the address, or ask the operator for a new invite"
         )
     except OSError:  # covers timeouts and ssl.SSLError
         return gone
-    return Unavailable(
-        f"the cloud at {address} broke off the call; try again, and if it stays so, enrol again"
-    )
+    return BrokenOff(f"the cloud at {address} broke off the call; try again, and if it stays so, enrol again")
 
 
 def readable(text: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
 
 from perfit_device import enrolment as enrolments
-from perfit_device.channels import mutual_channel, translate
+from perfit_device.channels import BrokenOff, mutual_channel, translate
 from perfit_device.codec import (
     ANSWER_DTYPE,
     LOSS_DTYPE,
@@ -29,6 +31,7 @@ from perfit_device.codec import (
     shift_to_wire,
 )
 from perfit_device.identity import Enrolment, life_left
+from perfit_device.patience import PASSING
 from perfit_shared.errors import CertificateExpired, InvalidTensors, PerfitError, ShiftMismatch
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
@@ -116,20 +119,24 @@ class Cloud:
             shift=shift_to_wire(use, ANSWER_DTYPE),
             sampling=sampling_to_wire(sampling),
         )
-        self._count(up=request.ByteSize())
-        call = self._stub.Generate(request, timeout=_GENERATE_SECONDS)
+
+        def begin() -> tuple[Stream, list[Any]]:
+            self._count(up=request.ByteSize())
+            responses = self._received(self._stub.Generate(request, timeout=_GENERATE_SECONDS))
+            try:
+                return responses, list(islice(responses, 1))
+            except BaseException:
+                responses.close()
+                raise
+
+        responses, first = self.renewing(begin)
         length = 0
-        try:
-            for response in call:
-                self._count(down=response.ByteSize())
-                length += len(response.text)
+        with closing(responses):
+            for response in chain(first, responses):
+                length += max(1, len(response.text))  # pieces without text have an end, too
                 if length > ANSWER_CHARACTERS:
                     raise PerfitError("the cloud sends without end; the answer was cut off")
                 yield piece_from_wire(response)
-        except grpc.RpcError as error:
-            raise self._translated(error) from error
-        finally:
-            call.cancel()
 
     def score(self, candidates: Sequence[tuple[Prompt, str]], use: ShiftUse) -> list[Score]:
         """Log-likelihoods of (prompt, answer) pairs, in their order."""
@@ -158,21 +165,33 @@ class Cloud:
                 self._count(up=request.ByteSize())
                 yield request
 
-        call = getattr(self._stub, method)(counted(), timeout=seconds)
-        return Stream(call, lambda size: self._count(down=size), self._translated)
+        return self._received(getattr(self._stub, method)(counted(), timeout=seconds))
 
     def renewing(self, call: Callable[[], _T]) -> _T:
-        """The call's value; called once more, with a new certificate, when the old one ran out meanwhile."""
+        """The call's value; called once more, with a new certificate, when the old one ran out meanwhile.
+
+        A cloud says so on a channel that is open, and opens none for a certificate that is over: then all
+        that comes is `BrokenOff`, for which a cloud that is stopping is a reason too.
+        """
+        used = self.enrolment
         try:
             return call()
         except CertificateExpired:
-            used = self.enrolment
+            self._renew(used)
+        except BrokenOff as broken:
+            try:
+                self._renew(used)
+            except PASSING:
+                raise broken from None
+        return call()
+
+    def _renew(self, used: Enrolment) -> None:
+        """Another certificate than that one, got by signature, and a channel with it."""
         with self._lock:
             if self.enrolment is used:
                 self._keep(enrolments.renew_lapsed(used))
                 self._channel.close()
-                self._open()
-        return call()
+                self._connect()
 
     # -- plumbing ------------------------------------------------------------------------------
 
@@ -188,6 +207,9 @@ class Cloud:
         self._count(down=response.ByteSize())
         return response
 
+    def _received(self, call: Any) -> Stream:
+        return Stream(call, lambda size: self._count(down=size), self._translated)
+
     def _translated(self, error: grpc.RpcError) -> PerfitError:
         return translate(error, self.enrolment.address, self.enrolment.server_ca)
 
@@ -198,7 +220,7 @@ class Cloud:
 
 
 class Stream:
-    """The responses of a call that streams both ways, as they come."""
+    """The responses of a call that streams them, as they come."""
 
     def __init__(
         self, call: Any, count: Callable[[int], None], translated: Callable[[grpc.RpcError], PerfitError]

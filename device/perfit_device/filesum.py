@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import sqlite3
 from pathlib import Path
 
@@ -23,8 +22,11 @@ _COUNTER = slice(24, 28)  # SQLite's file change counter
 _VALID_FOR = slice(92, 96)  # the counter's value when the page count was written: always the same here
 
 
-def check(connection: sqlite3.Connection, path: Path) -> bool:
+def check(connection: sqlite3.Connection, path: Path, *, is_swept: bool) -> bool:
     """Whether the note is up to date. Raises VaultDamaged when it is, and the file differs.
+
+    A file that is not swept may be longer than what is in it: SQLite has made a smaller one out of it
+    when it cuts off the rest, and a kill may come in between.
 
     Reads through `connection`, which holds the lock: closing a file handle of our own would drop
     every POSIX lock that this process has on the file.
@@ -34,7 +36,8 @@ def check(connection: sqlite3.Connection, path: Path) -> bool:
         f"{path} was changed outside of its rows; restore a copy, or remove {_note(path)} to go on "
         "with the rows, which are checked one by one"
     )
-    if len(image) != path.stat().st_size or image[_COUNTER] != image[_VALID_FOR]:
+    size = path.stat().st_size
+    if size < len(image) or (size > len(image) and is_swept) or image[_COUNTER] != image[_VALID_FOR]:
         raise damaged
     try:
         note = _note(path).read_bytes()
@@ -52,8 +55,9 @@ def write(connection: sqlite3.Connection, path: Path) -> None:
     """Note the file as it is now. Failing is no harm: an old note says nothing."""
     image = connection.serialize()
     body = image[_COUNTER] + hashlib.sha256(image).digest()
-    new = path.with_name(f"{path.name}.sum.{secrets.token_hex(4)}.new")
+    new = path.with_name(f"{path.name}.sum.new")  # left by a kill, or nobody's: we hold the vault
     try:
+        new.unlink(missing_ok=True)
         with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(body + _proof(body))
         new.replace(_note(path))

@@ -71,8 +71,11 @@ class Identity:
 
     def matches(self, certificate: bytes) -> bool:
         """Whether the certificate (DER) is for this key. Raises NotAuthenticated when it is none."""
+        try:
+            theirs = _parse(certificate).public_key()
+        except (ValueError, UnsupportedAlgorithm):
+            return False  # a key of a kind that is unknown here is not this one
         mine = self.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        theirs = _parse(certificate).public_key()
         return theirs.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) == mine
 
 
@@ -99,6 +102,8 @@ class Enrolment:
         """Raises VaultDamaged."""
         try:
             values = json.loads(data)
+            if not all(isinstance(value, str) for value in values.values()):
+                raise TypeError("all of it is text")
             return cls(
                 identity=Identity.from_der(base64.b64decode(values["key"])),
                 certificate=base64.b64decode(values["certificate"]),
@@ -107,7 +112,7 @@ class Enrolment:
                 enrolment_address=values["enrolment_address"],
                 cloud_id=values["cloud_id"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise VaultDamaged("the vault holds an enrolment that cannot be read") from error
 
 
@@ -137,7 +142,7 @@ def pem(certificate: bytes) -> bytes:
 def _parse(certificate: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(certificate)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise NotAuthenticated(
             "what should be a certificate is none; enrol again with a new invite"
         ) from error

@@ -9,15 +9,22 @@ the sealed bytes that survived somewhere stays shut.
 
 AES-256-GCM everywhere: its nonce must never repeat under one key. Wrapping uses a random nonce of
 96 bits, good for 2³² wraps; sealing uses a fixed one, safe there since a row key seals once.
+
+Keys lie in bytearrays, which are overwritten after use, and OpenSSL clears its own copies. What Python
+keeps as `str` or `bytes` cannot be: the passphrase, what the system's random source gave before it was
+copied, a key in the OS keyring, the two keys that name and list rows, and what rows held.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
+import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +34,12 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from perfit_shared.errors import ConfigError, VaultDamaged, VaultError, WrongPassphrase
 
-__all__ = ["FORMAT", "DataKey", "Header", "KdfParams"]
+__all__ = ["FORMAT", "DataKey", "Header", "KdfParams", "new_key", "wiped"]
 
 FORMAT = 1
-_NONCE_BYTES = 12
+_KEY_BYTES, _NONCE_BYTES, _TAG_BYTES, _SALT_BYTES = 32, 12, 16, 16
+_WRAPPED_BYTES = _NONCE_BYTES + _KEY_BYTES + _TAG_BYTES
+_VAULT_ID = re.compile(r"[0-9a-f]{32}")
 _SEAL_NONCE = bytes(_NONCE_BYTES)
 _KEYRING_SERVICE = "perfit"
 
@@ -55,12 +64,14 @@ class KdfParams:
         if self.memory_kib < 8 * self.lanes:
             raise VaultDamaged("the vault's header asks for an impossible key derivation")
 
-    def derive(self, passphrase: str, salt: bytes) -> bytes:
-        """32 bytes."""
-        kdf = Argon2id(
-            salt=salt, length=32, iterations=self.iterations, lanes=self.lanes, memory_cost=self.memory_kib
-        )
-        return kdf.derive(passphrase.encode())
+    def derive(self, passphrase: str, salt: bytes) -> bytearray:
+        """A key."""
+        key = bytearray(_KEY_BYTES)
+        Argon2id(
+            salt=salt, length=len(key), iterations=self.iterations, lanes=self.lanes,
+            memory_cost=self.memory_kib,
+        ).derive_into(passphrase.encode(), key)  # fmt: skip
+        return key
 
 
 @dataclass(frozen=True)
@@ -71,37 +82,48 @@ class Header:
     lock: str  # "passphrase" or "keyring"
     salt: bytes  # 16 bytes
     kdf: KdfParams
-    wrapped: bytes = b""  # nonce + sealed data key
+    wrapped: bytes = bytes(_WRAPPED_BYTES)  # nonce + sealed data key
+
+    def __post_init__(self) -> None:
+        """Raises VaultDamaged: whoever can write the file can make its digest fit, too."""
+        if (
+            not _VAULT_ID.fullmatch(self.vault_id)
+            or self.lock not in ("passphrase", "keyring")
+            or len(self.salt) != _SALT_BYTES
+            or len(self.wrapped) != _WRAPPED_BYTES
+        ):
+            raise VaultDamaged("the vault's header cannot be read; restore a copy of the file")
 
     @classmethod
-    def create(cls, data_key: bytes, passphrase: str | None, kdf: KdfParams) -> Header:
+    def create(cls, data_key: bytes | bytearray, passphrase: str | None, kdf: KdfParams) -> Header:
         """Wrap a data key by `passphrase`, or by a new key in the OS keyring when it is None."""
         lock = "keyring" if passphrase is None else "passphrase"
-        header = cls(secrets.token_hex(16), lock, secrets.token_bytes(16), kdf)
-        return header._wrap(data_key, passphrase, new=True)
+        header = cls(secrets.token_hex(16), lock, secrets.token_bytes(_SALT_BYTES), kdf)
+        return header._wrap(data_key, passphrase)
 
-    def rewrap(self, data_key: bytes, passphrase: str) -> Header:
+    def rewrap(self, data_key: bytes | bytearray, passphrase: str) -> Header:
         """The same vault under another passphrase."""
-        return replace(self, lock="passphrase", salt=secrets.token_bytes(16))._wrap(
-            data_key, passphrase, new=True
-        )
+        header = replace(self, lock="passphrase", salt=secrets.token_bytes(_SALT_BYTES))
+        return header._wrap(data_key, passphrase)
 
-    def unwrap(self, passphrase: str | None) -> bytes:
+    def unwrap(self, passphrase: str | None) -> bytearray:
         """The data key. Raises WrongPassphrase, or VaultError when the keyring has no key."""
-        nonce, sealed = self.wrapped[:_NONCE_BYTES], self.wrapped[_NONCE_BYTES:]
+        nonce, sealed, key = self.wrapped[:_NONCE_BYTES], self.wrapped[_NONCE_BYTES:], bytearray(_KEY_BYTES)
         try:
-            return AESGCM(self._key(passphrase, new=False)).decrypt(nonce, sealed, self._bound())
+            with wiped(self._key(passphrase, new=False)) as wrapping:
+                AESGCM(wrapping).decrypt_into(nonce, sealed, self._bound(), key)
         except InvalidTag as error:
             if self.lock == "keyring":
                 raise VaultError("the key in the OS keyring is not this vault's") from error
             raise WrongPassphrase("wrong passphrase; nothing was changed") from error
+        return key
 
-    def _wrap(self, data_key: bytes, passphrase: str | None, *, new: bool) -> Header:
+    def _wrap(self, data_key: bytes | bytearray, passphrase: str | None) -> Header:
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = AESGCM(self._key(passphrase, new=new)).encrypt(nonce, data_key, self._bound())
-        return replace(self, wrapped=nonce + sealed)
+        with wiped(self._key(passphrase, new=True)) as wrapping:
+            return replace(self, wrapped=nonce + AESGCM(wrapping).encrypt(nonce, data_key, self._bound()))
 
-    def _key(self, passphrase: str | None, *, new: bool) -> bytes:
+    def _key(self, passphrase: str | None, *, new: bool) -> bytearray:
         if self.lock == "keyring":
             return _keyring_key(self.vault_id, new=new)
         if passphrase is None:
@@ -140,24 +162,45 @@ class Header:
                     f"{FORMAT}; use the version of perfit that wrote it, or a newer one"
                 )
             return cls(
-                vault_id=str(values["vault_id"]),
+                vault_id=values["vault_id"],
                 lock=values["lock"],
                 salt=base64.b64decode(values["salt"]),
                 kdf=KdfParams(values["memory_kib"], values["iterations"], values["lanes"]),
                 wrapped=base64.b64decode(values["wrapped"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise VaultDamaged("the vault's header cannot be read; restore a copy of the file") from error
 
 
-class DataKey:
-    """An open vault's key: seals rows, names them, and authenticates the list of all rows."""
+@contextlib.contextmanager
+def wiped(key: bytearray) -> Iterator[bytearray]:
+    """The key for the length of a with block, and zeros in its place afterwards."""
+    try:
+        yield key
+    finally:
+        key[:] = bytes(len(key))
 
-    def __init__(self, key: bytes, vault_id: str) -> None:
+
+class DataKey:
+    """An open vault's key: seals rows, names them, and authenticates the list of all rows.
+
+    `key` is taken over, and overwritten by `wipe`: nothing can be sealed or opened after it.
+    """
+
+    def __init__(self, key: bytearray, vault_id: str) -> None:
+        self._key = key
         self._vault_id = vault_id
         self._wrapping = AESGCM(key)
         self._naming = hmac.digest(key, b"perfit vault row names", "sha256")
         self._listing = hmac.digest(key, b"perfit vault row list", "sha256")
+
+    def wipe(self) -> None:
+        with wiped(self._key):
+            del self._wrapping
+
+    def rewrap(self, header: Header, passphrase: str) -> Header:
+        """The header with this key under another passphrase."""
+        return header.rewrap(self._key, passphrase)
 
     def row_id(self, kind: str, name: str) -> bytes:
         """16 bytes that tell nothing of the name without the key."""
@@ -166,16 +209,18 @@ class DataKey:
     def seal(self, kind: str, row_id: bytes, version: int, plain: bytes) -> tuple[bytes, bytes]:
         """(wrapped row key, sealed row) under a new row key."""
         bound = self._bound(kind, row_id, version)
-        row_key, nonce = secrets.token_bytes(32), secrets.token_bytes(_NONCE_BYTES)
-        wrapped = nonce + self._wrapping.encrypt(nonce, row_key, bound)
-        return wrapped, AESGCM(row_key).encrypt(_SEAL_NONCE, plain, bound)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        with wiped(new_key()) as row_key:
+            wrapped = nonce + self._wrapping.encrypt(nonce, row_key, bound)
+            return wrapped, AESGCM(row_key).encrypt(_SEAL_NONCE, plain, bound)
 
     def unseal(self, kind: str, row_id: bytes, version: int, wrapped: bytes, sealed: bytes) -> bytes:
         """Raises VaultDamaged unless these very bytes were sealed for this place."""
         bound = self._bound(kind, row_id, version)
         try:
-            row_key = self._wrapping.decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], bound)
-            return AESGCM(row_key).decrypt(_SEAL_NONCE, sealed, bound)
+            with wiped(bytearray(_KEY_BYTES)) as row_key:
+                self._wrapping.decrypt_into(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], bound, row_key)
+                return AESGCM(row_key).decrypt(_SEAL_NONCE, sealed, bound)
         except (InvalidTag, ValueError) as error:
             raise VaultDamaged("a row of the vault was changed; restore a copy of the file") from error
 
@@ -187,13 +232,18 @@ class DataKey:
         return json.dumps([self._vault_id, kind, row_id.hex(), version]).encode()
 
 
-def _keyring_key(vault_id: str, *, new: bool) -> bytes:
+def new_key() -> bytearray:
+    """32 random bytes."""
+    return bytearray(secrets.token_bytes(_KEY_BYTES))
+
+
+def _keyring_key(vault_id: str, *, new: bool) -> bytearray:
     import keyring
     from keyring.errors import KeyringError
 
     try:
         if new:
-            key = secrets.token_bytes(32)
+            key = new_key()
             keyring.set_password(_KEYRING_SERVICE, vault_id, key.hex())
             return key
         stored = keyring.get_password(_KEYRING_SERVICE, vault_id)
@@ -202,7 +252,10 @@ def _keyring_key(vault_id: str, *, new: bool) -> bytes:
     if stored is None:
         raise VaultError("the OS keyring holds no key for this vault; unlock it, or log in as its owner")
     try:
-        return bytes.fromhex(stored)
+        key = bytearray.fromhex(stored)
+        if len(key) != _KEY_BYTES:
+            raise ValueError("of another length")
+        return key
     except ValueError as error:
         raise VaultError("the key in the OS keyring is not this vault's") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -44,7 +45,12 @@ class Settings:
 
 
 def prepare_process() -> None:
-    """Settings of libraries that must stand before they are imported; what the user set stays."""
+    """No core dumps, which would hold keys; and settings of libraries that must stand before they are
+    imported, where what the user set stays."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # gRPC writes handshake failures to stderr, where our one clear line belongs.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # The largest matrix here is 32 × 4096: threads cost more memory than they save time.

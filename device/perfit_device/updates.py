@@ -6,6 +6,7 @@ step, and the plan they belong to.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from perfit_device.codec import Artefact
 from perfit_device.patience import PASSING, Patience
 from perfit_device.personal import PersonalShift
 from perfit_device.vault import Vault
-from perfit_shared.errors import InvalidData, UpdateFailed, VaultDamaged
+from perfit_shared.errors import InvalidData, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Schedule, Training
 
@@ -127,7 +128,7 @@ class Update:
         self._place = place_of(cloud_id, artefact.name, artefact.task.name)
         kept = read_checkpoint(vault, self._place)
         self._state = kept if kept is not None and kept.schedule == plan else Training.start(plan, start)
-        self._saved = self._state.step
+        self._saved = self._state  # what the vault has; at first there may be nothing to keep
         self._clocked = 0.0  # when the last step was done, by the monotonic clock
         self.resumed_from = self._state.step
 
@@ -160,7 +161,7 @@ class Update:
 
     def _train(self) -> None:
         """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
-        last_saved = self._clocked = time.monotonic()
+        last_saved = last_done = self._clocked = time.monotonic()
         answer = self._ask()
         while answer is not None:
             before = self._state.step
@@ -169,7 +170,9 @@ class Update:
             answer = self._ask()
             if self._progress is not None and self.step > before:
                 self._progress(self.step, self._state.schedule.steps, self._state.losses[-1])
-            if time.monotonic() - last_saved >= self._checkpoint_seconds:
+            took, last_done = time.monotonic() - last_done, time.monotonic()
+            # Another step as long as this one might otherwise be more than a kill may cost.
+            if last_done - last_saved + took >= self._checkpoint_seconds:
                 self._save()
                 last_saved = time.monotonic()
             footprint.give_back()
@@ -192,14 +195,19 @@ class Update:
         try:
             return state.stepped(loss, gradient, seconds=seconds)
         except UpdateFailed as error:
-            forget_checkpoint(self._vault, self._place)
-            self._saved = state.step
-            raise UpdateFailed(f"{error}. This update was dropped, and your shift stays as it was") from error
+            # The steps before stay: what is no number may also be a cloud's doing.
+            raise UpdateFailed(
+                f"{error}, or `perfit update` as before, which resumes after step {state.step}; "
+                "your shift stays as it was"
+            ) from error
 
     def _save(self) -> None:
-        if self._state.step > self._saved:
+        if self._state is self._saved:
+            return
+        # What a full disk keeps from being overwritten is the checkpoint before, until the next one.
+        with contextlib.suppress(VaultUnswept):
             self._vault.put(_KIND, self._place, self._state.to_bytes())
-            self._saved = self._state.step
+        self._saved = self._state
 
     def _finish(self, gate: Gate) -> None:
         """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""

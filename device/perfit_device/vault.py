@@ -3,10 +3,11 @@
     header(data, list_mac)                             sealing.Header, MAC over the list of rows
     rows(kind, id, version, wrapped_key, sealed)       sealing.DataKey
 
-Promises: a crash at any byte leaves the old or the new version (journal_mode=DELETE,
-synchronous=FULL, one transaction a change); every row is bound to its place and the list of rows
-to the key, so a changed, swapped, dropped or revived row is VaultDamaged on opening; nothing of a
-deleted or replaced row stays in the file; two processes never hold one vault at once.
+Promises: a crash at any byte leaves the old or the new version (a rollback journal, synchronous=FULL,
+one transaction a change); every row is bound to its place and the list of rows to the key, so a
+changed, swapped, dropped or revived row is VaultDamaged on opening; nothing of a deleted or replaced
+row stays in the file or its journal; two processes never hold one vault at once. A whole file of an
+earlier day, put back, is not noticed.
 
 `secure_delete` alone does not keep the last but one: moving rows between pages leaves copies of
 them in the free space of pages (measured). So a change that removes bytes marks the file in the
@@ -17,8 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import secrets
+import hmac
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,21 +26,13 @@ from types import TracebackType
 from typing import Any
 
 from perfit_device import filesum
-from perfit_device.sealing import DataKey, Header, KdfParams
-from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError, VaultUnswept
+from perfit_device.sealing import DataKey, Header, KdfParams, new_key
+from perfit_device.vaultfile import WAIT_SECONDS, attach, make, translated
+from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
 
 __all__ = ["Vault"]
 
-_APPLICATION_ID = 0x50465431  # "PFT1"
 _UNSWEPT = 1  # user_version while the file may hold copies of removed rows
-_WAIT_SECONDS = 5.0  # for another process that is just finishing
-_SCHEMA = """
-CREATE TABLE header (one INTEGER PRIMARY KEY CHECK (one = 1), data BLOB NOT NULL, list_mac BLOB NOT NULL);
-CREATE TABLE rows (
-    kind TEXT NOT NULL, id BLOB NOT NULL, version INTEGER NOT NULL,
-    wrapped_key BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY (kind, id)
-) WITHOUT ROWID;
-"""
 _Place = tuple[str, bytes]  # kind, row id
 Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
 
@@ -48,12 +40,11 @@ Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
 class Vault:
     """An open vault; `create` or `open` one, and close it or use `with`."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, header: Header, key: bytes) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, header: Header, key: bytearray) -> None:
         self.path = path
         self.closed = False
         self._connection = connection
         self._header = header
-        self._raw_key = key
         self._key = DataKey(key, header.vault_id)
         self._listed: dict[_Place, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._depth = 0
@@ -70,51 +61,43 @@ class Vault:
         """
         if path.exists():
             raise VaultError(f"there is a vault at {path} already")
-        _make_private_folder(path.parent)
-        key = secrets.token_bytes(32)
+        key = new_key()
         header = Header.create(key, passphrase, kdf or KdfParams())
-        new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-        try:
-            os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            with _translated(path), contextlib.closing(_connect(new)) as connection:
-                connection.executescript(f"PRAGMA application_id={_APPLICATION_ID};{_SCHEMA}")
-                mac = DataKey(key, header.vault_id).list_mac(b"")
-                connection.execute("INSERT INTO header VALUES (1, ?, ?)", (header.to_bytes(), mac))
-            os.link(new, path)  # unlike a rename, this never replaces a vault made meanwhile
-        except FileExistsError as error:
-            raise VaultError(f"there is a vault at {path} already") from error
-        except OSError as error:
-            raise VaultError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            new.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-        return cls._open(path, key=key, passphrase=None, wait_seconds=_WAIT_SECONDS)
+        make(path, header, DataKey(key, header.vault_id).list_mac(b""))
+        return cls._open(path, key=key, passphrase=None, wait_seconds=WAIT_SECONDS)
 
     @classmethod
-    def open(cls, path: Path, passphrase: str | None, *, wait_seconds: float = _WAIT_SECONDS) -> Vault:
+    def open(cls, path: Path, passphrase: str | None, *, wait_seconds: float = WAIT_SECONDS) -> Vault:
         """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged; none of them changes a byte."""
         return cls._open(path, key=None, passphrase=passphrase, wait_seconds=wait_seconds)
 
     @staticmethod
     def lock_of(path: Path) -> str:
         """ "passphrase" or "keyring", without opening. Raises as `open` does."""
-        connection, header = _attach(path, _WAIT_SECONDS)
+        connection, header = attach(path, WAIT_SECONDS)
         connection.close()
         return header.lock
 
     @classmethod
-    def _open(cls, path: Path, *, key: bytes | None, passphrase: str | None, wait_seconds: float) -> Vault:
-        connection, header = _attach(path, wait_seconds)
+    def _open(
+        cls, path: Path, *, key: bytearray | None, passphrase: str | None, wait_seconds: float
+    ) -> Vault:
+        connection, header = attach(path, wait_seconds)
         try:
             vault = cls(path, connection, header, key or header.unwrap(passphrase))
-            with _translated(path):
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            with translated(path):
                 vault._verify()
-                vault._noted = filesum.check(connection, path)
-                if connection.execute("PRAGMA user_version").fetchone()[0] == _UNSWEPT:
+                is_swept = vault._is_swept()
+                vault._noted = filesum.check(connection, path, is_swept=is_swept)
+                if not is_swept:
                     with contextlib.suppress(VaultUnswept):  # a full disk is no reason not to open
                         vault._sweep()
         except BaseException:
-            connection.close()
+            vault._release()
             raise
         return vault
 
@@ -123,10 +106,17 @@ class Vault:
         if self.closed:
             return
         self.closed = True
-        if not self._noted:
-            with contextlib.suppress(sqlite3.Error):
-                filesum.write(self._connection, self.path)
+        try:
+            with contextlib.suppress(sqlite3.Error, VaultError):
+                # Not of an unswept file: after a crash SQLite brings back all of it but free pages.
+                if not self._noted and self._is_swept():
+                    filesum.write(self._connection, self.path)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         self._connection.close()
+        self._key.wipe()
 
     def __enter__(self) -> Vault:
         return self
@@ -202,16 +192,25 @@ class Vault:
                 self._execute(f"PRAGMA user_version={_UNSWEPT}")
             self._execute("COMMIT")
         except BaseException:
-            self._listed = before
-            # A full disk makes SQLite roll back by itself.
-            with contextlib.suppress(sqlite3.Error):
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+            self._roll_back(before)
             raise
         finally:
             self._depth -= 1
         if self._removed:
             self._sweep()
+
+    def _roll_back(self, before: dict[_Place, tuple[int, bytes]]) -> None:
+        """To the list of rows as it was; unless Ctrl-C came when the change was made already."""
+        with contextlib.suppress(sqlite3.Error):
+            # A full disk makes SQLite roll back by itself.
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            if self._has_list(self._list_bytes()):
+                return
+        self._listed = before
+
+    def _is_swept(self) -> bool:
+        return bool(self._execute("PRAGMA user_version")[0][0] != _UNSWEPT)
 
     def _sweep(self) -> None:
         """Rebuild the file from what is in it. Where that fails it is tried again at the next change."""
@@ -229,14 +228,14 @@ class Vault:
 
     def change_passphrase(self, passphrase: str) -> None:
         """Rewrap the data key; no row is touched. A keyring vault becomes a passphrase vault."""
-        header = self._header.rewrap(self._raw_key, passphrase)
+        header = self._key.rewrap(self._header, passphrase)
         with self.transaction():
             self._execute("UPDATE header SET data = ?", header.to_bytes())
             self._removed = True
         self._header = header
 
     def _execute(self, sql: str, *values: str | bytes | int) -> Rows:
-        with _translated(self.path):
+        with translated(self.path):
             return self._connection.execute(sql, values).fetchall()
 
     # -- the list of rows ----------------------------------------------------------------------
@@ -255,79 +254,17 @@ class Vault:
         for row in self._connection.execute("SELECT kind, id, version, wrapped_key, sealed FROM rows"):
             kind, row_id, version, wrapped, sealed = row
             types = tuple(type(value) for value in row)
-            if types != (str, bytes, int, bytes, bytes):
+            # A kind with line breaks of its own could stand for several lines of the list.
+            if types != (str, bytes, int, bytes, bytes) or not kind.isidentifier():
                 raise damaged
             self._listed[kind, row_id] = (version, _row_digest(wrapped, sealed))
-        (mac,) = self._connection.execute("SELECT list_mac FROM header").fetchone()
-        if not isinstance(mac, bytes) or not secrets.compare_digest(
-            mac, self._key.list_mac(self._list_bytes())
-        ):
+        if not self._has_list(self._list_bytes()):
             raise damaged
 
-
-def _attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]:
-    """Lock the file for this process and read its header."""
-    if not path.is_file():
-        raise NotFound(f"there is no vault at {path}; `perfit enroll INVITE` makes one")
-    with _translated(path):
-        connection = _connect(path, wait_seconds)
-        try:
-            damaged = VaultDamaged(f"{path} is not a whole vault; restore a copy of the file")
-            # Before the lock, which would turn an empty file into an empty database.
-            if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-                raise damaged
-            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-            connection.execute("BEGIN EXCLUSIVE")  # also rolls back what a crash left half-done
-            connection.execute("COMMIT")
-            rows = connection.execute("SELECT data FROM header LIMIT 2").fetchall()
-            if len(rows) != 1 or not isinstance(rows[0][0], bytes):
-                raise damaged
-            return connection, Header.from_bytes(rows[0][0])
-        except BaseException:
-            connection.close()
-            raise
-
-
-def _connect(path: Path, wait_seconds: float = _WAIT_SECONDS) -> sqlite3.Connection:
-    # mode=rw: never make a file. isolation_level=None: transactions begin where we say so.
-    # Used by one thread at a time, but not always by the one that opened it.
-    # cached_statements=0: a statement kept for later keeps a copy of the row it wrote.
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=wait_seconds,
-        check_same_thread=False, cached_statements=0,
-    )  # fmt: skip
-    try:
-        for pragma in (
-            "secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY", "trusted_schema=OFF",
-            "cache_size=-256",
-        ):  # fmt: skip
-            connection.execute(f"PRAGMA {pragma}")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours, by their codes."""
-    try:
-        yield
-    except (UnicodeDecodeError, OverflowError) as error:  # a damaged schema, or text that is none
-        raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", "") or ""
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise VaultBusy(
-                f"another perfit is using {path}; wait for it to finish, or use another --profile"
-            ) from error
-        if name.startswith("SQLITE_FULL"):
-            raise VaultError(
-                "the disk is full, so nothing was changed; free some space and try again"
-            ) from error
-        if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            raise VaultError(f"cannot use {path}: {error}; nothing was changed") from error
-        raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
+    def _has_list(self, rows: bytes) -> bool:
+        """Whether this is the list of rows that the file vouches for."""
+        mac: object = self._connection.execute("SELECT list_mac FROM header").fetchone()[0]
+        return isinstance(mac, bytes) and bool(hmac.compare_digest(mac, self._key.list_mac(rows)))
 
 
 def _pack(name: str, data: bytes) -> bytes:
@@ -342,21 +279,3 @@ def _unpack(plain: bytes) -> tuple[str, bytes]:
 
 def _row_digest(wrapped: bytes, sealed: bytes) -> bytes:
     return hashlib.sha256(wrapped + sealed).digest()
-
-
-def _make_private_folder(folder: Path) -> None:
-    """Make what is missing of the way to `folder`, for its owner's eyes only."""
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    try:
-        for part in reversed(missing):
-            part.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise VaultError(f"cannot make {folder}: {error.strerror}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

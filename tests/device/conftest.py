@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from perfit_device.cli import common
+from perfit_device.cli.main import run
 from perfit_device.sealing import KdfParams
 from perfit_shared.errors import (
     InvalidPrompt,
@@ -86,8 +89,10 @@ class FakeCloud:
         self.invites: dict[bytes, bytes] = {}  # secret → CSR's public key
         self.fail: Callable[[str], PerfitError | None] = lambda method: None
         self.calls: list[str] = []
+        self.seconds: dict[str, float | None] = {}  # method → its deadline, as it came
         self.certificate_life = timedelta(days=1)
         self.certificate_age = timedelta(minutes=1)
+        self.server_age = timedelta(minutes=1)  # of the server's certificate, which lives a day
         self.answer = "Hello world"
         self.pause = 0.0  # seconds between pieces
         self.cancelled = threading.Event()
@@ -111,7 +116,9 @@ class FakeCloud:
     def start(self) -> None:
         """Both listeners; on the same ports as before when there were any."""
         key = ec.generate_private_key(ec.SECP256R1())
-        chain = _certificate("server", key, ("server ca", self.server_ca_key)).public_bytes(Encoding.PEM)
+        chain = _certificate(
+            "server", key, ("server ca", self.server_ca_key), age=self.server_age
+        ).public_bytes(Encoding.PEM)
         mutual = grpc.ssl_server_credentials(
             [(_pem_key(key), chain)], self.device_ca.public_bytes(Encoding.PEM), require_client_auth=True
         )
@@ -158,6 +165,7 @@ class FakeCloud:
 
     def check(self, method: str, context: grpc.ServicerContext) -> None:
         self.calls.append(method)
+        self.seconds[method] = context.time_remaining()
         error = self.fail(method)
         if error is not None:
             _abort(context, error)
@@ -345,3 +353,56 @@ def history_file(tmp_path: Path) -> Path:
     ]
     path.write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
     return path
+
+
+class Perfit:
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["perfit", *arguments])
+        code = 0
+        try:
+            run()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = self._capsys.readouterr()
+        return code, captured.out, captured.err
+
+    def ok(self, *arguments: str) -> str:
+        code, out, err = self(*arguments)
+        assert code == 0, err
+        return out
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.ok(*arguments, "--json"))
+
+    def fails(self, *arguments: str, code: int = 1) -> str:
+        """The one line on stderr."""
+        got, out, err = self(*arguments)
+        assert got == code, err
+        assert not out
+        line = err.strip().splitlines()[-1]
+        assert line.startswith("perfit: ")
+        assert not line.endswith(".")
+        return line
+
+
+@pytest.fixture
+def perfit(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Perfit:
+    monkeypatch.setattr(common, "_OPENING_SECONDS", 0.1)  # most clouds here that are gone stay away
+    return Perfit(capsys, monkeypatch)
+
+
+@pytest.fixture
+def enrolled(perfit: Perfit, cloud: Any) -> Perfit:
+    perfit.ok("enroll", cloud.invite().encode())
+    return perfit
+
+
+@pytest.fixture
+def ready(enrolled: Perfit, history_file: Path) -> Perfit:
+    enrolled.ok("history", "import", str(history_file))
+    return enrolled

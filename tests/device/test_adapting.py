@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -180,6 +181,27 @@ def test_a_place_that_is_taken_is_asked_for_again_after_an_epoch(parts: Parts) -
         first.loss(tensors)()
         first.gradient([2], tensors)()
         assert parts.streams == ["Adapt"] * 3
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_asked_for_call_by_call(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    """It kept every epoch out of the gate, and the whole update was thrown away."""
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        wanted = source.loss(seed)()
+    receive = adapting._Stream.receive
+
+    def altered(self: Any) -> Any:
+        response = receive(self)
+        response.loss = loss
+        return response
+
+    monkeypatch.setattr(adapting._Stream, "receive", altered)
+    with parts.adapting() as source:
+        assert source.loss(seed)() == pytest.approx(wanted, rel=1e-5)
+    assert parts.streams == ["Adapt"] * 2
 
 
 def test_the_losses_are_those_of_score(parts: Parts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,64 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.device.conftest import Perfit
 
-from perfit_device.cli.main import run
 from perfit_shared.errors import Busy, CertificateExpired, IdentityRevoked, InvalidPrompt, Unavailable
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, read_metadata
 
 SPEC = ShiftSpec(layers=(1, 2), positions="l7", collective_rank=4, personal_rank=2, hidden_size=16)
-
-
-class Perfit:
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["perfit", *arguments])
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = self._capsys.readouterr()
-        return code, captured.out, captured.err
-
-    def ok(self, *arguments: str) -> str:
-        code, out, err = self(*arguments)
-        assert code == 0, err
-        return out
-
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self.ok(*arguments, "--json"))
-
-    def fails(self, *arguments: str, code: int = 1) -> str:
-        """The one line on stderr."""
-        got, out, err = self(*arguments)
-        assert got == code, err
-        assert not out
-        line = err.strip().splitlines()[-1]
-        assert line.startswith("perfit: ")
-        assert not line.endswith(".")
-        return line
-
-
-@pytest.fixture
-def perfit(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Perfit:
-    return Perfit(capsys, monkeypatch)
-
-
-@pytest.fixture
-def enrolled(perfit: Perfit, cloud: Any) -> Perfit:
-    perfit.ok("enroll", cloud.invite().encode())
-    return perfit
-
-
-@pytest.fixture
-def ready(enrolled: Perfit, history_file: Path) -> Perfit:
-    enrolled.ok("history", "import", str(history_file))
-    return enrolled
 
 
 def vault_bytes(home: Path) -> bytes:
@@ -467,3 +414,12 @@ def test_a_cloud_killed_in_mid_answer(enrolled: Perfit, cloud: Any) -> None:
     threading.Timer(1.0, cloud.stop).start()
     code, out, err = enrolled("ask", "x", "--mode", "base")
     assert code == 1 and "word" in out and "perfit: " in err
+
+
+def test_no_command_leaves_a_core_dump() -> None:
+    probe = (
+        "import resource; from perfit_device.settings import prepare_process\n"
+        "prepare_process(); print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(0, 0)"

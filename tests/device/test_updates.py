@@ -27,6 +27,8 @@ from perfit_shared.errors import (
     Unavailable,
     UpdateFailed,
     VaultDamaged,
+    VaultError,
+    VaultUnswept,
 )
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
@@ -244,7 +246,7 @@ def test_the_next_request_is_out_before_the_bookkeeping(
     assert log == [
         "ask", "answer", "ask", "progress", "checkpoint",
         "answer", "ask judge", "progress", "checkpoint",
-        "judged", "ask judge", "judged", "shift",
+        "judged", "checkpoint", "ask judge", "judged", "shift",
     ]  # fmt: skip
 
 
@@ -271,14 +273,105 @@ def test_a_cloud_that_stays_away_ends_it_with_a_hint(vault: Vault) -> None:
         prepared(vault, gradient=failing_after(6, Unavailable("gone"))).run()
 
 
-def test_divergence_drops_the_update_alone(vault: Vault) -> None:
-    def diverges(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
-        return lambda: (math.nan, 1, SEED)
+@pytest.mark.parametrize("answer", [(math.nan, 1, SEED), (math.inf, 1, SEED)])
+def test_what_is_no_number_costs_no_step(vault: Vault, tmp_path: Path, answer: Answer) -> None:
+    """It dropped the half-done update, so a cloud could throw hours away by one answer."""
+    with Vault.create(tmp_path / "straight.db", "x", kdf=KdfParams(32, 1, 4)) as straight:
+        prepared(straight).run()
+        expected = final(straight)
+    left = iter(range(7))
 
-    with pytest.raises(UpdateFailed, match="try --lr"):
-        prepared(vault, gradient=diverges).run()
-    assert updates.read_checkpoint(vault, PLACE) is None
+    def breaks(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        return gradient(rows, tensors) if next(left, None) is not None else lambda: answer
+
+    with pytest.raises(UpdateFailed, match=r"step 8; try --lr .* resumes after step 7"):
+        prepared(vault, gradient=breaks, checkpoint_seconds=1e9).run()
     assert personal.load(vault, "cloud", ARTEFACT) is None
+    again = prepared(vault)
+    assert again.resumed_from == 7
+    again.run()
+    assert final(vault) == expected
+
+
+def test_a_kill_costs_no_more_than_the_time_between_checkpoints(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step was begun as long as the time was not over, so a kill could cost a step more."""
+    now = 0.0
+    saved: list[float] = []
+    put = vault.put
+
+    def slow(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        def answer() -> Answer:
+            nonlocal now
+            now += 7.0
+            return gradient(rows, tensors)()
+
+        return answer
+
+    def kept(kind: str, name: str, data: bytes) -> None:
+        saved.append(now)
+        put(kind, name, data)
+
+    monkeypatch.setattr(updates.time, "monotonic", lambda: now)
+    monkeypatch.setattr(vault, "put", kept)
+    prepared(vault, gradient=slow, checkpoint_seconds=30.0).run()
+    assert saved[:-1] == [28.0, 56.0, 84.0, 112.0, 140.0, 168.0]
+
+
+def test_a_judgement_is_work_that_is_kept(vault: Vault) -> None:
+    """It counted as no step, so what followed it within 30 s was lost with it."""
+    judged = []
+
+    def counted(tensors: ShiftTensors) -> Callable[[], float]:
+        return lambda: judged.append(tensors.digest()) or evaluate(tensors)()  # type: ignore[func-returns-value]
+
+    def gone(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
+        def answer() -> Answer:
+            if judged:
+                raise SystemExit  # and the state in memory is no more
+            return gradient(rows, tensors)()
+
+        return answer
+
+    update = prepared(vault, gradient=gone, evaluate=counted)
+    with pytest.raises(SystemExit):
+        update._train()
+    kept = updates.read_checkpoint(vault, PLACE)
+    assert kept is not None
+    assert (kept.step, kept.judged) == (6, 6)
+
+
+def test_a_disk_too_full_to_sweep_ends_no_update(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each checkpoint was written, and the update ended all the same."""
+    put = vault.put
+
+    def unswept(kind: str, name: str, data: bytes) -> None:
+        put(kind, name, data)
+        if kind == "checkpoint":
+            raise VaultUnswept("the change is made")
+
+    monkeypatch.setattr(vault, "put", unswept)
+    assert prepared(vault).run().gate.accepted
+
+
+def test_a_disk_too_full_for_a_checkpoint_keeps_the_one_before(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, left = vault.put, iter(range(5))
+
+    def full(kind: str, name: str, data: bytes) -> None:
+        if next(left, None) is None:
+            raise VaultError("the disk is full, so nothing was changed")
+        put(kind, name, data)
+
+    monkeypatch.setattr(vault, "put", full)
+    with pytest.raises(VaultError, match="disk is full"):
+        prepared(vault).run()
+    monkeypatch.undo()
+    again = prepared(vault)
+    assert again.resumed_from == 5
+    assert again.run().gate.accepted
 
 
 def test_every_epoch_sees_every_example_once() -> None:

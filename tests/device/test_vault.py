@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
 import random
 import signal
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,14 +166,116 @@ def test_cut_empty_and_foreign_files_are_damage(filled: Path) -> None:
         assert filled.read_bytes() == data
 
 
-def test_a_header_of_another_format_or_an_absurd_cost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    header = Header.create(b"k" * 32, "x", CHEAP)
-    assert Header.from_bytes(header.to_bytes()) == header
-    monkeypatch.setattr(sealing, "FORMAT", 2)
-    newer = header.to_bytes()
-    monkeypatch.setattr(sealing, "FORMAT", 1)
-    with pytest.raises(VaultError, match="format 2"):
-        Header.from_bytes(newer)
+def test_a_file_that_was_prepared_is_refused(filled: Path) -> None:
+    """A trigger would have kept every row that the user forgot; and rows can hide in a view."""
+    good = filled.read_bytes()
+    for sql in (
+        "CREATE TABLE kept AS SELECT * FROM rows LIMIT 0;"
+        "CREATE TRIGGER keep BEFORE DELETE ON rows BEGIN INSERT INTO kept SELECT * FROM rows; END",
+        "CREATE TRIGGER rows BEFORE DELETE ON rows BEGIN SELECT RAISE(IGNORE); END",
+        "CREATE TRIGGER header BEFORE UPDATE ON header BEGIN SELECT RAISE(IGNORE); END",
+        "CREATE INDEX copy ON rows (sealed)",
+        "CREATE VIEW more AS SELECT * FROM rows",
+        "ALTER TABLE rows RENAME TO kept; CREATE VIEW rows AS SELECT * FROM kept",
+        "ALTER TABLE header ADD COLUMN more TEXT",
+    ):
+        filled.write_bytes(good)
+        connection = sqlite3.connect(filled)
+        connection.executescript(sql)
+        connection.close()
+        prepared = filled.read_bytes()
+        with pytest.raises(VaultDamaged, match="not a whole vault"):
+            contents(filled)
+        assert filled.read_bytes() == prepared
+
+
+def test_a_row_cannot_stand_for_two(filled: Path) -> None:
+    """Its kind went into the list as it was: with line breaks in it, another row vanished unseen."""
+    connection = sqlite3.connect(filled)
+    rows = connection.execute("SELECT * FROM rows WHERE kind = 'example' ORDER BY id DESC LIMIT 2").fetchall()
+    second, (kind, row_id, version, wrapped, sealed) = rows
+    digest = hashlib.sha256(wrapped + sealed).hexdigest()
+    line = f"{kind}\0{row_id.hex()}\0{version}\0{digest}\n"
+    connection.execute("DELETE FROM rows WHERE id IN (?, ?)", (row_id, second[1]))
+    connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", (line + second[0], *second[1:]))
+    connection.commit()
+    connection.close()
+    with pytest.raises(VaultDamaged, match="lost a part"):
+        contents(filled)
+
+
+def test_ctrl_c_just_after_a_change_parts_nothing(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vault went on with the list of before, and the next change made the file a damaged one."""
+    execute = Vault._execute
+
+    def interrupted(self: Vault, sql: str, *values: Any) -> Any:
+        found = execute(self, sql, *values)
+        if sql == "COMMIT":
+            raise KeyboardInterrupt
+        return found
+
+    with Vault.open(filled, PASSPHRASE) as vault:
+        with monkeypatch.context() as patched:
+            patched.setattr(Vault, "_execute", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                vault.put("example", "new", b"one")
+        assert vault.get("example", "new") == b"one"
+        vault.put("example", "newer", b"two")
+    now = contents(filled)["example"]
+    assert (now["new"], now["newer"]) == (b"one", b"two")
+
+
+def test_closing_overwrites_the_key(filled: Path) -> None:
+    with Vault.open(filled, PASSPHRASE) as vault:
+        key = vault._key._key
+        assert any(key)
+    assert key == bytes(32)
+    with pytest.raises(VaultDamaged):
+        filled.write_bytes(filled.read_bytes()[:-4096])
+        Vault.open(filled, PASSPHRASE)
+
+
+def reworded(header: Header, **changes: Any) -> bytes:
+    """The header with other values and the digest that fits them."""
+    body = json.dumps(json.loads(header.to_bytes()[32:]) | changes, sort_keys=True).encode()
+    return hashlib.sha256(body).digest() + body
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"memory_kib": 64 << 20}, {"memory_kib": 1}, {"memory_kib": 0}, {"memory_kib": -1},
+        {"memory_kib": 1e9}, {"memory_kib": "64"}, {"iterations": 1000}, {"iterations": 0},
+        {"lanes": 0}, {"lanes": 255},
+        {"salt": ""}, {"salt": "AAAA"}, {"wrapped": ""}, {"wrapped": "AAAA"}, {"lock": "none"}, {"lock": 5},
+        {"vault_id": "../../etc"}, {"vault_id": 7}, {"format": "x"}, {"format": None}, {"salt": None},
+        {"format": [[[]]]}, {"format": 1e400},
+    ],
+)  # fmt: skip
+def test_what_a_header_asks_for_is_bounded_before_it_is_done(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """A salt of 3 bytes, or a wrapped key of none, was a ValueError of the library's."""
+    monkeypatch.setattr(sealing, "Argon2id", lambda **_: pytest.fail("derived"))
+    connection = sqlite3.connect(filled)
+    (data,) = connection.execute("SELECT data FROM header").fetchone()
+    asked = reworded(Header.from_bytes(data), **changes)
+    connection.execute("UPDATE header SET data = ?", (asked,))
+    connection.commit()
+    connection.close()
+    before = filled.read_bytes()
+    with pytest.raises(VaultDamaged):
+        Vault.open(filled, PASSPHRASE)
+    assert filled.read_bytes() == before
+
+
+def test_a_header_of_brackets_is_damage() -> None:
+    body = b"[" * 100_000
+    with pytest.raises(VaultDamaged):
+        Header.from_bytes(hashlib.sha256(body).digest() + body)
+
+
+def test_an_absurd_cost_is_refused() -> None:
     for params in ((1 << 30, 3, 4), (64 * 1024, 10**6, 4), (64 * 1024, 3, 1000), (True, 1, 1)):
         with pytest.raises(VaultDamaged):
             KdfParams(*params)
@@ -279,6 +385,55 @@ def test_a_kill_before_the_sweep_is_made_good_on_opening(
     contents(filled)
     data = filled.read_bytes()
     assert not any(row[i : i + 16] in data for row in sealed for i in range(0, len(row) - 15, 16))
+
+
+def test_a_kill_in_the_sweep_leaves_a_file_too_long(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite cuts the file after VACUUM is done, and a vault killed just before was refused as damaged."""
+    before = contents(filled)
+    with monkeypatch.context() as patched:
+        patched.setattr(Vault, "_sweep", lambda self: None)
+        with Vault.open(filled, PASSPHRASE) as vault:
+            vault.delete("example", "e1")
+    rest = b"what was cut off too late".ljust(3 * 4096, b".")
+    filled.write_bytes(filled.read_bytes() + rest)
+    del before["example"]["e1"]
+    assert contents(filled) == before
+    assert b"too late" not in filled.read_bytes()
+    with filled.open("ab") as file:
+        file.write(rest)
+    with pytest.raises(VaultDamaged):  # swept: then it is somebody's
+        contents(filled)
+
+
+_FORGETTER = """
+import os, pathlib, signal, sys
+from perfit_device.vault import Vault
+with Vault.open(pathlib.Path(sys.argv[1]), "open sesame") as vault:
+    vault.change_passphrase("new")
+    with vault.transaction():
+        for name in vault.list("example"):
+            vault.delete("example", name)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_after_forgetting_leaves_nothing_beside_the_file(path: Path) -> None:
+    """The journal of the last change stayed, with pages of before, until somebody wrote again."""
+    with Vault.create(path, PASSPHRASE, kdf=CHEAP) as vault, vault.transaction():
+        for n in range(40):
+            vault.put("example", f"e{n}", bytes(700))
+    with sqlite3.connect(path) as connection:
+        rows = [row[0] for row in connection.execute("SELECT sealed FROM rows WHERE kind = 'example'")]
+        header = connection.execute("SELECT data FROM header").fetchone()[0]
+    connection.close()
+    gone = [row[i : i + 16] for row in rows for i in range(0, len(row) - 15, 16)]
+    gone.append(base64.b64encode(Header.from_bytes(header).wrapped))
+    assert all(piece in path.read_bytes() for piece in gone)
+    subprocess.run([sys.executable, "-c", _FORGETTER, str(path)], check=False)
+    for file in path.parent.iterdir():
+        data = file.read_bytes()
+        assert not any(piece in data for piece in gone), file.name
+    assert contents(path, "new")["example"] == {}
 
 
 _WRITER = """

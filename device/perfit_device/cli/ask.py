@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, clean, say
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, clean, say, while_opening
 from perfit_shared.errors import InvalidInput, InvalidPrompt
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _use(vault: Vault, cloud: Cloud, artefact: Artefact, mode: Mode) -> ShiftUse
     mine = personal.load(vault, cloud.enrolment.cloud_id, artefact)
     if mine is None:
         say(f"no personal shift for {artefact.name} yet, so this is the seed; `perfit update` trains one")
-        return ShiftUse(artefact, cloud.fetch_seed(artefact))
+        return ShiftUse(artefact, while_opening().call(lambda: cloud.fetch_seed(artefact)))
     return ShiftUse(artefact, mine.tensors)
 
 

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, CloudInfo
     from perfit_device.identity import Enrolment
+    from perfit_device.patience import Patience
     from perfit_device.vault import Vault
     from perfit_shared.tasks import Task
 
-__all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "clean", "say"]
+__all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "clean", "say", "while_opening"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 ProfileOption = Annotated[
@@ -39,6 +40,7 @@ TaskOption = Annotated[
     ),
 ]
 
+_OPENING_SECONDS = 10.0
 _HARMLESS = "\n\t\u200c\u200d"  # the joiners that scripts and emoji need
 _INFO_PLACE = ("cloud", "describe")
 _ENROLMENT_PLACE = ("identity", "current")
@@ -106,10 +108,11 @@ class Session:
     # -- the cloud -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def open_cloud(self, vault: Vault) -> Iterator[tuple[Cloud, CloudInfo]]:
+    def open_cloud(self, vault: Vault, patience: Patience | None = None) -> Iterator[tuple[Cloud, CloudInfo]]:
         """The profile's cloud, described. Raises NotAuthenticated when it is not enrolled.
 
-        A long call may close the vault first, so that other commands of the profile can run.
+        `patience` is `while_opening` unless said otherwise. A long call may close the vault first, so
+        that other commands of the profile can run.
         """
         from perfit_device.cloud import Cloud
 
@@ -124,8 +127,16 @@ class Session:
             if not vault.closed:
                 write_enrolment(vault, new)
 
-        with Cloud(enrolment, on_renewed=keep) as cloud:
-            info = cloud.describe()
+        def connect() -> tuple[Cloud, CloudInfo]:
+            cloud = Cloud(enrolment, on_renewed=keep)
+            try:
+                return cloud, cloud.describe()
+            except BaseException:
+                cloud.close()
+                raise
+
+        cloud, info = (patience or while_opening()).call(connect)
+        with cloud:
             if info.cloud_id != enrolment.cloud_id:
                 raise NotAuthenticated(
                     f"the server at {enrolment.address} is another cloud than the one this profile "
@@ -169,6 +180,13 @@ class Session:
         if len(mine) != 1:
             raise NotFound(f"the cloud has several tasks; choose one with --task: {_listed(names)}")
         return mine[0]
+
+
+def while_opening() -> Patience:
+    """For the first calls of a command: somebody waits for it, and is told why it takes longer."""
+    from perfit_device.patience import Patience
+
+    return Patience(give_up=_OPENING_SECONDS, tell=say)
 
 
 def ask_passphrase(prompt: str, *, confirm: bool = False) -> str:

@@ -14,6 +14,7 @@ from perfit_device.cli.common import (
     read_enrolment,
     remember,
     say,
+    while_opening,
     write_enrolment,
 )
 from perfit_shared.errors import InvalidInvite, PerfitError
@@ -76,6 +77,7 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
     """The key is sealed before the call and kept until its answer: when the answer is lost, the
     same invite with the same key gets it again."""
     import hashlib
+    import hmac
 
     from perfit_device import enrolment as enrolments
     from perfit_device.cloud import Cloud
@@ -84,7 +86,7 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
     used = hashlib.sha256(invite.secret).digest()
     pending = vault.get(*_PENDING)
     known = read_enrolment(vault)
-    same = pending is not None and pending[:32] == used
+    same = pending is not None and hmac.compare_digest(pending[:32], used)
     if known is not None and not replace and not same:
         raise InvalidInvite(
             f'the profile "{session.settings.profile}" is enrolled with {known.address} already; '
@@ -93,7 +95,7 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
     identity = Identity.from_der(pending[32:]) if pending is not None and same else Identity.create()
     if not same:
         vault.put(*_PENDING, used + identity.to_der())
-    enrolment = enrolments.enroll(invite, identity)
+    enrolment = while_opening().call(lambda: enrolments.enroll(invite, identity))
     write_enrolment(vault, enrolment)
     tasks: list[str] = []
     try:

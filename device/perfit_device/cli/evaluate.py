@@ -45,15 +45,15 @@ def evaluate(
         mine = personal.load(vault, info.cloud_id, artefact)
         if mine is None:
             say("no personal shift yet, so personal is the seed; `perfit update` trains one")
+        patience = Patience(tell=say)
         uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
         if with_seed or mine is None:
-            uses["seed"] = ShiftUse(artefact, cloud.fetch_seed(artefact))
+            uses["seed"] = ShiftUse(artefact, patience.call(lambda: cloud.fetch_seed(artefact)))
         uses["personal"] = ShiftUse(artefact, mine.tensors) if mine else uses["seed"]
         if shift is not None:
             uses["other"] = ShiftUse(artefact, personal.read_file(shift, artefact))
         vault.close()
         golds = [item.fields[of.gold_field] for item in test]
-        patience = Patience()
         loss: dict[str, float] = {}
         metric: dict[str, Any] = {"name": of.metric}
         rows = [{"gold": gold} for gold in golds]

@@ -83,8 +83,10 @@ def status(
 
 def _cloud_state(session: Session, vault: Vault) -> str:
     """ "reachable", or why not."""
+    from perfit_device.patience import IMPATIENT
+
     try:
-        with session.open_cloud(vault):
+        with session.open_cloud(vault, IMPATIENT):
             return "reachable"
     except PerfitError as error:
         return str(error)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, CloudInfo
     from perfit_device.history import Split
+    from perfit_device.patience import Patience
     from perfit_device.updates import Plan, Result, Update
     from perfit_device.vault import Vault
 
@@ -66,13 +67,14 @@ def update(
     from perfit_device.patience import Patience
 
     wanted = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
-    with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
+    waiting = Patience(give_up=patience, tell=say)
+    with session.open_vault() as vault, session.open_cloud(vault, waiting) as (cloud, info):
         artefact = session.artefact(info, vault, task)
         plan, split = _plan(vault, info, artefact, {k: v for k, v in wanted.items() if v is not None}, fresh)
         with Adapting(cloud, artefact, info.limits, split) as source:
             run = _prepare(
                 vault, cloud, info, artefact, source, plan=plan,
-                patience=Patience(give_up=patience), checkpoint_seconds=checkpoint,
+                patience=waiting, checkpoint_seconds=checkpoint,
             )  # fmt: skip
             say(
                 f"{artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
@@ -139,7 +141,8 @@ def _prepare(
     source: Adapting,
     *,
     plan: Plan,
-    **options: object,
+    patience: Patience,
+    checkpoint_seconds: float,
 ) -> Update:
     from perfit_device import personal
     from perfit_device.updates import Update
@@ -147,12 +150,13 @@ def _prepare(
     mine = None if plan.fresh else personal.load(vault, info.cloud_id, artefact)
     return Update(
         vault, info.cloud_id, artefact, plan,
-        start=mine.tensors if mine is not None else cloud.fetch_seed(artefact),
+        start=mine.tensors if mine is not None else patience.call(lambda: cloud.fetch_seed(artefact)),
         updates=mine.updates if mine is not None else 0,
         gradient=source.gradient,
         evaluate=source.loss,
+        patience=patience,
+        checkpoint_seconds=checkpoint_seconds,
         progress=_progress,
-        **options,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

@@ -1,0 +1,279 @@
+"""Commands of a real device, killed: its state is the one before or the one after, and all goes on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from local import PASSPHRASE, Device, LocalCloud
+from perfit_device import history
+from perfit_device.cli.common import read_enrolment
+from perfit_device.updates import read_checkpoint
+from perfit_device.vault import Vault
+from perfit_shared.errors import PerfitError, WrongPassphrase
+from perfit_shared.shifts import ShiftTensors
+from soak.killing.changes import carved, pieces_of
+from soak.killing.child import start
+
+__all__ = ["Killed", "World"]
+
+TASK = "news_headline"
+_NEW_PASSPHRASE = "another passphrase for this run"  # noqa: S105
+_COMMANDS = ("import", "forget", "add", "passphrase", "enroll")
+_CHECKPOINT_SECONDS = 0.3
+_UPDATE = (
+    "update",
+    "--task",
+    TASK,
+    "--epochs",
+    "8",
+    "--lr",
+    "0.02",
+    "--checkpoint",
+    str(_CHECKPOINT_SECONDS),
+)
+_TOLERANCE = 2e-4  # of tensors: a step alone and one out of what the cloud keeps differ in rounding
+_WORDS = ("cat", "dog", "mat", "door", "sat", "ran", "town", "council")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a profile holds."""
+
+    passphrase: str
+    examples: frozenset[str]
+    enrolled: bool
+    shift: str  # the name it is kept under, or ""
+
+
+_NOBODY = Seen("", frozenset(), enrolled=False, shift="")
+
+
+@dataclass
+class Killed:
+    """What became of one kill."""
+
+    of: str
+    wrong: str | None = None
+    repeated_steps: int = 0
+    repeated_seconds: float = 0.0
+    longest_step_seconds: float = 0.0
+    difference: float = 0.0  # the largest between the numbers of the shift and of an unkilled update's
+
+
+@dataclass
+class _Run:
+    """What a child told."""
+
+    steps: dict[int, float] = field(default_factory=dict)  # step → when it was done
+    opened: float = 0.0
+    ended: float = 0.0
+    done: bool = False
+
+    @property
+    def longest_step(self) -> float:
+        times = list(self.steps.values())
+        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+
+
+class World:
+    """A cloud, and the profile that every kill begins with a copy of."""
+
+    def __init__(self, cloud: LocalCloud, folder: Path, seed: int) -> None:
+        self._cloud, self._folder = cloud, folder
+        self._count = 0
+        self._first, self._more = folder / "first.jsonl", folder / "more.jsonl"
+        _write_history(self._first, 40, seed)
+        _write_history(self._more, 30, seed + 1)
+        self._template = Device(folder / "template", "default")
+        self._template("enroll", "-", text=cloud.invite())
+        self._template("history", "import", str(self._first), "--task", TASK)
+        self._start = self._look(self._template)
+        self._references = {name: self._reference(name) for name in _COMMANDS}
+        with self._device() as device:
+            self._update_run = self._run(device, list(_UPDATE))
+            self._trained = self._shift(device)
+
+    # -- kills ---------------------------------------------------------------------------------
+
+    def kill_command(self, rng: random.Random) -> list[Killed]:
+        """Of one command; none when it was faster."""
+        name = rng.choice(_COMMANDS)
+        after, seconds = self._references[name]
+        killed = Killed(name)
+        is_new = name == "enroll"
+        with self._device(empty=is_new) as device:
+            arguments, folder = self._arguments(name), _vault(device).parent
+            before = _NOBODY if is_new else self._start
+            rows = set() if is_new else pieces_of(folder / "vault.db")
+            run = self._run(device, arguments, kill_after=rng.uniform(0, seconds))
+            try:
+                now = self._look(device)
+                if now != after and (run.done or now != before):
+                    killed.wrong = "what it left is neither the old state nor the new one"
+                elif not is_new:
+                    killed.wrong = carved(folder, rows)
+                if now.passphrase != _NEW_PASSPHRASE:
+                    self._run(device, arguments)
+                    if self._look(device) != after:
+                        killed.wrong = killed.wrong or "it could not be done after the kill"
+            except PerfitError as error:
+                killed.wrong = str(error)
+        return [] if run.done and killed.wrong is None else [killed]
+
+    def kill_update(self, rng: random.Random, *, at_most: int) -> list[Killed]:
+        """One update, killed once or more often, and resumed to its end."""
+        seconds = self._update_run.ended - self._update_run.opened
+        kills: list[Killed] = []
+        with self._device() as device:
+            for _ in range(rng.randint(1, at_most)):
+                run = self._run(device, list(_UPDATE), kill_after=rng.uniform(0, seconds))
+                if run.done:
+                    break
+                kills.append(self._judged(device, run))
+                if kills[-1].wrong is not None:
+                    return kills
+            if kills and not run.done and not self._run(device, list(_UPDATE)).done:
+                kills[-1].wrong = "the update did not resume"
+                return kills
+            if kills:
+                kills[-1].difference = _difference(self._shift(device), self._trained)
+                if kills[-1].difference > _TOLERANCE:
+                    kills[-1].wrong = "the update ended elsewhere than one that was not killed"
+        return kills
+
+    def _judged(self, device: Device, run: _Run) -> Killed:
+        killed = Killed("update", longest_step_seconds=run.longest_step)
+        try:
+            kept = self._checkpoint_step(device)
+            now = self._look(device)
+        except PerfitError as error:
+            killed.wrong = str(error)
+            return killed
+        last = max(run.steps, default=0)
+        if now.shift and kept == 0:  # killed between its end and telling so
+            return killed
+        if now != self._start:
+            killed.wrong = "an update that was killed changed more than its checkpoint"
+        if kept not in run.steps:
+            return killed  # of the run before: this one had not begun, or had saved what it began with
+        killed.repeated_steps = last - kept
+        killed.repeated_seconds = run.steps[last] - run.steps[kept]
+        if killed.repeated_seconds > _CHECKPOINT_SECONDS + run.longest_step:
+            killed.wrong = f"{killed.repeated_seconds:.2f} s of steps are to be repeated"
+        return killed
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def _reference(self, name: str) -> tuple[Seen, float]:
+        """(the state after an unkilled command, seconds from its opening the vault to its end)."""
+        with self._device(empty=name == "enroll") as device:
+            run = self._run(device, self._arguments(name))
+            return self._look(device), run.ended - run.opened
+
+    def _arguments(self, name: str) -> list[str]:
+        return {
+            "import": ["history", "import", str(self._more), "--task", TASK],
+            "forget": ["history", "forget", "--task", TASK],
+            "add": ["history", "add", "a text that was not there", "A Title", "--task", TASK],
+            "passphrase": ["passphrase"],
+            "enroll": ["enroll", self._cloud.invite() if name == "enroll" else ""],
+        }[name]
+
+    @contextmanager
+    def _device(self, *, empty: bool = False) -> Iterator[Device]:
+        """A copy of the template, or a profile that does not exist yet."""
+        self._count += 1
+        device = Device(self._folder / f"home{self._count}", "default")
+        home, template = Path(device.env["PERFIT_HOME"]), Path(self._template.env["PERFIT_HOME"])
+        if not empty:
+            shutil.copytree(template, home)
+        try:
+            yield device
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+
+    def _run(self, device: Device, arguments: list[str], *, kill_after: float | None = None) -> _Run:
+        """The command in a process of its own, killed so many seconds after it opened its vault."""
+        env = {**device.env, "PERFIT_NEW_PASSPHRASE": _NEW_PASSPHRASE}
+        run, timer = _Run(), None
+        with start("command", *arguments, env=env) as child:
+            for line in child.stdout or ():
+                word, *rest = line.split()
+                if word == "opened" and not run.opened:
+                    run.opened = time.monotonic()
+                    if kill_after is not None:
+                        timer = threading.Timer(kill_after, child.send_signal, [signal.SIGKILL])
+                        timer.start()
+                elif word == "step" and len(rest) == 2 and line.endswith("\n"):
+                    run.steps[int(rest[0])] = float(rest[1])
+                run.done = run.done or line == "done\n"
+            run.ended = time.monotonic()
+        if timer is not None:
+            timer.cancel()
+        return run
+
+    def _look(self, device: Device) -> Seen:
+        """Raises PerfitError when the vault does not open."""
+        if not _vault(device).exists():
+            return _NOBODY
+        with self._open(device) as (vault, passphrase):
+            examples = frozenset(item.name for item in history.load(vault))
+            shifts = vault.list("shift")
+            enrolled = read_enrolment(vault) is not None
+            if not enrolled and not examples:  # made by `enroll`, which got no further
+                return _NOBODY
+            return Seen(passphrase, examples, enrolled, "".join(sorted(shifts)))
+
+    @contextmanager
+    def _open(self, device: Device) -> Iterator[tuple[Vault, str]]:
+        for passphrase in (PASSPHRASE, _NEW_PASSPHRASE):
+            try:
+                vault = Vault.open(_vault(device), passphrase)
+            except WrongPassphrase:
+                continue
+            with vault:
+                yield vault, passphrase
+            return
+        raise WrongPassphrase("neither passphrase opens it")
+
+    def _checkpoint_step(self, device: Device) -> int:
+        with self._open(device) as (vault, _):
+            kept = [read_checkpoint(vault, place) for place in vault.list("checkpoint")]
+        return kept[0].step if kept and kept[0] is not None else 0
+
+    def _shift(self, device: Device) -> ShiftTensors:
+        with self._open(device) as (vault, _):
+            (data,) = vault.list("shift").values()
+        return ShiftTensors.from_named(safetensors.numpy.load(data))
+
+
+def _vault(device: Device) -> Path:
+    return Path(device.env["PERFIT_HOME"]) / "profiles" / device.profile / "vault.db"
+
+
+def _difference(a: ShiftTensors, b: ShiftTensors) -> float:
+    return max(float(np.abs(x - y).max()) for (_, x), (_, y) in zip(a.named(), b.named(), strict=True))
+
+
+def _write_history(path: Path, count: int, seed: int) -> None:
+    """Texts with a habit that a shift can learn."""
+    rng = random.Random(seed)
+    lines: list[dict[str, Any]] = [
+        {"text": f"{number} " + " ".join(rng.choices(_WORDS, k=5)), "title": f"the {rng.choice(_WORDS)} sat"}
+        for number in range(count)
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines), "utf-8")

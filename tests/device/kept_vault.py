@@ -1,0 +1,84 @@
+"""Makes the vault of format 1 that every later version must open, and knows what it holds.
+
+.venv/bin/python -m tests.device.kept_vault      (from the root; only for a new format)
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from perfit_device import history, personal, updates
+from perfit_device.cli.common import remember, write_enrolment
+from perfit_device.codec import Artefact, CloudInfo, Limits
+from perfit_device.history import HistoryItem
+from perfit_device.identity import Enrolment, Identity
+from perfit_device.sealing import KdfParams
+from perfit_device.updates import Plan
+from perfit_device.vault import Vault
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.tasks import TASKS
+from perfit_shared.training import Training
+
+__all__ = ["ARTEFACT", "CLOUD", "KEPT", "PASSPHRASE", "PLACE", "PLAN", "SEED", "STEPS", "items", "write"]
+
+KEPT = Path(__file__).parent / "data" / "vault-format1.db"
+PASSPHRASE = "a passphrase of format 1"
+CLOUD = "c0ffee"
+SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=2, hidden_size=8)
+ARTEFACT = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"], 0.01, 3, 4)
+PLACE = updates.place_of(CLOUD, "news_headline", "news_headline")
+SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
+STEPS = 2
+
+
+def items() -> list[HistoryItem]:
+    return [
+        HistoryItem.make(
+            ARTEFACT.task, {"text": f"The council met in room {n}, façade №{n}.", "title": f"Meeting {n}"},
+            date=f"2024-01-{n + 1:02}", part="test" if n > 9 else "",
+        )
+        for n in range(12)
+    ]  # fmt: skip
+
+
+PLAN = Plan(
+    epochs=3, learning_rate=0.01, batch_size=4, seed=0, examples=8, fresh=False,
+    history=history.split(items()).digest(), version="v1",
+)  # fmt: skip
+
+
+def write(path: Path) -> None:
+    """A row of every kind, rewritten and removed ones among them."""
+    identity = Identity.create()
+    name, start = x509.Name([]), datetime(2026, 1, 1, tzinfo=UTC)
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
+        .public_key(identity.key.public_key())
+        .not_valid_before(start).not_valid_after(start + timedelta(days=7))
+        .sign(identity.key, hashes.SHA256()).public_bytes(Encoding.DER)
+    )  # fmt: skip
+    info = CloudInfo("a model", "f" * 64, CLOUD, (ARTEFACT,), Limits(512, 64, 3, 1 << 20, 4, 100))
+    training = Training.start(PLAN, SEED)
+    for _ in range(STEPS):
+        training = training.stepped(1.5, SEED)
+    with Vault.create(path, "another", kdf=KdfParams(memory_kib=64, iterations=1, lanes=4)) as vault:
+        vault.put("identity", "pending", bytes(32) + identity.to_der())
+        write_enrolment(vault, Enrolment(identity, certificate, certificate, "a:1", "a:2", CLOUD))
+        remember(vault, info)
+        history.add(vault, items())
+        extra = HistoryItem.make(ARTEFACT.task, {"text": "one more", "title": "x"})
+        history.add(vault, [extra])
+        history.forget(vault, [extra])
+        personal.store(vault, CLOUD, ARTEFACT, personal.PersonalShift(SEED, 2))
+        vault.put("checkpoint", PLACE, training.to_bytes())
+        vault.change_passphrase(PASSPHRASE)
+
+
+if __name__ == "__main__":
+    write(KEPT)
+    KEPT.with_name(KEPT.name + ".sum").unlink()
