@@ -67,13 +67,20 @@ class CloudConfig:
     # What all requests together may take
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
-    answers_each: int = 12  # of them, those of one device
     adaptations: int = 16  # updates at once
-    adaptations_each: int = 2  # of them, those of one device
     keep_bytes: int = 2 * 2**30  # what all updates together may keep of their examples, on the model's device
     spill_bytes: int = 8 * 2**30  # and beyond that in host memory, where the model is not on the host
     gradient_waiting: int = 16  # gradient and Score calls that may wait for the one that runs
     retry_ms: int = 500  # when a refused call should come back
+
+    # What one device may take of that, over all its connections
+    calls_each: int = 16  # RPCs at once, streams included
+    answers_each: int = 12  # answers at once
+    adaptations_each: int = 2  # updates at once
+    bytes_each: int = 64 * 2**20  # of request messages that are being worked on
+    requests_minute: int = 6000  # RPCs a minute; a question or a step of a stream is none
+    tokens_minute: int = 2**23  # of prompts, answers and examples a minute; an update's examples count once
+    enrol_requests_minute: int = 240  # calls for certificates a minute, of one network address
 
     # The generation engine
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
@@ -86,17 +93,19 @@ class CloudConfig:
     idle_seconds: int = 60  # an idle connection is closed after this
     drain_seconds: int = 20  # time for running calls to end after SIGTERM
 
+    # Forgetting
+    hardening: str = "on"  # on, or off to measure what it costs and what it is worth
+
+    # For the operator
+    metrics_address: str = ""  # host:port of the page that Prometheus reads, to all who reach it; empty: none
+    stuck_seconds: int = 120  # without progress, after which health says NOT_SERVING
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = _converted(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        if self.dtype == "float16":
-            raise ConfigError(
-                "dtype float16 cannot be served: one device's shift can overflow it, and the answers that "
-                "share its batch break; use bfloat16, or auto"
-            )
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f'dtype should be {", ".join(_DTYPES)}, not "{self.dtype[:60]}"')
+        _check_choice("dtype", self.dtype, _DTYPES)
+        _check_choice("hardening", self.hardening, ("on", "off"))
         for name in ("address", "enrol_address"):
             parse_address(getattr(self, name), name)
         for name in ("public_address", "public_enrol_address"):
@@ -106,8 +115,26 @@ class CloudConfig:
                     raise ConfigError(f"{name} should be a host and port that devices can dial")
             elif parse_address(getattr(self, name[7:]), name)[0] in _EVERY_INTERFACE:
                 raise ConfigError(f"{name[7:]} listens on every interface; set {name} to what devices dial")
+        if self.metrics_address:
+            parse_address(self.metrics_address, "metrics_address")
+        if self.bytes_each < self.message_bytes:
+            raise ConfigError("bytes_each should be message_bytes or more, or the largest message never fits")
+        tokens = max(self.adapt_tokens, self.call_tokens, self.prompt_tokens + self.new_tokens)
+        if self.tokens_minute < tokens:
+            raise ConfigError(f"tokens_minute should be {tokens} or more, what the largest request takes")
         if self.certificate_seconds > 366 * 86400:
             raise ConfigError("certificate_seconds should be a year at most: short lives bound a theft")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError."""
+    if name == "dtype" and value == "float16":
+        raise ConfigError(
+            "dtype float16 cannot be served: one device's shift can overflow it, and the answers that "
+            "share its batch break; use bfloat16, or auto"
+        )
+    if value not in choices:
+        raise ConfigError(f'{name} should be {", ".join(choices)}, not "{value[:60]}"')
 
 
 def load_config(

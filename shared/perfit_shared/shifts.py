@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ _GRADIENT_FORMS = {
     },
 }  # fmt: skip
 _FORMAT = "perfit-shift-1"
+_BLAS = threading.Lock()  # held while tensors are multiplied
 _HEADER_CAP = 64 * 1024  # bytes: names of a few dozen tensors need under 10 KB
 
 
@@ -74,6 +76,10 @@ class ShiftSpec:
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers)
+        if any(
+            type(n) is not int for n in (*layers, self.collective_rank, self.personal_rank, self.hidden_size)
+        ):
+            raise InvalidInput("layers, ranks and hidden size should be whole numbers")
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise InvalidInput("layers should be distinct block numbers, ascending")
         for rank in (self.collective_rank, self.personal_rank):
@@ -290,15 +296,29 @@ def _nearest_rotation(
     spread = math.sqrt((float(weights.sum(0) @ steps.sum(0)) + float(np.vdot(weights, steps))) / 6)
     if off > min(6 * spread + float(steps.sum()) / 12, _FAR_FROM_ORTHONORMAL):
         raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
-    values, vectors = np.linalg.eigh(gram)
-    nearest: Array = (((vectors / np.sqrt(values)) @ vectors.T) @ rounded).astype(np.float32)
+    with _BLAS:
+        values, vectors = np.linalg.eigh(gram)
+        nearest: Array = (((vectors / np.sqrt(values)) @ vectors.T) @ rounded).astype(np.float32)
+        _overwrite_blas(gram, rounded)
     return nearest
 
 
 def _off_orthonormal(rotation: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
     """RRᵀ (r, r), and the Frobenius norm of what it differs from I."""
-    gram = rotation @ rotation.T
+    with _BLAS:
+        gram = rotation @ rotation.T
+        _overwrite_blas(rotation, rotation.T)
     return gram, float(np.linalg.norm(gram - np.eye(len(gram))))
+
+
+def _overwrite_blas(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> None:
+    """Overwrite the copies of both that the product left @ right has left behind.
+
+    BLAS copies what it multiplies to buffers that it never frees: the same product of zeros goes through the
+    same ones, as long as one thread after the other multiplies (_BLAS).
+    """
+    zeros = np.zeros_like(left)
+    zeros @ (zeros.T if np.may_share_memory(left, right) else np.zeros_like(right))
 
 
 def _in_int8(array: Array) -> tuple[npt.NDArray[np.int8], Array]:

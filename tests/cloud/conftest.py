@@ -63,7 +63,13 @@ def run(
     started: list[Running] = []
 
     def start(
-        *, engine: Any = None, gradient_engine: Any = None, steps: Any = None, **change: Any
+        *,
+        engine: Any = None,
+        gradient_engine: Any = None,
+        steps: Any = None,
+        engines: Any = None,
+        ended: Callable[[], None] = lambda: None,
+        **change: Any,
     ) -> Running:
         settings: dict[str, Any] = {
             "state": tmp_path / f"state{len(started)}", "address": "127.0.0.1:0",
@@ -77,6 +83,7 @@ def run(
         server = CloudServer(
             config, authority=authority, served=served, generation=engine or generation,
             gradients=gradient_engine or gradients, steps=steps or step_queue,
+            engines=engines, ended=ended,
         )  # fmt: skip
         server.start()
         started.append(Running(config, authority, server))

@@ -1,4 +1,4 @@
-"""The service over real TLS on loopback, with the real engines: who may call, what they get, how it ends."""
+"""The service over real TLS on loopback, with the real engines: what a device gets, and how it fails."""
 
 from __future__ import annotations
 
@@ -7,46 +7,34 @@ import logging
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.cloud.doubles import Slow, score
 from tests.cloud.serving import (
     BASE,
     INVALID,
     TIMEOUT,
-    Device,
     Running,
     failure,
     generate,
-    key_pem,
     pem,
     personal,
 )
-from tests.cloud.test_authority import csr_of, new_key
 
 from perfit_cloud.engine.generation import GenerationEngine
 from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.types import Finish, Mode, Piece, Sampling, ShiftUse
+from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.authority import Authority
 from perfit_cloud.service.server import Addresses, only_server
 from perfit_shared.errors import ConfigError, InvalidTensors
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
-from perfit_shared.wire import enrollment_pb2 as enrol_pb
-from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
-from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
 
 def test_describe_and_seed(run: Callable[..., Running], artefact: Artefact, base: BaseModel) -> None:
@@ -161,360 +149,6 @@ def test_refusals_carry_status_code_and_one_line(
     assert device.describe().cloud_id  # the channel is as good as before
 
 
-# -- who may call --------------------------------------------------------------------------------
-
-
-def describe(channel: grpc.Channel) -> Callable[[], object]:
-    return lambda: pb_grpc.PersonalizationStub(channel).Describe(pb.DescribeRequest(), timeout=5)
-
-
-def test_nobody_calls_without_a_certificate(run: Callable[..., Running]) -> None:
-    running = run()
-    roots = pem(running.authority.server_ca_der)
-    channel = running.open(running.address, grpc.ssl_channel_credentials(roots))
-    assert failure(describe(channel))[0] == "UNAVAILABLE"
-    plain = grpc.insecure_channel(running.address)
-    assert failure(describe(plain))[0] == "UNAVAILABLE"
-    plain.close()
-
-
-def test_certificates_of_another_cloud_are_refused(run: Callable[..., Running]) -> None:
-    running, other = run(), run()
-    foreign = other.device()
-    assert foreign.describe().cloud_id == other.authority.cloud_id
-    assert failure(describe(running.with_certificate(foreign.key, foreign.certificate).channel))[0] == (
-        "UNAVAILABLE"
-    )
-
-
-def test_server_certificate_is_no_device(run: Callable[..., Running]) -> None:
-    running = run()
-    identity = running.authority.server_identity(["localhost"])
-    credentials = grpc.ssl_channel_credentials(
-        pem(running.authority.server_ca_der), identity.key_pem, identity.certificate_pem
-    )
-    assert failure(describe(running.open(running.address, credentials)))[0] == "UNAVAILABLE"
-
-
-def test_device_trusts_its_own_cloud_only(run: Callable[..., Running]) -> None:
-    running, other = run(), run()
-    device = running.device()
-    credentials = grpc.ssl_channel_credentials(
-        pem(running.authority.server_ca_der), key_pem(device.key), pem(device.certificate)
-    )
-    assert failure(describe(running.open(other.address, credentials)))[0] == "UNAVAILABLE"
-
-
-@pytest.mark.parametrize("root", ["server CA", "device CA"])
-def test_device_cannot_pose_as_a_server(run: Callable[..., Running], root: str) -> None:
-    running = run()
-    key = new_key()
-    der = running.authority.enroll(running.invite(), csr_of(key, name="localhost", san="localhost"))
-    credentials = grpc.ssl_server_credentials([(key_pem(key), pem(der))])
-    impostor = grpc.server(ThreadPoolExecutor(1))
-    port = impostor.add_secure_port("127.0.0.1:0", credentials)
-    impostor.start()
-    device_root = running.authority.device_ca_pem
-    roots = pem(running.authority.server_ca_der) if root == "server CA" else device_root
-    channel = running.open(f"localhost:{port}", grpc.ssl_channel_credentials(roots))
-    assert failure(describe(channel))[0] == "UNAVAILABLE"
-    impostor.stop(0)
-
-
-def test_expired_on_an_open_channel_then_renewed(run: Callable[..., Running]) -> None:
-    running = run(certificate_seconds=3)
-    device = running.device()
-    device.describe()
-    time.sleep(4)
-    status, metadata, details = failure(device.describe)
-    assert (status, metadata) == ("UNAUTHENTICATED", {"perfit-code": "certificate_expired"})
-    assert "renewed" in details
-    # A new handshake does not get that far.
-    fresh = running.with_certificate(device.key, device.certificate)
-    assert failure(describe(fresh.channel))[0] == "UNAVAILABLE"
-    stub = enrol_grpc.EnrollmentStub(running.enrolment())
-    nonce = stub.Challenge(enrol_pb.ChallengeRequest()).nonce
-    csr = csr_of(device.key)
-    request = enrol_pb.RenewLapsedRequest(
-        certificate=device.certificate, nonce=nonce, csr=csr,
-        signature=device.key.sign(b"perfit-renew-v1" + nonce + csr, ec.ECDSA(hashes.SHA256())),
-    )  # fmt: skip
-    renewed = running.with_certificate(device.key, stub.RenewLapsed(request).certificate)
-    assert renewed.identity == device.identity
-    renewed.describe()
-
-
-def test_revoked_on_an_open_channel(run: Callable[..., Running]) -> None:
-    running = run()
-    device, other = running.device(), running.device()
-    device.describe()
-    second = Authority(running.config.state, certificate_seconds=9, lapse_seconds=9)  # as another process
-    second.revoke(device.identity)
-    status, metadata, _ = failure(device.describe)
-    assert (status, metadata) == ("PERMISSION_DENIED", {"perfit-code": "identity_revoked"})
-    assert failure(lambda: list(device.stub.Generate(generate())))[0] == "PERMISSION_DENIED"
-    health = health_pb2_grpc.HealthStub(device.channel)
-    assert failure(lambda: health.Check(health_pb2.HealthCheckRequest()))[0] == "PERMISSION_DENIED"
-    renew = enrol_grpc.IdentityStub(device.channel)
-    request = enrol_pb.RenewRequest(csr=csr_of(device.key))
-    assert failure(lambda: renew.Renew(request))[0] == "PERMISSION_DENIED"
-    other.describe()
-
-
-class Drip:
-    """A generation engine whose answers come piece by piece when a test says so, or never."""
-
-    continuous = True
-
-    def __init__(self) -> None:
-        self.go = threading.Semaphore(0)
-        self.submitted = threading.Event()
-        self.cancelled = threading.Event()
-
-    def submit(self, *_: object) -> Drip:
-        self.submitted.set()
-        return self
-
-    def cancel(self) -> None:
-        self.cancelled.set()
-        self.go.release()
-
-    def __iter__(self) -> Iterator[Piece]:
-        while self.go.acquire() and not self.cancelled.is_set():
-            yield Piece("word ")
-
-
-def test_revoked_between_messages_of_a_stream(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    running = run(engine=drip)
-    device = running.device()
-    stream = device.stub.Generate(generate(), timeout=TIMEOUT)
-    drip.go.release()
-    assert next(stream).text == "word "
-    running.authority.revoke(device.identity)
-    drip.go.release()
-    status, metadata, _ = failure(lambda: next(stream))
-    assert (status, metadata) == ("PERMISSION_DENIED", {"perfit-code": "identity_revoked"})
-    assert drip.cancelled.wait(TIMEOUT)
-
-
-def test_expired_between_messages_of_a_stream(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    device = run(engine=drip, certificate_seconds=3).device()
-    stream = device.stub.Generate(generate(), timeout=TIMEOUT)
-    drip.go.release()
-    next(stream)
-    time.sleep(4)
-    drip.go.release()
-    assert failure(lambda: next(stream))[:2] == ("UNAUTHENTICATED", {"perfit-code": "certificate_expired"})
-
-
-# -- enrolment over the wire ---------------------------------------------------------------------
-
-
-def test_enrolment_and_renewal(run: Callable[..., Running]) -> None:
-    running = run()
-    stub, key, secret = enrol_grpc.EnrollmentStub(running.enrolment()), new_key(), running.invite()
-    request = enrol_pb.EnrollRequest(secret=secret, csr=csr_of(key))
-    credentials = stub.Enroll(request, timeout=TIMEOUT)
-    assert credentials == stub.Enroll(request, timeout=TIMEOUT)  # replies get lost
-    assert credentials.server_ca == running.authority.server_ca_der
-    assert (credentials.address, credentials.cloud_id) == (running.address, running.authority.cloud_id)
-    device = running.with_certificate(key, credentials.certificate)
-    device.describe()
-    other = enrol_pb.EnrollRequest(secret=secret, csr=csr_of(new_key()))
-    status, metadata, details = failure(lambda: stub.Enroll(other))
-    assert (status, metadata) == ("PERMISSION_DENIED", {"perfit-code": "invite_refused"})
-    assert "ask the operator" in details
-    fresh = new_key()
-    renewed = enrol_grpc.IdentityStub(device.channel).Renew(enrol_pb.RenewRequest(csr=csr_of(fresh)))
-    again = running.with_certificate(fresh, renewed.certificate)
-    assert again.identity == device.identity
-    again.describe()
-    bad = enrol_pb.RenewRequest(csr=b"x")
-    assert failure(lambda: enrol_grpc.IdentityStub(device.channel).Renew(bad))[1] == {
-        "perfit-code": "invalid_input"
-    }
-
-
-def test_enrolment_listener_serves_enrolment_only(run: Callable[..., Running]) -> None:
-    running = run()
-    assert failure(describe(running.enrolment()))[0] == "UNIMPLEMENTED"
-    enrol = enrol_grpc.EnrollmentStub(running.device().channel)
-    assert failure(lambda: enrol.Challenge(enrol_pb.ChallengeRequest()))[0] == "UNIMPLEMENTED"
-
-
-# -- limits, leaving, failing --------------------------------------------------------------------
-
-
-def test_busy_says_when_to_come_back(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    device = run(engine=drip, streams=1, retry_ms=750).device()
-    stream = device.stub.Generate(generate(), timeout=TIMEOUT)
-    drip.go.release()
-    next(stream)
-    status, metadata, _ = failure(lambda: list(device.stub.Generate(generate(), timeout=TIMEOUT)))
-    assert (status, metadata) == ("RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"})
-    device.describe()  # other calls go on
-    stream.cancel()
-
-
-def test_calls_are_bounded(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    device = run(engine=drip, calls=1).device()
-    stream = device.stub.Generate(generate(), timeout=TIMEOUT)
-    drip.go.release()
-    next(stream)
-    assert failure(device.describe)[:2][0] == "RESOURCE_EXHAUSTED"
-    stream.cancel()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.02)
-
-
-def test_leaving_frees_the_place_in_the_engine(
-    run: Callable[..., Running], generation: GenerationEngine
-) -> None:
-    device = run().device()
-    stream = device.stub.Generate(generate(max_new_tokens=200), timeout=TIMEOUT)
-    next(stream)
-    stream.cancel()
-    wait_for(lambda: generation.in_flight == 0)
-
-
-def test_a_deadline_frees_the_place(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    device = run(engine=drip).device()
-    started = time.monotonic()
-    assert failure(lambda: list(device.stub.Generate(generate(), timeout=0.5)))[0] == "DEADLINE_EXCEEDED"
-    assert drip.cancelled.wait(5)
-    assert time.monotonic() - started < 5
-
-
-def test_calls_without_a_deadline_end_too(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    device = run(engine=drip, call_seconds=1).device()
-    stream = device.stub.Generate(generate())
-    drip.go.release()
-    next(stream)
-    # The next piece never comes; the end used to be looked at only after a piece.
-    started = time.monotonic()
-    assert failure(lambda: next(stream))[:2] == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
-    assert time.monotonic() - started < 5
-    assert drip.cancelled.is_set()
-
-
-# -- floods --------------------------------------------------------------------------------------
-
-# Frames of HTTP/2, to do what no gRPC client lets one do.
-_SETTINGS, _HEADERS, _END_HEADERS = 0x4, 0x1, 0x4
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def header_only_calls(running: Running, address: str, path: str, count: int, device: Device | None) -> Any:
-    """A connection on which `count` calls were begun that never send their message, nor any deadline."""
-    fields = {
-        ":method": "POST", ":scheme": "https", ":path": path, ":authority": "localhost",
-        "content-type": "application/grpc", "te": "trailers",
-    }  # fmt: skip
-    # Literal header fields without indexing, RFC 7541 6.2.2.
-    block = b"".join(
-        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in fields.items()
-    )
-    context = ssl.create_default_context(cadata=pem(running.authority.server_ca_der).decode())
-    context.set_alpn_protocols(["h2"])
-    if device is not None:
-        file = running.config.state / "device.pem"
-        file.write_bytes(key_pem(device.key) + pem(device.certificate))
-        context.load_cert_chain(file)
-    host, port = address.rsplit(":", 1)
-    tls = context.wrap_socket(socket.create_connection((host, int(port)), TIMEOUT), server_hostname=host)
-    tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(_SETTINGS, 0, 0))
-    tls.sendall(b"".join(frame(_HEADERS, _END_HEADERS, 2 * i + 1, block) for i in range(count)))
-    return tls
-
-
-def test_calls_without_a_message_on_one_connection_starve_nobody(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # gRPC takes a thread for a call whose message has not come; these were as many as there are threads.
-    monkeypatch.setattr("perfit_cloud.service.server._ENROL_AGE_SECONDS", 3)
-    monkeypatch.setattr("perfit_cloud.service.server._GRACE_SECONDS", 1)
-    running = run(calls=4)
-    enrol, main = running.server.addresses.enrol_address, running.address
-    hostile, honest = running.device(), running.device()
-    enrol_flood = header_only_calls(running, enrol, "/perfit.v1.Enrollment/Challenge", 60, None)
-    path = "/perfit.v1.Personalization/Describe"
-    with (
-        enrol_flood,
-        header_only_calls(running, main, path, 60, hostile),
-    ):
-        time.sleep(0.5)
-        stub = enrol_grpc.EnrollmentStub(running.enrolment())
-        assert stub.Challenge(enrol_pb.ChallengeRequest(), timeout=2).nonce
-        assert pb_grpc.PersonalizationStub(honest.channel).Describe(pb.DescribeRequest(), timeout=2).cloud_id
-        # What the flood does hold is cut off when its connection is old.
-        enrol_flood.settimeout(10)
-        while enrol_flood.recv(65536):
-            pass
-
-
-def test_a_stream_outlives_the_age_of_its_connection(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    device = run(engine=drip, call_seconds=3).device()  # and so old may a connection get
-    device.describe()
-    time.sleep(1.5)
-    stream = device.stub.Generate(generate())
-    for _ in range(5):
-        drip.go.release()
-        assert next(stream).text == "word "
-        time.sleep(0.5)
-    device.describe()  # over a new connection
-    stream.cancel()
-
-
-class Slow:
-    """Gradients that take until the test lets them."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-        self.entered = threading.Event()
-        self.go = threading.Event()
-
-    def score(self, *_: object) -> list[Any]:
-        if self.error is not None:
-            raise self.error
-        self.entered.set()
-        self.go.wait(TIMEOUT)
-        return []
-
-
-def score() -> pb.ScoreRequest:
-    candidate = pb.Candidate(prompt=pb.Prompt(text="the cat"), answer=" zebra")
-    return pb.ScoreRequest(candidates=[candidate], shift=BASE)
-
-
-def test_passes_wait_in_a_bounded_line(run: Callable[..., Running]) -> None:
-    slow = Slow()
-    device = run(gradient_engine=slow, gradient_waiting=1).device()
-    first = device.stub.Score.future(score(), timeout=TIMEOUT)
-    assert slow.entered.wait(TIMEOUT)
-    # One of two more finds room in the line, and stands there until its deadline.
-    more = [device.stub.Score.future(score(), timeout=3) for _ in range(2)]
-    outcomes = sorted(failure(call.result)[0] for call in more)
-    assert outcomes == ["DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
-    slow.go.set()
-    assert list(first.result().scores) == []
-
-
 @pytest.mark.parametrize(
     "error", [RuntimeError("secret zebra 0.123"), KeyError("zebra"), ConfigError("zebra")]
 )
@@ -525,7 +159,7 @@ def test_unknown_errors_tell_nothing(
     with caplog.at_level(logging.DEBUG):
         result = failure(lambda: device.stub.Score(score()))
     assert result == ("INTERNAL", {"perfit-code": "internal"}, "internal error")
-    assert f"{type(error).__name__} at test_service.py:" in caplog.text
+    assert f"{type(error).__name__} at doubles.py:" in caplog.text
     assert "zebra" not in caplog.text
     assert "0.123" not in caplog.text
 
@@ -545,37 +179,6 @@ def test_messages_are_bounded(run: Callable[..., Running]) -> None:
 
 
 # -- the server's life ---------------------------------------------------------------------------
-
-
-def test_health_and_drain(run: Callable[..., Running]) -> None:
-    drip = Drip()
-    running = run(engine=drip)
-    device = running.device()
-    ask = health_pb2.HealthCheckRequest
-    serving = health_pb2.HealthCheckResponse.SERVING
-    for channel, service in (
-        (device.channel, "perfit.v1.Personalization"), (running.enrolment(), "perfit.v1.Enrollment")
-    ):  # fmt: skip
-        health = health_pb2_grpc.HealthStub(channel)
-        assert health.Check(ask(service=service)).status == serving
-        assert health.Check(ask()).status == serving
-        assert failure(lambda h=health: h.Check(ask(service="x")))[0] == "NOT_FOUND"  # type: ignore[misc]
-    watch = health_pb2_grpc.HealthStub(device.channel).Watch(ask(), timeout=TIMEOUT)
-    assert next(watch).status == serving
-    stream = device.stub.Generate(generate(), timeout=TIMEOUT)
-    drip.go.release()
-    next(stream)
-    stopping = threading.Thread(target=running.server.stop, args=(TIMEOUT,))
-    stopping.start()
-    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    watch.cancel()
-    drip.go.release()
-    assert next(stream).text == "word "  # what runs may end
-    late = running.device().channel
-    assert failure(describe(late))[0] == "UNAVAILABLE"
-    stream.cancel()
-    stopping.join(TIMEOUT)
-    assert not stopping.is_alive()
 
 
 def test_a_port_that_is_taken_is_one_clear_error(run: Callable[..., Running]) -> None:

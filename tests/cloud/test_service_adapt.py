@@ -290,7 +290,9 @@ def test_bytes_that_are_no_message_end_their_stream_alone(
     running = run()
     honest = stream(running.device())
     raw = running.device().channel.stream_stream("/perfit.v1.Personalization/Adapt")
-    assert failure(lambda: list(raw(iter([b"\xff" * 50]), timeout=TIMEOUT)))[0] == "INTERNAL"
+    assert failure(lambda: list(raw(iter([b"\xff" * 50]), timeout=TIMEOUT)))[:2] == (
+        INVALID, {"perfit-code": "invalid_input"}
+    )  # fmt: skip
     assert honest.ask(step(mine(artefact, 1), [0])).tokens > 0
 
 

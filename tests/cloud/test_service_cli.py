@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,9 +47,12 @@ def test_serve_invite_revoke_and_stop(
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, name in zip(folders, ("news_headline", "news_categorize"), strict=True):
         make_artefact(base, name).save(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
     words = [
         "serve", "--model", str(model_folder("llama")), "--state", state, "--json", "--threads", "1",
         "--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", "--set", "drain_seconds=1",
+        "--set", f"metrics_address={metrics}",
         "--artefact", str(folders[0]), "--artefact", str(folders[1]),
     ]  # fmt: skip
     with subprocess.Popen([*RUN, *words], stdout=subprocess.PIPE, text=True) as process:
@@ -58,6 +62,10 @@ def test_serve_invite_revoke_and_stop(
             assert told["fingerprint"] == base.fingerprint
             assert told["artefacts"] == ["news_headline", "news_categorize"]
             assert not told["address"].endswith(":0")
+            with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=60) as reply:
+                page = reply.read().decode()
+            assert 'perfit_engine_alive{engine="updates"} 1.0' in page
+            assert f'fingerprint="{base.fingerprint}"' in page
             lines = cloud("invite", "--state", state, "--count", "2", "--life", "15m").stdout.split()
             invites = [Invite.decode(line) for line in lines]
             assert len({invite.secret for invite in invites}) == 2

@@ -140,14 +140,15 @@ def test_a_step_that_failed_leaves_nothing_behind(
             tensors.clear()
             engine.go.release(10**6)
             errors = [future.exception(WAIT) for future in futures]
-        assert [type(error) for error in errors] == [ZeroDivisionError] * 3
+        assert [str(error).partition(":")[0] for error in errors] == [
+            "ZeroDivisionError at test_steps.py"
+        ] * 3
         assert [len(run) for run in engine.runs] == [1, 2, 1, 1]  # together, then each alone
         engine.runs.clear()
         until(lambda: all(ref() is None for ref in gone))
     finally:
         gc.enable()
-    assert caplog.text.count("a step failed: ZeroDivisionError at broken") == 3
-    assert "zebracanary" not in caplog.text
+    assert not caplog.text  # whoever submitted it logs it
 
 
 def test_who_left_is_not_computed(parts: Any) -> None:

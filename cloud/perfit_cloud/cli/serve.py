@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import signal
-import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +18,13 @@ from perfit_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from perfit_cloud.service.authority import Authority
+    from perfit_cloud.service.hygiene import Hardening
     from perfit_cloud.service.served import Served
     from perfit_cloud.service.server import Addresses
 
 __all__ = ["ConfigFile", "StateFolder", "serve"]
 
+_log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _LOOSE_TONGUES = ("transformers",)
 
@@ -79,7 +82,8 @@ def serve(  # noqa: PLR0917 - options of a command
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Before gRPC is imported: its own lines would stand beside ours, and any caller's bad handshake is one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    _serve(load_config(file=config, flags=_settings(setting or []) | given), as_json=as_json)
+    read = load_config(file=config, flags=_settings(setting or []) | given)
+    _serve(read, _hardened(read), as_json=as_json)
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -93,7 +97,18 @@ def _settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
-def _serve(config: CloudConfig, *, as_json: bool) -> None:
+def _hardened(config: CloudConfig) -> Hardening:
+    """Harden the process as it is set. The first time this starts the program anew and does not return."""
+    from perfit_cloud.service.hygiene import UNHARDENED, harden, restart_hardened
+
+    if config.hardening == "off":
+        _log.warning("hardening is off: this process keeps traces of calls, and others can read them")
+        return UNHARDENED
+    restart_hardened()
+    return harden()
+
+
+def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
     if not config.model:
         raise ConfigError("name the base model: --model FOLDER_OR_HUB_NAME")
 
@@ -107,12 +122,12 @@ def _serve(config: CloudConfig, *, as_json: bool) -> None:
     )
     try:
         with only_server(config.state):
-            _serve_as(authority, config, as_json=as_json)
+            _serve_as(authority, config, hardening, as_json=as_json)
     finally:
         authority.close()
 
 
-def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> None:
+def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
     """Load everything, then answer until told to stop."""
     import torch
 
@@ -125,6 +140,8 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
     from perfit_cloud.model.base import load_base
     from perfit_cloud.service.served import Served
     from perfit_cloud.service.server import CloudServer
+    from perfit_cloud.service.sweeping import Sweeper
+    from perfit_cloud.service.telemetry import Engines
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -144,26 +161,32 @@ def _serve_as(authority: Authority, config: CloudConfig, *, as_json: bool) -> No
     spill_bytes = 0 if base.device.type == "cpu" else config.spill_bytes
     adaptations = AdaptationEngine(base, keep_bytes=config.keep_bytes, spill_bytes=spill_bytes, turns=turns)
     steps = StepQueue(adaptations, retry_ms=config.retry_ms)
+    sweeper = Sweeper(base.device, turns)
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,
         gradients=GradientEngine(base, turns), steps=steps,
+        engines=Engines(generation, steps, adaptations, turns), ended=sweeper.soon,
     )  # fmt: skip
-    stop = threading.Event()
+    # A handler runs between any two steps of this thread, and of all queues only this one bears that.
+    stops: queue.SimpleQueue[None] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: stops.put(None))
     generation.start()
+    if config.hardening == "on":
+        sweeper.start()
     server.start()
-    print(_line(served, server.addresses, as_json=as_json), flush=True)
+    print(_line(served, server.addresses, hardening, as_json=as_json), flush=True)
     try:
-        stop.wait()
+        stops.get()
     finally:
-        server.stop(config.drain_seconds)
+        server.stop(config.drain_seconds, lambda: not stops.empty())
         generation.stop()
         steps.close()
+        sweeper.close()
 
 
-def _line(served: Served, addresses: Addresses, *, as_json: bool) -> str:
-    """What is served, and where."""
+def _line(served: Served, addresses: Addresses, hardening: Hardening, *, as_json: bool) -> str:
+    """What is served, where, and how."""
     names = list(served.artefacts)
     if as_json:
         return json.dumps({
@@ -172,6 +195,7 @@ def _line(served: Served, addresses: Addresses, *, as_json: bool) -> str:
             "model": served.base.name,
             "fingerprint": served.base.fingerprint,
             "artefacts": names,
+            "hardening": asdict(hardening),
         })  # fmt: skip
     return (
         f"serving {served.base.name} ({served.base.fingerprint[:12]}) with "

@@ -133,6 +133,7 @@ class AdaptationEngine:
         breathe_between_blocks(self._own.model, self._turns)
         self._caps = _IN_FULL if self._tail is None else Caps.of(base.device)
         self._room = [keep_bytes, spill_bytes]
+        self._all_room = (keep_bytes, spill_bytes)
         self._state = threading.Condition()  # of what follows and of _room
         self._open: set[Adaptation] = set()
         self._at_work: set[Adaptation] = set()
@@ -141,6 +142,16 @@ class AdaptationEngine:
     def keeps(self) -> bool:
         """Whether steps of this model run from what is kept; those of other families run in full."""
         return self._tail is not None
+
+    @property
+    def moved(self) -> float:
+        """When the model's device last changed hands, by the monotonic clock."""
+        return self._turns.moved
+
+    def bytes_held(self) -> tuple[int, int]:
+        """What all open adaptations keep on the model's device, and in host memory."""
+        device, host = (whole - left for whole, left in zip(self._all_room, self._room, strict=True))
+        return device, host
 
     @property
     def pass_rows(self) -> int:

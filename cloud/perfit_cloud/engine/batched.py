@@ -27,7 +27,7 @@ from perfit_cloud.engine.turns import Turns
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, depends_on_length
-from perfit_cloud.model.shifts import Group, hooked, install, open_book, row_index, stack, to_torch
+from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, stack, to_torch
 from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.positions import Positions
 
@@ -71,10 +71,10 @@ class BatchedEngine(Engine):
         self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings,
         turns: Turns | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(base, artefacts, settings, turns or Turns())
-        self._model = base.twin()
-        self._model.generation_config = GenerationConfig()
-        install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
+        super().__init__(base, artefacts, settings, turns)
+        self._model.generation_config = (
+            GenerationConfig()
+        )  # what the model's folder suggests is not asked for
         self._most = 1 if depends_on_length(base.model) else settings.max_requests
 
     def _has_work(self) -> bool:

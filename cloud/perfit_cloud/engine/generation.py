@@ -20,7 +20,7 @@ from perfit_cloud.engine.turns import Turns
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, depends_on_length
 from perfit_cloud.model.cache import Pass, Place, Shelves, attend_on_shelves
-from perfit_cloud.model.shifts import install, open_book
+from perfit_cloud.model.shifts import open_book
 
 __all__ = ["Engine", "GenerationEngine", "GenerationSettings", "can_share", "engine_for"]
 
@@ -33,7 +33,7 @@ def engine_for(
 ) -> Engine:  # fmt: skip
     """The continuous batch where the model's family can share one, else answers in batches."""
     kind = GenerationEngine if can_share(base) else BatchedEngine
-    return kind(base, artefacts, settings, turns or Turns())
+    return kind(base, artefacts, settings, turns)
 
 
 class GenerationEngine(Engine):
@@ -45,14 +45,15 @@ class GenerationEngine(Engine):
         self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings,
         turns: Turns | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(base, artefacts, settings, turns or Turns())
-        self._model = base.twin()
+        super().__init__(base, artefacts, settings, turns)
         attend_on_shelves(self._model)
-        # Only blocks that an artefact names carry a hook.
-        install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
         self._shelves = Shelves(settings.cache_tokens)
         self._places: dict[Request, Place] = {}  # of those in the batch, in the order they came
         self._newest: dict[Request, int] = {}  # token that the next pass reads, by answer under way
+
+    @property
+    def cache_tokens_held(self) -> int:
+        return self._shelves.held
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._places)

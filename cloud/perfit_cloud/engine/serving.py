@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import traceback
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from perfit_cloud.engine.answers import Answer
+from perfit_cloud.engine.faults import told_of
 from perfit_cloud.engine.sampling import Sampler
 from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.types import Mode, Sampling, ShiftUse, Vital
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.shifts import Group, Shift, row_index, stack, to_torch
+from perfit_cloud.model.shifts import Group, Shift, install, row_index, stack, to_torch
 from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
 from perfit_shared.positions import Positions
 
@@ -58,11 +59,16 @@ class Engine(ABC):
     continuous: bool  # whether a request joins the batch at once, or when the one before is over
 
     def __init__(
-        self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings, turns: Turns
-    ) -> None:
+        self, base: BaseModel, artefacts: Mapping[str, Artefact], settings: GenerationSettings,
+        turns: Turns | None = None,
+    ) -> None:  # fmt: skip
+        """`turns`: of all engines on the base's device."""
         self.settings = settings
         self.end_ids = frozenset(base.end_ids)
-        self._base, self._turns = base, turns
+        self._base, self._turns = base, turns or Turns()
+        self._model = base.twin()
+        # Only blocks that an artefact names carry a hook.
+        install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
         self._vocabulary = int(base.model.get_input_embeddings().num_embeddings)
         self._positions = {name: Positions.parse(a.spec.positions) for name, a in artefacts.items()}
         self._collective = {name: to_torch(a.collective, base.device) for name, a in artefacts.items()}
@@ -72,6 +78,7 @@ class Engine(ABC):
         self._waiting: deque[Request] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
+        self._moved = time.monotonic()  # when it last began a round or made a token
 
     # -- for callers ---------------------------------------------------------------------------
 
@@ -94,6 +101,17 @@ class Engine(ABC):
         """Answers that hold a place."""
         return len(self._requests)
 
+    @property
+    def cache_tokens_held(self) -> int:
+        """Tokens whose keys and values have a place, as far as that is not the model library's business."""
+        return 0
+
+    def vital(self) -> Vital:
+        """Without the condition: whoever is stuck may hold it."""
+        held, waiting, thread = len(self._requests), len(self._waiting), self._thread
+        is_alive = not self._is_stopped and not (held and thread is not None and not thread.is_alive())
+        return Vital(held - waiting, waiting, time.monotonic() - self._moved if held else 0.0, is_alive)
+
     def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling) -> Answer:
         """Queue one answer.
 
@@ -113,6 +131,8 @@ class Engine(ABC):
             if len(self._requests) >= self.settings.max_requests:
                 raise Busy("the cloud is answering as many as it can; try again", retry_ms=_BUSY_MS)
             self._ensure_thread()
+            if not self._requests:
+                self._moved = time.monotonic()
             self._requests.add(request)
             self._waiting.append(request)
             self._changed.notify()
@@ -139,6 +159,7 @@ class Engine(ABC):
 
     def _produced(self, request: Request, token: int) -> bool:
         """Hand over a token; whether it was the last."""
+        self._moved = time.monotonic()
         request.produced += 1
         is_last = token in self.end_ids or request.produced >= request.sampling.max_new_tokens
         if is_last:
@@ -208,10 +229,11 @@ class Engine(ABC):
                     self._changed.wait_for(lambda: self._is_stopped or self._has_work())
                     if self._is_stopped:
                         return
+                self._moved = time.monotonic()
                 try:
                     self._round()
                 except Exception as error:
-                    _report(error)
+                    _log.error("a pass failed: %s", told_of(error))
                     self._fail()
         finally:
             self._fail()
@@ -224,14 +246,8 @@ class Engine(ABC):
         try:
             self._drop()
         except Exception as error:
-            _report(error)
+            _log.error("what answers left cannot be dropped: %s", told_of(error))
             with self._changed:  # a device that cannot even forget will not answer either
                 self._is_stopped = True
         for request in requests:
             request.answer.fail()
-
-
-def _report(error: Exception) -> None:
-    """Log type and place. Not its message: that may quote what it worked on."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    _log.error("a pass failed: %s at %s:%d", type(error).__name__, where.name, where.lineno or 0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import traceback
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,15 +11,15 @@ from dataclasses import replace
 import numpy as np
 
 from perfit_cloud.engine.adaptation import Adaptation, AdaptationEngine, Step
+from perfit_cloud.engine.faults import told_of
 from perfit_cloud.engine.gradients import Pair
-from perfit_cloud.engine.types import Gradient
+from perfit_cloud.engine.types import Gradient, Vital
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Busy, PerfitError, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
 __all__ = ["StepQueue"]
 
-_log = logging.getLogger(__name__)
 _STOPPING = "the cloud is stopping; try again later"
 
 
@@ -40,6 +39,7 @@ class StepQueue:
         self._changed = threading.Condition()  # of what follows
         self._line: list[_Task] = []
         self._is_open = True
+        self._moved = time.monotonic()  # when it last began a round
         self._worker = threading.Thread(target=self._work, name="perfit-steps", daemon=True)
         self._worker.start()
 
@@ -47,6 +47,15 @@ class StepQueue:
     def keeps(self) -> bool:
         """As the engine's."""
         return self._engine.keeps
+
+    def vital(self) -> Vital:
+        """Without the condition: whoever is stuck may hold it.
+
+        A round waits for one pass each of all who stand before it at the device; as they get on, so does it.
+        """
+        waiting, is_alive = len(self._line), self._is_open and self._worker.is_alive()
+        still = time.monotonic() - max(self._moved, self._engine.moved) if waiting else 0.0
+        return Vital(0, waiting, still, is_alive)
 
     def open(
         self, examples: Sequence[Pair], artefact: Artefact, *, left: threading.Event | None = None
@@ -59,7 +68,7 @@ class StepQueue:
 
         Cancelling the future takes the step out of the line; a pass at work goes on. Raises Busy or
         Unavailable, and InvalidInput or InvalidTensors on a step that cannot be; the future may end
-        in any of these but Busy.
+        in any of these but Busy, and in a PerfitError that says what failed where.
         """
         task = _Task(step, self._engine.pass_rows_of(step), loss_only=loss_only)
         with self._changed:
@@ -67,6 +76,8 @@ class StepQueue:
                 raise Unavailable(_STOPPING)
             if len(self._line) >= self._most:
                 raise Busy("too many updates wait for the cloud; try again shortly", retry_ms=self._retry_ms)
+            if not self._line:
+                self._moved = time.monotonic()
             self._line.append(task)
             self._changed.notify()
         return task.future
@@ -100,6 +111,7 @@ class StepQueue:
                 return False
             self._line = [task for task in self._line if not task.future.cancelled()]
             pieces = self._next_pieces()
+        self._moved = time.monotonic()
         for loss_only in (False, True):
             of_kind = [piece for piece in pieces if piece[0].loss_only == loss_only]
             if of_kind:
@@ -176,8 +188,7 @@ class _Task:
     def fail(self, error: Exception) -> None:
         """The future's end. An error's frames hold tensors, which should not live as long as it does."""
         if not isinstance(error, PerfitError):
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            _log.error("a step failed: %s at %s:%d", type(error).__name__, where.name, where.lineno or 0)
+            error = PerfitError(told_of(error))
         error.__context__ = error.__cause__ = None
         if self._may_end():
             self.future.set_exception(error.with_traceback(None))
@@ -192,10 +203,11 @@ def _joined(parts: Sequence[Gradient]) -> Gradient:
     if len(parts) == 1:
         return parts[0]
     tokens = sum(part.tokens for part in parts)
-    weights = np.array([part.tokens / tokens for part in parts], dtype=np.float32)
+    weights = [np.float32(part.tokens / tokens) for part in parts]
     layers = {}
     for layer in parts[0].tensors.layers:
         stacks = zip(*(part.tensors.layers[layer] for part in parts), strict=True)
-        layers[layer] = LayerShift(*(np.tensordot(weights, np.stack(s), 1) for s in stacks))
+        # Not by BLAS, which would keep copies of them.
+        layers[layer] = LayerShift(*(sum(map(np.multiply, weights, s)) for s in stacks))
     loss = sum(part.tokens * part.loss for part in parts) / tokens
     return Gradient(loss, tokens, ShiftTensors(layers))

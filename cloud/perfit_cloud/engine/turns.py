@@ -8,11 +8,13 @@ theirs. So answers wait for one block of a gradient at most, and gradients for o
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from perfit_cloud.engine.types import Vital
 from perfit_cloud.model.base import block_list
 
 __all__ = ["Turns", "breathe_between_blocks"]
@@ -66,6 +68,22 @@ class Turns(_Line):
     def __init__(self) -> None:
         super().__init__()
         self._long = _Line()
+        # Told of every turn that is over: "answers" or "long", and its seconds, those lent out included.
+        self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
+        self.moved = time.monotonic()  # when it last changed hands
+
+    def vital(self) -> Vital:
+        """Still for as long as whoever holds the device neither gave it back nor breathed."""
+        is_taken, waiting = self._is_taken, len(self._waiting)
+        return Vital(
+            int(is_taken), waiting, time.monotonic() - self.moved if is_taken else 0.0, is_alive=True
+        )
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Hold it; waits for those who asked before."""
+        with self._timed("answers"):
+            yield
 
     @contextmanager
     def take_long(self) -> Iterator[None]:
@@ -74,11 +92,22 @@ class Turns(_Line):
         One of them inside another could stand still for ever: all backward passes of a CUDA device
         run in one thread of torch's.
         """
-        with self._long.take(), self.take():
+        with self._long.take(), self._timed("long"):
             yield
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        with super().take():
+            begun = self.moved = time.monotonic()
+            try:
+                yield
+            finally:
+                self.moved = time.monotonic()
+                self.on_pass(kind, self.moved - begun)
 
     def breathe(self) -> None:
         """Called by the holder, from any of its threads: let everyone who waits now go first."""
+        self.moved = time.monotonic()
         if self._waiting:
             self._release()
             self._acquire()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.shifts import ShiftTensors
 
-__all__ = ["Finish", "Gradient", "Mode", "Piece", "Sampling", "Score", "ShiftUse"]
+__all__ = ["Finish", "Gradient", "Mode", "Piece", "Sampling", "Score", "ShiftUse", "Vital"]
 
 
 class Mode(Enum):
@@ -57,6 +58,15 @@ class Piece:
 class Score:
     log_likelihood: float  # nats, summed over answer and end of sequence
     tokens: int
+
+
+class Vital(NamedTuple):
+    """How an engine fares: what tells one that works from one that is stuck or dead."""
+
+    running: int  # requests or steps at work
+    waiting: int  # and in line
+    still_seconds: float  # since it last got on with them; 0 when there is nothing to do
+    is_alive: bool  # false: it takes up nothing any more
 
 
 @dataclass(frozen=True)

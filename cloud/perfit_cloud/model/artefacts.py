@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,12 @@ class Artefact:
             )
             if artefact.version != data["version"]:
                 raise InvalidData("its tensors are not the ones it was saved with")
-        except (OSError, ValueError, KeyError, TypeError, PerfitError) as error:
+            if not (math.isfinite(artefact.learning_rate) and artefact.learning_rate > 0):
+                raise InvalidData("its learning_rate should be above 0")
+            if not (0 < artefact.epochs < 2**32 and 0 < artefact.batch_size < 2**32):
+                raise InvalidData("its epochs and batch_size should be 1 or more")
+        except (
+            OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, PerfitError,
+        ) as error:  # fmt: skip
             raise InvalidData(f"{folder} is not a usable artefact: {error}") from error
         return artefact

@@ -41,6 +41,11 @@ class Shelves:
         self._tokens = tokens
         self._shelves: dict[int, _Shelf] = {}
 
+    @property
+    def held(self) -> int:
+        """Tokens of the slots that are taken. May be read from another thread."""
+        return sum(len(shelf.places) * shelf.size for shelf in list(self._shelves.values()))
+
     def put(self, tokens: int) -> Place | None:
         """A place for a request that will never have more than `tokens`; None when there is no room now.
 

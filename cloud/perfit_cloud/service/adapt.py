@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from perfit_cloud.engine.adaptation import Step
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
+from perfit_cloud.service.drain import Drain, stopping
 from perfit_cloud.service.guard import device_of, seconds_left
-from perfit_cloud.service.limits import Gate, Quota
+from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
+from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -27,13 +30,16 @@ _IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is
 class Adapting:
     def __init__(
         self, served: Served, reader: PromptReader, *,
-        queue: StepQueue, streams: Gate, each: Quota, stream_seconds: float,
+        queue: StepQueue, streams: Gate, accounts: Accounts, drain: Drain, telemetry: Telemetry,
+        stream_seconds: float,
     ) -> None:  # fmt: skip
         self._served = served
         self._reader = reader
         self._queue = queue
         self._streams = streams
-        self._each = each
+        self._accounts = accounts
+        self._drain = drain
+        self._telemetry = telemetry
         self._stream_seconds = stream_seconds
 
     def steps(
@@ -42,16 +48,22 @@ class Adapting:
         """Answers to the steps, one after the other, until the caller wants no more.
 
         Raises InvalidInput and its kin on what a message should not hold, NotFound, ShiftMismatch,
-        Busy, and TooSlow when nothing comes for long or the stream's time is over.
+        Busy, TooSlow when nothing comes for long or the stream's time is over, and Unavailable between two
+        messages when the cloud stops.
         """
+        device = device_of(context)
         with (
-            self._each.place(device_of(context)),
+            self._accounts.hold(device, "adaptations"),
             self._streams.place(0),
             _Stream(requests, context, seconds_left(context, self._stream_seconds)) as stream,
+            self._drain.listening(stream.stop),
         ):
             opening = stream.next("open").open
             artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
             pairs = self._reader.update((e.prompt, e.target) for e in stream.examples())
+            tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
+            self._accounts.spend(device, "tokens", tokens)
+            self._telemetry.tokens("example", tokens)
             with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
                 del pairs
                 while (step := stream.step()) is not None:
@@ -75,6 +87,8 @@ class _Stream:
         self._ahead: pb.AdaptRequest | None = None  # the first step, which ended the examples
         # One message at a time, when it is wanted: gRPC has no reading within a time.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="perfit-adapt")
+        # What comes next: the message that was wanted, or an error that ends the stream.
+        self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()
         # Called when the RPC ends, however it does: the caller left, or its deadline passed.
         if not context.add_callback(self._leave):
             raise Cancelled("the caller left")
@@ -91,20 +105,31 @@ class _Stream:
         if self._future is not None:
             self._future.cancel()
 
+    def stop(self) -> None:
+        """End the stream where the next message would be read; from any thread."""
+        self._events.put(stopping())
+
     def next(self, *kinds: str | None) -> pb.AdaptRequest:
         """The next message, which should be of one of these kinds; of kind None when there is no more."""
         seconds = min(_IDLE_SECONDS, self._ends - time.monotonic())
+        self._reader.submit(self._read)
         try:
-            message = self._reader.submit(next, self._requests, pb.AdaptRequest()).result(max(0.0, seconds))
-        except TimeoutError:
+            message = self._events.get(timeout=max(0.0, seconds))
+        except queue.Empty:
             if seconds < _IDLE_SECONDS:
                 raise self._over() from None
             raise TooSlow("no message came for long; open another stream with the next step") from None
-        except grpc.RpcError:
-            raise Cancelled("the caller left") from None
+        if isinstance(message, Exception):
+            raise message
         if message.WhichOneof("body") not in kinds:
             raise InvalidInput("a stream should hold one open, then examples, then steps")
         return message
+
+    def _read(self) -> None:
+        try:
+            self._events.put(next(self._requests, pb.AdaptRequest()))
+        except Exception as error:
+            self._events.put(error)
 
     def examples(self) -> Iterator[pb.Example]:
         """Those of all messages up to the first step, one at least."""

@@ -19,6 +19,7 @@ from perfit_cloud.engine.types import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import decode_shift, encode_piece
+from perfit_cloud.service.drain import Drain, stopping
 from perfit_cloud.service.guard import device_of, told
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
@@ -30,9 +31,10 @@ _IDLE_SECONDS = 120.0  # without a question, after which the tensors are given u
 
 
 class Asking:
-    def __init__(self, served: Served, answers: Answers, *, stream_seconds: float) -> None:
+    def __init__(self, served: Served, answers: Answers, *, drain: Drain, stream_seconds: float) -> None:
         self._served = served
         self._answers = answers
+        self._drain = drain
         self._stream_seconds = stream_seconds
 
     def answers(
@@ -41,7 +43,7 @@ class Asking:
         """Parts of the answers as they are made, until the caller has asked all and got all.
 
         Raises InvalidInput and what `decode_shift` raises on messages out of order, TooSlow at the end
-        of the stream's time.
+        of the stream's time, Unavailable when the cloud stops and what was asked before is answered.
         """
         stream = _Stream(self._answers, device_of(context), slots=self._served.limits.questions)
         try:
@@ -49,7 +51,8 @@ class Asking:
             # Called when the RPC ends, however it does: the caller left, or its deadline passed.
             if not context.add_callback(stream.close):
                 raise Cancelled("the caller left")
-            yield from stream.responses(self._stream_seconds)
+            with self._drain.listening(stream.stop):
+                yield from stream.responses(self._stream_seconds)
         finally:
             stream.close()
 
@@ -62,14 +65,22 @@ class _Stream:
         self._device = device
         self._slots = threading.Semaphore(slots)
         self._pool = ThreadPoolExecutor(slots + 1, thread_name_prefix="perfit-ask")
-        # What to send; None when there are no more questions; an error that ends the stream.
+        # What to send; None when there are no more questions, or none are taken any more; an error that
+        # ends the stream.
         self._events: queue.SimpleQueue[pb.AskResponse | Exception | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: dict[int, Callable[[], None] | None] = {}  # number → how to cancel its answer
         self._is_closed = False
+        self._is_asked = False  # whether the caller has no more questions
+        self._is_stopping = False  # whether questions are turned away, since the cloud stops
 
     def start(self, requests: Iterator[pb.AskRequest], artefacts: Mapping[str, Artefact]) -> None:
         self._pool.submit(self._read, requests, artefacts)
+
+    def stop(self) -> None:
+        """Take no more questions, and end when those under way are answered; from any thread."""
+        self._is_stopping = True
+        self._events.put(None)
 
     def close(self) -> None:
         """End every answer at once and let go of every thread."""
@@ -108,6 +119,8 @@ class _Stream:
             yield event
             if is_last:
                 self._slots.release()
+        if self._is_stopping and not self._is_asked:
+            raise stopping()
 
     # -- in the threads of the stream ----------------------------------------------------------
 
@@ -124,9 +137,8 @@ class _Stream:
                 if request.WhichOneof("body") != "question":
                     raise InvalidInput("every message after the first should hold a question")
                 self._take(request.question, shift)
+            self._is_asked = True
             self._events.put(None)
-        except grpc.RpcError:
-            return  # the call is over, which `close` hears from gRPC
         except Exception as error:
             self._events.put(error)
 
@@ -146,6 +158,8 @@ class _Stream:
                 return not self._is_closed
 
         try:
+            if self._is_stopping:
+                raise stopping()
             for piece in self._answers.pieces(question, shift, self._device, at_end):
                 self._events.put(pb.AskResponse(number=question.number, part=encode_piece(piece)))
         except Exception as error:

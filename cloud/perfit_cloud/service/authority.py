@@ -93,6 +93,7 @@ class ServerIdentity:
     key_pem: bytes
     certificate_pem: bytes
     renew_at: float  # unix seconds
+    ends_at: float
 
 
 class Authority:
@@ -124,6 +125,11 @@ class Authority:
     def device_ca_pem(self) -> bytes:
         return self._device_ca.pem
 
+    def ends(self) -> dict[str, float]:
+        """When the certificates of both authorities end, unix seconds; nothing renews them."""
+        cas = {"server_ca": self._server_ca, "device_ca": self._device_ca}
+        return {name: ca.certificate.not_valid_after_utc.timestamp() for name, ca in cas.items()}
+
     def close(self) -> None:
         with self._lock:
             self._db.close()
@@ -135,7 +141,8 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._server_ca.issue_server(key.public_key(), names, _SERVER_LIFE)
         pem = certificate.public_bytes(serialization.Encoding.PEM)
-        return ServerIdentity(private_pem(key), pem, time.time() + _SERVER_LIFE.total_seconds() / 2)
+        life = _SERVER_LIFE.total_seconds()
+        return ServerIdentity(private_pem(key), pem, time.time() + life / 2, time.time() + life)
 
     # -- invites and enrolment -------------------------------------------------------------------
 
@@ -204,8 +211,9 @@ class Authority:
         Raises NotAuthenticated, CertificateExpired, IdentityRevoked or InvalidInput.
         """
         old = read_certificate(certificate)
-        key = old.public_key()
-        if not self._device_ca.issued(old) or not isinstance(key, ec.EllipticCurvePublicKey):
+        # Not asked before we know it for ours: a key of a strange kind is an error of the library's.
+        key = old.public_key() if self._device_ca.issued(old) else None
+        if not isinstance(key, ec.EllipticCurvePublicKey):
             raise NotAuthenticated("this cloud did not issue that certificate; enrol with `perfit enroll`")
         try:
             key.verify(signature, _RENEW_CONTEXT + nonce + csr, ec.ECDSA(hashes.SHA256()))

@@ -11,7 +11,8 @@ import grpc
 
 from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
-from perfit_cloud.service.limits import Gate, Limits, Quota
+from perfit_cloud.service.limits import Accounts, Gate, Limits
+from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -41,13 +42,14 @@ class Answers:
 
     def __init__(
         self, generation: Generation, reader: PromptReader, limits: Limits, *,
-        places: Gate, each: Quota, seconds: float,
+        places: Gate, accounts: Accounts, telemetry: Telemetry, seconds: float,
     ) -> None:  # fmt: skip
         self._generation = generation
         self._reader = reader
         self._limits = limits
         self._places = places
-        self._each = each
+        self._accounts = accounts
+        self._telemetry = telemetry
         self._seconds = seconds
 
     def pieces(
@@ -62,7 +64,10 @@ class Answers:
         prompt = self._reader.prompt(request.prompt)
         sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
         last = None
-        with _Held(self._each.place(device), self._places.place(0)) as held:
+        most = sampling.max_new_tokens
+        with _Held(self._accounts.hold(device, "answers"), self._places.place(0)) as held:
+            self._accounts.spend(device, "tokens", len(prompt) + most)
+            self._telemetry.tokens("prompt", len(prompt))
             answer = self._generation.submit(prompt, shift, sampling)
 
             def cancel() -> None:
@@ -75,6 +80,8 @@ class Answers:
                 for piece in answer:
                     if piece.finish is not None:
                         last = piece
+                        self._accounts.give_back(device, "tokens", most - piece.answer_tokens)
+                        self._telemetry.tokens("answer", piece.answer_tokens)
                         break
                     yield piece
         if last is not None:

@@ -95,7 +95,7 @@ class CertificateAuthority:
         """Whether this authority signed it (its time and revocation are other questions)."""
         try:
             certificate.verify_directly_issued_by(self.certificate)
-        except (ValueError, TypeError, InvalidSignature):
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
             return False
         return True
 
@@ -135,7 +135,7 @@ def read_csr(data: bytes) -> ec.EllipticCurvePublicKey:
         request = x509.load_der_x509_csr(data)
         key = request.public_key()
         signed = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise InvalidInput("not a certificate request in DER") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidInput("a device's key should be P-256")
@@ -148,7 +148,7 @@ def read_certificate(data: bytes, *, pem: bool = False) -> x509.Certificate:
     """Raises NotAuthenticated on anything that is no certificate."""
     try:
         return x509.load_pem_x509_certificate(data) if pem else x509.load_der_x509_certificate(data)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise NotAuthenticated("not a certificate; enrol with `perfit enroll`") from error
 
 

@@ -2,32 +2,44 @@
 
 gRPC looks at a certificate once, at the handshake, and knows no revocation list; here both its time and
 its identity are checked on every call and before every message of a stream.
+
+Whatever a method's kind, gRPC is told that it streams both ways, and hands on bytes. So the guard runs as
+soon as a call's headers are there, not when its message is (until when it would hold a thread and nobody
+could count or end it); it sees how large a message is before it is read; and a reply counts as under way
+until it is sent. On the wire both are the same.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import threading
-import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import grpc
 from cryptography import x509
 
+from perfit_cloud.engine.faults import told_of
 from perfit_cloud.service.authority import Authority
 from perfit_cloud.service.certificates import identity_of, read_certificate
-from perfit_cloud.service.limits import Gate
-from perfit_shared.errors import NotAuthenticated, to_status
+from perfit_cloud.service.deadlines import Deadlines
+from perfit_cloud.service.drain import Drain
+from perfit_cloud.service.limits import Accounts, Gate
+from perfit_cloud.service.telemetry import Outcome, Telemetry
+from perfit_shared.errors import Cancelled, InvalidInput, NotAuthenticated, PerfitError, to_status
 
 __all__ = ["Guard", "caller", "device_of", "seconds_left", "told"]
 
 _log = logging.getLogger(__name__)
-# Long-lived and served without a thread; it tells only whether the cloud serves.
+# Answered also when there is no room for calls and when the cloud is stopping: that is what it tells.
+_HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+# Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls.
 _HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
-_LATE_SECONDS = 5.0  # after its time a stream is cut off; until then it ends by itself, and says why
+_MESSAGE_SECONDS = 60.0  # for the one message of a call: the largest there may be, at 3 Mbit/s
+_LATE_SECONDS = 5.0  # after its time a call is cut off; until then it ends by itself, and says why
 
 
 def caller(context: grpc.ServicerContext) -> x509.Certificate:
@@ -43,23 +55,58 @@ def device_of(context: grpc.ServicerContext) -> str:
     return identity_of(caller(context))
 
 
+def network_of(context: grpc.ServicerContext) -> str:
+    """Where a caller without a certificate calls from: an IPv4 address, or the /64 of an IPv6 one."""
+    kind, _, rest = urllib.parse.unquote(context.peer()).partition(":")
+    host = rest.rpartition(":")[0].strip("[]")
+    if kind != "ipv6":
+        return host
+    address = ipaddress.IPv6Address(host)
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+
+
 def seconds_left(context: grpc.ServicerContext, cap: float) -> float:
     """Until the call's deadline, at most `cap`."""
     remaining = context.time_remaining()
     return cap if remaining is None else min(cap, max(0.0, remaining))
 
 
+class _Method(NamedTuple):
+    """An RPC as its service made it."""
+
+    name: str  # "Generate"
+    behaviour: Callable[[Any, grpc.ServicerContext], Any]
+    read: Callable[[bytes], Any]
+    is_streamed_to: bool
+    is_streamed_from: bool
+    is_health: bool
+
+    @property
+    def is_session(self) -> bool:
+        return self.is_streamed_to and self.is_streamed_from
+
+
 class Guard(grpc.ServerInterceptor):
     """Wraps every method of a server. Without an authority (enrolment) anybody may call."""
 
     def __init__(
-        self, *, authority: Authority | None, gate: Gate, call_seconds: float, stream_seconds: float
-    ) -> None:
-        """The most time of calls that answer in a stream, and of those that stream both ways."""
+        self, *, authority: Authority | None, accounts: Accounts, gate: Gate, drain: Drain,
+        telemetry: Telemetry, ended: Callable[[], None], call_seconds: float, stream_seconds: float,
+    ) -> None:  # fmt: skip
+        """`ended` is called at the end of every call.
+
+        `call_seconds`, `stream_seconds`: the most time of a call, and of one that streams both ways.
+        """
         self._authority = authority
+        self._accounts = accounts
         self._gate = gate
+        self._drain = drain
+        self._telemetry = telemetry
+        self._ended = ended
         self._call_seconds = call_seconds
         self._stream_seconds = stream_seconds
+        self._deadlines = Deadlines()
 
     def intercept_service(
         self,
@@ -67,77 +114,120 @@ class Guard(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or method == _HEALTH_WATCH:
-            return handler
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary, method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, method, self._call_seconds),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, method, self._stream_seconds),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        return None  # no method is of the fourth kind; better unknown than unguarded
+        path = handler_call_details.method
+        if handler is None or path == _HEALTH_WATCH:
+            return None
+        behaviours: tuple[Any, ...] = (
+            handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream,
+        )  # fmt: skip
+        method = _Method(
+            name=path.rpartition("/")[2],
+            behaviour=next(behaviour for behaviour in behaviours if behaviour is not None),
+            read=handler.request_deserializer or bytes,
+            is_streamed_to=bool(handler.request_streaming),
+            is_streamed_from=bool(handler.response_streaming),
+            is_health=path == _HEALTH_CHECK,
+        )
 
-    def _unary(
-        self, behaviour: Callable[[Any, grpc.ServicerContext], Any], method: str
-    ) -> Callable[[Any, grpc.ServicerContext], Any]:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
-            with translated(context, method):
-                self._authorise(context)
-                with self._gate.place(0):
-                    return behaviour(request, context)
+        def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._telemetry.call(method.name) as outcome, translated(context, path, outcome):
+                yield from self._responses(method, requests, context)
 
-        return guarded
+        return grpc.stream_stream_rpc_method_handler(guarded, None, handler.response_serializer)
 
-    def _stream(
-        self, behaviour: Callable[[Any, grpc.ServicerContext], Iterator[Any]], method: str, seconds: float
-    ) -> Callable[[Any, grpc.ServicerContext], Iterator[Any]]:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            with translated(context, method):
-                self._authorise(context)
-                with self._gate.place(0), _cut_off_after(seconds + _LATE_SECONDS, context):
-                    for response in behaviour(request, context):
-                        self._authorise(context)
-                        yield response
+    def _responses(
+        self, method: _Method, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        certificate = None if self._authority is None else caller(context)
+        who = network_of(context) if certificate is None else self._checked(certificate)
+        with ExitStack() as held:
+            held.callback(self._ended)
+            if not method.is_health:
+                held.enter_context(self._drain.call())
+            held.enter_context(self._accounts.hold(who, "calls"))
+            self._accounts.spend(who, "requests")
+            if not method.is_health:
+                held.enter_context(self._gate.place(0))
 
-        return guarded
+            def arrive(size: int) -> AbstractContextManager[None]:
+                if certificate is not None:
+                    self._checked(certificate)
+                return self._accounts.hold(who, "bytes", size)
 
-    def _authorise(self, context: grpc.ServicerContext) -> None:
-        if self._authority is not None:
-            self._authority.check(caller(context))
+            messages = _Messages(requests, method.read, arrive)
+            held.callback(messages.close)
+            request: Any = messages
+            if not method.is_streamed_to:
+                with self._deadlines.after(_MESSAGE_SECONDS, context.cancel):
+                    request = messages.only()
+            seconds = self._stream_seconds if method.is_session else self._call_seconds
+            # A caller who does not read holds the call in gRPC's send.
+            held.enter_context(self._deadlines.after(seconds + _LATE_SECONDS, context.cancel))
+            responses = method.behaviour(request, context)
+            for response in responses if method.is_streamed_from else (responses,):
+                if certificate is not None:
+                    self._checked(certificate)
+                yield response
+
+    def _checked(self, certificate: x509.Certificate) -> str:
+        """The identity, if it may call now."""
+        return "" if self._authority is None else self._authority.check(certificate)
+
+
+class _Messages(Iterator[Any]):
+    """What a caller sends, as messages; each counts as in flight until the next is wanted."""
+
+    def __init__(
+        self, requests: Iterator[bytes], read: Callable[[bytes], Any],
+        arrive: Callable[[int], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        """`arrive(bytes)` is entered when a message has come, and left when it was dealt with."""
+        self._requests, self._read, self._arrive = requests, read, arrive
+        self._lock = threading.Lock()  # it is read in another thread than the one that closes it
+        self._held = ExitStack()
+        self._is_closed = False
+
+    def __next__(self) -> Any:
+        """Raises InvalidInput on bytes that are no message, Cancelled, and what `arrive` raises."""
+        with self._lock:
+            self._held.close()
+        try:
+            data = next(self._requests)
+        except grpc.RpcError as error:  # gRPC's word for it, with no code
+            error.with_traceback(
+                None
+            )  # gRPC keeps the error, which would keep all frames that it came through
+            raise Cancelled("the caller left") from None
+        with self._lock:
+            if self._is_closed:
+                raise Cancelled("the caller left")
+            self._held.enter_context(self._arrive(len(data)))
+        try:
+            return self._read(data)
+        except Exception:
+            raise InvalidInput("the cloud cannot read this message; update perfit") from None
+
+    def only(self) -> Any:
+        """The first. Raises InvalidInput when there is none."""
+        for message in self:
+            return message
+        raise InvalidInput("the call holds no message")
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            self._held.close()
 
 
 @contextmanager
-def _cut_off_after(seconds: float, context: grpc.ServicerContext) -> Iterator[None]:
-    """A timer, because a caller who does not read holds the call in gRPC's send."""
-    timer = threading.Timer(seconds, context.cancel)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-@contextmanager
-def translated(context: grpc.ServicerContext, method: str) -> Iterator[None]:
+def translated(context: grpc.ServicerContext, method: str, outcome: Outcome) -> Iterator[None]:
     """Tell any error in the one way there is: status, public message, code word, retry delay."""
     try:
         yield
+        outcome.status = "OK"
     except Exception as error:
         status, code, message, retry_ms = told(error, method)
+        outcome.status = status
         metadata = [("perfit-code", code)]
         if retry_ms:
             metadata.append(("perfit-retry-ms", str(retry_ms)))
@@ -149,12 +239,7 @@ def told(error: Exception, method: str) -> tuple[str, str, str, int]:
     """What a caller is told of an error (`to_status`); the log gets what no caller should see."""
     status = to_status(error)
     if status[0] == "INTERNAL":
-        _log.error("%s failed: %s", method, _where(error))
+        # Made of a type and a place where it was raised anew; a message of any other may quote a prompt.
+        where = str(error) if type(error) is PerfitError else told_of(error)
+        _log.error("%s failed: %s", method, where)
     return status
-
-
-def _where(error: BaseException) -> str:
-    """Type and place of an error. Not its message: that may quote a prompt or a tensor."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
-    return f"{type(error).__name__} at {place}"

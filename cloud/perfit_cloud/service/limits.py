@@ -1,16 +1,30 @@
-"""What one request may ask for, and how many may be at it."""
+"""What one request may ask for, what one caller may take, and how many may be at it.
+
+A Gate counts what all callers have under way, Accounts what each of them has and took of late. Both refuse
+with Busy, which says when to come back, and tell why they did, but not whom.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from perfit_shared.errors import Busy, TooSlow
 
-__all__ = ["Gate", "Limits", "Quota"]
+__all__ = ["AMinute", "Accounts", "AtOnce", "Gate", "Limits", "Share"]
+
+AtOnce = Literal["calls", "answers", "adaptations", "bytes"]
+AMinute = Literal["requests", "tokens"]
+Refused = Callable[[str], None]  # is told the reason of every refusal
+
+_MINUTE = 60.0  # seconds
+_SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
 
 @dataclass(frozen=True)
@@ -28,51 +42,122 @@ class Limits:
     questions: int  # of one Ask stream, waiting for their answers
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one caller may take, over all its connections together. What is not named it may not take."""
+
+    at_once: Mapping[AtOnce, int]
+    a_minute: Mapping[AMinute, int]  # as many at once, after a quiet minute
+
+
 class Gate:
     """Lets `running` callers work at once and `waiting` more stand in line; the rest come back later."""
 
-    def __init__(self, *, running: int, waiting: int, retry_ms: int) -> None:
-        self._places = threading.Semaphore(running)
-        self._room = threading.Semaphore(running + waiting)
-        self._retry_ms = retry_ms
+    def __init__(self, name: str, *, running: int, waiting: int, retry_ms: int, refused: Refused) -> None:
+        self._name, self._running, self._room = name, running, running + waiting
+        self._retry_ms, self._refused = retry_ms, refused
+        self._changed = threading.Condition()
+        self._working = 0
+        self.waiting = 0  # callers in line
 
     @contextmanager
     def place(self, seconds: float) -> Iterator[None]:
         """Hold a place to work. Raises Busy when the line is full, TooSlow after `seconds` in it."""
-        if not self._room.acquire(blocking=False):
-            raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
-        try:
-            if not self._places.acquire(timeout=max(0.0, seconds)):
-                raise TooSlow("the cloud did not get to this call before its deadline; try again")
+        with self._changed:
+            if self._working + self.waiting >= self._room:
+                self._refused(self._name)
+                raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
+            self.waiting += 1
             try:
-                yield
+                is_free = self._changed.wait_for(lambda: self._working < self._running, max(0.0, seconds))
             finally:
-                self._places.release()
+                self.waiting -= 1
+            if not is_free:
+                raise TooSlow("the cloud did not get to this call before its deadline; try again")
+            self._working += 1
+        try:
+            yield
         finally:
-            self._room.release()
+            with self._changed:
+                self._working -= 1
+                self._changed.notify()
 
 
-class Quota:
-    """Lets one device hold `each` places at once, over all its connections together."""
+class Accounts:
+    """What every caller has under way and took of late. Thread-safe.
 
-    def __init__(self, *, each: int, retry_ms: int) -> None:
-        self._each = each
-        self._retry_ms = retry_ms
+    A caller is a text: a device's identity, or an address where there is none. An account is made by
+    the first thing taken, and forgotten a minute or two after the last: as many are kept as called since.
+    """
+
+    def __init__(
+        self, share: Share, *, retry_ms: int, refused: Refused, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._share, self._retry_ms, self._refused, self._clock = share, retry_ms, refused, clock
         self._lock = threading.Lock()
-        self._held: Counter[str] = Counter()  # of devices that hold some
+        self._accounts: dict[str, _Account] = {}
+        self._swept = clock()
+
+    def __len__(self) -> int:
+        return len(self._accounts)
 
     @contextmanager
-    def place(self, device: str) -> Iterator[None]:
-        """Hold one of the device's places. Raises Busy when it has them all."""
+    def hold(self, caller: str, what: AtOnce, amount: int = 1) -> Iterator[None]:
+        """Take so much of what is counted at once. Raises Busy when it would be more than the share."""
         with self._lock:
-            if self._held[device] >= self._each:
+            account = self._account(caller)
+            if account.held[what] + amount > self._share.at_once.get(what, 0):
+                self._refused(f"{what}_each")
                 message = "this device has as much under way as one may; try again shortly"
                 raise Busy(message, retry_ms=self._retry_ms)
-            self._held[device] += 1
+            account.held[what] += amount
         try:
             yield
         finally:
             with self._lock:
-                self._held[device] -= 1
-                if not self._held[device]:
-                    del self._held[device]
+                account.held[what] -= amount
+                if not account.held[what]:
+                    del account.held[what]
+
+    def spend(self, caller: str, what: AMinute, amount: int = 1) -> None:
+        """Take so much of a minute's share. Raises Busy, with the time after which there is enough again."""
+        most = self._share.a_minute.get(what, 0)
+        with self._lock:
+            now = self._clock()
+            account = self._account(caller)
+            spent = account.spent_by(what, most, now) + amount
+            if spent > most:
+                self._refused(f"{what}_minute")
+                wait_ms = math.ceil(1000 * _MINUTE * (spent - most) / max(1, most))
+                message = "this device asked for more than one may in a minute; try again later"
+                raise Busy(message, retry_ms=max(self._retry_ms, wait_ms))
+            account.spent[what] = (spent, now)
+
+    def give_back(self, caller: str, what: AMinute, amount: int) -> None:
+        """What was spent for something that came out smaller."""
+        with self._lock:
+            account = self._accounts.get(caller)
+            if account is not None and what in account.spent:
+                spent, at = account.spent[what]
+                account.spent[what] = (max(0.0, spent - amount), at)
+
+    def _account(self, caller: str) -> _Account:
+        """Called under the lock; now and then it forgets whoever is quiet."""
+        now = self._clock()
+        if now - self._swept >= _SWEEP_SECONDS:
+            self._swept = now
+            self._accounts = {c: a for c, a in self._accounts.items() if not a.is_quiet(now)}
+        return self._accounts.setdefault(caller, _Account())
+
+
+class _Account:
+    def __init__(self) -> None:
+        self.held: Counter[AtOnce] = Counter()
+        self.spent: dict[AMinute, tuple[float, float]] = {}  # how much, when; it wears off evenly
+
+    def spent_by(self, what: AMinute, most: int, now: float) -> float:
+        spent, at = self.spent.get(what, (0.0, now))
+        return max(0.0, spent - most * (now - at) / _MINUTE)
+
+    def is_quiet(self, now: float) -> bool:
+        return not self.held and all(now - at >= _MINUTE for _, at in self.spent.values())

@@ -1,12 +1,11 @@
 """The two listeners: enrolment with server TLS only, everything else over mutual TLS.
 
-gRPC gives a call its thread before the call's message has come, so that headers alone hold a thread, and
-no code of ours runs that could end it. Therefore a connection has few calls at once and a bounded age,
-after which its calls are cut off. What a call costs once its message is there (answers, updates) is
-counted by device, and ends with the call's time whether or not its caller reads. So nobody starves the
-others over one connection. Over many connections (five on the enrolment listener, which anybody may open)
-the threads can still all be taken, for as long as they are opened anew; a firewall or proxy in front that
-counts connections per address is the help against that.
+A call holds a thread from its headers on, and is counted by device (`Accounts`) as soon as it has one: a
+device has few calls at once over all its connections, none of them without end, whether it sends nothing or
+reads nothing, and what is over its share is refused before its message is taken. On the enrolment listener,
+which anybody may open, the same is counted by network address. A connection has few calls at once and a
+bounded age. What remains: several devices (or addresses) together can take all calls for as long as they
+like to; and handshakes are not counted, so that a firewall or proxy in front should count connections.
 """
 
 from __future__ import annotations
@@ -15,14 +14,16 @@ import fcntl
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from perfit_cloud.config import CloudConfig, parse_address
 from perfit_cloud.engine.steps import StepQueue
@@ -31,22 +32,27 @@ from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority, ServerIdentity
 from perfit_cloud.service.calls import Answers, Generation, Gradients
 from perfit_cloud.service.codec import PromptReader, encode_description
+from perfit_cloud.service.drain import Drain
 from perfit_cloud.service.guard import Guard
-from perfit_cloud.service.limits import Gate, Quota
+from perfit_cloud.service.limits import Accounts, AMinute, AtOnce, Gate, Share
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
+from perfit_cloud.service.telemetry import Engines, Telemetry
+from perfit_cloud.service.watch import Watch
 from perfit_shared.errors import ConfigError
 from perfit_shared.wire import enrollment_pb2_grpc, personalization_pb2_grpc
 
 __all__ = ["Addresses", "CloudServer", "only_server"]
 
 _ENROL_MESSAGE_BYTES = 64 * 1024  # a lapsed certificate and a request take 1 KB
-_ENROL_CALLS = 16
+_ENROL_CALLS = 32
+_ENROL_CALLS_EACH = 16  # of one address, behind which there may be a whole company
 _SPARE_THREADS = 4  # for calls that are refused at once, and health checks
 _ENROL_STREAMS = 4  # calls at once over one connection; enrolling makes one after the other
 _ENROL_AGE_SECONDS = 20
 _DEVICE_STREAMS = 16  # calls at once over one connection; a device that makes more waits by itself
 _GRACE_SECONDS = 5
+_LAST_SECONDS = 2.0  # for the ends of calls to be sent when a server stops
 _ADDRESSES = "addresses.json"
 
 
@@ -97,14 +103,30 @@ class CloudServer:
         generation: Generation,
         gradients: Gradients,
         steps: StepQueue,
+        engines: Engines | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises ConfigError when a port is taken."""
+        """`engines`: whose health is watched. `ended` is called at the end of every call.
+
+        Raises ConfigError when a port is taken.
+        """
         self._config = config
         self._authority = authority
-        self._health = health.HealthServicer()
+        self.telemetry = Telemetry()
+        self._drain = Drain()
+        self._ended = ended
+        self._watch = Watch(engines, self.telemetry, stuck_seconds=config.stuck_seconds)
+        self._accounts = self._shared("devices", {
+            "calls": config.calls_each, "answers": config.answers_each,
+            "adaptations": config.adaptations_each, "bytes": config.bytes_each,
+        }, {"requests": config.requests_minute, "tokens": config.tokens_minute})  # fmt: skip
+        enrol_accounts = self._shared(
+            "enrolment", {"calls": _ENROL_CALLS_EACH, "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES},
+            {"requests": config.enrol_requests_minute},
+        )  # fmt: skip
         threads = config.calls + _SPARE_THREADS
         self._server = self._make(
-            self._guard(authority, calls=config.calls),
+            self._guard(authority, self._accounts, self._gate("calls", config.calls)),
             threads=threads,
             message_bytes=config.message_bytes,
             connection=_Connection(
@@ -115,7 +137,7 @@ class CloudServer:
             ),
         )
         self._enrol_server = self._make(
-            self._guard(None, calls=_ENROL_CALLS),
+            self._guard(None, enrol_accounts, self._gate("enrol_calls", _ENROL_CALLS)),
             threads=_ENROL_CALLS + _SPARE_THREADS,
             message_bytes=_ENROL_MESSAGE_BYTES,
             connection=_Connection(_ENROL_STREAMS, _ENROL_AGE_SECONDS, _GRACE_SECONDS),
@@ -128,19 +150,32 @@ class CloudServer:
             enrol_address=config.public_enrol_address or enrol_bound,
         )
         self._register(served, generation, gradients, steps)
+        self._measure(served, engines)
+        self._stop_metrics = self.telemetry.serve(config.metrics_address) if config.metrics_address else None
 
     def start(self) -> None:
         """Begin to answer, and leave the addresses where `perfit-cloud invite` finds them."""
+        self._watch.start()
         self._server.start()
         self._enrol_server.start()
         self.addresses.save(self._config.state)
 
-    def stop(self, grace: float) -> None:
-        """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds."""
-        self._health.enter_graceful_shutdown()
-        stopping = [server.stop(grace) for server in (self._server, self._enrol_server)]
-        for stopped in stopping:
+    def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds.
+
+        Streams end between two messages. `is_hurried` is asked ten times a second; when it says so, or the
+        time is over, what still runs is cut off.
+        """
+        self._watch.stop()
+        self.telemetry.draining()
+        self._drain.begin()
+        is_idle = self._drain.wait(grace, is_hurried)
+        servers = (self._server, self._enrol_server)
+        for stopped in [server.stop(_LAST_SECONDS if is_idle else 0) for server in servers]:
             stopped.wait()
+        if self._stop_metrics is not None:
+            self._stop_metrics()
+            self._stop_metrics = None
 
     # -- building --------------------------------------------------------------------------------
 
@@ -167,14 +202,46 @@ class CloudServer:
             ],
         )
 
-    def _guard(self, authority: Authority | None, *, calls: int) -> Guard:
+    def _guard(self, authority: Authority | None, accounts: Accounts, gate: Gate) -> Guard:
         config = self._config
         return Guard(
             authority=authority,
-            gate=Gate(running=calls, waiting=0, retry_ms=config.retry_ms),
+            accounts=accounts,
+            gate=gate,
+            drain=self._drain,
+            telemetry=self.telemetry,
+            ended=self._ended,
             call_seconds=config.call_seconds,
             stream_seconds=config.stream_seconds,
         )
+
+    def _gate(self, name: str, running: int, waiting: int = 0) -> Gate:
+        retry_ms, refused = self._config.retry_ms, self.telemetry.refused
+        gate = Gate(name, running=running, waiting=waiting, retry_ms=retry_ms, refused=refused)
+        if waiting:
+            self.telemetry.line(name, lambda: gate.waiting)
+        return gate
+
+    def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> Accounts:
+        prefix = "" if listener == "devices" else "enrol_"
+        accounts = Accounts(
+            Share(at_once, a_minute),
+            retry_ms=self._config.retry_ms,
+            refused=lambda limit: self.telemetry.refused(prefix + limit),
+        )
+        self.telemetry.callers(listener, lambda: len(accounts))
+        return accounts
+
+    def _measure(self, served: Served, engines: Engines | None) -> None:
+        if engines is not None:
+            self.telemetry.watch(engines)
+        self.telemetry.describe(
+            version=metadata.version("perfit"),
+            fingerprint=served.base.fingerprint,
+            artefacts=",".join(f"{a.name}:{a.version}" for a in served.artefacts.values()),
+        )
+        ends = {name: partial(float, end) for name, end in self._authority.ends().items()}
+        self.telemetry.certificates({"server": self._credentials.ends_at, **ends})
 
     def _bind(self, server: grpc.Server, address: str, *, client_ca: bytes | None) -> str:
         """ "host:port" as bound."""
@@ -205,8 +272,9 @@ class CloudServer:
             generation,
             reader,
             served.limits,
-            places=Gate(running=config.streams, waiting=0, retry_ms=config.retry_ms),
-            each=Quota(each=config.answers_each, retry_ms=config.retry_ms),
+            places=self._gate("answers", config.streams),
+            accounts=self._accounts,
+            telemetry=self.telemetry,
             seconds=config.call_seconds,
         )
         personalization = PersonalizationService(
@@ -215,14 +283,18 @@ class CloudServer:
             description=encode_description(served, continuous=generation.continuous, keeps=steps.keeps),
             answers=answers,
             gradients=gradients,
-            passes=Gate(running=1, waiting=config.gradient_waiting, retry_ms=config.retry_ms),
-            asking=Asking(served, answers, stream_seconds=config.stream_seconds),
+            passes=self._gate("gradients", 1, config.gradient_waiting),
+            accounts=self._accounts,
+            telemetry=self.telemetry,
+            asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(
                 served,
                 reader,
                 queue=steps,
-                streams=Gate(running=config.adaptations, waiting=0, retry_ms=config.retry_ms),
-                each=Quota(each=config.adaptations_each, retry_ms=config.retry_ms),
+                streams=self._gate("adaptations", config.adaptations),
+                accounts=self._accounts,
+                drain=self._drain,
+                telemetry=self.telemetry,
                 stream_seconds=config.stream_seconds,
             ),
             call_seconds=config.call_seconds,
@@ -233,9 +305,7 @@ class CloudServer:
         enrollment_pb2_grpc.add_IdentityServicer_to_server(identity, self._server)
         enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, self._enrol_server)
         for server in (self._server, self._enrol_server):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        for service in ("Personalization", "Identity", "Enrollment"):
-            self._health.set(f"perfit.v1.{service}", health_pb2.HealthCheckResponse.SERVING)
+            health_pb2_grpc.add_HealthServicer_to_server(self._watch.health, server)
 
 
 class _RotatingIdentity:
@@ -259,6 +329,10 @@ class _RotatingIdentity:
         return grpc.dynamic_ssl_server_credentials(
             current(), current, require_client_authentication=client_ca is not None
         )
+
+    def ends_at(self) -> float:
+        """Unix seconds."""
+        return self._identity.ends_at
 
     def _current(self) -> ServerIdentity:
         with self._lock:

@@ -22,8 +22,9 @@ from perfit_cloud.service.codec import (
     find_artefact,
 )
 from perfit_cloud.service.guard import caller, device_of, seconds_left
-from perfit_cloud.service.limits import Gate
+from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
+from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import InvalidInput
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -43,6 +44,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         answers: Answers,
         gradients: Gradients,
         passes: Gate,
+        accounts: Accounts,
+        telemetry: Telemetry,
         asking: Asking,
         adapting: Adapting,
         call_seconds: float,
@@ -53,6 +56,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self._answers = answers
         self._gradients = gradients
         self._passes = passes
+        self._accounts = accounts
+        self._telemetry = telemetry
         self._asking = asking
         self._adapting = adapting
         self._call_seconds = call_seconds
@@ -78,6 +83,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         shift = decode_shift(request.shift, self._served.artefacts)
         pairs = self._reader.pairs([(c.prompt, c.answer) for c in request.candidates])
+        self._charge(pairs, context)
         with self._passes.place(seconds_left(context, self._call_seconds)):
             check_active(context)
             return encode_scores(self._gradients.score(pairs, shift))
@@ -89,6 +95,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         if shift.mode is not Mode.PERSONAL:
             raise InvalidInput("a gradient is computed in personal mode")
         pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
+        self._charge(pairs, context)
         with self._passes.place(seconds_left(context, self._call_seconds)):
             check_active(context)
             return encode_gradient(self._gradients.gradient(pairs, shift), request.shift.personal)
@@ -97,6 +104,12 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self, request_iterator: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.AdaptResponse]:
         return self._adapting.steps(request_iterator, context)
+
+    def _charge(self, pairs: list[tuple[list[int], list[int]]], context: grpc.ServicerContext) -> None:
+        """Raises Busy."""
+        tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
+        self._accounts.spend(device_of(context), "tokens", tokens)
+        self._telemetry.tokens("example", tokens)
 
 
 class EnrollmentService(enrol_grpc.EnrollmentServicer):

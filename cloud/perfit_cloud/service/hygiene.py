@@ -1,0 +1,159 @@
+"""How the serving process starts, so that what a call leaves in its memory is overwritten and stays there.
+
+Python's `bytes`, protobuf's messages and gRPC's buffers cannot be overwritten from here: they are let go,
+and it is the allocator that overwrites them. glibc does when told so before the process starts. It has to
+be the only one: Python's own allocator for small objects and glibc's per-thread lists of freed blocks
+each keep what was freed as it was. `service/sweeping.py` sees to what no allocator hears of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["UNHARDENED", "Hardening", "harden", "restart_hardened"]
+
+_log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "MALLOC_PERTURB_": "165",  # glibc fills what is freed with this byte
+    "PYTHONMALLOC": "malloc",  # small Python objects go to glibc as well
+    "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
+}
+_TUNABLES = {"glibc.malloc.tcache_count": "0"}  # blocks on these lists are not filled
+_RESTARTED = "PERFIT_RESTARTED"  # id of the process that was started again: no child takes it for its own
+
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
+_CAP_IPC_LOCK = 14  # linux/capability.h
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4  # asm-generic/mman.h
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """What holds of this process."""
+
+    overwrites_freed: bool  # what is freed is overwritten
+    no_core_dumps: bool
+    not_dumpable: bool  # no process of the same user can read its memory
+    no_swap: bool  # its memory reaches no disk: it is locked, or the system has no swap
+
+
+UNHARDENED = Hardening(overwrites_freed=False, no_core_dumps=False, not_dumpable=False, no_swap=False)
+
+
+def restart_hardened() -> None:
+    """Start this program again with an allocator that overwrites what is freed; returns if it was.
+
+    To be called before anything heavy is imported, which is then imported twice.
+    """
+    # The settings themselves would not do for a mark: a program with privileges of its own is not given them.
+    if os.environ.get(_RESTARTED) == str(os.getpid()) or not sys.executable:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _environment(os.environ))  # noqa: S606
+
+
+def harden() -> Hardening:
+    """Close what the running process can close, and look what holds; logs what does not, and the help."""
+    held = Hardening(
+        overwrites_freed=_overwrites_freed(),
+        no_core_dumps=_forbids_core_dumps(),
+        not_dumpable=_forbids_reading(),
+        no_swap=_locks_memory() or not _has_swap(),
+    )
+    if not held.overwrites_freed:
+        _log.warning(
+            "what is freed stays in memory until it is used again, so traces of calls may: serve on glibc, "
+            "with no other allocator preloaded and without python's -E and -I"
+        )
+    if not (held.no_core_dumps and held.not_dumpable):
+        _log.warning("this system does not keep others from dumping the server's memory; serve on linux")
+    if not held.no_swap:
+        _log.warning(
+            "memory could not be locked, so traces of calls may reach the swap; turn that off, or allow "
+            "locking (CAP_IPC_LOCK, or no limit on locked memory)"
+        )
+    return held
+
+
+def _environment(given: Mapping[str, str]) -> dict[str, str]:
+    """That of the new program: the operator's own tunables stay."""
+    tunables = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
+    of_glibc = ":".join(f"{name}={value}" for name, value in (tunables | _TUNABLES).items())
+    return {**given, **_ENVIRONMENT, "GLIBC_TUNABLES": of_glibc, _RESTARTED: str(os.getpid())}
+
+
+def _overwrites_freed() -> bool:
+    """Tried: objects of several sizes are dropped, and looked for where they lay.
+
+    Only with glibc, where that memory can still be read.
+    """
+    return platform.libc_ver()[0] == "glibc" and not any(map(_is_left, (40, 400, 4000)))
+
+
+def _is_left(size: int) -> bool:
+    """Whether 16 bytes in a row of a `bytes` object survive it."""
+    secret = os.urandom(size)
+    mirror = bytes(byte ^ 255 for byte in secret)  # not to be found for the secret itself
+    address = id(secret) + bytes.__basicsize__ - 1
+    del secret
+    found = bytes(byte ^ 255 for byte in ctypes.string_at(address, size))
+    return any(found[at : at + 16] == mirror[at : at + 16] for at in range(size - 15))
+
+
+def _forbids_core_dumps() -> bool:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
+
+
+def _forbids_reading() -> bool:
+    """Make the process not dumpable: its memory and /proc entries are then root's."""
+    prctl = getattr(_libc(), "prctl", None)
+    if prctl is None:
+        return False
+    prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    return bool(prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 0)
+
+
+def _locks_memory() -> bool:
+    """Lock all memory, now and later, each page when it is first used."""
+    mlockall = getattr(_libc(), "mlockall", None)
+    # Under a limit it would succeed, and allocations would fail when that is reached.
+    if mlockall is None or not _may_lock_all():
+        return False
+    return bool(mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0)
+
+
+def _may_lock_all() -> bool:
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if resource.RLIM_INFINITY in (soft, hard):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+        return hard == resource.RLIM_INFINITY
+    try:
+        of_process = Path("/proc/self/status").read_text("ascii")
+        users = Path("/proc/self/uid_map").read_text("ascii").split()
+    except OSError:
+        return False
+    held = next(line for line in of_process.splitlines() if line.startswith("CapEff:"))
+    # Capabilities inside a user namespace of one's own do not lift the limit.
+    return bool(int(held.split()[1], 16) >> _CAP_IPC_LOCK & 1) and users == ["0", "0", str(2**32 - 1)]
+
+
+def _has_swap() -> bool:
+    """Whether there is any, or it cannot be told."""
+    try:
+        return len(Path("/proc/swaps").read_text("utf-8").splitlines()) > 1
+    except OSError:
+        return True
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,120 @@
+"""What a call leaves where no allocator hears of it, taken away shortly after its end.
+
+- Objects that keep each other: an error keeps the frames that it went through, and gRPC keeps the error
+  that tells of a caller who left. Python's collector comes by only after many more calls.
+- numpy keeps the memory of small arrays to itself, unchanged.
+- So does MKL with the buffers that it copies matrices to: `MKL_DISABLE_FAST_MM` would keep it from that,
+  and make a gradient a third slower.
+- So does torch with all memory of a CUDA device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from perfit_cloud.engine.turns import Turns
+
+__all__ = ["Sweeper", "overwrite_small_arrays"]
+
+_log = logging.getLogger(__name__)
+
+_AFTER_SECONDS = 0.25  # from a call's end to the sweep; the calls that end meanwhile share it
+_AGAIN_SECONDS = 1.0  # to the second one, for threads of the call that end a little later
+# numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
+_SMALL_BLOCKS, _NOT_SMALL = 7, 1024
+
+
+class Sweeper:
+    """A thread that sweeps after calls; `soon` says that one ended."""
+
+    def __init__(self, device: torch.device, turns: Turns) -> None:
+        """`turns`: of all engines on the device."""
+        self._device, self._turns = device, turns
+        self._free_buffers = _of_mkl()
+        self._ended = threading.Event()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="perfit-sweeper", daemon=True)
+
+    def start(self) -> None:
+        """What exists now is not looked through again: it is the model and the libraries, and stays."""
+        gc.collect()
+        gc.freeze()
+        self._thread.start()
+
+    def soon(self) -> None:
+        """Sweep in a moment; from any thread."""
+        self._ended.set()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def sweep(self) -> None:
+        gc.collect()
+        overwrite_small_arrays()
+        with self._turns.take():  # no pass has a buffer, or finds no free memory and asks the device for more
+            self._free_buffers()
+            if self._device.type == "cuda":
+                _overwrite_free_blocks(self._device)
+
+    def _run(self) -> None:
+        is_over = True  # nothing is left to be swept a second time
+        while not self._is_closed:
+            if self._ended.wait(None if is_over else _AGAIN_SECONDS):
+                self._ended.clear()
+                time.sleep(_AFTER_SECONDS)
+                is_over = False
+            else:
+                is_over = True
+            try:
+                self.sweep()
+            except Exception as error:  # a device out of memory: the next sweep tries again
+                _log.error("what calls left could not be swept: %s", type(error).__name__)
+
+
+def _of_mkl() -> Callable[[], object]:
+    """MKL's `mkl_free_buffers`, by its name inside torch: the allocator overwrites what it lets go of."""
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return lambda: None
+    for library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
+        free: Callable[[], object] | None = getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None)
+        if free is not None:
+            return free
+    _log.warning(
+        "this build of torch does not let go of the buffers of its MKL, so traces of calls may stay in "
+        "memory; serve with the version of torch in constraints.txt"
+    )
+    return lambda: None
+
+
+def overwrite_small_arrays() -> None:
+    """Overwrite the memory of freed small arrays: numpy gives all of it out again, filled with zeros."""
+    for size in range(1, _NOT_SMALL):
+        taken = [np.zeros(size, np.uint8) for _ in range(_SMALL_BLOCKS)]
+        del taken  # all at once, or the same one would have come again
+
+
+def _overwrite_free_blocks(device: torch.device) -> None:
+    """Overwrite the free memory of torch's store on a CUDA device: take every block of it, and fill it.
+
+    The store gives the smallest block that suffices, so the largest are asked for first.
+    """
+    torch.cuda.synchronize(device)
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    blocks = [b for s in segments if s["device"] == (device.index or 0) for b in s["blocks"]]
+    sizes = sorted((b["size"] for b in blocks if b["state"] == "inactive"), reverse=True)
+    taken = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    for block in taken:
+        block.zero_()
+    torch.cuda.synchronize(device)

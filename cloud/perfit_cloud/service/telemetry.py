@@ -1,0 +1,216 @@
+"""Numbers for an operator, in the form that Prometheus reads; docs/operating.md says what each means.
+
+Nothing here tells who called or what about: labels are names of RPCs, limits and engines, and values are
+counts, seconds, bytes and tokens over everybody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from perfit_cloud.config import parse_address
+from perfit_cloud.engine.types import Vital
+from perfit_shared.errors import ConfigError
+
+__all__ = ["Engines", "Outcome", "Telemetry"]
+
+_CALL_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600, 3600)
+_PASS_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 120)
+
+
+class _Generation(Protocol):
+    def vital(self) -> Vital: ...
+    @property
+    def cache_tokens_held(self) -> int: ...
+
+
+class _Steps(Protocol):
+    def vital(self) -> Vital: ...
+
+
+class _Adaptations(Protocol):
+    def bytes_held(self) -> tuple[int, int]: ...
+
+
+class _Turns(Protocol):
+    on_pass: Callable[[str, float], None]
+
+    def vital(self) -> Vital: ...
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Where what is measured of the engines is read."""
+
+    generation: _Generation
+    steps: _Steps
+    adaptations: _Adaptations
+    turns: _Turns
+
+    def vitals(self) -> dict[str, Vital]:
+        return {
+            "answers": self.generation.vital(), "updates": self.steps.vital(), "model": self.turns.vital(),
+        }  # fmt: skip
+
+
+class Outcome:
+    """How a call ended: the name of its gRPC status."""
+
+    status = "CANCELLED"  # what is never told otherwise ended with its caller
+
+
+class Telemetry:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._calls = Counter("perfit_calls", "Calls that ended", ["rpc", "status"], registry=registry)
+        self._seconds = Histogram(
+            "perfit_call_seconds",
+            "From a call's headers to its end",
+            ["rpc"],
+            buckets=_CALL_SECONDS,
+            registry=registry,
+        )
+        self._in_flight = Gauge("perfit_calls_in_flight", "Calls under way", ["rpc"], registry=registry)
+        self._refused = Counter(
+            "perfit_refused", "Refusals by the limit that was met", ["limit"], registry=registry
+        )
+        self._tokens = Counter("perfit_tokens", "Tokens read and made", ["kind"], registry=registry)
+        self._passes = Histogram(
+            "perfit_pass_seconds",
+            "Turns on the model's device",
+            ["kind"],
+            buckets=_PASS_SECONDS,
+            registry=registry,
+        )
+        self._info = Info("perfit_cloud", "What is served", registry=registry)
+        self._draining = Gauge("perfit_draining", "1 from SIGTERM on", registry=registry)
+        self._serving = Gauge("perfit_serving", "1 while health says SERVING", registry=registry)
+        self._days = Gauge(
+            "perfit_certificate_days_left", "Until it expires", ["certificate"], registry=registry
+        )
+        self._callers = Gauge(
+            "perfit_callers", "Callers with an account just now", ["listener"], registry=registry
+        )
+        self._waiting = Gauge("perfit_waiting", "What stands in line", ["line"], registry=registry)
+
+    # -- what happens --------------------------------------------------------------------------
+
+    @contextmanager
+    def call(self, rpc: str) -> Iterator[Outcome]:
+        """A call under way; whoever handles it says how it ended."""
+        outcome, begun = Outcome(), time.monotonic()
+        in_flight = self._in_flight.labels(rpc)
+        in_flight.inc()
+        try:
+            yield outcome
+        finally:
+            in_flight.dec()
+            self._seconds.labels(rpc).observe(time.monotonic() - begun)
+            self._calls.labels(rpc, outcome.status).inc()
+
+    def refused(self, limit: str) -> None:
+        self._refused.labels(limit).inc()
+
+    def tokens(self, kind: str, count: int) -> None:
+        """`kind`: prompt, answer or example."""
+        self._tokens.labels(kind).inc(count)
+
+    def pass_done(self, kind: str, seconds: float) -> None:
+        self._passes.labels(kind).observe(seconds)
+
+    def draining(self) -> None:
+        self._draining.set(1)
+
+    def serving(self, *, is_so: bool) -> None:
+        self._serving.set(is_so)
+
+    # -- what is read when somebody looks --------------------------------------------------------
+
+    def describe(self, **info: str) -> None:
+        self._info.info(info)
+
+    def certificates(self, ends: Mapping[str, Callable[[], float]]) -> None:
+        """When each certificate ends, unix seconds."""
+        for name, end in ends.items():
+            self._days.labels(name).set_function(partial(_days_left, end))
+
+    def callers(self, listener: str, count: Callable[[], float]) -> None:
+        self._callers.labels(listener).set_function(count)
+
+    def line(self, name: str, waiting: Callable[[], float]) -> None:
+        self._waiting.labels(name).set_function(waiting)
+
+    def watch(self, engines: Engines) -> None:
+        engines.turns.on_pass = self.pass_done
+        self.registry.register(_OfEngines(engines))
+
+    def serve(self, address: str) -> Callable[[], None]:
+        """Answer GET /metrics on `address` until the function returned is called. Raises ConfigError."""
+        host, port = parse_address(address, "metrics_address")
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError:
+            raise ConfigError(
+                f"cannot listen on {address} for metrics; is the port taken, or the host not ours?"
+            ) from None
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return stop
+
+
+def _days_left(end: Callable[[], float]) -> float:
+    return (end() - time.time()) / 86400
+
+
+class _OfEngines(Collector):
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterable[Metric]:
+        engines = self._engines
+        work = GaugeMetricFamily(
+            "perfit_engine_work", "Requests or steps in each engine", labels=["engine", "state"]
+        )
+        still = GaugeMetricFamily(
+            "perfit_engine_still_seconds", "Without progress while there is work", labels=["engine"]
+        )
+        alive = GaugeMetricFamily("perfit_engine_alive", "0: its thread is gone", labels=["engine"])
+        for name, vital in engines.vitals().items():
+            work.add_metric([name, "waiting"], vital.waiting)
+            work.add_metric([name, "running"], vital.running)
+            still.add_metric([name], vital.still_seconds)
+            alive.add_metric([name], vital.is_alive)
+        kept = GaugeMetricFamily(
+            "perfit_kept_bytes", "Kept of the examples of updates under way", labels=["where"]
+        )
+        for where, taken in zip(("device", "host"), engines.adaptations.bytes_held(), strict=True):
+            kept.add_metric([where], taken)
+        cache = GaugeMetricFamily(
+            "perfit_cache_tokens", "Tokens of keys and values set aside for answers under way",
+            value=engines.generation.cache_tokens_held,
+        )  # fmt: skip
+        return (work, still, alive, kept, cache)

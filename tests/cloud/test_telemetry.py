@@ -1,0 +1,276 @@
+"""What an operator sees: metrics that are true and tell nothing of anybody, and health that is."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.cloud.doubles import Drip, wait_for
+from tests.cloud.serving import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
+from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
+
+from perfit_cloud.engine.adaptation import AdaptationEngine, Step
+from perfit_cloud.engine.generation import GenerationEngine
+from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.turns import Turns
+from perfit_cloud.engine.types import Mode, Sampling, ShiftUse, Vital
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.telemetry import Engines
+from perfit_shared.errors import ConfigError, Unavailable
+from perfit_shared.wire import personalization_pb2 as pb
+
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVING = health_pb2.HealthCheckResponse.SERVING
+BASE_USE = ShiftUse(Mode.BASE)
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def page(running: Running) -> str:
+    with urllib.request.urlopen(f"http://{running.config.metrics_address}/metrics", timeout=TIMEOUT) as reply:
+        return str(reply.read().decode())
+
+
+def value(text: str, series: str) -> float:
+    """Of one series, such as `perfit_calls_total{rpc="Score",status="OK"}`."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{series} ")]
+    return float(line.rpartition(" ")[2])
+
+
+@pytest.fixture
+def engines(base: BaseModel, artefact: Artefact) -> Iterator[Engines]:
+    turns = Turns()
+    generation = GenerationEngine(base, {artefact.name: artefact}, SETTINGS, turns)
+    adaptations = AdaptationEngine(base, keep_bytes=2**26, turns=turns)
+    steps = StepQueue(adaptations)
+    yield Engines(generation, steps, adaptations, turns)
+    generation.stop()
+    steps.close()
+
+
+def over(engines: Engines) -> dict[str, Any]:
+    """The same engines for a server to serve."""
+    return {"engine": engines.generation, "steps": engines.steps, "engines": engines}
+
+
+# -- metrics -------------------------------------------------------------------------------------
+
+
+def test_what_happened_is_counted(run: Callable[..., Running], artefact: Artefact, engines: Engines) -> None:
+    running = run(**over(engines), metrics_address=free_address(), requests_minute=20)
+    device = running.device()
+    message, _ = personal(artefact)
+    device.describe()
+    answer = list(device.stub.Generate(generate("the cat sat", shift=message), timeout=TIMEOUT))
+    pairs = [pb.Example(prompt=pb.Prompt(text=text), target=target) for text, target in EXAMPLES]
+    device.stub.ComputeGradient(pb.ComputeGradientRequest(examples=pairs, shift=message))
+    assert failure(lambda: list(device.stub.Generate(generate(""))))[0] == "INVALID_ARGUMENT"
+    stream = Stream(device, opening(artefact), examples(EXAMPLES))
+    assert stream.ask(step(mine(artefact, 1), [0])).tokens > 0
+    text = page(running)
+    assert value(text, 'perfit_calls_total{rpc="Describe",status="OK"}') == 1
+    assert value(text, 'perfit_calls_total{rpc="Generate",status="INVALID_ARGUMENT"}') == 1
+    assert value(text, 'perfit_call_seconds_count{rpc="Generate"}') == 2
+    assert value(text, 'perfit_calls_in_flight{rpc="Adapt"}') == 1
+    assert value(text, 'perfit_tokens_total{kind="prompt"}') == answer[-1].prompt_tokens
+    assert value(text, 'perfit_tokens_total{kind="answer"}') == answer[-1].answer_tokens
+    assert value(text, 'perfit_tokens_total{kind="example"}') > 0
+    assert value(text, 'perfit_pass_seconds_count{kind="answers"}') >= answer[-1].answer_tokens
+    assert value(text, 'perfit_pass_seconds_count{kind="long"}') >= 2  # keeping, and the step
+    assert value(text, 'perfit_kept_bytes{where="device"}') > 0
+    assert value(text, 'perfit_callers{listener="devices"}') == 1
+    assert value(text, 'perfit_waiting{line="gradients"}') == 0
+    assert 29 < value(text, 'perfit_certificate_days_left{certificate="server"}') <= 90
+    assert value(text, 'perfit_certificate_days_left{certificate="device_ca"}') > 3000
+    assert (value(text, "perfit_serving"), value(text, "perfit_draining")) == (1, 0)
+    assert f'fingerprint="{engines.generation._base.fingerprint}"' in text  # type: ignore[attr-defined]
+    assert "process_resident_memory_bytes" in text
+    refusals = [failure(device.describe)[0] for _ in range(3) if not wait_for(lambda: is_refused(device))]
+    assert set(refusals) == {"RESOURCE_EXHAUSTED"}
+    assert value(page(running), 'perfit_refused_total{limit="requests_minute"}') >= 3
+    stream.end()
+    assert list(stream.call) == []
+    wait_for(lambda: value(page(running), 'perfit_kept_bytes{where="device"}') == 0)
+    assert value(page(running), 'perfit_calls_in_flight{rpc="Adapt"}') == 0
+    running.server.stop(0)
+    assert engines.vitals()["model"].is_alive
+    with pytest.raises(OSError):
+        page(running)
+
+
+def is_refused(device: Device) -> bool:
+    try:
+        device.describe()
+    except Exception:
+        return True
+    return False
+
+
+def test_answers_under_way_hold_tokens_of_the_cache(run: Callable[..., Running], engines: Engines) -> None:
+    running = run(**over(engines), metrics_address=free_address())
+    stream = running.device().stub.Generate(generate("the cat", max_new_tokens=200), timeout=TIMEOUT)
+    next(stream)
+    assert value(page(running), "perfit_cache_tokens") >= 200
+    stream.cancel()
+    wait_for(lambda: value(page(running), "perfit_cache_tokens") == 0)
+
+
+def test_nothing_in_it_is_anybody_s(
+    run: Callable[..., Running], artefact: Artefact, engines: Engines
+) -> None:
+    running = run(**over(engines), metrics_address=free_address())
+    device = running.device()
+    message, _ = personal(artefact)
+    request = generate("zebracanary cat", shift=message, stop=["quaggastop"])
+    list(device.stub.Generate(request, timeout=TIMEOUT))
+    failure(lambda: device.stub.FetchSeed(pb.FetchSeedRequest(artefact="okapicanary")))
+    for path in ("perfit.v1.Personalization/Zebracanary", "zebracanary/x", "perfit.v1.Identity/quaggastop"):
+        failure(lambda p=path: device.channel.unary_unary(f"/{p}")(b""))  # type: ignore[misc]
+    text = page(running)
+    for canary in ("zebra", "quagga", "okapi", device.identity, device.identity[:8], "127.0.0.1"):
+        assert canary.lower() not in text.lower()
+    labels = set(re.findall(r'(\w+)="', text)) - {"le"}
+    assert labels == {
+        "rpc", "status", "kind", "line", "listener", "certificate", "engine", "state", "where",
+        "version", "fingerprint", "artefacts",
+    }  # fmt: skip
+
+
+def test_metrics_are_off_by_default_and_a_taken_port_is_one_clear_error(run: Callable[..., Running]) -> None:
+    running = run()
+    assert running.config.metrics_address == ""
+    assert running.server._stop_metrics is None
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigError, match=r"cannot listen on .* for metrics"),
+    ):
+        run(metrics_address=f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+# -- health --------------------------------------------------------------------------------------
+
+
+def health_of(device: Device, service: str = "perfit.v1.Personalization") -> int:
+    check = health_pb2_grpc.HealthStub(device.channel).Check
+    return int(check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT).status)
+
+
+class Played:
+    """Engines that fare as a test says."""
+
+    def __init__(self) -> None:
+        self.now = Vital(0, 0, 0.0, is_alive=True)
+        self.cache_tokens_held = 0
+        self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
+
+    def vital(self) -> Vital:
+        return self.now
+
+    def bytes_held(self) -> tuple[int, int]:
+        return 0, 0
+
+
+@pytest.mark.parametrize("ill", [Vital(1, 3, 9.0, is_alive=True), Vital(0, 0, 0.0, is_alive=False)])
+def test_health_follows_the_engines(
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, ill: Vital
+) -> None:
+    """A cloud whose engine hung went on saying SERVING."""
+    well, other = Played(), Played()
+    running = run(engines=Engines(other, well, other, other), stuck_seconds=1)
+    device = running.device()
+    assert health_of(device) == SERVING
+    with caplog.at_level(logging.WARNING):
+        well.now = ill
+        wait_for(lambda: health_of(device) == NOT_SERVING)
+        assert health_of(device, "") == NOT_SERVING
+        assert health_of(device, "perfit.v1.Identity") == SERVING
+        assert "health says NOT_SERVING: updates (" in caplog.text
+        assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 0
+        well.now = Vital(1, 0, 0.5, is_alive=True)
+        wait_for(lambda: health_of(device) == SERVING)
+    assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 1
+
+
+def test_health_is_told_when_there_is_no_room_for_calls(run: Callable[..., Running]) -> None:
+    """A cloud with all hands full is not ill: whoever restarts it for that makes it worse."""
+    drip = Drip()
+    running = run(engine=drip, calls=1)
+    stream = running.device().stub.Generate(generate(), timeout=TIMEOUT)
+    drip.go.release()
+    next(stream)
+    other = running.device()
+    assert failure(other.describe)[0] == "RESOURCE_EXHAUSTED"
+    assert health_of(other) == SERVING
+    stream.cancel()
+
+
+@contextmanager
+def held_up(engine: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The engine's method `name` stands still; gives what is set when it does."""
+    go, entered, real = threading.Event(), threading.Event(), getattr(engine, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        entered.set()
+        assert go.wait(TIMEOUT)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, name, slow)
+        yield entered
+        go.set()
+
+
+def test_a_pass_that_hangs_is_seen(
+    engines: Engines, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation: Any = engines.generation
+    with held_up(generation, "_forward", monkeypatch) as entered:
+        answer = generation.submit(base.encode("the cat"), BASE_USE, Sampling(3))
+        assert entered.wait(TIMEOUT)
+        time.sleep(0.3)
+        vitals = engines.vitals()
+        assert vitals["answers"].running + vitals["answers"].waiting == 1
+        assert (vitals["answers"].still_seconds >= 0.3, vitals["model"].still_seconds >= 0.3) == (True, True)
+        assert vitals["updates"].still_seconds == 0
+    list(answer)
+    wait_for(lambda: engines.vitals()["model"].running == 0)
+    assert engines.vitals()["answers"] == Vital(0, 0, 0.0, is_alive=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_update_that_hangs_and_a_worker_that_died_are_seen(
+    engines: Engines, base: BaseModel, artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: Any = engines.steps
+    pairs = [(base.encode(prompt), base.encode_target(target)) for prompt, target in EXAMPLES]
+    adaptation = steps.open(pairs, artefact)
+    with held_up(engines.adaptations, "_pass", monkeypatch) as entered:
+        future = steps.submit(Step(adaptation, [0], mine(artefact, 1)))
+        assert entered.wait(TIMEOUT)
+        time.sleep(0.3)
+        assert engines.vitals()["updates"].still_seconds >= 0.3
+    future.result(TIMEOUT)
+    wait_for(lambda: engines.vitals()["updates"] == Vital(0, 0, 0.0, is_alive=True))
+    adaptation.close()
+
+    def die() -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(steps, "_round", die)
+    with pytest.raises(Unavailable):  # at once, or when the one round that had begun is over
+        for _ in range(2):
+            steps.submit(Step(steps.open(pairs, artefact), [0], mine(artefact, 1))).result(TIMEOUT)
+    assert not engines.vitals()["updates"].is_alive
