@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow bench lint wire help-page starter clean
+.PHONY: help setup peers demo test test-slow bench audit fuzz fuzz-guided kills load lint wire help-page starter clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
 	@echo "make test        set up, then the tests (under 8 minutes)"
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
 	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
+	@echo "make audit fuzz kills load   every figure of docs/security.md; SEED=n chooses what is drawn"
 	@echo "make lint        ruff, mypy and the import contracts"
 
 setup: $(VENV)/.ready
@@ -46,6 +47,31 @@ bench: setup peers
 	$(BIN)/python scripts/bench/update.py --model $(NEWSLM) --json $(RESULTS)/update.json
 	$(BIN)/python scripts/bench/wire.py --json $(RESULTS)/wire.json
 	$(BIN)/python scripts/bench/device.py --json $(RESULTS)/device.json
+	$(BIN)/python scripts/bench/hardening.py --model $(NEWSLM) --json $(RESULTS)/hardening.json
+
+# The long runs of docs/security.md. Tests run a twentieth of each.
+SEED ?= 1
+SOAK := PYTHONPATH=scripts $(BIN)/python -m soak
+FOUND := docs/results/security
+STARTER := cloud/perfit_cloud/starter
+
+audit: setup
+	$(BIN)/perfit-cloud audit --seed $(SEED) --model $(STARTER)/perfit-starter \
+		--artefact $(STARTER)/news_headline --json $(FOUND)/audit.json
+
+fuzz: setup
+	$(SOAK).fuzz --inputs 100000 --seed $(SEED) --json $(FOUND)/fuzz.json
+
+fuzz-guided: setup
+	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	$(SOAK).fuzz_guided --inputs 200000 --seed $(SEED) --json $(FOUND)/fuzz_guided.json
+
+kills: setup
+	$(SOAK).kills --kills 200 --seed $(SEED) --json $(FOUND)/kills.json
+
+load: setup
+	$(SOAK).load --calls 50000 --seed $(SEED) --json $(FOUND)/load.json
+	$(SOAK).load --calls 12000 --no-restarts --seed $(SEED) --json $(FOUND)/memory.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from typing import Any
 
 import common
 import numpy as np
-from asking import Run, ask_all
+from asking import ask_all, ask_in_step
 from workload import Asked, artefact_for, prompts, uses
 
 from perfit_cloud.engine.generation import GenerationSettings, engine_for
@@ -39,17 +39,11 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         settings = GenerationSettings(cache_tokens=max(32_768, room), max_requests=count)
         ours, plain = (engine_for(base, of, settings) for of in ({artefact.name: artefact}, {}))
         asked, unshifted = (_asked(texts, of, new) for of in (artefact, None))
-        runs: list[Run] = []
-
-        def shifted() -> float:
-            runs.append(ask_all(ours, asked))
-            return runs[-1].tokens_per_second
-
         with _Peak() as peak:  # of ours alone: the other engine holds nothing yet
             ask_all(ours, asked)
-        speeds = common.interleaved(
-            {"base": lambda: ask_all(plain, unshifted).tokens_per_second, "ours": shifted}, pairs=pairs
-        )
+        ask_all(plain, unshifted)
+        rounds = [ask_in_step({"base": (plain, unshifted), "ours": (ours, asked)}) for _ in range(pairs)]
+        speeds = {side: [run[side].tokens_per_second for run in rounds] for side in ("base", "ours")}
         ours.stop()
         plain.stop()
         return {
@@ -57,7 +51,7 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
             "personal_rank": rank,
             "tokens_per_second": float(np.median(speeds["ours"])),
             "ratio_to_base": common.ratio(speeds["ours"], speeds["base"]).median,
-            "ttft_p50": float(np.median([s for run in runs[1:] for s in run.first])),
+            "ttft_p50": float(np.median([seconds for run in rounds for seconds in run["ours"].first])),
             "peak_rss_mb": peak.megabytes,
         }  # fmt: skip
 
