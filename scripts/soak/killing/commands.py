@@ -146,6 +146,9 @@ class World:
                 kills.append(self._judged(device, run))
                 if kills[-1].wrong is not None:
                     return kills
+                if self._is_updated(device):  # the kill came between its end and telling so
+                    run.done = True
+                    break
             if kills and not run.done and not self._run(device, list(_UPDATE)).done:
                 kills[-1].wrong = "the update did not resume"
                 return kills
@@ -164,7 +167,7 @@ class World:
             killed.wrong = str(error)
             return killed
         last = max(run.steps, default=0)
-        if now.shift and kept == 0:  # killed between its end and telling so
+        if self._is_updated(device):
             return killed
         if now != self._start:
             killed.wrong = "an update that was killed changed more than its checkpoint"
@@ -254,6 +257,11 @@ class World:
         with self._open(device) as (vault, _):
             kept = [read_checkpoint(vault, place) for place in vault.list("checkpoint")]
         return kept[0].step if kept and kept[0] is not None else 0
+
+    def _is_updated(self, device: Device) -> bool:
+        """Whether there is a shift, and no update half-done; another `update` would train it further."""
+        with self._open(device) as (vault, _):
+            return bool(vault.list("shift")) and not vault.list("checkpoint")
 
     def _shift(self, device: Device) -> ShiftTensors:
         with self._open(device) as (vault, _):
