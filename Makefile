@@ -42,8 +42,8 @@ bench: setup peers
 	$(SERVING) --model $(NEWSLM) --json $(RESULTS)/serving-newslm.json
 	$(SERVING) --model random-100m --json $(RESULTS)/serving-100m.json
 	$(SERVING) --asks-during-updates --model $(NEWSLM) --json $(RESULTS)/asks-newslm.json
-	$(SERVING) --scaling --model random-100m --json $(RESULTS)/scaling-100m.json
-	$(SERVING) --profile --model random-100m --json $(RESULTS)/profile-100m.json
+	$(SERVING) --scaling --model $(NEWSLM) --json $(RESULTS)/scaling-newslm.json
+	$(SERVING) --profile --model $(NEWSLM) --json $(RESULTS)/profile-newslm.json
 	$(BIN)/python scripts/bench/update.py --model $(NEWSLM) --json $(RESULTS)/update.json
 	$(BIN)/python scripts/bench/wire.py --json $(RESULTS)/wire.json
 	$(BIN)/python scripts/bench/device.py --json $(RESULTS)/device.json
