@@ -123,7 +123,10 @@ def certificate_life(certificate: bytes) -> tuple[datetime, datetime]:
 
 
 def identity_in(certificate: bytes) -> str:
-    """The identity that the cloud wrote into a certificate (its common name), or ""."""
+    """The identity that the cloud wrote into a certificate (its common name), or "".
+
+    Raises NotAuthenticated when it is none.
+    """
     names = _parse(certificate).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if names else ""
 
@@ -141,11 +144,13 @@ def pem(certificate: bytes) -> bytes:
 
 def _parse(certificate: bytes) -> x509.Certificate:
     try:
-        return x509.load_der_x509_certificate(certificate)
+        parsed = x509.load_der_x509_certificate(certificate)
+        _ = parsed.subject  # read when it is asked for, and not before
     except (ValueError, x509.InvalidVersion) as error:
         raise NotAuthenticated(
             "what should be a certificate is none; enrol again with a new invite"
         ) from error
+    return parsed
 
 
 def _b64(data: bytes) -> str:

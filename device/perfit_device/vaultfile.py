@@ -75,6 +75,8 @@ def attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]
             # Before the lock, which would turn an empty file into an empty database.
             if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
                 raise damaged
+            if not _counts_agree(path):
+                raise damaged
             connection.execute("PRAGMA locking_mode=EXCLUSIVE")
             connection.execute("BEGIN EXCLUSIVE")  # also rolls back what a crash left half-done
             connection.execute("COMMIT")
@@ -92,6 +94,19 @@ def attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]
         except BaseException:
             connection.close()
             raise
+
+
+def _counts_agree(path: Path) -> bool:
+    """Whether SQLite would believe the header's number of pages (its file format, 1.3.7 and 1.3.8).
+
+    It writes both anew when it does not, before anything of ours has looked at the file. Beside a journal
+    it takes the header from there.
+    """
+    if path.with_name(f"{path.name}-journal").exists():
+        return True
+    with path.open("rb") as file:
+        header = file.read(100)
+    return header[24:28] == header[92:96] and any(header[28:32])
 
 
 def _clear(path: Path) -> None:

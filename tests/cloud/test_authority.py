@@ -372,6 +372,24 @@ def test_foreign_certificates_are_not_renewed(short: Authority, tmp_path: Path) 
             short.renew_lapsed(**{**lapsed.request(), "certificate": certificate})
 
 
+def test_certificates_and_requests_that_are_only_nearly_some(short: Authority) -> None:
+    """Names are read when they are asked for, keys too, and versions are an error of their own kind."""
+    lapsed = Lapsed(short)
+    sound = lapsed.certificate
+    name = x509.load_der_x509_certificate(sound).subject.public_bytes()
+    for altered in (
+        sound.replace(name, name.replace(b"\x06\x03\x55\x04", b"\x0d\x03\x55\x04")),
+        sound.replace(b"\x2a\x86\x48\xce\x3d\x02\x01", b"\x2a\x86\x48\xce\x3d\x02\x00"),
+        sound.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05"),
+    ):
+        assert altered != sound
+        with pytest.raises(NotAuthenticated):
+            short.renew_lapsed(**{**lapsed.request(), "certificate": altered})
+    request = csr_of(new_key()).replace(b"\x02\x01\x00", b"\x02\x01\x01", 1)
+    with pytest.raises(InvalidInput):
+        short.enroll(short.invite(60)[0], request)
+
+
 def test_server_certificate_is_not_renewed_as_a_device(short: Authority) -> None:
     lapsed = Lapsed(short)
     identity = short.server_identity(["localhost"])

@@ -11,9 +11,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from perfit_device import enrolment as enrolments
-from perfit_device.identity import Enrolment, Identity, life_left
+from perfit_device.identity import Enrolment, Identity, identity_in, life_left
 from perfit_shared.errors import InvalidInvite, InviteRefused, NotAuthenticated, VaultDamaged
 from perfit_shared.invites import Invite
 
@@ -58,7 +59,7 @@ def test_expiry_is_seen_before_the_network() -> None:
 
 
 def certificate(identity: Identity, days: tuple[float, float]) -> bytes:
-    now, name = datetime.now(UTC), x509.Name([])
+    now, name = datetime.now(UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "d")])
     builder = (
         x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
         .public_key(identity.key.public_key())
@@ -107,3 +108,13 @@ def test_when_a_certificate_wants_renewal(days: tuple[float, float], renews: boo
     mine = enrolment(Identity.create(), days)
     assert enrolments.wants_renewal(mine) is renews
     assert (life_left(mine.certificate) <= 0) is lapsed
+
+
+def test_a_certificate_whose_name_cannot_be_read_is_none() -> None:
+    """Its name is read when it is asked for, and then it was a ValueError."""
+    sound = certificate(Identity.create(), (-1, 1))
+    name = x509.load_der_x509_certificate(sound).subject.public_bytes()
+    broken = name.replace(b"\x06\x03\x55\x04", b"\x0d\x03\x55\x04")  # the tag of its object identifier
+    assert broken != name
+    with pytest.raises(NotAuthenticated):
+        identity_in(sound.replace(name, broken))

@@ -269,6 +269,18 @@ def test_what_a_header_asks_for_is_bounded_before_it_is_done(
     assert filled.read_bytes() == before
 
 
+@pytest.mark.parametrize("where", [(24, 28), (28, 32), (24, 32), (92, 96)])
+@pytest.mark.parametrize("cut", [0, 100])
+def test_counts_of_pages_that_disagree_are_left_alone(filled: Path, where: tuple[int, int], cut: int) -> None:
+    """SQLite wrote the file's number of pages anew, and then the vault was found to be damaged."""
+    before = bytearray(filled.read_bytes())
+    before[where[0] : where[1]] = bytes(where[1] - where[0])
+    filled.write_bytes(before[: len(before) - cut])
+    with pytest.raises(VaultDamaged):
+        Vault.open(filled, PASSPHRASE)
+    assert filled.read_bytes() == before[: len(before) - cut]
+
+
 def test_a_header_of_brackets_is_damage() -> None:
     body = b"[" * 100_000
     with pytest.raises(VaultDamaged):

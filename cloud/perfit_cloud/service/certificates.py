@@ -147,9 +147,11 @@ def read_csr(data: bytes) -> ec.EllipticCurvePublicKey:
 def read_certificate(data: bytes, *, pem: bool = False) -> x509.Certificate:
     """Raises NotAuthenticated on anything that is no certificate."""
     try:
-        return x509.load_pem_x509_certificate(data) if pem else x509.load_der_x509_certificate(data)
+        certificate = x509.load_pem_x509_certificate(data) if pem else x509.load_der_x509_certificate(data)
+        _ = certificate.subject  # read when it is asked for, and not before
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise NotAuthenticated("not a certificate; enrol with `perfit enroll`") from error
+    return certificate
 
 
 def identity_of(certificate: x509.Certificate) -> str:
