@@ -77,6 +77,7 @@ class CloudConfig:
     calls_each: int = 16  # RPCs at once, streams included
     answers_each: int = 12  # answers at once
     adaptations_each: int = 2  # updates at once
+    gradients_each: int = 4  # gradient and Score calls at once, those in line included
     bytes_each: int = 64 * 2**20  # of request messages that are being worked on
     requests_minute: int = 6000  # RPCs a minute; a question or a step of a stream is none
     tokens_minute: int = 2**23  # of prompts, answers and examples a minute; an update's examples count once

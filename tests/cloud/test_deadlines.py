@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -25,3 +26,19 @@ def test_what_is_late_is_cut_and_what_was_left_is_not(monkeypatch: pytest.Monkey
     with watch.after(0.05, lambda: cut.append("again")):
         wait_for(lambda: len(cut) == 2)
     assert cut == ["late", "again"]
+
+
+def test_a_system_out_of_threads_costs_that_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread counted as running although it had not started, and no later call had an end."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    watch, cut = Deadlines(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError), watch.after(0.05, lambda: cut.append("never begun")):
+            pass
+    with watch.after(0.05, lambda: cut.append("late")):
+        wait_for(lambda: bool(cut))
+    assert cut == ["late"]

@@ -207,19 +207,33 @@ def test_free_memory_of_a_cuda_device_is_overwritten_largest_first(monkeypatch: 
         taken.append(torch.ones(size, dtype=dtype))
         return taken[-1]
 
-    def segment(device: int, *blocks: tuple[int, str]) -> dict[str, Any]:
-        return {"device": device, "blocks": [{"size": size, "state": state} for size, state in blocks]}
+    def segment(device: int, kind: str, *blocks: tuple[int, str]) -> dict[str, Any]:
+        shown = [{"size": size, "state": state} for size, state in blocks]
+        return {"device": device, "segment_type": kind, "blocks": shown}
 
+    mib = 1 << 20
     segments = [
-        segment(1, (512, "inactive"), (1024, "active_allocated")), segment(0, (64, "inactive")),
-        segment(1, (4096, "inactive"), (1536, "inactive")),
-    ]  # fmt: skip
+        segment(1, "small", (512, "inactive"), (1024, "active_allocated")),
+        segment(0, "small", (64, "inactive")),
+        segment(1, "large", (5 * mib, "inactive"), (mib + 512, "inactive")),
+        segment(1, "large", (20 * mib, "active_allocated")),
+        # Asked for whole, it would come from a segment for large things, and this one be left.
+        segment(1, "small", (2 * mib - 512, "inactive"), (512, "active_allocated")),
+    ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch, "empty", empty)
     Sweeper(torch.device("cuda:1"), Turns()).sweep()
-    assert [len(block) for block in taken] == [4096, 1536, 512]
+    assert [len(block) for block in taken] == [5 * mib, mib + 512, mib, mib - 512, 512]
     assert not any(block.any() for block in taken)
+
+
+def test_a_sweep_is_no_pass_of_answers() -> None:
+    """Four idle turns a second stood among the passes that an operator is told of."""
+    turns, kinds = Turns(), []
+    turns.on_pass = lambda kind, _seconds: kinds.append(kind)
+    Sweeper(torch.device("cpu"), turns).sweep()
+    assert kinds == ["sweep"]
 
 
 class Knot:

@@ -19,7 +19,7 @@ from perfit_cloud.engine.generation import GenerationEngine
 from perfit_cloud.engine.types import Finish, Piece
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.guard import network_of
-from perfit_cloud.service.limits import Accounts, Gate, Share
+from perfit_cloud.service.limits import Accounts, AtOnce, Gate, Share
 from perfit_shared.errors import Busy, ConfigError, TooSlow
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -227,6 +227,44 @@ def test_passes_wait_in_a_bounded_line(run: Callable[..., Running]) -> None:
     assert list(first.result().scores) == []
 
 
+def test_passes_of_one_device_leave_room_for_others(run: Callable[..., Running]) -> None:
+    """One device could have all its calls in the line, and everybody else waited for 16 of its passes."""
+    slow = Slow()
+    running = run(gradient_engine=slow, gradients_each=2, retry_ms=80)
+    greedy, honest = running.device(), running.device()
+    held = [greedy.stub.Score.future(score(), timeout=TIMEOUT) for _ in range(2)]
+    wait_for(lambda: under_way(running, greedy, "gradients") == 2)
+    status, metadata, text = failure(lambda: greedy.stub.Score(score(), timeout=TIMEOUT))
+    assert (status, metadata) == ("RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "80"})
+    assert "this device" in text
+    waiting = honest.stub.Score.future(score(), timeout=TIMEOUT)
+    slow.go.set()
+    assert [list(call.result().scores) for call in (*held, waiting)] == [[], [], []]
+    assert list(greedy.stub.Score(score(), timeout=TIMEOUT).scores) == []
+
+
+def test_who_left_stands_in_line_no_more(run: Callable[..., Running]) -> None:
+    """They stood there until it was their turn, and nobody else got their places."""
+    slow = Slow()
+    running = run(gradient_engine=slow, gradient_waiting=3)
+    first = running.device().stub.Score.future(score(), timeout=TIMEOUT)
+    assert slow.entered.wait(TIMEOUT)
+    device = running.device()
+    for _ in range(3):
+        calls = [device.stub.Score.future(score(), timeout=TIMEOUT) for _ in range(3)]
+        wait_for(lambda: running_line(running) == 3)
+        for call in calls:
+            call.cancel()
+        wait_for(lambda: under_way(running, device) == 0)
+    last = device.stub.Score.future(score(), timeout=TIMEOUT)
+    slow.go.set()
+    assert [list(call.result().scores) for call in (first, last)] == [[], []]
+
+
+def running_line(running: Running) -> float | None:
+    return running.server.telemetry.registry.get_sample_value("perfit_waiting", {"line": "gradients"})
+
+
 def test_silent_streams_of_one_device_take_its_own_calls_alone(
     run: Callable[..., Running], artefact: Artefact
 ) -> None:
@@ -247,9 +285,9 @@ def test_silent_streams_of_one_device_take_its_own_calls_alone(
     wait_for(lambda: describes(greedy))
 
 
-def under_way(running: Running, device: Device) -> int:
+def under_way(running: Running, device: Device, what: AtOnce = "calls") -> int:
     account = running.server._accounts._accounts.get(device.identity)
-    return account.held["calls"] if account else 0
+    return account.held[what] if account else 0
 
 
 def describes(device: Device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import socket
 import ssl
 import threading
@@ -12,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
+import psutil
 import pytest
-from tests.cloud.doubles import Slow, score
+from tests.cloud.doubles import Slow, score, wait_for
 from tests.cloud.serving import (
     BASE,
     INVALID,
@@ -203,6 +206,28 @@ def test_one_server_for_a_state_folder(tmp_path: Path) -> None:
         pass
     with only_server(tmp_path):
         pass
+
+
+def test_idle_connections_are_closed(run: Callable[..., Running]) -> None:
+    """What gRPC read and wrote for them lies in its buffers as long as they are open."""
+    device = run(idle_seconds=1).device()
+    states: list[grpc.ChannelConnectivity] = []
+    device.channel.subscribe(states.append)
+    device.describe()
+    wait_for(lambda: grpc.ChannelConnectivity.READY in states)
+    wait_for(lambda: states[-1] is grpc.ChannelConnectivity.IDLE)
+    device.describe()  # over a new connection
+
+
+def test_words_of_prompts_are_not_kept_by_the_tokenizer(base: BaseModel) -> None:
+    """Its cache would take 10,000 words of up to 256 bytes; these are 19 MB there."""
+    words = ["".join(chr(97 + byte % 26) for byte in random.Random(n).randbytes(200)) for n in range(3000)]
+    for word in words[:100]:
+        base.encode(word)
+    before = psutil.Process().memory_info().rss
+    for word in words:
+        base.encode(word)
+    assert psutil.Process().memory_info().rss - before < 5e6
 
 
 def test_server_certificate_is_replaced_without_a_restart(run: Callable[..., Running]) -> None:

@@ -37,6 +37,27 @@ def test_one_at_a_time_in_the_order_asked() -> None:
     assert order == ["a", "b", "c"]
 
 
+def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For a moment it was taken and had not moved since its last use, hours ago: health said NOT_SERVING."""
+    turns, seen = Turns(), []
+    turns.moved -= 3600
+
+    def look() -> float:
+        monkeypatch.undo()
+        seen.append(turns.vital())
+        monkeypatch.setattr(time, "monotonic", look)
+        return monotonic()
+
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", look)
+    with turns.take():
+        pass
+    assert any(vital.running for vital in seen)
+    assert max(vital.still_seconds for vital in seen) < 60
+
+
 def test_a_long_pass_lets_others_in_and_goes_on_after_one_turn_of_theirs() -> None:
     turns, log, done = Turns(), [], threading.Event()
 

@@ -68,7 +68,7 @@ class Turns(_Line):
     def __init__(self) -> None:
         super().__init__()
         self._long = _Line()
-        # Told of every turn that is over: "answers" or "long", and its seconds, those lent out included.
+        # Told of every turn that is over: its kind and its seconds, those lent out included.
         self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
         self.moved = time.monotonic()  # when it last changed hands
 
@@ -80,9 +80,9 @@ class Turns(_Line):
         )
 
     @contextmanager
-    def take(self) -> Iterator[None]:
+    def take(self, kind: str = "answers") -> Iterator[None]:
         """Hold it; waits for those who asked before."""
-        with self._timed("answers"):
+        with self._timed(kind):
             yield
 
     @contextmanager
@@ -97,6 +97,9 @@ class Turns(_Line):
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
+        # Or for a moment, taken and not noted yet, it would seem to be held since it was last used.
+        if not self._is_taken:
+            self.moved = time.monotonic()
         with super().take():
             begun = self.moved = time.monotonic()
             try:

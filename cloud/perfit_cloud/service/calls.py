@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, Self
 
-import grpc
-
 from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
 from perfit_cloud.service.limits import Accounts, Gate, Limits
@@ -16,7 +14,7 @@ from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
 
-__all__ = ["Answer", "Answers", "Generation", "Gradients", "check_active"]
+__all__ = ["Answer", "Answers", "Generation", "Gradients"]
 
 
 class Answer(Protocol):
@@ -133,8 +131,3 @@ def _after(seconds: float, cancel: Callable[[], None]) -> Iterator[threading.Eve
     finally:
         timer.cancel()
         cancel()
-
-
-def check_active(context: grpc.ServicerContext) -> None:
-    if not context.is_active():
-        raise Cancelled("the caller left")

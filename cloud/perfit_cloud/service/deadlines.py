@@ -26,11 +26,11 @@ class Deadlines:
         """Call `cut`, which must not wait, from another thread, unless the block is left within `seconds`."""
         key = object()
         with self._changed:
-            self._watched[key] = (time.monotonic() + seconds, cut)
-            if not self._is_running:
-                self._is_running = True
+            if not self._is_running:  # before anything is noted: a system out of threads raises
                 threading.Thread(target=self._run, name="perfit-deadlines", daemon=True).start()
-            elif len(self._watched) == 1:
+                self._is_running = True
+            self._watched[key] = (time.monotonic() + seconds, cut)
+            if len(self._watched) == 1:
                 self._changed.notify()
         try:
             yield

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from perfit_shared.errors import Busy, TooSlow
+from perfit_shared.errors import Busy, Cancelled, TooSlow
 
 __all__ = ["AMinute", "Accounts", "AtOnce", "Gate", "Limits", "Share"]
 
-AtOnce = Literal["calls", "answers", "adaptations", "bytes"]
+AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
 AMinute = Literal["requests", "tokens"]
 Refused = Callable[[str], None]  # is told the reason of every refusal
 
@@ -61,17 +61,26 @@ class Gate:
         self.waiting = 0  # callers in line
 
     @contextmanager
-    def place(self, seconds: float) -> Iterator[None]:
-        """Hold a place to work. Raises Busy when the line is full, TooSlow after `seconds` in it."""
+    def place(self, seconds: float, left: threading.Event | None = None) -> Iterator[None]:
+        """Hold a place to work. Raises Busy when the line is full, TooSlow after `seconds` in it.
+
+        And Cancelled when `left` is set, which whoever sets it tells by `look`.
+        """
+        left = left or threading.Event()
         with self._changed:
             if self._working + self.waiting >= self._room:
                 self._refused(self._name)
                 raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
             self.waiting += 1
             try:
-                is_free = self._changed.wait_for(lambda: self._working < self._running, max(0.0, seconds))
+                is_free = self._changed.wait_for(
+                    lambda: self._working < self._running or left.is_set(), max(0.0, seconds)
+                )
             finally:
                 self.waiting -= 1
+            if left.is_set():
+                self._changed.notify()  # what woke this one may have been meant for the next
+                raise Cancelled("the caller left")
             if not is_free:
                 raise TooSlow("the cloud did not get to this call before its deadline; try again")
             self._working += 1
@@ -81,6 +90,11 @@ class Gate:
             with self._changed:
                 self._working -= 1
                 self._changed.notify()
+
+    def look(self) -> None:
+        """Those in line who have left it get out of it."""
+        with self._changed:
+            self._changed.notify_all()
 
 
 class Accounts:

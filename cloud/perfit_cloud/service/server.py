@@ -118,7 +118,8 @@ class CloudServer:
         self._watch = Watch(engines, self.telemetry, stuck_seconds=config.stuck_seconds)
         self._accounts = self._shared("devices", {
             "calls": config.calls_each, "answers": config.answers_each,
-            "adaptations": config.adaptations_each, "bytes": config.bytes_each,
+            "adaptations": config.adaptations_each, "gradients": config.gradients_each,
+            "bytes": config.bytes_each,
         }, {"requests": config.requests_minute, "tokens": config.tokens_minute})  # fmt: skip
         enrol_accounts = self._shared(
             "enrolment", {"calls": _ENROL_CALLS_EACH, "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES},

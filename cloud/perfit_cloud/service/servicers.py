@@ -3,7 +3,9 @@
 # ruff: noqa: N802 - methods are named as the protos name them
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 
@@ -11,7 +13,7 @@ from perfit_cloud.engine.types import Mode
 from perfit_cloud.service.adapt import Adapting
 from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.calls import Answers, Gradients, check_active
+from perfit_cloud.service.calls import Answers, Gradients
 from perfit_cloud.service.codec import (
     PromptReader,
     decode_shift,
@@ -25,7 +27,7 @@ from perfit_cloud.service.guard import caller, device_of, seconds_left
 from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
-from perfit_shared.errors import InvalidInput
+from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -83,9 +85,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         shift = decode_shift(request.shift, self._served.artefacts)
         pairs = self._reader.pairs([(c.prompt, c.answer) for c in request.candidates])
-        self._charge(pairs, context)
-        with self._passes.place(seconds_left(context, self._call_seconds)):
-            check_active(context)
+        with self._place(pairs, context):
             return encode_scores(self._gradients.score(pairs, shift))
 
     def ComputeGradient(
@@ -95,9 +95,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         if shift.mode is not Mode.PERSONAL:
             raise InvalidInput("a gradient is computed in personal mode")
         pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
-        self._charge(pairs, context)
-        with self._passes.place(seconds_left(context, self._call_seconds)):
-            check_active(context)
+        with self._place(pairs, context):
             return encode_gradient(self._gradients.gradient(pairs, shift), request.shift.personal)
 
     def Adapt(
@@ -105,11 +103,25 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     ) -> Iterator[pb.AdaptResponse]:
         return self._adapting.steps(request_iterator, context)
 
-    def _charge(self, pairs: list[tuple[list[int], list[int]]], context: grpc.ServicerContext) -> None:
-        """Raises Busy."""
+    @contextmanager
+    def _place(
+        self, pairs: list[tuple[list[int], list[int]]], context: grpc.ServicerContext
+    ) -> Iterator[None]:
+        """A turn for a call of its own, after those in line. Raises Busy, TooSlow, Cancelled."""
+        device, left = device_of(context), threading.Event()
+
+        def leave() -> None:
+            left.set()
+            self._passes.look()
+
         tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-        self._accounts.spend(device_of(context), "tokens", tokens)
-        self._telemetry.tokens("example", tokens)
+        with self._accounts.hold(device, "gradients"):
+            self._accounts.spend(device, "tokens", tokens)
+            self._telemetry.tokens("example", tokens)
+            if not context.add_callback(leave):
+                raise Cancelled("the caller left")
+            with self._passes.place(seconds_left(context, self._call_seconds), left):
+                yield
 
 
 class EnrollmentService(enrol_grpc.EnrollmentServicer):

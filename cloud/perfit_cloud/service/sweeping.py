@@ -31,6 +31,7 @@ _AFTER_SECONDS = 0.25  # from a call's end to the sweep; the calls that end mean
 _AGAIN_SECONDS = 1.0  # to the second one, for threads of the call that end a little later
 # numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
 _SMALL_BLOCKS, _NOT_SMALL = 7, 1024
+_SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
 
 
 class Sweeper:
@@ -63,7 +64,7 @@ class Sweeper:
     def sweep(self) -> None:
         gc.collect()
         overwrite_small_arrays()
-        with self._turns.take():  # no pass has a buffer, or finds no free memory and asks the device for more
+        with self._turns.take("sweep"):  # no pass has a buffer, or finds no free memory and asks for more
             self._free_buffers()
             if self._device.type == "cuda":
                 _overwrite_free_blocks(self._device)
@@ -108,13 +109,18 @@ def overwrite_small_arrays() -> None:
 def _overwrite_free_blocks(device: torch.device) -> None:
     """Overwrite the free memory of torch's store on a CUDA device: take every block of it, and fill it.
 
-    The store gives the smallest block that suffices, so the largest are asked for first.
+    The store gives the smallest block that suffices, so the largest are asked for first. It gives nothing
+    larger than _SMALL_CUDA of its segments for small things, whose free blocks may be larger: those are
+    taken in pieces.
     """
     torch.cuda.synchronize(device)
-    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    blocks = [b for s in segments if s["device"] == (device.index or 0) for b in s["blocks"]]
-    sizes = sorted((b["size"] for b in blocks if b["state"] == "inactive"), reverse=True)
-    taken = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    sizes: list[int] = []
+    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+        if segment["device"] == (device.index or 0):
+            free = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
+            most = _SMALL_CUDA if segment["segment_type"] == "small" else max(free, default=1)
+            sizes += [min(most, size - at) for size in free for at in range(0, size, most)]
+    taken = [torch.empty(size, dtype=torch.uint8, device=device) for size in sorted(sizes, reverse=True)]
     for block in taken:
         block.zero_()
     torch.cuda.synchronize(device)
