@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from tests.conftest import random_shift
 
 from perfit_cloud.audit import memory
+from perfit_cloud.audit.calls import Generate, Running
 from perfit_cloud.audit.memory import Look, check_allowed, cpu_seconds, look_at, processes_of, settle, stopped
 from perfit_cloud.audit.needles import (
     Needle,
@@ -25,9 +27,10 @@ from perfit_cloud.audit.needles import (
     text,
     token_ids,
 )
-from perfit_cloud.audit.scenarios import Row, is_kept
+from perfit_cloud.audit.rows import Row, forms_seen, is_kept, unseen
+from perfit_cloud.audit.scenarios import _ended
 from perfit_cloud.audit.search import Index
-from perfit_shared.errors import ConfigError
+from perfit_shared.errors import ConfigError, PerfitError
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_to_bytes
 
 SPEC = ShiftSpec((1, 2), "f3+l3", 6, 3, hidden_size=32)
@@ -119,6 +122,18 @@ def test_runs_that_say_nothing_are_no_needles(item: int) -> None:
         assert kinds([Needle("mixed", (mixed,), item=item)], mixed)
         assert not kinds([Needle("mixed", (mixed,), item=item)], data)
     assert not kinds([*token_ids("ids", [[7] * 40])], np.full(40, 7, np.int64).tobytes())
+
+
+def test_zeros_within_a_secret_send_nobody_through_all_zeros_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors sent as int8 have many: every zero of the memory was compared with each, for minutes."""
+    values = RNG.standard_normal(400)
+    values[::2] = 0
+    needle = Needle("fp64", (values.tobytes(),), item=8)
+    assert kinds([needle], values[40:42].tobytes() + bytes(32))
+    monkeypatch.setattr("perfit_cloud.audit.search._Table._compare", lambda *_: pytest.fail("compared"))
+    assert not kinds([needle], bytes(4096))
 
 
 def test_the_same_bytes_in_two_secrets_are_found_for_both() -> None:
@@ -301,14 +316,59 @@ def test_a_run_across_two_reads_is_found(
 
 
 @looking
-def test_shared_memory_and_memory_taken_back_are_told_apart(child: Callable[[str], int]) -> None:
-    """A page of shared memory may hold bytes although this process has not touched it."""
+def test_pieces_of_a_secret_in_several_pages_are_told_together(
+    child: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of memory read page by page. The audit drops what turns out public, and has to know all of it."""
+    monkeypatch.setattr(memory, "_PIECE", 4096)
     code = (
-        "import mmap; m = mmap.mmap(-1, 8192); m[:300] = " + hidden(SECRET[:300]) + "\n"
+        "import mmap; m = mmap.mmap(-1, 65536, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "def put(at, data):\n for i, b in enumerate(data): m[at + i] = b ^ 90\n"
+        f"held.append(m); put(4096, {bytes(b ^ 90 for b in SECRET[:16])!r})\n"
+        f"put(20480, {bytes(b ^ 90 for b in SECRET[64:80])!r})"
+    )
+    (found,) = looked(child(code), [raw("wire", SECRET)]).found
+    assert found.spans == {(0, 0, 16), (0, 64, 80)}
+
+
+@looking
+def test_only_pages_that_changed_since_an_earlier_look_are_searched(child: Callable[[str], int]) -> None:
+    """Whole ones: what was there before is no part of a call. A run may still begin in a page that did not
+    change, and end in one that did."""
+    needles, mirrored = [raw("wire", SECRET[:16])], bytes(b ^ 90 for b in SECRET[:16])
+    code = (
+        "import mmap; m = mmap.mmap(-1, 65536, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "def put(at, data):\n for i, b in enumerate(data): m[at + i] = b ^ 90\n"
+        f"held.append(m); put(0, bytes(65536)); put(8192, {mirrored!r}); put(40948, {mirrored[:12]!r})"
+    )
+    pid = child(code)
+    with stopped(pid):
+        before = look_at(pid, Index(needles))
+        assert [found.address % 4096 for found in before.found] == [0]
+        assert not look_at(pid, Index(needles), since=before.pages).found
+    child("m[8192 + 4000] = 1")  # the page is another now
+    with stopped(pid):
+        look = look_at(pid, Index(needles), since=before.pages)
+    assert [found.address for found in look.found] == [before.found[0].address]
+    child(f"m[8192] ^= 1; put(40960, {mirrored[12:]!r})")
+    with stopped(pid):
+        look = look_at(pid, Index(needles), since=before.pages)
+    assert [found.address % 4096 for found in look.found] == [4088]
+    assert look.searched >= before.searched - 2**20
+
+
+@looking
+def test_shared_memory_and_memory_taken_back_are_told_apart(child: Callable[[str], int]) -> None:
+    """A page of shared memory may hold bytes although this process has not touched it.
+
+    Far from its ends: looking at what lies beside them brings the pages there in.
+    """
+    code = (
+        "import mmap; m = mmap.mmap(-1, 2**20); m[2**19:2**19 + 300] = " + hidden(SECRET[:300]) + "\n"
         "m.madvise(mmap.MADV_DONTNEED); held.append(m)"
     )
     found = looked(child(code), [raw("wire", SECRET)]).found
-    assert any(f.where.startswith("mapped") for f in found)
+    assert "mapped zero (deleted)" in {f.where for f in found}
 
 
 @looking
@@ -366,25 +426,64 @@ def test_without_the_capability_the_message_says_what_to_do(
     check_allowed()
 
 
+# -- scenarios -----------------------------------------------------------------------------------
+
+
+class Refusal(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_call_that_ends_in_another_way_than_it_should_shows_nothing() -> None:
+    """Answers that were refused were searched for, not found, and taken for forgotten."""
+
+    def refused() -> Iterator[None]:
+        raise Refusal
+        yield
+
+    answered = Generate.__new__(Generate)
+    _ended(Running(lambda _: refused()), answered, "refused", "Generate refused")
+    _ended(Running(lambda _: iter([None])), answered, "done", "Generate done")
+    with pytest.raises(PerfitError, match="Generate done: the call ended with INVALID_ARGUMENT"):
+        _ended(Running(lambda _: refused()), answered, "done", "Generate done")
+
+
 # -- what rows mean ------------------------------------------------------------------------------
 
 TENSOR, TEXT = {"tensor fp32": ("heap",)}, {"prompt text utf-8": ("heap",)}
+SOUGHT = ("tensor fp16", "tensor fp32", "prompt text utf-8", "device key")
 
 
 def row(hardening: str, moment: str, found: dict[str, tuple[str, ...]]) -> Row:
-    return Row(hardening, "Generate", "done", moment, found, 1, ())
+    return Row(hardening, "Generate", "done", moment, found, SOUGHT, 1, ())
+
+
+CONTROL, CLEAN = row("off", "closed", TENSOR), row("on", "closed", {})
+DURING = row("on", "during", TENSOR | TEXT)
 
 
 @pytest.mark.parametrize(("rows", "kept"), [
-    ([row("off", "closed", TENSOR), row("on", "during", TENSOR | TEXT), row("on", "closed", {})], True),
-    ([row("off", "closed", TENSOR), row("on", "closed", TEXT)], False),
-    ([row("off", "closed", {}), row("on", "closed", {})], False),  # a scanner that finds nothing
-    ([row("on", "closed", {})], False),
-    ([row("off", "closed", TENSOR)], False),  # nobody looked at what the promise is about
-    ([row("off", "closed", TENSOR), row("on", "before", TEXT)], False),
-    ([row("off", "closed", TENSOR), row("on", "during", {})], False),
-    ([row("off", "closed", TENSOR), row("on", "during", TEXT)], False),
-    ([row("off", "closed", TENSOR), row("on", "after", TEXT), row("on", "closed", {})], True),
+    ([CONTROL, DURING, CLEAN], True),
+    ([CONTROL, DURING, row("on", "after", TEXT), CLEAN], True),
+    ([CONTROL, DURING, row("on", "during", TENSOR | {"example ids int64": ("heap",)}), CLEAN], True),
+    ([CONTROL, DURING, CLEAN, row("on", "closed", TEXT)], False),
+    ([CONTROL, DURING, CLEAN, row("on", "before", TEXT)], False),
+    ([CONTROL, DURING, CLEAN, row("on", "during", TENSOR)], False),
+    ([CONTROL, DURING, CLEAN, row("on", "during", TEXT)], False),
+    ([row("off", "closed", {}), DURING, CLEAN], False),  # nothing says that it would have been found
+    ([DURING, CLEAN], False),
+    ([CONTROL, DURING], False),  # nobody looked at what the promise is about
+    ([CONTROL, CLEAN], False),  # no look found any text
+    ([CONTROL, row("off", "before", TEXT), CLEAN], False),
 ])  # fmt: skip
 def test_the_promise_is_kept_only_where_every_control_finds(rows: list[Row], kept: bool) -> None:
     assert is_kept(rows) is kept
+
+
+def test_it_is_said_which_needles_no_look_found() -> None:
+    rows = [row("off", "before", TEXT), CONTROL, row("on", "after", {"tensor fp16": ("heap",)}), CLEAN]
+    assert forms_seen(rows) == {
+        "tensor": {"fp16": True, "fp32": True}, "prompt text": {"utf-8": False},
+        "device key": {"as sent": False},
+    }  # fmt: skip
+    assert unseen(rows) == ["prompt text"]  # a device's key is not to be found by any

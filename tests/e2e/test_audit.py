@@ -47,10 +47,17 @@ def test_a_hardened_server_forgets(command: list[str], tmp_path: Path) -> None:
         pytest.fail(f"{failed.said[-800:]} {[row for row in rows if row['fault']]}")
     written = json.loads(file.read_text())
     assert written["kept"]
+    assert written["never_found"] == []
+    families = {"tensor", "gradient", "invite secret", "device key", "signing request"}
+    for owner in ("prompt", "example", "answer"):
+        families |= {f"{owner} text", f"{owner} ids"}
+    assert set(written["forms_found"]) == families
+    assert not any(written["forms_found"]["device key"].values())
     assert "nothing was left" in said
     seen = {(row["rpc"], row["ending"]) for row in written["rows"] if row["hardening"] == "on"}
     for rpc in ("Generate", "Ask", "Score", "ComputeGradient", "Adapt"):
         assert {(rpc, "done"), (rpc, "gone")} <= seen
+    assert {("Enroll", "done"), ("Renew", "done")} <= seen
     during = [row for row in written["rows"] if row["moment"] == "during"]
     assert all(any(kind.startswith("tensor") for kind in row["found"]) for row in during)
     left = [

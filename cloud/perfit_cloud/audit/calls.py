@@ -49,9 +49,9 @@ class Canaries:
     def words(self, count: int) -> str:
         return " ".join(canary_words(self.rng, count))
 
-    def pairs(self, count: int) -> list[tuple[str, str]]:
-        """(prompt, target) of so many examples."""
-        return [(self.words(_PROMPT_WORDS), f" {self.words(_TARGET_WORDS)}") for _ in range(count)]
+    def pairs(self, count: int, words: int) -> list[tuple[str, str]]:
+        """(prompt, target) of so many examples; `words` of a prompt."""
+        return [(self.words(words), f" {self.words(_TARGET_WORDS)}") for _ in range(count)]
 
     def tensors(self, dtype: str) -> bytes:
         """A random personal shift, in a form of the wire."""
@@ -200,8 +200,8 @@ class Ask(PersonalCall):
 class Score(PersonalCall):
     rpc = "Score"
 
-    def __init__(self, canaries: Canaries, dtype: str, *, examples: int) -> None:
-        personal, pairs = canaries.tensors(dtype), canaries.pairs(examples)
+    def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
+        personal, pairs = canaries.tensors(dtype), canaries.pairs(examples, words)
         candidates = [pb.Candidate(prompt=pb.Prompt(text=p), answer=t) for p, t in pairs]
         self._request = pb.ScoreRequest(candidates=candidates, shift=_shift(canaries, personal))
         self.needles = [
@@ -221,8 +221,8 @@ class Score(PersonalCall):
 class ComputeGradient(PersonalCall):
     rpc = "ComputeGradient"
 
-    def __init__(self, canaries: Canaries, dtype: str, *, examples: int) -> None:
-        personal, pairs = canaries.tensors(dtype), canaries.pairs(examples)
+    def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
+        personal, pairs = canaries.tensors(dtype), canaries.pairs(examples, words)
         self._request = pb.ComputeGradientRequest(examples=_examples(pairs), shift=_shift(canaries, personal))
         foresight = canaries.foresight
         self.needles = [
@@ -243,8 +243,8 @@ class ComputeGradient(PersonalCall):
 class Adapt(PersonalCall):
     rpc = "Adapt"
 
-    def __init__(self, canaries: Canaries, dtype: str, *, examples: int) -> None:
-        personal, pairs = canaries.tensors(dtype), canaries.pairs(examples)
+    def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
+        personal, pairs = canaries.tensors(dtype), canaries.pairs(examples, words)
         foresight = canaries.foresight
         artefact = foresight.artefact
         self._first = [

@@ -4,8 +4,9 @@ Nothing but what the kernel shows of it under /proc is used, so it need not help
 stopped while it is looked at: nothing moves meanwhile.
 
 Left out: mapped files that the process cannot write (code and weights, the same bytes as on disk), and
-pages of anonymous memory that were never touched or were given back, which hold nothing. GPU memory
-cannot be seen from here.
+pages of anonymous memory that were never touched or were given back, which hold nothing. A look may be
+told of one before the secret was sent: pages that are what they were then do not hold it, and are read
+but not searched. GPU memory cannot be seen from here.
 """
 
 from __future__ import annotations
@@ -26,14 +27,27 @@ import numpy.typing as npt
 from perfit_cloud.audit.search import MARGIN, Index, Match
 from perfit_shared.errors import ConfigError, PerfitError
 
-__all__ = ["Found", "Look", "check_allowed", "cpu_seconds", "look_at", "processes_of", "settle", "stopped"]
+__all__ = [
+    "Found",
+    "Look",
+    "Pages",
+    "check_allowed",
+    "cpu_seconds",
+    "look_at",
+    "processes_of",
+    "settle",
+    "stopped",
+]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")  # a second
 _IN_USE = np.uint64(3 << 62)  # of an entry of pagemap: in memory, or swapped out
+# A page's fingerprint is the sum of its words times these: odd, random, and nobody else's.
+_FACTORS = np.frombuffer(os.urandom(_PAGE), np.uint64) | np.uint64(1)
 _POLL_SECONDS = 0.1
 _PIECE = 2**22  # bytes read at a time
 _LINE = re.compile(r"(\w+)-(\w+) (\S+) \w+ \S+ (\d+)\s*(.*)")
+Keys = npt.NDArray[np.uint64]
 _KERNELS_OWN = ("[vvar", "[vsyscall]", "[vdso]")
 _STATUS = Path("/proc/self/status")
 _CAP_SYS_PTRACE = 19
@@ -54,13 +68,31 @@ class Found:
     spans: frozenset[tuple[int, int, int]]  # (piece, start, stop) of the needle
 
 
+class Pages:
+    """What the pages of processes held, by fingerprints of 64 bits."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], np.uint64] = {}  # by process and address
+
+    def add(self, pid: int, start: int, prints: Keys) -> None:
+        addresses = range(start, start + len(prints) * _PAGE, _PAGE)
+        self._known.update(((pid, at), of_page) for at, of_page in zip(addresses, prints, strict=True))
+
+    def differ(self, pid: int, start: int, prints: Keys) -> npt.NDArray[np.bool_]:
+        """Which of the pages from `start` on held something else, or nothing."""
+        addresses = range(start, start + len(prints) * _PAGE, _PAGE)
+        known = [self._known.get((pid, at)) for at in addresses]
+        return np.array([k is None or k != p for k, p in zip(known, prints, strict=True)], bool)
+
+
 @dataclass(frozen=True)
 class Look:
     """What one look at a process found."""
 
     found: tuple[Found, ...]
-    searched: int  # bytes
+    searched: int  # bytes, with those that were known to hold nothing
     unreadable: tuple[str, ...]  # regions and files that could not be read, and why
+    pages: Pages  # of memory; none where an earlier look's were given
 
 
 @dataclass(frozen=True)
@@ -124,15 +156,17 @@ def settle(pid: int, *, rest: float = 0.3, seconds: float = 60.0) -> None:
         before = now
 
 
-def look_at(pid: int, index: Index, folders: Sequence[Path] = ()) -> Look:
+def look_at(pid: int, index: Index, folders: Sequence[Path] = (), *, since: Pages | None = None) -> Look:
     """Search the memory and open files of a process and its descendants, and all files in `folders`.
 
-    Raises ConfigError when the kernel does not let us.
+    Of memory only what changed `since` a look before the secrets were sent. Raises ConfigError when the
+    kernel does not let us.
     """
     found: dict[tuple[int, str], Match] = {}
-    searched, unreadable = 0, list[str]()
+    searched, unreadable, pages = 0, list[str](), Pages()
     for process in processes_of(pid):
-        searched += _search_memory(process, index, found, unreadable)
+        reader = _Reader(process, index, since, pages)
+        searched += reader.search(found, unreadable)
     files = [file for process in processes_of(pid) for file in _open_files(process)]
     files += [(f"file {path.name}", path) for folder in folders for path in sorted(folder.rglob("*"))]
     seen: set[tuple[int, int]] = set()
@@ -153,33 +187,56 @@ def look_at(pid: int, index: Index, folders: Sequence[Path] = ()) -> Look:
         tuple(Found(n, w, m.blocks, m.first, frozenset(m.spans)) for (n, w), m in sorted(found.items())),
         searched,
         tuple(unreadable),
+        pages,
     )
 
 
 # -- memory --------------------------------------------------------------------------------------
 
 
-def _search_memory(pid: int, index: Index, found: dict[tuple[int, str], Match], unreadable: list[str]) -> int:
-    """Adds to `found` and `unreadable`; returns how many bytes were searched."""
-    searched = 0
-    buffer = np.zeros(_PIECE + 2 * MARGIN, np.uint8)
-    with _opened(f"/proc/{pid}/mem") as memory, _opened(f"/proc/{pid}/pagemap") as pagemap:
-        for region in _regions(pid):
-            for start, stop in _used(region, pagemap):
-                for at in range(start, stop, _PIECE):
+class _Reader:
+    """The memory of one process."""
+
+    def __init__(self, pid: int, index: Index, since: Pages | None, pages: Pages) -> None:
+        """Adds to `pages` what is there, when there is no `since`."""
+        self._pid, self._index, self._since, self._pages = pid, index, since, pages
+
+    def search(self, found: dict[tuple[int, str], Match], unreadable: list[str]) -> int:
+        """Adds to `found` and `unreadable`; returns how many bytes were looked at."""
+        looked_at = 0
+        buffer = np.zeros(_PIECE + 2 * MARGIN, np.uint8)
+        with _opened(f"/proc/{self._pid}/mem") as memory, _opened(f"/proc/{self._pid}/pagemap") as pagemap:
+            for region in _regions(self._pid):
+                for at, end in _pieces(region, pagemap):
                     # A run may begin or end in the piece beside this one, or in the next region.
-                    end = min(stop, at + _PIECE)
                     low, high = _reach(memory, at, end, buffer)
                     if high < end:
                         unreadable.append(f"{region.where} at {at:#x}, {end - at} bytes")
                         continue
+                    looked_at += end - at
                     data = buffer[: high - low]
-                    searched += end - at
-                    for number, match in index.search(data, at - low, end - low).items():
-                        known = found.setdefault((number, region.where), Match(first=match.first + low))
-                        known.blocks += match.blocks
-                        known.spans |= match.spans
-    return searched
+                    for start, stop in self._changed(data[at - low : end - low], at):
+                        # And a part of it in a page that did not change.
+                        first, last = max(low, start - MARGIN), min(high, stop + MARGIN)
+                        for number, match in self._index.search(data, first - low, last - low).items():
+                            known = found.setdefault((number, region.where), Match(first=match.first + low))
+                            known.blocks += match.blocks
+                            known.spans |= match.spans
+        return looked_at
+
+    def _changed(self, data: npt.NDArray[np.uint8], at: int) -> Iterable[tuple[int, int]]:
+        """The parts, in addresses, of the pages that are to be searched."""
+        prints = data.view(np.uint64).reshape(-1, len(_FACTORS)) @ _FACTORS
+        if self._since is None:
+            self._pages.add(self._pid, at, prints)
+            return [(at, at + len(data))]
+        return _runs(self._since.differ(self._pid, at, prints), at)
+
+
+def _pieces(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
+    for start, stop in _used(region, pagemap):
+        for at in range(start, stop, _PIECE):
+            yield at, min(stop, at + _PIECE)
 
 
 def _reach(memory: int, at: int, end: int, buffer: npt.NDArray[np.uint8]) -> tuple[int, int]:
@@ -216,10 +273,14 @@ def _used(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
     if len(entries) != count:
         yield region.start, region.stop
         return
-    in_use = np.concatenate([[0], (entries & _IN_USE) != 0, [0]]).astype(np.int8)
-    edges = np.flatnonzero(np.diff(in_use))
+    yield from _runs((entries & _IN_USE) != 0, region.start)
+
+
+def _runs(pages: npt.NDArray[np.bool_], begin: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) addresses of the pages in a row that are true, the first of all at `begin`."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], pages, [0]]).astype(np.int8)))
     for start, stop in edges.reshape(-1, 2).tolist():
-        yield region.start + start * _PAGE, region.start + stop * _PAGE
+        yield begin + start * _PAGE, begin + stop * _PAGE
 
 
 # -- the rest of /proc ---------------------------------------------------------------------------

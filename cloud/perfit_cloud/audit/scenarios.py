@@ -1,19 +1,21 @@
 """Every RPC and every way that a call can end, and a look at the server before, during and after each.
 
     before   nothing may be there: the canaries are new (negative control)
-    during   tensors and text must be there: the scanner finds (positive control)
+    during   tensors and words (text or ids) must be there: the scanner finds (positive control)
     after    the call has ended and the server is at rest; its channel is still open
     closed   the channel has ended, too: nothing may be left, with hardening on
 
-A server with hardening off comes first. What is left there shows that the scanner would find it.
+A server with hardening off comes first, for every RPC once. What is left there shows that the scanner
+would find it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ import grpc
 
 from perfit_cloud.audit.calls import CALLS, Canaries, PersonalCall, Running
 from perfit_cloud.audit.foreseen import Foresight
-from perfit_cloud.audit.memory import Look, cpu_seconds, look_at, settle, stopped
+from perfit_cloud.audit.memory import Look, Pages, cpu_seconds, look_at, settle, stopped
 from perfit_cloud.audit.needles import Needle, raw
+from perfit_cloud.audit.rows import Row
 from perfit_cloud.audit.search import Index
-from perfit_cloud.audit.server import AuditedServer, Connection, DeviceKey
+from perfit_cloud.audit.server import AuditedServer, Connection, DeviceKey, signature_of
 from perfit_shared.errors import PerfitError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 
-__all__ = ["ENDINGS", "RPCS", "Plan", "Row", "audit", "is_kept"]
+__all__ = ["ENDINGS", "RPCS", "Plan", "audit"]
 
 RPCS = (*CALLS, "Enroll", "Renew")
 ENDINGS = ("done", "cancelled", "deadline", "refused", "gone")
@@ -42,6 +45,7 @@ _STATUS = {  # what the client sees
 }
 _MANY_TOKENS, _MANY_EXAMPLES = 192, 48  # enough work for the server to be caught at it
 _FEW_TOKENS, _FEW_EXAMPLES = 48, 4
+_WORDS = 5  # of an example's prompt; more where the server was too fast
 _SECONDS = 120.0  # deadline where that is not what ends the call
 _REST_SECONDS = 2.0  # after a call: a server overwrites some of it a moment later
 _LOOKS = 8  # at a call under way, until something is found
@@ -59,47 +63,15 @@ class Plan:
     endings: Sequence[str] = ENDINGS
     devices: int = 16  # at once, in the scenario of load; 0: none
     seed: int = 0
-    is_quick: bool = False  # with hardening off only one call, and fewer with it on
+    is_quick: bool = False  # with hardening off only one call, with it on two endings; no load
     flags: Sequence[str] = ()  # more, for `perfit-cloud serve`
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one look found."""
-
-    hardening: str  # "on" or "off"
-    rpc: str
-    ending: str
-    moment: str  # "before", "during", "after" or "closed"
-    found: dict[str, tuple[str, ...]]  # where, by kind of needle
-    searched: int  # bytes
-    unreadable: tuple[str, ...]
-
-    @property
-    def fault(self) -> str:
-        """What is wrong with it; empty: nothing."""
-        if self.moment == "before" and self.found:
-            return "found what was never sent: these needles prove nothing"
-        if self.moment == "during" and not (_holds(self.found, "tensor") and _holds(self.found, "text")):
-            return "found no tensors or no text while the server worked on them: a blind scanner"
-        if self.moment == "closed" and self.hardening == "on" and self.found:
-            return "not forgotten"
-        return ""
-
-
-def is_kept(rows: Sequence[Row]) -> bool:
-    """Whether the promise was kept, and every control found what it should."""
-    closed = [row for row in rows if row.moment == "closed"]
-    could_find = any(row.found for row in closed if row.hardening == "off")
-    has_looked = any(row.hardening == "on" for row in closed)
-    return could_find and has_looked and not any(row.fault for row in rows)
 
 
 def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> list[Row]:
     """All rows; each is told to `report` as it comes. Raises PerfitError when a scenario cannot be played."""
     rows: list[Row] = []
     for hardening in ("off", "on"):
-        of_mode = _reduced(plan, hardening)
+        of_mode = _of_mode(plan, hardening)
         server = AuditedServer(
             plan.folder / f"hardening-{hardening}", model=plan.model, artefact=plan.artefact,
             hardening=hardening, flags=plan.flags,
@@ -111,13 +83,14 @@ def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> li
     return rows
 
 
-def _reduced(plan: Plan, hardening: str) -> Plan:
-    if not plan.is_quick:
-        return plan
+def _of_mode(plan: Plan, hardening: str) -> Plan:
+    """With hardening off each RPC once, whatever is asked for: it is the control of all the others."""
+    devices = 0 if plan.is_quick else plan.devices
     if hardening == "off":
-        return replace(plan, rpcs=plan.rpcs[:1], endings=plan.endings[:1], devices=0)
+        rpcs = () if plan.is_quick else tuple(rpc for rpc in plan.rpcs if rpc != "Generate")
+        return replace(plan, rpcs=("Generate", *rpcs), endings=("done",), devices=devices)
     few = [ending for ending in plan.endings if ending in ("done", "gone")]
-    return replace(plan, endings=few or plan.endings, devices=0)
+    return replace(plan, endings=(few if plan.is_quick else []) or plan.endings, devices=devices)
 
 
 class _Auditor:
@@ -142,71 +115,54 @@ class _Auditor:
     # -- one call --------------------------------------------------------------------------------
 
     def _scenario(self, rpc: str, ending: str, device: DeviceKey) -> Iterator[Row]:
-        call = self._call(rpc, _DTYPES[self._made % 3], is_long=True)
-        where = (rpc, ending)
-        began = time.monotonic()
-        index, row = self._before(*where, call.needles)
-        yield row
-        looking = time.monotonic() - began
-        connection = self._server.connect(device)
-        try:
-            grpc.channel_ready_future(connection.channel).result(_SECONDS)  # the handshake takes its time
-            with ExitStack() as held:
-                # Long enough for some looks, short enough to wait for.
-                seconds = 2 + 4 * looking if ending == "deadline" else _SECONDS
-                if ending == "refused":  # at once: there is nothing to catch it at
-                    running = call.refused(connection.personalization, seconds)
-                else:
-                    running, look = self._caught(call, connection, index, seconds=seconds, held=held)
-                    yield self._row(*where, "during", look, index)
-                if ending == "cancelled":
-                    running.cancel()
-                elif ending == "deadline":
-                    running.wait(seconds + 10)
-                elif ending == "gone" and connection.relay is not None:
-                    connection.relay.cut()
-            self._ended(running, call, ending, where)
-            index = Index([*index.needles, *call.received(running.replies)])
-            yield self._look(*where, "after", index)
-        finally:
-            connection.close()
-        yield self._look(*where, "closed", index)
-
-    def _caught(
-        self, call: PersonalCall, connection: Connection, index: Index, *, seconds: float, held: ExitStack
-    ) -> tuple[Running, Look]:
-        """The call under way on a server that is stopped at it until `held` ends, and what was found.
-
-        Raises PerfitError when it ends before anything is found.
-        """
-        for attempt in range(_TRIES):
-            running = call.start(connection.personalization, seconds * 2**attempt)
-            for number in range(_LOOKS):
-                _let_work(self._server.pid, 0.02 * 1.5**number, running)
-                with ExitStack() as hold:
-                    hold.enter_context(stopped(self._server.pid))
-                    if running.status is not None:
-                        break
-                    look = look_at(self._server.pid, index)
-                    kinds = {index.needles[found.needle].kind for found in look.found}
-                    if number == _LOOKS - 1 or (_holds(kinds, "tensor") and _holds(kinds, "text")):
-                        held.push(hold.pop_all())
-                        return running, look
+        """Raises PerfitError when the call ends in another way, or before the server is caught at it."""
+        dtype = _DTYPES[self._made % 3]
+        for effort in range(1, _TRIES + 1):
+            call = self._call(rpc, dtype, effort)
+            began = time.monotonic()
+            watch = _Watch(self._server, self._hardening, rpc, ending, call.needles)
+            rows = [watch.before()]
+            # Of a call that ends so: long enough for some looks, short enough to wait for.
+            seconds = 2 + 4 * (time.monotonic() - began) * effort if ending == "deadline" else _SECONDS
+            connection = self._server.connect(device)
+            try:
+                grpc.channel_ready_future(connection.channel).result(_SECONDS)  # the handshake takes its time
+                with ExitStack() as held:
+                    if ending == "refused":  # at once: there is nothing to catch it at
+                        running = call.refused(connection.personalization, seconds)
+                    else:
+                        running = call.start(connection.personalization, seconds)
+                        row = self._caught(running, watch, held)
+                        if row is None:
+                            continue
+                        rows.append(row)
+                        _end(running, ending, connection, seconds)
+                _ended(running, call, ending, watch.name)
+                watch.add(call.received(running.replies))
+                if ending != "gone":  # whose channel ended with it
+                    rows.append(watch.at_rest("after"))
+            finally:
+                connection.close()
+            yield from rows
+            yield watch.at_rest("closed")
+            return
         raise PerfitError(
-            f"{call.rpc} ended ({running.status}) before the server was caught at it; audit a larger model"
+            f"{rpc} {ending}: the call ended before the server was caught at it; audit a larger model"
         )
 
-    def _ended(self, running: Running, call: PersonalCall, ending: str, where: tuple[str, str]) -> None:
-        """Wait for the end of the call. Raises PerfitError when it ended in another way than it should."""
-        try:
-            if ending == "done":
-                running.wait(_SECONDS, call.is_answered)
-                running.send(None)
-            running.wait(_SECONDS)
-        except TimeoutError:
-            raise PerfitError(f"{' '.join(where)}: the call did not end") from None
-        if running.status not in _STATUS[ending]:
-            raise PerfitError(f"{' '.join(where)}: the call ended with {running.status}")
+    def _caught(self, running: Running, watch: _Watch, held: ExitStack) -> Row | None:
+        """What was found while the server was at it; it is stopped until `held` ends. None: it was over."""
+        for number in range(_LOOKS):
+            _let_work(self._server.pid, 0.02 * 1.5**number, running)
+            with ExitStack() as hold:
+                hold.enter_context(stopped(self._server.pid))
+                if running.status is not None:
+                    return None
+                row = watch.during()
+                if not row.fault or number == _LOOKS - 1:
+                    held.push(hold.pop_all())
+                    return row
+        return None
 
     # -- identities ------------------------------------------------------------------------------
 
@@ -215,43 +171,50 @@ class _Auditor:
         for ending in ("done", "refused"):
             if "Enroll" in self._plan.rpcs and ending in self._plan.endings:
                 invite, new = self._server.invites(1)[0], DeviceKey()
+                csr = new.csr() if ending == "done" else b"no signing request"
+                enrol = enrol_pb.EnrollRequest(secret=invite.secret, csr=csr)
                 needles = [raw("invite secret", invite.secret), raw("device key", new.secret)]
-                csr = new.csr() if ending == "done" else new.secret[:1] * 100
-
-                def enrol(connection: Connection, secret: bytes = invite.secret, csr: bytes = csr) -> None:
-                    request = enrol_pb.EnrollRequest(secret=secret, csr=csr)
-                    connection.enrollment.Enroll(request, timeout=_SECONDS)
-
-                yield from self._short("Enroll", ending, needles, self._server.enrolment(invite), enrol)
+                connection = self._server.enrolment(invite)
+                yield from self._short(
+                    "Enroll", ending, needles, connection, partial(connection.enrollment.Enroll, enrol)
+                )
         if "Renew" in self._plan.rpcs and "done" in self._plan.endings:
-
-            def renew(connection: Connection) -> None:
-                connection.identity.Renew(enrol_pb.RenewRequest(csr=device.csr()), timeout=_SECONDS)
-
-            needles = [raw("device key", device.secret)]
-            yield from self._short("Renew", "done", needles, self._server.connect(device), renew)
+            csr = device.csr()
+            needles = [raw("signing request", signature_of(csr)), raw("device key", device.secret)]
+            connection = self._server.connect(device)
+            renew = partial(connection.identity.Renew, enrol_pb.RenewRequest(csr=csr))
+            yield from self._short("Renew", "done", needles, connection, renew)
 
     def _short(
-        self, rpc: str, ending: str, needles: list[Needle], connection: Connection,
-        call: Callable[[Connection], None],
-    ) -> Iterator[Row]:  # fmt: skip
-        """A call too short to be caught at work."""
-        index, row = self._before(rpc, ending, needles)
-        yield row
-        with connection, suppress(grpc.RpcError):
-            call(connection)
-            yield self._look(rpc, ending, "after", index)
-        yield self._look(rpc, ending, "closed", index)
+        self, rpc: str, ending: str, needles: list[Needle], connection: Connection, call: Callable[..., Any]
+    ) -> Iterator[Row]:
+        """A call too short to be caught at work; its connection still holds what it sent, and shows it."""
+        with connection:
+            watch = _Watch(self._server, self._hardening, rpc, ending, needles)
+            yield watch.before()
+            try:
+                call(timeout=_SECONDS)
+                status = "OK"
+            except grpc.RpcError as error:
+                status = error.code().name
+            if status not in _STATUS[ending]:
+                raise PerfitError(f"{watch.name}: the call ended with {status}")
+            yield watch.at_rest("after")
+        yield watch.at_rest("closed")
 
     # -- many devices ----------------------------------------------------------------------------
 
     def _load(self, count: int) -> Iterator[Row]:
         """All devices at once, each with canaries of its own; of four one cancels and one is cut off."""
-        where = ("every RPC", f"{count} devices")
         kinds = [rpc for rpc in self._plan.rpcs if rpc in CALLS] or list(CALLS)
-        calls = [self._call(kinds[n % len(kinds)], _DTYPES[n % 3], is_long=n % 2 == 0) for n in range(count)]
-        index, row = self._before(*where, [needle for call in calls for needle in call.needles])
-        yield row
+        endings = [("done", "cancelled", "done", "gone")[n % 4] for n in range(count)]
+        calls = [
+            self._call(kinds[n % len(kinds)], _DTYPES[n % 3], effort=0 if endings[n] == "done" else 1)
+            for n in range(count)
+        ]
+        needles = [needle for call in calls for needle in call.needles]
+        watch = _Watch(self._server, self._hardening, "every RPC", f"{count} devices", needles)
+        yield watch.before()  # first: the server closes connections that stay idle meanwhile
         connections = [self._server.connect(device) for device in self._server.enrol(count)]
         try:
             for connection in connections:  # the handshakes are no part of the load
@@ -262,70 +225,118 @@ class _Auditor:
             ]
             _let_work(self._server.pid, 0.2, running[0])
             with stopped(self._server.pid):
-                yield self._row(*where, "during", look_at(self._server.pid, index), index)
-                for number, connection in enumerate(connections):
-                    if number % 4 == 1:
-                        running[number].cancel()
-                    elif number % 4 == 3 and connection.relay is not None:
-                        connection.relay.cut()
-            needles: list[Needle] = list(index.needles)
-            for call, of_call in zip(calls, running, strict=True):
-                of_call.wait(_SECONDS, call.is_answered)
-                of_call.send(None)
-                of_call.wait(_SECONDS)
-                needles += call.received(of_call.replies)
-            index = Index(needles)
-            yield self._look(*where, "after", index)
+                yield watch.during()
+                for of_call, ending, connection in zip(running, endings, connections, strict=True):
+                    if of_call.status is None:
+                        _end(of_call, ending, connection, _SECONDS)
+            for n, (call, of_call, ending) in enumerate(zip(calls, running, endings, strict=True)):
+                _ended(of_call, call, ending, f"{call.rpc} of device {n} of {count}")
+                watch.add(call.received(of_call.replies))
+            yield watch.at_rest("after")
         finally:
             for connection in connections:
                 connection.close()
-        yield self._look(*where, "closed", index)
+        yield watch.at_rest("closed")
 
-    # -- looking ---------------------------------------------------------------------------------
-
-    def _call(self, rpc: str, dtype: str, *, is_long: bool) -> PersonalCall:
+    def _call(self, rpc: str, dtype: str, effort: int) -> PersonalCall:
+        """`effort`: 0 for little work, else so many times what a server can be caught at."""
         self._made += 1
         canaries = Canaries([self._plan.seed, self._made, self._hardening == "on"], self._foresight)
         size: dict[str, Any]
         if rpc in ("Generate", "Ask"):
-            size = {"tokens": self._tokens if is_long else min(_FEW_TOKENS, self._tokens)}
+            size = {"tokens": self._tokens if effort else min(_FEW_TOKENS, self._tokens)}
         else:
-            size = {"examples": _MANY_EXAMPLES if is_long else _FEW_EXAMPLES}
+            examples = _MANY_EXAMPLES if effort else _FEW_EXAMPLES
+            size = {"examples": examples, "words": _WORDS * max(1, effort)}
         made: PersonalCall = CALLS[rpc](canaries, dtype, **size)
         return made
 
-    def _before(self, rpc: str, ending: str, needles: list[Needle]) -> tuple[Index, Row]:
-        """The index of the needles that can tell, and what was found of them before anything was sent.
 
-        The words of an answer are the model's own. Some of their parts stand in libraries, and say nothing.
+class _Watch:
+    """The looks at a server for the needles of one scenario."""
+
+    def __init__(
+        self, server: AuditedServer, hardening: str, rpc: str, ending: str, needles: Sequence[Needle]
+    ) -> None:
+        self._server, self._hardening, self._rpc, self._ending = server, hardening, rpc, ending
+        self._index = Index(needles)
+        self._pages: Pages | None = None  # before the call: what did not change since is not of the call
+
+    @property
+    def name(self) -> str:
+        return f"{self._rpc} {self._ending}"
+
+    def add(self, needles: Sequence[Needle]) -> None:
+        """Look for these, too, from now on."""
+        if needles:
+            self._index = Index([*self._index.needles, *needles])
+
+    def before(self) -> Row:
+        """What was found before anything was sent; needles that cannot tell are dropped.
+
+        The words of an answer and the ids of tokens are the model's own. Some of their runs stand in
+        libraries, and say nothing.
         """
-        index = Index(needles)
         settle(self._server.pid)
-        with stopped(self._server.pid):
-            look = look_at(self._server.pid, index, [self._server.folder])
+        look, needles = self._stopped(), self._index.needles
+        self._pages = look.pages
         public: dict[int, set[tuple[int, int, int]]] = {}
         for found in look.found:
-            if index.needles[found.needle].kind.startswith("answer text"):
+            kind = needles[found.needle].kind
+            if kind.startswith("answer text") or " ids " in kind:
                 public.setdefault(found.needle, set()).update(found.spans)
+        look = replace(look, found=tuple(f for f in look.found if f.needle not in public))
+        row = self._row("before", look)
         if public:
-            kept = [n.without(public.get(number, ())) for number, n in enumerate(index.needles)]
-            look = replace(look, found=tuple(f for f in look.found if f.needle not in public))
-            row = self._row(rpc, ending, "before", look, index)
-            return Index(kept), row
-        return index, self._row(rpc, ending, "before", look, index)
+            self._index = Index([n.without(public.get(number, ())) for number, n in enumerate(needles)])
+        return row
 
-    def _look(self, rpc: str, ending: str, moment: str, index: Index) -> Row:
+    def during(self) -> Row:
+        """Of a server that is stopped."""
+        return self._row("during", look_at(self._server.pid, self._index, since=self._pages))
+
+    def at_rest(self, moment: str) -> Row:
         settle(self._server.pid, rest=_REST_SECONDS)
-        with stopped(self._server.pid):
-            look = look_at(self._server.pid, index, [self._server.folder])
-        return self._row(rpc, ending, moment, look, index)
+        return self._row(moment, self._stopped())
 
-    def _row(self, rpc: str, ending: str, moment: str, look: Look, index: Index) -> Row:
+    def _stopped(self) -> Look:
+        with stopped(self._server.pid):
+            return look_at(self._server.pid, self._index, [self._server.folder], since=self._pages)
+
+    def _row(self, moment: str, look: Look) -> Row:
+        needles = self._index.needles
         places: dict[str, dict[str, None]] = {}
         for found in look.found:
-            places.setdefault(index.needles[found.needle].kind, {})[found.where] = None
-        kinds = {kind: tuple(of_kind) for kind, of_kind in places.items()}
-        return Row(self._hardening, rpc, ending, moment, kinds, look.searched, look.unreadable)
+            places.setdefault(needles[found.needle].kind, {})[found.where] = None
+        return Row(
+            self._hardening, self._rpc, self._ending, moment,
+            found={kind: tuple(of_kind) for kind, of_kind in places.items()},
+            sought=tuple(dict.fromkeys(needle.kind for needle in needles)),
+            searched=look.searched, unreadable=look.unreadable,
+        )  # fmt: skip
+
+
+def _end(running: Running, ending: str, connection: Connection, seconds: float) -> None:
+    """What the device does to end it, while the server is stopped."""
+    if ending == "cancelled":
+        running.cancel()
+    elif ending == "deadline":
+        running.wait(seconds + 10)
+    elif ending == "gone" and connection.relay is not None:
+        connection.relay.cut()
+
+
+def _ended(running: Running, call: PersonalCall, ending: str, name: str) -> None:
+    """Wait for the end of a call. Raises PerfitError when it ended in another way than it should."""
+    try:
+        if ending == "done":
+            running.wait(_SECONDS, call.is_answered)
+            running.send(None)
+        running.wait(_SECONDS)
+    except TimeoutError:
+        raise PerfitError(f"{name}: the call did not end") from None
+    if running.status not in _STATUS[ending]:
+        raise PerfitError(f"{name}: the call ended with {running.status}")
 
 
 def _let_work(pid: int, seconds: float, running: Running) -> None:
@@ -333,7 +344,3 @@ def _let_work(pid: int, seconds: float, running: Running) -> None:
     goal, end = cpu_seconds(pid) + seconds, time.monotonic() + 20 * seconds
     while cpu_seconds(pid) < goal and time.monotonic() < end and running.status is None:
         time.sleep(0.002)
-
-
-def _holds(kinds: Iterable[str], word: str) -> bool:
-    return any(word in kind.split() for kind in kinds)

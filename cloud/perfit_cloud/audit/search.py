@@ -4,6 +4,9 @@ A run of 2w bytes holds, wherever it lies, a block of w bytes whose address is a
 min(w, 8): 2w ≥ w + 7. So every w-byte block of the secrets goes into a table, memory is looked at
 block by block, and only around a block that is in the table are all 2w bytes compared. A small table of
 hashes in front keeps most of memory from the big one.
+
+Blocks of one byte again and again fill any memory, and are left out of the table: a run that holds one
+(a float64 beside a zero) is found by its other blocks.
 """
 
 from __future__ import annotations
@@ -89,7 +92,7 @@ class _Table:
                 continue
             for piece, data in enumerate(needle.pieces):
                 says = needle.telling(data)
-                places.append(size + _useful(says, needle, width))
+                places.append(size + _useful(data, says, needle, width))
                 source += [data, gap]
                 owners += [np.full(len(data), len(self._pieces)), np.full(2 * width, -1)]
                 telling += [says, np.zeros(2 * width, bool)]
@@ -167,13 +170,16 @@ class _Table:
         return hashes.view(np.int64)
 
 
-def _useful(says: npt.NDArray[np.bool_], needle: Needle, width: int) -> Places:
+def _useful(piece: bytes, says: npt.NDArray[np.bool_], needle: Needle, width: int) -> Places:
     """Where in a piece blocks begin that a telling run holds, and that an aligned address can."""
     if len(says) < 2 * width:
         return np.zeros(0, np.int64)
     runs = np.concatenate([[0], np.cumsum(says)])
     begins = np.arange(0, len(says) - width + 1, min(needle.item, _STRIDE, width))
-    return begins[runs[begins + 1] > runs[np.maximum(begins - width, 0)]]
+    begins = begins[runs[begins + 1] > runs[np.maximum(begins - width, 0)]]
+    blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(piece, np.uint8), width)[begins]
+    telling: Places = begins[(blocks != blocks[:, :1]).any(1)]
+    return telling
 
 
 def _keys(data: Bytes, width: int, stride: int) -> Keys:

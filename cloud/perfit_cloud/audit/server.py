@@ -28,9 +28,10 @@ from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
-__all__ = ["AuditedServer", "Connection", "DeviceKey", "Relay"]
+__all__ = ["AuditedServer", "Connection", "DeviceKey", "Relay", "signature_of"]
 
 _SECONDS = 30.0  # deadline of an enrolment, and of the server's end
+_INVITES = 3  # made at once, at least: the command takes seconds
 _NOW = struct.pack("ii", 1, 0)  # SO_LINGER: a socket that is closed is reset, and what waits is dropped
 # A relay and a server on one machine; a proxy of the environment has no business here.
 _OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -66,6 +67,7 @@ class AuditedServer:
         self, folder: Path, *, model: str, artefact: Path, hardening: str, flags: Sequence[str] = ()
     ) -> None:  # fmt: skip
         self.folder, self._state = folder, folder / "state"
+        self._unused: list[Invite] = []
         command = Path(sys.executable).with_name("perfit-cloud")
         if not command.exists():
             raise ConfigError(f"no perfit-cloud beside {sys.executable}; run the one of a whole installation")
@@ -110,13 +112,17 @@ class AuditedServer:
         return self._process.pid
 
     def invites(self, count: int) -> list[Invite]:
-        done = subprocess.run(
-            [self._command, "invite", "--state", str(self._state), "--count", str(count)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise PerfitError(f"cannot make invites: {done.stderr.strip()[-500:]}")
-        return [Invite.decode(line) for line in done.stdout.split()]
+        if len(self._unused) < count:
+            made = max(count, _INVITES)
+            done = subprocess.run(
+                [self._command, "invite", "--state", str(self._state), "--count", str(made)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise PerfitError(f"cannot make invites: {done.stderr.strip()[-500:]}")
+            self._unused += [Invite.decode(line) for line in done.stdout.split()]
+        given, self._unused = self._unused[:count], self._unused[count:]
+        return given
 
     def enrolment(self, invite: Invite) -> Connection:
         roots = grpc.ssl_channel_credentials(_pem(invite.server_ca_der))
@@ -222,6 +228,11 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
+
+
+def signature_of(csr: bytes) -> bytes:
+    """What is random in a signing request and in no certificate."""
+    return x509.load_der_x509_csr(csr).signature
 
 
 def _pem(der: bytes) -> bytes:

@@ -16,7 +16,7 @@ import typer
 from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_cloud.audit.scenarios import Row
+    from perfit_cloud.audit.rows import Row
 
 __all__ = ["audit"]
 
@@ -44,14 +44,16 @@ def audit(  # noqa: PLR0917 - options of a command
     It starts servers of its own, first with hardening off and then on, and calls every RPC with words
     and tensors that stand nowhere else. The code is 1 when something is left after a call and its
     channel have ended, or when a control fails: before a call nothing may be found, during it tensors
-    and text must be. Needs Linux and CAP_SYS_PTRACE. GPU memory cannot be searched.
+    and words must be, and of every kind of secret something by some look. Needs Linux and
+    CAP_SYS_PTRACE. GPU memory cannot be searched.
 
         perfit-cloud audit --model models/newslm --artefact runs/news_headline
 
         perfit-cloud audit --model models/newslm --artefact runs/news_headline --rpc Adapt --quick
     """
     from perfit_cloud.audit.memory import check_allowed
-    from perfit_cloud.audit.scenarios import ENDINGS, RPCS, Plan, is_kept
+    from perfit_cloud.audit.rows import forms_seen, is_kept, unseen
+    from perfit_cloud.audit.scenarios import ENDINGS, RPCS, Plan
     from perfit_cloud.audit.scenarios import audit as run
 
     # A server that was stopped to be looked at should not stay so: SIGTERM unwinds as Ctrl-C does.
@@ -75,10 +77,16 @@ def audit(  # noqa: PLR0917 - options of a command
         with Foresight(base, Artefact.load(artefact)) as foresight:
             rows = run(plan, foresight, _tell)
     if as_json is not None:
-        written = [{**asdict(row), "fault": row.fault} for row in rows]
-        as_json.write_text(json.dumps({"kept": is_kept(rows), "rows": written}, indent=1), "utf-8")
-    for line in _table(rows):
+        written = {
+            "kept": is_kept(rows), "seed": seed, "devices": 0 if quick else devices,
+            "forms_found": forms_seen(rows), "never_found": unseen(rows),
+            "rows": [_written(row) for row in rows],
+        }  # fmt: skip
+        as_json.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+    for line in [*_table(rows), *_forms(forms_seen(rows))]:
         print(line)
+    for family in unseen(rows):
+        print(f"no look found any {family}: that it is forgotten was not shown", file=sys.stderr)
     if not is_kept(rows):
         print("the audit failed", file=sys.stderr)
         raise typer.Exit(1)
@@ -95,16 +103,13 @@ def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> tup
 
 def _tell(row: Row) -> None:
     """Progress, on stderr."""
-    print(
-        f"hardening {row.hardening}, {row.rpc} {row.ending}, {row.moment}: {_count(row)}"
-        f"{'' if not row.fault else ': ' + row.fault}",
-        file=sys.stderr,
-        flush=True,
-    )
+    fault = f" ({', '.join(row.found)}): {row.fault}" if row.fault else ""
+    look = f"hardening {row.hardening}, {row.rpc} {row.ending}, {row.moment}: {_count(row)}"
+    print(look + fault, file=sys.stderr, flush=True)
 
 
 def _count(row: Row) -> str:
-    return f"{len(row.found)} kinds" if row.found else "nothing"
+    return f"{len(row.found)} kind{'s' * (len(row.found) > 1)}" if row.found else "nothing"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -122,6 +127,22 @@ def _table(rows: Sequence[Row]) -> list[str]:
             if row.unreadable:
                 lines.append(f"    {row.moment}: could not read {'; '.join(row.unreadable[:4])}")
     return lines
+
+
+def _forms(families: dict[str, dict[str, bool]]) -> list[str]:
+    """Of every family of needles the forms that some look found, and those that none did."""
+    lines = ["", "found by some look since its call began"]
+    for family, forms in families.items():
+        seen = [form for form, is_seen in forms.items() if is_seen]
+        never = [form for form, is_seen in forms.items() if not is_seen]
+        nowhere = f" (in no look: {', '.join(never)})" if never and seen else ""
+        lines.append(f"    {family}: {', '.join(seen) or 'never'}{nowhere}")
+    return lines
+
+
+def _written(row: Row) -> dict[str, object]:
+    """For the file; the kinds that were sought stand in it once."""
+    return {key: value for key, value in asdict(row).items() if key != "sought"} | {"fault": row.fault}
 
 
 def _line(*cells: str) -> str:

@@ -1,0 +1,70 @@
+"""What the looks of an audit found, and whether that will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Row", "forms_seen", "is_kept", "unseen"]
+
+_NEVER_SENT = "device key"  # no look should find it, so none can show that it would be found
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one look found."""
+
+    hardening: str  # "on" or "off"
+    rpc: str
+    ending: str
+    moment: str  # "before", "during", "after" or "closed"
+    found: dict[str, tuple[str, ...]]  # where, by kind of needle
+    sought: tuple[str, ...]  # kinds of needles
+    searched: int  # bytes
+    unreadable: tuple[str, ...]
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it; empty: nothing."""
+        if self.moment == "before" and self.found:
+            return "found what was never sent: these needles prove nothing"
+        # Of examples a server keeps ids and no text once it has read them.
+        has_words = _holds(self.found, "text") or _holds(self.found, "ids")
+        if self.moment == "during" and not (_holds(self.found, "tensor") and has_words):
+            return "found no tensors or no words while the server worked on them: a blind scanner"
+        if self.moment == "closed" and self.hardening == "on" and self.found:
+            return "not forgotten"
+        return ""
+
+
+def is_kept(rows: Sequence[Row]) -> bool:
+    """Whether the promise was kept, and every control found what it should."""
+    closed = [row for row in rows if row.moment == "closed"]
+    could_find = any(row.found for row in closed if row.hardening == "off")
+    has_looked = any(row.hardening == "on" for row in closed)
+    return could_find and has_looked and not unseen(rows) and not any(row.fault for row in rows)
+
+
+def unseen(rows: Sequence[Row]) -> list[str]:
+    """The families of needles of which no look found any form: that they are gone was not shown."""
+    seen = forms_seen(rows)
+    return [family for family, forms in seen.items() if family != _NEVER_SENT and not any(forms.values())]
+
+
+def forms_seen(rows: Sequence[Row]) -> dict[str, dict[str, bool]]:
+    """By family ("tensor", "prompt text"): each form that was sought ("fp32", "utf-8"), and whether found.
+
+    Found by any look since its call began: a form in which the server never holds a secret is not.
+    """
+    found = {kind for row in rows if row.moment != "before" for kind in row.found}
+    families: dict[str, dict[str, bool]] = {}
+    for kind in dict.fromkeys(kind for row in rows for kind in row.sought):
+        words = kind.split()
+        length = 1 if words[0] in ("tensor", "gradient") else 2
+        forms = families.setdefault(" ".join(words[:length]), {})
+        forms[" ".join(words[length:]) or "as sent"] = kind in found
+    return families
+
+
+def _holds(kinds: Iterable[str], word: str) -> bool:
+    return any(word in kind.split() for kind in kinds)
