@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _LOOSE_TONGUES = ("transformers",)
 
-# gRPC 1.85's newer polling uses freed memory, and the process dies: six servers of six under `soak.load`, after
-# 1,600 to 9,400 calls with connections cut in between, with hardening and without. The older does not.
+# gRPC 1.85's newer polling uses freed memory, and the process dies: seven servers of eight under `soak.load`,
+# after 1,600 to 9,400 calls with connections cut in between, with hardening and without.
 _OLDER_POLLING = ",".join(
     f"-event_engine_{part}" for part in ("client", "listener", "callback_cq", "dns", "fork")
 )
@@ -86,7 +86,7 @@ def serve(  # noqa: PLR0917 - options of a command
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Both before gRPC is imported. Its own lines would stand beside ours, and any caller's bad handshake is one.
+    # Both before gRPC is imported. Its own lines would stand beside ours: any caller's bad handshake is one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     os.environ.setdefault("GRPC_EXPERIMENTS", _OLDER_POLLING)
     read = load_config(file=config, flags=_settings(setting or []) | given)
