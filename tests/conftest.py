@@ -14,7 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from perfit_shared.grpc_environment import prepare_grpc
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+
+prepare_grpc()  # gRPC is imported by the tests' own modules
 
 if TYPE_CHECKING:
     from perfit_cloud.model.artefacts import Artefact

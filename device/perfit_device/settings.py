@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perfit_shared.errors import ConfigError
+from perfit_shared.grpc_environment import prepare_grpc
 
 __all__ = ["Settings", "prepare_process"]
 
@@ -51,7 +52,6 @@ def prepare_process() -> None:
         import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # gRPC writes handshake failures to stderr, where our one clear line belongs.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_grpc()
     # The largest matrix here is 32 × 4096: threads cost more memory than they save time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

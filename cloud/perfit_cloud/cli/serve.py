@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import signal
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import typer
 
 from perfit_cloud.config import CloudConfig, load_config
 from perfit_shared.errors import ConfigError
+from perfit_shared.grpc_environment import prepare_grpc
 
 if TYPE_CHECKING:
     from perfit_cloud.service.authority import Authority
@@ -27,12 +27,6 @@ __all__ = ["ConfigFile", "StateFolder", "serve"]
 _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _LOOSE_TONGUES = ("transformers",)
-
-# gRPC 1.85's newer polling uses freed memory, and the process dies: seven servers of eight under `soak.load`,
-# after 1,600 to 9,400 calls with connections cut in between, with hardening and without.
-_OLDER_POLLING = ",".join(
-    f"-event_engine_{part}" for part in ("client", "listener", "callback_cq", "dns", "fork")
-)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
@@ -86,9 +80,7 @@ def serve(  # noqa: PLR0917 - options of a command
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Both before gRPC is imported. Its own lines would stand beside ours: any caller's bad handshake is one.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    os.environ.setdefault("GRPC_EXPERIMENTS", _OLDER_POLLING)
+    prepare_grpc()
     read = load_config(file=config, flags=_settings(setting or []) | given)
     _serve(read, _hardened(read), as_json=as_json)
 
