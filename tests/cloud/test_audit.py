@@ -403,8 +403,8 @@ def test_children_are_looked_at_too(child: Callable[[str], int]) -> None:
 
 @looking
 def test_a_process_stands_still_while_it_is_looked_at(child: Callable[[str], int]) -> None:
-    pid = child("import threading, time\ndef spin():\n while time.monotonic() < end: pass")
-    child("end = time.monotonic() + 1.5; threading.Thread(target=spin, daemon=True).start()")
+    pid = child("import threading, time\ndef spin():\n while time.process_time() < end: pass")
+    child("end = time.process_time() + 1.5; threading.Thread(target=spin, daemon=True).start()")
     with stopped(pid):
         before = cpu_seconds(pid)
         assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

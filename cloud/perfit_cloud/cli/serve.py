@@ -6,6 +6,7 @@ import json
 import logging
 import queue
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ __all__ = ["ConfigFile", "StateFolder", "serve"]
 _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _LOOSE_TONGUES = ("transformers",)
+_WAKE_SECONDS = 0.25  # how long a signal to stop may go unnoticed
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
@@ -176,7 +178,9 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     server.start()
     print(_line(served, server.addresses, hardening, as_json=as_json), flush=True)
     try:
-        stops.get()
+        while stops.empty():
+            # The system may give the signal to any thread, and its handler waits for this one to wake.
+            time.sleep(_WAKE_SECONDS)
     finally:
         server.stop(config.drain_seconds, lambda: not stops.empty())
         generation.stop()
