@@ -15,12 +15,9 @@ from typing import Any
 import grpc
 
 from perfit_device.identity import Enrolment, pem
-from perfit_shared.errors import NotAuthenticated, PerfitError, Unavailable, from_code
+from perfit_shared.errors import BrokenOff, NotAuthenticated, PerfitError, Unavailable, from_code
 
-__all__ = [
-    "MESSAGE_BYTES", "BrokenOff",
-    "address_of", "enrolment_channel", "mutual_channel", "readable", "translate",
-]  # fmt: skip
+__all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel", "readable", "translate"]
 
 MESSAGE_BYTES = 32 * 1024 * 1024  # largest message in either direction
 _MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
@@ -29,11 +26,6 @@ _PROBE_SECONDS = 3.0
 _NOT_THE_TIME = (9, 10)
 # Addresses are shown on terminals, and a cloud says its own: nothing that could steer one.
 _ADDRESS = re.compile(r"([A-Za-z0-9.:\-\[\]_]+):([0-9]{1,5})")
-
-
-class BrokenOff(Unavailable):
-    """Somebody is there, with the right certificate, and ended the connection nevertheless: the cloud is
-    stopping, or does not take *our* certificate, which gRPC does not tell."""
 
 
 def address_of(address: str) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 
 from perfit_device import enrolment as enrolments
-from perfit_device.channels import BrokenOff, mutual_channel, translate
+from perfit_device.channels import mutual_channel, translate
 from perfit_device.codec import (
     ANSWER_DTYPE,
     LOSS_DTYPE,
@@ -32,7 +32,7 @@ from perfit_device.codec import (
 )
 from perfit_device.identity import Enrolment, life_left
 from perfit_device.patience import PASSING
-from perfit_shared.errors import CertificateExpired, InvalidTensors, PerfitError, ShiftMismatch
+from perfit_shared.errors import BrokenOff, CertificateExpired, InvalidTensors, PerfitError, ShiftMismatch
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services

@@ -15,6 +15,7 @@ PerfitError
 ├── Busy                      a limit is reached; `retry_ms` says when to come back
 ├── TooSlow                   a deadline passed
 ├── Unavailable               the cloud cannot be reached, or is stopping
+│   └── BrokenOff             a trusted server ended the connection: it stops, or refuses our certificate
 ├── Cancelled                 the caller left
 ├── VaultError                the device's sealed store
 │   ├── WrongPassphrase
@@ -32,6 +33,7 @@ cloud reaches a device as "internal error".
 from __future__ import annotations
 
 __all__ = [
+    "BrokenOff",
     "Busy",
     "Cancelled",
     "CertificateExpired",
@@ -124,6 +126,10 @@ class TooSlow(PerfitError):
 
 class Unavailable(PerfitError):
     code = "unavailable"
+
+
+class BrokenOff(Unavailable):
+    code = "broken_off"
 
 
 class Cancelled(PerfitError):

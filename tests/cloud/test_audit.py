@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -406,9 +407,10 @@ def test_a_process_stands_still_while_it_is_looked_at(child: Callable[[str], int
     pid = child("import threading, time\ndef spin():\n while time.process_time() < end: pass")
     child("end = time.process_time() + 1.5; threading.Thread(target=spin, daemon=True).start()")
     with stopped(pid):
-        before = cpu_seconds(pid)
         assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        settle(pid)
+        settle(pid)  # what it had done by then is counted late where there is much to do
+        before = cpu_seconds(pid)
+        time.sleep(0.3)
         assert cpu_seconds(pid) == before
     settle(pid)
     assert cpu_seconds(pid) > before  # it went on, and settle waited for its end
