@@ -22,6 +22,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Target]]:
         yield made
 
 
+@pytest.mark.slow
 def test_no_input_does_harm(targets: list[Target]) -> None:
     result = run(targets, inputs=INPUTS, seed=SEED)
     failures = [failure for tally in result["targets"] for failure in tally["failures"]]

@@ -301,6 +301,7 @@ run()
 """
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(
     tmp_path: Path, model_folder: Callable[[str], Path], base: BaseModel, artefact: Artefact
 ) -> None:
