@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -37,6 +39,31 @@ def test_nobody_calls_without_a_certificate(run: Callable[..., Running]) -> None
     plain = grpc.insecure_channel(running.address)
     assert failure(describe(plain))[0] == "UNAVAILABLE"
     plain.close()
+
+
+def test_handshakes_are_given_a_certificate_only_when_it_is_another(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given one at every handshake, gRPC freed what others of that moment used, and the server died."""
+    given: list[bytes] = []
+    make = grpc.ssl_server_certificate_configuration
+
+    def counted(pairs: Sequence[tuple[bytes, bytes]], root_certificates: bytes | None = None) -> Any:
+        given.append(pairs[0][1])
+        return make(pairs, root_certificates)
+
+    monkeypatch.setattr(grpc, "ssl_server_certificate_configuration", counted)
+    running = run()
+    assert len(given) == 2  # one a listener
+    for _ in range(3):
+        running.device().describe()
+    assert len(given) == 2
+    identity = running.server._credentials._identity
+    running.server._credentials._identity = replace(identity, renew_at=0.0)
+    running.device().describe()
+    running.device().describe()
+    assert len(given) == 3
+    assert given[2] != given[0]
 
 
 def test_certificates_of_another_cloud_are_refused(run: Callable[..., Running]) -> None:

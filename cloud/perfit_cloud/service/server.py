@@ -321,14 +321,30 @@ class _RotatingIdentity:
     def credentials(self, client_ca: bytes | None) -> grpc.ServerCredentials:
         """With `client_ca`, callers must show a certificate that it issued."""
 
-        def current() -> grpc.ServerCertificateConfiguration:
-            identity = self._current()
+        given = self._current()
+
+        def configuration() -> grpc.ServerCertificateConfiguration:
             return grpc.ssl_server_certificate_configuration(
-                [(identity.key_pem, identity.certificate_pem)], root_certificates=client_ca
+                [(given.key_pem, given.certificate_pem)], root_certificates=client_ca
             )
 
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            """Asked at every handshake; None: the one that gRPC has.
+
+            When it is given one, gRPC frees what it has, and other handshakes of that moment may be using
+            it: devices that came back together after a cut ended the process.
+            """
+            nonlocal given
+            current = self._current()
+            if current is given:
+                return None
+            given = current
+            return configuration()
+
         return grpc.dynamic_ssl_server_credentials(
-            current(), current, require_client_authentication=client_ca is not None
+            configuration(),
+            renewed,  # type: ignore[arg-type]  # the stubs do not know of the documented None
+            require_client_authentication=client_ca is not None,
         )
 
     def ends_at(self) -> float:
