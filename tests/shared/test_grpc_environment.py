@@ -16,7 +16,7 @@ print(os.environ["GRPC_EXPERIMENTS"])
 
 
 def test_grpc_knows_every_part_that_is_turned_off() -> None:
-    """It says so on stderr when it does not: the newer polling uses freed memory."""
+    """It says so on stderr when it does not."""
     unset = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=unset | {"GRPC_VERBOSITY": "ERROR"},
