@@ -194,9 +194,7 @@ class _Messages(Iterator[Any]):
         try:
             data = next(self._requests)
         except grpc.RpcError as error:  # gRPC's word for it, with no code
-            error.with_traceback(
-                None
-            )  # gRPC keeps the error, which would keep all frames that it came through
+            error.with_traceback(None)  # gRPC keeps the error, and that all frames it came through
             raise Cancelled("the caller left") from None
         with self._lock:
             if self._is_closed:
