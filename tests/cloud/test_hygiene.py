@@ -21,7 +21,7 @@ import torch
 from google.protobuf.message import Message
 from tests.cloud.doubles import wait_for
 from tests.cloud.serving import TIMEOUT, Device, Running, generate, personal
-from tests.cloud.test_audit import may_look
+from tests.cloud.test_audit_memory import may_look
 from tests.cloud.test_service_adapt import EXAMPLES, examples, mine, step
 from tests.cloud.test_service_adapt import opening as adapt_opening
 from tests.cloud.test_service_ask import opening as ask_opening

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 __all__ = ["Row", "forms_seen", "is_kept", "unseen"]
 
-# Families that a look need not find: a device never sends its key, and a server holds the ids of an answer
-# as single numbers of Python's, next to each other by chance alone.
-_UNCONTROLLED = ("device key", "answer ids")
+# Families that a look need not find: a device never sends its key, and a server holds the ids of a prompt
+# side by side only during the one pass that reads them, and those of an answer never. Needles of ids have
+# their control in those of examples, which are made in the same way.
+_UNCONTROLLED = ("device key", "prompt ids", "answer ids")
 
 
 @dataclass(frozen=True)

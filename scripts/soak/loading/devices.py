@@ -240,9 +240,10 @@ class Device:
             epochs=epochs, learning_rate=artefact.learning_rate, batch_size=batch, seed=self.number,
             examples=len(split.train), fresh=True, history=split.digest(), version=artefact.version,
         )  # fmt: skip
+        start = self._patiently(lambda: self._cloud.fetch_seed(artefact))
         with Adapting(self._cloud, artefact, info.limits, split) as source:
             run = updates.Update(
-                vault, info.cloud_id, artefact, plan, start=self._cloud.fetch_seed(artefact), updates=0,
+                vault, info.cloud_id, artefact, plan, start=start, updates=0,
                 gradient=source.gradient, evaluate=source.loss, patience=patience, checkpoint_seconds=0.5,
             )  # fmt: skip
             result = run.run()
