@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -265,7 +266,7 @@ class _Load:
         now = time.monotonic()
         for device, thread in zip(self.devices, threads, strict=True):
             if thread.is_alive() and now - device.progressed > _HANG_SECONDS:
-                self.wrong.append(f"device {device.number} hangs")
+                self.wrong.append(f"device {device.number} hangs: {_whereabouts(thread)}")
                 faulthandler.dump_traceback()
         if self._cloud.process.poll() is not None:
             self.wrong.append(f"the cloud ended with {self._cloud.process.returncode}")
@@ -297,6 +298,13 @@ class _Load:
         else:
             self._proxy.stall(self._random.uniform(0.1, 1.5))
             self.stalls += 1
+
+
+def _whereabouts(thread: threading.Thread) -> str:
+    """Innermost frame last, without the interpreter's own."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    lines = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)]
+    return " > ".join(lines[-12:]) if frame is not None else "it ended"
 
 
 def _resident_kib(process: int) -> int:

@@ -197,7 +197,30 @@ class Ask(PersonalCall):
         return sum(1 for r in replies if r.failure.code or r.part.finish) == len(self._questions)
 
 
-class Score(PersonalCall):
+class _OneReply(PersonalCall):
+    """A request that is answered once."""
+
+    _request: Any
+
+    @abstractmethod
+    def _spoil(self, request: Any) -> None:
+        """Put the mistake into a request that is like the right one."""
+
+    def start(self, stub: Any, seconds: float) -> Running:
+        return self._run(stub, seconds, self._request)
+
+    def refused(self, stub: Any, seconds: float) -> Running:
+        request = type(self._request)()
+        request.CopyFrom(self._request)
+        self._spoil(request)
+        return self._run(stub, seconds, request)
+
+    def _run(self, stub: Any, seconds: float, request: Any) -> Running:
+        method = getattr(stub, self.rpc)
+        return Running(lambda _: method.future(request, timeout=seconds), is_future=True)
+
+
+class Score(_OneReply):
     rpc = "Score"
 
     def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
@@ -209,16 +232,11 @@ class Score(PersonalCall):
             *_of_pairs(canaries, pairs),
         ]
 
-    def start(self, stub: Any, seconds: float) -> Running:
-        return Running(lambda _: stub.Score.future(self._request, timeout=seconds), is_future=True)
-
-    def refused(self, stub: Any, seconds: float) -> Running:
-        request = pb.ScoreRequest.FromString(self._request.SerializeToString())
+    def _spoil(self, request: Any) -> None:
         request.candidates[-1].answer = " "
-        return Running(lambda _: stub.Score.future(request, timeout=seconds), is_future=True)
 
 
-class ComputeGradient(PersonalCall):
+class ComputeGradient(_OneReply):
     rpc = "ComputeGradient"
 
     def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
@@ -231,13 +249,8 @@ class ComputeGradient(PersonalCall):
             *gradient_forms(foresight.gradient(pairs, foresight.decoded(personal))),
         ]
 
-    def start(self, stub: Any, seconds: float) -> Running:
-        return Running(lambda _: stub.ComputeGradient.future(self._request, timeout=seconds), is_future=True)
-
-    def refused(self, stub: Any, seconds: float) -> Running:
-        request = pb.ComputeGradientRequest.FromString(self._request.SerializeToString())
+    def _spoil(self, request: Any) -> None:
         request.examples[-1].target = " "
-        return Running(lambda _: stub.ComputeGradient.future(request, timeout=seconds), is_future=True)
 
 
 class Adapt(PersonalCall):

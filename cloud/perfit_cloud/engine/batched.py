@@ -72,9 +72,8 @@ class BatchedEngine(Engine):
         turns: Turns | None = None,
     ) -> None:  # fmt: skip
         super().__init__(base, artefacts, settings, turns)
-        self._model.generation_config = (
-            GenerationConfig()
-        )  # what the model's folder suggests is not asked for
+        # What the model's folder suggests is not asked for.
+        self._model.generation_config = GenerationConfig()
         self._most = 1 if depends_on_length(base.model) else settings.max_requests
 
     def _has_work(self) -> bool:
