@@ -206,6 +206,7 @@ class _Load:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._left = calls
+        self._seen: dict[int, tuple[int, int]] = {}  # by device: its progress, looks since that changed
         self._begun = 0  # calls that were begun; what is answered lags by no more than a call a device
 
     def run(self) -> None:
@@ -213,9 +214,7 @@ class _Load:
             threading.Thread(target=self._drive, args=(device,), name=f"device {device.number}", daemon=True)
             for device in self.devices
         ]
-        now = time.monotonic()
-        for device, thread in zip(self.devices, threads, strict=True):
-            device.progressed = now
+        for thread in threads:
             thread.start()
         self._disturb(threads)
         if not self.wrong:
@@ -262,10 +261,13 @@ class _Load:
                 self._cut()
 
     def _watch(self, threads: Sequence[threading.Thread]) -> None:
+        """Called four times a second; time in which it was not, the machine stood still or was too busy."""
         self._look()
-        now = time.monotonic()
         for device, thread in zip(self.devices, threads, strict=True):
-            if thread.is_alive() and now - device.progressed > _HANG_SECONDS:
+            progress, looks = self._seen.get(device.number, (-1, 0))
+            looks = looks + 1 if progress == device.progress else 0
+            self._seen[device.number] = (device.progress, looks)
+            if thread.is_alive() and looks > _HANG_SECONDS / _LOOK_SECONDS:
                 self.wrong.append(f"device {device.number} hangs: {_whereabouts(thread)}")
                 faulthandler.dump_traceback()
         if self._cloud.process.poll() is not None:
