@@ -30,6 +30,7 @@ from perfit_shared.errors import (
     InviteRefused,
     NotAuthenticated,
     NotFound,
+    Unavailable,
 )
 
 DAY = 86400
@@ -115,6 +116,18 @@ def test_secrets_are_not_on_disk(authority: Authority, tmp_path: Path) -> None:
     for path in (tmp_path / "state").iterdir():
         assert secret not in path.read_bytes()
         assert secret.hex().encode() not in path.read_bytes()
+
+
+def test_a_call_that_outlives_the_authority_is_told_to_come_back(authority: Authority) -> None:
+    """A server that stops waits for its calls only so long; what came later was an error of SQLite's."""
+    certificate = enrolled(authority)
+    authority.check(certificate)
+    authority.close()
+    with pytest.raises(Unavailable, match="stopping") as told:
+        authority.check(certificate)
+    assert told.value.retry_ms > 0
+    with pytest.raises(Unavailable):
+        authority.invite(60)
 
 
 # -- enrolment -----------------------------------------------------------------------------------

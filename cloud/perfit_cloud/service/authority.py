@@ -38,6 +38,7 @@ from perfit_cloud.service.certificates import (
     read_certificate,
     read_csr,
 )
+from perfit_cloud.service.drain import stopping
 from perfit_shared.errors import (
     Busy,
     CertificateExpired,
@@ -111,6 +112,7 @@ class Authority:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"cannot use the state folder {state}: {error}") from error
         self._lock = threading.Lock()
+        self._is_closed = False
         self._challenge_key = secrets.token_bytes(32)
         self._answered: dict[bytes, float] = {}  # nonces used, until they would lapse anyway
         self.cloud_id = self._meta("cloud_id", secrets.token_hex(16))
@@ -131,7 +133,9 @@ class Authority:
         return {name: ca.certificate.not_valid_after_utc.timestamp() for name, ca in cas.items()}
 
     def close(self) -> None:
+        """A call that outlives it, when a server stops, is told so."""
         with self._lock:
+            self._is_closed = True
             self._db.close()
 
     # -- the server's own certificate ------------------------------------------------------------
@@ -177,7 +181,7 @@ class Authority:
             if used_by is not None:
                 if not hmac.compare_digest(used_by, key_hash):
                     raise InviteRefused("another device used this invite; ask the operator for a new one")
-                self._check_known(identity_of(read_certificate(known)))
+                self._check_known(db, identity_of(read_certificate(known)))
                 return bytes(known)
             if expires <= time.time():
                 raise InviteRefused("this invite has expired; ask the operator for a new one")
@@ -194,7 +198,7 @@ class Authority:
         """A new certificate for a known identity. Raises IdentityRevoked, NotAuthenticated, InvalidInput."""
         key = read_csr(csr)
         with self._transaction() as db:
-            self._check_known(identity)
+            self._check_known(db, identity)
             return self._issue(db, key, identity)
 
     def challenge(self) -> bytes:
@@ -247,7 +251,8 @@ class Authority:
     def check(self, certificate: x509.Certificate) -> str:
         """The identity of a caller whose certificate TLS accepted when the channel was opened.
 
-        Raises CertificateExpired, IdentityRevoked or NotAuthenticated as things stand now.
+        Raises CertificateExpired, IdentityRevoked or NotAuthenticated as things stand now, Unavailable
+        when the authority was closed.
         """
         now = datetime.datetime.now(datetime.UTC)
         if now > certificate.not_valid_after_utc:
@@ -255,12 +260,12 @@ class Authority:
         if now < certificate.not_valid_before_utc:
             raise NotAuthenticated("this device's certificate is not valid yet; are the clocks right?")
         identity = identity_of(certificate)
-        with self._lock:
-            self._check_known(identity)
+        with self._database() as db:
+            self._check_known(db, identity)
         return identity
 
-    def _check_known(self, identity: str) -> None:
-        row = self._db.execute("SELECT revoked FROM devices WHERE identity = ?", (identity,)).fetchone()
+    def _check_known(self, db: sqlite3.Connection, identity: str) -> None:
+        row = db.execute("SELECT revoked FROM devices WHERE identity = ?", (identity,)).fetchone()
         if row is None:
             raise NotAuthenticated("this cloud does not know this device; enrol with `perfit enroll`")
         if row[0] is not None:
@@ -293,8 +298,8 @@ class Authority:
 
     def devices(self) -> list[Device]:
         """All identities, newest certificate first."""
-        with self._lock:
-            rows = self._db.execute(
+        with self._database() as db:
+            rows = db.execute(
                 "SELECT identity, issued, expires, revoked FROM devices ORDER BY issued DESC, identity"
             ).fetchall()
         return [Device(*row) for row in rows]
@@ -316,17 +321,25 @@ class Authority:
 
         Raises Busy when another process does not let go of the database.
         """
-        with self._lock:
+        with self._database() as db:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
+                db.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
                 raise Busy("the cloud's list of devices is in use; try again", retry_ms=_RETRY_MS) from error
             try:
-                yield self._db
+                yield db
             except BaseException:
-                self._db.execute("ROLLBACK")
+                db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
+            db.execute("COMMIT")
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """For one thread at a time. Raises Unavailable when it was closed."""
+        with self._lock:
+            if self._is_closed:
+                raise stopping()
+            yield self._db
 
     def _meta(self, key: str, default: str) -> str:
         """The stored value of `key`; the first process to ask stores its default."""
