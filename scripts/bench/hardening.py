@@ -37,20 +37,7 @@ from local import LocalCloud
 _STARTER = Path(__file__).resolve().parents[2] / "cloud" / "perfit_cloud" / "starter" / "perfit-starter"
 _SETTINGS = ("on", "off")
 _REST_SECONDS = 1.6  # after which a cloud has swept twice, and is idle while the other is called
-_WORDS = [
-    "the",
-    "council",
-    "said",
-    "prices",
-    "rose",
-    "after",
-    "rain",
-    "on",
-    "monday",
-    "and",
-    "nobody",
-    "paid",
-]
+_WORDS = ["the", "council", "said", "prices", "rose", "after", "rain", "on", "monday", "nobody", "paid"]
 
 
 class Caller:
