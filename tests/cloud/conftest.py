@@ -1,14 +1,17 @@
-"""Fixtures of the service: engines on a tiny model, and servers over them."""
+"""Fixtures of the service: its authority, engines on a tiny model, servers over them, and streams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.cloud.asked import SMALL as TINY_CACHE
-from tests.cloud.serving import SETTINGS, Running
+from tests.cloud.serving import SETTINGS, Device, Running
+from tests.cloud.test_authority import open_authority
+from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, opening
 from tests.conftest import FAMILIES
 
 from perfit_cloud.config import CloudConfig
@@ -18,9 +21,26 @@ from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service import authority as authority_module
 from perfit_cloud.service.authority import Authority
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.server import CloudServer
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return open_authority(tmp_path / "state")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Move the authority's clock forward."""
+    real = time.time
+
+    def forward(seconds: float) -> None:
+        monkeypatch.setattr(authority_module.time, "time", lambda: real() + seconds)
+
+    return forward
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +114,21 @@ def run(
         for channel in running.channels:
             channel.close()
         running.server.stop(0)
+
+
+@pytest.fixture
+def stream(artefact: Artefact) -> Iterator[Callable[..., Stream]]:
+    """A stream whose examples are sent."""
+    made: list[Stream] = []
+
+    def start(device: Device, pairs: Sequence[tuple[str, str]] = EXAMPLES) -> Stream:
+        made.append(Stream(device, opening(artefact), examples(pairs)))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
+        each.call.cancel()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import ssl
 import threading
@@ -19,7 +20,7 @@ from tests.cloud.serving import (
     pem,
 )
 
-from perfit_cloud.engine.types import Piece
+from perfit_cloud.engine.types import Finish, Piece
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
@@ -45,6 +46,49 @@ class Drip:
     def __iter__(self) -> Iterator[Piece]:
         while self.go.acquire() and not self.cancelled.is_set():
             yield Piece("word ")
+
+
+class Held:
+    """An engine whose answers say `piece` each time a test lets them, and end when it wants them to."""
+
+    continuous = True
+
+    def __init__(self, *, piece: str = "word ") -> None:
+        self.piece = piece
+        self.ends_at_once = False
+        self.answers: list[HeldAnswer] = []
+
+    def submit(self, *_: object) -> HeldAnswer:
+        answer = HeldAnswer(self.piece)
+        self.answers.append(answer)
+        if self.ends_at_once:
+            answer.finish()
+        return answer
+
+    @property
+    def running(self) -> int:
+        return sum(not answer.is_over for answer in self.answers)
+
+
+class HeldAnswer:
+    def __init__(self, piece: str) -> None:
+        self._steps: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._piece = piece
+        self.is_over = False
+
+    def step(self) -> None:
+        self._steps.put(Piece(self._piece))
+
+    def finish(self) -> None:
+        self._steps.put(Piece("", Finish.END, 3, 2))
+
+    def cancel(self) -> None:
+        self.is_over = True
+        self._steps.put(None)
+
+    def __iter__(self) -> Iterator[Piece]:
+        while (piece := self._steps.get()) is not None and not self.is_over:
+            yield piece
 
 
 class Slow:

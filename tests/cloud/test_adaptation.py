@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,11 @@ import torch
 from tests.cloud.test_tail import build
 from tests.conftest import FAMILIES, KEPT, random_shift
 
-from perfit_cloud.engine import adaptation as module
-from perfit_cloud.engine import kept as kept_module
 from perfit_cloud.engine.adaptation import AdaptationEngine, Step
 from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.kept import Caps
 from perfit_cloud.engine.types import Gradient, Mode, ShiftUse
 from perfit_cloud.model.base import block_list
-from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
@@ -82,15 +78,6 @@ def assert_equal(got: Gradient, wanted: Gradient, tolerance: float = 2e-5) -> No
 
 def person(artefact: Any, seed: int) -> ShiftTensors:
     return random_shift(artefact.spec, artefact.spec.personal_rank, seed)
-
-
-@pytest.fixture
-def llama(make_artefact: Any) -> Any:
-    """(base, artefact with last positions, engine that keeps everything)."""
-    base = build("llama")
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
-    yield base, make_artefact(base, positions="l4"), engine
-    engine.close()
 
 
 @pytest.mark.parametrize(("layers", "positions"), SPECS)
@@ -172,25 +159,6 @@ def test_what_a_neighbour_sends_changes_no_bit(family: str, positions: str, make
         assert a.tobytes() == b.tobytes(), name
 
 
-def test_a_step_runs_only_what_the_tensors_can_change(llama: Any) -> None:
-    """Rows that meet each block and its MLP: none below the first intervened one, no past, few at the end."""
-    _, artefact, engine = llama
-    adaptation = engine.open(RAGGED, artefact)
-    blocks = block_list(engine._own.model)
-    seen: dict[str, int] = {}
-    for at, block in enumerate(blocks):
-        for name, part in (("attention", block.self_attn.q_proj), ("mlp", block.mlp)):
-            part.register_forward_pre_hook(
-                lambda _m, args, key=f"{name} {at}": seen.update({key: args[0].shape[1]})
-            )
-    engine.gradients([Step(adaptation, [2, 5], person(artefact, 1))])  # layers 1 and 2, l4
-    targets = [len(RAGGED[row][1]) for row in (2, 5)]
-    rows = sum(4 + n - 1 for n in targets)
-    assert seen == {
-        "attention 2": rows, "mlp 2": rows, "attention 3": rows, "mlp 3": sum(targets),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_big_steps_are_cut_into_passes(
     family: str, make_artefact: Any, monkeypatch: pytest.MonkeyPatch
@@ -234,31 +202,6 @@ def test_big_steps_are_cut_into_passes(
             assert len(sizes) == 1 or all(within)
 
 
-def test_nothing_is_left_after_close(make_artefact: Any) -> None:
-    base = build("llama")
-    artefact = make_artefact(base, positions="l4")
-    engine = AdaptationEngine(base, keep_bytes=6000, spill_bytes=9000)
-    adaptation = engine.open(RAGGED, artefact)
-    held, taken = [adaptation._arrays.ids], []
-    for kept in adaptation._stores:
-        held += (own := [kept.hidden, *(t for pair in kept.past.values() for t in pair)])
-        taken.append(sum(t.nbytes for t in own))
-    assert all(tensor.abs().sum() > 0 for tensor in held)
-    assert taken == [adaptation.kept_bytes, adaptation.spilled_bytes]
-    assert engine._room == [6000 - taken[0], 9000 - taken[1]]
-    step = Step(adaptation, [0, 1], person(artefact, 1))
-    engine.gradients([step])
-    adaptation.close()
-    adaptation.close()
-    assert not any(tensor.abs().sum() for tensor in held)
-    assert not adaptation._constants.any()
-    assert engine._room == [6000, 9000]
-    for call in (engine.gradients, engine.losses):
-        for late in (step, Step(adaptation, [4], step.personal)):  # the other needs no pass
-            with pytest.raises(InvalidInput, match="closed"):
-                call([late])
-
-
 @pytest.mark.parametrize("positions", ["f3+l3", "l4"])
 def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     positions: str, make_artefact: Any
@@ -285,151 +228,6 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     assert late.kept_examples + late.spilled_examples < sum(counts)
     adaptation.close()
     assert engine._room == [keep_bytes, spill_bytes]
-
-
-def test_an_adaptation_closed_while_it_opens_holds_nothing(
-    llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, artefact, engine = llama
-    room, compute, made = list(engine._room), module.keep, []
-
-    def keep(*arguments: Any, **how: Any) -> Any:
-        made.append(compute(*arguments, **how))
-        engine.close()
-        return made[0]
-
-    monkeypatch.setattr(module, "keep", keep)
-    with pytest.raises(InvalidInput, match="closed"):
-        engine.open(RAGGED, artefact)
-    assert not made[0].hidden.any()
-    assert engine._room == room
-
-
-def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much there is to fill: the passes after the caller has left are not run."""
-    base = build("llama")
-    artefact, left = make_artefact(base, positions="l4"), threading.Event()
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
-    monkeypatch.setattr(Caps, "of", lambda _device: Caps(30, 2**20, 2**20))
-    fill, passes = kept_module._fill, []
-
-    def filled(tail: Any, part: Any, collective: Any) -> None:
-        passes.append(part.kept)
-        fill(tail, part, collective)
-        left.set()
-
-    monkeypatch.setattr(kept_module, "_fill", filled)
-    with pytest.raises(InvalidInput, match="closed"):
-        engine.open(RAGGED, artefact, left=left)
-    assert len(passes) == 1
-    assert not passes[0].hidden.any()
-    assert not engine._open and engine._room == [PLENTY, 0]
-
-
-def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, artefact, engine = llama
-    mine, theirs = engine.open(RAGGED, artefact), engine.open(RAGGED, artefact)
-    at_work, go_on, compute = threading.Event(), threading.Event(), module.pass_from_kept
-
-    def slow(*arguments: Any) -> Any:
-        at_work.set()
-        assert go_on.wait(10)
-        return compute(*arguments)
-
-    monkeypatch.setattr(module, "pass_from_kept", slow)
-    found: list[Gradient] = []
-    step = Step(mine, [2, 5], person(artefact, 1))
-    worker = threading.Thread(target=lambda: found.extend(engine.gradients([step])))
-    worker.start()
-    assert at_work.wait(10)
-    theirs.close()  # no part of the pass, so nothing to wait for
-    closing = threading.Thread(target=mine.close)
-    closing.start()
-    closing.join(0.05)
-    assert closing.is_alive() and all(kept.hidden.any() for kept in mine._stores[:1])
-    go_on.set()
-    worker.join(10)
-    closing.join(10)
-    assert not closing.is_alive() and not mine._stores
-    assert np.isfinite(found[0].loss)
-
-
-def test_passes_breathe_between_blocks(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Filling, a step and its backward pass each let others in; with nobody waiting they only look."""
-    _, artefact, engine = llama
-    breaths: list[str] = []
-    doing = ""
-    monkeypatch.setattr(type(engine._turns), "breathe", lambda _self: breaths.append(doing))
-    doing = "fill"
-    adaptation = engine.open(RAGGED, artefact)
-    step = Step(adaptation, [2, 5], person(artefact, 1))
-    doing = "loss"
-    engine.losses([step])
-    doing = "gradient"
-    engine.gradients([step])
-    # Layers 1 and 2 of 4, l4. Filling: all four for a prompt that nothing changes, two for rows and the
-    # third for the past. The last block of a part is cut short, and does not count.
-    assert {name: breaths.count(name) for name in breaths} == {"fill": 7, "loss": 1, "gradient": 2}
-
-
-def test_an_adaptation_that_fails_to_open_holds_no_room(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, artefact, engine = llama
-    room = list(engine._room)
-    monkeypatch.setattr(module, "keep", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        engine.open(RAGGED, artefact)
-    assert engine._room == room
-    assert not engine._open
-
-
-def test_the_next_one_gets_the_room_that_a_closed_one_had(make_artefact: Any) -> None:
-    base = build("llama")
-    artefact = make_artefact(base, positions="l4")
-    probe = AdaptationEngine(base, keep_bytes=PLENTY)
-    engine = AdaptationEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
-    with engine.open(RAGGED, artefact) as first:
-        assert first.kept_examples == 7
-        assert engine.open(RAGGED, artefact).kept_examples == 0
-    assert engine.open(RAGGED, artefact).kept_examples == 7
-
-
-def test_steps_from_many_threads(llama: Any) -> None:
-    _, artefact, engine = llama
-    adaptation = engine.open(RAGGED, artefact)
-    steps = [Step(adaptation, [i, 7 - i], person(artefact, i)) for i in (0, 1, 2)]
-    wanted = [engine.gradients([step])[0] for step in steps]
-    found: dict[int, list[Gradient]] = {i: [] for i in range(3)}
-
-    def work(i: int) -> None:
-        with engine.open(RAGGED, artefact) as own:
-            for _ in range(5):
-                found[i] += engine.gradients([Step(own, steps[i].rows, steps[i].personal)])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(3):
-        assert len(found[i]) == 5
-        for got in found[i]:
-            assert_equal(got, wanted[i])
-
-
-def test_what_cannot_be_is_refused(llama: Any) -> None:
-    _, artefact, engine = llama
-    for examples in ([], [([], [5])], [([5, 6], [])]):
-        with pytest.raises(InvalidInput):
-            engine.open(examples, artefact)
-    adaptation, mine = engine.open(RAGGED, artefact), person(artefact, 1)
-    for rows in ([], [8], [-1, 2]):
-        with pytest.raises(InvalidInput, match="examples"):
-            engine.gradients([Step(adaptation, rows, mine)])
-    narrow = {at: LayerShift(r[:2], w[:2], b[:2]) for at, (r, w, b) in mine.layers.items()}
-    fewer = {1: mine.layers[1]}
-    for layers in (narrow, fewer):
-        with pytest.raises(InvalidTensors, match="shapes"):
-            engine.gradients([Step(adaptation, [0], mine), Step(adaptation, [0], ShiftTensors(layers))])
 
 
 @pytest.mark.parametrize("positions", ["f3+l3", "l4"])

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.cloud.doubles import Drip, Slow, score, wait_for
+from tests.cloud.doubles import Drip, Held, Slow, score, wait_for
 from tests.cloud.serving import TIMEOUT, Running, failure, generate
 from tests.cloud.test_service_adapt import EXAMPLES, examples, mine, opening, step
 from tests.cloud.test_service_adapt import Stream as AdaptStream
-from tests.cloud.test_service_ask import Held, question, until
 from tests.cloud.test_service_ask import Stream as AskStream
 from tests.cloud.test_service_ask import opening as ask_opening
+from tests.cloud.test_service_ask import question, until
 
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.model.artefacts import Artefact

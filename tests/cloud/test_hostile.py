@@ -1,7 +1,8 @@
 """Hostile devices beside honest ones, over real TLS with the real engines.
 
 What a hostile device sends is refused with one clear status, and an honest one beside it gets, bit for bit,
-what it gets alone, in bounded time. What single messages of streams do wrong: test_service_ask and _adapt.
+what it gets alone, in bounded time. What single messages of streams do wrong: test_service_ask and
+test_service_adapt_limits.
 """
 
 from __future__ import annotations

@@ -1,0 +1,161 @@
+"""Renewal of certificates, lapsed ones too: what is granted, and every way in which it is refused."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from tests.cloud.test_authority import Key, csr_of, enrolled, new_key, open_authority
+
+from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.certificates import identity_of
+from perfit_shared.errors import CertificateExpired, IdentityRevoked, InvalidInput, NotAuthenticated
+
+
+def test_renewal_keeps_the_identity(authority: Authority) -> None:
+    old, key = enrolled(authority), new_key()
+    new = x509.load_der_x509_certificate(authority.renew(authority.check(old), csr_of(key)))
+    assert identity_of(new) == identity_of(old)
+    assert new.public_key() == key.public_key()
+    assert len(authority.devices()) == 1
+    authority.check(old)  # the reply may have got lost
+
+
+class Lapsed:
+    """A device whose certificate has just ended, and what it would send."""
+
+    def __init__(self, authority: Authority) -> None:
+        self.key = new_key()
+        self.certificate = enrolled(authority, self.key).public_bytes(serialization.Encoding.DER)
+        self.csr = csr_of(new_key())
+        self.nonce = authority.challenge()
+
+    def sign(self, *, context: bytes = b"perfit-renew-v1", key: Key | None = None) -> bytes:
+        return (key or self.key).sign(context + self.nonce + self.csr, ec.ECDSA(hashes.SHA256()))
+
+    def request(self) -> dict[str, bytes]:
+        return {
+            "certificate": self.certificate, "nonce": self.nonce, "signature": self.sign(), "csr": self.csr
+        }  # fmt: skip
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Authority:
+    return open_authority(tmp_path / "short", life=1)
+
+
+def test_lapsed_certificate_is_renewed(short: Authority) -> None:
+    lapsed = Lapsed(short)
+    time.sleep(2)
+    old = x509.load_der_x509_certificate(lapsed.certificate)
+    with pytest.raises(CertificateExpired):
+        short.check(old)
+    new = x509.load_der_x509_certificate(short.renew_lapsed(**lapsed.request()))
+    assert short.check(new) == identity_of(old)
+
+
+def test_challenge_is_good_once_and_for_a_minute(short: Authority, clock: Callable[[float], None]) -> None:
+    lapsed = Lapsed(short)
+    short.renew_lapsed(**lapsed.request())
+    with pytest.raises(NotAuthenticated, match="used already"):
+        short.renew_lapsed(**lapsed.request())
+    lapsed.nonce = short.challenge()
+    clock(62)
+    with pytest.raises(NotAuthenticated, match="challenge has expired"):
+        short.renew_lapsed(**lapsed.request())
+
+
+def test_challenges_that_we_did_not_make_are_refused(short: Authority, tmp_path: Path) -> None:
+    lapsed = Lapsed(short)
+    real = lapsed.nonce
+    later = (int(time.time()) + 3600).to_bytes(8, "big") + real[8:]
+    for nonce in (
+        b"",
+        os.urandom(32),
+        real[:-1],
+        real + b"\0",
+        later,
+        open_authority(tmp_path / "x").challenge(),
+    ):
+        lapsed.nonce = nonce
+        with pytest.raises(NotAuthenticated, match="challenge"):
+            short.renew_lapsed(**lapsed.request())
+    lapsed.nonce = real
+    short.renew_lapsed(**lapsed.request())
+
+
+def test_renewal_needs_the_old_key_and_our_words(short: Authority) -> None:
+    lapsed = Lapsed(short)
+    good = lapsed.request()
+    forged = [
+        lapsed.sign(key=new_key()),
+        lapsed.sign(context=b""),
+        b"",
+        os.urandom(71),
+    ]
+    for signature in forged:
+        with pytest.raises(NotAuthenticated, match="not signed"):
+            short.renew_lapsed(**{**good, "signature": signature})
+    with pytest.raises(NotAuthenticated, match="not signed"):  # a request swapped on the way
+        short.renew_lapsed(**{**good, "csr": csr_of(new_key())})
+    short.renew_lapsed(**good)  # none of these spent the challenge
+
+
+def test_foreign_certificates_are_not_renewed(short: Authority, tmp_path: Path) -> None:
+    lapsed = Lapsed(short)
+    other = open_authority(tmp_path / "other")
+    foreign = enrolled(other, lapsed.key).public_bytes(serialization.Encoding.DER)
+    for certificate in (foreign, short.server_ca_der, b"", b"noise"):
+        with pytest.raises(NotAuthenticated):
+            short.renew_lapsed(**{**lapsed.request(), "certificate": certificate})
+
+
+def test_certificates_and_requests_that_are_only_nearly_some(short: Authority) -> None:
+    """Names are read when they are asked for, keys too, and versions are an error of their own kind."""
+    lapsed = Lapsed(short)
+    sound = lapsed.certificate
+    name = x509.load_der_x509_certificate(sound).subject.public_bytes()
+    for altered in (
+        sound.replace(name, name.replace(b"\x06\x03\x55\x04", b"\x0d\x03\x55\x04")),
+        sound.replace(b"\x2a\x86\x48\xce\x3d\x02\x01", b"\x2a\x86\x48\xce\x3d\x02\x00"),
+        sound.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x05"),
+    ):
+        assert altered != sound
+        with pytest.raises(NotAuthenticated):
+            short.renew_lapsed(**{**lapsed.request(), "certificate": altered})
+    request = csr_of(new_key()).replace(b"\x02\x01\x00", b"\x02\x01\x01", 1)
+    with pytest.raises(InvalidInput):
+        short.enroll(short.invite(60)[0], request)
+
+
+def test_server_certificate_is_not_renewed_as_a_device(short: Authority) -> None:
+    lapsed = Lapsed(short)
+    identity = short.server_identity(["localhost"])
+    key = serialization.load_pem_private_key(identity.key_pem, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    lapsed.key = key
+    server = x509.load_pem_x509_certificate(identity.certificate_pem)
+    lapsed.certificate = server.public_bytes(serialization.Encoding.DER)
+    with pytest.raises(NotAuthenticated, match="did not issue"):
+        short.renew_lapsed(**lapsed.request())
+
+
+def test_revoked_device_is_not_renewed(short: Authority) -> None:
+    lapsed = Lapsed(short)
+    short.revoke(identity_of(x509.load_der_x509_certificate(lapsed.certificate)))
+    with pytest.raises(IdentityRevoked):
+        short.renew_lapsed(**lapsed.request())
+
+
+def test_lapse_has_an_end(tmp_path: Path) -> None:
+    authority = open_authority(tmp_path / "state", life=1, lapse=1)
+    lapsed = Lapsed(authority)
+    time.sleep(2.5)
+    with pytest.raises(CertificateExpired, match="lapsed more than"):
+        authority.renew_lapsed(**lapsed.request())

@@ -1,0 +1,159 @@
+"""What the sweeper takes away after a call: cycles, and the stores of freed memory of numpy, MKL and CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.cloud.doubles import wait_for
+from tests.cloud.serving import TIMEOUT, Running, generate
+from tests.cloud.test_audit_memory import may_look
+
+from perfit_cloud.audit.memory import look_at
+from perfit_cloud.audit.needles import raw
+from perfit_cloud.audit.search import Index
+from perfit_cloud.engine.turns import Turns
+from perfit_cloud.service import hygiene
+from perfit_cloud.service.sweeping import Sweeper, overwrite_small_arrays
+
+
+def test_memory_of_small_arrays_is_overwritten() -> None:
+    """numpy keeps it to itself: the allocator, which overwrites what is freed, never hears of it."""
+    arrays = [np.full(n, 3.25, np.float32) for n in (4, 32, 100, 255) for _ in range(7)]
+    places = [(a.ctypes.data, a.nbytes) for a in arrays]
+    needle = np.full(4, 3.25, np.float32).tobytes()
+    arrays.clear()
+    assert any(needle in ctypes.string_at(*place) for place in places)  # numpy still does
+    overwrite_small_arrays()
+    assert not any(needle in ctypes.string_at(*place) for place in places)
+
+
+MULTIPLIED = """
+import sys
+import numpy as np
+import torch
+from perfit_cloud.engine.turns import Turns
+from perfit_cloud.service.sweeping import Sweeper
+from perfit_shared.shifts import _off_orthonormal
+
+def pause(word):
+    print(word, flush=True)
+    sys.stdin.readline()
+
+torch.set_num_threads(1)
+numbers = np.frombuffer(sys.stdin.buffer.read(int(sys.argv[1])), np.float32).reshape(32, -1).copy()
+sweeper = Sweeper(torch.device("cpu"), Turns())
+torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
+if "overwritten" in sys.argv:
+    _off_orthonormal(numbers.astype(np.float64))
+else:
+    numbers.astype(np.float64) @ numbers.astype(np.float64).T
+del numbers
+pause("multiplied")
+sweeper.sweep()
+pause("swept")
+"""
+
+
+@pytest.mark.skipif(not may_look(), reason="looking into other processes needs CAP_SYS_PTRACE")
+@pytest.mark.parametrize("how", ["as it comes", "overwritten"])
+def test_buffers_that_matrices_are_copied_to_are_overwritten(how: str) -> None:
+    """MKL (torch) and OpenBLAS (numpy) both kept copies of tensors in memory that they never free."""
+    numbers = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
+    forms = [f(a) for f in (np.asarray, np.transpose) for a in (numbers, numbers.astype(np.float64))]
+    needles = [raw(f"{form.dtype}", np.ascontiguousarray(form).tobytes()) for form in forms]
+    index = Index(needles)
+
+    def found() -> set[str]:
+        return {needles[of.needle].kind for of in look_at(child.pid, index).found}
+
+    with subprocess.Popen(
+        [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=os.environ | hygiene._environment(os.environ), bufsize=0,
+    ) as child:  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(numbers.tobytes())
+        assert child.stdout.readline() == b"multiplied\n"
+        assert found() == ({"float32"} if how == "overwritten" else {"float32", "float64"})
+        child.stdin.write(b"\n")
+        assert child.stdout.readline() == b"swept\n"
+        assert found() == (set() if how == "overwritten" else {"float64"})
+        child.kill()
+
+
+def test_free_memory_of_a_cuda_device_is_overwritten_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as can be told without one: the blocks it asks for, in which order, and what it does to them."""
+    taken: list[torch.Tensor] = []
+
+    def empty(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert str(device) == "cuda:1"
+        taken.append(torch.ones(size, dtype=dtype))
+        return taken[-1]
+
+    def segment(device: int, kind: str, *blocks: tuple[int, str]) -> dict[str, Any]:
+        shown = [{"size": size, "state": state} for size, state in blocks]
+        return {"device": device, "segment_type": kind, "blocks": shown}
+
+    mib = 1 << 20
+    segments = [
+        segment(1, "small", (512, "inactive"), (1024, "active_allocated")),
+        segment(0, "small", (64, "inactive")),
+        segment(1, "large", (5 * mib, "inactive"), (mib + 512, "inactive")),
+        segment(1, "large", (20 * mib, "active_allocated")),
+        # Asked for whole, it would come from a segment for large things, and this one be left.
+        segment(1, "small", (2 * mib - 512, "inactive"), (512, "active_allocated")),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch, "empty", empty)
+    Sweeper(torch.device("cuda:1"), Turns()).sweep()
+    assert [len(block) for block in taken] == [5 * mib, mib + 512, mib, mib - 512, 512]
+    assert not any(block.any() for block in taken)
+
+
+def test_a_sweep_is_no_pass_of_answers() -> None:
+    """Four idle turns a second stood among the passes that an operator is told of."""
+    turns, kinds = Turns(), []
+    turns.on_pass = lambda kind, _seconds: kinds.append(kind)
+    Sweeper(torch.device("cpu"), turns).sweep()
+    assert kinds == ["sweep"]
+
+
+class Knot:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_keeps_itself_is_swept_after_a_call() -> None:
+    sweeper = Sweeper(torch.device("cpu"), Turns())
+    gc.disable()
+    try:
+        sweeper.start()
+        for _ in range(2):
+            gone = weakref.ref(Knot())
+            assert gone() is not None
+            sweeper.soon()
+            wait_for(lambda gone=gone: gone() is None)
+    finally:
+        gc.enable()
+        sweeper.close()
+        gc.unfreeze()
+
+
+def test_every_call_tells_the_sweeper(run: Callable[..., Running]) -> None:
+    ended = threading.Semaphore(0)
+    device = run(ended=ended.release).device()
+    device.describe()
+    assert ended.acquire(timeout=TIMEOUT)
+    list(device.stub.Generate(generate(), timeout=TIMEOUT))
+    assert ended.acquire(timeout=TIMEOUT)
