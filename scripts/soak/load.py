@@ -278,6 +278,7 @@ class _Load:
 
     def _restart(self, how: str) -> None:
         self.lives[-1].ended = how
+        print(f"{self._begun} of {self._calls} calls begun; {how} for the cloud", flush=True)
         if how == "SIGTERM":
             self._cloud.process.terminate()
             try:
