@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import random
+import struct
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -50,6 +53,24 @@ def test_every_altered_invite_is_refused() -> None:
     ):
         with pytest.raises(InvalidInvite):
             bad.encode()
+
+
+@pytest.mark.parametrize(
+    ("expires", "address", "behind"), [(2**63, b"a:1", b""), (1, b"", b""), (1, b"a:1", b"more")]
+)
+def test_an_invite_that_nobody_here_would_make_is_refused(
+    expires: int, address: bytes, behind: bytes
+) -> None:
+    """Whole, and with the right checksum."""
+
+    def made(expires: int, address: bytes, behind: bytes) -> str:
+        body = struct.pack(">BQ32sH", 1, expires, bytes(32), len(address)) + address + b"\0\1x" + behind
+        data = body + hashlib.sha256(body).digest()[:8]
+        return "perfit1-" + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    assert Invite.decode(made(1, b"a:1", b"")) == Invite("a:1", b"x", 1, bytes(32))
+    with pytest.raises(InvalidInvite):
+        Invite.decode(made(expires, address, behind))
 
 
 def test_expiry_is_seen_before_the_network() -> None:
