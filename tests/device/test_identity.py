@@ -58,9 +58,7 @@ def test_every_altered_invite_is_refused() -> None:
 @pytest.mark.parametrize(
     ("expires", "address", "behind"), [(2**63, b"a:1", b""), (1, b"", b""), (1, b"a:1", b"more")]
 )
-def test_an_invite_that_nobody_here_would_make_is_refused(
-    expires: int, address: bytes, behind: bytes
-) -> None:
+def test_an_invite_that_nobody_would_make_is_refused(expires: int, address: bytes, behind: bytes) -> None:
     """Whole, and with the right checksum."""
 
     def made(expires: int, address: bytes, behind: bytes) -> str:
