@@ -25,15 +25,15 @@ _PROBE_SECONDS = 3.0
 # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
 _NOT_THE_TIME = (9, 10)
 # Addresses are shown on terminals, and a cloud says its own: nothing that could steer one.
-_ADDRESS = re.compile(r"([A-Za-z0-9.:\-\[\]_]+):([0-9]{1,5})")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f.:]+)\]|([A-Za-z0-9.\-_]+)):([0-9]{1,5})")
 
 
 def address_of(address: str) -> tuple[str, int]:
     """(host, port). Raises NotAuthenticated on an address that cannot be dialled."""
     match = _ADDRESS.fullmatch(address)
-    if match is None or not 0 < int(match[2]) < 65536:
+    if match is None or not 0 < int(match[3]) < 65536:
         raise NotAuthenticated("the cloud's address should read host:port; enrol again with a new invite")
-    return match[1].strip("[]"), int(match[2])
+    return match[1] or match[2], int(match[3])
 
 
 def enrolment_channel(address: str, server_ca: bytes) -> grpc.Channel:
