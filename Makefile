@@ -64,7 +64,7 @@ fuzz: setup
 
 fuzz-guided: setup
 	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
-	$(SOAK).fuzz_guided --inputs 200000 --seed $(SEED) --json $(FOUND)/fuzz_guided.json
+	$(SOAK).fuzz_guided --inputs 400000 --seed $(SEED) --json $(FOUND)/fuzz_guided.json
 
 kills: setup
 	$(SOAK).kills --kills 200 --seed $(SEED) --json $(FOUND)/kills.json
