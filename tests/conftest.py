@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import signal
 from collections.abc import Callable
@@ -166,3 +167,17 @@ def make_artefact() -> Callable[..., Artefact]:
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+    """What is compared in constant time from here on."""
+    pairs: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+
+    def noting(one: bytes, other: bytes) -> bool:
+        pairs.append((bytes(one), bytes(other)))
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", noting)
+    return pairs

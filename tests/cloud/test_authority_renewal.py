@@ -90,6 +90,17 @@ def test_challenges_that_we_did_not_make_are_refused(short: Authority, tmp_path:
     short.renew_lapsed(**lapsed.request())
 
 
+def test_a_challenge_is_compared_in_constant_time(
+    short: Authority, compared: list[tuple[bytes, bytes]]
+) -> None:
+    lapsed = Lapsed(short)
+    tag = lapsed.nonce[16:]
+    lapsed.nonce = lapsed.nonce[:16] + bytes(16)
+    with pytest.raises(NotAuthenticated, match="challenge"):
+        short.renew_lapsed(**lapsed.request())
+    assert (tag, bytes(16)) in compared
+
+
 def test_renewal_needs_the_old_key_and_our_words(short: Authority) -> None:
     lapsed = Lapsed(short)
     good = lapsed.request()

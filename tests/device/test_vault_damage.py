@@ -65,6 +65,17 @@ def test_a_damaged_note_bricks_nothing(filled: Path) -> None:
         assert len(contents(filled)["example"]) == 32
 
 
+def test_the_list_of_rows_is_compared_in_constant_time(
+    filled: Path, compared: list[tuple[bytes, bytes]]
+) -> None:
+    with sqlite3.connect(filled) as file:
+        file.execute("UPDATE header SET list_mac = ?", (bytes(32),))
+    file.close()
+    with pytest.raises(VaultDamaged):
+        contents(filled)
+    assert any(mac == bytes(32) and len(other) == 32 for mac, other in compared)
+
+
 def test_a_vanished_revived_or_swapped_row_is_noticed(filled: Path) -> None:
     def tamper(sql: str) -> None:
         with sqlite3.connect(filled) as connection:
