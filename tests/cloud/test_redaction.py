@@ -26,7 +26,7 @@ from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.server import Addresses
+from perfit_cloud.service.statefolder import Addresses
 from perfit_shared.errors import Busy, Cancelled, PerfitError, TooSlow, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.wire import enrollment_pb2 as enrol_pb

@@ -34,7 +34,7 @@ from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.server import Addresses, only_server
+from perfit_cloud.service.statefolder import Addresses, only_server
 from perfit_shared.errors import ConfigError, InvalidTensors
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb

@@ -19,6 +19,8 @@ import pytest
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.statefolder import Addresses
 from perfit_shared.invites import Invite
 
 RUN = [sys.executable, "-c", "from perfit_cloud.cli.main import run; run()"]
@@ -147,6 +149,22 @@ def test_what_cannot_be_served_is_one_line(
         for model, words, says in mistakes:
             full = ["serve", "--model", str(model), "--enrol-address", "127.0.0.1:0", *words]
             assert says in one_line(cloud(*full, PERFIT_CLOUD_STATE=str(tmp_path / "state")))
+
+
+def test_who_may_call_is_decided_without_a_model(tmp_path: Path) -> None:
+    """An invite took six seconds, all of them for libraries that it does not use."""
+    authority = Authority(tmp_path / "state", certificate_seconds=60, lapse_seconds=60)
+    authority.close()
+    Addresses("a:1", "b:2").save(tmp_path / "state")
+    words = ["invite", "--state", str(tmp_path / "state")]
+    program = (
+        "import sys; from perfit_cloud.cli.main import run; sys.argv[0] = 'perfit-cloud'\n"
+        "try: run()\nfinally: print([m for m in ('torch', 'transformers', 'grpc') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    invite, loaded = done.stdout.splitlines()
+    assert Invite.decode(invite).address == "b:2"
+    assert loaded == "[]"
 
 
 def test_errors_of_the_system_are_one_line(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def invite(
 
     perfit-cloud invite --count 20 --life 7d --json
     """
-    from perfit_cloud.service.server import Addresses
+    from perfit_cloud.service.statefolder import Addresses
     from perfit_shared.invites import Invite
 
     settings = load_config(file=config, flags={"state": state})

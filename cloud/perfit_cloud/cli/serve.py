@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from perfit_cloud.service.authority import Authority
     from perfit_cloud.service.hygiene import Hardening
     from perfit_cloud.service.served import Served
-    from perfit_cloud.service.server import Addresses
+    from perfit_cloud.service.statefolder import Addresses
 
 __all__ = ["ConfigFile", "StateFolder", "serve"]
 
@@ -114,7 +114,7 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
         raise ConfigError("name the base model: --model FOLDER_OR_HUB_NAME")
 
     from perfit_cloud.service.authority import Authority
-    from perfit_cloud.service.server import only_server
+    from perfit_cloud.service.statefolder import only_server
 
     authority = Authority(
         config.state,

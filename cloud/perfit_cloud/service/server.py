@@ -10,17 +10,13 @@ like to; and handshakes are not counted, so that a firewall or proxy in front sh
 
 from __future__ import annotations
 
-import fcntl
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -37,12 +33,13 @@ from perfit_cloud.service.guard import Guard
 from perfit_cloud.service.limits import Accounts, AMinute, AtOnce, Gate, Share
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
+from perfit_cloud.service.statefolder import Addresses
 from perfit_cloud.service.telemetry import Engines, Telemetry
 from perfit_cloud.service.watch import Watch
 from perfit_shared.errors import ConfigError
 from perfit_shared.wire import enrollment_pb2_grpc, personalization_pb2_grpc
 
-__all__ = ["Addresses", "CloudServer", "only_server"]
+__all__ = ["CloudServer"]
 
 _ENROL_MESSAGE_BYTES = 64 * 1024  # a lapsed certificate and a request take 1 KB
 _ENROL_CALLS = 32
@@ -53,33 +50,6 @@ _ENROL_AGE_SECONDS = 20
 _DEVICE_STREAMS = 16  # calls at once over one connection; a device that makes more waits by itself
 _GRACE_SECONDS = 5
 _LAST_SECONDS = 2.0  # for the ends of calls to be sent when a server stops
-_ADDRESSES = "addresses.json"
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """host:port that devices dial."""
-
-    address: str  # mutual TLS
-    enrol_address: str  # enrolment
-
-    def save(self, state: Path) -> None:
-        new = state / f"{_ADDRESSES}.new"
-        new.write_text(json.dumps(asdict(self)), "utf-8")
-        new.replace(state / _ADDRESSES)
-
-    @classmethod
-    def load(cls, state: Path) -> Addresses:
-        """Where the server of this state folder was last reached. Raises ConfigError if none ran."""
-        try:
-            return cls(**json.loads((state / _ADDRESSES).read_text("utf-8")))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"no server has run with the state folder {state}; start `perfit-cloud serve` first, or "
-                "name its folder with --state"
-            ) from None
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{state / _ADDRESSES} is damaged; start `perfit-cloud serve` again") from error
 
 
 @dataclass(frozen=True)
@@ -356,17 +326,3 @@ class _RotatingIdentity:
             if time.time() >= self._identity.renew_at:
                 self._identity = self._authority.server_identity(self._names)
             return self._identity
-
-
-@contextmanager
-def only_server(state: Path) -> Iterator[None]:
-    """Hold the state folder as its only server; the lock ends with the process, however that ends.
-
-    Raises ConfigError when another server holds it.
-    """
-    with (state / "serve.lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another perfit-cloud serves from {state}; stop it, or give --state") from None
-        yield
