@@ -24,8 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python scripts/demo.py
 
+# Two files at a time: much of it waits for other processes.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What the tests compare with runs from its own packages: it wants other versions than we do.
 peers:
