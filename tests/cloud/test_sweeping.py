@@ -23,7 +23,7 @@ from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
 from perfit_cloud.audit.search import Index
 from perfit_cloud.engine.turns import Turns
-from perfit_cloud.service import hygiene
+from perfit_cloud.service import hygiene, sweeping
 from perfit_cloud.service.sweeping import Sweeper, overwrite_small_arrays
 
 
@@ -148,6 +148,26 @@ def test_what_keeps_itself_is_swept_after_a_call() -> None:
         gc.enable()
         sweeper.close()
         gc.unfreeze()
+
+
+def test_calls_that_keep_ending_share_a_sweep_and_none_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep for each took a tenth of a busy cloud's time."""
+    monkeypatch.setattr(sweeping, "_QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(sweeping, "_LATEST_SECONDS", 0.5)
+    sweeper, swept = Sweeper(torch.device("cpu"), Turns()), []
+    monkeypatch.setattr(sweeper, "sweep", lambda: swept.append(time.monotonic()))
+    sweeper.start()
+    begun = time.monotonic()
+    while time.monotonic() < begun + 2:
+        sweeper.soon()
+        time.sleep(0.02)
+    ended = time.monotonic()
+    while_ending = [at for at in swept if at < ended]
+    assert 1 <= len(while_ending) <= 4
+    while len(swept) < len(while_ending) + 2 and time.monotonic() < ended + 20:  # soon after, and again
+        time.sleep(0.02)
+    sweeper.close()
+    assert len(swept) >= len(while_ending) + 2
 
 
 def test_every_call_tells_the_sweeper(run: Callable[..., Running]) -> None:

@@ -27,7 +27,8 @@ __all__ = ["Sweeper", "overwrite_small_arrays"]
 
 _log = logging.getLogger(__name__)
 
-_AFTER_SECONDS = 0.25  # from a call's end to the sweep; the calls that end meanwhile share it
+_QUIET_SECONDS = 0.5  # without another call's end, after which there is a sweep
+_LATEST_SECONDS = 2.0  # from a call's end to a sweep, however many end meanwhile
 _AGAIN_SECONDS = 1.0  # to the second one, for threads of the call that end a little later
 # numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
 _SMALL_BLOCKS, _NOT_SMALL = 7, 1024
@@ -73,8 +74,11 @@ class Sweeper:
         is_over = True  # nothing is left to be swept a second time
         while not self._is_closed:
             if self._ended.wait(None if is_over else _AGAIN_SECONDS):
-                self._ended.clear()
-                time.sleep(_AFTER_SECONDS)
+                latest = time.monotonic() + _LATEST_SECONDS
+                while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - time.monotonic()))):
+                    self._ended.clear()
+                    if self._is_closed or time.monotonic() >= latest:
+                        break
                 is_over = False
             else:
                 is_over = True
