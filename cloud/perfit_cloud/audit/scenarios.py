@@ -48,6 +48,7 @@ _FEW_TOKENS, _FEW_EXAMPLES = 48, 4
 _WORDS = 5  # of an example's prompt; more where the server was too fast
 _SECONDS = 120.0  # deadline where that is not what ends the call
 _REST_SECONDS = 2.0  # after a call: a server overwrites some of it a moment later
+_LAST_REST_SECONDS = 4.0  # after its channel: longer than between two sweeps, so that the last was
 _LOOKS = 8  # at a call under way, until something is found
 _TRIES = 3
 
@@ -296,7 +297,7 @@ class _Watch:
         return self._row("during", look_at(self._server.pid, self._index, since=self._pages))
 
     def at_rest(self, moment: str) -> Row:
-        settle(self._server.pid, rest=_REST_SECONDS)
+        settle(self._server.pid, rest=_LAST_REST_SECONDS if moment == "closed" else _REST_SECONDS)
         return self._row(moment, self._stopped())
 
     def _stopped(self) -> Look:

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 0.5  # without another call's end, after which there is a sweep
 _LATEST_SECONDS = 2.0  # from a call's end to a sweep, however many end meanwhile
-_AGAIN_SECONDS = 1.0  # to the second one, for threads of the call that end a little later
+_AGAIN_SECONDS = (1.0, 3.0)  # to the next ones, for threads of the call that end a little later
 # numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
 _SMALL_BLOCKS, _NOT_SMALL = 7, 1024
 _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
@@ -71,17 +71,17 @@ class Sweeper:
                 _overwrite_free_blocks(self._device)
 
     def _run(self) -> None:
-        is_over = True  # nothing is left to be swept a second time
+        again: tuple[float, ...] = ()
         while not self._is_closed:
-            if self._ended.wait(None if is_over else _AGAIN_SECONDS):
+            if self._ended.wait(again[0] if again else None):
                 latest = time.monotonic() + _LATEST_SECONDS
                 while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - time.monotonic()))):
                     self._ended.clear()
                     if self._is_closed or time.monotonic() >= latest:
                         break
-                is_over = False
+                again = _AGAIN_SECONDS
             else:
-                is_over = True
+                again = again[1:]
             try:
                 self.sweep()
             except Exception as error:  # a device out of memory: the next sweep tries again
