@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 _ENVIRONMENT = {
     "MALLOC_PERTURB_": "165",  # glibc fills what is freed with this byte
     "PYTHONMALLOC": "malloc",  # small Python objects go to glibc as well
+    # What is looked up at its first call saves registers on the stack, and what was copied last with them.
+    "LD_BIND_NOW": "1",
     "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
 }
 _TUNABLES = {"glibc.malloc.tcache_count": "0"}  # blocks on these lists are not filled
