@@ -18,7 +18,7 @@ import pytest
 import torch
 from tests.cloud.doubles import wait_for
 from tests.cloud.serving import TIMEOUT, Running, generate
-from tests.cloud.test_audit_memory import may_look
+from tests.cloud.test_audit_memory import looking
 
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
@@ -66,7 +66,7 @@ pause("swept")
 """
 
 
-@pytest.mark.skipif(not may_look(), reason="looking into other processes needs CAP_SYS_PTRACE")
+@looking
 @pytest.mark.parametrize("how", ["as it comes", "overwritten"])
 def test_buffers_that_matrices_are_copied_to_are_overwritten(how: str) -> None:
     """MKL (torch) and OpenBLAS (numpy) both kept copies of tensors in memory that they never free."""

@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cloud.test_audit_memory import looking
 
 from local import BIN, CommandFailed, run
-from perfit_cloud.audit.memory import check_allowed
-from perfit_shared.errors import ConfigError
-
-try:
-    check_allowed()
-    MAY_LOOK = True
-except ConfigError:
-    MAY_LOOK = False
-looking = pytest.mark.skipif(not MAY_LOOK, reason="looking into other processes needs CAP_SYS_PTRACE")
 
 
 @pytest.fixture(scope="module")
