@@ -3,10 +3,11 @@
     python scripts/bench/hardening.py --model ../shared/models/newslm --json docs/results/bench/hardening.json
 
 Two real `perfit-cloud serve` processes over mutual TLS, one with `hardening=on` (how it starts unless told
-otherwise) and one with `hardening=off`, on the same model with a random artefact. One device calls them in
-turns, one call after another, a second apart from the other cloud's sweep: an answer of 16 tokens to a
-prompt of about 60 words, log-likelihoods of 4 candidates, the gradient of 8 examples; the tensors travel
-with each. A figure of a round is the median over its calls; a ratio is that of hardening over none.
+otherwise) and one with `hardening=off`, on the same model with a random artefact. A device calls them in
+turns, one call after another, so that what else the machine does falls on both alike: an answer of 16
+tokens to a prompt of about 60 words, log-likelihoods of 4 candidates, the gradient of 8 examples; the
+tensors travel with each. The hardened cloud sweeps every two seconds meanwhile, as under any load. The
+ratio is that of hardening over none, its median over pairs of calls.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from local import LocalCloud
 
 _STARTER = Path(__file__).resolve().parents[2] / "cloud" / "perfit_cloud" / "starter" / "perfit-starter"
 _SETTINGS = ("on", "off")
-_REST_SECONDS = 1.6  # after which a cloud has swept twice, and is idle while the other is called
 _WORDS = ["the", "council", "said", "prices", "rose", "after", "rain", "on", "monday", "nobody", "paid"]
 
 
@@ -67,9 +67,9 @@ class Caller:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--calls", type=int, default=15, help="of each kind, a round")
+    made.set_defaults(pairs=150)
     args = made.parse_args()
-    calls, pairs = (2, 2) if args.small else (args.calls, args.pairs)
+    pairs = 2 if args.small else args.pairs
     model = str(_STARTER) if args.small else args.model
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         artefact = Path(folder) / "artefact"
@@ -85,7 +85,7 @@ def main() -> None:
             for setting in _SETTINGS
         }  # fmt: skip
         rows = [
-            measure(kind, {name: getattr(caller, kind) for name, caller in callers.items()}, calls, pairs)
+            measure(kind, {name: getattr(caller, kind) for name, caller in callers.items()}, pairs)
             for kind in ("answer", "score", "gradient")
         ]
     print(common.table(
@@ -95,19 +95,15 @@ def main() -> None:
     common.finish({"model": Path(model).name, "rows": rows}, args.json)
 
 
-def measure(kind: str, sides: dict[str, Callable[[], None]], calls: int, pairs: int) -> dict[str, Any]:
+def measure(kind: str, sides: dict[str, Callable[[], None]], pairs: int) -> dict[str, Any]:
     def timed(call: Callable[[], None]) -> float:
-        """Median seconds."""
-        time.sleep(_REST_SECONDS)
-        taken = []
-        for _ in range(calls):
-            begun = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - begun)
-        return median(taken)
+        """Seconds."""
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
 
     seconds = common.interleaved(
-        {name: lambda call=call: timed(call) for name, call in sides.items()}, pairs=pairs
+        {name: lambda call=call: timed(call) for name, call in sides.items()}, pairs=pairs, warm_up=5
     )
     ratio = common.ratio(seconds["on"], seconds["off"])
     return {

@@ -106,6 +106,23 @@ def test_freed_memory_is_looked_at(child: Callable[[str], int]) -> None:
 
 
 @looking
+def test_what_lies_on_the_stack_of_a_thread_is_found_there(child: Callable[[str], int]) -> None:
+    """An argument passed by value, of a function that never returns."""
+    code = (
+        "import threading; of_libc = ctypes.CDLL(None); struct = type('S', (ctypes.Structure,), "
+        "{'_fields_': [('bytes', ctypes.c_char * 512)]}); of_libc.pause.argtypes = [struct]\n"
+        f"given = struct(); given.bytes = {hidden(SECRET[:512])}\n"
+        "threading.Thread(target=of_libc.pause, args=(given,), daemon=True).start()"
+    )
+    pid = child(code)
+    found: set[str] = set()
+    deadline = time.monotonic() + 10
+    while "stack of a thread" not in found and time.monotonic() < deadline:  # it begins a little later
+        found |= {f.where for f in looked(pid, [raw("wire", SECRET[:512])]).found}
+    assert "stack of a thread" in found
+
+
+@looking
 @pytest.mark.parametrize("letter", ["", "\u0434", "\U0001f600"], ids=["utf-8", "ucs-2", "ucs-4"])
 def test_python_texts_of_every_width_are_found(child: Callable[[str], int], letter: str) -> None:
     needles = list(text("t", [WORD]))

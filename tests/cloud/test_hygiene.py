@@ -6,10 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tests.cloud.test_audit_memory import looking
 
+from perfit_cloud.audit.memory import look_at
+from perfit_cloud.audit.needles import raw
+from perfit_cloud.audit.search import Index
 from perfit_cloud.service import hygiene
 
 PROGRAM = """
@@ -94,3 +100,40 @@ def test_memory_is_locked_only_where_no_limit_can_be_met(
     monkeypatch.setattr(hygiene.resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(hygiene.resource, "setrlimit", lambda *_: None)
     assert hygiene._may_lock_all() is may
+
+
+FIRST_CALLS = """
+import ctypes, sys
+blas = ctypes.CDLL(sys.argv[1])
+first = [blas.scipy_cblas_dasum64_, blas.scipy_cblas_dnrm264_, blas.scipy_cblas_idamax64_]
+given, copy, four = (ctypes.c_char * 256)(), (ctypes.c_char * 256)(), (ctypes.c_double * 4)()
+sys.stdin.buffer.raw.readinto(given)
+for function in first:
+    ctypes.memmove(copy, given, 256)
+    function(ctypes.c_int64(4), four, ctypes.c_int64(1))
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+@looking
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="other loaders save other registers")
+@pytest.mark.parametrize("names", [set(), {"LD_BIND_NOW"}])
+def test_no_first_call_of_a_function_saves_what_was_copied_before_it(names: set[str]) -> None:
+    """The loader looks it up, and saves all vector registers on the stack before: the control finds them."""
+    (blas,) = (Path(np.__file__).parents[1] / "numpy.libs").glob("*openblas*")
+    secret = np.random.default_rng(5).bytes(256)
+    kept = {name: value for name, value in os.environ.items() if name != "LD_BIND_NOW"}
+    with subprocess.Popen(
+        [sys.executable, "-c", FIRST_CALLS, str(blas)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=kept | {name: hygiene._ENVIRONMENT[name] for name in names},
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout
+        process.stdin.write(secret)
+        process.stdin.flush()
+        process.stdout.readline()
+        look = look_at(process.pid, Index([raw("secret", secret)]))
+        process.stdin.close()
+    places = {found.where for found in look.found}
+    assert places  # the copy itself
+    assert ("stack" in places) is not bool(names)

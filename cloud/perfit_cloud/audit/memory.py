@@ -62,7 +62,7 @@ class Found:
     """Runs of one needle in one kind of place. Says nothing of what they hold."""
 
     needle: int  # its number in the index
-    where: str  # "heap", "stack", "anonymous memory", a mapped file's name, "file NAME"
+    where: str  # "heap", "stack", "stack of a thread", "anonymous memory", a mapped file's name, "file NAME"
     blocks: int  # aligned blocks that belong to such runs
     address: int  # of the first; an offset in a file
     spans: frozenset[tuple[int, int, int]]  # (piece, start, stop) of the needle
@@ -251,6 +251,7 @@ def _reach(memory: int, at: int, end: int, buffer: npt.NDArray[np.uint8]) -> tup
 
 def _regions(pid: int) -> Iterator[_Region]:
     """What is mapped, less what cannot hold anything of a request."""
+    stacks = _stack_pointers(pid)
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         fields = _LINE.match(line)
         if fields is None:
@@ -259,8 +260,21 @@ def _regions(pid: int) -> Iterator[_Region]:
         is_file = inode != "0"
         if name.startswith(_KERNELS_OWN) or (is_file and "w" not in mode):
             continue
-        where = f"mapped {Path(name).name}" if is_file else name.strip("[]") or "anonymous memory"
-        yield _Region(int(start, 16), int(stop, 16), where, not is_file and mode.endswith("p"))
+        first, end = int(start, 16), int(stop, 16)
+        is_stack = any(first <= pointer < end for pointer in stacks)
+        unnamed = "stack of a thread" if is_stack else "anonymous memory"
+        where = f"mapped {Path(name).name}" if is_file else name.strip("[]") or unnamed
+        yield _Region(first, end, where, not is_file and mode.endswith("p"))
+
+
+def _stack_pointers(pid: int) -> list[int]:
+    """Of all threads that wait or are stopped."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/syscall"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            fields = file.read_text().split()
+            found += [int(pointer, 16) for pointer in fields[-2:-1]]  # the second last; "running" has none
+    return found
 
 
 def _used(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
