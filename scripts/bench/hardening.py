@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 import numpy as np
-from workload import artefact_for, parser
+from workload import artefact_for, load_model, parser
 
 from perfit_cloud.model.base import load_base
 from perfit_device.cloud import Cloud
@@ -35,7 +35,6 @@ from perfit_shared.invites import Invite
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from local import LocalCloud
 
-_STARTER = Path(__file__).resolve().parents[2] / "cloud" / "perfit_cloud" / "starter" / "perfit-starter"
 _SETTINGS = ("on", "off")
 _WORDS = ["the", "council", "said", "prices", "rose", "after", "rain", "on", "monday", "nobody", "paid"]
 
@@ -70,10 +69,12 @@ def main() -> None:
     made.set_defaults(pairs=150)
     args = made.parse_args()
     pairs = 2 if args.small else args.pairs
-    model = str(_STARTER) if args.small else args.model
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        artefact = Path(folder) / "artefact"
-        artefact_for(load_base(model)).save(artefact)
+        model, artefact = Path(folder) / "model", Path(folder) / "artefact"
+        base = load_model(args)
+        base.model.save_pretrained(model)
+        base.tokenizer.save_pretrained(model)
+        artefact_for(load_base(str(model))).save(artefact)
         callers = {
             setting: Caller(
                 stack.enter_context(LocalCloud(
@@ -92,7 +93,7 @@ def main() -> None:
         ["call", "hardened, ms", "not, ms", "hardened over not [95 %]"],
         [[r["call"], r["on_ms"], r["off_ms"], common.Ratio(r["ratio"], *r["interval"])] for r in rows],
     ))  # fmt: skip
-    common.finish({"model": Path(model).name, "rows": rows}, args.json)
+    common.finish({"model": base.name, "rows": rows}, args.json)
 
 
 def measure(kind: str, sides: dict[str, Callable[[], None]], pairs: int) -> dict[str, Any]:

@@ -30,6 +30,14 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
 }
 _TUNABLES = {"glibc.malloc.tcache_count": "0"}  # blocks on these lists are not filled
+# Memory that goes back to the system between two passes comes again page by page, to be filled anew. The
+# operator's own choice stands.
+_KEPT = {
+    "glibc.malloc.arena_max": "4",  # each keeps what it had at most
+    "glibc.malloc.mmap_threshold": str(32 << 20),  # bytes, as are these; the most there may be
+    "glibc.malloc.trim_threshold": str(256 << 20),
+    "glibc.malloc.top_pad": str(64 << 20),  # a heap's size: none is given back
+}
 _RESTARTED = "PERFIT_RESTARTED"  # id of the process that was started again: no child takes it for its own
 
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
@@ -87,9 +95,9 @@ def harden() -> Hardening:
 
 
 def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """That of the new program: the operator's own tunables stay."""
+    """That of the new program."""
     tunables = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
-    of_glibc = ":".join(f"{name}={value}" for name, value in (tunables | _TUNABLES).items())
+    of_glibc = ":".join(f"{name}={value}" for name, value in (_KEPT | tunables | _TUNABLES).items())
     return {**given, **_ENVIRONMENT, "GLIBC_TUNABLES": of_glibc, _RESTARTED: str(os.getpid())}
 
 
