@@ -25,6 +25,7 @@ from perfit_cloud.audit.needles import raw
 from perfit_cloud.audit.search import Index
 from perfit_cloud.engine.turns import Turns
 from perfit_cloud.service import hygiene, sweeping
+from perfit_cloud.service.freeing import build
 from perfit_cloud.service.sweeping import Sweeper, overwrite_small_arrays
 
 
@@ -78,9 +79,11 @@ def test_buffers_that_matrices_are_copied_to_are_overwritten(how: str) -> None:
     def found() -> set[str]:
         return {needles[of.needle].kind for of in look_at(child.pid, index).found}
 
+    library = build()
+    assert library is not None
     with subprocess.Popen(
         [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=os.environ | hygiene._environment(os.environ), bufsize=0,
+        stdout=subprocess.PIPE, env=hygiene._environment(os.environ, library), bufsize=0, pass_fds=[library],
     ) as child:  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(numbers.tobytes())

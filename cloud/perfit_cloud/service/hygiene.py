@@ -1,9 +1,10 @@
 """How the serving process starts, so that what a call leaves in its memory is overwritten and stays there.
 
 Python's `bytes`, protobuf's messages and gRPC's buffers cannot be overwritten from here: they are let go,
-and it is the allocator that overwrites them. glibc does when told so before the process starts. It has to
-be the only one: Python's own allocator for small objects and glibc's per-thread lists of freed blocks
-each keep what was freed as it was. `service/sweeping.py` sees to what no allocator hears of.
+and whoever frees them overwrites them: a free() of our own (`service/freeing.py`), or glibc when told so
+before the process starts. It has to be the only one: Python's own allocator for small objects keeps what
+was freed as it was, and so do glibc's per-thread lists, unless it is overwritten before it gets there.
+`service/sweeping.py` sees to what no allocator hears of.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from perfit_cloud.service.freeing import build
+
 __all__ = ["UNHARDENED", "Hardening", "harden", "restart_hardened"]
 
 _log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
-    "MALLOC_PERTURB_": "165",  # glibc fills what is freed with this byte
     "PYTHONMALLOC": "malloc",  # small Python objects go to glibc as well
     # What is looked up at its first call saves registers on the stack, and what was copied last with them.
     "LD_BIND_NOW": "1",
     "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
 }
-_TUNABLES = {"glibc.malloc.tcache_count": "0"}  # blocks on these lists are not filled
+# Without a free() of our own: glibc fills what is freed with this byte, but not blocks on these lists.
+_FILLING, _FILLING_TUNABLES = {"MALLOC_PERTURB_": "165"}, {"glibc.malloc.tcache_count": "0"}
 # Memory that goes back to the system between two passes comes again page by page, to be filled anew. The
 # operator's own choice stands.
 _KEPT = {
@@ -38,6 +41,7 @@ _KEPT = {
     "glibc.malloc.trim_threshold": str(256 << 20),
     "glibc.malloc.top_pad": str(64 << 20),  # a heap's size: none is given back
 }
+_DESCRIPTORS = "/proc/self/fd/"
 _RESTARTED = "PERFIT_RESTARTED"  # id of the process that was started again: no child takes it for its own
 
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
@@ -66,13 +70,15 @@ def restart_hardened() -> None:
     # The settings themselves would not do for a mark: a program with privileges of its own is not given them.
     if os.environ.get(_RESTARTED) == str(os.getpid()) or not sys.executable:
         return
+    environment = _environment(os.environ, build())
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _environment(os.environ))  # noqa: S606
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
 
 
 def harden() -> Hardening:
     """Close what the running process can close, and look what holds; logs what does not, and the help."""
+    _forget_preloading()
     held = Hardening(
         overwrites_freed=_overwrites_freed(),
         no_core_dumps=_forbids_core_dumps(),
@@ -94,11 +100,21 @@ def harden() -> Hardening:
     return held
 
 
-def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """That of the new program."""
-    tunables = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
-    of_glibc = ":".join(f"{name}={value}" for name, value in (_KEPT | tunables | _TUNABLES).items())
-    return {**given, **_ENVIRONMENT, "GLIBC_TUNABLES": of_glibc, _RESTARTED: str(os.getpid())}
+def _environment(given: Mapping[str, str], library: int | None) -> dict[str, str]:
+    """That of the new program; `library`: the descriptor of our free(), if there is one."""
+    own = {} if library is not None else _FILLING_TUNABLES
+    theirs = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
+    tunables = ":".join(f"{name}={value}" for name, value in (_KEPT | theirs | own).items())
+    how = _FILLING if library is None else {"LD_PRELOAD": f"{_DESCRIPTORS}{library}"}
+    return {**given, **_ENVIRONMENT, **how, "GLIBC_TUNABLES": tunables, _RESTARTED: str(os.getpid())}
+
+
+def _forget_preloading() -> None:
+    """It is for this program only, which has loaded it."""
+    library = os.environ.get("LD_PRELOAD", "")
+    if library.startswith(_DESCRIPTORS):
+        del os.environ["LD_PRELOAD"]
+        os.close(int(library.removeprefix(_DESCRIPTORS)))
 
 
 def _overwrites_freed() -> bool:

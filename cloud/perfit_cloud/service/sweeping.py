@@ -6,6 +6,7 @@
 - So does MKL with the buffers that it copies matrices to: `MKL_DISABLE_FAST_MM` would keep it from that,
   and make a gradient a third slower.
 - So does torch with all memory of a CUDA device.
+- So does our own free() with what tensors had.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from perfit_cloud.engine.turns import Turns
+from perfit_cloud.service.freeing import overwrite_kept
 
 __all__ = ["Sweeper", "overwrite_small_arrays"]
 
@@ -69,6 +71,7 @@ class Sweeper:
             self._free_buffers()
             if self._device.type == "cuda":
                 _overwrite_free_blocks(self._device)
+        overwrite_kept()
 
     def _run(self) -> None:
         again: tuple[float, ...] = ()

@@ -1,0 +1,224 @@
+"""Our own free(): what it overwrites, at once and when told to, and what it leaves whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.cloud.test_audit_memory import looking
+
+from perfit_cloud.audit.memory import look_at
+from perfit_cloud.audit.needles import raw
+from perfit_cloud.audit.search import Index
+from perfit_cloud.service import freeing, hygiene
+
+SIZES = {"small": 600, "middling": 40_000, "large": 1_000_000}
+CHILD = """
+import ctypes, sys
+import torch
+from perfit_cloud.service.freeing import overwrite_kept
+libc = ctypes.CDLL(None)
+for name in ("malloc", "realloc"):
+    getattr(libc, name).restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+libc.realloc.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+def put(size):
+    start = libc.malloc(size)
+    sys.stdin.buffer.raw.readinto((ctypes.c_char * size).from_address(start))
+    return start
+print("ready", flush=True)
+while line := sys.stdin.buffer.raw.readline():
+    exec(line)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[int]:
+    held = freeing.build()
+    assert held is not None
+    yield held
+    os.close(held)
+
+
+class Child:
+    """A process that does what it is told, with our free() or without."""
+
+    def __init__(self, library: int | None) -> None:
+        descriptors = () if library is None else (library,)
+        environment = hygiene._environment(os.environ, library)
+        if library is None:
+            del environment["MALLOC_PERTURB_"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            pass_fds=descriptors, env=environment,
+        )  # fmt: skip
+        self._heard()
+
+    def do(self, code: str, secret: bytes = b"") -> None:
+        assert self._process.stdin
+        self._process.stdin.write(code.encode() + b"\n")
+        if secret:
+            self._process.stdin.write(secret)
+        self._heard()
+
+    def holds(self, secret: bytes) -> bool:
+        return bool(look_at(self._process.pid, Index([raw("secret", secret)])).found)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _heard(self) -> None:
+        assert self._process.stdout
+        assert self._process.stdout.readline()
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[[int | None], Child]]:
+    children: list[Child] = []
+
+    def make(library: int | None) -> Child:
+        children.append(Child(library))
+        return children[-1]
+
+    yield make
+    for made in children:
+        made.end()
+
+
+def secret_of(size: int) -> bytes:
+    """No more than a pipe takes in one piece."""
+    return np.random.default_rng(size).bytes(min(size, 50_000))
+
+
+@looking
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_what_is_freed_is_overwritten(child: Callable[..., Child], library: int, size: int) -> None:
+    secret = secret_of(size)
+    for descriptor in (None, library):
+        of_this = child(descriptor)
+        of_this.do(f"at = put({len(secret)})", secret)
+        assert of_this.holds(secret)
+        copies = f"[ctypes.c_void_p(libc.malloc({size})) for _ in range(20)]"  # some may be used again
+        of_this.do(f"copies = {copies}; [ctypes.memmove(copy, at, {len(secret)}) for copy in copies]")
+        of_this.do("libc.free(at); [libc.free(copy) for copy in copies]; overwrite_kept()")
+        assert of_this.holds(secret) is (descriptor is None)
+
+
+@looking
+@pytest.mark.parametrize("to", [64, 900_000], ids=["smaller", "larger"])
+def test_what_a_block_leaves_behind_when_it_changes_its_size_is_overwritten(
+    child: Callable[..., Child], library: int, to: int
+) -> None:
+    """What it takes along is whole. Its neighbour keeps it from growing where it is."""
+    secret = secret_of(40_000)
+    of_this = child(library)
+    of_this.do("at = put(40_000); beside = libc.malloc(64)", secret)
+    of_this.do(f"at = libc.realloc(at, {to}); kept = ctypes.string_at(at, min({to}, 40_000))")
+    kept = secret[: min(to, 40_000)]
+    assert of_this.holds(kept)
+    of_this.do(f"del kept; ctypes.memset(at, 0, {to})")
+    assert not of_this.holds(secret)
+
+
+@looking
+def test_a_tensor_gives_its_memory_to_the_next_of_its_size_and_to_nothing_else(
+    child: Callable[..., Child], library: int
+) -> None:
+    secret = secret_of(40_000)
+    of_this = child(library)
+    of_this.do("held = torch.empty(100_000); at = held.data_ptr()")
+    for _ in range(2):
+        view = "(ctypes.c_char * 40_000).from_address(at + 200_000)"
+        of_this.do(f"sys.stdin.buffer.raw.readinto({view})", secret)
+        of_this.do("del held")
+        assert of_this.holds(secret)  # until it is used again, or told to overwrite
+        of_this.do("blocks = [libc.malloc(400_000) for _ in range(8)]; assert at not in blocks")
+        of_this.do("other = torch.empty(90_000); assert other.data_ptr() != at")
+        of_this.do("held = torch.empty(100_000); assert held.data_ptr() == at")
+        of_this.do("del held; overwrite_kept()")
+        assert not of_this.holds(secret)
+        of_this.do("held = torch.empty(100_000); at = held.data_ptr()")
+
+
+MANY = """
+import os, random, sys, threading
+import torch
+from perfit_cloud.service.freeing import overwrite_kept
+faults = []
+def work(seed):
+    rng, mine = random.Random(seed), {}
+    try:
+        for turn in range(3000):
+            key = rng.randrange(12)
+            if key in mine:
+                made, value = mine.pop(key)
+                if isinstance(made, torch.Tensor):
+                    assert (made == value).all()
+                else:
+                    assert made == bytes([value]) * len(made)
+            size = rng.choice([40, 700, 5000, 70_000, 70_016, 300_000, 2_000_000])
+            value = rng.randrange(1, 250)
+            if rng.random() < 0.6:
+                mine[key] = torch.full((size // 4,), value, dtype=torch.int32), value
+            else:
+                grown = bytearray()  # by realloc
+                for _ in range(4):
+                    grown += bytes([value]) * (size // 4)
+                mine[key] = bytes(grown), value
+            if turn % 500 == 7:
+                overwrite_kept()
+    except BaseException as fault:
+        faults.append(repr(fault))
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    if not (forked := os.fork()):
+        del_me = torch.ones(1_000_000)  # the lock is not some other thread's, who is not here
+        del del_me
+        os._exit(0)
+    if os.waitpid(forked, 0)[1]:
+        faults.append("a child failed")
+for thread in threads:
+    thread.join()
+print(faults)
+"""
+
+
+def test_threads_that_free_and_overwrite_at_once_find_their_own_whole(library: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MANY], capture_output=True, text=True, timeout=240, check=False,
+        pass_fds=(library,), env=hygiene._environment(os.environ, library) | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "true"])
+def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert freeing.build() is None
+
+
+def test_it_does_not_stand_beside_another_allocator(library: int) -> None:
+    """glibc would be asked to free what it never gave."""
+    code = "from perfit_cloud.service.freeing import build; print(build())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        pass_fds=(library,), env={**os.environ, "LD_PRELOAD": f"/proc/self/fd/{library}"},
+    )  # fmt: skip
+    assert done.stdout == "None\n"
+
+
+def test_nothing_of_it_stays_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    held = freeing.build()
+    assert held is not None
+    os.close(held)
+    assert not list(tmp_path.iterdir())
