@@ -7,7 +7,8 @@ otherwise) and one with `hardening=off`, on the same model with a random artefac
 turns, one call after another, so that what else the machine does falls on both alike: an answer of 16
 tokens to a prompt of about 60 words, log-likelihoods of 4 candidates, the gradient of 8 examples; the
 tensors travel with each. The hardened cloud sweeps every two seconds meanwhile, as under any load. The
-ratio is that of hardening over none, its median over pairs of calls.
+ratio is that of hardening over none: of the medians of both over the calls of one start of the clouds, and
+of those the median over starts, for a process is a few per cent faster or slower from its start to its end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from local import LocalCloud
 
 _SETTINGS = ("on", "off")
+_KINDS = ("answer", "score", "gradient")
 _WORDS = ["the", "council", "said", "prices", "rose", "after", "rain", "on", "monday", "nobody", "paid"]
 
 
@@ -66,29 +69,27 @@ class Caller:
 
 def main() -> None:
     made = parser(__doc__)
-    made.set_defaults(pairs=150)
+    made.add_argument("--starts", type=int, default=7, help="of both clouds")
+    made.set_defaults(pairs=30)
     args = made.parse_args()
-    pairs = 2 if args.small else args.pairs
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        model, artefact = Path(folder) / "model", Path(folder) / "artefact"
+    starts, pairs = (2, 2) if args.small else (args.starts, args.pairs)
+    seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in _SETTINGS} for kind in _KINDS}
+    with tempfile.TemporaryDirectory() as given:
+        folder = Path(given)
         base = load_model(args)
-        base.model.save_pretrained(model)
-        base.tokenizer.save_pretrained(model)
-        artefact_for(load_base(str(model))).save(artefact)
-        callers = {
-            setting: Caller(
-                stack.enter_context(LocalCloud(
-                    model, [artefact], Path(folder) / setting / "state",
-                    flags=["--set", f"hardening={setting}", "--threads", str(args.threads)],
-                )),
-                stack,
-            )
-            for setting in _SETTINGS
-        }  # fmt: skip
-        rows = [
-            measure(kind, {name: getattr(caller, kind) for name, caller in callers.items()}, pairs)
-            for kind in ("answer", "score", "gradient")
-        ]
+        base.model.save_pretrained(folder / "model")
+        base.tokenizer.save_pretrained(folder / "model")
+        artefact_for(load_base(str(folder / "model"))).save(folder / "artefact")
+        for number in range(starts):
+            with ExitStack() as stack:
+                callers = {
+                    name: Caller(cloud_of(folder, name, number, args.threads, stack), stack)
+                    for name in _SETTINGS[:: 1 if number % 2 else -1]
+                }
+                for kind in _KINDS:
+                    for name, median_seconds in measure(kind, callers, pairs).items():
+                        seconds[kind][name].append(median_seconds)
+    rows = [row_of(kind, seconds[kind]) for kind in _KINDS]
     print(common.table(
         ["call", "hardened, ms", "not, ms", "hardened over not [95 %]"],
         [[r["call"], r["on_ms"], r["off_ms"], common.Ratio(r["ratio"], *r["interval"])] for r in rows],
@@ -96,16 +97,25 @@ def main() -> None:
     common.finish({"model": base.name, "rows": rows}, args.json)
 
 
-def measure(kind: str, sides: dict[str, Callable[[], None]], pairs: int) -> dict[str, Any]:
+def cloud_of(folder: Path, setting: str, number: int, threads: int, stack: ExitStack) -> LocalCloud:
+    flags = ["--set", f"hardening={setting}", "--threads", str(threads)]
+    state = folder / f"{setting}-{number}" / "state"
+    return stack.enter_context(LocalCloud(folder / "model", [folder / "artefact"], state, flags=flags))
+
+
+def measure(kind: str, callers: dict[str, Caller], pairs: int) -> dict[str, float]:
+    """Median seconds of a call, by setting."""
+
     def timed(call: Callable[[], None]) -> float:
-        """Seconds."""
         begun = time.perf_counter()
         call()
         return time.perf_counter() - begun
 
-    seconds = common.interleaved(
-        {name: lambda call=call: timed(call) for name, call in sides.items()}, pairs=pairs, warm_up=5
-    )
+    calls = {name: partial(timed, getattr(caller, kind)) for name, caller in callers.items()}
+    return {name: median(s) for name, s in common.interleaved(calls, pairs=pairs, warm_up=5).items()}
+
+
+def row_of(kind: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     ratio = common.ratio(seconds["on"], seconds["off"])
     return {
         "call": kind, "on_ms": 1000 * median(seconds["on"]), "off_ms": 1000 * median(seconds["off"]),

@@ -200,7 +200,7 @@ def test_threads_that_free_and_overwrite_at_once_find_their_own_whole(library: i
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "true"])
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "true", "", "'"])
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     monkeypatch.setenv("CC", compiler)
     assert freeing.build() is None

@@ -59,6 +59,15 @@ def test_a_hardened_server_forgets(command: list[str], tmp_path: Path) -> None:
     assert not any(row["unreadable"] for row in written["rows"])
 
 
+@looking
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_without_a_compiler_forgets_too(command: list[str]) -> None:
+    """Memory is then overwritten by glibc, in other ways and at other times."""
+    said = run([*command, "--quick", "--rpc", "Ask", "--rpc", "Adapt"], env={"CC": "/nowhere/cc"})
+    assert "nothing was left" in said
+
+
 def test_an_rpc_that_there_is_not_is_refused(command: list[str]) -> None:
     with pytest.raises(CommandFailed) as failed:
         run([*command, "--rpc", "Forget"])

@@ -27,19 +27,23 @@ def build() -> int | None:
     """
     if platform.libc_ver()[0] != "glibc" or not _memory_is_of_libc():
         return None
-    compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "freeing.so"
         try:
+            compiler = shlex.split(os.environ.get("CC", "cc"))
             command = [*compiler, *_FLAGS, "-o", str(library), str(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
-            built = ctypes.CDLL(str(library))  # or it is for another machine
-            if not hasattr(built, "perfit_overwrite"):
-                return None
-            held = os.memfd_create("perfit-freeing", 0)
-            Path(f"/proc/self/fd/{held}").write_bytes(library.read_bytes())
-        except (OSError, subprocess.SubprocessError):
+            built = library.read_bytes()
+        except (OSError, ValueError, subprocess.SubprocessError):  # none, no name of one, or it failed
             return None
+    held = os.memfd_create("perfit-freeing", 0)
+    try:
+        place = Path(f"/proc/self/fd/{held}")
+        place.write_bytes(built)
+        ctypes.CDLL(str(place))  # as the next program will; it may be for another machine
+    except OSError:
+        os.close(held)
+        return None
     return held
 
 
