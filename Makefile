@@ -49,6 +49,8 @@ bench: setup peers
 	$(BIN)/python scripts/bench/wire.py --json $(RESULTS)/wire.json
 	$(BIN)/python scripts/bench/device.py --json $(RESULTS)/device.json
 	$(BIN)/python scripts/bench/hardening.py --model $(NEWSLM) --json $(RESULTS)/hardening.json
+	$(BIN)/python scripts/bench/hardening.py --model random-100m --starts 5 --pairs 8 \
+		--json $(RESULTS)/hardening-100m.json
 
 # The long runs of docs/security.md. Tests run a twentieth of each.
 SEED ?= 1

@@ -79,11 +79,11 @@ def test_buffers_that_matrices_are_copied_to_are_overwritten(how: str) -> None:
     def found() -> set[str]:
         return {needles[of.needle].kind for of in look_at(child.pid, index).found}
 
-    library = build()
-    assert library is not None
+    library = build()  # none where there is no compiler: glibc overwrites then
     with subprocess.Popen(
         [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=hygiene._environment(os.environ, library), bufsize=0, pass_fds=[library],
+        stdout=subprocess.PIPE, env=hygiene._environment(os.environ, library), bufsize=0, 
+        pass_fds=[] if library is None else [library],
     ) as child:  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(numbers.tobytes())
