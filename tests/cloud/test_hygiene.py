@@ -17,6 +17,7 @@ from tests.cloud.test_audit_memory import looking
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
 from perfit_cloud.audit.search import Index
+from perfit_cloud.cli import serve
 from perfit_cloud.service import hygiene
 
 PROGRAM = """
@@ -109,6 +110,18 @@ def test_memory_is_locked_only_where_no_limit_can_be_met(
     monkeypatch.setattr(hygiene.resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(hygiene.resource, "setrlimit", lambda *_: None)
     assert hygiene._may_lock_all() is may
+
+
+@pytest.mark.parametrize("are_overwritten", [True, False])
+def test_tensors_that_stay_are_said(caplog: pytest.LogCaptureFixture, are_overwritten: bool) -> None:
+    class Sweeping:
+        def overwrites_tensors(self) -> bool:
+            return are_overwritten
+
+    held = hygiene.Hardening(True, True, True, True)
+    told = serve._with_tensors(held, Sweeping())  # type: ignore[arg-type]
+    assert told.overwrites_freed is are_overwritten
+    assert caplog.text.count("traces of tensors stay") == (not are_overwritten)
 
 
 FIRST_CALLS = """

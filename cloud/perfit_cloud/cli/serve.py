@@ -7,7 +7,7 @@ import logging
 import queue
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from perfit_cloud.service.hygiene import Hardening
     from perfit_cloud.service.served import Served
     from perfit_cloud.service.statefolder import Addresses
+    from perfit_cloud.service.sweeping import Sweeper
 
 __all__ = ["ConfigFile", "StateFolder", "serve"]
 
@@ -175,6 +176,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     generation.start()
     if config.hardening == "on":
         sweeper.start()
+        hardening = _with_tensors(hardening, sweeper)
     server.start()
     print(_line(served, server.addresses, hardening, as_json=as_json), flush=True)
     try:
@@ -186,6 +188,17 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         generation.stop()
         steps.close()
         sweeper.close()
+
+
+def _with_tensors(hardening: Hardening, sweeper: Sweeper) -> Hardening:
+    """What holds now that torch is there."""
+    if not hardening.overwrites_freed or sweeper.overwrites_tensors():
+        return hardening
+    _log.warning(
+        "this build of torch has an allocator of its own, so traces of tensors stay in memory until it is "
+        "used again; serve with a build that takes its memory from glibc"
+    )
+    return replace(hardening, overwrites_freed=False)
 
 
 def _line(served: Served, addresses: Addresses, hardening: Hardening, *, as_json: bool) -> str:

@@ -143,9 +143,10 @@ def keep(
     rows, starts = examples.rows[which], examples.starts[which]
 
     def store(count: int, width: int) -> Tensor:
+        """Zeros: it is filled over many passes, and memory of tensors is given out as it was left."""
         if spill:  # locked in memory, or a copy from there would wait for the CPU
-            return torch.empty(count, width, dtype=tail.dtype, pin_memory=device.type == "cuda")
-        return torch.empty(count, width, dtype=tail.dtype, device=device)
+            return torch.zeros(count, width, dtype=tail.dtype, pin_memory=device.type == "cuda")
+        return torch.zeros(count, width, dtype=tail.dtype, device=device)
 
     kept = Kept(
         hidden=store(rows.sum(), tail.hidden_size),

@@ -10,56 +10,69 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["build", "overwrite_kept"]
+__all__ = ["build", "preloading", "take_kept"]
 
 _SOURCE = Path(__file__).with_name("freeing.c")
 _FLAGS = ["-O2", "-fno-builtin", "-shared", "-fPIC"]
-_BUILD_SECONDS = 60
+_SECONDS = 60  # for the compiler, and for the trial
+# Aborts where another allocator stands before glibc's, which is asked to free what it never gave.
+_TRIAL = "import ctypes; ctypes.CDLL(None).perfit_take_kept; [bytearray(size) for size in range(9999)]"
 
 
-def build() -> int | None:
+def build(environment: Mapping[str, str]) -> int | None:
     """A descriptor of the library, in memory and for the next program to inherit; None: it cannot be used.
 
-    It can where memory is glibc's: what another allocator gave, glibc cannot free.
+    `environment`: of this program. A small program is tried with it first.
     """
-    if platform.libc_ver()[0] != "glibc" or not _memory_is_of_libc():
+    if platform.libc_ver()[0] != "glibc":
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "freeing.so"
-        try:
-            compiler = shlex.split(os.environ.get("CC", "cc"))
-            command = [*compiler, *_FLAGS, "-o", str(library), str(_SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
-            built = library.read_bytes()
-        except (OSError, ValueError, subprocess.SubprocessError):  # none, no name of one, or it failed
-            return None
-    held = os.memfd_create("perfit-freeing", 0)
     try:
-        place = Path(f"/proc/self/fd/{held}")
-        place.write_bytes(built)
-        ctypes.CDLL(str(place))  # as the next program will; it may be for another machine
-    except OSError:
+        built = _compiled(shlex.split(environment.get("CC", "cc")))
+        held = os.memfd_create("perfit-freeing", 0)
+    # No compiler, or it failed; no name of one; no folder to write to; no files in memory.
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
+        return None
+    try:
+        Path(f"/proc/self/fd/{held}").write_bytes(built)
+        tried = {**environment, "PYTHONMALLOC": "malloc", "LD_PRELOAD": preloading(held, environment)}
+        _run([sys.executable, "-c", _TRIAL], env=tried, pass_fds=[held])
+    except (OSError, subprocess.SubprocessError):
         os.close(held)
         return None
     return held
 
 
-def overwrite_kept() -> None:
-    """Overwrite the memory of tensors that was let go of and not used again; nothing without the library."""
-    overwrite = getattr(ctypes.CDLL(None), "perfit_overwrite", None)
-    if overwrite is not None:
-        overwrite()
+def preloading(library: int, environment: Mapping[str, str]) -> str:
+    """LD_PRELOAD, with what `environment` has in it."""
+    theirs = environment.get("LD_PRELOAD")
+    return f"/proc/self/fd/{library}" + (f":{theirs}" if theirs else "")
 
 
-def _memory_is_of_libc() -> bool:
-    """Whether nothing stands in front of glibc's malloc and free."""
-    libraries = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
-    first, glibc = ([_address(library, name) for name in ("malloc", "free")] for library in libraries)
-    return first == glibc
+def take_kept() -> Callable[[], None]:
+    """Take the memory that tensors had; what is returned overwrites it. Nothing without the library."""
+    program = ctypes.CDLL(None)
+    take, overwrite = (getattr(program, f"perfit_{name}", None) for name in ("take_kept", "overwrite"))
+    if take is None or overwrite is None:
+        return lambda: None
+    take.restype, overwrite.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    taken = take()
+    return lambda: overwrite(taken)
 
 
-def _address(library: ctypes.CDLL, name: str) -> int | None:
-    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+def _compiled(compiler: Sequence[str]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "freeing.so"
+        _run([*compiler, *_FLAGS, "-o", str(library), str(_SOURCE)])
+        return library.read_bytes()
+
+
+def _run(command: Sequence[str], **how: Any) -> None:
+    """No pipes: a compiler's own children would hold them longer than it lives."""
+    silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.run(command, check=True, timeout=_SECONDS, **silent, **how)

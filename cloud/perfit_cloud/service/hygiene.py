@@ -9,6 +9,7 @@ was freed as it was, and so do glibc's per-thread lists, unless it is overwritte
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from perfit_cloud.service.freeing import build
+from perfit_cloud.service.freeing import build, preloading
 
 __all__ = ["UNHARDENED", "Hardening", "harden", "restart_hardened"]
 
@@ -70,9 +71,10 @@ def restart_hardened() -> None:
     # The settings themselves would not do for a mark: a program with privileges of its own is not given them.
     if os.environ.get(_RESTARTED) == str(os.getpid()) or not sys.executable:
         return
-    environment = _environment(os.environ, build())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    environment = _environment(os.environ, build(os.environ))
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as it is for a program that was started without
+            stream.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
 
 
@@ -105,15 +107,19 @@ def _environment(given: Mapping[str, str], library: int | None) -> dict[str, str
     own = {} if library is not None else _FILLING_TUNABLES
     theirs = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
     tunables = ":".join(f"{name}={value}" for name, value in (_KEPT | theirs | own).items())
-    how = _FILLING if library is None else {"LD_PRELOAD": f"{_DESCRIPTORS}{library}"}
+    how = _FILLING if library is None else {"LD_PRELOAD": preloading(library, given)}
     return {**given, **_ENVIRONMENT, **how, "GLIBC_TUNABLES": tunables, _RESTARTED: str(os.getpid())}
 
 
 def _forget_preloading() -> None:
     """It is for this program only, which has loaded it."""
-    library = os.environ.get("LD_PRELOAD", "")
-    if library.startswith(_DESCRIPTORS):
-        del os.environ["LD_PRELOAD"]
+    library, _, theirs = os.environ.get("LD_PRELOAD", "").partition(":")
+    if os.environ.get(_RESTARTED) != str(os.getpid()) or not library.startswith(_DESCRIPTORS):
+        return
+    del os.environ["LD_PRELOAD"]
+    if theirs:
+        os.environ["LD_PRELOAD"] = theirs
+    with contextlib.suppress(OSError, ValueError):
         os.close(int(library.removeprefix(_DESCRIPTORS)))
 
 

@@ -14,16 +14,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from perfit_cloud.engine.turns import Turns
-from perfit_cloud.service.freeing import overwrite_kept
+from perfit_cloud.service.freeing import take_kept
 
 __all__ = ["Sweeper", "overwrite_small_arrays"]
 
@@ -34,6 +36,7 @@ _LATEST_SECONDS = 2.0  # from a call's end to a sweep, however many end meanwhil
 _AGAIN_SECONDS = (1.0, 3.0)  # to the next ones, for threads of the call that end a little later
 # numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
 _SMALL_BLOCKS, _NOT_SMALL = 7, 1024
+_TENSOR_BYTES = 100_000  # stays mapped when it is freed
 _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
 
 
@@ -50,7 +53,7 @@ class Sweeper:
 
     def start(self) -> None:
         """What exists now is not looked through again: it is the model and the libraries, and stays."""
-        gc.collect()
+        self.sweep()
         gc.freeze()
         self._thread.start()
 
@@ -67,11 +70,22 @@ class Sweeper:
     def sweep(self) -> None:
         gc.collect()
         overwrite_small_arrays()
-        with self._turns.take("sweep"):  # no pass has a buffer, or finds no free memory and asks for more
+        # In its turn no pass has a buffer or a tensor, or finds no free memory and asks for more.
+        with ExitStack() as after, self._turns.take("sweep"):
             self._free_buffers()
+            after.callback(take_kept())
             if self._device.type == "cuda":
                 _overwrite_free_blocks(self._device)
-        overwrite_kept()
+
+    def overwrites_tensors(self) -> bool:
+        """Tried: builds of torch may bring an allocator of their own, which no setting of ours reaches."""
+        secret = os.urandom(_TENSOR_BYTES)
+        tensor = torch.frombuffer(bytearray(secret), dtype=torch.uint8).clone()
+        address = tensor.data_ptr()
+        del tensor
+        self.sweep()
+        found = ctypes.string_at(address, len(secret))
+        return not any(found[at : at + 16] == secret[at : at + 16] for at in range(0, len(secret), 16))
 
     def _run(self) -> None:
         again: tuple[float, ...] = ()
