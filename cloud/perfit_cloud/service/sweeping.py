@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -36,7 +37,7 @@ _LATEST_SECONDS = 2.0  # from a call's end to a sweep, however many end meanwhil
 _AGAIN_SECONDS = (1.0, 3.0)  # to the next ones, for threads of the call that end a little later
 # numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
 _SMALL_BLOCKS, _NOT_SMALL = 7, 1024
-_TENSOR_BYTES = 100_000  # stays mapped when it is freed
+_TENSOR_BYTES = 1 << 22  # more than small things of other threads could overwrite
 _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
 
 
@@ -80,11 +81,12 @@ class Sweeper:
     def overwrites_tensors(self) -> bool:
         """Tried: builds of torch may bring an allocator of their own, which no setting of ours reaches."""
         secret = os.urandom(_TENSOR_BYTES)
+        found = bytearray(len(secret))  # now: it would be given the tensor's memory
         tensor = torch.frombuffer(bytearray(secret), dtype=torch.uint8).clone()
         address = tensor.data_ptr()
         del tensor
         self.sweep()
-        found = ctypes.string_at(address, len(secret))
+        _read(address, found)
         return not any(found[at : at + 16] == secret[at : at + 16] for at in range(0, len(secret), 16))
 
     def _run(self) -> None:
@@ -118,6 +120,21 @@ def _of_mkl() -> Callable[[], object]:
         "memory; serve with the version of torch in constraints.txt"
     )
     return lambda: None
+
+
+def _read(address: int, into: bytearray) -> None:
+    """Memory that may be there no more: then `into` stays as it is."""
+
+    class Part(ctypes.Structure):  # struct iovec
+        _fields_ = (("start", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+    here = Part(ctypes.addressof(ctypes.c_char.from_buffer(into)), len(into))
+    there = Part(address, len(into))
+    count, none = ctypes.c_ulong(1), ctypes.c_ulong(0)
+    read = ctypes.CDLL(None, use_errno=True).process_vm_readv  # process_vm_readv(2)
+    got = read(os.getpid(), ctypes.byref(here), count, ctypes.byref(there), count, none)
+    if got < 0 and ctypes.get_errno() != errno.EFAULT:  # a container may forbid it
+        ctypes.memmove(here.start, there.start, len(into))
 
 
 def overwrite_small_arrays() -> None:
