@@ -11,7 +11,7 @@ help:
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
 	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
 	@echo "make audit fuzz kills load   every figure of docs/security.md; SEED=n chooses what is drawn"
-	@echo "make lint        ruff, mypy and the import contracts"
+	@echo "make lint        ruff, mypy, the import contracts, and buf over the protos"
 
 setup: $(VENV)/.ready
 
@@ -76,14 +76,22 @@ load: setup
 	$(SOAK).load --calls 50000 --seed $(SEED) --json $(FOUND)/load.json
 	$(SOAK).load --calls 12000 --no-restarts --seed $(SEED) --json $(FOUND)/memory.json
 
+# The image is the contract that clients were built by: `make wire` renews it when nothing breaks.
+IMAGE := protos/perfit.v1.binpb
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against $(IMAGE)
 
 wire: setup
+	$(BIN)/buf breaking --against $(IMAGE)
+	$(BIN)/buf build --exclude-source-info --output $(IMAGE)
 	$(BIN)/python scripts/generate_wire.py
+	$(BIN)/python scripts/generate_vectors.py
 
 help-page: setup
 	$(BIN)/python scripts/generate_help.py

@@ -62,6 +62,7 @@ class Limits:
     message_bytes: int
     questions: int  # of one Ask at a time; 0: a cloud without Ask
     adapt_examples: int  # of one update; 0: a cloud without Adapt
+    call_tokens: int = 0  # of one ComputeGradient or Score together; 0: the cloud does not say
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def cloud_info_from_wire(response: pb.DescribeResponse) -> CloudInfo:
             message_bytes=limits.message_bytes,
             questions=limits.questions,
             adapt_examples=limits.adapt_examples,
+            call_tokens=limits.call_tokens,
         ),
     )
 

@@ -57,10 +57,29 @@ def mean_loss(
         pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
         return patience.call(lambda: cloud.score(pairs, use))
 
-    size = min(_SCORES_A_CALL, limits.examples)
-    chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    chunks = _chunks(task, items, min(_SCORES_A_CALL, limits.examples), limits.call_tokens)
     scores = [each for chunk in chunks for each in _naming_the_refused(score, chunk)]
     return -sum(each.log_likelihood for each in scores) / sum(each.tokens for each in scores)
+
+
+def _chunks(
+    task: Task, items: Sequence[HistoryItem], most: int, call_tokens: int
+) -> list[Sequence[HistoryItem]]:
+    """Parts of `items` that one call takes each: at most `most` items and `call_tokens` tokens.
+
+    A device has no tokenizer. A token stands for a byte of UTF-8 at least, so bytes are counted, and
+    one more for the end of each answer. An item that is larger goes alone, for the cloud to judge.
+    """
+    chunks: list[list[HistoryItem]] = [[]]
+    room = call_tokens
+    for item in items:
+        size = sum(len(value.encode()) for value in item.fields.values()) + len(task.template.encode()) + 1
+        if chunks[-1] and (len(chunks[-1]) == most or (call_tokens and size > room)):
+            chunks.append([])
+            room = call_tokens
+        chunks[-1].append(item)
+        room -= size
+    return [chunk for chunk in chunks if chunk]
 
 
 def _naming_the_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequence[HistoryItem]) -> _T:
@@ -111,7 +130,7 @@ def gradient_of(
         return loss, tokens, gradient
 
     def gradient(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
-        chunks = [items[start : start + limits.examples] for start in range(0, len(items), limits.examples)]
+        chunks = _chunks(task, items, limits.examples, limits.call_tokens)
         parts = [_naming_the_refused(partial(once, tensors=tensors), chunk) for chunk in chunks]
         return parts[0] if len(parts) == 1 else _joined(parts)
 

@@ -351,6 +351,8 @@ def encode_description(served: Served, *, continuous: bool, keeps: bool) -> pb.D
             adapt_examples=limits.adapt_examples,
             adapt_tokens=limits.adapt_tokens,
             questions=limits.questions,
+            context=limits.context,
+            call_tokens=limits.call_tokens,
         ),
         cloud_id=served.cloud_id,
         continuous=continuous,

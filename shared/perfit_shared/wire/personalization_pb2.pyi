@@ -94,7 +94,7 @@ class Artefact(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., spec: _Optional[_Union[ShiftSpec, _Mapping]] = ..., task_json: _Optional[str] = ..., learning_rate: _Optional[float] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("prompt_tokens", "new_tokens", "examples", "message_bytes", "adapt_examples", "adapt_tokens", "questions")
+    __slots__ = ("prompt_tokens", "new_tokens", "examples", "message_bytes", "adapt_examples", "adapt_tokens", "questions", "context", "call_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,8 @@ class Limits(_message.Message):
     ADAPT_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     ADAPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    CALL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     new_tokens: int
     examples: int
@@ -109,7 +111,9 @@ class Limits(_message.Message):
     adapt_examples: int
     adapt_tokens: int
     questions: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., examples: _Optional[int] = ..., message_bytes: _Optional[int] = ..., adapt_examples: _Optional[int] = ..., adapt_tokens: _Optional[int] = ..., questions: _Optional[int] = ...) -> None: ...
+    context: int
+    call_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., examples: _Optional[int] = ..., message_bytes: _Optional[int] = ..., adapt_examples: _Optional[int] = ..., adapt_tokens: _Optional[int] = ..., questions: _Optional[int] = ..., context: _Optional[int] = ..., call_tokens: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

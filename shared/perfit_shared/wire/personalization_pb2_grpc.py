@@ -82,7 +82,8 @@ class PersonalizationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchSeed(self, request, context):
-        """The public personal shift from which every user starts.
+        """The public personal shift from which every user starts. It was learned together with the collective
+        shift, so it is not the identity, and an answer with it differs from one in COLLECTIVE mode.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,68 @@
+"""Calls stay within what the cloud takes at once: 64 long examples in one ComputeGradient were refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from perfit_device.codec import Artefact, Limits, Score, ShiftUse
+from perfit_device.evaluation import gradient_of, mean_loss
+from perfit_device.history import HistoryItem
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.tasks import TASKS
+
+TASK = TASKS["chat"]
+SPEC = ShiftSpec((0,), "l7", 2, 2, 8)
+ARTEFACT = Artefact("chat", "1", SPEC, TASK, 1e-3, 1, 4)
+
+
+class CountingCloud:
+    """Notes how many examples each call held; every example is one target token at loss 1."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def compute_gradient(
+        self, pairs: Sequence[Any], artefact: Artefact, tensors: ShiftTensors
+    ) -> tuple[float, int, ShiftTensors]:
+        self.calls.append(len(pairs))
+        return 1.0, len(pairs), tensors
+
+    def score(self, pairs: Sequence[Any], use: ShiftUse) -> list[Score]:
+        self.calls.append(len(pairs))
+        return [Score(-1.0, 1) for _ in pairs]
+
+
+def items(*lengths: int) -> list[HistoryItem]:
+    """Each of so many bytes, the template's ("{prompt}") and the end of the answer included."""
+    return [
+        HistoryItem.make(TASK, {"prompt": "x" * (n - 11), "reply": f"{k:02}"}) for k, n in enumerate(lengths)
+    ]
+
+
+def limits(call_tokens: int) -> Limits:
+    return Limits(512, 64, 4, 1 << 20, 4, 100, call_tokens)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "call_tokens", "calls"),
+    [
+        ((50,) * 6, 0, [4, 2]),  # a cloud that does not say
+        ((50,) * 6, 100_000, [4, 2]),
+        ((50,) * 6, 150, [3, 3]),
+        ((50,) * 6, 149, [2, 2, 2]),
+        ((50, 500, 50, 50), 120, [1, 1, 2]),  # what is larger than a call goes alone
+    ],
+)
+def test_a_call_holds_no_more_than_the_cloud_takes(
+    lengths: tuple[int, ...], call_tokens: int, calls: list[int]
+) -> None:
+    cloud, tensors = CountingCloud(), ShiftTensors.identity(SPEC, 2)
+    loss, tokens, _ = gradient_of(cloud, ARTEFACT, limits(call_tokens))(items(*lengths), tensors)  # type: ignore[arg-type]
+    assert (loss, tokens, cloud.calls) == (1.0, len(lengths), calls)
+    cloud.calls.clear()
+    use = ShiftUse(ARTEFACT, tensors)
+    assert mean_loss(cloud, TASK, items(*lengths), use, limits(call_tokens)) == 1.0  # type: ignore[arg-type]
+    assert cloud.calls == calls
