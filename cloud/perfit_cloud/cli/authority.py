@@ -90,6 +90,7 @@ def _open(config: CloudConfig) -> Authority:
         config.state,
         certificate_seconds=config.certificate_seconds,
         lapse_seconds=config.lapse_seconds,
+        trusts_group=config.state_writers == "group",
     )
 
 

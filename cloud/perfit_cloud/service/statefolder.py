@@ -1,4 +1,4 @@
-"""What a server leaves in its state folder beside identities: where it is reached, and that it is the one.
+"""The state folder: whose it is, where its server is reached, and that it is the one.
 
 It knows no model, so that `perfit-cloud invite`, and a second `serve`, say at once what they have to say.
 """
@@ -13,10 +13,46 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from perfit_shared.errors import ConfigError
+from perfit_shared.ownership import check_ownership
 
-__all__ = ["Addresses", "only_server"]
+__all__ = ["Addresses", "check_state", "only_server"]
 
 _ADDRESSES = "addresses.json"
+_LOCK = "serve.lock"
+_DATABASE = "authority.db"
+_FILES = (
+    "server_ca.pem", "device_ca.pem", _DATABASE, f"{_DATABASE}-journal", f"{_DATABASE}-wal",
+    f"{_DATABASE}-shm", _ADDRESSES, _LOCK,
+)  # fmt: skip
+
+
+def check_state(state: Path, *, trusts_group: bool) -> None:
+    """Raises ConfigError when others could change or swap the folder, or a file of ours in it.
+
+    Whoever could would issue certificates, or put an authority of theirs in its place.
+    """
+    try:
+        _check(state, trusts_group=trusts_group)
+    except ConfigError as error:
+        if not trusts_group and _is_fine_for_group(state):
+            raise ConfigError(
+                f"{error}; or set state_writers=group, if only cloud processes are in it"
+            ) from None
+        raise
+
+
+def _check(state: Path, *, trusts_group: bool) -> None:
+    check_ownership(state, trusts_group=trusts_group)
+    for name in _FILES:
+        check_ownership(state / name, trusts_group=trusts_group)
+
+
+def _is_fine_for_group(state: Path) -> bool:
+    try:
+        _check(state, trusts_group=True)
+    except ConfigError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -51,7 +87,7 @@ def only_server(state: Path) -> Iterator[None]:
 
     Raises ConfigError when another server holds it.
     """
-    with (state / "serve.lock").open("wb") as file:
+    with (state / _LOCK).open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
