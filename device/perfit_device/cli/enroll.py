@@ -96,10 +96,12 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
     if not same:
         vault.put(*_PENDING, used + identity.to_der())
     enrolment = while_opening().call(lambda: enrolments.enroll(invite, identity))
-    write_enrolment(vault, enrolment)
+    with vault.transaction():
+        write_enrolment(vault, enrolment)
+        vault.delete(*_PENDING)
     tasks: list[str] = []
     try:
-        with Cloud(enrolment) as cloud:
+        with Cloud(enrolment, on_renewed=lambda new: write_enrolment(vault, new)) as cloud:
             info = cloud.describe()
         remember(vault, info)
         tasks = [artefact.name for artefact in info.artefacts]
