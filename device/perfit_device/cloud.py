@@ -97,9 +97,9 @@ class Cloud:
         self._stub: Any = services.PersonalizationStub(self._channel)
 
     def _keep(self, enrolment: Enrolment) -> None:
-        self.enrolment = enrolment
         if self._on_renewed is not None:
-            self._on_renewed(enrolment)
+            self._on_renewed(enrolment)  # before it can be used
+        self.enrolment = enrolment
 
     def close(self) -> None:
         """Ends every call in flight."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from perfit_device.sealing import Header
 from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
+from perfit_shared.ownership import check_ownership
 
 __all__ = ["WAIT_SECONDS", "attach", "make", "translated"]
 
@@ -37,9 +38,11 @@ _TABLES = {
 def make(path: Path, header: Header, list_mac: bytes) -> None:
     """A vault without rows at `path`, where it appears only when it is whole.
 
-    Raises VaultError when there is something already, or when it cannot be written.
+    Raises VaultError when there is something already, or when it cannot be written, and ConfigError when
+    others could swap it.
     """
     _make_private_folder(path.parent)
+    check_ownership(path.parent)
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -64,10 +67,13 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
 def attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]:
     """Lock the file for this process and read its header.
 
-    Raises NotFound, VaultBusy, VaultDamaged, or VaultError when it is of a later format.
+    Raises NotFound, VaultBusy, VaultDamaged, VaultError when it is of a later format, or ConfigError when
+    others could swap it.
     """
     if not path.is_file():
         raise NotFound(f"there is no vault at {path}; `perfit enroll INVITE` makes one")
+    for file in (path, path.with_name(f"{path.name}-journal")):  # SQLite would believe that, too
+        check_ownership(file)
     with translated(path):
         connection = _connect(path, wait_seconds)
         try:
