@@ -16,7 +16,7 @@ from pathlib import Path
 
 from perfit_device.sealing import Header
 from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
-from perfit_shared.ownership import check_ownership
+from perfit_shared.ownership import check_ownership, make_private_folder
 
 __all__ = ["WAIT_SECONDS", "attach", "make", "translated"]
 
@@ -41,7 +41,10 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
     Raises VaultError when there is something already, or when it cannot be written, and ConfigError when
     others could swap it.
     """
-    _make_private_folder(path.parent)
+    try:
+        make_private_folder(path.parent)
+    except OSError as error:
+        raise VaultError(f"cannot make {path.parent}: {error.strerror}") from error
     check_ownership(path.parent)
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
@@ -169,16 +172,6 @@ def translated(path: Path) -> Iterator[None]:
         if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise VaultError(f"cannot use {path}: {error}; nothing was changed") from error
         raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
-
-
-def _make_private_folder(folder: Path) -> None:
-    """Make what is missing of the way to `folder`, for its owner's eyes only."""
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    try:
-        for part in reversed(missing):
-            part.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise VaultError(f"cannot make {folder}: {error.strerror}") from error
 
 
 def _sync_folder(folder: Path) -> None:

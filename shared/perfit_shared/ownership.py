@@ -14,9 +14,15 @@ from pathlib import Path
 
 from perfit_shared.errors import ConfigError
 
-__all__ = ["check_ownership"]
+__all__ = ["check_ownership", "make_private_folder"]
 
 _MOST_LINKS = 40  # followed on one way, as Linux does
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make what is missing of the way to `folder`, for its owner alone. Raises OSError."""
+    for part in reversed([part for part in (folder, *folder.parents) if not part.exists()]):
+        part.mkdir(mode=0o700, exist_ok=True)
 
 
 def check_ownership(path: Path, *, trusts_group: bool = False) -> None:
@@ -39,8 +45,8 @@ def check_ownership(path: Path, *, trusts_group: bool = False) -> None:
         at = current / part
         try:
             found = os.lstat(at)
-        except FileNotFoundError:
-            return
+        except (FileNotFoundError, NotADirectoryError):
+            return  # whoever opens it says so
         except OSError as error:
             raise ConfigError(f"cannot look at {at}: {error.strerror}") from error
         if not stat.S_ISLNK(found.st_mode):

@@ -125,6 +125,7 @@ def run(
         for channel in running.channels:
             channel.close()
         running.server.stop(0)
+        running.authority.close()
 
 
 @pytest.fixture

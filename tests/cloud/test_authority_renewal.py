@@ -102,6 +102,19 @@ def test_challenge_is_good_once_and_for_a_minute(short: Authority, clock: Callab
         short.renew_lapsed(**lapsed.request())
 
 
+def test_a_clock_that_jumps_makes_no_used_challenge_a_fresh_one(
+    short: Authority, wrong_clock: Callable[[float], None]
+) -> None:
+    """An hour ahead it was forgotten, and set back again it was of this minute."""
+    lapsed = Lapsed(short)
+    short.renew_lapsed(**lapsed.request())
+    wrong_clock(3600)
+    short.renew_lapsed(**Lapsed(short).request())
+    wrong_clock(0)
+    with pytest.raises(NotAuthenticated, match="used already"):
+        short.renew_lapsed(**lapsed.request())
+
+
 def test_challenges_that_we_did_not_make_are_refused(short: Authority, tmp_path: Path) -> None:
     lapsed = Lapsed(short)
     real = lapsed.nonce

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from tests.cloud.doubles import Drip
 from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
-from tests.cloud.test_authority import csr_of, new_key
+from tests.cloud.test_authority import DAY, csr_of, new_key
 
-from perfit_cloud.service import identity_cache, store
+from perfit_cloud.service import certificates, identity_cache, store
 from perfit_cloud.service.authority import Authority
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -95,6 +96,16 @@ def test_a_certificate_that_holds_is_not_renewed_by_signature(run: Callable[...,
     assert failure(lambda: stub.RenewLapsed(request))[:2] == (
         "INVALID_ARGUMENT", {"perfit-code": "certificate_valid"}
     )  # fmt: skip
+
+
+def test_a_server_that_started_with_its_clock_ahead_is_trusted_once_it_is_right(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its certificate was not valid yet for every device, until it was half over or the server restarted."""
+    with monkeypatch.context() as ahead:
+        ahead.setattr(certificates, "time", SimpleNamespace(time=lambda: time.time() + 40 * DAY))
+        running = run()
+    running.device().describe()
 
 
 # -- a database that somebody holds --------------------------------------------------------------------

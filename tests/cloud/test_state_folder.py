@@ -10,6 +10,7 @@ import pytest
 from tests.cloud.test_authority import open_authority
 
 from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.statefolder import Addresses, only_server
 from perfit_shared.errors import ConfigError
 
 SOMEBODY = 54321
@@ -44,6 +45,18 @@ def test_files_that_sqlite_or_invite_would_believe_are_looked_at(
     path.chmod(0o666)
     with pytest.raises(ConfigError, match=f"chmod g?o-w {path}"):
         open_authority(tmp_path / "state")
+
+
+def test_what_we_make_ourselves_is_taken_again_whatever_the_umask(tmp_path: Path) -> None:
+    state, umask = tmp_path / "new" / "state", os.umask(0)
+    try:
+        open_authority(state).close()
+        Addresses("a:1", "a:2").save(state)
+        with only_server(state):
+            open_authority(state).close()
+    finally:
+        os.umask(umask)
+    assert Addresses.load(state).address == "a:1"
 
 
 @as_root

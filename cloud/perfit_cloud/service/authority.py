@@ -20,7 +20,6 @@ import hashlib
 import hmac
 import secrets
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from perfit_cloud.service.certificates import (
     read_certificate,
     read_csr,
 )
+from perfit_cloud.service.challenges import Challenges
 from perfit_cloud.service.identity_cache import IdentityCache
 from perfit_cloud.service.statefolder import check_state
 from perfit_cloud.service.store import UNUSED, Device, IdentityState, IdentityStore
@@ -55,11 +55,11 @@ from perfit_shared.errors import (
     NotAuthenticated,
     NotFound,
 )
+from perfit_shared.ownership import make_private_folder
 
 __all__ = ["Authority", "ServerIdentity"]
 
 _SECRET_BYTES = 32
-_CHALLENGE_SECONDS = 60
 _RENEW_CONTEXT = b"perfit-renew-v1"  # what is signed for a renewal can be taken for nothing else
 _SERVER_LIFE = datetime.timedelta(days=90)
 _SHORTEST_PREFIX = 4  # characters of an identity that `revoke` takes
@@ -97,7 +97,7 @@ class Authority:
         self._life = datetime.timedelta(seconds=certificate_seconds)
         self._lapse = lapse_seconds
         try:
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(state)
             check_state(state, trusts_group=trusts_group)
             self._server_ca = CertificateAuthority.open(
                 state / "server_ca.pem", "perfit server CA", trusts_group=trusts_group
@@ -110,10 +110,7 @@ class Authority:
             self.cloud_id = self._store.meta("cloud_id", secrets.token_hex(16))
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"cannot use the state folder {state}: {error}") from error
-        self._lock = threading.Lock()
-        self._challenge_key = secrets.token_bytes(32)
-        self._begun = time.monotonic()
-        self._answered: dict[bytes, float] = {}  # nonces used, until they would lapse anyway
+        self._challenges = Challenges()
 
     @property
     def server_ca_der(self) -> bytes:
@@ -220,13 +217,8 @@ class Authority:
         return self._renew(certificate, csr)
 
     def challenge(self) -> bytes:
-        """A nonce, 32 bytes: the time, chance, and a tag over both.
-
-        The tag makes it recognisable without being stored, so that asking for nonces fills no memory. The
-        time is since the start, by a clock that nobody sets: a nonce that was used stays so.
-        """
-        head = int(time.monotonic() - self._begun).to_bytes(8, "big") + secrets.token_bytes(8)
-        return head + self._tag(head)
+        """A nonce for `renew_lapsed`, good once and for a minute."""
+        return self._challenges.make()
 
     def renew_lapsed(self, *, certificate: bytes, nonce: bytes, signature: bytes, csr: bytes) -> bytes:
         """The next certificate, against one whose time is over, and proof of its key.
@@ -244,7 +236,7 @@ class Authority:
             key.verify(signature, _RENEW_CONTEXT + nonce + csr, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
             raise NotAuthenticated("the renewal is not signed by the key of the old certificate") from None
-        self._spend(nonce)
+        self._challenges.spend(nonce)
         now = time.time()
         if now > old.not_valid_after_utc.timestamp() + self._lapse:
             days = self._lapse // 86400
@@ -262,21 +254,6 @@ class Authority:
             newest = self._row(change.db, identity)
             # More than the row says only where an old copy of the database was put back.
             return self._issue(change.db, key, identity, max(newest, generation_of(old)) + 1)
-
-    def _tag(self, head: bytes) -> bytes:
-        return hmac.digest(self._challenge_key, head, "sha256")[:16]
-
-    def _spend(self, nonce: bytes) -> None:
-        """Raises NotAuthenticated unless we made the nonce within 60 s and it is used for the first time."""
-        head, now = nonce[:16], time.monotonic() - self._begun
-        age = now - int.from_bytes(head[:8], "big")
-        if not hmac.compare_digest(self._tag(head), nonce[16:]) or not -1 <= age <= _CHALLENGE_SECONDS:
-            raise NotAuthenticated("the challenge has expired; try again")
-        with self._lock:
-            self._answered = {n: end for n, end in self._answered.items() if end > now}
-            if nonce in self._answered:
-                raise NotAuthenticated("the challenge was used already; try again")
-            self._answered[nonce] = now + _CHALLENGE_SECONDS + 2
 
     # -- every call ------------------------------------------------------------------------------
 

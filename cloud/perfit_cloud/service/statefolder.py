@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from perfit_shared.errors import ConfigError
 from perfit_shared.ownership import check_ownership
@@ -64,7 +66,8 @@ class Addresses:
 
     def save(self, state: Path) -> None:
         new = state / f"{_ADDRESSES}.new"
-        new.write_text(json.dumps(asdict(self)), "utf-8")
+        with _made(new) as file:
+            file.write(json.dumps(asdict(self)).encode())
         new.replace(state / _ADDRESSES)
 
     @classmethod
@@ -81,13 +84,18 @@ class Addresses:
             raise ConfigError(f"{state / _ADDRESSES} is damaged; start `perfit-cloud serve` again") from error
 
 
+def _made(path: Path) -> BinaryIO:
+    """Opened for writing; 0600 where it is new, whatever the umask."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+
+
 @contextmanager
 def only_server(state: Path) -> Iterator[None]:
     """Hold the state folder as its only server; the lock ends with the process, however that ends.
 
     Raises ConfigError when another server holds it.
     """
-    with (state / _LOCK).open("wb") as file:
+    with _made(state / _LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
