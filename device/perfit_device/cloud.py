@@ -82,7 +82,7 @@ class Cloud:
         """A channel for a certificate that holds, renewed first where that is due."""
         if life_left(self.enrolment.certificate) <= _LAPSING:
             with suppress(CertificateValid):  # by the cloud's clock
-                self._keep(enrolments.renew_lapsed(self.enrolment))
+                self.enrolment = self._renewed_lapsed()
         self._connect()
         if enrolments.wants_renewal(self.enrolment):
             try:

@@ -11,10 +11,12 @@ import pytest
 from tests.device.conftest import FakeCloud, Perfit
 
 from perfit_device import enrolment as enrolments
+from perfit_device.cli import common
 from perfit_device.cloud import Cloud
 from perfit_device.codec import Sampling, ShiftUse
 from perfit_device.identity import Enrolment, Identity
-from perfit_shared.errors import CertificateSuperseded, CertificateValid, PerfitError, VaultError
+from perfit_device.vault import Vault
+from perfit_shared.errors import Busy, CertificateSuperseded, CertificateValid, PerfitError, VaultError
 
 RETIRED = CertificateSuperseded("a newer certificate of this device is in use")
 OLD = timedelta(hours=20)  # of a day: it wants to be renewed
@@ -133,20 +135,30 @@ def test_status_says_that_it_was_renewed_elsewhere(enrolled: Perfit, cloud: Fake
     assert "renewed elsewhere" in enrolled.ok("status")
 
 
-def test_a_command_that_released_the_vault_reads_it_anew(enrolled: Perfit, cloud: FakeCloud) -> None:
+@pytest.mark.parametrize("who", ["another command", "somebody else"])
+def test_a_command_that_released_the_vault_reads_it_anew(
+    enrolled: Perfit, cloud: FakeCloud, home: Path, who: str
+) -> None:
     """`ask` gives the vault back before it asks; another command may renew meanwhile."""
-    left = [RETIRED]
+    other, left = enrolled_with(cloud), [RETIRED]
 
     def fail(method: str) -> PerfitError | None:
-        if method == "Generate" and left:
-            cloud.certificate_age = OLD  # what `status` finds is renewed at once
-            return left.pop()
-        return None
+        if method != "Generate" or not left:
+            return None
+        if who == "another command":
+            with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
+                common.write_enrolment(vault, other)
+        return left.pop()
 
     cloud.fail = fail
-    # Nobody else renewed here, so that it is told; the vault was free to be read.
-    assert "renewed elsewhere" in enrolled.fails("ask", "x", "--mode", "base")
-    enrolled.ok("status")
+    if who == "another command":
+        enrolled.ok("ask", "x", "--mode", "base")
+        with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
+            kept = common.read_enrolment(vault)
+        assert kept is not None
+        assert kept.certificate == other.certificate
+    else:
+        assert "renewed elsewhere" in enrolled.fails("ask", "x", "--mode", "base")
 
 
 def test_enrolment_keeps_what_its_first_look_renews(perfit: Perfit, cloud: FakeCloud, home: Path) -> None:
@@ -155,6 +167,22 @@ def test_enrolment_keeps_what_its_first_look_renews(perfit: Perfit, cloud: FakeC
     perfit.ok("enroll", cloud.invite().encode())
     assert cloud.calls.count("Renew") == 1
     perfit.ok("status")
+    assert cloud.calls.count("Renew") == 1
+
+
+def test_a_command_that_tries_again_does_so_with_what_it_renewed(
+    perfit: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the old certificate it would be refused, and the operator told of it."""
+    monkeypatch.setattr(common, "_OPENING_SECONDS", 30)
+    cloud.certificate_age = OLD
+    cloud.fail = refusing("Renew", error=Busy("busy"))
+    perfit.ok("enroll", cloud.invite().encode())
+    cloud.calls.clear()
+    busy = iter([Busy("busy"), Busy("busy")])
+    cloud.fail = lambda method: next(busy, None) if method == "Describe" else None
+    perfit.ok("ask", "x", "--mode", "base")
+    assert cloud.calls.count("Describe") == 3
     assert cloud.calls.count("Renew") == 1
 
 

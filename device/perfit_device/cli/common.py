@@ -123,8 +123,10 @@ class Session:
             )
 
         def keep(new: Enrolment) -> None:
+            nonlocal enrolment  # for the next try: this one may have been used, which retired the old one
             with self._held(vault) as held:
                 write_enrolment(held, new)
+            enrolment = new
 
         def read_anew() -> Enrolment | None:
             with self._held(vault) as held:
