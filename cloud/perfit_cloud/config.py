@@ -43,6 +43,7 @@ class CloudConfig:
 
     # Where
     state: Path = Path("~/.perfit-cloud")  # folder of both CAs and the database, 0700
+    state_writers: str = "owner"  # owner; or group: the folder's group may write it too, as in a container
     address: str = "127.0.0.1:7443"  # host:port to listen on for mutual TLS; port 0: any free one
     enrol_address: str = "127.0.0.1:7444"  # host:port to listen on for enrolment; port 0: any free one
     public_address: str = ""  # host:port that devices dial; empty: `address` with its real port
@@ -107,6 +108,7 @@ class CloudConfig:
             object.__setattr__(self, field.name, value)
         _check_choice("dtype", self.dtype, _DTYPES)
         _check_choice("hardening", self.hardening, ("on", "off"))
+        _check_choice("state_writers", self.state_writers, ("owner", "group"))
         for name in ("address", "enrol_address"):
             parse_address(getattr(self, name), name)
         for name in ("public_address", "public_enrol_address"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain, islice
 from types import TracebackType
 from typing import Any, TypeVar
@@ -30,9 +30,17 @@ from perfit_device.codec import (
     scores_from_wire,
     shift_to_wire,
 )
-from perfit_device.identity import Enrolment, life_left
+from perfit_device.identity import Enrolment, identity_in, life_left
 from perfit_device.patience import PASSING
-from perfit_shared.errors import BrokenOff, CertificateExpired, InvalidTensors, PerfitError, ShiftMismatch
+from perfit_shared.errors import (
+    BrokenOff,
+    CertificateExpired,
+    CertificateSuperseded,
+    CertificateValid,
+    InvalidTensors,
+    PerfitError,
+    ShiftMismatch,
+)
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services
@@ -50,22 +58,31 @@ _LAPSING = 0.001  # share of life left below which a certificate counts as lapse
 class Cloud:
     """One cloud, over mutual TLS. Use `with`; safe for several threads at once.
 
-    `on_renewed` is told of a new certificate, so that it can be kept. `bytes_up` and `bytes_down`
-    count the messages sent and received, without TLS and HTTP/2.
+    `on_renewed` is told of a new certificate before it is used, so that it is kept: its first use retires
+    the old one. When it raises, the old one stays. `read_anew` is asked, when the cloud says that this one
+    is retired, whether another process of the device has renewed it. `bytes_up` and `bytes_down` count the
+    messages sent and received, without TLS and HTTP/2.
     """
 
-    def __init__(self, enrolment: Enrolment, on_renewed: Callable[[Enrolment], None] | None = None) -> None:
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        on_renewed: Callable[[Enrolment], None] | None = None,
+        read_anew: Callable[[], Enrolment | None] | None = None,
+    ) -> None:
         self.enrolment = enrolment
         self.bytes_up = 0
         self.bytes_down = 0
         self._on_renewed = on_renewed
+        self._read_anew = read_anew
         self._lock = threading.Lock()
         self._open()
 
     def _open(self) -> None:
         """A channel for a certificate that holds, renewed first where that is due."""
         if life_left(self.enrolment.certificate) <= _LAPSING:
-            self._keep(enrolments.renew_lapsed(self.enrolment))
+            with suppress(CertificateValid):  # by the cloud's clock
+                self.enrolment = self._renewed_lapsed()
         self._connect()
         if enrolments.wants_renewal(self.enrolment):
             try:
@@ -80,9 +97,9 @@ class Cloud:
         self._stub: Any = services.PersonalizationStub(self._channel)
 
     def _keep(self, enrolment: Enrolment) -> None:
-        self.enrolment = enrolment
         if self._on_renewed is not None:
-            self._on_renewed(enrolment)
+            self._on_renewed(enrolment)  # before it can be used
+        self.enrolment = enrolment
 
     def close(self) -> None:
         """Ends every call in flight."""
@@ -170,28 +187,49 @@ class Cloud:
     def renewing(self, call: Callable[[], _T]) -> _T:
         """The call's value; called once more, with a new certificate, when the old one ran out meanwhile.
 
-        A cloud says so on a channel that is open, and opens none for a certificate that is over: then all
-        that comes is `BrokenOff`, for which a cloud that is stopping is a reason too.
+        Or when another process of this device renewed it. Raises CertificateSuperseded when somebody else
+        did. A cloud says so on a channel that is open, and opens none for a certificate that is over: then
+        all that comes is `BrokenOff`, for which a cloud that is stopping is a reason too.
         """
         used = self.enrolment
         try:
             return call()
+        except CertificateSuperseded:
+            self._replace(used, self._kept_anew)
         except CertificateExpired:
-            self._renew(used)
+            self._replace(used, self._renewed_lapsed)
         except BrokenOff as broken:
             try:
-                self._renew(used)
-            except PASSING:
+                self._replace(used, self._renewed_lapsed)
+            except (*PASSING, CertificateValid):
                 raise broken from None
         return call()
 
-    def _renew(self, used: Enrolment) -> None:
-        """Another certificate than that one, got by signature, and a channel with it."""
+    def _replace(self, used: Enrolment, other: Callable[[], Enrolment]) -> None:
+        """Another certificate than that one, and a channel with it."""
         with self._lock:
             if self.enrolment is used:
-                self._keep(enrolments.renew_lapsed(used))
+                self.enrolment = other()
                 self._channel.close()
                 self._connect()
+
+    def _renewed_lapsed(self) -> Enrolment:
+        try:
+            self._keep(enrolments.renew_lapsed(self.enrolment))
+        except CertificateSuperseded:
+            return self._kept_anew()
+        return self.enrolment
+
+    def _kept_anew(self) -> Enrolment:
+        """What another process of this device has kept. Raises CertificateSuperseded when none did."""
+        kept = self._read_anew() if self._read_anew is not None else None
+        if kept is None or kept.certificate == self.enrolment.certificate:
+            raise CertificateSuperseded(
+                "this identity was renewed elsewhere: the cloud knows a newer certificate than this device. "
+                "Unless its vault is an old copy, somebody has its key: let the operator revoke "
+                f"{identity_in(self.enrolment.certificate)[:32]}, and enrol anew with --replace"
+            )
+        return kept
 
     # -- plumbing ------------------------------------------------------------------------------
 

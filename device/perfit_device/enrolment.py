@@ -63,21 +63,29 @@ def wants_renewal(enrolment: Enrolment) -> bool:
 
 
 def renew(channel: grpc.Channel, enrolment: Enrolment) -> Enrolment:
-    """A new certificate for the same key, over the mutual-TLS channel."""
+    """A new certificate for a new key, over the mutual-TLS channel.
+
+    Keep it before it is used: from its first use on the cloud refuses the old one.
+    """
+    new = Identity.create()
     stub: Any = services.IdentityStub(channel)
     credentials = _call(
         stub.Renew,
-        pb.RenewRequest(csr=enrolment.identity.csr()),
+        pb.RenewRequest(csr=new.csr()),
         enrolment.address,
         enrolment.server_ca,
     )
-    return _renewed(enrolment, credentials)
+    return _renewed(enrolment, new, credentials)
 
 
 def renew_lapsed(enrolment: Enrolment) -> Enrolment:
-    """A new certificate after the old one has lapsed, by signing the cloud's nonce with its key."""
+    """The same after the old one has lapsed, by signing the cloud's nonce with its key.
+
+    Raises CertificateValid when by the cloud's clock it has not.
+    """
     address, server_ca = enrolment.enrolment_address, enrolment.server_ca
-    csr = enrolment.identity.csr()
+    new = Identity.create()
+    csr = new.csr()
     with enrolment_channel(address, server_ca) as channel:
         stub = _enrollment_stub(channel)
         nonce = _call(stub.Challenge, pb.ChallengeRequest(), address, server_ca).nonce
@@ -88,7 +96,7 @@ def renew_lapsed(enrolment: Enrolment) -> Enrolment:
             csr=csr,
         )
         credentials = _call(stub.RenewLapsed, request, address, server_ca)
-    return _renewed(enrolment, credentials)
+    return _renewed(enrolment, new, credentials)
 
 
 def _enrollment_stub(channel: grpc.Channel) -> Any:
@@ -102,12 +110,13 @@ def _call(method: Any, request: Any, address: str, server_ca: bytes) -> Any:
         raise translate(error, address, server_ca) from error
 
 
-def _renewed(enrolment: Enrolment, credentials: pb.Credentials) -> Enrolment:
+def _renewed(enrolment: Enrolment, identity: Identity, credentials: pb.Credentials) -> Enrolment:
     if credentials.cloud_id != enrolment.cloud_id:
         raise NotAuthenticated("the cloud answered as another cloud; ask its operator for a new invite")
     return _checked(
         replace(
             enrolment,
+            identity=identity,
             certificate=credentials.certificate,
             server_ca=credentials.server_ca,
             address=credentials.address,

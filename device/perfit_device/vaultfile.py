@@ -16,6 +16,7 @@ from pathlib import Path
 
 from perfit_device.sealing import Header
 from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
+from perfit_shared.ownership import check_ownership, make_private_folder
 
 __all__ = ["WAIT_SECONDS", "attach", "make", "translated"]
 
@@ -37,9 +38,14 @@ _TABLES = {
 def make(path: Path, header: Header, list_mac: bytes) -> None:
     """A vault without rows at `path`, where it appears only when it is whole.
 
-    Raises VaultError when there is something already, or when it cannot be written.
+    Raises VaultError when there is something already, or when it cannot be written, and ConfigError when
+    others could swap it.
     """
-    _make_private_folder(path.parent)
+    try:
+        make_private_folder(path.parent)
+    except OSError as error:
+        raise VaultError(f"cannot make {path.parent}: {error.strerror}") from error
+    check_ownership(path.parent)
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -64,10 +70,13 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
 def attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]:
     """Lock the file for this process and read its header.
 
-    Raises NotFound, VaultBusy, VaultDamaged, or VaultError when it is of a later format.
+    Raises NotFound, VaultBusy, VaultDamaged, VaultError when it is of a later format, or ConfigError when
+    others could swap it.
     """
     if not path.is_file():
         raise NotFound(f"there is no vault at {path}; `perfit enroll INVITE` makes one")
+    for file in (path, path.with_name(f"{path.name}-journal")):  # SQLite would believe that, too
+        check_ownership(file)
     with translated(path):
         connection = _connect(path, wait_seconds)
         try:
@@ -163,16 +172,6 @@ def translated(path: Path) -> Iterator[None]:
         if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise VaultError(f"cannot use {path}: {error}; nothing was changed") from error
         raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
-
-
-def _make_private_folder(folder: Path) -> None:
-    """Make what is missing of the way to `folder`, for its owner's eyes only."""
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
-    try:
-        for part in reversed(missing):
-            part.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise VaultError(f"cannot make {folder}: {error.strerror}") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,12 +5,14 @@ PerfitError
 │   ├── InvalidTensors        names, shapes, dtypes, values of a shift
 │   ├── InvalidPrompt         empty, or longer than the cloud takes
 │   ├── InvalidData           a history or dataset file; names file, item and field
-│   └── InvalidInvite         not an invite, or altered on the way
+│   ├── InvalidInvite         not an invite, or altered on the way
+│   └── CertificateValid      renewed as if it had lapsed, and it has not
 ├── NotFound                  no such artefact, task or profile
 ├── ShiftMismatch             spec, artefact version or model fingerprint differ
 ├── InviteRefused             unknown, expired or already used by another device
 ├── NotAuthenticated          no certificate, or none that this cloud issued
-│   └── CertificateExpired    it was issued here, and its time is over
+│   ├── CertificateExpired    it was issued here, and its time is over
+│   └── CertificateSuperseded a newer one of the same identity is in use
 ├── IdentityRevoked           the operator withdrew this device's identity
 ├── Busy                      a limit is reached; `retry_ms` says when to come back
 ├── TooSlow                   a deadline passed
@@ -37,6 +39,8 @@ __all__ = [
     "Busy",
     "Cancelled",
     "CertificateExpired",
+    "CertificateSuperseded",
+    "CertificateValid",
     "ConfigError",
     "IdentityRevoked",
     "InvalidData",
@@ -112,6 +116,14 @@ class CertificateExpired(NotAuthenticated):
     code = "certificate_expired"
 
 
+class CertificateSuperseded(NotAuthenticated):
+    code = "certificate_superseded"
+
+
+class CertificateValid(InvalidInput):
+    code = "certificate_valid"
+
+
 class IdentityRevoked(PerfitError):
     code = "identity_revoked"
 
@@ -175,6 +187,8 @@ _STATUS: dict[type[PerfitError], str] = {
     InviteRefused: "PERMISSION_DENIED",
     NotAuthenticated: "UNAUTHENTICATED",
     CertificateExpired: "UNAUTHENTICATED",
+    CertificateSuperseded: "UNAUTHENTICATED",
+    CertificateValid: "INVALID_ARGUMENT",
     IdentityRevoked: "PERMISSION_DENIED",
     Busy: "RESOURCE_EXHAUSTED",
     TooSlow: "DEADLINE_EXCEEDED",

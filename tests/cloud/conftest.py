@@ -21,7 +21,6 @@ from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service import authority as authority_module
 from perfit_cloud.service.authority import Authority
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.server import CloudServer
@@ -33,12 +32,24 @@ def authority(tmp_path: Path) -> Authority:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Move the authority's clock forward."""
+def wrong_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Set the machine's clock ahead, or back."""
     real = time.time
 
+    def set_to(seconds: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: real() + seconds)
+
+    return set_to
+
+
+@pytest.fixture
+def clock(wrong_clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let time pass."""
+    real = time.monotonic
+
     def forward(seconds: float) -> None:
-        monkeypatch.setattr(authority_module.time, "time", lambda: real() + seconds)
+        wrong_clock(seconds)
+        monkeypatch.setattr(time, "monotonic", lambda: real() + seconds)
 
     return forward
 
@@ -114,6 +125,7 @@ def run(
         for channel in running.channels:
             channel.close()
         running.server.stop(0)
+        running.authority.close()
 
 
 @pytest.fixture

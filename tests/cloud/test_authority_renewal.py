@@ -11,16 +11,22 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tests.cloud.test_authority import Key, csr_of, enrolled, new_key, open_authority
+from tests.cloud.test_authority import DAY, Key, csr_of, enrolled, new_key, open_authority
 
 from perfit_cloud.service.authority import Authority
 from perfit_cloud.service.certificates import identity_of
-from perfit_shared.errors import CertificateExpired, IdentityRevoked, InvalidInput, NotAuthenticated
+from perfit_shared.errors import (
+    CertificateExpired,
+    CertificateValid,
+    IdentityRevoked,
+    InvalidInput,
+    NotAuthenticated,
+)
 
 
 def test_renewal_keeps_the_identity(authority: Authority) -> None:
     old, key = enrolled(authority), new_key()
-    new = x509.load_der_x509_certificate(authority.renew(authority.check(old), csr_of(key)))
+    new = x509.load_der_x509_certificate(authority.renew(old, csr_of(key)))
     assert identity_of(new) == identity_of(old)
     assert new.public_key() == key.public_key()
     assert len(authority.devices()) == 1
@@ -28,7 +34,7 @@ def test_renewal_keeps_the_identity(authority: Authority) -> None:
 
 
 class Lapsed:
-    """A device whose certificate has just ended, and what it would send."""
+    """A device whose certificate has ended, and what it would send."""
 
     def __init__(self, authority: Authority) -> None:
         self.key = new_key()
@@ -47,17 +53,42 @@ class Lapsed:
 
 @pytest.fixture
 def short(tmp_path: Path) -> Authority:
-    return open_authority(tmp_path / "short", life=1)
+    """Its certificates have ended when they are made."""
+    return open_authority(tmp_path / "short", life=-1)
 
 
 def test_lapsed_certificate_is_renewed(short: Authority) -> None:
     lapsed = Lapsed(short)
-    time.sleep(2)
     old = x509.load_der_x509_certificate(lapsed.certificate)
     with pytest.raises(CertificateExpired):
         short.check(old)
     new = x509.load_der_x509_certificate(short.renew_lapsed(**lapsed.request()))
-    assert short.check(new) == identity_of(old)
+    assert identity_of(new) == identity_of(old)
+    assert new.public_key() != old.public_key()
+
+
+def test_a_certificate_that_has_not_lapsed_is_renewed_by_itself_alone(authority: Authority) -> None:
+    """Whoever has it can call; by signature it was renewed as well, past every bound on calls."""
+    lapsed = Lapsed(authority)
+    with pytest.raises(CertificateValid, match="mutual TLS"):
+        authority.renew_lapsed(**lapsed.request())
+    assert [device.revoked for device in authority.devices()] == [None]
+    authority.renew(x509.load_der_x509_certificate(lapsed.certificate), lapsed.csr)
+
+
+def test_a_certificate_of_a_clock_that_was_ahead_is_renewed(
+    authority: Authority, wrong_clock: Callable[[float], None]
+) -> None:
+    """No listener takes it for as long as the clock was ahead, so by signature is the only way."""
+    wrong_clock(40 * DAY)
+    lapsed = Lapsed(authority)
+    old = x509.load_der_x509_certificate(lapsed.certificate)
+    authority.check(old)
+    wrong_clock(0)
+    with pytest.raises(NotAuthenticated, match="not valid yet"):
+        authority.check(old)
+    new = x509.load_der_x509_certificate(authority.renew_lapsed(**lapsed.request()))
+    assert authority.check(new) == identity_of(old)
 
 
 def test_challenge_is_good_once_and_for_a_minute(short: Authority, clock: Callable[[float], None]) -> None:
@@ -68,6 +99,19 @@ def test_challenge_is_good_once_and_for_a_minute(short: Authority, clock: Callab
     lapsed.nonce = short.challenge()
     clock(62)
     with pytest.raises(NotAuthenticated, match="challenge has expired"):
+        short.renew_lapsed(**lapsed.request())
+
+
+def test_a_clock_that_jumps_makes_no_used_challenge_a_fresh_one(
+    short: Authority, wrong_clock: Callable[[float], None]
+) -> None:
+    """An hour ahead it was forgotten, and set back again it was of this minute."""
+    lapsed = Lapsed(short)
+    short.renew_lapsed(**lapsed.request())
+    wrong_clock(3600)
+    short.renew_lapsed(**Lapsed(short).request())
+    wrong_clock(0)
+    with pytest.raises(NotAuthenticated, match="used already"):
         short.renew_lapsed(**lapsed.request())
 
 
@@ -165,8 +209,7 @@ def test_revoked_device_is_not_renewed(short: Authority) -> None:
 
 
 def test_lapse_has_an_end(tmp_path: Path) -> None:
-    authority = open_authority(tmp_path / "state", life=1, lapse=1)
+    authority = open_authority(tmp_path / "state", life=-3, lapse=1)
     lapsed = Lapsed(authority)
-    time.sleep(2.5)
     with pytest.raises(CertificateExpired, match="lapsed more than"):
         authority.renew_lapsed(**lapsed.request())

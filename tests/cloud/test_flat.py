@@ -22,6 +22,7 @@ from perfit_device.asking import ask_all
 from perfit_device.cloud import Cloud
 from perfit_device.codec import Sampling, ShiftUse
 from perfit_device.identity import Identity
+from perfit_shared.errors import CertificateValid
 from perfit_shared.invites import Invite
 from perfit_shared.wire import enrollment_pb2, personalization_pb2
 from perfit_shared.wire import personalization_pb2 as pb
@@ -134,7 +135,8 @@ def test_every_call_of_a_device_has_a_deadline(
         cloud.compute_gradient([("the cat", " sat")], artefact, use.personal)
         assert ask_all(cloud, use, [("the cat", Sampling(3))] * 2, in_flight=2)
         enrolment.renew(cloud._channel, enrolled)
-    enrolment.renew_lapsed(enrolled)
+    with pytest.raises(CertificateValid):
+        enrolment.renew_lapsed(enrolled)
     every = {m.name for file in (personalization_pb2, enrollment_pb2)
              for service in file.DESCRIPTOR.services_by_name.values() for m in service.methods}  # fmt: skip
     assert every - set(left) == {"Adapt"}  # whose deadline its own tests look at

@@ -138,6 +138,7 @@ def test_revoked_on_an_open_channel(run: Callable[..., Running]) -> None:
     device.describe()
     second = Authority(running.config.state, certificate_seconds=9, lapse_seconds=9)  # as another process
     second.revoke(device.identity)
+    running.authority.refresh()  # as it does by itself twice a second
     status, metadata, _ = failure(device.describe)
     assert (status, metadata) == ("PERMISSION_DENIED", {"perfit-code": "identity_revoked"})
     assert failure(lambda: list(device.stub.Generate(generate())))[0] == "PERMISSION_DENIED"
@@ -197,7 +198,7 @@ def test_enrolment_and_renewal(run: Callable[..., Running]) -> None:
     assert again.identity == device.identity
     again.describe()
     bad = enrol_pb.RenewRequest(csr=b"x")
-    assert failure(lambda: enrol_grpc.IdentityStub(device.channel).Renew(bad))[1] == {
+    assert failure(lambda: enrol_grpc.IdentityStub(again.channel).Renew(bad))[1] == {
         "perfit-code": "invalid_input"
     }
 

@@ -1,4 +1,4 @@
-"""`perfit-cloud invite`, `revoke` and `devices`: who may call. A running server need not stop for them."""
+"""`perfit-cloud invite`, `revoke`, `devices` and `prune`: who may call. A server runs on meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from perfit_shared.errors import ConfigError
 if TYPE_CHECKING:
     from perfit_cloud.service.authority import Authority
 
-__all__ = ["devices", "invite", "revoke"]
+__all__ = ["devices", "invite", "prune", "revoke"]
 
 _MOST_INVITES = 1000
 
@@ -56,7 +56,7 @@ def revoke(
     config: ConfigFile = None,
     state: StateFolder = None,
 ) -> None:
-    """Withdraw a device's identity. It counts from the device's next call on.
+    """Withdraw a device's identity. A running server knows it within a second, for open calls too.
 
     perfit-cloud revoke 3f9a02c1
     """
@@ -70,14 +70,40 @@ def devices(
     state: StateFolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """List identities: when their newest certificate was issued and ends, and whether revoked."""
+    """List identities: when their newest certificate was issued and ends, and whether revoked.
+
+    And when somebody last came with a certificate that a newer one had replaced: another process of the
+    same device may do so once after a renewal; else two hold one identity, and it should be revoked.
+    """
     authority = _open(load_config(file=config, flags={"state": state}))
     for device in authority.devices():
         if as_json:
             print(json.dumps(asdict(device)))
         else:
             status = f"revoked {_day(device.revoked)}" if device.revoked else f"until {_day(device.expires)}"
+            if device.superseded:
+                status += f"  replaced certificate presented {_day(device.superseded)[:10]}"
             print(f"{device.identity}  issued {_day(device.issued)}  {status}")
+    authority.close()
+
+
+def prune(
+    day: Annotated[
+        datetime,
+        typer.Option("--day", formats=["%Y-%m-%d"], metavar="YYYY-MM-DD", help="Today, or a day before."),
+    ],
+    config: ConfigFile = None,
+    state: StateFolder = None,
+) -> None:
+    """Delete identities and invites that nobody could use any more on a day. Nothing else deletes any.
+
+    The day is asked for because this machine's clock may be wrong.
+
+    perfit-cloud prune --day 2026-11-28
+    """
+    authority = _open(load_config(file=config, flags={"state": state}))
+    identities, invites = authority.prune(day.date())
+    print(f"deleted {identities} identities and {invites} invites")
     authority.close()
 
 
@@ -90,6 +116,7 @@ def _open(config: CloudConfig) -> Authority:
         config.state,
         certificate_seconds=config.certificate_seconds,
         lapse_seconds=config.lapse_seconds,
+        trusts_group=config.state_writers == "group",
     )
 
 

@@ -121,6 +121,7 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
         config.state,
         certificate_seconds=config.certificate_seconds,
         lapse_seconds=config.lapse_seconds,
+        trusts_group=config.state_writers == "group",
     )
     try:
         with only_server(config.state):

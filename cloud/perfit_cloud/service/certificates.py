@@ -12,6 +12,7 @@ import ipaddress
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from perfit_shared.errors import ConfigError, InvalidInput, NotAuthenticated
 __all__ = [
     "CertificateAuthority",
     "fresh_identity",
+    "generation_of",
     "identity_of",
     "private_pem",
     "read_certificate",
@@ -47,14 +49,15 @@ class CertificateAuthority:
     certificate: x509.Certificate
 
     @classmethod
-    def open(cls, path: Path, common_name: str) -> CertificateAuthority:
+    def open(cls, path: Path, common_name: str, *, trusts_group: bool = False) -> CertificateAuthority:
         """Load the authority in `path`, or make one there (key and certificate in one file, 0600).
 
-        Raises ConfigError when the file is damaged or readable by others; it is never replaced.
+        `trusts_group`: the file's group may read it. Raises ConfigError when the file is damaged or
+        readable by others; it is never replaced.
         """
         if not path.exists():
             _write_once(path, _new_authority(common_name))
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        if stat.S_IMODE(path.stat().st_mode) & (0o007 if trusts_group else 0o077):
             raise ConfigError(f"{path} holds a private key and others may read it; run chmod 600 {path}")
         data = path.read_bytes()
         try:
@@ -84,10 +87,15 @@ class CertificateAuthority:
         return builder.add_extension(alternatives, critical=False).sign(self.key, hashes.SHA256())
 
     def issue_device(
-        self, key: ec.EllipticCurvePublicKey, identity: str, life: datetime.timedelta
+        self, key: ec.EllipticCurvePublicKey, identity: str, life: datetime.timedelta, *, generation: int
     ) -> x509.Certificate:
-        """A client certificate whose only content is a random identity."""
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity)])
+        """A client certificate whose only content is a random identity, and the how many-th of it this is."""
+        subject = x509.Name(
+            [
+                x509.NameAttribute(NameOID.COMMON_NAME, identity),
+                x509.NameAttribute(NameOID.DN_QUALIFIER, str(generation)),
+            ]
+        )
         builder = self._leaf(subject, key, ExtendedKeyUsageOID.CLIENT_AUTH, life)
         return builder.sign(self.key, hashes.SHA256())
 
@@ -106,7 +114,7 @@ class CertificateAuthority:
         usage: x509.ObjectIdentifier,
         life: datetime.timedelta,
     ) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
+        now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -162,6 +170,20 @@ def identity_of(certificate: x509.Certificate) -> str:
     return names[0].value
 
 
+def generation_of(certificate: x509.Certificate) -> int:
+    """The how many-th of its identity it is: 1, 2, …; 0 for those of before there were numbers.
+
+    Raises NotAuthenticated when it is no number.
+    """
+    numbers = certificate.subject.get_attributes_for_oid(NameOID.DN_QUALIFIER)
+    if not numbers:
+        return 0
+    number = numbers[0].value
+    if len(numbers) != 1 or not isinstance(number, str) or not number.isdecimal() or len(number) > 18:
+        raise NotAuthenticated("this certificate's number cannot be read; enrol with `perfit enroll`")
+    return int(number)
+
+
 def fresh_identity() -> str:
     """A new random identity, 32 hex digits."""
     return secrets.token_hex(_IDENTITY_BYTES)
@@ -196,14 +218,14 @@ def _new_authority(common_name: str) -> bytes:
     key = ec.generate_private_key(ec.SECP256R1())
     # A random part: roots of two clouds have different names, so no chain is built to the wrong one.
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{common_name} {secrets.token_hex(4)}")])
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_before(now - _CA_LIFE)  # made while the clock was ahead, it holds all the same
         .not_valid_after(now + _CA_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(key_cert_sign=True), critical=True)

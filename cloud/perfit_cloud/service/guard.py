@@ -139,7 +139,7 @@ class Guard(grpc.ServerInterceptor):
         self, method: _Method, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[Any]:
         certificate = None if self._authority is None else caller(context)
-        who = network_of(context) if certificate is None else self._checked(certificate)
+        who = network_of(context) if certificate is None else self._admitted(certificate)
         with ExitStack() as held:
             held.callback(self._ended)
             if not method.is_health:
@@ -169,9 +169,13 @@ class Guard(grpc.ServerInterceptor):
                     self._checked(certificate)
                 yield response
 
-    def _checked(self, certificate: x509.Certificate) -> str:
-        """The identity, if it may call now."""
+    def _admitted(self, certificate: x509.Certificate) -> str:
+        """The identity, if it may begin a call now."""
         return "" if self._authority is None else self._authority.check(certificate)
+
+    def _checked(self, certificate: x509.Certificate) -> str:
+        """The identity, if a call of its may go on now."""
+        return "" if self._authority is None else self._authority.recheck(certificate)
 
 
 class _Messages(Iterator[Any]):

@@ -126,6 +126,7 @@ class CloudServer:
 
     def start(self) -> None:
         """Begin to answer, and leave the addresses where `perfit-cloud invite` finds them."""
+        self._authority.start()
         self._watch.start()
         self._server.start()
         self._enrol_server.start()
@@ -213,6 +214,7 @@ class CloudServer:
         )
         ends = {name: partial(float, end) for name, end in self._authority.ends().items()}
         self.telemetry.certificates({"server": self._credentials.ends_at, **ends})
+        self.telemetry.identities(lambda: self._authority.identities_age_seconds)
 
     def _bind(self, server: grpc.Server, address: str, *, client_ca: bytes | None) -> str:
         """ "host:port" as bound."""
@@ -323,6 +325,7 @@ class _RotatingIdentity:
 
     def _current(self) -> ServerIdentity:
         with self._lock:
-            if time.time() >= self._identity.renew_at:
+            # Before its time too: it was made while the clock was ahead, and nobody takes it now.
+            if not self._identity.starts_at <= time.time() < self._identity.renew_at:
                 self._identity = self._authority.server_identity(self._names)
             return self._identity

@@ -160,8 +160,7 @@ class IdentityService(enrol_grpc.IdentityServicer):
         self._address = address
 
     def Renew(self, request: enrol_pb.RenewRequest, context: grpc.ServicerContext) -> enrol_pb.Credentials:
-        identity = self._authority.check(caller(context))
-        certificate = self._authority.renew(identity, request.csr)
+        certificate = self._authority.renew(caller(context), request.csr)
         return _credentials(self._authority, certificate, self._address)
 
 

@@ -111,6 +111,9 @@ class Telemetry:
         self._callers = Gauge(
             "perfit_callers", "Callers with an account just now", ["listener"], registry=registry
         )
+        self._identities_age = Gauge(
+            "perfit_identities_age_seconds", "Since the list of devices was looked at", registry=registry
+        )
         self._waiting = Gauge("perfit_waiting", "What stands in line", ["line"], registry=registry)
 
     # -- what happens --------------------------------------------------------------------------
@@ -153,6 +156,9 @@ class Telemetry:
         """When each certificate ends, unix seconds."""
         for name, end in ends.items():
             self._days.labels(name).set_function(partial(_days_left, end))
+
+    def identities(self, age_seconds: Callable[[], float]) -> None:
+        self._identities_age.set_function(age_seconds)
 
     def callers(self, listener: str, count: Callable[[], float]) -> None:
         self._callers.labels(listener).set_function(count)

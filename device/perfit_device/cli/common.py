@@ -123,12 +123,17 @@ class Session:
             )
 
         def keep(new: Enrolment) -> None:
-            # With the vault released already, the old certificate renews again the next time.
-            if not vault.closed:
-                write_enrolment(vault, new)
+            nonlocal enrolment  # for the next try: this one may have been used, which retired the old one
+            with self._held(vault) as held:
+                write_enrolment(held, new)
+            enrolment = new
+
+        def read_anew() -> Enrolment | None:
+            with self._held(vault) as held:
+                return read_enrolment(held)
 
         def connect() -> tuple[Cloud, CloudInfo]:
-            cloud = Cloud(enrolment, on_renewed=keep)
+            cloud = Cloud(enrolment, on_renewed=keep, read_anew=read_anew)
             try:
                 return cloud, cloud.describe()
             except BaseException:
@@ -144,6 +149,15 @@ class Session:
                 )
             remember(vault, info)
             yield cloud, info
+
+    @contextlib.contextmanager
+    def _held(self, vault: Vault) -> Iterator[Vault]:
+        """The vault; opened anew for a moment, when it was released already."""
+        if not vault.closed:
+            yield vault
+            return
+        with self.open_vault() as again:
+            yield again
 
     def artefact(self, info: CloudInfo, vault: Vault, task: str | None) -> Artefact:
         """The one asked for; else the only one, or the only one this user has a shift for."""

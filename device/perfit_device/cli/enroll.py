@@ -75,7 +75,8 @@ def _read(invite: str) -> str:
 
 def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) -> None:
     """The key is sealed before the call and kept until its answer: when the answer is lost, the
-    same invite with the same key gets it again."""
+    same invite with the same key gets it again. Of an invite that was answered the digest stays, so
+    that the same command does no harm: the cloud takes no invite again once its certificate was used."""
     import hashlib
     import hmac
 
@@ -92,14 +93,20 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
             f'the profile "{session.settings.profile}" is enrolled with {known.address} already; '
             "use --profile NAME for another cloud, or --replace to enrol this one anew"
         )
-    identity = Identity.from_der(pending[32:]) if pending is not None and same else Identity.create()
-    if not same:
-        vault.put(*_PENDING, used + identity.to_der())
-    enrolment = while_opening().call(lambda: enrolments.enroll(invite, identity))
-    write_enrolment(vault, enrolment)
+    if known is not None and pending == used and not replace:
+        enrolment = known
+    else:
+        key = pending[32:] if pending is not None and same else b""
+        identity = Identity.from_der(key) if key else Identity.create()
+        if not key:
+            vault.put(*_PENDING, used + identity.to_der())
+        enrolment = while_opening().call(lambda: enrolments.enroll(invite, identity))
+        with vault.transaction():
+            write_enrolment(vault, enrolment)
+            vault.put(*_PENDING, used)
     tasks: list[str] = []
     try:
-        with Cloud(enrolment) as cloud:
+        with Cloud(enrolment, on_renewed=lambda new: write_enrolment(vault, new)) as cloud:
             info = cloud.describe()
         remember(vault, info)
         tasks = [artefact.name for artefact in info.artefacts]

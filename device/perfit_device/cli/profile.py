@@ -19,7 +19,7 @@ from perfit_device.cli.common import (
     recall,
     say,
 )
-from perfit_shared.errors import ConfigError, NotFound, PerfitError
+from perfit_shared.errors import CertificateSuperseded, ConfigError, NotFound, PerfitError
 
 if TYPE_CHECKING:
     from perfit_device.vault import Vault
@@ -62,8 +62,8 @@ def status(
     """Show the profile: its cloud, certificate, tasks, examples and shifts."""
     session = Session.of(context, profile=profile, json=json_)
     with session.open_vault() as vault:
-        reachable = _cloud_state(session, vault)
-        report = _status(session, vault) | {"cloud": reachable}
+        reachable, is_renewed_elsewhere = _cloud_state(session, vault)
+        report = _status(session, vault) | {"cloud": reachable, "renewed_elsewhere": is_renewed_elsewhere}
     if session.json:
         session.emit(report)
         return
@@ -81,15 +81,15 @@ def status(
         print(f"{name}: {', '.join(parts)}")
 
 
-def _cloud_state(session: Session, vault: Vault) -> str:
-    """ "reachable", or why not."""
+def _cloud_state(session: Session, vault: Vault) -> tuple[str, bool]:
+    """ "reachable", or why not; and whether that is because somebody else renewed this identity."""
     from perfit_device.patience import IMPATIENT
 
     try:
         with session.open_cloud(vault, IMPATIENT):
-            return "reachable"
+            return "reachable", False
     except PerfitError as error:
-        return str(error)
+        return str(error), isinstance(error, CertificateSuperseded)
 
 
 def _status(session: Session, vault: Vault) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_cloud.service.certificates import CertificateAuthority, identity_of, read_certificate, read_csr
+from perfit_cloud.service.certificates import (
+    CertificateAuthority,
+    generation_of,
+    identity_of,
+    read_certificate,
+    read_csr,
+)
 from perfit_cloud.service.codec import (
     PromptReader,
     decode_sampling,
@@ -115,7 +121,9 @@ def _certificates(work: Path) -> list[bytes]:
 
     work.mkdir(parents=True, exist_ok=True)
     authority = CertificateAuthority.open(work / "ca.pem", "fuzz CA")
-    device = authority.issue_device(read_csr(Identity.create().csr()), "ab" * 16, datetime.timedelta(days=7))
+    device = authority.issue_device(
+        read_csr(Identity.create().csr()), "ab" * 16, datetime.timedelta(days=7), generation=2
+    )
     server = authority.issue_server(
         read_csr(Identity.create().csr()), ["localhost", "127.0.0.1"], datetime.timedelta(days=90)
     )
@@ -124,7 +132,7 @@ def _certificates(work: Path) -> list[bytes]:
 
 def _certificate(data: bytes) -> None:
     certificate: x509.Certificate = read_certificate(data)
-    if not isinstance(identity_of(certificate), str):
+    if not isinstance(identity_of(certificate), str) or generation_of(certificate) < 0:
         raise Unsound("an identity that is no text")
 
 

@@ -174,7 +174,9 @@ def _enrolment(work: Path) -> Enrolment:
 
     identity = Identity.create()
     authority = CertificateAuthority.open(work / "device-ca.pem", "fuzz CA")
-    certificate = authority.issue_device(read_csr(identity.csr()), "ab" * 16, datetime.timedelta(days=7))
+    certificate = authority.issue_device(
+        read_csr(identity.csr()), "ab" * 16, datetime.timedelta(days=7), generation=2
+    )
     return Enrolment(
         identity, certificate.public_bytes(Encoding.DER), authority.der, "127.0.0.1:7443", "127.0.0.1:7444",
         "0" * 32,

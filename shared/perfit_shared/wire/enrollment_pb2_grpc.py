@@ -56,7 +56,7 @@ class EnrollmentServicer:
 
     def Enroll(self, request, context):
         """Trades a one-time invite for a certificate. The same invite with the same key again gives
-        the same certificate, since replies get lost.
+        the same certificate, since replies get lost, until it was used for the first time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +70,9 @@ class EnrollmentServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RenewLapsed(self, request, context):
-        """Renews a lapsed, unrevoked certificate within 30 days of its end.
+        """Renews a lapsed, unrevoked certificate within 30 days of its end (the cloud's lapse_seconds). One
+        that holds is refused (INVALID_ARGUMENT, certificate_valid): renew it by Renew. What is said of old
+        certificates there holds here, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,7 +209,13 @@ class IdentityServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Renew(self, request, context):
-        """A new certificate for the identity that calls, for the key of the CSR.
+        """The next certificate of the identity that calls, for the key of the CSR: better a new one.
+
+        Keep key and certificate before they are used. Until then the old ones hold, since replies get
+        lost, and Renew may be called again. From the first call with the new certificate on (or with the
+        newest of several), all older ones are retired: they begin no call and renew nothing, lapsed or
+        not (UNAUTHENTICATED, certificate_superseded). Calls that are open end in their own time. A device
+        that is refused so, and whose own processes renewed nothing, shares its identity with somebody.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
