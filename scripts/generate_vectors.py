@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from perfit_shared import errors, tasks
-from perfit_shared.errors import InvalidInvite, PerfitError, to_status
+from perfit_shared.errors import InvalidInvite, PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.metrics import HIGHER_IS_BETTER
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
@@ -41,6 +41,8 @@ ADVICE = {
     "invalid_prompt": "shorten the prompt or the answer (`Limits`), or mend the chat's turns",
     "not_found": "call `Describe` and use a name that it lists",
     "shift_mismatch": "call `Describe` and `FetchSeed`, and train again on the new version",
+    "certificate_valid": "call `Renew` on the mutual-TLS channel",
+    "certificate_superseded": "use the newest certificate; if this device did not renew, somebody has its key",
     "invite_refused": "ask the operator for a new invite",
     "not_authenticated": "enrol with a new invite",
     "certificate_expired": "renew: `Renew` while it lasts, `RenewLapsed` for 30 days after",
@@ -75,7 +77,7 @@ def codes() -> str:
         for name, _, meaning in [line.partition("── ")[2].partition(" ")]
     }
     for cls in wire_errors():
-        status, code, _, _ = to_status(cls("x"))
+        status, code = STATUS[cls], cls.code
         meaning = meanings[cls.__name__].replace("`retry_ms`", "`perfit-retry-ms`") or cls.__name__
         lines.append(f"| `{code}` | {status} | {meaning} | {ADVICE[code]} |")
     lines.append(
@@ -86,10 +88,7 @@ def codes() -> str:
 
 def wire_errors() -> list[type[PerfitError]]:
     """Those that travel, in the order of the tree."""
-    names = [getattr(errors, name) for name in errors.__all__]
-    classes = [c for c in names if isinstance(c, type) and issubclass(c, PerfitError)]
-    found = [c for c in classes if to_status(c("x"))[0] != "INTERNAL"]
-    return sorted(found, key=lambda c: (errors.__doc__ or "").index(f"── {c.__name__} "))
+    return sorted(STATUS, key=lambda cls: (errors.__doc__ or "").index(f"── {cls.__name__} "))
 
 
 def schema() -> dict[str, Any]:

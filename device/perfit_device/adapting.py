@@ -20,10 +20,10 @@ from perfit_device.codec import (
     adapt_open_to_wire,
     adapt_step_to_wire,
 )
-from perfit_device.evaluation import gradient_of, mean_loss, pair_of
+from perfit_device.evaluation import gradient_of, mean_loss, pair_of, refusal, refused_among
 from perfit_device.history import Split
 from perfit_device.patience import PASSING
-from perfit_shared.errors import Cancelled, CertificateExpired, PerfitError
+from perfit_shared.errors import Cancelled, CertificateExpired, InvalidPrompt, PerfitError
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 
 __all__ = ["Adapting"]
@@ -99,9 +99,18 @@ class Adapting:
                 except PerfitError as error:
                     self._is_welcome = isinstance(error, _PASSING) and not stream.opens_too_slowly
                     self._close()
+                    if isinstance(error, InvalidPrompt):
+                        self._name_the_refused(error)
             return alone()
 
         return answer
+
+    def _name_the_refused(self, reason: InvalidPrompt) -> None:
+        """Raises ExamplesRefused before a step is lost to them: the stream takes all examples, or none."""
+        task, items = self._artefact.task, [*self._split.train, *self._split.gate]
+        refused = refused_among(self._cloud, task, items)
+        if refused:
+            raise refusal(refused, reason) from reason
 
     def _decoded(self, response: Any) -> tuple[float, int, ShiftTensors]:
         if response.tokens < 1:

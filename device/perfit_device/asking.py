@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from queue import SimpleQueue
 from typing import Any
@@ -19,7 +19,7 @@ from perfit_device.codec import (
     question_to_wire,
 )
 from perfit_device.patience import IMPATIENT, PASSING, Patience
-from perfit_shared.errors import PerfitError, Unavailable
+from perfit_shared.errors import InvalidPrompt, PerfitError, Unavailable
 
 __all__ = ["ask_all"]
 
@@ -27,44 +27,76 @@ _STREAM_SECONDS = 600.0  # then another stream asks for what is left
 
 
 def ask_all(
-    cloud: Cloud, use: ShiftUse, questions: Sequence[tuple[Prompt, Sampling]],
-    *, in_flight: int, patience: Patience = IMPATIENT,
-) -> list[str]:  # fmt: skip
+    cloud: Cloud,
+    use: ShiftUse,
+    questions: Sequence[tuple[Prompt, Sampling]],
+    *,
+    in_flight: int,
+    patience: Patience = IMPATIENT,
+    refused: dict[int, InvalidPrompt] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[str]:
     """The answers in the order of the questions, `in_flight` asked at a time.
 
     `in_flight` is 0 where the cloud has no Ask: then each is a call of its own, one after the other.
 
     What a busy or vanished cloud left unanswered is asked again, with `patience` between two answers.
-    The first question that fails for any other reason ends it.
+    The first question that fails for any other reason ends it; but where `refused` is given, prompts
+    that the cloud refuses go there by their number, and their answers are empty. `progress` is told
+    how many are done.
     """
+    answers = _Answers(refused, progress)
     if in_flight < 1:
-        return [_alone(cloud, use, *question, patience) for question in questions]
-    answers: dict[int, str] = {}
+        for number, question in enumerate(questions):
+            try:
+                answers.put(number, _alone(cloud, use, *question, patience))
+            except InvalidPrompt as error:
+                answers.refuse(number, error)
 
     def ask() -> None:
-        before = len(answers)
+        before = len(answers.texts)
         try:
             cloud.renewing(lambda: _Round(questions, answers).run(cloud, use, in_flight))
         except PASSING:
-            if len(answers) == before:
+            if len(answers.texts) == before:
                 raise
 
-    while len(answers) < len(questions):
+    while len(answers.texts) < len(questions):
         patience.call(ask)
-    return [answers[number] for number in range(len(questions))]
+    return [answers.texts[number] for number in range(len(questions))]
 
 
 def _alone(cloud: Cloud, use: ShiftUse, prompt: Prompt, sampling: Sampling, patience: Patience) -> str:
     return "".join(piece.text for piece in patience.stream(lambda: cloud.generate(prompt, use, sampling)))
 
 
+class _Answers:
+    """What is done, by the numbers of the questions."""
+
+    def __init__(self, refused: dict[int, InvalidPrompt] | None, progress: Callable[[int], None]) -> None:
+        self.texts: dict[int, str] = {}
+        self._refused = refused
+        self._progress = progress
+
+    def put(self, number: int, text: str) -> None:
+        self.texts[number] = text
+        self._progress(len(self.texts))
+
+    def refuse(self, number: int, error: InvalidPrompt) -> None:
+        """Raises the error where nobody asked for it to be noted."""
+        if self._refused is None:
+            raise error
+        self._refused[number] = error
+        self.put(number, "")
+
+
 class _Round:
     """One stream, which adds to `answers` what it can of those that lack."""
 
-    def __init__(self, questions: Sequence[tuple[Prompt, Sampling]], answers: dict[int, str]) -> None:
+    def __init__(self, questions: Sequence[tuple[Prompt, Sampling]], answers: _Answers) -> None:
         self._questions = questions
         self._answers = answers
-        self._todo = deque(number for number in range(len(questions)) if number not in answers)
+        self._todo = deque(number for number in range(len(questions)) if number not in answers.texts)
         self._texts: dict[int, str] = {}  # of the questions asked, as far as their answers have come
         self._outbox: SimpleQueue[Any] = SimpleQueue()  # None: no more
 
@@ -103,12 +135,17 @@ class _Round:
             del self._texts[number]
             self._todo.append(number)
             return part
+        if isinstance(part, InvalidPrompt):
+            del self._texts[number]
+            self._answers.refuse(number, part)
+            self._ask()
+            return None
         if isinstance(part, PerfitError):
             raise part
         self._texts[number] += part.text
         if len(self._texts[number]) > ANSWER_CHARACTERS:
             raise PerfitError("the cloud sends without end; the answer was cut off")
         if part.finish:
-            self._answers[number] = self._texts.pop(number)
+            self._answers.put(number, self._texts.pop(number))
             self._ask()
         return None

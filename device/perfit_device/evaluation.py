@@ -6,6 +6,7 @@ Also what binds an update to a cloud: gradients and losses of history items.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -16,15 +17,28 @@ from perfit_device.cloud import Cloud
 from perfit_device.codec import Artefact, Limits, Message, Prompt, Sampling, Score, ShiftUse
 from perfit_device.history import HistoryItem
 from perfit_device.patience import IMPATIENT, Patience
-from perfit_shared.errors import InvalidData, InvalidPrompt, PerfitError
+from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
 
-__all__ = ["answers", "gradient_of", "mean_loss", "pair_of", "prompt_of"]
+__all__ = [
+    "Judged",
+    "answers",
+    "gradient_of",
+    "judge",
+    "mean_loss",
+    "pair_of",
+    "prompt_of",
+    "refusal",
+    "refused_among",
+    "scores",
+]
 
 _T = TypeVar("_T")
 _SCORES_A_CALL = 16  # candidates; fewer where the cloud says so
 _IN_FLIGHT = 8  # questions of one Ask at a time
+_FINE_IN_A_ROW = 4  # examples, after which shorter ones are taken to be fine
+_NAMED = 8  # examples in a message
 
 
 def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False) -> Prompt:
@@ -36,6 +50,43 @@ def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False) -> Prompt:
 def pair_of(task: Task, item: HistoryItem) -> tuple[Prompt, str]:
     """Prompt and target of an item as an update takes them."""
     return prompt_of(task, item, cut=True), task.target(item.fields, cut=True)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scores and answers of items under one shift; an InvalidPrompt where the cloud refuses an item."""
+
+    scores: Sequence[Score | InvalidPrompt]
+    answers: Sequence[str | InvalidPrompt]
+
+    def is_whole(self, row: int) -> bool:
+        return isinstance(self.scores[row], Score) and isinstance(self.answers[row], str)
+
+    def loss(self, rows: Sequence[int]) -> float:
+        """Mean nats a token over these."""
+        return _mean([score for row in rows if isinstance(score := self.scores[row], Score)])
+
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        return [str(self.answers[row]) for row in rows]
+
+
+def judge(
+    cloud: Cloud,
+    task: Task,
+    items: Sequence[HistoryItem],
+    use: ShiftUse,
+    limits: Limits,
+    *,
+    patience: Patience = IMPATIENT,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Judged:
+    """Score and answer (greedily) all items. `progress` is told how many of 2 · len(items) are done."""
+    scored = scores(cloud, task, items, use, limits, patience=patience, progress=progress)
+    done = len(items)
+    answered = answers(
+        cloud, task, items, use, limits, patience=patience, progress=lambda more: progress(done + more)
+    )
+    return Judged(scored, answered)
 
 
 def mean_loss(
@@ -50,16 +101,41 @@ def mean_loss(
 ) -> float:
     """Mean nats a token over all answers and their end-of-sequence tokens.
 
-    Every call has `patience` of its own. Raises InvalidData naming the example that the cloud refuses.
+    Every call has `patience` of its own. Raises ExamplesRefused.
     """
+    found = scores(cloud, task, items, use, limits, cut=cut, patience=patience)
+    _check_refused(items, found)
+    return _mean([score for score in found if isinstance(score, Score)])
+
+
+def _mean(of: Sequence[Score]) -> float:
+    """Nats a token."""
+    return -sum(each.log_likelihood for each in of) / sum(each.tokens for each in of)
+
+
+def scores(
+    cloud: Cloud,
+    task: Task,
+    items: Sequence[HistoryItem],
+    use: ShiftUse,
+    limits: Limits,
+    *,
+    cut: bool = False,
+    patience: Patience = IMPATIENT,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Score | InvalidPrompt]:
+    """Of every item's answer, or why the cloud refuses the item."""
 
     def score(chunk: Sequence[HistoryItem]) -> list[Score]:
         pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
         return patience.call(lambda: cloud.score(pairs, use))
 
     chunks = _chunks(task, items, min(_SCORES_A_CALL, limits.examples), limits.call_tokens)
-    scores = [each for chunk in chunks for each in _naming_the_refused(score, chunk)]
-    return -sum(each.log_likelihood for each in scores) / sum(each.tokens for each in scores)
+    found: list[Score | InvalidPrompt] = []
+    for chunk in chunks:
+        found += _each(score, chunk)
+        progress(len(found))
+    return found
 
 
 def _chunks(
@@ -73,7 +149,7 @@ def _chunks(
     chunks: list[list[HistoryItem]] = [[]]
     room = call_tokens
     for item in items:
-        size = sum(len(value.encode()) for value in item.fields.values()) + len(task.template.encode()) + 1
+        size = _length(item) + len(task.template.encode()) + 1
         if chunks[-1] and (len(chunks[-1]) == most or (call_tokens and size > room)):
             chunks.append([])
             room = call_tokens
@@ -82,35 +158,65 @@ def _chunks(
     return [chunk for chunk in chunks if chunk]
 
 
-def _naming_the_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequence[HistoryItem]) -> _T:
-    """`call(items)`; where the cloud refuses a prompt, InvalidData names the first example to blame."""
+def _each(
+    call: Callable[[Sequence[HistoryItem]], Sequence[_T]], items: Sequence[HistoryItem]
+) -> list[_T | InvalidPrompt]:
+    """`call(items)`; where the cloud refuses a prompt, one by one, with its error in place of a value."""
     try:
-        return call(items)
+        return [*call(items)]
     except InvalidPrompt as error:
-        for item in items:
-            try:
-                call([item])
-            except InvalidPrompt as its_own:
-                raise InvalidData(
-                    f"the cloud refuses example {item.short} ({its_own}); "
-                    f"`perfit history forget {item.short}` takes it out"
-                ) from its_own
-        raise error
+        if len(items) == 1:
+            return [error]
+        return [value for item in items for value in _each(call, [item])]
+
+
+def refused_among(
+    cloud: Cloud, task: Task, items: Sequence[HistoryItem], *, patience: Patience = IMPATIENT
+) -> list[HistoryItem]:
+    """The examples that the cloud refuses, as an update takes them.
+
+    Which they are the cloud alone knows, for it has the tokenizer. They are looked for from the longest
+    down, until some in a row are fine; one that is missed is refused by name later.
+    """
+    found, fine = [], 0
+    for item in sorted(items, key=_length, reverse=True):
+        pair = pair_of(task, item)
+        try:
+            patience.call(partial(cloud.score, [pair], ShiftUse()))
+            fine += 1
+        except InvalidPrompt:
+            found.append(item)
+            fine = 0
+        if fine == _FINE_IN_A_ROW:
+            break
+    return found
+
+
+def _length(item: HistoryItem) -> int:
+    return sum(len(text.encode()) for text in item.fields.values())
 
 
 def answers(
-    cloud: Cloud, task: Task, items: Sequence[HistoryItem], use: ShiftUse, limits: Limits,
-    *, patience: Patience = IMPATIENT,
-) -> list[str]:  # fmt: skip
-    """Greedy answers in the order of the items."""
+    cloud: Cloud,
+    task: Task,
+    items: Sequence[HistoryItem],
+    use: ShiftUse,
+    limits: Limits,
+    *,
+    patience: Patience = IMPATIENT,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[str | InvalidPrompt]:
+    """Greedy answers in the order of the items, or why the cloud refuses an item."""
     sampling = Sampling(
         max_new_tokens=min(task.answer_tokens, limits.new_tokens), temperature=0.0, stop=task.stop
     )
     questions = [(prompt_of(task, item), sampling) for item in items]
+    refused: dict[int, InvalidPrompt] = {}
     in_flight = min(_IN_FLIGHT, limits.questions)
-    return [
-        task.parse(text) for text in ask_all(cloud, use, questions, in_flight=in_flight, patience=patience)
-    ]
+    texts = ask_all(
+        cloud, use, questions, in_flight=in_flight, patience=patience, refused=refused, progress=progress
+    )
+    return [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
 
 
 def gradient_of(
@@ -118,7 +224,7 @@ def gradient_of(
 ) -> Callable[[Sequence[HistoryItem], ShiftTensors], tuple[float, int, ShiftTensors]]:
     """Loss, tokens and gradient of a batch by ComputeGradient, in as many calls as the cloud's limit needs.
 
-    An example that the cloud refuses is named in InvalidData.
+    Raises ExamplesRefused.
     """
     task = artefact.task
 
@@ -135,6 +241,33 @@ def gradient_of(
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     return gradient
+
+
+def _naming_the_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequence[HistoryItem]) -> _T:
+    """`call(items)`. Raises ExamplesRefused with those that the cloud refuses."""
+    try:
+        return call(items)
+    except InvalidPrompt as error:
+        one_by_one = [_each(lambda chunk: [call(chunk)], [item])[0] for item in items]
+        _check_refused(items, one_by_one)
+        raise error
+
+
+def _check_refused(items: Sequence[HistoryItem], values: Sequence[object]) -> None:
+    """Raises ExamplesRefused where a value is the cloud's refusal of its item."""
+    refused = [(i, why) for i, why in zip(items, values, strict=True) if isinstance(why, InvalidPrompt)]
+    if refused:
+        raise refusal([item for item, _ in refused], refused[0][1])
+
+
+def refusal(items: Sequence[HistoryItem], reason: InvalidPrompt) -> ExamplesRefused:
+    """The error that names these examples."""
+    shown = " ".join(item.short for item in items[:_NAMED])
+    return ExamplesRefused(
+        f"the cloud refuses example {items[0].short} ({reason}); "
+        f"`perfit history forget {shown}` takes it out",
+        [item.name for item in items],
+    )
 
 
 def _joined(parts: Sequence[tuple[float, int, ShiftTensors]]) -> tuple[float, int, ShiftTensors]:

@@ -1,19 +1,42 @@
-"""Personal shifts in the vault: one for each (cloud, artefact), and their files outside it."""
+"""Personal shifts in the vault: one for each (cloud, artefact), and their files outside it.
+
+Beside the current version lies the one before it, so that an update can be undone.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from perfit_device.codec import Artefact
 from perfit_device.vault import Vault
-from perfit_shared.errors import InvalidData, InvalidInput, InvalidTensors, ShiftMismatch
+from perfit_shared.errors import (
+    InvalidData,
+    InvalidInput,
+    InvalidTensors,
+    NotFound,
+    ShiftMismatch,
+    VaultDamaged,
+)
 from perfit_shared.shifts import ShiftTensors, read_metadata
 
-__all__ = ["PersonalShift", "export", "load", "place_of", "read_file", "store"]
+__all__ = [
+    "PersonalShift",
+    "artefacts",
+    "export",
+    "has_previous",
+    "load",
+    "place_of",
+    "read_file",
+    "store",
+    "summary",
+    "undo",
+]
 
-_KIND = "shift"
+_KIND, _PREVIOUS = "shift", "previous"
+_EXPORTED = ("artefact", "version", "task")  # of the metadata
 _LARGEST_FILE = 512 * 1024 * 1024  # bytes
 
 
@@ -23,6 +46,9 @@ class PersonalShift:
 
     tensors: ShiftTensors
     updates: int
+    # How often examples of its task had been forgotten (`history.forgotten`) before it, or the shift
+    # that it goes on from, began at the seed. What was forgotten since, it may know.
+    forgotten: int = 0
 
 
 def place_of(cloud_id: str, artefact: str) -> str:
@@ -38,13 +64,58 @@ def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | Non
     metadata = read_metadata(data)
     _check_metadata(metadata, artefact, "your personal shift", "`perfit update --fresh` trains a new one")
     tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
-    return PersonalShift(tensors, int(metadata.get("updates", "0")))
+    return PersonalShift(tensors, int(metadata.get("updates", "0")), int(metadata.get("forgotten", "0")))
 
 
 def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift) -> None:
-    """Make it the current version."""
-    metadata = _metadata(artefact) | {"updates": str(shift.updates)}
-    vault.put(_KIND, place_of(cloud_id, artefact.name), shift.tensors.to_bytes(metadata=metadata))
+    """Make it the current version. The one before is kept, unless it may know what this one does not.
+
+    For a shift that was trained afresh, after examples were forgotten, is there to unlearn them.
+    """
+    place = place_of(cloud_id, artefact.name)
+    metadata = _metadata(artefact) | {"updates": str(shift.updates), "forgotten": str(shift.forgotten)}
+    before = vault.get(_KIND, place)
+    with vault.transaction():
+        _forget_previous(vault, place)
+        if before is not None and int(read_metadata(before).get("forgotten", "0")) >= shift.forgotten:
+            vault.put(_PREVIOUS, f"{place}/{artefact.task.name}", before)
+        vault.put(_KIND, place, shift.tensors.to_bytes(metadata=metadata))
+
+
+def has_previous(vault: Vault, cloud_id: str, artefact: str) -> bool:
+    return bool(_previous_names(vault, place_of(cloud_id, artefact)))
+
+
+def undo(vault: Vault, cloud_id: str, artefact: str) -> int:
+    """Make the version before the current one, and the current one the one before: again, and it is back.
+
+    Gives how many updates made it. Raises NotFound when there is none.
+    """
+    place = place_of(cloud_id, artefact)
+    names = _previous_names(vault, place)
+    before, current = (vault.get(_PREVIOUS, names[0]) if names else None), vault.get(_KIND, place)
+    if before is None or current is None:
+        raise NotFound(f"there is no earlier version of your shift for {artefact} to go back to")
+    with vault.transaction():
+        vault.put(_KIND, place, before)
+        vault.put(_PREVIOUS, names[0], current)
+    return int(read_metadata(before).get("updates", "0"))
+
+
+def _previous_names(vault: Vault, place: str) -> list[str]:
+    """Rows of the version before. Their names end in the task, by which `forget` finds them."""
+    return [name for name in vault.list(_PREVIOUS) if name.rpartition("/")[0] == place]
+
+
+def _forget_previous(vault: Vault, place: str) -> None:
+    for name in _previous_names(vault, place):
+        vault.delete(_PREVIOUS, name)
+
+
+def artefacts(vault: Vault, cloud_id: str) -> list[str]:
+    """The artefacts of a cloud that this user has a shift for; of all clouds' where `cloud_id` is ""."""
+    names = [name.rpartition("/") for name in vault.list(_KIND)]
+    return sorted(artefact for cloud, _, artefact in names if cloud_id in ("", cloud))
 
 
 def summary(vault: Vault, cloud_id: str, artefact: str) -> dict[str, str] | None:
@@ -53,9 +124,32 @@ def summary(vault: Vault, cloud_id: str, artefact: str) -> dict[str, str] | None
     return None if data is None else read_metadata(data)
 
 
-def export(path: Path, artefact: Artefact, shift: ShiftTensors, *, force: bool = False) -> None:
-    """Write a shift file, for its owner's eyes only. Raises InvalidInput when it exists or cannot be."""
-    data = shift.to_bytes(metadata=_metadata(artefact))
+def export(vault: Vault, cloud_id: str, artefact: str, path: Path, *, force: bool = False) -> dict[str, str]:
+    """Write a shift file, for its owner's eyes only; the metadata that it has.
+
+    Raises NotFound when there is no shift, InvalidInput when the file exists or cannot be written.
+    """
+    sealed = vault.get(_KIND, place_of(cloud_id, artefact))
+    if sealed is None:
+        raise NotFound(f"there is no personal shift for {artefact} yet; `perfit update` trains one")
+    metadata = {k: v for k, v in read_metadata(sealed).items() if k in _EXPORTED}
+    data = _tensors(sealed).to_bytes(metadata=metadata)
+    _write(path, data, force=force)
+    return metadata
+
+
+def _tensors(sealed: bytes) -> ShiftTensors:
+    """Whatever spec they were made for. Raises VaultDamaged."""
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        return ShiftTensors.from_named(safetensors.numpy.load(sealed))
+    except (InvalidTensors, safetensors.SafetensorError) as error:
+        raise VaultDamaged("the vault holds a shift that cannot be read") from error
+
+
+def _write(path: Path, data: bytes, *, force: bool) -> None:
     target = path if not force else path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -96,7 +190,7 @@ def _metadata(artefact: Artefact) -> dict[str, str]:
     return {"artefact": artefact.name, "version": artefact.version, "task": artefact.task.name}
 
 
-def _check_metadata(metadata: dict[str, str], artefact: Artefact, whose: str, remedy: str) -> None:
+def _check_metadata(metadata: Mapping[str, str], artefact: Artefact, whose: str, remedy: str) -> None:
     if metadata.get("artefact") != artefact.name:
         raise ShiftMismatch(
             f"{whose} is for the artefact {metadata.get('artefact', '?')[:64]}, not {artefact.name}"

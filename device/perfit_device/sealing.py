@@ -24,8 +24,9 @@ import hmac
 import json
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -34,7 +35,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from perfit_shared.errors import ConfigError, VaultDamaged, VaultError, WrongPassphrase
 
-__all__ = ["FORMAT", "DataKey", "Header", "KdfParams", "new_key", "wiped"]
+__all__ = ["COSTLIEST", "FORMAT", "DataKey", "Header", "KdfParams", "new_key", "wiped"]
 
 FORMAT = 1
 _KEY_BYTES, _NONCE_BYTES, _TAG_BYTES, _SALT_BYTES = 32, 12, 16, 16
@@ -64,6 +65,15 @@ class KdfParams:
         if self.memory_kib < 8 * self.lanes:
             raise VaultDamaged("the vault's header asks for an impossible key derivation")
 
+    def check(self, most: KdfParams) -> None:
+        """Raises VaultError when this costs more than `most`, which nobody has to pay to find out."""
+        if any(value > limit for value, limit in zip(astuple(self), astuple(most), strict=True)):
+            raise VaultError(
+                f"opening this vault takes {self.memory_kib >> 10} MiB, {self.iterations} passes and "
+                f"{self.lanes} lanes of Argon2id, more than perfit's own; if it is yours, "
+                "PERFIT_COSTLY_VAULT=1 opens it"
+            )
+
     def derive(self, passphrase: str, salt: bytes) -> bytearray:
         """A key."""
         key = bytearray(_KEY_BYTES)
@@ -72,6 +82,19 @@ class KdfParams:
             memory_cost=self.memory_kib,
         ).derive_into(passphrase.encode(), key)  # fmt: skip
         return key
+
+
+COSTLIEST = KdfParams(memory_kib=1 << 20, iterations=32, lanes=16)  # of a header that can be read at all
+
+
+def passphrase_forms(passphrase: str) -> list[str]:
+    """The form that vaults are locked by, then those that earlier versions may have taken.
+
+    Files and variables end in line breaks that nobody typed, and keyboards compose accents in two ways.
+    """
+    plain = passphrase.rstrip("\r\n")
+    forms = [unicodedata.normalize("NFC", plain), passphrase, unicodedata.normalize("NFD", plain)]
+    return list(dict.fromkeys(forms))
 
 
 @dataclass(frozen=True)
@@ -109,17 +132,23 @@ class Header:
     def unwrap(self, passphrase: str | None) -> bytearray:
         """The data key. Raises WrongPassphrase, or VaultError when the keyring has no key."""
         nonce, sealed, key = self.wrapped[:_NONCE_BYTES], self.wrapped[_NONCE_BYTES:], bytearray(_KEY_BYTES)
-        try:
-            with wiped(self._key(passphrase, new=False)) as wrapping:
-                AESGCM(wrapping).decrypt_into(nonce, sealed, self._bound(), key)
-        except InvalidTag as error:
-            if self.lock == "keyring":
-                raise VaultError("the key in the OS keyring is not this vault's") from error
-            raise WrongPassphrase("wrong passphrase; nothing was changed") from error
-        return key
+        for form in [None] if passphrase is None else passphrase_forms(passphrase):
+            try:
+                with wiped(self._key(form, new=False)) as wrapping:
+                    AESGCM(wrapping).decrypt_into(nonce, sealed, self._bound(), key)
+                return key
+            except InvalidTag:
+                continue
+        if self.lock == "keyring":
+            raise VaultError("the key in the OS keyring is not this vault's")
+        raise WrongPassphrase("wrong passphrase; nothing was changed")
 
     def _wrap(self, data_key: bytes | bytearray, passphrase: str | None) -> Header:
         nonce = secrets.token_bytes(_NONCE_BYTES)
+        if passphrase is not None:
+            passphrase = passphrase_forms(passphrase)[0]
+            if not passphrase:
+                raise ConfigError("an empty passphrase protects nothing; choose another")
         with wiped(self._key(passphrase, new=True)) as wrapping:
             return replace(self, wrapped=nonce + AESGCM(wrapping).encrypt(nonce, data_key, self._bound()))
 
@@ -149,8 +178,12 @@ class Header:
         return hashlib.sha256(body).digest() + body
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Header:
-        """Raises VaultDamaged, or VaultError on a format of another version."""
+    def from_bytes(cls, data: bytes, most: KdfParams = COSTLIEST) -> Header:
+        """Raises VaultDamaged, or VaultError on a format of another version.
+
+        VaultError too where the key derivation costs more than `most`: whoever can write the file
+        could keep its owner waiting for a minute, and take a gigabyte.
+        """
         digest, body = data[:32], data[32:]
         if not hmac.compare_digest(hashlib.sha256(body).digest(), digest):
             raise VaultDamaged("the vault's header was changed or lost; restore a copy of the file")
@@ -161,13 +194,15 @@ class Header:
                     f"the vault is of format {int(values['format'])}, and this perfit knows only "
                     f"{FORMAT}; use the version of perfit that wrote it, or a newer one"
                 )
-            return cls(
+            header = cls(
                 vault_id=values["vault_id"],
                 lock=values["lock"],
                 salt=base64.b64decode(values["salt"]),
                 kdf=KdfParams(values["memory_kib"], values["iterations"], values["lanes"]),
                 wrapped=base64.b64decode(values["wrapped"]),
             )
+            header.kdf.check(most)
+            return header
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise VaultDamaged("the vault's header cannot be read; restore a copy of the file") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perfit_shared.errors import ConfigError
 from perfit_shared.grpc_environment import prepare_grpc
+from perfit_shared.terminal import utf8
 
 __all__ = ["Settings", "prepare_process"]
 
@@ -29,20 +30,43 @@ class Settings:
 
     @classmethod
     def from_environment(cls, profile: str | None) -> Settings:
-        home = os.environ.get("PERFIT_HOME") or "~/.perfit"
-        return cls(profile=profile or "default", home=Path(home).expanduser())
+        """The profile named, else PERFIT_PROFILE's, else "default"."""
+        home = Path(os.environ.get("PERFIT_HOME") or "~/.perfit")
+        with contextlib.suppress(RuntimeError):  # nobody's home is known; "~" is a folder's name then
+            home = home.expanduser()
+        return cls(profile=profile or os.environ.get("PERFIT_PROFILE") or "default", home=home)
 
     @property
     def vault_path(self) -> Path:
-        return self.home / "profiles" / self.profile / "vault.db"
+        return self._vault_of(self.profile)
+
+    def profiles(self) -> list[str]:
+        """The names of all profiles that have a vault, sorted."""
+        folder = self.home / "profiles"
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        return sorted(n for n in names if _PROFILE.match(n) and self._vault_of(n).is_file())
+
+    def _vault_of(self, profile: str) -> Path:
+        return self.home / "profiles" / profile / "vault.db"
+
+    @property
+    def costly_vault(self) -> bool:
+        """PERFIT_COSTLY_VAULT: whether a vault may be opened whose key costs more than perfit's own."""
+        return os.environ.get("PERFIT_COSTLY_VAULT", "") not in ("", "0")
 
     def passphrase(self) -> str | None:
-        """PERFIT_PASSPHRASE, or None."""
-        return os.environ.get("PERFIT_PASSPHRASE") or None
+        """PERFIT_PASSPHRASE, or None. Raises InvalidInput when it is no text."""
+        return _secret("PERFIT_PASSPHRASE")
 
     def new_passphrase(self) -> str | None:
         """PERFIT_NEW_PASSPHRASE, or None: for `perfit passphrase` in scripts."""
-        return os.environ.get("PERFIT_NEW_PASSPHRASE") or None
+        return _secret("PERFIT_NEW_PASSPHRASE")
+
+
+def _secret(name: str) -> str | None:
+    """A line break alone, as an empty file gives it, is none."""
+    value = utf8(os.environ.get(name, ""), name)
+    return value if value.strip("\r\n") else None
 
 
 def prepare_process() -> None:

@@ -7,23 +7,34 @@ step, and the plan they belong to.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from perfit_device import footprint, personal
 from perfit_device.codec import Artefact
 from perfit_device.patience import PASSING, Patience
 from perfit_device.personal import PersonalShift
 from perfit_device.vault import Vault
-from perfit_shared.errors import InvalidData, UpdateFailed, VaultDamaged, VaultUnswept
+from perfit_shared.errors import InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Schedule, Training
 
-__all__ = ["Gate", "Plan", "Result", "Update", "forget_checkpoint", "place_of", "read_checkpoint", "schedule"]
+__all__ = [
+    "Gate",
+    "Plan",
+    "Result",
+    "Update",
+    "forget_checkpoint",
+    "place_of",
+    "read_checkpoint",
+    "read_finished",
+    "schedule",
+]
 
-_KIND = "checkpoint"
+_KIND, _FINISHED = "checkpoint", "finished"
 _FEWEST_STEPS = 150  # of an update, unless the user says otherwise
 # Both ask, and give what waits for the answer: called again, after an error, it asks again.
 Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
@@ -60,14 +71,15 @@ def schedule(
 
 @dataclass(frozen=True)
 class Gate:
-    """Mean nats a token on the gate part, before and after (of the best epoch)."""
+    """Mean nats a token on the gate part, of the current shift and of the new one (of its best epoch)."""
 
     before: float
     after: float
+    anyway: bool = False  # the new one is taken even where it is no better
 
     @property
     def accepted(self) -> bool:
-        return self.after < self.before
+        return self.anyway or self.after < self.before
 
 
 @dataclass(frozen=True)
@@ -102,24 +114,60 @@ def forget_checkpoint(vault: Vault, place: str) -> bool:
     return vault.delete(_KIND, place)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The update that ended last: under an equal plan and model another one would learn nothing new."""
+
+    plan: Plan
+    fingerprint: str  # of the cloud's base model
+    accepted: bool
+
+
+def read_finished(vault: Vault, place: str) -> Finished | None:
+    """None when there was none, or one of another version of perfit."""
+    data = vault.get(_FINISHED, place)
+    try:
+        values = json.loads(data or b"")
+        return Finished(Plan(**values["plan"]), str(values["fingerprint"]), bool(values["accepted"]))
+    except (ValueError, KeyError, TypeError, InvalidInput):
+        return None
+
+
 class Update:
     """One update of one artefact's personal shift, from its first step or from its checkpoint.
 
-    `start` is what training begins with and the gate compares with; `updates` is how many updates
-    made it. `gradient` is asked for rows of the training part, `evaluate` for the loss of the gate's.
+    `start` is what training begins with. `current` is the user's shift, None where there is none that
+    can be used: the gate compares with it, also when training begins at the seed. `gradient` is asked
+    for rows of the training part, `evaluate` for the loss of the gate's. `forgotten` is
+    `history.forgotten` of the task. With `anyway` the gate lets the new version through all the same.
     """
 
     def __init__(
-        self, vault: Vault, cloud_id: str, artefact: Artefact, plan: Plan, *,
-        start: ShiftTensors, updates: int, gradient: Gradient, evaluate: Evaluate,
-        patience: Patience | None = None, checkpoint_seconds: float = 30.0,
+        self,
+        vault: Vault,
+        cloud_id: str,
+        artefact: Artefact,
+        plan: Plan,
+        *,
+        start: ShiftTensors,
+        gradient: Gradient,
+        evaluate: Evaluate,
+        current: PersonalShift | None = None,
+        forgotten: int = 0,
+        fingerprint: str = "",
+        anyway: bool = False,
+        patience: Patience | None = None,
+        checkpoint_seconds: float = 30.0,
         progress: Callable[[int, int, float], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._vault = vault
         self._cloud_id = cloud_id
         self._artefact = artefact
         self._start = start
-        self._updates = updates
+        self._current = current
+        self._forgotten = forgotten
+        self._fingerprint = fingerprint
+        self._anyway = anyway
         self._gradient = gradient
         self._evaluate = evaluate
         self._patience = patience or Patience()
@@ -140,13 +188,16 @@ class Update:
     def run(self) -> Result:
         """Train to the end, and let the gate decide.
 
-        Raises UpdateFailed when the cloud stays away or training diverges, and whatever else the
-        callables raise; the checkpoint holds every step that was done, after Ctrl-C too.
+        Raises VaultError before the first step when the vault could not take what comes of it,
+        UpdateFailed when the cloud stays away or training diverges, and whatever else the callables
+        raise; the checkpoint holds every step that was done, after Ctrl-C too.
         """
+        self._vault.reserve(self._largest())
         try:
             self._train()
-            before = self._patience.call(self._evaluate(self._start))
-            gate = Gate(before, after=self._state.best_loss)
+            compared = self._start if self._current is None else self._current.tensors
+            before = self._patience.call(self._evaluate(compared))
+            gate = Gate(before, after=self._state.best_loss, anyway=self._anyway)
         except PASSING as error:
             self._save()
             raise UpdateFailed(
@@ -158,6 +209,13 @@ class Update:
             raise
         self._finish(gate)
         return self._result(gate)
+
+    def _largest(self) -> int:
+        """Bytes that this update adds to the vault at most: a checkpoint, or a version beside another.
+
+        A checkpoint holds the tensors, two moments of each, the best epoch's, and a loss a step.
+        """
+        return 5 * len(self._start.to_bytes()) + 24 * self._state.schedule.steps
 
     def _train(self) -> None:
         """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
@@ -213,10 +271,16 @@ class Update:
         """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""
         with self._vault.transaction():
             if gate.accepted and self._state.best is not None:
-                updates = 1 if self._state.schedule.fresh else self._updates + 1
-                shift = PersonalShift(self._state.best, updates)
-                personal.store(self._vault, self._cloud_id, self._artefact, shift)
+                personal.store(self._vault, self._cloud_id, self._artefact, self._shift(self._state.best))
             forget_checkpoint(self._vault, self._place)
+            finished = Finished(self._state.schedule, self._fingerprint, gate.accepted)
+            self._vault.put(_FINISHED, self._place, json.dumps(asdict(finished)).encode())
+
+    def _shift(self, tensors: ShiftTensors) -> PersonalShift:
+        """The new version. What it goes on from says what it may know; afresh it knows what is there now."""
+        if self._state.schedule.fresh or self._current is None:
+            return PersonalShift(tensors, 1, self._forgotten)
+        return PersonalShift(tensors, self._current.updates + 1, self._current.forgotten)
 
     def _result(self, gate: Gate) -> Result:
         plan, losses = self._state.schedule, self._state.losses

@@ -26,12 +26,13 @@ from types import TracebackType
 from typing import Any
 
 from perfit_device import filesum
-from perfit_device.sealing import DataKey, Header, KdfParams, new_key
+from perfit_device.sealing import COSTLIEST, DataKey, Header, KdfParams, new_key
 from perfit_device.vaultfile import WAIT_SECONDS, attach, make, translated
 from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
 
 __all__ = ["Vault"]
 
+_OUR_KDF = KdfParams()  # what `create` locks by
 _UNSWEPT = 1  # user_version while the file may hold copies of removed rows
 _Place = tuple[str, bytes]  # kind, row id
 Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
@@ -64,25 +65,38 @@ class Vault:
         key = new_key()
         header = Header.create(key, passphrase, kdf or KdfParams())
         make(path, header, DataKey(key, header.vault_id).list_mac(b""))
-        return cls._open(path, key=key, passphrase=None, wait_seconds=WAIT_SECONDS)
+        return cls._open(path, key=key, passphrase=None, wait_seconds=WAIT_SECONDS, most=header.kdf)
 
     @classmethod
-    def open(cls, path: Path, passphrase: str | None, *, wait_seconds: float = WAIT_SECONDS) -> Vault:
-        """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged; none of them changes a byte."""
-        return cls._open(path, key=None, passphrase=passphrase, wait_seconds=wait_seconds)
+    def open(
+        cls, path: Path, passphrase: str | None, *, wait_seconds: float = WAIT_SECONDS, costly: bool = False
+    ) -> Vault:
+        """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged; none of them changes a byte.
+
+        VaultError where the key derivation costs more than that of `create`, unless `costly` allows it.
+        """
+        return cls._open(
+            path, key=None, passphrase=passphrase, wait_seconds=wait_seconds, most=_most(costly=costly)
+        )
 
     @staticmethod
-    def lock_of(path: Path) -> str:
+    def lock_of(path: Path, *, costly: bool = False) -> str:
         """ "passphrase" or "keyring", without opening. Raises as `open` does."""
-        connection, header = attach(path, WAIT_SECONDS)
+        connection, header = attach(path, WAIT_SECONDS, _most(costly=costly))
         connection.close()
         return header.lock
 
     @classmethod
     def _open(
-        cls, path: Path, *, key: bytearray | None, passphrase: str | None, wait_seconds: float
+        cls,
+        path: Path,
+        *,
+        key: bytearray | None,
+        passphrase: str | None,
+        wait_seconds: float,
+        most: KdfParams,
     ) -> Vault:
-        connection, header = attach(path, wait_seconds)
+        connection, header = attach(path, wait_seconds, most)
         try:
             vault = cls(path, connection, header, key or header.unwrap(passphrase))
         except BaseException:
@@ -173,6 +187,19 @@ class Vault:
             self._removed = True
             del self._listed[place]
         return True
+
+    def reserve(self, size: int) -> None:
+        """Find out whether `size` bytes more can be written now, and leave the vault as it was.
+
+        Raises VaultError when the disk is too full for them, or the file cannot be written.
+        """
+        try:
+            self.put("reserve", "", bytes(size))
+            self.delete("reserve", "")
+        except VaultUnswept as error:
+            raise VaultError(
+                f"the disk has no room for the {size >> 10} KiB that this takes, twice; free some space"
+            ) from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -265,6 +292,10 @@ class Vault:
         """Whether this is the list of rows that the file vouches for."""
         mac: object = self._connection.execute("SELECT list_mac FROM header").fetchone()[0]
         return isinstance(mac, bytes) and bool(hmac.compare_digest(mac, self._key.list_mac(rows)))
+
+
+def _most(*, costly: bool) -> KdfParams:
+    return COSTLIEST if costly else _OUR_KDF
 
 
 def _pack(name: str, data: bytes) -> bytes:

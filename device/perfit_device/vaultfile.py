@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from perfit_device.sealing import Header
+from perfit_device.sealing import Header, KdfParams
 from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
 from perfit_shared.ownership import check_ownership, make_private_folder
 
@@ -67,11 +67,11 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
             new.unlink(missing_ok=True)
 
 
-def attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]:
+def attach(path: Path, wait_seconds: float, most: KdfParams) -> tuple[sqlite3.Connection, Header]:
     """Lock the file for this process and read its header.
 
-    Raises NotFound, VaultBusy, VaultDamaged, VaultError when it is of a later format, or ConfigError when
-    others could swap it.
+    Raises NotFound, VaultBusy, VaultDamaged, VaultError when it is of a later format, or its key costs
+    more than `most`, or ConfigError when others could swap it.
     """
     if not path.is_file():
         raise NotFound(f"there is no vault at {path}; `perfit enroll INVITE` makes one")
@@ -95,7 +95,9 @@ def attach(path: Path, wait_seconds: float) -> tuple[sqlite3.Connection, Header]
             rows = connection.execute("SELECT data FROM header LIMIT 2").fetchall()
             if len(rows) != 1 or not isinstance(rows[0][0], bytes):
                 raise damaged
-            header = Header.from_bytes(rows[0][0])  # knows its format; a later one may have other tables
+            header = Header.from_bytes(
+                rows[0][0], most
+            )  # knows its format; a later one may have other tables
             if schema != sorted(_TABLES.items()):
                 raise damaged
             _clear(path)

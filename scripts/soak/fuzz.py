@@ -49,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def all_targets(work: Path, *, only: str | None = None) -> Iterator[list[Target]]:
     """Those whose names hold `only`; a cloud runs as long as it lasts, where one of them needs it."""
     from soak import tiny
-    from soak.fuzzing import rpcs
+    from soak.fuzzing import commands, rpcs
 
     wanted = [target for target in offline_targets(work) if only is None or only in target.name]
     with ExitStack() as stack:
+        if only is None or only in commands.NAME:
+            wanted += stack.enter_context(commands.targets(work / "commands"))
         if any(only is None or only in name for name in rpcs.NAMES):
             live = stack.enter_context(rpcs.live(tiny.build(work / "served"), work / "live"))
             wanted += [target for target in live.targets() if only is None or only in target.name]

@@ -5,6 +5,7 @@ PerfitError
 │   ├── InvalidTensors        names, shapes, dtypes, values of a shift
 │   ├── InvalidPrompt         empty, or longer than the cloud takes
 │   ├── InvalidData           a history or dataset file; names file, item and field
+│   │   └── ExamplesRefused   the cloud refuses these examples, whatever else it is asked
 │   ├── InvalidInvite         not an invite, or altered on the way
 │   └── CertificateValid      renewed as if it had lapsed, and it has not
 ├── NotFound                  no such artefact, task or profile
@@ -27,6 +28,19 @@ PerfitError
 ├── UpdateFailed              an update cannot go on; its state is kept
 └── ConfigError               an unknown key, or a value that cannot be
 
+Both programs end with an exit code by the class of the error (`exit_code`):
+
+    0    done
+    1    anything else: a file, a value or a name that cannot be, an output that cannot be written
+    2    wrong usage: an unknown command or option
+    3    the cloud cannot be reached, is busy or too slow; again later
+    4    the cloud refuses this device: not enrolled, revoked, an invite that does not hold
+    5    the update ran, and its gate kept the new version out
+    6    the vault: a wrong passphrase, damage, another process, no room
+    7    the update stopped half-way, and resumes
+    70   a fault inside perfit
+    130  Ctrl-C; 143 SIGTERM, 129 SIGHUP
+
 A message of these classes is written to be read by the person at the other end: it holds no
 prompt, no number from a tensor and no path of the cloud. Anything else that is raised inside the
 cloud reaches a device as "internal error".
@@ -34,7 +48,14 @@ cloud reaches a device as "internal error".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
+    "INTERNAL",
+    "INTERRUPTED",
+    "KEPT_OUT",
+    "STATUS",
+    "USAGE",
     "BrokenOff",
     "Busy",
     "Cancelled",
@@ -42,6 +63,7 @@ __all__ = [
     "CertificateSuperseded",
     "CertificateValid",
     "ConfigError",
+    "ExamplesRefused",
     "IdentityRevoked",
     "InvalidData",
     "InvalidInput",
@@ -61,15 +83,21 @@ __all__ = [
     "VaultError",
     "VaultUnswept",
     "WrongPassphrase",
+    "exit_code",
     "from_code",
     "to_status",
 ]
 
 
+INTERNAL = "internal"
+USAGE, KEPT_OUT, INTERRUPTED = 2, 5, 130  # exit codes that no class below stands for
+_FAULT = 70  # EX_SOFTWARE of sysexits.h
+
+
 class PerfitError(Exception):
     """Root of the tree. `code` is the word that travels in the trailing metadata."""
 
-    code = "internal"
+    code = INTERNAL
 
     def __init__(self, message: str, *, retry_ms: int = 0) -> None:
         super().__init__(message)
@@ -90,6 +118,16 @@ class InvalidPrompt(InvalidInput):
 
 class InvalidData(InvalidInput):
     code = "invalid_data"
+
+
+class ExamplesRefused(InvalidData):
+    """`names` are those of the examples."""
+
+    code = "examples_refused"
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 class InvalidInvite(InvalidInput):
@@ -176,9 +214,31 @@ class ConfigError(PerfitError):
     code = "config"
 
 
+# The nearest class above an error's own that has a row here says how the program ends.
+_EXIT_CODES: dict[type[BaseException], int] = {
+    Unavailable: 3,
+    Busy: 3,
+    TooSlow: 3,
+    NotAuthenticated: 4,
+    IdentityRevoked: 4,
+    InviteRefused: 4,
+    VaultError: 6,
+    UpdateFailed: 7,
+    PerfitError: 1,
+    OSError: 1,
+    MemoryError: 1,
+    BaseException: _FAULT,
+}
+
+
+def exit_code(error: BaseException) -> int:
+    """How both programs end after an error that nobody handled."""
+    return next(_EXIT_CODES[cls] for cls in type(error).__mro__ if cls in _EXIT_CODES)
+
+
 # The one table, by the names of grpc.StatusCode (importing grpc here would slow every command
 # down). Errors that never leave their side have no row.
-_STATUS: dict[type[PerfitError], str] = {
+STATUS: dict[type[PerfitError], str] = {
     InvalidInput: "INVALID_ARGUMENT",
     InvalidTensors: "INVALID_ARGUMENT",
     InvalidPrompt: "INVALID_ARGUMENT",
@@ -195,7 +255,7 @@ _STATUS: dict[type[PerfitError], str] = {
     Unavailable: "UNAVAILABLE",
     Cancelled: "CANCELLED",
 }
-_BY_CODE: dict[str, type[PerfitError]] = {cls.code: cls for cls in _STATUS}
+_BY_CODE: dict[str, type[PerfitError]] = {cls.code: cls for cls in STATUS}
 # For statuses that gRPC itself made, without our code.
 _BY_STATUS: dict[str, type[PerfitError]] = {
     "INVALID_ARGUMENT": InvalidInput,
@@ -212,8 +272,8 @@ _BY_STATUS: dict[str, type[PerfitError]] = {
 
 def to_status(error: BaseException) -> tuple[str, str, str, int]:
     """(gRPC status name, code word, public message, retry delay in ms) of any exception."""
-    if isinstance(error, PerfitError) and type(error) in _STATUS:
-        return _STATUS[type(error)], error.code, str(error), error.retry_ms
+    if isinstance(error, PerfitError) and type(error) in STATUS:
+        return STATUS[type(error)], error.code, str(error), error.retry_ms
     return "INTERNAL", PerfitError.code, "internal error", 0
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "read_golds",
     "read_text",
     "read_users",
+    "refuse_html",
     "users_of",
 ]
 
@@ -144,11 +145,16 @@ def read_text(path: Path) -> str:
         raise InvalidData("not UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise InvalidData(f"cannot be read ({error.strerror})") from error
+    refuse_html(text)
+    return text
+
+
+def refuse_html(text: str) -> None:
+    """Raises InvalidData on a web page saved as data."""
     if re.match(r"\s*<", text):
         raise InvalidData(
             "an HTML page, not data: the download went wrong; check its address, fetch it again"
         )
-    return text
 
 
 def parse_json(text: str) -> Any:

@@ -17,10 +17,10 @@ from pathlib import Path
 from perfit_shared.errors import InvalidData, NotFound
 from perfit_shared.metrics import HIGHER_IS_BETTER
 
-__all__ = ["TASKS", "Example", "Task", "load_task", "task_named"]
+__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "load_task", "task_named"]
 
 _FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Tasks come from clouds and files that may be hostile, so all of it is bounded.
 _TEMPLATE_CHARACTERS = 16_384  # of template and answer
 _TEMPLATE_FIELDS = 16  # {field}s of a template; every one may be a whole article
@@ -53,7 +53,7 @@ class Task:
     history_template: str = ""  # prompt of items that lack fields of the template; "": there are none
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not TASK_NAME.fullmatch(self.name):
             raise InvalidData("a task's name should be lower-case letters, digits and underscores")
         try:
             self._check()

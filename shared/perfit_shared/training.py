@@ -41,8 +41,12 @@ class Schedule:
     examples: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.epochs <= 1000 or not 1 <= self.batch_size <= 4096 or self.seed < 0:
-            raise InvalidInput("epochs and batch size should be at least 1, and the seed not negative")
+        if not 1 <= self.epochs <= 1000:
+            raise InvalidInput(f"epochs should be from 1 to 1000, not {self.epochs}")
+        if not 1 <= self.batch_size <= 4096:
+            raise InvalidInput(f"a batch size should be from 1 to 4096, not {self.batch_size}")
+        if self.seed < 0:
+            raise InvalidInput("a seed should not be negative")
         if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 10):
             raise InvalidInput("a learning rate should be above 0 and at most 10")
 

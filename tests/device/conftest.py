@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +21,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
+from tests.device.commands import Perfit
 
-from perfit_device.cli import common
-from perfit_device.cli.main import run
+from perfit_device.cli import common, prompts
 from perfit_device.sealing import KdfParams
 from perfit_shared.errors import (
     InvalidPrompt,
@@ -87,6 +86,7 @@ class FakeCloud:
         self.cloud_id = secrets.token_hex(8)
         self.seed = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
         self.invites: dict[bytes, bytes] = {}  # secret → CSR's public key
+        self.refuses: Callable[[str], bool] = lambda text: "too long" in text  # of prompts
         self.fail: Callable[[str], PerfitError | None] = lambda method: None
         self.calls: list[str] = []
         self.seconds: dict[str, float | None] = {}  # method → its deadline, as it came
@@ -229,7 +229,7 @@ class Personalization(services.PersonalizationServicer):
     def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
         self.cloud.check("Generate", context)
         self.cloud.tensors(request.shift, context)
-        if "too long" in request.prompt.text:
+        if self.cloud.refuses(request.prompt.text):
             _abort(context, InvalidPrompt("the prompt is longer than 512 tokens; shorten it"))
         mode = pb.ShiftMode.Name(request.shift.mode).rpartition("_")[2].lower()
         whole = False
@@ -254,6 +254,8 @@ class Personalization(services.PersonalizationServicer):
             question = request.question
             self.cloud.calls.append("Question")
             error = self.cloud.fail("Question")
+            if self.cloud.refuses(question.prompt.text):
+                error = InvalidPrompt("the prompt is longer than 512 tokens; shorten it")
             if error is not None:
                 _, code, message, delay = to_status(error)
                 failure = pb.Failure(code=code, message=message, retry_ms=delay)
@@ -266,13 +268,15 @@ class Personalization(services.PersonalizationServicer):
     def Score(self, request: Any, context: Any) -> pb.ScoreResponse:  # noqa: N802
         self.cloud.check("Score", context)
         tensors = self.cloud.tensors(request.shift, context)
+        if any(self.cloud.refuses(c.prompt.text) for c in request.candidates):
+            _abort(context, InvalidPrompt("an example is longer than 512 tokens; shorten it"))
         losses = [quadratic(tensors, pull_of(c.prompt.text))[0] for c in request.candidates]
         return pb.ScoreResponse(scores=[pb.CandidateScore(log_likelihood=-4 * x, tokens=4) for x in losses])
 
     def ComputeGradient(self, request: Any, context: Any) -> pb.ComputeGradientResponse:  # noqa: N802
         self.cloud.check("ComputeGradient", context)
         tensors = self.cloud.tensors(request.shift, context)
-        if any("too long" in e.prompt.text for e in request.examples):
+        if any(self.cloud.refuses(e.prompt.text) for e in request.examples):
             _abort(context, InvalidPrompt("an example is longer than 512 tokens; shorten it"))
         pulls = [pull_of(e.prompt.text) for e in request.examples]
         loss = float(np.mean([quadratic(tensors, pull)[0] for pull in pulls]))
@@ -355,43 +359,9 @@ def history_file(tmp_path: Path) -> Path:
     return path
 
 
-class Perfit:
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["perfit", *arguments])
-        code = 0
-        try:
-            run()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = self._capsys.readouterr()
-        return code, captured.out, captured.err
-
-    def ok(self, *arguments: str) -> str:
-        code, out, err = self(*arguments)
-        assert code == 0, err
-        return out
-
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self.ok(*arguments, "--json"))
-
-    def fails(self, *arguments: str, code: int = 1) -> str:
-        """The one line on stderr."""
-        got, out, err = self(*arguments)
-        assert got == code, err
-        assert not out
-        line = err.strip().splitlines()[-1]
-        assert line.startswith("perfit: ")
-        assert not line.endswith(".")
-        return line
-
-
 @pytest.fixture
 def perfit(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Perfit:
+    monkeypatch.setattr(prompts, "has_terminal", lambda: False)  # whoever runs the tests may have one
     monkeypatch.setattr(common, "_OPENING_SECONDS", 0.1)  # most clouds here that are gone stay away
     return Perfit(capsys, monkeypatch)
 

@@ -26,7 +26,7 @@ from perfit_device.patience import Patience
 from perfit_device.sealing import KdfParams
 from perfit_device.updates import Plan, Update
 from perfit_device.vault import Vault
-from perfit_shared.errors import Busy, InvalidData, InvalidInput, PerfitError, TooSlow, Unavailable
+from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import TASKS
@@ -85,7 +85,7 @@ class Parts:
         with Vault.create(self.folder / name, "x", kdf=KdfParams(32, 1, 4)) as vault:
             result = Update(
                 vault, self.info.cloud_id, self.artefact, plan, start=self.cloud.fetch_seed(self.artefact),
-                updates=0, gradient=source.gradient, evaluate=source.loss,
+                gradient=source.gradient, evaluate=source.loss,
                 patience=Patience(give_up=5.0, sleep=lambda _: None),
             ).run()  # fmt: skip
             assert result.steps == 12 and result.gate.accepted
@@ -215,7 +215,8 @@ def test_the_losses_are_those_of_score(parts: Parts) -> None:
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_an_example_that_the_cloud_refuses_is_named(parts: Parts) -> None:
+def test_an_example_that_the_cloud_refuses_is_named_before_the_first_step(parts: Parts) -> None:
+    """It was named once it was trained on, after the steps before it."""
     fields = {"text": "cat " * 300, "title": "a dog"}
     too_long = HistoryItem.make(parts.artefact.task, fields)
     for part in ("train", "gate"):
@@ -223,8 +224,10 @@ def test_an_example_that_the_cloud_refuses_is_named(parts: Parts) -> None:
         split = replace(parts.split, **{part: items})
         with Adapting(parts.cloud, parts.artefact, parts.info.limits, split) as source:
             seed = parts.cloud.fetch_seed(parts.artefact)
-            source.gradient([0], seed)()
-            with pytest.raises(InvalidData, match=f"perfit history forget {too_long.short}"):
+            with pytest.raises(ExamplesRefused, match=f"perfit history forget {too_long.short}") as raised:
+                source.gradient([0], seed)()
+            assert raised.value.names == (too_long.name,)
+            with pytest.raises(ExamplesRefused):  # call by call
                 source.loss(seed)() if part == "gate" else source.gradient([0, len(items) - 1], seed)()
     assert not parts.queue.opened
 

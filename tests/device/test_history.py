@@ -12,7 +12,7 @@ import pytest
 
 from perfit_device import history
 from perfit_device.history import HistoryItem
-from perfit_device.imports import read_history
+from perfit_device.history.importers import read_history
 from perfit_device.sealing import KdfParams
 from perfit_device.vault import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
@@ -208,7 +208,7 @@ def broken_lamp(**changes: Any) -> list[dict[str, Any]]:
         ("a.json", '[{"text": "x"', "not JSON"),
         ("a.jsonl", '{"text": "x", "title": "y"}\n{"text": ', "line 2: not JSON"),
         ("a.jsonl", '{"text": "x"}', 'line 1: field "title" is missing'),
-        ("a.jsonl", '{"text": " ", "title": "y"}', 'line 1: field "text" is missing, empty'),
+        ("a.jsonl", '{"text": " ", "title": "y"}', 'line 1: field "text" is empty'),
         ("a.jsonl", '{"text": ["x"], "title": "y"}', 'line 1: field "text"'),
         ("a.jsonl", '{"text": true, "title": "y"}', 'line 1: field "text"'),
         ("a.jsonl", '"just text"', "line 1: it should be an object"),
@@ -222,7 +222,7 @@ def broken_lamp(**changes: Any) -> list[dict[str, Any]]:
         ("a.csv", "text,title\nx\n", "row 2: it has not as many columns"),
         ("a.csv", "text,title\nx,y,z\n", "row 2: it has not as many columns"),
         ("a.csv", 'text,title\n"x,y\n', "not CSV"),
-        ("a.csv", "body,title\nx,y\n", 'row 2: field "text"'),
+        ("a.csv", "body,title\nx,y\n", "the first row has no column text; it has body, title"),
         ("a.json", broken_lamp(profile={"a": 1}), 'user 7: field "profile" should be a list'),
         (
             "a.json",
@@ -248,10 +248,10 @@ def test_malformed_files_name_file_item_and_field(tmp_path: Path, name: str, val
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    latin = tmp_path / "latin.csv"
-    latin.write_bytes("text,title\ncafé,x\n".encode("latin-1"))
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"text,title\ncaf\x81,x\n")
     for path, says in (
-        (latin, "UTF-8"),
+        (binary, "UTF-8"),
         (tmp_path / "none.csv", "No such file"),
         (tmp_path, "cannot be read"),
     ):

@@ -32,8 +32,8 @@ def check(vault: Vault) -> None:
     assert (enrolment.address, enrolment.enrolment_address, enrolment.cloud_id) == ("a:1", "a:2", CLOUD)
     assert enrolment.identity.matches(enrolment.certificate)
     assert identity_in(enrolment.certificate) == ""
-    cloud, tasks = recall(vault)
-    assert (cloud, list(tasks)) == (CLOUD, ["news_headline"])
+    known = recall(vault)
+    assert (known.cloud_id, list(known.tasks)) == (CLOUD, ["news_headline"])
     expected = kept_vault.items()
     assert [item.name for item in history.load(vault)] == [item.name for item in expected]
     assert history.split(history.load(vault)).digest() == PLAN.history

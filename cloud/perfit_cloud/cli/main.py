@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import typer
 
 from perfit_cloud.cli import artefact, audit, authority, collective, lamp, serve
-from perfit_shared.errors import PerfitError
+from perfit_shared.command_line import run_command
+from perfit_shared.errors import ConfigError
 
 __all__ = ["app", "run"]
 
@@ -16,11 +16,11 @@ _EXTRA = ("torch", "transformers", "grpc_health")  # what only perfit[cloud] bri
 
 app = typer.Typer(
     name="perfit-cloud",
-    help="Serve a frozen model whose users keep their personality on their own devices.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(serve.serve)
 app.command("invite")(authority.invite)
@@ -34,19 +34,19 @@ app.add_typer(lamp.app, name="lamp")
 app.add_typer(artefact.app, name="artefact")
 
 
-def run() -> None:
-    """Entry point. What goes wrong on purpose is one line on stderr and exit code 1."""
+@app.callback()
+def options() -> None:
+    """Serve a frozen model whose users keep their personality on their own devices.
+
+    \b
+    Exit codes: 0 done, 1 a file or value that cannot be, or something that an audit
+    found, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM. With --json errors are
+    {"error": {"code", "message"}} on stderr.
+    """
     if any(importlib.util.find_spec(name) is None for name in _EXTRA):
-        print("perfit-cloud needs the cloud extra: pip install 'perfit[cloud]'", file=sys.stderr)
-        sys.exit(1)
-    try:
-        app()
-    except PerfitError as error:
-        print(f"perfit-cloud: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:  # a folder that cannot be written, a disk that is full
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"perfit-cloud: {place}{error.strerror or type(error).__name__}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise ConfigError("perfit-cloud needs the cloud extra: pip install 'perfit[cloud]'")
+
+
+def run() -> None:
+    """Exit codes: perfit_shared.errors."""
+    run_command("perfit-cloud", app)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, clean, say, while_opening
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, while_opening
 from perfit_shared.errors import InvalidInput, InvalidPrompt
+from perfit_shared.terminal import clean, read_stdin
 
 if TYPE_CHECKING:
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, Piece, Prompt, Sampling, ShiftUse
     from perfit_device.vault import Vault
+
+
+_LARGEST_TEXT = 1 << 22  # bytes of a text on stdin
 
 
 class Mode(StrEnum):
@@ -53,11 +56,12 @@ def ask(
     perfit ask "The council met until dawn over the stadium's debt."
     perfit ask "The council met until dawn." --compare --temperature 0
     echo "The council met until dawn." | perfit ask - --json
+    perfit ask -- "-5 degrees on Monday"       a text that begins with a dash
     """
     session = Session.of(context, profile=profile, json=json)
     from perfit_device.codec import Sampling
 
-    text = (sys.stdin.read(1 << 22) if text == "-" else text).strip()
+    text = (read_stdin(_LARGEST_TEXT) if text == "-" else text).strip()
     if not text:
         raise InvalidPrompt("the text is empty; give a text to ask about")
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perfit_device.cli.prompts import ask_passphrase
 from perfit_device.settings import Settings
-from perfit_shared.errors import ConfigError, NotAuthenticated, NotFound
+from perfit_shared.errors import NotAuthenticated, NotFound
+from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
     from perfit_device.cloud import Cloud
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
     from perfit_device.vault import Vault
     from perfit_shared.tasks import Task
 
-__all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "clean", "say", "while_opening"]
+__all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "say", "while_opening"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 ProfileOption = Annotated[
-    str | None, typer.Option("--profile", metavar="NAME", help="Which profile to use.  [default: default]")
+    str | None,
+    typer.Option(
+        "--profile", metavar="NAME", help="Which profile to use.  [default: PERFIT_PROFILE, or default]"
+    ),
 ]
 TaskOption = Annotated[
     str | None,
@@ -41,7 +45,6 @@ TaskOption = Annotated[
 ]
 
 _OPENING_SECONDS = 10.0
-_HARMLESS = "\n\t\u200c\u200d"  # the joiners that scripts and emoji need
 _INFO_PLACE = ("cloud", "describe")
 _ENROLMENT_PLACE = ("identity", "current")
 
@@ -49,17 +52,6 @@ _ENROLMENT_PLACE = ("identity", "current")
 def say(text: str) -> None:
     """One line for a person, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def clean(text: str) -> str:
-    """Text of a cloud without what could steer a terminal: controls, escapes, bidi overrides."""
-    return "".join(
-        c for c in text if c in _HARMLESS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co")
-    )
-
-
-def one_line(text: str) -> str:
-    return " ".join(clean(text).split())
 
 
 @dataclass
@@ -100,10 +92,11 @@ class Session:
         if not path.exists():
             raise NotFound(
                 f'there is no profile "{self.settings.profile}"; `perfit enroll INVITE` makes one, '
-                "and --profile chooses another"
+                "--profile chooses another, and `perfit profiles` lists them"
             )
-        passphrase = self.passphrase() if Vault.lock_of(path) == "passphrase" else None
-        return Vault.open(path, passphrase)
+        costly = self.settings.costly_vault
+        passphrase = self.passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
+        return Vault.open(path, passphrase, costly=costly)
 
     # -- the cloud -----------------------------------------------------------------------------
 
@@ -164,7 +157,7 @@ class Session:
         by_name = {artefact.name: artefact for artefact in info.artefacts}
         if task is not None:
             if task not in by_name:
-                raise NotFound(f'the cloud has no task "{one_line(task)[:64]}"; it has {_listed(by_name)}')
+                raise NotFound(f'the cloud has no task "{one_line(task)[:64]}"; it has {listed(by_name)}')
             return by_name[task]
         return by_name[self._default_task(list(by_name), info.cloud_id, vault)]
 
@@ -172,15 +165,15 @@ class Session:
         """A task by name, as the cloud last described it; offline, and before enrolment too."""
         from perfit_shared.tasks import Task, task_named
 
-        cloud_id, known = recall(vault)
+        known = recall(vault)
         if name is None:
-            if not known:
+            if not known.tasks:
                 raise NotFound("say which task the examples are of, with --task NAME")
-            name = self._default_task(list(known), cloud_id, vault)
-        if name in known:
-            return Task.from_json(known[name])
-        if known:
-            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {_listed(known)}')
+            name = self._default_task(list(known.tasks), known.cloud_id, vault)
+        if name in known.tasks:
+            return Task.from_json(known.tasks[name])
+        if known.tasks:
+            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(known.tasks)}')
         return task_named(name)
 
     def _default_task(self, names: list[str], cloud_id: str, vault: Vault) -> str:
@@ -192,7 +185,7 @@ class Session:
 
         mine = [name for name in names if vault.has("shift", personal.place_of(cloud_id, name))]
         if len(mine) != 1:
-            raise NotFound(f"the cloud has several tasks; choose one with --task: {_listed(names)}")
+            raise NotFound(f"the cloud has several tasks; choose one with --task: {listed(names)}")
         return mine[0]
 
 
@@ -201,20 +194,6 @@ def while_opening() -> Patience:
     from perfit_device.patience import Patience
 
     return Patience(give_up=_OPENING_SECONDS, tell=say)
-
-
-def ask_passphrase(prompt: str, *, confirm: bool = False) -> str:
-    """Typed on a terminal, unseen. Raises ConfigError where there is none."""
-    import getpass
-
-    if not sys.stdin.isatty():
-        raise ConfigError("a passphrase is needed; set PERFIT_PASSPHRASE, or run this in a terminal")
-    first = getpass.getpass(f"{prompt}: ")
-    if not first:
-        raise ConfigError("an empty passphrase protects nothing; type one")
-    if confirm and getpass.getpass("The same again: ") != first:
-        raise ConfigError("the two passphrases differ; try again")
-    return first
 
 
 def read_enrolment(vault: Vault) -> Enrolment | None:
@@ -228,25 +207,41 @@ def write_enrolment(vault: Vault, enrolment: Enrolment) -> None:
     vault.put(*_ENROLMENT_PLACE, enrolment.to_bytes())
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the cloud said last of what it serves, for offline use; empty before it was first asked."""
+
+    cloud_id: str = ""
+    tasks: Mapping[str, str] = field(default_factory=dict)  # artefact name → task JSON
+    prompt_tokens: int = 0  # longest prompt; 0: not known
+    new_tokens: int = 0  # longest answer
+
+    def task_of(self, name: str) -> str:
+        """The task of an artefact, else the name itself."""
+        return str(json.loads(self.tasks[name])["name"]) if name in self.tasks else name
+
+
 def remember(vault: Vault, info: CloudInfo) -> None:
     """Keep what the cloud serves, so that history can be sorted offline."""
     data = json.dumps({
         "cloud_id": info.cloud_id,
         "base_model": info.base_model,
         "tasks": {artefact.name: artefact.task.to_json() for artefact in info.artefacts},
+        "prompt_tokens": info.limits.prompt_tokens,
+        "new_tokens": info.limits.new_tokens,
     }).encode()  # fmt: skip
     if vault.get(*_INFO_PLACE) != data:
         vault.put(*_INFO_PLACE, data)
 
 
-def recall(vault: Vault) -> tuple[str, dict[str, str]]:
-    """(cloud id, artefact name → task JSON) of the last Describe; empty before the first."""
+def recall(vault: Vault) -> Known:
     data = vault.get(*_INFO_PLACE)
     if data is None:
-        return "", {}
+        return Known()
     values = json.loads(data)
-    return values["cloud_id"], values["tasks"]
+    del values["base_model"]
+    return Known(**values)
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +17,7 @@ from perfit_device.cli.common import (
     write_enrolment,
 )
 from perfit_shared.errors import InvalidInvite, PerfitError
+from perfit_shared.terminal import read_stdin
 
 if TYPE_CHECKING:
     from perfit_device.vault import Vault
@@ -67,7 +67,7 @@ def enroll(
 def _read(invite: str) -> str:
     if invite != "-":
         return invite
-    text = sys.stdin.read(64 * 1024)
+    text = read_stdin(64 * 1024)
     if not text.strip():
         raise InvalidInvite("stdin held no invite; paste it and end with Ctrl-D")
     return text

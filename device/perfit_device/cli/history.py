@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, one_line, say
-from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_device.cli.common import (
+    JsonFlag,
+    ProfileOption,
+    Session,
+    TaskOption,
+    listed,
+    recall,
+    say,
+)
+from perfit_device.cli.prompts import require_yes
+from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.terminal import one_line, read_stdin_bytes
+
+if TYPE_CHECKING:
+    from perfit_device.history import HistoryItem
+    from perfit_device.history.importers import Found
+    from perfit_device.vault import Vault
+
+_WARNINGS = 5  # about single examples
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="The examples that your shift learns from."
@@ -47,7 +65,9 @@ def add(
 @app.command("import")
 def import_(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, CSV, or a LaMP/OPPU file.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help='JSONL, CSV, or a LaMP/OPPU file; "-" is stdin.')
+    ],
     *,
     task: TaskOption = None,
     user: Annotated[
@@ -59,17 +79,62 @@ def import_(
     """Import a file of examples, all or nothing. Importing it again adds nothing twice.
 
     \b
+    Fields of an example, by its task; a table has them as the names of its columns:
+      news_headline     text, title
+      news_categorize   text, category
+      movie_tagging     description, tag
+      product_rating    text, score (1 to 5)
+      scholarly_title   abstract, title
+      tweet_paraphrase  input, text; or text alone
+      chat              prompt, reply
+    Every one may also have:
+      date              2024-05-31: the newest test the shift, the oldest train it
+      part              test: never trained on
+
+    \b
+    JSON lines, JSON lists, CSV with commas, semicolons or tabs, LaMP's files, and
+    what `perfit history list --json` prints; UTF-8, UTF-16 or Windows-1252.
+
+    \b
     perfit history import mine.jsonl --task news_headline
     perfit history import user_top_100_history.json --task news_categorize --user 3
+    perfit history list --json | perfit --profile new history import -
     """
     session = Session.of(context, profile=profile, json=json)
     from perfit_device import history
-    from perfit_device.imports import read_history
+    from perfit_device.history.importers import HistoryFile
+    from perfit_device.history.importers.text import LARGEST
 
+    is_stdin = str(file) == "-"
+    read = HistoryFile.read(
+        Path("stdin") if is_stdin else file, data=read_stdin_bytes(LARGEST) if is_stdin else None, tell=say
+    )
     with session.open_vault() as vault:
-        of = session.task(vault, task)
-        items = read_history(file, of, user=user, tell=say)
-        _report(session, of.name, history.add(vault, items))
+        of = None if read.is_listing and task is None else session.task(vault, task)
+        found = read.examples(of, user=user)
+        _warn_of_long_ones(found, vault)
+        tasks = {one.item.task for one in found}
+        _report(session, listed(tasks), history.add(vault, [one.item for one in found]))
+
+
+def _warn_of_long_ones(found: Sequence[Found], vault: Vault) -> None:
+    """By the limits that the cloud named last: what it has more words than tokens of, it will refuse."""
+    known = recall(vault)
+    limits = (known.prompt_tokens, known.new_tokens)
+    if not all(limits):
+        return
+    long = [one for one in found if max(_words(one.item)) > max(limits)]
+    for one in long[:_WARNINGS]:
+        say(
+            f"{one.place}: {max(_words(one.item))} words are too long for the cloud, which takes "
+            f"{limits[0]} tokens; it is kept, and left out where the cloud refuses it"
+        )
+    if len(long) > _WARNINGS:
+        say(f"{len(long) - _WARNINGS} more are too long as well")
+
+
+def _words(item: HistoryItem) -> list[int]:
+    return [len(text.split()) for text in item.fields.values()]
 
 
 @app.command("list")
@@ -80,12 +145,14 @@ def list_(
     profile: ProfileOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Show the examples, oldest first: name, task, part, date, target."""
+    """Show the examples, oldest first: name, task, part, date, target.
+
+    What --json prints can be imported again, into another profile too.
+    """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device import history
 
     with session.open_vault() as vault:
-        items = history.load(vault, task)
+        items = _load(vault, task)
     if session.json:
         session.emit([
             {"name": i.name, "task": i.task, "date": i.date, "part": i.part, "fields": dict(i.fields)}
@@ -110,6 +177,7 @@ def forget(
         str | None, typer.Option("--task", metavar="NAME", help="All examples of a task.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All examples of all tasks.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before forgetting all of them.")] = False,
     profile: ProfileOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -118,6 +186,7 @@ def forget(
     \b
     perfit history forget 3fa81c02
     perfit history forget --task news_headline
+    perfit history forget --all --yes
     """
     session = Session.of(context, profile=profile, json=json)
     from perfit_device import history
@@ -125,7 +194,9 @@ def forget(
     if sum((bool(names), task is not None, everything)) != 1:
         raise InvalidInput("say what to forget: names of examples, --task NAME, or --all")
     with session.open_vault() as vault:
-        items = history.load(vault, task)
+        items = _load(vault, task)
+        if not names and items and not yes:
+            require_yes(f"this forgets {len(items)} examples for good.")
         count = history.forget(vault, history.find(items, names) if names else items)
         trained = bool(vault.list("shift"))
     if session.json:
@@ -138,6 +209,23 @@ def forget(
             else ""
         )
     )
+
+
+def _load(vault: Vault, task: str | None) -> list[HistoryItem]:
+    """The examples of a task, or of an artefact's, or all. Raises NotFound when there is no such task."""
+    from perfit_device import history
+    from perfit_shared.tasks import TASKS
+
+    items, known = history.load(vault), recall(vault)
+    if task is None:
+        return items
+    name = known.task_of(task)
+    there = {item.task for item in items}
+    if name not in there and task not in known.tasks and name not in TASKS:
+        raise NotFound(
+            f'there is no task "{one_line(task)[:64]}"; there are {listed(there | known.tasks.keys())}'
+        )
+    return [item for item in items if item.task == name]
 
 
 def _report(session: Session, task: str, counts: tuple[int, int]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from perfit_device.cli import ask, enroll, evaluate, history, profile, update
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, one_line
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session
 from perfit_device.settings import prepare_process
-from perfit_shared.errors import PerfitError
+from perfit_shared.command_line import run_command
 
 __all__ = ["app", "run"]
 
@@ -34,7 +32,15 @@ def options(context: typer.Context, profile: ProfileOption = None, json: JsonFla
     perfit ask "The council met until dawn."         a personal answer
     perfit ask "The council met until dawn." --compare
 
-    Settings: PERFIT_HOME (default ~/.perfit) and PERFIT_PASSPHRASE.
+    \b
+    Settings: PERFIT_HOME (default ~/.perfit), PERFIT_PROFILE and PERFIT_PASSPHRASE.
+    PERFIT_COSTLY_VAULT=1 opens a vault whose key costs more than perfit's own do.
+
+    \b
+    Exit codes: 0 done, 1 a file or value that cannot be, 2 wrong usage,
+    3 no cloud to be reached, or a busy one, 4 the cloud refuses this device,
+    5 the gate kept an update out, 6 the vault, 7 an update stopped half-way,
+    130 Ctrl-C. With --json errors are {"error": {"code", "message"}} on stderr.
     """
     context.obj = Session(profile=profile, json=json)
 
@@ -44,16 +50,14 @@ app.command("ask")(ask.ask)
 app.add_typer(history.app, name="history")
 app.command("update")(update.update)
 app.command("evaluate")(evaluate.evaluate)
+app.command("undo")(profile.undo)
 app.command("export")(profile.export)
 app.command("status")(profile.status)
+app.command("profiles")(profile.profiles)
 app.command("passphrase")(profile.passphrase)
 
 
 def run() -> None:
-    """Exit codes: 0, 1 with one line on stderr, 2 for wrong usage, 130 after Ctrl-C."""
+    """Exit codes: perfit_shared.errors."""
     prepare_process()
-    try:
-        app()
-    except PerfitError as error:
-        print(f"perfit: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(1)
+    run_command("perfit", app)

@@ -1,8 +1,7 @@
-"""`perfit status`, `perfit export`, `perfit passphrase`: the profile itself."""
+"""`perfit status`, `profiles`, `export`, `undo` and `passphrase`: the profile itself."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +12,14 @@ from perfit_device.cli.common import (
     ProfileOption,
     Session,
     TaskOption,
-    ask_passphrase,
-    clean,
+    listed,
     read_enrolment,
     recall,
     say,
 )
-from perfit_shared.errors import CertificateSuperseded, ConfigError, NotFound, PerfitError
+from perfit_device.cli.prompts import ask_passphrase
+from perfit_shared.errors import CertificateSuperseded, ConfigError, NotFound, PerfitError, exit_code
+from perfit_shared.terminal import clean, one_line
 
 if TYPE_CHECKING:
     from perfit_device.vault import Vault
@@ -36,21 +36,81 @@ def export(
 ) -> None:
     """Write your personal shift to a file, unsealed: who has it can answer in your way.
 
+    The cloud is not asked.
+
     \b
     perfit export --shift mine.shift --task news_headline
     """
     session = Session.of(context, profile=profile, json=json_)
     from perfit_device import personal
 
-    with session.open_vault() as vault, session.open_cloud(vault) as (_, info):
-        artefact = session.artefact(info, vault, task)
-        mine = personal.load(vault, info.cloud_id, artefact)
-        if mine is None:
-            raise NotFound(f"there is no personal shift for {artefact.name} yet; `perfit update` trains one")
-        personal.export(shift, artefact, mine.tensors, force=force)
+    with session.open_vault() as vault:
+        cloud_id, name = _trained(vault, task)
+        metadata = personal.export(vault, cloud_id, name, shift, force=force)
     if session.json:
-        session.emit({"task": artefact.name, "version": artefact.version, "file": str(shift)})
+        session.emit({"task": name, "version": metadata.get("version"), "file": str(shift)})
     say(f"wrote {shift}; it is not sealed, so keep it where you would keep a diary")
+
+
+def undo(
+    context: typer.Context,
+    *,
+    task: TaskOption = None,
+    profile: ProfileOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Take back the last update: the version before it is your shift again.
+
+    Once more, and the update is back. An update that is half-done is dropped, since it went on from
+    the version that is taken back. The cloud is not asked.
+    """
+    session = Session.of(context, profile=profile, json=json_)
+    from perfit_device import personal, updates
+
+    with session.open_vault() as vault:
+        cloud_id, name = _trained(vault, task)
+        with vault.transaction():
+            count = personal.undo(vault, cloud_id, name)
+            updates.forget_checkpoint(vault, updates.place_of(cloud_id, name, recall(vault).task_of(name)))
+    if session.json:
+        session.emit({"task": name, "updates": count})
+    say(f"{name}: your shift is the version of {count} updates; `perfit undo` again brings the other back")
+
+
+def _trained(vault: Vault, task: str | None) -> tuple[str, str]:
+    """(cloud id, artefact) of the shift that is meant. Raises NotFound."""
+    from perfit_device import personal
+
+    cloud_id = recall(vault).cloud_id
+    names = personal.artefacts(vault, cloud_id)
+    if task is None and len(names) == 1:
+        return cloud_id, names[0]
+    if task in names:
+        return cloud_id, str(task)
+    if not names:
+        raise NotFound("there is no personal shift yet; `perfit update` trains one")
+    if task is None:
+        raise NotFound(f"there are several shifts; choose one with --task: {listed(names)}")
+    raise NotFound(
+        f'there is no personal shift for "{one_line(task)[:64]}"; there is one for {listed(names)}'
+    )
+
+
+def profiles(context: typer.Context, *, json_: JsonFlag = False) -> None:
+    """List the profiles on this device; a star marks the one that commands use.
+
+    --profile or PERFIT_PROFILE chooses another.
+    """
+    session = Session.of(context, json=json_)
+    settings = session.settings
+    names = settings.profiles()
+    if session.json:
+        session.emit([{"name": name, "current": name == settings.profile} for name in names])
+        return
+    for name in names:
+        print(f"{'*' if name == settings.profile else ' '} {name}")
+    if not names:
+        say("there is no profile yet; `perfit enroll INVITE` makes one")
 
 
 def status(
@@ -59,16 +119,28 @@ def status(
     profile: ProfileOption = None,
     json_: JsonFlag = False,
 ) -> None:
-    """Show the profile: its cloud, certificate, tasks, examples and shifts."""
+    """Show the profile: its cloud, certificate, tasks, examples and shifts.
+
+    The exit code is 3 when the cloud cannot be reached, and 4 when it refuses this device.
+    """
     session = Session.of(context, profile=profile, json=json_)
     with session.open_vault() as vault:
-        reachable, is_renewed_elsewhere = _cloud_state(session, vault)
-        report = _status(session, vault) | {"cloud": reachable, "renewed_elsewhere": is_renewed_elsewhere}
+        trouble = _trouble(session, vault)
+        report = _status(session, vault) | {
+            "cloud": "reachable" if trouble is None else str(trouble),
+            "renewed_elsewhere": isinstance(trouble, CertificateSuperseded),
+        }
     if session.json:
         session.emit(report)
-        return
+    else:
+        _print_status(report)
+    if trouble is not None:
+        raise typer.Exit(exit_code(trouble))
+
+
+def _print_status(report: dict[str, Any]) -> None:
     print(f"profile      {report['profile']}\nvault        {report['vault']}")
-    print(f"cloud        {report['address'] or 'not enrolled'}, {reachable}")
+    print(f"cloud        {report['address'] or 'not enrolled'}, {report['cloud']}")
     if report["certificate_until"]:
         print(f"identity     {clean(report['identity'])}, certified until {report['certificate_until']}")
     for name, task in report["tasks"].items():
@@ -81,15 +153,15 @@ def status(
         print(f"{name}: {', '.join(parts)}")
 
 
-def _cloud_state(session: Session, vault: Vault) -> tuple[str, bool]:
-    """ "reachable", or why not; and whether that is because somebody else renewed this identity."""
+def _trouble(session: Session, vault: Vault) -> PerfitError | None:
+    """Why the cloud does not serve this device; None when it does."""
     from perfit_device.patience import IMPATIENT
 
     try:
         with session.open_cloud(vault, IMPATIENT):
-            return "reachable", False
+            return None
     except PerfitError as error:
-        return str(error), isinstance(error, CertificateSuperseded)
+        return error
 
 
 def _status(session: Session, vault: Vault) -> dict[str, Any]:
@@ -97,10 +169,11 @@ def _status(session: Session, vault: Vault) -> dict[str, Any]:
     from perfit_device.identity import certificate_life, identity_in
 
     enrolment = read_enrolment(vault)
-    cloud_id, known = recall(vault)
+    known = recall(vault)
+    cloud_id = known.cloud_id
     items = history.load(vault)
     tasks: dict[str, Any] = {}
-    by_task = {name: str(json.loads(data)["name"]) for name, data in known.items()}
+    by_task = {name: known.task_of(name) for name in known.tasks}
     # Examples of tasks that the cloud does not serve are the user's all the same.
     by_task |= {item.task: item.task for item in items if item.task not in by_task.values()}
     for name, task in sorted(by_task.items()):
@@ -111,6 +184,7 @@ def _status(session: Session, vault: Vault) -> dict[str, Any]:
             "updates": int((summary or {}).get("updates", "0")),
             "version": (summary or {}).get("version"),
             "half_done": kept.step if kept is not None else None,
+            "can_undo": personal.has_previous(vault, cloud_id, name),
         }
     until = certificate_life(enrolment.certificate)[1] if enrolment else None
     return {

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perfit_device import footprint
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
+from perfit_device.cli.progress import Progress
+from perfit_shared.errors import KEPT_OUT, ExamplesRefused, InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_device.adapting import Adapting
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, CloudInfo
     from perfit_device.history import Split
     from perfit_device.patience import Patience
-    from perfit_device.updates import Plan, Result, Update
+    from perfit_device.updates import Plan, Result
     from perfit_device.vault import Vault
 
 
@@ -43,6 +45,12 @@ def update(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start from the seed: unlearn what was forgotten.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Train also when nothing is new since the last update.")
+    ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Take the new version even where the gate finds it no better.")
+    ] = False,
     checkpoint: Annotated[
         float, typer.Option("--checkpoint", help="Seconds between checkpoints.", show_default=True)
     ] = 30.0,
@@ -54,7 +62,9 @@ def update(
 ) -> None:
     """Train your shift on your history. An interrupted update resumes where it stopped.
 
-    The new version replaces the old one only when it is better on examples it was not trained on.
+    The new version replaces the old one only when it is better on examples it was not trained on; if
+    not, the exit code is 5. `perfit undo` takes the version before back. Examples that are too long for
+    the cloud are left out and counted.
 
     \b
     perfit update
@@ -62,119 +72,195 @@ def update(
     perfit update --fresh
     """
     session = Session.of(context, profile=profile, json=json)
+    _check_seconds("--checkpoint", checkpoint)
+    _check_seconds("--patience", patience)
     footprint.stay_small()
-    from perfit_device.adapting import Adapting
     from perfit_device.patience import Patience
 
     wanted = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
-    waiting = Patience(give_up=patience, tell=say)
-    with session.open_vault() as vault, session.open_cloud(vault, waiting) as (cloud, info):
-        artefact = session.artefact(info, vault, task)
-        plan, split = _plan(vault, info, artefact, {k: v for k, v in wanted.items() if v is not None}, fresh)
-        with Adapting(cloud, artefact, info.limits, split) as source:
-            run = _prepare(
-                vault, cloud, info, artefact, source, plan=plan,
-                patience=waiting, checkpoint_seconds=checkpoint,
-            )  # fmt: skip
-            say(
-                f"{artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
-                + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
-            )
-            try:
-                result = run.run()
-            except KeyboardInterrupt:
-                say(f"\nstopped after step {run.step} of {plan.steps}; `perfit update` resumes there")
-                raise
-            finally:
-                _end_progress()
-        if session.json:
-            session.emit(_as_json(artefact, result, cloud))
-        _report(result, plan)
-
-
-def _plan(
-    vault: Vault, info: CloudInfo, artefact: Artefact, wanted: dict[str, Any], fresh: bool
-) -> tuple[Plan, Split]:
-    """The half-done plan if it still holds and nothing else is asked for, else a new one."""
-    from dataclasses import asdict, replace
-
-    from perfit_device import history, updates
-
-    split = history.split(history.load(vault, artefact.task.name))
-    now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
-    if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
-        wanted = wanted | {"batch_size": min(wanted["batch_size"], len(split.train))}
-    place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
-    kept = updates.read_checkpoint(vault, place)
-    if kept is not None:
-        old = asdict(kept.schedule)
-        again = replace(kept.schedule, **wanted, fresh=fresh or kept.schedule.fresh)
-        if {key: old[key] for key in now} == now and again == kept.schedule:
-            return kept.schedule, split
-        reason = (
-            "your history changed" if old["history"] != now["history"]
-            else "the cloud's artefact changed" if old["version"] != now["version"]
-            else "you asked for other settings"
-        )  # fmt: skip
-        say(f"the update that was interrupted cannot be resumed, since {reason}; starting anew")
-    epochs, batch_size = updates.schedule(
-        artefact, len(split.train), epochs=wanted.get("epochs"), batch_size=wanted.get("batch_size")
-    )
-    plan = updates.Plan(
-        epochs=epochs,
-        learning_rate=float(wanted.get("learning_rate", artefact.learning_rate)),
-        batch_size=batch_size,
-        seed=int(wanted.get("seed", 0)),
+    asked = _Asked(
+        settings={key: value for key, value in wanted.items() if value is not None},
         fresh=fresh,
-        history=split.digest(),
-        version=artefact.version,
-        examples=len(split.train),
+        again=again,
+        anyway=anyway,
+        checkpoint_seconds=checkpoint,
+        patience=Patience(give_up=patience, tell=say),
     )
-    return plan, split
+    with session.open_vault() as vault, session.open_cloud(vault, asked.patience) as (cloud, info):
+        artefact = session.artefact(info, vault, task)
+        done = _train(asked, vault, cloud, info, artefact)
+    if session.json:
+        session.emit(_as_json(artefact, done, cloud))
+    if done.result is None:
+        say(
+            f"nothing is new since the last update of {artefact.name}, which was "
+            f"{'accepted' if done.was_accepted else 'kept out'}; --again trains all the same"
+        )
+        return
+    _report(done.result, done.plan)
+    if not done.result.gate.accepted:
+        raise typer.Exit(KEPT_OUT)
 
 
-def _prepare(
+def _check_seconds(flag: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise InvalidInput(f"{flag} should be a number of seconds, 0 or more")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the flags say."""
+
+    settings: dict[str, Any]  # of the plan, those that were given
+    fresh: bool
+    again: bool
+    anyway: bool
+    checkpoint_seconds: float
+    patience: Patience
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What an update came to. `result` is None where there was nothing new to learn."""
+
+    plan: Plan
+    result: Result | None = None
+    was_accepted: bool = False  # the update before, where there is no result
+    skipped: list[str] = field(default_factory=list)  # names of examples that are too long
+
+
+def _train(asked: _Asked, vault: Vault, cloud: Cloud, info: CloudInfo, artefact: Artefact) -> _Done:
+    """Plan and train, once more without the examples that the cloud turns out to refuse."""
+    from perfit_device import history, updates
+    from perfit_device.evaluation import refused_among
+    from perfit_device.refusals import Refusals
+
+    refusals = Refusals.read(vault, info, artefact)
+    while True:
+        items = history.load(vault, artefact.task.name)
+        fitting = [item for item in items if item.name not in refusals.names]
+        if len(fitting) < len(items):
+            say(f"{len(items) - len(fitting)} examples are too long for this cloud and are left out")
+        try:
+            return _train_on(
+                asked,
+                vault,
+                cloud,
+                info,
+                artefact,
+                split=history.split(fitting),
+                skipped=[i.name for i in items if i not in fitting],
+            )
+        except ExamplesRefused as error:
+            rest = [item for item in fitting if item.name not in error.names]
+            more = refused_among(cloud, artefact.task, rest, patience=asked.patience)
+            refusals = refusals.with_names(vault, [*error.names, *(item.name for item in more)])
+            updates.forget_checkpoint(vault, refusals.place)  # of a plan with these examples
+
+
+def _train_on(
+    asked: _Asked,
     vault: Vault,
     cloud: Cloud,
     info: CloudInfo,
     artefact: Artefact,
-    source: Adapting,
     *,
-    plan: Plan,
-    patience: Patience,
-    checkpoint_seconds: float,
-) -> Update:
-    from perfit_device import personal
-    from perfit_device.updates import Update
+    split: Split,
+    skipped: list[str],
+) -> _Done:
+    from perfit_device import history, personal, updates
+    from perfit_device.adapting import Adapting
+    from perfit_shared.errors import ShiftMismatch
 
-    mine = None if plan.fresh else personal.load(vault, info.cloud_id, artefact)
-    return Update(
-        vault, info.cloud_id, artefact, plan,
-        start=mine.tensors if mine is not None else patience.call(lambda: cloud.fetch_seed(artefact)),
-        updates=mine.updates if mine is not None else 0,
-        gradient=source.gradient,
-        evaluate=source.loss,
-        patience=patience,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=_progress,
-    )  # fmt: skip
+    place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
+    plan = _plan(vault, place, artefact, split, asked)
+    last = updates.read_finished(vault, place)
+    wants_it = asked.again or (asked.anyway and last is not None and not last.accepted)
+    if last is not None and not wants_it and (last.plan, last.fingerprint) == (plan, info.fingerprint):
+        return _Done(plan, was_accepted=last.accepted, skipped=skipped)
+    try:
+        current = personal.load(vault, info.cloud_id, artefact)
+    except ShiftMismatch:
+        if not plan.fresh:
+            raise
+        current = None  # made for another artefact, so the gate cannot measure it
+    progress = Progress()
+    with Adapting(cloud, artefact, info.limits, split) as source:
+        if current is not None and not plan.fresh:
+            start = current.tensors
+        else:
+            start = asked.patience.call(lambda: cloud.fetch_seed(artefact))
+        run = updates.Update(
+            vault,
+            info.cloud_id,
+            artefact,
+            plan,
+            start=start,
+            current=current,
+            forgotten=history.forgotten(vault, artefact.task.name),
+            fingerprint=info.fingerprint,
+            anyway=asked.anyway,
+            gradient=source.gradient,
+            evaluate=source.loss,
+            patience=asked.patience,
+            checkpoint_seconds=asked.checkpoint_seconds,
+            progress=progress.step,
+        )
+        say(
+            f"{artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
+            + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
+        )
+        try:
+            return _Done(plan, run.run(), skipped=skipped)
+        except KeyboardInterrupt:
+            progress.end()
+            say(f"stopped after step {run.step} of {plan.steps}; `perfit update` resumes there")
+            raise
+        finally:
+            progress.end()
 
 
-def _progress(step: int, steps: int, loss: float) -> None:
-    """One line that renews itself on a terminal; a line now and then elsewhere."""
-    line = f"step {step}/{steps}  loss {loss:.4f}"
-    if sys.stderr.isatty():
-        print(f"\r{line:<40}", end="", file=sys.stderr, flush=True)
-    elif step in {1, steps} or step % max(1, steps // 10) == 0:
-        say(line)
+def _plan(vault: Vault, place: str, artefact: Artefact, split: Split, asked: _Asked) -> Plan:
+    """The half-done plan if it still holds and nothing else is asked for, else a new one."""
+    from dataclasses import asdict, replace
+
+    from perfit_device import updates
+
+    wanted = asked.settings
+    now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
+    if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
+        wanted = wanted | {"batch_size": min(wanted["batch_size"], len(split.train))}
+    kept = updates.read_checkpoint(vault, place)
+    if kept is not None:
+        old = asdict(kept.schedule)
+        again = replace(kept.schedule, **wanted, fresh=asked.fresh or kept.schedule.fresh)
+        if {key: old[key] for key in now} == now and again == kept.schedule:
+            return kept.schedule
+        reason = "you asked for other settings"
+        if old["version"] != now["version"]:
+            reason = "the cloud's artefact changed"
+        if old["history"] != now["history"]:
+            reason = "your history changed"
+        say(f"the update that was interrupted cannot be resumed, since {reason}; starting anew")
+    epochs, batch_size = updates.schedule(
+        artefact, len(split.train), epochs=wanted.get("epochs"), batch_size=wanted.get("batch_size")
+    )
+    return updates.Plan(
+        epochs=epochs,
+        learning_rate=float(wanted.get("learning_rate", artefact.learning_rate)),
+        batch_size=batch_size,
+        seed=int(wanted.get("seed", 0)),
+        fresh=asked.fresh,
+        history=split.digest(),
+        version=artefact.version,
+        examples=len(split.train),
+    )
 
 
-def _end_progress() -> None:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-
-
-def _as_json(artefact: Artefact, result: Result, cloud: Cloud) -> dict[str, object]:
+def _as_json(artefact: Artefact, done: _Done, cloud: Cloud) -> dict[str, object]:
+    result = done.result
+    if result is None:
+        return {"task": artefact.name, "steps": 0, "nothing_new": True, "skipped": len(done.skipped)}
     return {
         "task": artefact.name, "steps": result.steps, "epochs": result.epochs,
         "examples": result.examples, "loss_first": result.loss_first, "loss_last": result.loss_last,
@@ -182,16 +268,19 @@ def _as_json(artefact: Artefact, result: Result, cloud: Cloud) -> dict[str, obje
             "before": result.gate.before, "after": result.gate.after, "accepted": result.gate.accepted,
         },
         "seconds": result.seconds, "bytes_up": cloud.bytes_up, "bytes_down": cloud.bytes_down,
-        "resumed_from": result.resumed_from,
+        "resumed_from": result.resumed_from, "skipped": len(done.skipped),
     }  # fmt: skip
 
 
 def _report(result: Result, plan: Plan) -> None:
     gate = result.gate
-    figures = f"loss on the gate's examples {gate.before:.4f} before, {gate.after:.4f} after"
+    figures = (
+        f"loss on the gate's examples {gate.before:.4f} with your shift as it was, "
+        f"{gate.after:.4f} with the new one"
+    )
     if gate.accepted:
-        say(f"accepted: {figures}; your shift is the new version")
+        say(f"accepted: {figures}; `perfit undo` takes this back")
     elif plan.fresh:
-        say(f"kept out: {figures}; fresh training did not beat the seed, so your shift stays as it was")
+        say(f"kept out: {figures}; your shift stays, and --anyway unlearns what you forgot all the same")
     else:
         say(f"kept out: {figures}; your shift stays as it was")

@@ -25,6 +25,7 @@ from perfit_device.codec import (
 )
 from perfit_device.enrolment import check_expiry, wants_renewal
 from perfit_device.history import HistoryItem
+from perfit_device.history.importers import read_history
 from perfit_device.identity import (
     Enrolment,
     Identity,
@@ -33,7 +34,6 @@ from perfit_device.identity import (
     life_left,
     pem,
 )
-from perfit_device.imports import read_history
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import gradient_from_bytes

@@ -33,7 +33,7 @@ def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.P
 
 def command(arguments: list[str]) -> None:
     from perfit_device import updates
-    from perfit_device.cli import main, update
+    from perfit_device.cli import main, progress
     from perfit_device.vault import Vault
 
     def tell_opened(method: Any) -> Any:
@@ -52,7 +52,7 @@ def command(arguments: list[str]) -> None:
 
     Vault.open, Vault.create = tell_opened(Vault.open), tell_opened(Vault.create)  # type: ignore[method-assign]
     updates.Update.run = run  # type: ignore[method-assign]
-    update._progress = lambda step, steps, loss: _tell_step(step)
+    progress.Progress.step = lambda self, step, steps, loss: _tell_step(step)  # type: ignore[method-assign]
     sys.argv = ["perfit", *arguments]
     try:
         main.run()

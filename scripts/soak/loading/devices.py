@@ -242,7 +242,7 @@ class Device:
         start = self._patiently(lambda: self._cloud.fetch_seed(artefact))
         with Adapting(self._cloud, artefact, info.limits, split) as source:
             run = updates.Update(
-                vault, info.cloud_id, artefact, plan, start=start, updates=0,
+                vault, info.cloud_id, artefact, plan, start=start,
                 gradient=source.gradient, evaluate=source.loss, patience=patience, checkpoint_seconds=0.5,
             )  # fmt: skip
             result = run.run()

@@ -1,4 +1,4 @@
-"""A user's examples, one sealed row each: what a personal shift is trained, gated and tested on."""
+"""One example, and the examples of a vault: one sealed row each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from perfit_device.vault import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamaged
 from perfit_shared.tasks import Task
 
-__all__ = ["MINIMUM", "HistoryItem", "Split", "add", "find", "forget", "load", "split"]
+__all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of"]
 
 _KIND = "example"
-MINIMUM = 10  # examples that an update needs: 4 to train, 3 to gate, 3 to test
-_SMALLEST_PART = 3
-_GATE_SHARE, _TEST_SHARE = 0.12, 0.18
-_GATE_SHARE_WITH_TEST = 0.15  # where the file set its own test part apart
 
 
 @dataclass(frozen=True)
@@ -44,56 +40,35 @@ class HistoryItem:
 
     @classmethod
     def make(cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "") -> HistoryItem:
-        """From any mapping that has the task's fields. Raises InvalidData naming the field."""
-        names = task.fields_of(values)
-        for name in names:
-            value = values.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                continue
-            if not isinstance(value, str) or not value.strip():
-                raise InvalidData(f'field "{name}" is missing, empty or not text')
-        fields = {name: str(values[name]).strip() for name in names}
+        """From any mapping that has the task's fields. Raises InvalidData naming all that are wrong."""
+        problems = problems_of(task, values)
+        if problems:
+            raise InvalidData("; ".join(problems))
+        fields = {name: str(values[name]).strip() for name in task.fields_of(values)}
         # A gold outside task.labels stays: people may judge into folders of their own.
         return cls(task=task.name, fields=fields, date=date, part=part)
 
 
-@dataclass(frozen=True)
-class Split:
-    """A history by time. `train` and `gate` make the shift; `test` is for `evaluate` alone."""
-
-    train: Sequence[HistoryItem]
-    gate: Sequence[HistoryItem]
-    test: Sequence[HistoryItem]
-
-    def digest(self) -> str:
-        """sha-256 over what an update reads, hex: an interrupted update resumes on the same."""
-        text = json.dumps([[i.name for i in self.train], [i.name for i in self.gate]])
-        return hashlib.sha256(text.encode()).hexdigest()
+def problems_of(task: Task, values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with each field that the task needs."""
+    whys = {name: _problem(values.get(name)) for name in task.fields_of(values)}
+    return [f'field "{name}" {why}' for name, why in whys.items() if why]
 
 
-def split(items: Iterable[HistoryItem]) -> Split:
-    """Oldest to train on, then the gate, and the newest to test; the one place with this rule.
-
-    70 / 12 / 18 %, at least 3 in gate and test. Where a file set a test part apart that part is
-    the test, and the rest goes 85 / 15 to train and gate. Raises InvalidData on fewer than 10 in all,
-    or fewer than 7 beside a test part.
-    """
-    ordered = sorted(items, key=lambda i: (i.date, i.order))
-    test = [i for i in ordered if i.part == "test"]
-    rest = [i for i in ordered if i.part != "test"]
-    needed = MINIMUM - _SMALLEST_PART if test else MINIMUM
-    if len(rest) < needed:
-        raise InvalidData(
-            f"there are {len(rest)} examples to learn from, and at least {needed} are needed; "
-            "add some with `perfit history add` or `perfit history import`"
-        )
-    if not test:
-        count = max(_SMALLEST_PART, round(len(rest) * _TEST_SHARE))
-        rest, test = rest[:-count], rest[-count:]
-        gate_count = max(_SMALLEST_PART, round(len(ordered) * _GATE_SHARE))
-    else:
-        gate_count = max(_SMALLEST_PART, round(len(rest) * _GATE_SHARE_WITH_TEST))
-    return Split(train=rest[:-gate_count], gate=rest[-gate_count:], test=test)
+def _problem(value: Any) -> str:
+    if value is None:
+        return "is missing"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # A whole number of thousands of digits is a number that Python does not write out.
+        is_plain = math.isfinite(value) if isinstance(value, float) else abs(value) < 10**18
+        return "" if is_plain else "is no number that can be written out"
+    if not isinstance(value, str):
+        return "is not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON also makes lone surrogates, which no file can hold
+        return "is no text that UTF-8 can carry"
+    return "" if value.strip() else "is empty"
 
 
 def add(vault: Vault, items: Iterable[HistoryItem]) -> tuple[int, int]:
@@ -128,16 +103,27 @@ def load(vault: Vault, task: str | None = None) -> list[HistoryItem]:
 
 
 def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
-    """Delete these examples and their keys for good, and every half-done update that saw them."""
+    """Delete these examples and their keys for good, and what saw them and can go.
+
+    That is every half-done update and the shift before the current one. The current shift stays.
+    """
     count, tasks = 0, set()
     with vault.transaction():
         for item in items:
             count += vault.delete(_KIND, item.name)
             tasks.add(item.task)
-        for name in vault.list("checkpoint"):
-            if name.rpartition("/")[2] in tasks:
-                vault.delete("checkpoint", name)
+        for kind in ("checkpoint", "previous"):
+            for name in vault.list(kind):
+                if name.rpartition("/")[2] in tasks:
+                    vault.delete(kind, name)
+        for task in tasks if vault.list("shift") else ():  # where there is none, nothing knows them
+            vault.put("forgotten", task, str(forgotten(vault, task) + 1).encode())
     return count
+
+
+def forgotten(vault: Vault, task: str) -> int:
+    """How many times examples of a task were forgotten: a shift is told what it may know by it."""
+    return int(vault.get("forgotten", task) or b"0")
 
 
 def find(items: Sequence[HistoryItem], prefixes: Sequence[str]) -> list[HistoryItem]:

@@ -1,0 +1,35 @@
+"""JSON lines, and JSON lists of the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from perfit_device.history.importers.rows import Found, collect
+from perfit_shared.errors import InvalidData
+from perfit_shared.lamp import parse_json
+from perfit_shared.tasks import Task
+
+__all__ = ["read", "read_list"]
+
+
+def read(text: str, task: Task) -> list[Found]:
+    return collect(_rows(text), task)
+
+
+def read_list(records: Any, task: Task) -> list[Found]:
+    if not all(isinstance(record, dict) for record in records):
+        raise InvalidData("it should be a list of objects")
+    return collect(((f"item {number}", record) for number, record in enumerate(records)), task)
+
+
+def _rows(text: str) -> Iterator[tuple[str, Any]]:
+    # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line)
+        except InvalidData as error:
+            values = error
+        yield f"line {number}", values

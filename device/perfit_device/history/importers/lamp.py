@@ -1,0 +1,63 @@
+"""The users of LaMP, as OPPU and PerFit store them.
+
+Of a user the profile is history and the queries are the test part. Where no profile of the file has
+the task's fields, the queries are the history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from perfit_device.history.importers.rows import Found
+from perfit_device.history.items import HistoryItem
+from perfit_shared.errors import InvalidData
+from perfit_shared.lamp import Entry, User, is_date, labels_beside, read_golds, users_of
+from perfit_shared.tasks import Task
+
+__all__ = ["fits", "read"]
+
+
+def fits(records: Any) -> bool:
+    """Whether some record holds a profile or queries."""
+    return isinstance(records, list) and any(
+        isinstance(record, dict) and ("profile" in record or "query" in record) for record in records
+    )
+
+
+def read(
+    path: Path, records: Any, task: Task, *, user: str | None, tell: Callable[[str], None]
+) -> list[Found]:
+    """The examples of one user. Raises InvalidData naming user, item and field."""
+    labels = labels_beside(path)
+    found = users_of(records, task, golds={} if labels is None else read_golds(labels), source=path.name)
+    if found.dropped_empty:
+        tell(f"{found.dropped_empty} entries of the file have an empty field and were left out")
+    return _of_user(_chosen(found.users, user), task, queries_are_history=found.no_profiles)
+
+
+def _chosen(users: tuple[User, ...], wanted: str | None) -> User:
+    """The one with the id `wanted`, else at the index from 0."""
+    if wanted is None:
+        if len(users) == 1:
+            return users[0]
+        raise InvalidData(f"it holds {len(users)} users; say which with --user ID")
+    for user in users:
+        if user.user_id == wanted:
+            return user
+    if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) < len(users):
+        return users[int(wanted)]
+    some = ", ".join(user.user_id for user in users[:8])
+    raise InvalidData(f'it has no user "{wanted[:40]}"; there are {some}{" …" if len(users) > 8 else ""}')
+
+
+def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[Found]:
+    def found(kind: str, entry: Entry, *, dated: bool, part: str = "") -> Found:
+        item = HistoryItem(task.name, entry.item, date=entry.date if dated else "", part=part)
+        return Found(f"{kind} {entry.id}", item)
+
+    part = "" if queries_are_history else "test"
+    # Dates that cannot order a profile are dropped: the order of adding stands for them.
+    history = [found("profile item", entry, dated=user.dated) for entry in user.profile]
+    return history + [found("query", entry, dated=is_date(entry.date), part=part) for entry in user.query]

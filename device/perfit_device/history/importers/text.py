@@ -1,0 +1,61 @@
+"""Bytes of a file as text, in the encodings that spreadsheets and editors write."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from pathlib import Path
+
+from perfit_shared.errors import InvalidData
+from perfit_shared.lamp import refuse_html
+
+__all__ = ["LARGEST", "decoded", "read_bytes"]
+
+LARGEST = 256 * 1024 * 1024  # bytes of one file
+# Longest first: a mark of UTF-32 begins with one of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_ARCHIVE = b"PK\x03\x04"  # what .xlsx and .ods files are
+
+
+def read_bytes(path: Path) -> bytes:
+    """Raises InvalidData when it cannot be read or is too large."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InvalidData(f"larger than {LARGEST >> 20} MiB; split it")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = getattr(error, "strerror", None) or "not a file's name"
+        raise InvalidData(f"cannot be read ({reason})") from error
+
+
+def decoded(data: bytes, tell: Callable[[str], None]) -> str:
+    """By its mark, else UTF-8, else Windows-1252, of which `tell` is told. Raises InvalidData."""
+    if len(data) > LARGEST:
+        raise InvalidData(f"larger than {LARGEST >> 20} MiB; split it")
+    if data.startswith(_ARCHIVE):
+        raise InvalidData("a spreadsheet or an archive, not text; save it as CSV")
+    mark, encoding = next(((m, e) for m, e in _MARKS if data.startswith(m)), (b"", "utf-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        if mark:
+            raise InvalidData(f"not text, though its mark says {encoding}; save it as UTF-8") from error
+        text = _western(data)
+        tell("the file is not UTF-8, so it was read as Windows-1252; check an accent or two")
+    if "\0" in text:
+        raise InvalidData("not text: it holds null characters; save it as UTF-8")
+    refuse_html(text)
+    return text
+
+
+def _western(data: bytes) -> str:
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError as error:
+        raise InvalidData("not text in UTF-8 or Windows-1252; save it as UTF-8") from error

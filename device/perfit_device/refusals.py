@@ -1,0 +1,39 @@
+"""Examples that a cloud refused, so that no later update stops at them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from perfit_device import updates
+from perfit_device.codec import Artefact, CloudInfo
+from perfit_device.vault import Vault
+
+__all__ = ["Refusals"]
+
+_KIND = "refused"
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """The names of the examples. They hold for a model, an artefact and limits: others may take them."""
+
+    place: str
+    of: str
+    names: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, vault: Vault, info: CloudInfo, artefact: Artefact) -> Refusals:
+        place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
+        limits = info.limits
+        of = f"{info.fingerprint} {artefact.version} {limits.prompt_tokens} {limits.new_tokens}"
+        values = json.loads(vault.get(_KIND, place) or b"{}")
+        return cls(place, of, frozenset(values["names"] if values.get("of") == of else ()))
+
+    def with_names(self, vault: Vault, names: Iterable[str]) -> Refusals:
+        """These and more, kept in the vault."""
+        more = Refusals(self.place, self.of, self.names | set(names))
+        data = json.dumps({"of": self.of, "names": sorted(more.names)}).encode()
+        vault.put(_KIND, self.place, data)
+        return more

@@ -1,0 +1,45 @@
+"""All commands of both programs × all streams, locales and arguments: one clear error, never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from soak.fuzzing.commands import ENCODINGS, INPUTS, OUTPUTS, Case, Commands, leaves, words_of
+
+NO_TEXT = "\udcff\udcfe no text"  # bytes that are no UTF-8, as Python hands them over
+FOUND = leaves()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    with Commands(tmp_path_factory.mktemp("commands")) as running:
+        yield running
+
+
+def cases(name: tuple[str, ...]) -> Iterator[Case]:
+    """All of one command's."""
+    command = FOUND[name]
+    plain = Case(name[0], tuple(words_of(name, command)))
+    for case in (plain, replace(plain, words=(*name[1:], "--help"))):
+        yield from (replace(case, stdout=kind) for kind in OUTPUTS)
+        yield from (replace(case, encoding=kind) for kind in ENCODINGS[1:])
+        yield replace(case, stdin="closed", stdout="closed", stderr="closed")
+    yield from (replace(plain, stdin=kind) for kind in INPUTS[1:])
+    yield from (replace(plain, stderr=kind) for kind in OUTPUTS[1:])
+    for word in (NO_TEXT, "caf\u00e9 \u202e"):
+        yield replace(plain, words=tuple(words_of(name, command, text=word, path=word)))
+        yield replace(plain, words=(*plain.words, word))
+        yield replace(plain, environment={"PERFIT_PASSPHRASE": word, "PERFIT_PROFILE": word})
+        valued = [p for p in command.params if p.param_type_name == "option" and not p.is_flag]
+        yield from (replace(plain, words=(*plain.words, p.opts[0], word)) for p in valued)
+    yield replace(plain, words=(*plain.words, "-5 degrees"))
+
+
+@pytest.mark.parametrize("name", FOUND, ids=" ".join)
+def test_no_command_shows_a_traceback(commands: Commands, name: tuple[str, ...]) -> None:
+    made = list(cases(name))
+    for case, outcome in zip(made, commands.run(made), strict=True):
+        outcome.check(case)
