@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from perfit_shared import errors, tasks
-from perfit_shared.errors import InvalidInvite, PerfitError
+from perfit_shared.errors import STATUS, InvalidInvite, PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.metrics import HIGHER_IS_BETTER
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
@@ -42,7 +42,7 @@ ADVICE = {
     "not_found": "call `Describe` and use a name that it lists",
     "shift_mismatch": "call `Describe` and `FetchSeed`, and train again on the new version",
     "certificate_valid": "call `Renew` on the mutual-TLS channel",
-    "certificate_superseded": "use the newest certificate; if this device did not renew, somebody has its key",
+    "certificate_superseded": "use the newest certificate; if you did not renew, your key was stolen",
     "invite_refused": "ask the operator for a new invite",
     "not_authenticated": "enrol with a new invite",
     "certificate_expired": "renew: `Renew` while it lasts, `RenewLapsed` for 30 days after",

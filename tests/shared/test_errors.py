@@ -27,7 +27,7 @@ def test_codes_are_unique_and_every_class_is_in_the_drawing() -> None:
 
 
 def test_what_travels_comes_back_as_itself() -> None:
-    for cls in errors._STATUS:
+    for cls in errors.STATUS:
         status, code, message, retry = errors.to_status(cls("said so", retry_ms=5))
         assert status in grpc.StatusCode.__members__
         back = errors.from_code(status, code, message, retry)
