@@ -26,7 +26,8 @@ from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.capabilities import Batching, left_padded
 from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, stack, to_torch
 from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.positions import Positions
@@ -54,7 +55,8 @@ def generate_batch(
     model.generation_config = GenerationConfig()  # what the model's folder suggests is not asked for
     answers = [_Answer(base, sampling) for sampling in samplings]
     with hooked(model, {layer for use in uses if use.artefact for layer in use.artefact.spec.layers}):
-        for chosen in _fitting(base.context, [(len(p), s) for p, s in zip(prompts, samplings, strict=True)]):
+        asked = [(len(prompt), sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        for chosen in _fitting(base.context, base.capabilities.answers, asked):
             members = [prompts[i] for i in chosen]
             width = max(map(len, members))
             groups = _groups(members, [uses[i] for i in chosen], width, base.device)
@@ -74,19 +76,19 @@ class BatchedEngine(Engine):
         super().__init__(base, artefacts, settings, turns)
         # What the model's folder suggests is not asked for.
         self._model.generation_config = GenerationConfig()
-        self._most = 1 if depends_on_length(base.model) else settings.max_requests
 
     def _has_work(self) -> bool:
         return bool(self._waiting)
 
     def _round(self) -> None:
+        batching = self._base.capabilities.answers
         with self._changed:
             members: list[Request] = []
             later: list[Request] = []
             for request in self._waiting:
                 span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
-                fits = len(members) < self._most and span <= self._base.context
-                fits &= span * (len(members) + 1) <= self.settings.cache_tokens
+                fits = span <= self._base.context and span * (len(members) + 1) <= self.settings.cache_tokens
+                fits &= not members or batching.fits([len(members[0].prompt), len(request.prompt)])
                 (members if fits else later).append(request)
             self._waiting.clear()
             self._waiting.extend(later)
@@ -161,10 +163,7 @@ def _generate(
     between: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """One `generate` on a model whose hooks are on; calls `between` its passes."""
-    width = max(map(len, prompts))
-    pads = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+    ids, mask, _ = left_padded(prompts)
     with ExitStack() as book:
         book.enter_context(open_book(groups))
         model.generate(
@@ -174,7 +173,7 @@ def _generate(
             do_sample=False,
             use_cache=True,
             logits_processor=LogitsProcessorList([_Choice(readers, on_first=book.close, between=between)]),
-            stopping_criteria=StoppingCriteriaList([_Ends(readers, width)]),
+            stopping_criteria=StoppingCriteriaList([_Ends(readers, ids.shape[1])]),
         )
 
 
@@ -238,11 +237,14 @@ def _span(requests: Sequence[tuple[int, Sampling]]) -> int:
     return max(prompt for prompt, _ in requests) + max(s.max_new_tokens for _, s in requests)
 
 
-def _fitting(context: int, requests: Sequence[tuple[int, Sampling]]) -> Iterator[list[int]]:
+def _fitting(
+    context: int, batching: Batching, requests: Sequence[tuple[int, Sampling]]
+) -> Iterator[list[int]]:
     """Requests (prompt tokens, sampling) that can run together within the context: all, mostly."""
     batch: list[int] = []
     for i in sorted(range(len(requests)), key=lambda i: requests[i][0]):
-        if batch and _span([requests[j] for j in (*batch, i)]) > context:
+        together = [requests[j] for j in (*batch, i)]
+        if batch and not (_span(together) <= context and batching.fits([n for n, _ in together])):
             yield batch
             batch = []
         batch.append(i)
