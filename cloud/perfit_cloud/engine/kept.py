@@ -54,8 +54,6 @@ class Caps(NamedTuple):
             fits = taken <= self.rows and count * length <= self.keys and padding <= self.padding
             fits &= self.batching.fits([int(lengths[order[begin]]), length])
             if count > 1 and not fits:
-                not alike or taken > self.rows or count * length > self.keys or padding > self.padding
-            ):
                 yield order[begin:at]
                 begin, taken, scores, most = at, row, row * length, row
         if len(order):

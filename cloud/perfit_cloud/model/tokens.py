@@ -124,9 +124,7 @@ def check_vocabulary(tokenizer: Any, codec: TokenCodec, embedded: int, end_ids: 
     added = set(getattr(tokenizer, "added_tokens_decoder", {}))
     own = [pair for pair in beyond if pair[0] not in added]
     if own:
-        raise InvalidData(
-            f"the tokenizer is another model's: {_named(own)} beyond the {embedded:,} embeddings"
-        )
+        raise InvalidData(f"the tokenizer is another model's: {_named(own)} are beyond the {embedded:,} rows")
     written = [*codec.prompt("a"), *(codec.chat([("user", "a")]) or ()), *end_ids]
     needed = [(number, token) for number, token in beyond if number in written]
     if needed or any(number >= embedded for number in written):
