@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perfit_cloud.engine.gradients import Batch, Pair, make_batch, passes, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.blocks import hidden_of, with_hidden
 from perfit_cloud.model.capabilities import Batching
 from perfit_cloud.model.forward import replaced
 from perfit_cloud.model.shifts import Group
@@ -54,7 +55,7 @@ class FrozenBase:
         self._blocks = block_list(base.model)
         self._first = first
         self._kept: dict[tuple[int, ...], Tensor] = {}  # by token ids: (T, d), output of block `first`
-        self._outputs = 0  # of a block, when it returns a tuple
+        self._form: Any = None  # of what a block gives: a tensor, or several things
         self._rows = False  # whether only the rows that are read are computed
 
     @property
@@ -116,8 +117,8 @@ class FrozenBase:
         found: list[Tensor] = []
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._outputs = len(output) if isinstance(output, tuple) else 0
-            found.append(output[0] if isinstance(output, tuple) else output)
+            self._form = type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
+            found.append(hidden_of(output))
             raise _ReachedError
 
         batch = make_batch(pairs, _ANY, self._base.device)
@@ -133,7 +134,7 @@ class FrozenBase:
     def _lower_blocks_give(self, pairs: Sequence[Pair]) -> Iterator[None]:
         """In place of what they compute, the blocks up to `first` give what was kept."""
         states = pad_sequence([self._kept[_ids(p)] for p in pairs], batch_first=True, padding_side="left")
-        output = (states, *[None] * (self._outputs - 1)) if self._outputs else states
+        output = with_hidden(self._form, states) if isinstance(self._form, tuple | list) else states
         with replaced(self._blocks[: self._first + 1], lambda _own: lambda *_args, **_more: output):
             yield
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from perfit_shared.errors import InvalidData
 
-__all__ = ["block_list", "context_of", "decoder_of", "depends_on_length"]
+__all__ = ["block_list", "context_of", "decoder_of", "depends_on_length", "hidden_of", "with_hidden"]
 
 
 def decoder_of(model: Any) -> Any:
@@ -32,6 +32,17 @@ def _blocks_in(module: nn.Module, model: Any) -> nn.ModuleList | None:
     count = model.config.get_text_config().num_hidden_layers
     lists = (m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return next(lists, None)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block gives: that alone, or the first of several."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a block gives, with another hidden state."""
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
 
 def depends_on_length(model: Any) -> bool:

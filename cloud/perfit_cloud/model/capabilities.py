@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from perfit_cloud.model.blocks import block_list, depends_on_length
+from perfit_cloud.model.blocks import block_list, depends_on_length, hidden_of, with_hidden
 from perfit_cloud.model.forward import arguments_of, decoder_output, forward, sliced_logits
 from perfit_shared.errors import InvalidData
 
@@ -26,6 +26,7 @@ __all__ = ["Batching", "Capabilities", "left_padded", "try_model"]
 
 _log = logging.getLogger(__name__)
 _LENGTHS = (19, 6)  # tokens of the sequences that are tried
+_PERIODS = ("attention_chunk_size", "block_size", "chunk_size", "mamba_chunk_size")  # of a configuration
 _LONGEST = 1024  # tokens of a trial that looks past a family's period
 _NEW = 3  # tokens that are decoded
 # Mean difference that is rounding, as a share of the mean: float32, and less.
@@ -52,6 +53,7 @@ class Capabilities(NamedTuple):
     arguments: frozenset[str]  # of its forward pass that we give
     passes: Batching = Batching.ANY_LENGTHS  # forward and backward
     answers: Batching = Batching.ANY_LENGTHS  # `generate`
+    caches: bool = True  # whether `generate` may keep what it computed for earlier tokens
     in_slices: bool = True  # whether the head can be run apart, on some rows
 
 
@@ -75,14 +77,15 @@ def try_model(model: Any) -> Capabilities:
         raise InvalidData(
             f"a model of the family {model.config.model_type} cannot be run here ({_words(error)})"
         ) from error
-    passes = trial.best(trial.passes_alike, "passes")
-    answers = trial.best(trial.answers_alike, "answers")
+    passes = trial.best(trial.passes_alike, "passes") or Batching.SINGLE
+    answers, caches = trial.best(partial(trial.answers_alike, caches=True), "answers"), True
+    if answers is None:
+        answers, caches = trial.best(partial(trial.answers_alike, caches=False), "answers anew"), False
     if depends_on_length(model):
-        passes, answers = max(passes, Batching.EQUAL_LENGTHS, key=_order), Batching.SINGLE
-    return Capabilities(trial.arguments, passes, answers, trial.holds(trial.slices_alike, "head in slices"))
-
-
-_order = list(Batching).index
+        passes = Batching.EQUAL_LENGTHS if passes is Batching.ANY_LENGTHS else passes
+        answers = Batching.SINGLE
+    in_slices = trial.holds(trial.slices_alike, "head in slices")
+    return Capabilities(trial.arguments, passes, answers or Batching.SINGLE, caches, in_slices)
 
 
 class _Trial:
@@ -123,13 +126,12 @@ class _Trial:
         at = len(pair[1]) // 2
 
         def change(_module: nn.Module, _args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = hidden_of(output)
             if hidden.shape[-3:] != (2, len(pair[1]), width):
                 raise InvalidData("the blocks of this model do not give one hidden state a token")
             flat = hidden.reshape(-1, width).clone()
             flat[len(pair[1]) + at] += flat.abs().mean() * torch.linspace(-1, 1, width).to(flat)
-            hidden = flat.view_as(hidden)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return with_hidden(output, flat.view_as(hidden))
 
         handle = block_list(self._model)[0].register_forward_hook(change)
         try:
@@ -142,15 +144,17 @@ class _Trial:
 
     # -- what is of use ----------------------------------------------------------------------------
 
-    def best(self, alike: Callable[[Sequence[Sequence[int]]], bool], what: str) -> Batching:
-        """The most that sequences may differ and still be run together."""
-        for batching, sequences in (
-            (Batching.ANY_LENGTHS, self._sequences),
-            (Batching.EQUAL_LENGTHS, [self._sequence(7, 3), self._sequences[1]]),
+    def best(self, alike: Callable[[Sequence[Sequence[int]]], bool], what: str) -> Batching | None:
+        """The most that sequences may differ and still be run together; None where not even one can be."""
+        long, short = self._sequences
+        for batching, tries in (
+            (Batching.ANY_LENGTHS, [[long, short]]),
+            (Batching.EQUAL_LENGTHS, [[long, self._sequence(13, 7, len(long))]]),
+            (Batching.SINGLE, [[long], [short]]),
         ):
-            if self.holds(partial(alike, sequences), f"{what} of {batching.value}"):
+            if all(self.holds(partial(alike, tried), f"{what} of {batching.value}") for tried in tries):
                 return batching
-        return Batching.SINGLE
+        return None
 
     def holds(self, check: Callable[[], bool], what: str) -> bool:
         try:
@@ -180,10 +184,12 @@ class _Trial:
             for both in zip(a, b, strict=True)
         )
 
-    def answers_alike(self, sequences: Sequence[Sequence[int]]) -> bool:
-        """Logits of a few tokens that `generate` decodes."""
-        together = self._decoded(sequences)
-        return all(self._close(together[i], self._decoded([s])[0]) for i, s in enumerate(sequences))
+    def answers_alike(self, sequences: Sequence[Sequence[int]], *, caches: bool) -> bool:
+        """Logits of a few tokens that `generate` decodes, against one pass over all tokens."""
+        decoded = self._decoded(sequences, caches=caches)
+        new = [self._forced(i) for i in range(_NEW - 1)]
+        whole = [self._logits([[*s, *new]])[0][len(s) - 1 :] for s in sequences]
+        return all(self._close(*both) for both in zip(decoded, whole, strict=True))
 
     def slices_alike(self) -> bool:
         ids, mask, _ = self._on_device([self._sequences[1]])
@@ -212,9 +218,8 @@ class _Trial:
         found: list[Tensor] = []
 
         def take(_module: nn.Module, _args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            found.append(hidden.detach().requires_grad_())
-            return (found[0], *output[1:]) if isinstance(output, tuple) else found[0]
+            found.append(hidden_of(output).detach().requires_grad_())
+            return with_hidden(output, found[0])
 
         handle = block_list(self._model)[0].register_forward_hook(take)
         try:
@@ -231,20 +236,24 @@ class _Trial:
         ]
 
     @torch.no_grad()
-    def _decoded(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _decoded(self, sequences: Sequence[Sequence[int]], *, caches: bool) -> list[Tensor]:
         """Logits (new tokens, V) of each, the tokens being the same whatever the logits are."""
         ids, mask, _ = self._on_device(sequences)
         own = self._model.generation_config
         self._model.generation_config = GenerationConfig()
         try:
             logits = self._model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=_NEW, do_sample=False, use_cache=True,
+                input_ids=ids, attention_mask=mask, max_new_tokens=_NEW, do_sample=False, use_cache=caches,
                 output_logits=True, return_dict_in_generate=True,
-                logits_processor=LogitsProcessorList([_Forced(ids.shape[1], self._vocabulary)]),
+                logits_processor=LogitsProcessorList([_Forced(ids.shape[1], self._forced)]),
             ).logits  # fmt: skip
         finally:
             self._model.generation_config = own
         return list(torch.stack(logits, 1))
+
+    def _forced(self, number: int) -> int:
+        """The token that stands at this place of every answer."""
+        return int((5 * number + 3) % self._vocabulary)
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
         one, other = one.float(), other.float()
@@ -256,12 +265,12 @@ class _Trial:
 class _Forced(LogitsProcessor):  # type: ignore[misc]
     """Chooses tokens by their number in the answer alone."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
-        self._width, self._vocabulary = width, vocabulary
+    def __init__(self, width: int, token: Callable[[int], int]) -> None:
+        self._width, self._token = width, token
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         chosen = torch.full_like(scores, -torch.inf)
-        chosen[:, (5 * (ids.shape[1] - self._width) + 3) % self._vocabulary] = 0
+        chosen[:, self._token(ids.shape[1] - self._width)] = 0
         return chosen
 
 
@@ -269,7 +278,7 @@ def _period(config: Any) -> int:
     """Tokens after which a family begins another chunk or compresses a past one, which a trial must see."""
     text = config.get_text_config()
     rates = getattr(text, "compress_rates", None) or {}
-    found = [getattr(text, name, None) or 0 for name in ("attention_chunk_size", "block_size")]
+    found = [getattr(text, name, None) or 0 for name in _PERIODS]
     found += rates.values() if isinstance(rates, dict) else rates
     return min(max([*(int(n) for n in found if isinstance(n, int)), 0]), _LONGEST)
 
