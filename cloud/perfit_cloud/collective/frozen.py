@@ -30,6 +30,7 @@ from perfit_cloud.model.blocks import hidden_of, with_hidden
 from perfit_cloud.model.capabilities import Batching
 from perfit_cloud.model.forward import replaced
 from perfit_cloud.model.shifts import Group
+from perfit_shared.errors import InvalidData
 from perfit_shared.positions import Positions
 
 __all__ = ["FrozenBase", "checkpointed"]
@@ -117,7 +118,8 @@ class FrozenBase:
         found: list[Tensor] = []
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._form = type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
+            self._form = [None] * len(output) if isinstance(output, tuple | list) else None
+            self._form = tuple(self._form) if isinstance(output, tuple) else self._form
             found.append(hidden_of(output))
             raise _ReachedError
 
@@ -128,6 +130,8 @@ class FrozenBase:
                 target_log_likelihoods(self._base, batch, [])
         finally:
             handle.remove()
+        if found[0].shape[:2] != batch.input_ids.shape:
+            raise InvalidData("a block gives more than one hidden state a token")
         return found[0]
 
     @contextlib.contextmanager

@@ -128,8 +128,12 @@ class BaseModel:
         Continuous batching may switch a model's attention implementation, and hooks differ; a twin
         keeps generation and gradients out of each other's way at no cost in memory.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        twin = copy.deepcopy(self.model, memo={id(t): t for t in tensors})
+        memo = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        for module in self.model.modules():
+            # Some recurrent families leave the state of their last pass, with its graph, on their modules.
+            left = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+            memo |= {id(state): state.detach().clone() for state in left}
+        twin = copy.deepcopy(self.model, memo=memo)
         for module in twin.modules():
             module._forward_hooks.clear()  # those of the original are not the twin's
         return twin

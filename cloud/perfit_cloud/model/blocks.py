@@ -42,7 +42,9 @@ def hidden_of(output: Any) -> Tensor:
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
     """What a block gives, with another hidden state."""
-    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def depends_on_length(model: Any) -> bool:

@@ -81,11 +81,13 @@ def try_model(model: Any) -> Capabilities:
     answers, caches = trial.best(partial(trial.answers_alike, caches=True), "answers"), True
     if answers is None:
         answers, caches = trial.best(partial(trial.answers_alike, caches=False), "answers anew"), False
+    if answers is None:
+        raise InvalidData(f"answers of the family {model.config.model_type} are not what its passes predict")
     if depends_on_length(model):
         passes = Batching.EQUAL_LENGTHS if passes is Batching.ANY_LENGTHS else passes
         answers = Batching.SINGLE
     in_slices = trial.holds(trial.slices_alike, "head in slices")
-    return Capabilities(trial.arguments, passes, answers or Batching.SINGLE, caches, in_slices)
+    return Capabilities(trial.arguments, passes, answers, caches, in_slices)
 
 
 class _Trial:
