@@ -47,7 +47,7 @@ class BaseModel:
         if self.capabilities is None:
             object.__setattr__(self, "capabilities", Capabilities(arguments_of(self.model)))
         if self._codec is None and self.tokenizer is not None:
-            object.__setattr__(self, "_codec", TokenCodec(self.tokenizer, self._embedded))
+            object.__setattr__(self, "_codec", TokenCodec(self.tokenizer, self._embedded, self.context))
 
     @property
     def blocks(self) -> int:

@@ -23,9 +23,9 @@ _TOGETHER = 1024  # parts of a text that are tokenised at once
 class TokenCodec:
     """One tokenizer, for any number of threads."""
 
-    def __init__(self, tokenizer: Any, embedded: int) -> None:
-        """`embedded`: tokens that the model has an embedding for."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, embedded: int, context: int = 2**20) -> None:
+        """`embedded`: tokens that the model has an embedding for; `context`: the most of a text."""
+        self._tokenizer, self._context = tokenizer, context
         # Fast tokenizers fail with "Already borrowed" when two threads enter one.
         self._lock = threading.RLock()
         self._appended = self._ids_behind()
@@ -46,7 +46,7 @@ class TokenCodec:
 
     def continuation(self, text: str) -> list[int]:
         """Tokens of a text that stands behind another one; names of special tokens in it are letters."""
-        return self._following(_cut(text, self._guarded))
+        return self._following(self._cut(text, self._guarded))
 
     def chat(self, turns: list[tuple[str, str]]) -> list[int] | None:
         """(role, content) turns by the tokenizer's template, up to where the reply begins; None without one.
@@ -62,7 +62,7 @@ class TokenCodec:
                 )
             return list(encoded["input_ids"])
         mark = _unused("".join(text for turn in turns for text in turn) + self._template)
-        cut = [(role, mark.join(_cut(content, self._guarded))) for role, content in turns]
+        cut = [(role, mark.join(self._cut(content, self._guarded))) for role, content in turns]
         with self._lock:
             rendered = self._tokenizer.apply_chat_template(
                 _messages(cut), add_generation_prompt=True, tokenize=False
@@ -77,7 +77,7 @@ class TokenCodec:
     # -- helpers -------------------------------------------------------------------------------
 
     def _prompt(self, text: str, guarded: re.Pattern[str] | None) -> list[int]:
-        head, *rest = _cut(text, guarded) or [""]
+        head, *rest = self._cut(text, guarded) or [""]
         with self._lock:
             ids = list(self._tokenizer(head)["input_ids"])
         return [*ids[: len(ids) - len(self._appended)], *self._following(rest)]
@@ -105,6 +105,19 @@ class TokenCodec:
             for part, found in zip(some, joint["input_ids"], strict=True):
                 ids += found[len(before) :] if found[: len(before)] == before else self._other_ids(part)
         return ids
+
+    def _cut(self, text: str, guarded: re.Pattern[str] | None) -> list[str]:
+        """The text in parts none of which holds a guarded name. Raises InvalidPrompt where too many do."""
+        parts: list[str] = []
+        start = at = 0
+        while guarded is not None and (found := guarded.search(text, at)) is not None:
+            at = found.start() + 1
+            if found.end() > at:
+                parts.append(text[start:at])
+                start = at
+            if len(parts) > self._context:
+                raise InvalidPrompt(f"the text spells more special tokens than the {self._context} that fit")
+        return [part for part in (*parts, text[start:]) if part]
 
     def _other_ids(self, text: str) -> list[int]:
         """As `_following`, of a text that melts into the first anchor."""
@@ -165,17 +178,6 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
     """Finds the longest of these; runs of spaces, which some tokenizers add, are text."""
     found = sorted((name for name in names if name.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, found))) if found else None
-
-
-def _cut(text: str, guarded: re.Pattern[str] | None) -> list[str]:
-    """The text in parts none of which holds a guarded name."""
-    parts, start, at = [], 0, 0
-    while guarded is not None and (found := guarded.search(text, at)) is not None:
-        at = found.start() + 1
-        if found.end() > at:
-            parts.append(text[start:at])
-            start = at
-    return [part for part in (*parts, text[start:]) if part]
 
 
 def _unused(text: str) -> str:
