@@ -81,7 +81,7 @@ def tiny_config(family: str, vocabulary: int) -> Any:
     )  # fmt: skip
 
 
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
     """Characters and a few words, with <s> in front, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -111,7 +111,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             import torch
             from transformers import AutoModelForCausalLM
 
-            tokenizer = _tokenizer()
+            tokenizer = tiny_tokenizer()
             torch.manual_seed(list(FAMILIES).index(family))
             model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))
             folder = tmp_path_factory.mktemp(family)

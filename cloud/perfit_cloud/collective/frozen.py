@@ -2,7 +2,8 @@
 
 - Blocks up to the first intervened one see nothing that training changes: what comes out of them is
   kept for every example and given back in their place (`keep`).
-- Of the last block's MLP and of the head, only the rows that predict a target token are read.
+- Of the last block's MLP only the rows that predict a target token are read (as of the head, which no
+  pass of ours runs on more).
 
 Both work by standing in for modules of the model during one pass, so that masks, rotary embeddings
 and whatever else a family does stay the family's own. `keep` and `try_rows` check that on real
@@ -12,7 +13,8 @@ examples; a family for which it does not hold is run in full.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +26,16 @@ from torch.utils.checkpoint import checkpoint
 
 from perfit_cloud.engine.gradients import Batch, Pair, make_batch, passes, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel, block_list
-from perfit_cloud.model.shifts import Group, open_book
+from perfit_cloud.model.blocks import hidden_of, with_hidden
+from perfit_cloud.model.capabilities import Batching
+from perfit_cloud.model.forward import replaced
+from perfit_cloud.model.shifts import Group
+from perfit_shared.errors import InvalidData
 from perfit_shared.positions import Positions
 
 __all__ = ["FrozenBase", "checkpointed"]
 
+_log = logging.getLogger(__name__)
 _KEPT_BYTES = 2**30  # of all that is kept; a corpus that needs more is run in full
 # Mean difference of log-likelihoods that is rounding, as a share of their mean: float32, and less.
 _SAME, _SAME_HALF = 1e-3, 0.05
@@ -49,40 +56,32 @@ class FrozenBase:
         self._blocks = block_list(base.model)
         self._first = first
         self._kept: dict[tuple[int, ...], Tensor] = {}  # by token ids: (T, d), output of block `first`
-        self._outputs = 0  # of a block, when it returns a tuple
+        self._form: Any = None  # of what a block gives: a tensor, or several things
         self._rows = False  # whether only the rows that are read are computed
+
+    @property
+    def batching(self) -> Batching:
+        """Which examples may share a pass."""
+        return self._base.capabilities.passes
 
     def log_likelihoods(self, pairs: Sequence[Pair], batch: Batch, groups: Sequence[Group]) -> Tensor:
         """Of all N target tokens of the batch made from `pairs`: (N,), in the order of its labels."""
         with contextlib.ExitStack() as stack:
             if all(_ids(pair) in self._kept for pair in pairs):
                 stack.enter_context(self._lower_blocks_give(pairs))
-            if not self._rows:
-                return target_log_likelihoods(self._base, batch, groups)[batch.labels != -100]
-            keep = batch.labels.shape[1]
-            # A token is predicted by the position before it; columns count from the right end.
-            row, column = F.pad(batch.labels != -100, (0, 1)).nonzero(as_tuple=True)
-            read = (row, column - keep - 1)
-            stack.enter_context(_only(self._base.model.get_output_embeddings(), read))
-            mlp = getattr(self._blocks[-1], "mlp", None)
+            mlp = getattr(self._blocks[-1], "mlp", None) if self._rows else None
             if mlp is not None:
-                stack.enter_context(_only(mlp, read, put_back=True))
-            stack.enter_context(open_book(groups))
-            logits = self._base.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids, use_cache=False, logits_to_keep=keep + 1,
-            ).logits  # (1, N, V)  # fmt: skip
-            labels = batch.labels[batch.labels != -100]
-            return -F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
+                # A token is predicted by the position before it; columns count from the right end.
+                row, column = F.pad(batch.labels != -100, (0, 1)).nonzero(as_tuple=True)
+                stack.enter_context(_only(mlp, (row, column - batch.labels.shape[1] - 1)))
+            return target_log_likelihoods(self._base, batch, groups)[batch.labels != -100]
 
     # -- rows ----------------------------------------------------------------------------------------
 
     def try_rows(self, pairs: Sequence[Pair]) -> bool:
-        """From now on compute only the rows that are read, if that gives the same for `pairs`."""
-        if self._base.model.get_output_embeddings() is None:
-            return False
+        """From now on run the last block's MLP on the rows that are read, if it gives `pairs` the same."""
         self._rows = True
-        self._rows = self._same(pairs)
+        self._rows = self._same(pairs, "the last block's MLP on some rows")
         return self._rows
 
     # -- lower blocks --------------------------------------------------------------------------------
@@ -97,13 +96,19 @@ class FrozenBase:
         size = self._base.model.dtype.itemsize * self._base.hidden_size
         if size * sum(len(prompt) + len(target) for prompt, target in pairs) > _KEPT_BYTES:
             return False
-        for chunk in passes(pairs):
+        for chunk in passes(pairs, self.batching):
             chosen = [pairs[i] for i in chunk]
-            for pair, states in zip(chosen, self._lower(chosen), strict=True):
+            try:
+                lower = self._lower(chosen)
+            except Exception as error:  # whatever a family does that this does not know
+                _log.warning("all blocks are run in every step: %s", error)
+                self._kept.clear()
+                return False
+            for pair, states in zip(chosen, lower, strict=True):
                 ids = _ids(pair)
                 self._kept[ids] = states[-len(ids) :].clone()  # off the padding
             done(len(chosen))
-        if self._same(pairs):
+        if self._same(pairs, "what the lower blocks gave"):
             return True
         self._kept.clear()
         return False
@@ -113,8 +118,9 @@ class FrozenBase:
         found: list[Tensor] = []
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._outputs = len(output) if isinstance(output, tuple) else 0
-            found.append(output[0] if isinstance(output, tuple) else output)
+            self._form = [None] * len(output) if isinstance(output, tuple | list) else None
+            self._form = tuple(self._form) if isinstance(output, tuple) else self._form
+            found.append(hidden_of(output))
             raise _ReachedError
 
         batch = make_batch(pairs, _ANY, self._base.device)
@@ -124,25 +130,34 @@ class FrozenBase:
                 target_log_likelihoods(self._base, batch, [])
         finally:
             handle.remove()
+        if found[0].shape[:2] != batch.input_ids.shape:
+            raise InvalidData("a block gives more than one hidden state a token")
         return found[0]
 
     @contextlib.contextmanager
     def _lower_blocks_give(self, pairs: Sequence[Pair]) -> Iterator[None]:
         """In place of what they compute, the blocks up to `first` give what was kept."""
         states = pad_sequence([self._kept[_ids(p)] for p in pairs], batch_first=True, padding_side="left")
-        output = (states, *[None] * (self._outputs - 1)) if self._outputs else states
-        with _replaced(self._blocks[: self._first + 1], lambda _own: lambda *_args, **_more: output):
+        output = with_hidden(self._form, states) if isinstance(self._form, tuple | list) else states
+        with replaced(self._blocks[: self._first + 1], lambda _own: lambda *_args, **_more: output):
             yield
 
-    def _same(self, pairs: Sequence[Pair]) -> bool:
-        """Whether the first few pairs get the base model's log-likelihoods."""
-        few = [pairs[i] for i in passes(pairs[:8])[0]]
+    def _same(self, pairs: Sequence[Pair], what: str) -> bool:
+        """Whether the first few pairs get the base model's log-likelihoods with `what` is saved."""
+        few = [pairs[i] for i in passes(pairs[:8], self.batching)[0]]
         batch = make_batch(few, _ANY, self._base.device)
         with torch.no_grad():
-            ours = self.log_likelihoods(few, batch, [])
             plain = target_log_likelihoods(self._base, batch, [])[batch.labels != -100]
+            try:
+                ours = self.log_likelihoods(few, batch, [])
+            except Exception as error:  # whatever a family does that this does not know
+                _log.warning("%s cannot be used with this model, which is run in full: %s", what, error)
+                return False
         rounding = _SAME if self._base.model.dtype == torch.float32 else _SAME_HALF
-        return bool((ours - plain).abs().mean() <= rounding * plain.abs().mean())
+        alike = bool((ours - plain).abs().mean() <= rounding * plain.abs().mean())
+        if not alike:
+            _log.warning("%s gives other losses with this model, which is run in full", what)
+        return alike
 
 
 _ANY = Positions(0, 1)  # without a book no row is intervened on
@@ -156,26 +171,10 @@ def _ids(pair: Pair) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _replaced(modules: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[None]:
-    """`make(own forward)` for the forward of every module; hooks on the modules run as ever."""
-    before = [(module, module.__dict__.get("forward")) for module in modules]
-    try:
-        for module, _ in before:
-            module.forward = make(module.forward)
-        yield
-    finally:
-        for module, own in before:
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
-
-
-@contextlib.contextmanager
-def _only(module: nn.Module, read: tuple[Tensor, Tensor], *, put_back: bool = False) -> Iterator[None]:
+def _only(module: nn.Module, read: tuple[Tensor, Tensor]) -> Iterator[None]:
     """A module that treats every position alike sees only rows `read` of its (B, T, d), as (1, N, d).
 
-    `put_back`: what it makes of them returns to their places, zeros elsewhere.
+    What it makes of them returns to their places, zeros elsewhere.
     """
     shape = torch.Size()
 
@@ -189,9 +188,7 @@ def _only(module: nn.Module, read: tuple[Tensor, Tensor], *, put_back: bool = Fa
         whole = made.new_zeros(*shape[:2], made.shape[-1]).index_put(read, made[0])
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
-    handles = [module.register_forward_pre_hook(select)]
-    if put_back:
-        handles.append(module.register_forward_hook(scatter))
+    handles = [module.register_forward_pre_hook(select), module.register_forward_hook(scatter)]
     try:
         yield
     finally:
@@ -209,7 +206,7 @@ def checkpointed(base: BaseModel, first: int) -> Iterator[None]:
     block's output lie outside what is repeated.
     """
     blocks = block_list(base.model)[first + 1 : -1]
-    with _replaced(
+    with replaced(
         blocks, lambda own: partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
     ):
         yield

@@ -109,10 +109,9 @@ class Losses:
                 total -= float(self._log_likelihoods(chunk, collective, personal).sum())
         return self._processes.add_up(total) / sum(len(target) for _, target in pairs)
 
-    @staticmethod
-    def _chunks(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    def _chunks(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """What fits into a pass each."""
-        return [[pairs[i] for i in chunk] for chunk in passes(pairs)]
+        return [[pairs[i] for i in chunk] for chunk in passes(pairs, self._frozen.batching)]
 
     def _log_likelihoods(
         self, pairs: Sequence[Pair], collective: Shift | None, personal: Shift | None

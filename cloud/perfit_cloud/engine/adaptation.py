@@ -131,7 +131,8 @@ class AdaptationEngine:
             self._tail = None
             install(self._own.model, range(base.blocks))
         breathe_between_blocks(self._own.model, self._turns)
-        self._caps = _IN_FULL if self._tail is None else Caps.of(base.device)
+        in_full = _IN_FULL._replace(batching=base.capabilities.passes)
+        self._caps = in_full if self._tail is None else Caps.of(base.device)
         self._room = [keep_bytes, spill_bytes]
         self._all_room = (keep_bytes, spill_bytes)
         self._state = threading.Condition()  # of what follows and of _room
@@ -213,7 +214,7 @@ class AdaptationEngine:
         arrays, working = adaptation._arrays, partial(self._working, [adaptation])
         constant = np.flatnonzero(arrays.marked == 0)
         pairs = [arrays.pair(int(i)) for i in constant]
-        for chunk in passes(pairs):
+        for chunk in passes(pairs, self._base.capabilities.passes):
             batch = make_batch([pairs[i] for i in chunk], Positions(0, 1), self._base.device)
             with working(), torch.no_grad():
                 likelihoods = target_log_likelihoods(self._whole, batch, []).sum(1)

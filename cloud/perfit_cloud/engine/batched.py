@@ -3,12 +3,14 @@
 For research, where all prompts are known beforehand, and to serve families that continuous batching
 does not take. Prompts are padded on the left. The book of whose rows are shifted is open for one
 forward pass, that of the prompts, and closed by its logits: decoded tokens are never intervened on.
+Which prompts share a batch, and whether earlier tokens are kept, is as the family can (capabilities).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +28,8 @@ from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.capabilities import Batching, left_padded
 from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, stack, to_torch
 from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.positions import Positions
@@ -54,11 +57,12 @@ def generate_batch(
     model.generation_config = GenerationConfig()  # what the model's folder suggests is not asked for
     answers = [_Answer(base, sampling) for sampling in samplings]
     with hooked(model, {layer for use in uses if use.artefact for layer in use.artefact.spec.layers}):
-        for chosen in _fitting(base.context, [(len(p), s) for p, s in zip(prompts, samplings, strict=True)]):
+        asked = [(len(prompt), sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        for chosen in _fitting(base.context, base.capabilities.answers, asked):
             members = [prompts[i] for i in chosen]
-            width = max(map(len, members))
-            groups = _groups(members, [uses[i] for i in chosen], width, base.device)
-            _generate(model, members, groups, [answers[i] for i in chosen])
+            groups = partial(_groups, members, [uses[i] for i in chosen], base.device)
+            readers = [answers[i] for i in chosen]
+            _generate(model, members, groups, readers, caches=base.capabilities.caches)
     return [answer.text for answer in answers]
 
 
@@ -74,33 +78,39 @@ class BatchedEngine(Engine):
         super().__init__(base, artefacts, settings, turns)
         # What the model's folder suggests is not asked for.
         self._model.generation_config = GenerationConfig()
-        self._most = 1 if depends_on_length(base.model) else settings.max_requests
 
     def _has_work(self) -> bool:
         return bool(self._waiting)
 
     def _round(self) -> None:
+        batching = self._base.capabilities.answers
         with self._changed:
             members: list[Request] = []
             later: list[Request] = []
             for request in self._waiting:
                 span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
-                fits = len(members) < self._most and span <= self._base.context
-                fits &= span * (len(members) + 1) <= self.settings.cache_tokens
+                fits = span <= self._base.context and span * (len(members) + 1) <= self.settings.cache_tokens
+                fits &= not members or batching.fits([len(members[0].prompt), len(request.prompt)])
                 (members if fits else later).append(request)
             self._waiting.clear()
             self._waiting.extend(later)
         if not members:
             return
-        width = max(len(request.prompt) for request in members)
-        rows = {
-            request: [(b + 1) * width - len(request.prompt) + p for p in request.positions]
-            for b, request in enumerate(members)
-        }
         prompts = [request.prompt for request in members]
+
+        def groups(length: int) -> list[Group]:
+            starts = _starts(prompts, length)
+            return self._groups({
+                request: [start + p for p in request.positions]
+                for request, start in zip(members, starts, strict=True)
+            })  # fmt: skip
+
         with self._turns.take():
             streams = [_Stream(request, self._produced) for request in members]
-            _generate(self._model, prompts, self._groups(rows), streams, between=self._turns.breathe)
+            _generate(
+                self._model, prompts, groups, streams,
+                caches=self._base.capabilities.caches, between=self._turns.breathe,
+            )  # fmt: skip
 
     def _drop(self) -> None:
         """All that was held lay in `generate`."""
@@ -157,36 +167,43 @@ class _Answer:
 
 
 def _generate(
-    model: Any, prompts: Sequence[list[int]], groups: Sequence[Group], readers: Sequence[_Reader],
-    between: Callable[[], None] = lambda: None,
+    model: Any, prompts: Sequence[list[int]], groups: Callable[[int], Sequence[Group]],
+    readers: Sequence[_Reader], *,
+    caches: bool, between: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """One `generate` on a model whose hooks are on; calls `between` its passes."""
-    width = max(map(len, prompts))
-    pads = [width - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+    """One `generate` on a model whose hooks are on; calls `between` its passes.
+
+    `groups` says whose rows a pass over so many tokens, padding included, shifts. Without caches every
+    pass reads the prompts again, and they are shifted again.
+    """
+    ids, mask, _ = left_padded(prompts)
     with ExitStack() as book:
-        book.enter_context(open_book(groups))
+
+        def after(length: int) -> None:
+            book.close()  # harmless when repeated
+            if not caches:
+                book.enter_context(open_book(groups(length + 1)))
+
+        book.enter_context(open_book(groups(ids.shape[1])))
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max(reader.most for reader in readers),
             do_sample=False,
-            use_cache=True,
-            logits_processor=LogitsProcessorList([_Choice(readers, on_first=book.close, between=between)]),
-            stopping_criteria=StoppingCriteriaList([_Ends(readers, width)]),
+            use_cache=caches,
+            logits_processor=LogitsProcessorList([_Choice(readers, after=after, between=between)]),
+            stopping_criteria=StoppingCriteriaList([_Ends(readers, ids.shape[1])]),
         )
 
 
 def _groups(
-    prompts: Sequence[list[int]], uses: Sequence[ShiftUse], width: int, device: torch.device
+    prompts: Sequence[list[int]], uses: Sequence[ShiftUse], device: torch.device, length: int
 ) -> list[Group]:
-    """The shifted rows of the flattened (B · width), one group for each artefact and mode."""
+    """The shifted rows of the flattened (B · length), one group for each artefact and mode."""
     owners: dict[tuple[int, Mode], list[tuple[list[int], ShiftUse]]] = {}
-    for b, (prompt, use) in enumerate(zip(prompts, uses, strict=True)):
+    for start, prompt, use in zip(_starts(prompts, length), prompts, uses, strict=True):
         if use.artefact is None or use.mode is Mode.BASE:
             continue
-        start = (b + 1) * width - len(prompt)
         rows = [start + p for p in Positions.parse(use.artefact.spec.positions).indices(len(prompt))]
         if rows:
             owners.setdefault((id(use.artefact), use.mode), []).append((rows, use))
@@ -201,16 +218,22 @@ def _groups(
     return groups
 
 
+def _starts(prompts: Sequence[list[int]], length: int) -> list[int]:
+    """Where each prompt begins in the flattened (B · length) of rows that are padded on the left alone."""
+    width = max(map(len, prompts))
+    return [b * length + width - len(prompt) for b, prompt in enumerate(prompts)]
+
+
 class _Choice(LogitsProcessor):  # type: ignore[misc]
     """Leaves the chosen token alone in the scores; `generate` takes the arg-max."""
 
     def __init__(
-        self, readers: Sequence[_Reader], *, on_first: Callable[[], None], between: Callable[[], None]
+        self, readers: Sequence[_Reader], *, after: Callable[[int], None], between: Callable[[], None]
     ) -> None:
-        self._readers, self._on_first, self._between = readers, on_first, between
+        self._readers, self._after, self._between = readers, after, between
 
-    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        self._on_first()  # harmless when repeated
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self._after(ids.shape[1])
         self._between()
         samplers = [None if reader.is_over else reader.sampler for reader in self._readers]
         if any(samplers):
@@ -238,11 +261,14 @@ def _span(requests: Sequence[tuple[int, Sampling]]) -> int:
     return max(prompt for prompt, _ in requests) + max(s.max_new_tokens for _, s in requests)
 
 
-def _fitting(context: int, requests: Sequence[tuple[int, Sampling]]) -> Iterator[list[int]]:
+def _fitting(
+    context: int, batching: Batching, requests: Sequence[tuple[int, Sampling]]
+) -> Iterator[list[int]]:
     """Requests (prompt tokens, sampling) that can run together within the context: all, mostly."""
     batch: list[int] = []
     for i in sorted(range(len(requests)), key=lambda i: requests[i][0]):
-        if batch and _span([requests[j] for j in (*batch, i)]) > context:
+        together = [requests[j] for j in (*batch, i)]
+        if batch and not (_span(together) <= context and batching.fits([n for n, _ in together])):
             yield batch
             batch = []
         batch.append(i)

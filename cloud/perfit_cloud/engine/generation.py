@@ -20,6 +20,7 @@ from perfit_cloud.engine.turns import Turns
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, depends_on_length
 from perfit_cloud.model.cache import Pass, Place, Shelves, attend_on_shelves
+from perfit_cloud.model.forward import forward
 from perfit_cloud.model.shifts import open_book
 
 __all__ = ["Engine", "GenerationEngine", "GenerationSettings", "can_share", "engine_for"]
@@ -170,9 +171,9 @@ def can_share(base: BaseModel) -> bool:
         for cut in (slice(None, -1), slice(-1, None)):
             parts = [prompt[cut] for prompt in prompts]
             step = Pass([p for p in places if p is not None], list(map(len, parts)), base.device)
-            ids = [i for number in step.order for i in parts[number]]
+            packed = [i for number in step.order for i in parts[number]]
             logits = model(
-                input_ids=torch.tensor([ids], device=base.device), position_ids=step.position_ids,
+                input_ids=torch.tensor([packed], device=base.device), position_ids=step.position_ids,
                 use_cache=False, logits_to_keep=step.last, shelves=step,
             ).logits[0]  # fmt: skip
             step.done()
@@ -180,7 +181,8 @@ def can_share(base: BaseModel) -> bool:
         if step.windows != _windows(config):
             return False
         for prompt, got in zip(prompts, found, strict=True):
-            want = base.model(torch.tensor([prompt], device=base.device)).logits[0, -1].float()
+            ids = torch.tensor([prompt], device=base.device)
+            want = forward(base.model, base.capabilities.arguments, ids).logits[0, -1].float()
             tolerance = 1e-3 if base.model.dtype == torch.float32 else 3e-2
             if not torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max())):
                 return False

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perfit_cloud.engine.turns import Turns, breathe_between_blocks
 from perfit_cloud.engine.types import Gradient, Mode, Score, ShiftUse
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.capabilities import Batching, left_padded
+from perfit_cloud.model.forward import token_losses
 from perfit_cloud.model.shifts import Group, Phi, Shift, install, open_book, row_index, to_torch
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
@@ -37,35 +38,28 @@ class Batch:
 def make_batch(pairs: Sequence[Pair], positions: Positions, device: torch.device) -> Batch:
     longest = max(len(p) + len(t) for p, t in pairs)
     keep = max(len(t) for _, t in pairs)
-    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
+    ids, mask, position_ids = left_padded([[*prompt, *target] for prompt, target in pairs])
     labels = torch.full((len(pairs), keep), -100)
     rows = []
     for b, (prompt, target) in enumerate(pairs):
         start = longest - len(prompt) - len(target)
-        ids[b, start:] = torch.tensor(prompt + target)
-        mask[b, start:] = 1
         labels[b, keep - len(target) :] = torch.tensor(target)
         rows.append([b * longest + start + i for i in positions.indices(len(prompt))])
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     return Batch(ids.to(device), mask.to(device), position_ids.to(device), labels.to(device), rows)
 
 
 def target_log_likelihoods(base: BaseModel, batch: Batch, groups: Sequence[Group]) -> Tensor:
     """Log-likelihood of every target token, (B, K), zero where there is none."""
-    keep = batch.labels.shape[1]
+    row, column = (batch.labels != -100).nonzero(as_tuple=True)
+    # A token is predicted by the position before it; columns of labels end where those of ids do.
+    before = column + batch.input_ids.shape[1] - batch.labels.shape[1] - 1
     with open_book(groups):
-        logits = base.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=keep + 1,
-        ).logits[:, -keep - 1 : -1]
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="none"
-    )
-    return -losses.view_as(batch.labels)
+        losses = token_losses(
+            base.model, base.capabilities.arguments, batch.input_ids, rows=(row, before),
+            labels=batch.labels[row, column], in_slices=base.capabilities.in_slices,
+            attention_mask=batch.attention_mask, position_ids=batch.position_ids,
+        )  # fmt: skip
+    return losses.new_zeros(batch.labels.shape).index_put((row, column), -losses)
 
 
 def group_all(batch: Batch, collective: Shift, personal: Shift | None) -> list[Group]:
@@ -104,7 +98,7 @@ class GradientEngine:
     def score(self, candidates: Sequence[Pair], use: ShiftUse) -> list[Score]:
         """Log-likelihood of each target after its prompt, in the order given."""
         scores: dict[int, Score] = {}
-        for chunk in passes(candidates):
+        for chunk in passes(candidates, self._base.capabilities.passes):
             batch = make_batch([candidates[i] for i in chunk], _positions(use), self._base.device)
             with self._turns.take_long(), torch.no_grad():
                 sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
@@ -126,7 +120,7 @@ class GradientEngine:
         leaves = [tensor for p in personal.values() for tensor in p]
         tokens = sum(len(target) for _, target in examples)
         loss, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
-        for chunk in passes(examples):
+        for chunk in passes(examples, self._base.capabilities.passes):
             batch = make_batch([examples[i] for i in chunk], _positions(use), self._base.device)
             with self._turns.take_long(), torch.enable_grad():
                 groups = self._groups(batch, use, personal)
@@ -145,11 +139,13 @@ def _positions(use: ShiftUse) -> Positions:
     return Positions.parse(use.artefact.spec.positions if use.artefact else "l1")
 
 
-def passes(pairs: Sequence[Pair]) -> list[list[int]]:
+def passes(pairs: Sequence[Pair], batching: Batching) -> list[list[int]]:
     """Indices of all pairs, shortest first, in forward passes of at most _PASS_TOKENS when padded."""
+    lengths = [len(prompt) + len(target) for prompt, target in pairs]
     made: list[list[int]] = []
-    for i in sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i]))):
-        if made and sum(map(len, pairs[i])) * (len(made[-1]) + 1) <= _PASS_TOKENS:
+    for i in sorted(range(len(pairs)), key=lengths.__getitem__):
+        fits = bool(made) and lengths[i] * (len(made[-1]) + 1) <= _PASS_TOKENS
+        if fits and batching.fits([lengths[made[-1][0]], lengths[i]]):
             made[-1].append(i)
         else:
             made.append([i])

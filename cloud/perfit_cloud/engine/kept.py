@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from perfit_cloud.engine.gradients import Pair
+from perfit_cloud.model.capabilities import Batching
 from perfit_cloud.model.shifts import Group, Shift, shift_rows
 from perfit_cloud.model.tail import Indices, Packing, Tail, ragged
 from perfit_shared.positions import Positions
@@ -35,6 +36,7 @@ class Caps(NamedTuple):
     rows: int  # packed rows; what a pass holds for its backward pass grows with them
     keys: int  # examples × longest example, tokens; what attention holds grows with them
     padding: int  # scores of attention, a head and block, for which another pass is the cheaper way
+    batching: Batching = Batching.ANY_LENGTHS  # of whole examples
 
     @classmethod
     def of(cls, device: torch.device) -> Caps:
@@ -49,7 +51,9 @@ class Caps(NamedTuple):
             count, most = at - begin + 1, max(most, row)
             taken, scores = taken + row, scores + row * length
             padding = count * most * length - scores
-            if count > 1 and (taken > self.rows or count * length > self.keys or padding > self.padding):
+            fits = taken <= self.rows and count * length <= self.keys and padding <= self.padding
+            fits &= self.batching.fits([int(lengths[order[begin]]), length])
+            if count > 1 and not fits:
                 yield order[begin:at]
                 begin, taken, scores, most = at, row, row * length, row
         if len(order):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from perfit_cloud.engine.types import Vital
-from perfit_cloud.model.base import block_list
+from perfit_cloud.model.blocks import block_list, hidden_of
 
 __all__ = ["Turns", "breathe_between_blocks"]
 
@@ -127,8 +127,8 @@ def breathe_between_blocks(model: Any, turns: Turns) -> list[Any]:
 
     def breathe(_module: Any, _args: Any, output: Any) -> None:
         turns.breathe()
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(output)
         if hidden.requires_grad:
-            hidden.register_hook(back)
+            hidden.register_hook(back)  # type: ignore[no-untyped-call]
 
     return [block.register_forward_hook(breathe) for block in block_list(model)]

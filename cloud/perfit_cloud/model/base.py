@@ -6,15 +6,18 @@ import copy
 import hashlib
 import json
 import logging
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
+from perfit_cloud.model.blocks import block_list, context_of, depends_on_length
+from perfit_cloud.model.capabilities import Capabilities, try_model
+from perfit_cloud.model.checkpoint import check_folder, check_loaded, check_name, weight_files
+from perfit_cloud.model.forward import arguments_of
+from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
 __all__ = ["BaseModel", "block_list", "depends_on_length", "fingerprint", "load_base", "model_folder"]
@@ -36,8 +39,15 @@ class BaseModel:
     fingerprint: str  # sha-256 of configuration, tokenizer and weight files, hex
     model: Any  # transformers PreTrainedModel, eval mode, no parameter requires grad
     tokenizer: Any
-    # Fast tokenizers fail with "Already borrowed" when two threads enter one.
-    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    # What its family can do; where nobody has tried, what most can.
+    capabilities: Capabilities = field(default=None, repr=False)  # type: ignore[assignment]
+    _codec: TokenCodec | None = field(default=None, repr=False)  # of the tokenizer; one for all copies
+
+    def __post_init__(self) -> None:
+        if self.capabilities is None:
+            object.__setattr__(self, "capabilities", Capabilities(arguments_of(self.model)))
+        if self._codec is None and self.tokenizer is not None:
+            object.__setattr__(self, "_codec", TokenCodec(self.tokenizer, self._embedded, self.context))
 
     @property
     def blocks(self) -> int:
@@ -55,8 +65,7 @@ class BaseModel:
     @property
     def context(self) -> int:
         """Most tokens of prompt and answer together."""
-        config = self.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2**20)
+        return context_of(self.model)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -76,32 +85,42 @@ class BaseModel:
         """Token ids of a prompt, with whatever the tokenizer puts in front. Raises InvalidPrompt if empty."""
         if not text.strip():
             raise InvalidPrompt("the prompt is empty")
-        with self._tokenizing:
-            return list(self.tokenizer(text)["input_ids"])
+        return self._tokens.prompt(text)
 
     def encode_chat(self, messages: list[tuple[str, str]]) -> list[int]:
-        """Token ids of (role, content) turns, oldest first, up to where the reply begins."""
+        """Token ids of (role, content) turns, oldest first, up to where the reply begins.
+
+        Special tokens come from the template alone: a content that spells one is text.
+        """
         if not messages or not all(content.strip() for _, content in messages):
             raise InvalidPrompt("a chat needs messages, none of them empty")
-        if not getattr(self.tokenizer, "chat_template", None):
-            # A model that was never taught turns reads them as plain text.
-            if len(messages) == 1:
-                return self.encode(messages[0][1])
-            return self.encode("\n".join(f"{role}: {text}" for role, text in messages) + "\nassistant:")
-        turns = [{"role": role, "content": content} for role, content in messages]
-        with self._tokenizing:
-            encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+        ids = self._tokens.chat(messages)
+        if ids is not None:
+            return ids
+        # A model that was never taught turns reads them as plain text.
+        if len(messages) == 1:
+            return self._tokens.plain_prompt(messages[0][1])
+        turns = "\n".join(f"{role}: {text}" for role, text in messages)
+        return self._tokens.plain_prompt(f"{turns}\nassistant:")
 
     def encode_target(self, text: str) -> list[int]:
-        """Token ids of an answer, nothing in front, end of sequence behind."""
-        with self._tokenizing:
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Token ids of an answer as it goes on from a prompt, end of sequence behind."""
+        ids = self._tokens.continuation(text)
         return ids if self.end_id is None else [*ids, self.end_id]
 
     def decode(self, ids: list[int]) -> str:
-        with self._tokenizing:
-            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self._tokens.text(ids)
+
+    @property
+    def _embedded(self) -> int:
+        """Tokens that have an embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def _tokens(self) -> TokenCodec:
+        if self._codec is None:
+            raise InvalidData("this model was loaded without a tokenizer")
+        return self._codec
 
     def twin(self) -> Any:
         """Another module tree over the very same tensors.
@@ -109,28 +128,15 @@ class BaseModel:
         Continuous batching may switch a model's attention implementation, and hooks differ; a twin
         keeps generation and gradients out of each other's way at no cost in memory.
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        twin = copy.deepcopy(self.model, memo={id(t): t for t in tensors})
+        memo = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        for module in self.model.modules():
+            # Some recurrent families leave the state of their last pass, with its graph, on their modules.
+            left = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+            memo |= {id(state): state.detach().clone() for state in left}
+        twin = copy.deepcopy(self.model, memo=memo)
         for module in twin.modules():
             module._forward_hooks.clear()  # those of the original are not the twin's
         return twin
-
-
-def block_list(model: Any) -> nn.ModuleList:
-    """The decoder's blocks. Raises InvalidData for a model that has no such list."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    count = model.config.get_text_config().num_hidden_layers
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise InvalidData("no list of decoder blocks found in this model")
-
-
-def depends_on_length(model: Any) -> bool:
-    """Whether rotary frequencies change with the longest sequence of a batch, so with one's neighbours."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
-    return bool(kinds & {"dynamic", "longrope"})
 
 
 def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
@@ -155,16 +161,29 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     if dtype not in dtypes:
         raise ConfigError(f'dtype "{dtype}" should be auto, {", ".join(dtypes)}')
     folder = model_folder(name_or_folder)
+    check_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtypes[dtype]).to(device).eval()
+        # Other shapes are refused below, by name.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtypes[dtype], output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidData(f"cannot load a causal LM from {name_or_folder}: {first}") from error
+    name = Path(name_or_folder).name
+    check_loaded(name, model, info)
     model.requires_grad_(False)
-    _stop_remembering(tokenizer)
-    base = BaseModel(Path(name_or_folder).name, fingerprint(folder), model, tokenizer)
-    block_list(model)
+    if not forget_words(tokenizer):
+        _log.info("tokenizer has no word cache to turn off")
+    base = BaseModel(name, fingerprint(folder), model, tokenizer, try_model(model))
+    check_vocabulary(tokenizer, base._tokens, base._embedded, base.end_ids)
+    if not base.end_ids:
+        _log.warning(
+            "%s has no end of sequence: targets are learned without an end, and answers go on to their "
+            "limit; set eos_token_id in generation_config.json", name,
+        )  # fmt: skip
     return base
 
 
@@ -182,20 +201,13 @@ def model_folder(name: str) -> Path:
     """A model's folder, fetched from the hub where `name` is none. Raises InvalidData."""
     if Path(name).is_dir():
         return Path(name)
+    check_name(name)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "original/*"]))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise InvalidData(f"{name} is neither a folder nor a model that the hub gives") from error
-
-
-def _stop_remembering(tokenizer: Any) -> None:
-    """Turn the BPE word cache off: it would keep words of prompts for the life of the process."""
-    try:
-        tokenizer.backend_tokenizer.model._resize_cache(0)
-    except AttributeError:
-        _log.info("tokenizer has no word cache to turn off")
 
 
 def fingerprint(folder: Path) -> str:
@@ -210,8 +222,7 @@ def fingerprint(folder: Path) -> str:
     if generation.is_file():  # of its sampling defaults none is used
         kept["end"] = json.loads(generation.read_text("utf-8")).get("eos_token_id")
     h.update(json.dumps(kept, sort_keys=True).encode())
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    for path in [*(folder / name for name in _TOKENIZER_FILES), *weights]:
+    for path in [*(folder / name for name in _TOKENIZER_FILES), *weight_files(folder)]:
         if path.is_file():
             h.update(path.name.encode())
             with path.open("rb") as file:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from perfit_cloud.model.base import block_list
+from perfit_cloud.model.blocks import block_list, hidden_of, with_hidden
 from perfit_shared.shifts import ShiftTensors
 
 __all__ = [
@@ -144,9 +144,9 @@ def _hook(layer: int) -> Any:
         groups = _BOOK.get()
         if not groups:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(output)
         for group in groups:
             hidden = shift_rows(hidden, group, layer)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_hidden(output, hidden)
 
     return apply

@@ -1,0 +1,129 @@
+"""A causal LM's forward pass: whatever arguments a family takes, and no more logits than are read.
+
+The head is most of the work and of the memory where a vocabulary is large. So `token_losses` runs the
+decoder once, picks the rows that predict a target token, and runs the model's own forward over a slice of
+them at a time, with the decoder standing in for itself: scales, soft-capping and whatever else a family
+does between head and logits stay the family's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from perfit_cloud.model.blocks import decoder_of
+
+__all__ = ["arguments_of", "forward", "replaced", "slice_rows", "token_losses"]
+
+# Logits of one slice, elements of float32. Memory above 32 MB is given back to the system at every
+# free (glibc), and faulting it in again costs as much as the head itself.
+_LOGITS = 2**22
+_LEAST_ROWS = 64  # of a slice, however large the vocabulary
+
+
+class _ReachedError(Exception):
+    """The output that a pass was made for is in; what lies behind it is not run."""
+
+
+def arguments_of(model: Any) -> frozenset[str]:
+    """Names of the arguments that the model's forward takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def forward(model: Any, arguments: frozenset[str], ids: Tensor, **more: Any) -> Any:
+    """The model's output for ids (B, T), with those of `more` that are among `arguments`, without a cache."""
+    more = {"use_cache": False, **more}
+    return model(ids, **{name: value for name, value in more.items() if name in arguments})
+
+
+def slice_rows(vocabulary: int) -> int:
+    """Rows whose logits exist at once."""
+    return max(_LEAST_ROWS, _LOGITS // vocabulary)
+
+
+def token_losses(
+    model: Any, arguments: frozenset[str], ids: Tensor, *,
+    rows: tuple[Tensor, Tensor], labels: Tensor, in_slices: bool, **more: Any,
+) -> Tensor:  # fmt: skip
+    """−log p of labels (N,) after the positions `rows` (two (N,)) of ids (B, T): (N,), float32.
+
+    `in_slices`: whether the family's head can be run apart (`capabilities`). Logits of a slice are
+    computed again in the backward pass.
+    """
+    if not in_slices:
+        logits = forward(model, arguments, ids, **more).logits[rows]
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    output = decoder_output(model, arguments, ids, **more)
+    hidden = _first(output)[rows]  # (N, d)
+    size = slice_rows(model.config.get_text_config().vocab_size)
+
+    def of_slice(part: Tensor, of_part: Tensor) -> Tensor:
+        logits = sliced_logits(model, arguments, output, part)
+        return F.cross_entropy(logits.float(), of_part, reduction="none")
+
+    if len(hidden) <= size:
+        return of_slice(hidden, labels)
+    return torch.cat([
+        checkpoint(of_slice, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    ])  # fmt: skip
+
+
+def decoder_output(model: Any, arguments: frozenset[str], ids: Tensor, **more: Any) -> Any:
+    """What the decoder gives to the model around it, with the head not run."""
+    found: list[Any] = []
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(output)
+        raise _ReachedError
+
+    handle = decoder_of(model).register_forward_hook(stop)
+    try:
+        with contextlib.suppress(_ReachedError):
+            forward(model, arguments, ids, **more)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def sliced_logits(model: Any, arguments: frozenset[str], output: Any, hidden: Tensor) -> Tensor:
+    """Logits (n, V) of rows (n, d) of the decoder's `output`."""
+    rows = hidden.unsqueeze(0)
+    standing = (rows, *output[1:]) if isinstance(output, tuple) else _with_hidden(output, rows)
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=hidden.device)
+    with replaced([decoder_of(model)], lambda _own: lambda *_args, **_more: standing):
+        logits: Tensor = forward(model, arguments, ids).logits[0]
+    return logits
+
+
+def _first(output: Any) -> Tensor:
+    hidden: Tensor = output[0]
+    return hidden
+
+
+def _with_hidden(output: Any, rows: Tensor) -> Any:
+    name = next(iter(output))
+    return type(output)(**{**output, name: rows})
+
+
+@contextlib.contextmanager
+def replaced(modules: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[None]:
+    """`make(own forward)` for the forward of every module; hooks on the modules run as ever."""
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module, _ in before:
+            module.forward = make(module.forward)
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own

@@ -1,0 +1,188 @@
+"""Text to token ids and back: prompts, chat turns and targets, whatever a tokenizer does at their ends."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from perfit_shared.errors import InvalidData, InvalidPrompt
+
+__all__ = ["TokenCodec", "check_vocabulary", "forget_words"]
+
+_log = logging.getLogger(__name__)
+# What a continuation is tokenised behind: its tokens are cut off again. A tokenizer that puts a space
+# in front of every text would put one in front of every answer otherwise.
+_ANCHORS = ("\n", ":", "a")
+_SHOWN = 5  # tokens that a message names
+_TOGETHER = 1024  # parts of a text that are tokenised at once
+
+
+class TokenCodec:
+    """One tokenizer, for any number of threads."""
+
+    def __init__(self, tokenizer: Any, embedded: int, context: int = 2**20) -> None:
+        """`embedded`: tokens that the model has an embedding for; `context`: the most of a text."""
+        self._tokenizer, self._context = tokenizer, context
+        # Fast tokenizers fail with "Already borrowed" when two threads enter one.
+        self._lock = threading.RLock()
+        self._appended = self._ids_behind()
+        self._anchors = [(anchor, self._ids(anchor)) for anchor in _ANCHORS]
+        self._template = str(getattr(tokenizer, "chat_template", None) or "")
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        beyond = {str(token) for number, token in added.items() if number >= embedded}
+        self._beyond = _any_of(beyond)
+        self._guarded = _any_of(beyond | _marks(tokenizer, self._template))
+
+    def prompt(self, text: str) -> list[int]:
+        """What the tokenizer puts in front, and the text; an answer follows, so never what it puts behind."""
+        return self._prompt(text, self._beyond)
+
+    def plain_prompt(self, text: str) -> list[int]:
+        """As `prompt`, but names of special tokens in the text are letters like any others."""
+        return self._prompt(text, self._guarded)
+
+    def continuation(self, text: str) -> list[int]:
+        """Tokens of a text that stands behind another one; names of special tokens in it are letters."""
+        return self._following(self._cut(text, self._guarded))
+
+    def chat(self, turns: list[tuple[str, str]]) -> list[int] | None:
+        """(role, content) turns by the tokenizer's template, up to where the reply begins; None without one.
+
+        What the template writes become special tokens, what a content holds never does.
+        """
+        if not self._template:
+            return None
+        if not any(self._guarded and self._guarded.search(text) for turn in turns for text in turn):
+            with self._lock:
+                encoded = self._tokenizer.apply_chat_template(
+                    _messages(turns), add_generation_prompt=True, return_dict=True
+                )
+            return list(encoded["input_ids"])
+        mark = _unused("".join(text for turn in turns for text in turn) + self._template)
+        cut = [(role, mark.join(self._cut(content, self._guarded))) for role, content in turns]
+        with self._lock:
+            rendered = self._tokenizer.apply_chat_template(
+                _messages(cut), add_generation_prompt=True, tokenize=False
+            )
+            head, *rest = rendered.split(mark)
+            return [*self._ids(head), *self._following([part for part in rest if part])]
+
+    def text(self, ids: list[int]) -> str:
+        with self._lock:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    def _prompt(self, text: str, guarded: re.Pattern[str] | None) -> list[int]:
+        head, *rest = self._cut(text, guarded) or [""]
+        with self._lock:
+            ids = list(self._tokenizer(head)["input_ids"])
+        return [*ids[: len(ids) - len(self._appended)], *self._following(rest)]
+
+    def _ids(self, text: str) -> list[int]:
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _ids_behind(self) -> list[int]:
+        """Those that the tokenizer puts behind every text: an end of sequence, a separator."""
+        with self._lock:
+            whole = list(self._tokenizer("a")["input_ids"])
+        own = self._ids("a")
+        starts = [at for at in range(len(whole) - len(own) + 1) if whole[at : at + len(own)] == own]
+        return whole[starts[-1] + len(own) :] if starts else []
+
+    def _following(self, parts: Sequence[str]) -> list[int]:
+        """Token ids of parts that stand one behind another, behind some other text."""
+        anchor, before = self._anchors[0]
+        ids: list[int] = []
+        for start in range(0, len(parts), _TOGETHER):
+            some = parts[start : start + _TOGETHER]
+            with self._lock:
+                joint = self._tokenizer([anchor + part for part in some], add_special_tokens=False)
+            for part, found in zip(some, joint["input_ids"], strict=True):
+                ids += found[len(before) :] if found[: len(before)] == before else self._other_ids(part)
+        return ids
+
+    def _cut(self, text: str, guarded: re.Pattern[str] | None) -> list[str]:
+        """The text in parts none of which holds a guarded name. Raises InvalidPrompt where too many do."""
+        parts: list[str] = []
+        start = at = 0
+        while guarded is not None and (found := guarded.search(text, at)) is not None:
+            at = found.start() + 1
+            if found.end() > at:
+                parts.append(text[start:at])
+                start = at
+            if len(parts) > self._context:
+                raise InvalidPrompt(f"the text spells more special tokens than the {self._context} that fit")
+        return [part for part in (*parts, text[start:]) if part]
+
+    def _other_ids(self, text: str) -> list[int]:
+        """As `_following`, of a text that melts into the first anchor."""
+        for anchor, before in self._anchors[1:]:
+            joint = self._ids(anchor + text)
+            if joint[: len(before)] == before:
+                return joint[len(before) :]
+        return self._ids(text)
+
+
+def check_vocabulary(tokenizer: Any, codec: TokenCodec, embedded: int, end_ids: Iterable[int]) -> None:
+    """Raises InvalidData where prompts or ends need tokens for which the model has no embedding.
+
+    Added tokens beyond the embedding that nothing needs are listed once: a text that spells one is text.
+    """
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embedded)
+    added = set(getattr(tokenizer, "added_tokens_decoder", {}))
+    own = [pair for pair in beyond if pair[0] not in added]
+    if own:
+        raise InvalidData(f"the tokenizer is another model's: {_named(own)} are beyond the {embedded:,} rows")
+    written = [*codec.prompt("a"), *(codec.chat([("user", "a")]) or ()), *end_ids]
+    needed = [(number, token) for number, token in beyond if number in written]
+    if needed or any(number >= embedded for number in written):
+        raise InvalidData(
+            f"prompts of this tokenizer need {_named(needed) or 'tokens'} beyond the model's {embedded:,} "
+            "embeddings; use a model that was resized to it, or mend the tokenizer and eos_token_id"
+        )
+    if beyond:
+        _log.warning("%s beyond the model's %d embeddings are read as text", _named(beyond), embedded)
+
+
+def _named(tokens: Sequence[tuple[int, str]]) -> str:
+    shown = ", ".join(f'"{token}" ({number})' for number, token in tokens[:_SHOWN])
+    return f"{shown} and {len(tokens) - _SHOWN:,} more" if len(tokens) > _SHOWN else shown
+
+
+def forget_words(tokenizer: Any) -> bool:
+    """Turn the BPE word cache off: it would keep words of prompts for the life of the process."""
+    try:
+        tokenizer.backend_tokenizer.model._resize_cache(0)
+    except AttributeError:
+        return False
+    return True
+
+
+def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def _marks(tokenizer: Any, template: str) -> set[str]:
+    """Tokens whose names a text may not spell: special ones, and others that the template writes."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    names = {str(token) for token in added if token.special or str(token) in template}
+    return names | set(getattr(tokenizer, "all_special_tokens", ()))
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Finds the longest of these; runs of spaces, which some tokenizers add, are text."""
+    found = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None
+
+
+def _unused(text: str) -> str:
+    """A character for private use that stands nowhere in the text."""
+    for code in range(0xE000, 0xF900):
+        if chr(code) not in text:
+            return chr(code)
+    raise InvalidPrompt("the chat uses every character that is for private use")
