@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, User, read_users
+from perfit_shared.lamp import Entry, Labels, User, Users, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["People", "Person", "Question", "read_people", "swap_histories"]
@@ -46,7 +46,14 @@ class People:
     dropped_long: int  # history examples over the token cap
     shortened: int  # prompts of queries cut to fit the context
     without_queries: int  # users
-    empty_queries: tuple[str, ...]  # ids of queries with an empty field, in the whole file
+    empty_queries: tuple[Entry, ...]  # with an empty field, of the whole file; none where users are left out
+    labels: Labels  # of the label file
+    raw_ids: Mapping[str, str | int]  # of all queries, as the file has them
+    extra_labels: int  # of no query in the file
+
+    def raw_id(self, name: str) -> str | int:
+        """A query's id as the label file has it, or where that has none, the queries' file."""
+        return self.labels.raw_ids.get(name, self.raw_ids[name])
 
     def digest(self) -> str:
         """sha-256 over all ids and tokens, hex."""
@@ -74,8 +81,14 @@ def read_people(folder: Path, task: Task, base: BaseModel, *, users: int | None 
     return People(
         people=people, dropped_empty=found.dropped_empty, dropped_long=reader.dropped_long,
         shortened=reader.shortened, without_queries=len(chosen) - len(people),
-        empty_queries=found.empty_queries,
+        empty_queries=found.empty_queries if users is None else (), labels=found.labels,
+        raw_ids=(ids := _raw_ids(found)), extra_labels=len(found.labels.golds.keys() - ids.keys()),
     )  # fmt: skip
+
+
+def _raw_ids(found: Users) -> dict[str, str | int]:
+    queries = [*(entry for user in found.users for entry in user.query), *found.empty_queries]
+    return {entry.id: entry.raw_id for entry in queries}
 
 
 class _Reader:

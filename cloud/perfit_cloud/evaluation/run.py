@@ -4,7 +4,7 @@
     OUT/artefact/                    stage 1, unless an artefact was given
     OUT/users/{user_id}/             personal.safetensors, result.json
     OUT/run.json, summary.json       written last
-    OUT/predictions.json             personal answers in LaMP's schema; every mode's in predictions/
+    OUT/predictions.json             personal answers in LaMP's schema, with golds.json (`predictions`)
 
 Whatever is finished is kept, so that the same command goes on after a kill at any moment, and ends
 with the same figures.
@@ -25,6 +25,7 @@ from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.evaluation import stage2
 from perfit_cloud.evaluation.measure import measure, use_of
 from perfit_cloud.evaluation.people import People, Person, read_people, swap_histories
+from perfit_cloud.evaluation.predictions import write_predictions
 from perfit_cloud.evaluation.request import Request
 from perfit_cloud.evaluation.results import (
     MODES,
@@ -68,6 +69,9 @@ def run_lamp(
     people = read_people(request.data, task, base, users=request.users)
     say = Progress(0).say
     say(_described(people))
+    if people.extra_labels:
+        many = "label belongs" if people.extra_labels == 1 else "labels belong"
+        say(f"{people.extra_labels} {many} to no query; golds.json has those of the queries")
     artefact, seconds = artefact_for(request, task, base, stop)
     run = _Run(
         request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
@@ -104,7 +108,7 @@ class _Run:
             batch_size=_given(request.batch_size, artefact.batch_size if own else preset.batch_size),
             seed=request.seed,
         )
-        self._unanswered = people.empty_queries if request.users is None else ()
+        self._cohort = people
         self._settings = self._described(people)
 
     def _described(self, people: People) -> dict[str, Any]:
@@ -162,7 +166,7 @@ class _Run:
         }
         run = Run(self._out, self._task, self._settings, seconds, users)
         run.save()
-        self._write_predictions(run)
+        write_predictions(run, self._cohort, model=self._base.name)
         write_json(self._out / "summary.json", summarise(run))
         return run
 
@@ -301,19 +305,6 @@ class _Run:
 
     def _keep_times(self, person: Person, **seconds: float) -> None:
         write_json(self._folder(person) / "seconds.json", self._times(person) | seconds)
-
-    def _write_predictions(self, run: Run) -> None:
-        """Answers in LaMP's schema, one file a mode, and the personal ones as predictions.json.
-
-        LaMP's own script wants one for every gold, so queries with an empty field get an empty one.
-        """
-        for mode in run.modes:
-            golds = [{"id": q.id, "output": q.answers[mode]} for user in run.users for q in user.queries]
-            golds += [{"id": name, "output": ""} for name in self._unanswered]
-            data = {"task": run.task.lamp or run.task.name, "golds": golds, "model": self._base.name}
-            write_json(self._out / "predictions" / f"{mode}.json", data)
-            if mode == ("personal" if "personal" in run.modes else "collective"):
-                write_json(self._out / "predictions.json", data)
 
 
 def _given(value: _T | None, default: _T) -> _T:
