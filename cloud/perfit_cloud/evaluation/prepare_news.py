@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from perfit_cloud.evaluation.prepare_files import (
 )
 from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import Entry, at, is_date, parse_json, read_text
+from perfit_shared.prompts import asking_for
 from perfit_shared.tasks import Task, task_named
 
 __all__ = ["prepare_news"]
@@ -124,9 +124,7 @@ def _with_labels(task: Task, articles: Iterable[_Article]) -> Task:
     """The task with the categories that occur, most frequent first."""
     counts = Counter(article.category for article in articles)
     labels = sorted(counts, key=lambda label: (-counts[label], label))
-    listed = ", ".join(labels).replace("{", "{{").replace("}", "}}")
-    template = re.sub(r"\[.*?\]", lambda _: f"[{listed}]", task.template, count=1)
-    return replace(task, template=template, labels=tuple(labels))
+    return replace(task, template=asking_for(task.template, tuple(labels)), labels=tuple(labels))
 
 
 def _authors(articles: Iterable[_Article], task: Task) -> list[Candidate]:

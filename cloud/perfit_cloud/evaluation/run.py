@@ -32,6 +32,7 @@ from perfit_cloud.evaluation.results import (
     QueryResult,
     Run,
     UserResult,
+    completed,
     user_folder,
     write_bytes,
     write_json,
@@ -42,8 +43,9 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
 from perfit_shared.presets import preset_for
+from perfit_shared.prompts import load_prompts, prompts_of
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.tasks import Task, load_task
+from perfit_shared.tasks import Task
 
 __all__ = ["run_lamp"]
 
@@ -64,11 +66,11 @@ def run_lamp(
         import torch
 
         torch.set_num_threads(request.threads)
-    task = load_task(request.data, request.task)
+    task = load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     people = read_people(request.data, task, base, users=request.users)
     say = Progress(0).say
-    say(_described(people))
+    say(_described(people, task))
     if people.extra_labels:
         many = "label belongs" if people.extra_labels == 1 else "labels belong"
         say(f"{people.extra_labels} {many} to no query; golds.json has those of the queries")
@@ -79,13 +81,14 @@ def run_lamp(
     return run.finished() or run.run()
 
 
-def _described(people: People) -> str:
+def _described(people: People, task: Task) -> str:
     histories = sum(len(person.history) for person in people.people)
     queries = sum(len(person.questions) for person in people.people)
     return (
         f"{len(people.people)} users, {histories} past examples, {queries} queries; left out: "
-        f"{people.dropped_empty} with an empty field, {people.dropped_long} too long, "
-        f"{people.without_queries} users without queries; {people.shortened} prompts shortened"
+        f"{people.dropped_empty} with an empty field, {people.dropped_long} with an answer too long, "
+        f"{people.without_queries} users without queries; {people.shortened} prompts cut to fit "
+        f"{people.token_cap} tokens with the answer; {prompts_of(task)} prompts"
     )
 
 
@@ -107,6 +110,7 @@ class _Run:
             learning_rate=_given(request.learning_rate, artefact.learning_rate),
             batch_size=_given(request.batch_size, artefact.batch_size if own else preset.batch_size),
             seed=request.seed,
+            schedule=request.schedule,
         )
         self._cohort = people
         self._settings = self._described(people)
@@ -125,7 +129,10 @@ class _Run:
             "collective_learning_rate": request.collective_learning_rate, "preset": request.preset,
             "ablation": request.ablation,
             "histories": request.histories, "artefact": self._artefact.version,
-            "artefact_task": self._artefact.task.name, "decoding": asdict(request.decoding),
+            "artefact_task": self._artefact.task.name, "artefact_prompts": prompts_of(self._artefact.task),
+            "prompts": prompts_of(self._task), "decoding": asdict(request.decoding),
+            "answer_tokens": self._task.answer_tokens, "stop": list(self._task.stop),
+            "token_cap": people.token_cap, "shortened": people.shortened,
         }  # fmt: skip
 
     def finished(self) -> Run | None:
@@ -139,8 +146,9 @@ class _Run:
                 theirs = json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise InvalidData(f"{path} is damaged; use another --out") from error
-            ours = json.loads(json.dumps(self._settings))
-            changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            theirs, ours = completed(theirs, self._task), json.loads(json.dumps(self._settings))
+            differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+            changed = sorted(differing - {"token_cap", "shortened"})  # what they do shows in the data
             if changed:
                 names = ", ".join(name.replace("_", " ") for name in changed)
                 raise InvalidInput(f"{self._out} holds a run with other {names}; use another --out")
@@ -274,7 +282,7 @@ class _Run:
         result = self._result(person)
         if result is None:
             learned = (self._folder(person) / "personal.safetensors").is_file()
-            steps = self._stage2.schedule(len(person.history)).steps if learned else 0
+            steps = self._stage2.schedule_for(person.lengths).steps if learned else 0
             result = UserResult(person.user_id, len(person.history), steps, tuple(queries))
         result.with_modes(queries).save(self._folder(person))
 
