@@ -147,6 +147,17 @@ def test_queries_that_cannot_be_asked_are_answered_by_nothing(run: Run, tmp_path
     assert answers[70] == "" and golds[70] == old[3]["output"]
 
 
+def test_golds_that_are_no_label_are_said(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Macro-F1 is over the task's labels: where the data has others, it means nothing."""
+    data = write_files(tmp_path / "data")
+    labelled = {"answer": " {title}", "metric": "accuracy", "labels": ["cat", "dog"], "answer_tokens": 4}
+    write(data / "task.json", {"template": "{text} so", **labelled})
+    run(data, "news_headline", users=2)
+    assert "6 of 6 golds are none of the 2 labels of news_headline" in capsys.readouterr().err
+
+
 def test_outputs_of_two_tasks_are_refused(tmp_path: Path) -> None:
     folder = download(tmp_path / "time", str, "LaMP_2")
     for name in ("questions", "outputs"):

@@ -70,10 +70,7 @@ def run_lamp(
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     people = read_people(request.data, task, base, users=request.users)
     say = Progress(0).say
-    say(_described(people, task))
-    if people.extra_labels:
-        many = "label belongs" if people.extra_labels == 1 else "labels belong"
-        say(f"{people.extra_labels} {many} to no query; golds.json has those of the queries")
+    _describe(people, task, say)
     artefact, seconds = artefact_for(request, task, base, stop)
     run = _Run(
         request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
@@ -81,15 +78,24 @@ def run_lamp(
     return run.finished() or run.run()
 
 
-def _described(people: People, task: Task) -> str:
+def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
     histories = sum(len(person.history) for person in people.people)
-    queries = sum(len(person.questions) for person in people.people)
-    return (
-        f"{len(people.people)} users, {histories} past examples, {queries} queries; left out: "
+    golds = [question.gold for person in people.people for question in person.questions]
+    say(
+        f"{len(people.people)} users, {histories} past examples, {len(golds)} queries; left out: "
         f"{people.dropped_empty} with an empty field, {people.dropped_long} with an answer too long, "
         f"{people.without_queries} users without queries; {people.shortened} prompts cut to fit "
         f"{people.token_cap} tokens with the answer; {prompts_of(task)} prompts"
     )
+    unknown = sum(gold not in task.labels for gold in golds) if task.labels else 0
+    if unknown:
+        say(
+            f"{unknown} of {len(golds)} golds are none of the {len(task.labels)} labels of {task.name}, so "
+            'no answer to them is right; if the data has others, name them in a task.json: {"labels": […]}'
+        )
+    if people.extra_labels:
+        many = "label belongs" if people.extra_labels == 1 else "labels belong"
+        say(f"{people.extra_labels} {many} to no query; golds.json has those of the queries")
 
 
 class _Run:

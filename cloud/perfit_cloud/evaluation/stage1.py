@@ -35,6 +35,8 @@ def artefact_for(
         artefact = train_collective(_collective(request, folder), base=base, stop=stop)
     else:
         artefact = Artefact.load(folder)
+        spec = artefact.spec
+        say(f"{folder}: {_preset(request).mapping(spec, blocks=base.blocks, given=True)}")
     _check(artefact, request, base, folder)
     if request.artefact is None:
         _check_own(artefact, request, task, folder)
