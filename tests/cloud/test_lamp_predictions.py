@@ -85,6 +85,8 @@ def test_downloads_become_predictions_that_the_scripts_take(
     for record in records:
         ids = [record["user_id"], *(entry["id"] for part in ("profile", "query") for entry in record[part])]
         assert {type(name) for name in ids} == {kind}
+    written = json.loads((data / LABELS).read_text())
+    assert written["task"] == name and {type(gold["id"]) for gold in written["golds"]} == {kind}
 
 
 def with_model(path: Path) -> Path:

@@ -261,6 +261,10 @@ def test_nothing_is_taken_from_runs_of_other_prompts_or_decoding(runs: Runs) -> 
     found = nearest(part, groups)
     assert found is not None and found.get("prompts") == "oppu"
     assert nearest(part, [group for group in groups if group is not found]) is None
+    runs.add("lamp part", ablation="stage2", task=with_prompts(LABELS, "lamp"), modes="base personal")
+    of_lamp = Run.load(runs.folders.pop())
+    assert (of_lamp.prompts, of_lamp.decoding) == ("lamp", Run.load(runs.folders[0]).decoding)
+    assert nearest(group_runs([of_lamp])[0], groups) is None, "prompts alone keep them apart"
     text = runs.report()
     rows = _rows(text, "Main results")
     assert {(row["setting"].split(", ")[-1], row["decoding"]) for row in rows} == {
