@@ -162,7 +162,7 @@ class Bench:
     def _reference(
         self, person: Person, artefact: Artefact, settings: stage2.Settings
     ) -> tuple[ShiftTensors, float]:
-        schedule = settings.schedule(len(person.history))
+        schedule = settings.schedule_for(person.lengths)
         return reference.train(
             self._base, person.history, spec=artefact.spec, collective=artefact.collective,
             start=artefact.seed, plan_batches=[schedule.batch(step) for step in range(schedule.steps)],

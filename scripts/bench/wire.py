@@ -180,7 +180,9 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     spec, rank = artefact.spec, artefact.spec.personal_rank
     people = read_people(args.data, artefact.task, base).people
     was = json.loads((args.run / "settings.json").read_text("utf-8"))
-    settings = stage2.Settings(was["epochs"], was["learning_rate"], artefact.batch_size, was["seed"])
+    settings = stage2.Settings(
+        was["epochs"], was["learning_rate"], artefact.batch_size, was["seed"], was.get("schedule", "device")
+    )
 
     def arrived(tensors: ShiftTensors, form: str) -> ShiftTensors:
         return ShiftTensors.from_bytes(tensors.to_bytes(dtype=form), spec, rank)

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -26,6 +26,7 @@ from perfit_shared.tasks import Task
 
 __all__ = [
     "Entry",
+    "Labels",
     "User",
     "Users",
     "at",
@@ -35,6 +36,7 @@ __all__ = [
     "labels_beside",
     "parse_json",
     "read_golds",
+    "read_labels",
     "read_text",
     "read_users",
     "refuse_html",
@@ -49,10 +51,16 @@ _SHOWN = 40  # characters of an id in a message
 class Entry:
     """One profile item or query. `item`: the task's fields as text, numbers such as scores included."""
 
-    id: str  # the file's; of a profile item without one, its place from 0
+    id: str  # the file's, as text; of a profile item without one, its place from 0
     date: str  # as the file has it; "" if it has none, as queries
     item: Mapping[str, str]
     extra: Mapping[str, str] = field(default_factory=dict)  # a query's `input`; other texts, as 2N's title
+    # As the file has it, for files made of it: LaMP's and OPPU's scripts compare ids with their types.
+    raw_id: str | int = ""
+
+    def __post_init__(self) -> None:
+        if self.raw_id == "":
+            object.__setattr__(self, "raw_id", self.id)
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,21 @@ class User:
     user_id: str
     profile: tuple[Entry, ...]
     query: tuple[Entry, ...]
-    person: str = ""  # `user_id` of a LaMP question's record, where it has one
+    person: str | int | None = None  # `user_id` of a LaMP question's record as the file has it
 
     @property
     def dated(self) -> bool:
         """Whether dates order the profile: every entry has one in ISO 8601."""
         return all(is_date(entry.date) for entry in self.profile)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A label file: the gold answers of queries, by their ids as text."""
+
+    task: str = ""  # LaMP's name for it, as the file has it: "LaMP_2"
+    golds: Mapping[str, str] = field(default_factory=dict)
+    raw_ids: Mapping[str, str | int] = field(default_factory=dict)  # as the file has them
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,8 @@ class Users:
     held_out: bool  # the golds of the queries have a label file: these users are tested on them
     no_profiles: bool  # no profile item had the task's fields, so all were left aside
     dropped_empty: int  # profile items and queries with an empty field
-    empty_queries: tuple[str, ...]  # ids of the queries among them, for who must answer every one
+    empty_queries: tuple[Entry, ...]  # the queries among them, for who must answer every one
+    labels: Labels = field(default_factory=Labels)  # of the label file, where there is one
 
     def to_train_on(self) -> tuple[str, dict[str, tuple[Entry, ...]]]:
         """What stage 1 learns from: ("query" or "profile", entries by user id), nobody without any.
@@ -104,29 +122,35 @@ def read_users(path: Path, task: Task, *, golds: Path | None = None) -> Users:
     (`labels_beside`). Raises InvalidData naming file, item and field, also where a query's gold and
     its label differ.
     """
-    labels = golds or labels_beside(path)
-    known = {} if labels is None else read_golds(labels)
+    file = golds or labels_beside(path)
+    labels = Labels() if file is None else read_labels(file)
+    source = f"{path.resolve().parent.name}/{path.name}"
     with at(str(path)):
-        return users_of(
-            parse_json(read_text(path)), task, golds=known, source=f"{path.resolve().parent.name}/{path.name}"
-        )
+        found = users_of(parse_json(read_text(path)), task, golds=labels.golds, source=source)
+    return replace(found, labels=labels)
 
 
-def read_golds(path: Path) -> dict[str, str]:
+def read_golds(path: Path) -> Mapping[str, str]:
     """Gold answers by query id, of LaMP's outputs.json or OPPU's label file. Raises InvalidData."""
+    return read_labels(path).golds
+
+
+def read_labels(path: Path) -> Labels:
+    """LaMP's outputs.json or OPPU's label file. Raises InvalidData."""
     with at(str(path)):
         data = parse_json(read_text(path))
         entries = data.get("golds") if isinstance(data, dict) else None
         if not _is_list_of_objects(entries):
             raise InvalidData('it should be {"task": …, "golds": [{"id": …, "output": …}]}')
         golds: dict[str, str] = {}
+        raw_ids: dict[str, str | int] = {}
         for number, entry in enumerate(entries):
             with at(f"gold {_shown(entry, number)}"):
                 name = id_of(entry)
                 if name in golds:
                     raise InvalidData("it is there twice")
-                golds[name] = _text(entry, "output")
-        return golds
+                golds[name], raw_ids[name] = _text(entry, "output"), entry["id"]
+        return Labels(_text(data, "task") if "task" in data else "", golds, raw_ids)
 
 
 def labels_beside(path: Path) -> Path | None:
@@ -211,7 +235,7 @@ class _Record:
     place: str  # for messages
     profile: list[dict[str, Any]]
     query: list[dict[str, Any]]
-    person: str
+    person: str | int | None
 
 
 def _record(record: Mapping[str, Any], number: int, *, questions: bool) -> _Record:
@@ -219,11 +243,12 @@ def _record(record: Mapping[str, Any], number: int, *, questions: bool) -> _Reco
     place = f"{'question' if questions else 'user'} {_shown(record, number, key)}"
     with at(place):
         name = id_of(record, key)
+        named = questions and "user_id" in record and id_of(record, "user_id")
         if not questions and not {"profile", "query"} & record.keys():
             raise InvalidData('field "profile" is missing')
         return _Record(
             name, place, _list(record, "profile"), [dict(record)] if questions else _list(record, "query"),
-            id_of(record, "user_id") if questions and "user_id" in record else "",
+            record["user_id"] if named else None,
         )  # fmt: skip
 
 
@@ -244,7 +269,7 @@ class _Reader:
         self._task, self._golds = task, golds
         self._queries: set[str] = set()
         self.dropped_empty = 0
-        self.empty_queries: list[str] = []
+        self.empty_queries: list[Entry] = []
 
     def user(self, record: _Record, *, aside: bool) -> User:
         profile = [self._profile(raw, n) for n, raw in enumerate([] if aside else record.profile)]
@@ -260,14 +285,14 @@ class _Reader:
     def _profile(self, raw: Mapping[str, Any], number: int) -> Entry | None:
         with at(f"profile item {_shown(raw, number)}"):
             item = item_of(raw, self._task)
-            name = id_of(raw) if "id" in raw else str(number)
+            name, raw_id = (id_of(raw), raw["id"]) if "id" in raw else (str(number), "")
             date = _date(raw)
         if item is None:
             self.dropped_empty += 1
             return None
         used = {"id", "date", *item}
         extra = {key: value for key, value in raw.items() if key not in used and isinstance(value, str)}
-        return Entry(name, date, item, extra)
+        return Entry(name, date, item, extra, raw_id)
 
     def _query(self, raw: Mapping[str, Any], number: int) -> Entry | None:
         with at(f"query {_shown(raw, number)}"):
@@ -277,11 +302,12 @@ class _Reader:
             self._queries.add(name)
             text, gold = _text(raw, "input"), self._gold(raw, name)
             item = self._task.item_from_query(text, gold)
+        entry = Entry(name, _date(raw), item, {"input": text}, raw["id"])
         if not all(value.strip() for value in item.values()):
             self.dropped_empty += 1
-            self.empty_queries.append(name)
+            self.empty_queries.append(entry)
             return None
-        return Entry(name, _date(raw), item, {"input": text})
+        return entry
 
     def _gold(self, raw: Mapping[str, Any], name: str) -> str:
         key = "gold" if "gold" in raw else "output"  # what LaMP's own merging of its two files makes

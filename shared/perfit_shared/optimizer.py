@@ -28,7 +28,9 @@ import safetensors.numpy
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["OptimizerConfig", "StiefelAdamW", "learning_rate_at"]
+__all__ = ["SCHEDULES", "OptimizerConfig", "StiefelAdamW", "learning_rate_at"]
+
+SCHEDULES = ("device", "paper")
 
 Array = npt.NDArray[np.float32]
 # Torch's Householder coordinates move R about twice as far for one lr; on small random problems 4
@@ -47,20 +49,29 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    schedule: str = "device"  # or "paper", see `learning_rate_at`
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 10):
             raise InvalidInput("a learning rate should be above 0 and at most 10")
         if self.total_steps < 1:
             raise InvalidInput("an update needs at least one step")
+        if self.schedule not in SCHEDULES:
+            raise InvalidInput(f'no schedule "{self.schedule[:20]}"; there are {", ".join(SCHEDULES)}')
 
 
 def learning_rate_at(step: int, config: OptimizerConfig) -> float:
-    """The rate of step 0 … total_steps − 1: linear warm-up, then linear decay towards 0."""
+    """The rate of step 0 … total_steps − 1: linear warm-up, then linear decay towards 0.
+
+    "paper" is the schedule of Hugging Face's trainer, whose first step has rate 0. "device" begins a
+    step further on: a short history has no step to waste.
+    """
     warm = max(1, math.ceil(config.warm_up * config.total_steps))
+    paper = config.schedule == "paper"
     if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * (config.total_steps - step) / (config.total_steps - warm + 1)
+        return config.learning_rate * (step if paper else step + 1) / warm
+    decay = config.total_steps - warm
+    return config.learning_rate * (config.total_steps - step) / max(1, decay if paper else decay + 1)
 
 
 class StiefelAdamW:
@@ -130,7 +141,10 @@ class StiefelAdamW:
         """Configuration, step count and moments, exactly."""
         named = {f"first.{name}": array for name, array in self._first.items()}
         named |= {f"second.{name}": array for name, array in self._second.items()}
-        metadata = {"config": json.dumps(asdict(self.config)), "steps": str(self.steps)}
+        config = asdict(self.config)
+        if self.config.schedule == "device":
+            del config["schedule"]  # so that readers from before there were two take it
+        metadata = {"config": json.dumps(config), "steps": str(self.steps)}
         return safetensors.numpy.save(named or {"none": np.zeros(1, np.float32)}, metadata=metadata)
 
     @classmethod

@@ -1,7 +1,8 @@
 """PerFit's hyper-parameters a task (Table 9), with layers as relative depth.
 
 The paper counts layers in Llama-2-7B's 32 blocks. A preset keeps layer / 32 and maps it to the
-model at hand: the set of distinct blocks nearest to the wanted depths.
+model at hand: the set of distinct blocks nearest to the wanted depths. Appendix E.4 has the same
+layers for backbones of 16 to 32 blocks; its preset has too, where the model is deep enough.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class Preset:
     batch_size: int = 16  # examples a step, both stages
     collective_epochs: int = 3  # passes over everybody's examples
     learning_rate: float = 1e-4  # for billions of parameters; chosen on data for small models
+    of_any_depth: bool = False  # the paper has these layers for every backbone
 
     def layers_for(self, blocks: int) -> tuple[int, ...]:
         """Distinct blocks of a model with `blocks` blocks, nearest to the paper's depths."""
+        if self._as_printed(blocks):
+            return self.paper_layers
         if blocks < len(self.paper_layers):
             raise InvalidInput(f"a model of {blocks} blocks has no {len(self.paper_layers)} to intervene on")
         wanted = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
@@ -39,6 +43,18 @@ class Preset:
         return min(
             combinations(near, len(wanted)),
             key=lambda c: (sum(abs(a - b) for a, b in zip(c, wanted, strict=True)), c),
+        )
+
+    def _as_printed(self, blocks: int) -> bool:
+        return self.of_any_depth and blocks > self.paper_layers[-1]
+
+    def mapping(self, spec: ShiftSpec, *, blocks: int, given: bool) -> str:
+        """A line on a spec for a model of `blocks` blocks, and where its layers are from."""
+        paper = ";".join(map(str, self.paper_layers))
+        mapped = "the paper's, for every depth" if self._as_printed(blocks) else f"from {paper} of 32"
+        return (
+            f"layers {';'.join(map(str, spec.layers))} of {blocks} ({'as given' if given else mapped}), "
+            f"positions {spec.positions}, ranks {spec.collective_rank}/{spec.personal_rank}"
         )
 
     def spec(
@@ -70,7 +86,7 @@ PRESETS: dict[str, Preset] = {
     "news_headline": Preset(32, 4, (14, 15, 16), "l7", 4),
     "scholarly_title": Preset(32, 8, (15,), "f7+l7", 4, batch_size=4),
     "tweet_paraphrase": Preset(32, 16, (14, 15), "f7+l7", 4),
-    "appendix_e4": Preset(32, 32, (7, 9, 11), "f7+l7", 2),  # of the paper, for every task
+    "appendix_e4": Preset(32, 32, (7, 9, 11), "f7+l7", 2, of_any_depth=True),  # for every task
     # Not in the paper: the longest row of Table 9 that also suits short prompts.
     "chat": Preset(32, 8, (14, 15), "f7+l7", 4),
 }

@@ -1,7 +1,7 @@
 """Shifts φ(x) = x + Rᵀ(Wx + b − Rx) as numpy tensors, and their forms on disk and on the wire.
 
 R *rotation* (r, d) with orthonormal rows, W *source* (r, d), b *bias* (r); one triple a layer
-(PerFit, eq. 3, after LoReFT). Nothing here computes φ: the cloud does.
+(PerFit, eq. 2, after LoReFT). Nothing here computes φ: the cloud does.
 
 Disks hold float32. On the wire float16 and int8 also go: R, W − R (*change*) and b, rounded. φ needs
 orthonormal rows, which rounding spoils: the receiver takes the rotation nearest to what came, and W

@@ -1,8 +1,8 @@
 """Tasks: how an item becomes a prompt, what an answer looks like, how it is measured.
 
-The instruction texts are LaMP's own, with the answer's cue appended as OPPU does; history items
-take the same form as queries, or `history_template`'s where they lack a field. A dataset folder's
-`task.json` overrides template, answer and labels.
+The instruction texts are LaMP's own, with the answer's cue after them; OPPU's, which the paper uses,
+are in `prompts`. History items take the same form as queries, or `history_template`'s where they
+lack a field. A dataset folder's `task.json` overrides template, answer and labels.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ from perfit_shared.errors import InvalidData, InvalidInput, PerfitError, UpdateF
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.shifts import ShiftTensors
 
-__all__ = ["Schedule", "Training"]
+__all__ = ["PaperSchedule", "Schedule", "Training"]
+
+_POOLED = 50  # batches, at most, whose examples are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,44 @@ class Schedule:
     def batch(self, step: int) -> list[int]:
         """Row indices of one step; every epoch is a permutation of its own."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
-        return [int(row) for row in order[place * self.batch_size : (place + 1) * self.batch_size]]
+        return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> list[int]:
+        rows: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.examples).tolist()
+        return rows
+
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(self.learning_rate, self.steps)
+
+
+@dataclass(frozen=True)
+class PaperSchedule(Schedule):
+    """As the paper trains, which is Hugging Face's trainer with `group_by_length`.
+
+    An epoch's permutation is cut into pools of up to 50 batches, at least four of them; each pool is
+    sorted by length, longest first, and the longest example of all comes first of all, so that memory
+    runs out at once or never. The first step's rate is 0 (`learning_rate_at`).
+    """
+
+    lengths: tuple[int, ...]  # of each example, tokens of prompt and target
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "lengths", tuple(self.lengths))  # JSON has lists
+        if len(self.lengths) != self.examples:
+            raise InvalidInput(f"{len(self.lengths)} lengths of {self.examples} examples")
+
+    def _order(self, epoch: int) -> list[int]:
+        rows = super()._order(epoch)
+        size = self.batch_size * max(1, min(self.examples // (4 * self.batch_size), _POOLED))
+        pools = [rows[start : start + size] for start in range(0, len(rows), size)]
+        order = [row for pool in pools for row in sorted(pool, key=lambda row: -self.lengths[row])]
+        longest = order.index(max(order, key=lambda row: self.lengths[row]))
+        order[0], order[longest] = order[longest], order[0]
+        return order
+
+    def optimizer(self) -> OptimizerConfig:
+        return OptimizerConfig(self.learning_rate, self.steps, schedule="paper")
 
 
 S = TypeVar("S", bound=Schedule)
@@ -83,8 +121,7 @@ class Training(Generic[S]):
 
     @classmethod
     def start(cls, schedule: S, tensors: ShiftTensors) -> Self:
-        config = OptimizerConfig(schedule.learning_rate, schedule.steps)
-        return cls(schedule, tensors, StiefelAdamW(config))
+        return cls(schedule, tensors, StiefelAdamW(schedule.optimizer()))
 
     @property
     def step(self) -> int:

@@ -93,7 +93,7 @@ def test_training_lowers_the_loss_and_writes_everything(
         card["hyper_parameters"]["learning_rate"]
         == min(card["trials"], key=lambda trial: trial["validation_loss"])["learning_rate"]
     )
-    assert len(card["device_trials"]) == 3
+    assert len(card["device_trials"]) >= 3
     rates = {trial["learning_rate"] for trial in card["device_trials"]}
     fallback = trials.DEVICE_FACTOR * card["hyper_parameters"]["learning_rate"]
     if trials.telling(card["device_trials"]):

@@ -134,18 +134,23 @@ def test_missing_files_and_bytes_that_are_no_text(tmp_path: Path) -> None:
         read_items(tmp_path / "d.jsonl", HEADLINE)
 
 
-def test_split_is_by_user_and_too_long_ones_are_counted(tmp_path: Path, load: Any) -> None:
+def test_split_is_by_user_and_long_ones_are_cut(tmp_path: Path, load: Any) -> None:
     base = load("llama")  # context of 256 tokens
     rows = [{"user_id": u, "text": f"cat {u} {i}", "title": "the mat"} for u in range(50) for i in range(10)]
-    rows.append({"user_id": 1, "text": "z q x " * 200, "title": "long"})
+    rows.append({"user_id": 1, "text": " ".join(["z q x"] * 200), "title": "long"})
+    rows.append({"user_id": 1, "text": "the cat", "title": "z q x " * 100})
     items = read_items(write(tmp_path / "d.jsonl", lines(*rows)), HEADLINE)
     corpus = tokenise(items, base=base, task=HEADLINE, seed=0)
     summary = corpus.summary()
-    assert summary["dropped"] == {"empty_field": 0, "too_long": 1}
-    assert summary["token_cap"] == 256 and summary["examples"] == 500 and summary["users"] == 50
+    assert summary["dropped"] == {"empty_field": 0, "too_long": 1} and summary["shortened"] == 1
+    assert summary["token_cap"] == 256 and summary["examples"] == 501 and summary["users"] == 50
     assert 100 <= len(corpus.validation) <= 150
     assert len(corpus.train) + corpus.validation_users == 50
-    assert all(len(pairs) == 10 for pairs in corpus.train.values())
+    pairs = corpus.examples() + corpus.validation
+    prompt, target = max(pairs, key=lambda pair: len(pair[0]))
+    assert len(prompt) + len(target) == 256 and target == base.encode_target(" long")
+    whole = base.encode(HEADLINE.prompt(rows[-2]))
+    assert prompt[:10] == whole[:10] and prompt[-10:] == whole[-10:], "instruction and cue stay"
     assert corpus.digest() == tokenise(items, base=base, task=HEADLINE, seed=0).digest()
     assert corpus.digest() != tokenise(items, base=base, task=HEADLINE, seed=1).digest()
 

@@ -15,6 +15,8 @@ from typer.testing import CliRunner, Result
 from perfit_cloud.cli.lamp.compare import compare as command
 from perfit_cloud.evaluation.compare import Side, compare
 from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.prompts import with_prompts
+from perfit_shared.tasks import TASKS
 
 
 def _run(*arguments: str) -> Result:
@@ -67,11 +69,29 @@ def test_table_and_json(runs: tuple[str, str]) -> None:
 
     value = json.loads(_run(*runs, "--json").stdout)
     assert list(value) == [
-        "task", "a", "b", "users", "queries", "unpaired", "same_tokens", "loss", "metrics", "mean_over_users",
+        "task", "a", "b", "users", "queries", "unpaired", "same_tokens", "differing", "loss", "metrics",
+        "mean_over_users",
     ]  # fmt: skip
     assert value["b"] == {"run": runs[1], "mode": "personal"}
     assert value["loss"]["difference"] == pytest.approx(-0.5)
     assert set(value["loss"]) == {"a", "b", "difference", "interval", "p", "better", "worse", "of"}
+
+
+def test_prompts_and_decoding_that_differ_are_said(tmp_path: Path) -> None:
+    users = simple_users({"personal": 1.0})
+    oppu = with_prompts(TASKS[LABELS.name], "oppu")
+    drawn = {"temperature": 0.1, "top_k": 10, "top_p": 0.9}
+    for name, task in (("a", oppu), ("b", replace(oppu, stop=("\n",), answer_tokens=12))):
+        save_run(tmp_path / name, task, users, decoding=drawn)
+    a, b = (str(tmp_path / name) for name in "ab")
+    drawing = "temperature 0.1, top-k 10, top-p 0.9"
+    both = f'{drawing}, up to 200 tokens, no stop; {drawing}, up to 12 tokens, to "\\n"'
+    assert _run(a, b).stderr.splitlines() == [
+        "perfit-cloud: the two runs differ in prompts (oppu; task), which their answers follow as well",
+        f"perfit-cloud: the two runs differ in decoding ({both}), which their answers follow as well",
+    ]
+    assert list(json.loads(_run(a, b, "--json").stdout)["differing"]) == ["prompts", "decoding"]
+    assert not _run(a, f"{a}:personal").stderr
 
 
 def test_what_does_not_pair_is_left_out_and_told(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from typer.testing import CliRunner
 from perfit_cloud.cli.lamp.report import report as command
 from perfit_cloud.evaluation import paper
 from perfit_cloud.evaluation.groups import group_runs, main_groups, nearest, rank_grids, sweeps
+from perfit_cloud.evaluation.layout import variant
 from perfit_cloud.evaluation.report import write_report
+from perfit_cloud.evaluation.results import Run
 from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.prompts import with_prompts
 from perfit_shared.tasks import TASKS
 
 LOSSES = {"base": 3.0, "collective": 2.0, "personal": 1.0, "other": 3.5}
@@ -157,9 +160,9 @@ def test_an_ablation_finds_the_run_of_its_ranks(runs: Runs) -> None:
         runs.add(f"r{ranks}", 0.5, collective_rank=ranks[0], personal_rank=ranks[1])
     runs.add("sum-8-2", 1.2, ablation="stage2_sum", collective_rank=0, personal_rank=10)
     rows = [r for r in _rows(runs.report(), "Ablation (Table 4)") if r.get("of") == "ours"]
-    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7")
+    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7, task prompts")
     assert row["stage 2 only (C+P)"].startswith("1.550")
-    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7")
+    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7, task prompts")
     assert row["stage 2 only (C+P)"].startswith("1.350")
     assert row["stage 1 only"].startswith("2.150")  # the full run's own collective mode
 
@@ -192,7 +195,8 @@ def test_of_a_grid_alone_one_run_stands_for_the_method(runs: Runs) -> None:
             runs.add(f"r{collective}-{personal}", collective_rank=collective, personal_rank=personal)
     runs.add("again", collective_rank=6, personal_rank=4, seed=1)
     rows = _rows(runs.report(), "Main results")
-    assert {(row["setting"], row["seeds"]) for row in rows} == {("layers 2;3, ranks 6/4, f7+l7", "2")}
+    setting = "layers 2;3, ranks 6/4, f7+l7, task prompts"
+    assert {(row["setting"], row["seeds"]) for row in rows} == {(setting, "2")}
 
 
 def test_collective_users_other_histories_and_other_tasks(runs: Runs) -> None:
@@ -244,6 +248,40 @@ def test_nearest_keeps_to_the_same_test_users(tmp_path: Path) -> None:
     assert (found.get("users"), found.get("fingerprint"), found.get("epochs")) == (3, "f0", 5)
     assert [group.get("users") for group in main_groups(groups)] == [24, 3, 3]
     assert sweeps(groups) == rank_grids(groups) == []
+
+
+def test_nothing_is_taken_from_runs_of_other_prompts_or_decoding(runs: Runs) -> None:
+    """An ablation was put beside the whole method asked in other words, without a word on it."""
+    oppu = with_prompts(TASKS[LABELS.name], "oppu")
+    runs.add("full")
+    runs.add("oppu", task=oppu)
+    runs.add("part", ablation="stage2", task=oppu, modes="base personal")
+    groups = group_runs(Run.load(folder) for folder in runs.folders)
+    part = next(group for group in groups if not group.plain)
+    found = nearest(part, groups)
+    assert found is not None and found.get("prompts") == "oppu"
+    assert nearest(part, [group for group in groups if group is not found]) is None
+    runs.add("lamp part", ablation="stage2", task=with_prompts(LABELS, "lamp"), modes="base personal")
+    of_lamp = Run.load(runs.folders.pop())
+    assert (of_lamp.prompts, of_lamp.decoding) == ("lamp", Run.load(runs.folders[0]).decoding)
+    assert nearest(group_runs([of_lamp])[0], groups) is None, "prompts alone keep them apart"
+    text = runs.report()
+    rows = _rows(text, "Main results")
+    assert {(row["setting"].split(", ")[-1], row["decoding"]) for row in rows} == {
+        ("task prompts", 'temperature 0.1, up to 48 tokens, to "\\n"'),
+        ("oppu prompts", "temperature 0.1, up to 200 tokens, no stop"),
+    }
+    runs_told = text.split("## Runs")[1]
+    assert (
+        "oppu prompts, 4 users, seed 0; temperature 0.1, up to 200 tokens, no stop; device sch" in runs_told
+    )
+
+
+def test_a_collective_shift_trained_with_other_prompts_is_no_plain_run(runs: Runs) -> None:
+    runs.add("full")
+    runs.add("mixed", artefact_prompts="oppu")
+    mixed = next(g for g in group_runs(Run.load(f) for f in runs.folders) if not g.plain)
+    assert variant(mixed) == "full, collective shift trained with oppu prompts"
 
 
 # -- the command -------------------------------------------------------------------------------

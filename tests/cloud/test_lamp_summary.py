@@ -70,7 +70,12 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
     ]  # fmt: skip
     assert summary["task"] == "news_categorize"
     assert summary["seconds"] == {"stage1": 100, "stage2": 30, "evaluation": 6}
-    assert summary["settings"] == dict(SETTINGS) | {"task": LABELS.name, "artefact_task": LABELS.name}
+    written = dict(SETTINGS) | {"task": LABELS.name, "artefact_task": LABELS.name}
+    # And what a run from before it was written did.
+    assert summary["settings"] == written | {
+        "schedule": "device", "prompts": "task", "artefact_prompts": "task", "answer_tokens": 48,
+        "stop": ["\n"],
+    }  # fmt: skip
     for kind in ("loss", "metrics", "mean_over_users"):
         assert _shape(summary["intervals"][kind]) == _shape(summary[kind])
     low, high = summary["intervals"]["loss"]["base"]

@@ -29,7 +29,8 @@ def over_grpc(cloud: Cloud, items: list[HistoryItem], settings: stage2.Settings)
     """What `perfit update` does without its vault and gate."""
     info = cloud.describe()
     (artefact,) = info.artefacts
-    training: Training[Schedule] = Training.start(settings.schedule(len(items)), cloud.fetch_seed(artefact))
+    schedule = settings.schedule_for([0] * len(items))
+    training: Training[Schedule] = Training.start(schedule, cloud.fetch_seed(artefact))
     with Adapting(cloud, artefact, info.limits, Split(items, (), ())) as source:
         while not training.done:
             loss, _, tensors = source.gradient(training.rows, training.tensors)()

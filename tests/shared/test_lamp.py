@@ -74,7 +74,7 @@ def test_lamp_s_own_files(tmp_path: Path) -> None:
     found = read_users(path, TWEETS)
     assert found == read_users(path, TWEETS, golds=labels)
     assert found.questions and not found.held_out
-    assert [(u.user_id, u.person) for u in found.users] == [("600", ""), ("601", "5")]
+    assert [(u.user_id, u.person) for u in found.users] == [("600", None), ("601", 5)]
     assert found.users[0].query[0].item == {"input": "say 600", "text": "said 600"}
     assert found.users[0].profile == (Entry("6000", "", {"text": "old"}),)
     # Merged by LaMP's own script, which calls the gold "output".
@@ -111,7 +111,7 @@ def test_entries_with_an_empty_field_are_left_out_and_counted() -> None:
     queries = [query("a", "now", "n"), query("b", "", "n"), query("c", "now", " ")]
     found = read([user(profile=profile, query=queries)])
     assert len(found.users[0].profile) == 2 and [entry.id for entry in found.users[0].query] == ["a"]
-    assert found.dropped_empty == 4 and found.empty_queries == ("b", "c")
+    assert found.dropped_empty == 4 and [entry.id for entry in found.empty_queries] == ["b", "c"]
 
 
 def test_labels_and_golds(tmp_path: Path) -> None:

@@ -63,6 +63,25 @@ def test_presets_are_table_9() -> None:
     assert 2 * spec.collective_rank * 2 * 4096 / 6.74e9 == pytest.approx(0.0078e-2, rel=0.01)
 
 
+def test_appendix_e4_has_the_paper_s_layers_for_every_backbone() -> None:
+    """They were mapped to depth, as those of Table 9: 6;8;10 on a backbone of 28 blocks."""
+    preset = preset_for("appendix_e4")
+    for blocks in (12, 16, 28, 32):
+        assert preset.layers_for(blocks) == (7, 9, 11)
+        line = preset.mapping(preset.spec(blocks=blocks, hidden_size=64), blocks=blocks, given=False)
+        assert line == (
+            f"layers 7;9;11 of {blocks} (the paper's, for every depth), positions f7+l7, ranks 32/32"
+        )
+    assert preset.layers_for(8) == (1, 2, 3)
+    spec = preset.spec(blocks=8, hidden_size=64)
+    assert "of 8 (from 7;9;11 of 32)" in preset.mapping(spec, blocks=8, given=False)
+    table_9 = preset_for("movie_tagging")
+    assert "layers 7;8 of 16 (from 14;15 of 32)" in table_9.mapping(
+        table_9.spec(blocks=16, hidden_size=64), blocks=16, given=False
+    )
+    assert "(as given)" in preset.mapping(spec, blocks=8, given=True)
+
+
 def test_presets_say_what_cannot_be() -> None:
     with pytest.raises(NotFound, match="news_headline"):
         preset_for("nothing")

@@ -37,6 +37,10 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
     preset: Annotated[str | None, typer.Option(help="Row of the paper's Table 9; the task's own.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="oppu (the paper's), lamp or task (task.json's); task.json's, else lamp."),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
     positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')] = None,
     collective_rank: Annotated[int | None, typer.Option(help="Rank of the collective shift.")] = None,
@@ -81,8 +85,9 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     from perfit_cloud.collective.run import Request, train_collective
 
     request = Request(
-        task=task, data=data, model=model, out=out, preset=preset, layers=layers_of(layers),
-        positions=positions, collective_rank=collective_rank, personal_rank=personal_rank, epochs=epochs,
+        task=task, data=data, model=model, out=out, preset=preset, prompts=prompts,
+        layers=layers_of(layers), positions=positions, collective_rank=collective_rank,
+        personal_rank=personal_rank, epochs=epochs,
         learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
         gradient_checkpointing=gradient_checkpointing, users=users, device_epochs=device_epochs,
         device_learning_rate=device_lr, seed=seed, force=force, dtype=dtype, device=device,

@@ -15,6 +15,7 @@ from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Training
 from perfit_cloud.collective.trials import DEVICE_FACTOR, telling, trial_steps
+from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec
 
 __all__ = ["draw_losses", "make_card", "write_card"]
@@ -31,7 +32,8 @@ def make_card(
         "model": training.base.name,
         "data": training.corpus.summary(),
         "hyper_parameters": {
-            "preset": preset, **settings.spec.to_json(), "blocks": training.base.blocks,
+            "preset": preset, "prompts": prompts_of(training.task),
+            **settings.spec.to_json(), "blocks": training.base.blocks,
             "epochs": settings.epochs, "steps": training.steps, "batch_size": settings.batch_size,
             "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
             "gradient_clipping": CLIP, "weight_decay": 0, "seed": settings.seed,
@@ -125,15 +127,16 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         "",
         f"**Data.** {data['source']} ({data['rows']}): {data['examples']:,} examples of {data['users']:,} "
         f"users, {data['mean_prompt_tokens']} + {data['mean_target_tokens']} tokens on average; left out: "
-        f"{data['dropped']['empty_field']} with an empty field, {data['dropped']['too_long']} longer than "
-        f"{data['token_cap']} tokens. Validation: {data['validation_examples']} examples "
+        f"{data['dropped']['empty_field']} with an empty field, {data['dropped']['too_long']} with an answer "
+        f"too long for {data['token_cap']} tokens; {data['shortened']} prompts cut to that. "
+        f"Validation: {data['validation_examples']} examples "
         f"{_validation_of(data['validation_users'])}.",
         "",
-        f"**Training.** {hyper['epochs']} epochs, {hyper['steps']:,} steps of {hyper['batch_size']} "
-        f"examples{_spread(hyper['processes'])}, base in {hyper['dtype']}, {hyper['optimizer']}, "
-        f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay, clipping "
-        f"{hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's mean "
-        f"training loss {losses['train_last']:.4f}. {card['seconds']:.0f} s, "
+        f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, {hyper['steps']:,} steps of "
+        f"{hyper['batch_size']} examples{_spread(hyper['processes'])}, base in {hyper['dtype']}, "
+        f"{hyper['optimizer']}, peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear "
+        f"decay, clipping {hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's "
+        f"mean training loss {losses['train_last']:.4f}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
         f"**Learning rate.** {card['trials_note']}.",

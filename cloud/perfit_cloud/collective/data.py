@@ -23,9 +23,10 @@ from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.lamp import at, id_of, item_of, parse_json, read_text, read_users
 from perfit_shared.tasks import Task
 
-__all__ = ["Corpus", "Items", "find_data", "read_items", "tokenise"]
+__all__ = ["TOKEN_CAP", "Corpus", "Items", "find_data", "fit", "read_items", "tokenise"]
 
 TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
+_SHORTEST_PROMPT = 2  # tokens
 _VALIDATION_SHARE, _VALIDATION_MIN, _VALIDATION_MAX = 0.05, 100, 300  # of all examples; examples
 _VALIDATION_CAP = 0.2  # of all examples, when there are few
 
@@ -63,7 +64,8 @@ class Corpus:
     validation: list[Pair]
     validation_users: int
     dropped_empty: int
-    dropped_long: int
+    dropped_long: int  # answers that fill the context
+    shortened: int  # prompts cut to fit it
     token_cap: int
 
     def examples(self) -> list[Pair]:
@@ -88,6 +90,7 @@ class Corpus:
             "examples": len(pairs),
             "dropped": {"empty_field": self.dropped_empty, "too_long": self.dropped_long},
             "token_cap": self.token_cap,
+            "shortened": self.shortened,
             "validation_users": self.validation_users,
             "validation_examples": len(self.validation),
             "mean_prompt_tokens": round(float(np.mean([len(p) for p, _ in pairs])), 1),
@@ -157,13 +160,13 @@ def _read_lines(path: Path, task: Task) -> Items:
 
 
 def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
-    """Token pairs, over-long ones dropped and counted, split by user.
+    """Token pairs, split by user; `fit` cuts long prompts, and what it cannot fit is left out.
 
     Raises InvalidData when fewer than two examples are left.
     """
     cap = min(base.context, TOKEN_CAP)
     users: dict[str, list[Pair]] = {}
-    dropped = 0
+    dropped = shortened = 0
     for user, entries in items.users.items():
         for item in entries:
             example = task.example(item)
@@ -171,10 +174,12 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
                 base.encode_chat([("user", example.prompt)]) if task.chat else base.encode(example.prompt)
             )
             target = base.encode_target(example.target)
-            if len(prompt) + len(target) > cap:
+            pair = fit(prompt, target, cap=cap)
+            if pair is None:
                 dropped += 1
             else:
-                users.setdefault(user, []).append((prompt, target))
+                shortened += len(pair[0]) < len(prompt)
+                users.setdefault(user, []).append(pair)
     if sum(map(len, users.values())) < 2:
         raise InvalidData(f"{items.source}: fewer than two examples fit {cap} tokens, nothing to train on")
     held_out = _validation_users(users, seed)
@@ -188,8 +193,20 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
     return Corpus(
         source=items.source, kind=items.kind, train=train, validation=validation,
         validation_users=len(held_out), dropped_empty=items.dropped_empty, dropped_long=dropped,
-        token_cap=cap,
+        shortened=shortened, token_cap=cap,
     )  # fmt: skip
+
+
+def fit(prompt: list[int], target: list[int], *, cap: int) -> Pair | None:
+    """A pair of at most `cap` tokens; None where the target leaves the prompt fewer than two.
+
+    What is cut is the middle of the prompt: the instruction stands at its start, and the answer's cue
+    at its end. A target is never cut, since a model would learn to stop there.
+    """
+    room = cap - len(target)
+    if len(prompt) > room >= _SHORTEST_PROMPT:
+        prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
+    return (prompt, target) if len(prompt) <= room else None
 
 
 def _validation_users(users: Mapping[str, list[Pair]], seed: int) -> set[str]:

@@ -20,8 +20,8 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import InvalidInput
 from perfit_shared.presets import preset_for
-from perfit_shared.shifts import ShiftSpec
-from perfit_shared.tasks import load_task, task_named
+from perfit_shared.prompts import load_prompts
+from perfit_shared.tasks import task_named
 
 __all__ = ["Request", "train_collective"]
 
@@ -35,6 +35,7 @@ class Request:
     model: str  # folder or hub name
     out: Path
     preset: str | None = None  # the task's own
+    prompts: str | None = None  # of perfit_shared.prompts; task.json's, else LaMP's
     layers: tuple[int, ...] | None = None
     positions: str | None = None
     collective_rank: int | None = None
@@ -97,7 +98,7 @@ def _begin(
     """Everything read and checked, at the step where an interrupted run stopped."""
     task_named(request.task)
     file = find_data(request.data)
-    task = load_task(file.parent, request.task)
+    task = load_prompts(file.parent, request.task, request.prompts)
     items = read_items(file, task)
     if request.users is not None:
         items = items.first_users(request.users, request.seed)
@@ -160,7 +161,7 @@ def _settings(request: Request, base: BaseModel, progress: Progress) -> Settings
         "personal_rank": request.personal_rank,
     }
     spec = replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    progress.say(_mapping(spec, preset.paper_layers, blocks=base.blocks, given=request.layers is not None))
+    progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     return Settings(
         spec=spec,
         epochs=_or(request.epochs, preset.collective_epochs),
@@ -178,21 +179,13 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _mapping(spec: ShiftSpec, paper: tuple[int, ...], *, blocks: int, given: bool) -> str:
-    chosen = ";".join(map(str, spec.layers))
-    origin = "as given" if given else f"from {';'.join(map(str, paper))} of 32"
-    return (
-        f"layers {chosen} of {blocks} ({origin}), positions {spec.positions}, "
-        f"ranks {spec.collective_rank}/{spec.personal_rank}"
-    )
-
-
 def _report(corpus: Corpus, progress: Progress) -> None:
     data = corpus.summary()
     progress.say(
         f"{data['examples']} examples of {data['users']} users from {data['source']} ({data['rows']}), "
         f"{data['validation_examples']} of them for validation; left out: "
-        f"{corpus.dropped_empty} with an empty field, {corpus.dropped_long} too long"
+        f"{corpus.dropped_empty} with an empty field, {corpus.dropped_long} with an answer too long; "
+        f"{corpus.shortened} prompts cut to {corpus.token_cap} tokens"
     )
 
 

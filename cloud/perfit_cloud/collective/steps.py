@@ -13,6 +13,7 @@ from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.engine.gradients import Pair, group_all, make_batch, passes
 from perfit_cloud.model.shifts import Phi, Shift, to_torch
+from perfit_shared.optimizer import OptimizerConfig, learning_rate_at
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
@@ -39,12 +40,9 @@ def from_torch(shift: Shift) -> ShiftTensors:
     })  # fmt: skip
 
 
-def rate_at(index: int, total: int, peak: float) -> float:
-    """Linear warm-up over the first tenth of `total` steps, then linear decay; never exactly 0."""
-    warm = max(1, round(WARM_UP * total))
-    if index < warm:
-        return peak * (index + 1) / warm
-    return peak * (total - index) / max(1, total - warm + 1)
+def rate_at(index: int, total: int, peak: float, *, schedule: str = "device") -> float:
+    """The rate of step `index` of `total`, by one of `perfit_shared.optimizer`'s schedules."""
+    return learning_rate_at(index, OptimizerConfig(peak, total, warm_up=WARM_UP, schedule=schedule))
 
 
 def batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -166,7 +166,7 @@ class Training:
             began = time.monotonic()
             loss = self.losses.step(
                 pairs, collective=self.collective, personal=self.personal, optimizer=self._optimizer,
-                rate=rate_at(record.step, self.steps, record.learning_rate),
+                rate=rate_at(record.step, self.steps, record.learning_rate, schedule="paper"),
             )  # fmt: skip
             if not math.isfinite(loss):
                 raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")

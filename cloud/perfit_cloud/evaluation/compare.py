@@ -53,6 +53,7 @@ class Comparison:
     queries: int  # paired
     unpaired: Mapping[str, Mapping[str, int]]  # "users" (with their queries) and "queries" (of paired users)
     same_tokens: bool  # else the two count different tokens, and their losses cannot be compared
+    differing: Mapping[str, tuple[str, str]]  # prompts and decoding, where the two runs' differ: a's, b's
     against: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +62,9 @@ class Comparison:
         }
         return {
             "task": self.a.run.task.name, **sides, "users": self.users, "queries": self.queries,
-            "unpaired": self.unpaired, "same_tokens": self.same_tokens, **as_json(self.against),
+            "unpaired": self.unpaired, "same_tokens": self.same_tokens,
+            "differing": {name: list(both) for name, both in self.differing.items()},
+            **as_json(self.against),
         }  # fmt: skip
 
 
@@ -92,8 +95,13 @@ def compare(a: Side, b: Side) -> Comparison:
         same_tokens=all(
             q.tokens == r.tokens for x, y in users for q, r in zip(x.queries, y.queries, strict=True)
         ),
-        against=measured[0].against(measured[1]),
+        differing=_differing(a.run, b.run), against=measured[0].against(measured[1]),
     )  # fmt: skip
+
+
+def _differing(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+    both = {"prompts": (a.prompts, b.prompts), "decoding": (a.decoding, b.decoding)}
+    return {name: (one, two) for name, (one, two) in both.items() if one != two}
 
 
 def _shared(one: UserResult, two: UserResult) -> tuple[UserResult, UserResult]:

@@ -81,8 +81,13 @@ class Group:
             self.get("ablation", "full") == "full"
             and self.get("histories", "own") == "own"
             and self.get("collective_users") is None
+            and self.get("artefact_prompts") == self.get("prompts")
             and not self.foreign
         )
+
+    @property
+    def decoding(self) -> str:
+        return self.runs[0].decoding
 
     @property
     def foreign(self) -> bool:
@@ -194,13 +199,17 @@ def main_groups(groups: Sequence[Group]) -> list[Group]:
 def nearest(
     group: Group, groups: Sequence[Group], also: Callable[[Group], int] = lambda _: 0
 ) -> Group | None:
-    """The plain group of the same task, model and test users that shares most settings; `also` first."""
+    """The plain group of the same task, model, test users, prompts and decoding that shares most settings.
+
+    `also` counts before the settings.
+    """
     candidates = [
         other
         for other in groups
         if other.plain
         and other.task.name == group.task.name
-        and all(other.get(key) == group.get(key) for key in ("fingerprint", "users", "data"))
+        and all(other.get(key) == group.get(key) for key in ("fingerprint", "users", "data", "prompts"))
+        and other.decoding == group.decoding
     ]
     if not candidates:
         return None

@@ -39,10 +39,11 @@ class Section:
 
 
 def setting(group: Group, *, but: str = "") -> str:
-    """Layers, ranks and positions; `but` leaves out "layers" or "ranks", where a table varies them."""
+    """Layers, ranks, positions and prompts; `but` leaves out what a table varies: "layers" or "ranks"."""
     layers = ";".join(map(str, group.layers))
     told = {"layers": f"layers {layers}", "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}"}
-    return ", ".join([*(text for name, text in told.items() if name != but), group.get("positions", "")])
+    varied = [text for name, text in told.items() if name != but]
+    return ", ".join([*varied, group.get("positions", ""), f"{group.get('prompts')} prompts"])
 
 
 def variant(group: Group) -> str:
@@ -52,6 +53,8 @@ def variant(group: Group) -> str:
         told.append(f"{group.get('collective_users')} collective users")
     if group.foreign:
         told.append(f"collective shift of {group.get('artefact_task')}")
+    elif group.get("artefact_prompts") != group.get("prompts"):
+        told.append(f"collective shift trained with {group.get('artefact_prompts')} prompts")
     if group.get("histories", "own") != "own":
         told.append("another user's history")
     return ", ".join(told)

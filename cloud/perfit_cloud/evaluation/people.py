@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from perfit_cloud.collective.data import TOKEN_CAP, fit
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, User, read_users
+from perfit_shared.lamp import Entry, Labels, User, Users, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["People", "Person", "Question", "read_people", "swap_histories"]
 
 # OPPU's release has another name for LaMP-7's.
 HISTORY_FILES = ("user_top_100_history.json", "user_more_100_history.json")
-TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Person:
     history: tuple[Pair, ...]  # oldest first
     questions: tuple[Question, ...]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of each example, tokens of prompt and answer."""
+        return tuple(len(prompt) + len(target) for prompt, target in self.history)
+
 
 @dataclass(frozen=True)
 class People:
@@ -43,10 +48,18 @@ class People:
 
     people: tuple[Person, ...]
     dropped_empty: int  # entries with an empty field
-    dropped_long: int  # history examples over the token cap
-    shortened: int  # prompts of queries cut to fit the context
+    dropped_long: int  # history examples whose answer fills the context
+    shortened: int  # prompts cut to fit it, of history and queries
+    token_cap: int  # of prompt and answer together
     without_queries: int  # users
-    empty_queries: tuple[str, ...]  # ids of queries with an empty field, in the whole file
+    empty_queries: tuple[Entry, ...]  # with an empty field, of the whole file; none where users are left out
+    labels: Labels  # of the label file
+    raw_ids: Mapping[str, str | int]  # of all queries, as the file has them
+    extra_labels: int  # of no query in the file
+
+    def raw_id(self, name: str) -> str | int:
+        """A query's id as the label file has it, or where that has none, the queries' file."""
+        return self.labels.raw_ids.get(name, self.raw_ids[name])
 
     def digest(self) -> str:
         """sha-256 over all ids and tokens, hex."""
@@ -73,9 +86,15 @@ def read_people(folder: Path, task: Task, base: BaseModel, *, users: int | None 
         raise InvalidData(f"{path}: no user has a query with all fields of task {task.name}")
     return People(
         people=people, dropped_empty=found.dropped_empty, dropped_long=reader.dropped_long,
-        shortened=reader.shortened, without_queries=len(chosen) - len(people),
-        empty_queries=found.empty_queries,
+        shortened=reader.shortened, token_cap=reader.cap, without_queries=len(chosen) - len(people),
+        empty_queries=found.empty_queries if users is None else (), labels=found.labels,
+        raw_ids=(ids := _raw_ids(found)), extra_labels=len(found.labels.golds.keys() - ids.keys()),
     )  # fmt: skip
+
+
+def _raw_ids(found: Users) -> dict[str, str | int]:
+    queries = [*(entry for user in found.users for entry in user.query), *found.empty_queries]
+    return {entry.id: entry.raw_id for entry in queries}
 
 
 class _Reader:
@@ -83,7 +102,7 @@ class _Reader:
 
     def __init__(self, base: BaseModel, task: Task) -> None:
         self._base, self._task = base, task
-        self._cap = min(base.context, TOKEN_CAP)
+        self.cap = min(base.context, TOKEN_CAP)
         self.dropped_long = self.shortened = 0
 
     def person(self, user: User) -> Person:
@@ -92,30 +111,27 @@ class _Reader:
 
     def _example(self, entry: Entry) -> Pair | None:
         example = self._task.example(entry.item)
-        prompt, target = self._encode(example.prompt), self._base.encode_target(example.target)
-        if len(prompt) + len(target) > self._cap:
-            self.dropped_long += 1
-            return None
-        return prompt, target
+        pair = self._fit(example.prompt, self._base.encode_target(example.target), self.cap)
+        self.dropped_long += pair is None
+        return pair
 
     def _question(self, entry: Entry) -> Question:
         """Test articles are left whole, unless they would not fit the model together with an answer."""
         gold = entry.item[self._task.gold_field]
-        prompt, target = (
-            self._encode(self._task.prompt(entry.item)),
-            self._base.encode_target(self._task.target(entry.item)),
-        )
-        room = self._cap - max(self._task.answer_tokens, len(target))
-        if room < 2:
-            raise InvalidData(f"query {entry.id}: no room for its answer in {self._cap} tokens")
-        if len(prompt) > room:
-            # The instruction stands at the start and the answer's cue at the end: the middle goes.
-            prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
-            self.shortened += 1
-        return Question(entry.id, gold.strip(), (prompt, target))
+        target = self._base.encode_target(self._task.target(entry.item))
+        answer = max(self._task.answer_tokens, len(target))
+        pair = self._fit(self._task.prompt(entry.item), target, self.cap - (answer - len(target)))
+        if pair is None:
+            raise InvalidData(
+                f"query {entry.id}: no room for an answer of {answer} tokens in a context of {self.cap}"
+            )
+        return Question(entry.id, gold.strip(), pair)
 
-    def _encode(self, text: str) -> list[int]:
-        return self._base.encode_chat([("user", text)]) if self._task.chat else self._base.encode(text)
+    def _fit(self, text: str, target: list[int], cap: int) -> Pair | None:
+        prompt = self._base.encode_chat([("user", text)]) if self._task.chat else self._base.encode(text)
+        pair = fit(prompt, target, cap=cap)
+        self.shortened += pair is not None and len(pair[0]) < len(prompt)
+        return pair
 
 
 def swap_histories(people: Sequence[Person]) -> tuple[Person, ...]:

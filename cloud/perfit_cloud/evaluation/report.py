@@ -20,7 +20,9 @@ _HOW_TO_READ = (
     "alike, as LaMP's scripts do. With one seed [low, high] is the 95 % interval of a bootstrap that draws "
     f"users with all their queries ({RESAMPLES:,} resamples, BCa); with several seeds ± is one standard "
     "deviation over them. Error bars are the same. The paper's figures are of Llama-2-7B on LaMP's own test "
-    "users: on another model or other data they say what the method can do, not what these runs should give."
+    "users, with OPPU's prompts and answers of 200 tokens: on another model, other data or other prompts "
+    "they say what the method can do, not what these runs should give. Rows of different prompts or decoding "
+    "(*Runs*, below) are no comparison of methods; no difference or test is taken between such."
 )
 
 
@@ -80,8 +82,15 @@ def _runs(groups: Sequence[Group]) -> list[str]:
     rows = [
         # The folder and its parent: enough to find it, and no path of a machine.
         f"- `{'/'.join(run.folder.parts[-2:])}`: {group.task.name}, {variant(group)}, {setting(group)}, "
-        f"{group.get('users', '')} users, seed {seed}"
+        f"{group.get('users', '')} users, seed {seed}; {group.decoding}; {group.get('schedule')} schedule"
+        f"{_cut(group)}"
         for group in groups
         for run, seed in zip(group.runs, group.seeds, strict=True)
     ]
     return ["## Runs", "", *rows, ""]
+
+
+def _cut(group: Group) -> str:
+    """The longest example, where the run says it."""
+    cap = group.get("token_cap")
+    return "" if cap is None else f"; at most {cap} tokens, {group.get('shortened')} prompts cut to that"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perfit_cloud.evaluation.measure import Decoding
 from perfit_shared.errors import InvalidInput
+from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.training import Schedule
 
 __all__ = ["ABLATIONS", "HISTORIES", "Request"]
@@ -26,6 +27,8 @@ class Request:
     out: Path
     artefact: Path | None = None  # a collective shift that is there already, perhaps of another task
     preset: str | None = None  # the task's own
+    prompts: str | None = None  # of perfit_shared.prompts; task.json's, else LaMP's
+    schedule: str = "paper"  # of stage 2: as the paper trains, or as devices do
     users: int | None = None  # the first N of the test cohort
     collective_users: int | None = None  # so many of user_others.json, chosen by the seed
     ablation: str = "full"
@@ -64,6 +67,7 @@ class Request:
             batch_size=1 if self.batch_size is None else self.batch_size,
             learning_rate=1e-4 if self.learning_rate is None else self.learning_rate,
         )  # fmt: skip
+        OptimizerConfig(1.0, 1, schedule=self.schedule)
         self._check_stage1()
 
     def _check_stage1(self) -> None:

@@ -18,12 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from perfit_shared.errors import InvalidData
+from perfit_shared.prompts import prompts_of
 from perfit_shared.tasks import Task
 
-__all__ = ["MODES", "QueryResult", "Run", "UserResult", "user_folder", "write_bytes", "write_json"]
+__all__ = [
+    "MODES",
+    "QueryResult",
+    "Run",
+    "UserResult",
+    "completed",
+    "user_folder",
+    "write_bytes",
+    "write_json",
+]
 
 # φ₁ alone is "collective"; stage 1 trained φ₂∘φ₁, which is "seed", where every user starts.
 MODES = ("base", "collective", "seed", "personal", "other")
+_DRAWN = ("temperature", "top_k", "top_p")
 _FORMAT = 1
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 _LONGEST_NAME = 100  # characters of a folder, before a hash
@@ -94,6 +105,21 @@ class Run:
         """The modes measured, in MODES' order."""
         return self.users[0].modes
 
+    @property
+    def prompts(self) -> str:
+        """Of `perfit_shared.prompts`."""
+        return str(self.settings["prompts"])
+
+    @property
+    def decoding(self) -> str:
+        """How answers are drawn, in words, seed aside."""
+        drawn = self.settings.get("decoding", {})
+        told = [f"{name.replace('_', '-')} {drawn[name]}" for name in _DRAWN if name in drawn]
+        stops = " or ".join(map(json.dumps, self.settings["stop"]))
+        stop = f"to {stops}" if stops else "no stop"
+        told = ["greedy"] if drawn.get("temperature") == 0 else told
+        return ", ".join([*told, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
+
     def save(self) -> None:
         """Write run.json; the users' files are there already."""
         write_json(self.folder / "run.json", {
@@ -108,15 +134,25 @@ class Run:
             data = json.loads((folder / "run.json").read_text("utf-8"))
             if data["format"] != _FORMAT:
                 raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
+            task = Task.from_json(json.dumps(data["task"]))
             return cls(
                 folder=folder,
-                task=Task.from_json(json.dumps(data["task"])),
-                settings=data["settings"],
+                task=task,
+                settings=completed(data["settings"], task),
                 seconds=data["seconds"],
                 users=tuple(UserResult.load(user_folder(folder, user)) for user in data["users"]),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
+
+
+def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Settings of a run with what older versions did not write: how they trained and asked."""
+    prompts = prompts_of(task)
+    return {
+        "schedule": "device", "prompts": prompts, "artefact_prompts": prompts,
+        "answer_tokens": task.answer_tokens, "stop": list(task.stop), **settings,
+    }  # fmt: skip
 
 
 def user_folder(run: Path, user_id: str) -> Path:

@@ -4,7 +4,7 @@
     OUT/artefact/                    stage 1, unless an artefact was given
     OUT/users/{user_id}/             personal.safetensors, result.json
     OUT/run.json, summary.json       written last
-    OUT/predictions.json             personal answers in LaMP's schema; every mode's in predictions/
+    OUT/predictions.json             personal answers in LaMP's schema, with golds.json (`predictions`)
 
 Whatever is finished is kept, so that the same command goes on after a kill at any moment, and ends
 with the same figures.
@@ -25,12 +25,14 @@ from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.evaluation import stage2
 from perfit_cloud.evaluation.measure import measure, use_of
 from perfit_cloud.evaluation.people import People, Person, read_people, swap_histories
+from perfit_cloud.evaluation.predictions import write_predictions
 from perfit_cloud.evaluation.request import Request
 from perfit_cloud.evaluation.results import (
     MODES,
     QueryResult,
     Run,
     UserResult,
+    completed,
     user_folder,
     write_bytes,
     write_json,
@@ -41,8 +43,9 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
 from perfit_shared.presets import preset_for
+from perfit_shared.prompts import load_prompts, prompts_of
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.tasks import Task, load_task
+from perfit_shared.tasks import Task
 
 __all__ = ["run_lamp"]
 
@@ -63,11 +66,11 @@ def run_lamp(
         import torch
 
         torch.set_num_threads(request.threads)
-    task = load_task(request.data, request.task)
+    task = load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     people = read_people(request.data, task, base, users=request.users)
     say = Progress(0).say
-    say(_described(people))
+    _describe(people, task, say)
     artefact, seconds = artefact_for(request, task, base, stop)
     run = _Run(
         request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
@@ -75,14 +78,24 @@ def run_lamp(
     return run.finished() or run.run()
 
 
-def _described(people: People) -> str:
+def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
     histories = sum(len(person.history) for person in people.people)
-    queries = sum(len(person.questions) for person in people.people)
-    return (
-        f"{len(people.people)} users, {histories} past examples, {queries} queries; left out: "
-        f"{people.dropped_empty} with an empty field, {people.dropped_long} too long, "
-        f"{people.without_queries} users without queries; {people.shortened} prompts shortened"
+    golds = [question.gold for person in people.people for question in person.questions]
+    say(
+        f"{len(people.people)} users, {histories} past examples, {len(golds)} queries; left out: "
+        f"{people.dropped_empty} with an empty field, {people.dropped_long} with an answer too long, "
+        f"{people.without_queries} users without queries; {people.shortened} prompts cut to fit "
+        f"{people.token_cap} tokens with the answer; {prompts_of(task)} prompts"
     )
+    unknown = sum(gold not in task.labels for gold in golds) if task.labels else 0
+    if unknown:
+        say(
+            f"{unknown} of {len(golds)} golds are none of the {len(task.labels)} labels of {task.name}, so "
+            'no answer to them is right; if the data has others, name them in a task.json: {"labels": […]}'
+        )
+    if people.extra_labels:
+        many = "label belongs" if people.extra_labels == 1 else "labels belong"
+        say(f"{people.extra_labels} {many} to no query; golds.json has those of the queries")
 
 
 class _Run:
@@ -103,8 +116,9 @@ class _Run:
             learning_rate=_given(request.learning_rate, artefact.learning_rate),
             batch_size=_given(request.batch_size, artefact.batch_size if own else preset.batch_size),
             seed=request.seed,
+            schedule=request.schedule,
         )
-        self._unanswered = people.empty_queries if request.users is None else ()
+        self._cohort = people
         self._settings = self._described(people)
 
     def _described(self, people: People) -> dict[str, Any]:
@@ -121,7 +135,10 @@ class _Run:
             "collective_learning_rate": request.collective_learning_rate, "preset": request.preset,
             "ablation": request.ablation,
             "histories": request.histories, "artefact": self._artefact.version,
-            "artefact_task": self._artefact.task.name, "decoding": asdict(request.decoding),
+            "artefact_task": self._artefact.task.name, "artefact_prompts": prompts_of(self._artefact.task),
+            "prompts": prompts_of(self._task), "decoding": asdict(request.decoding),
+            "answer_tokens": self._task.answer_tokens, "stop": list(self._task.stop),
+            "token_cap": people.token_cap, "shortened": people.shortened,
         }  # fmt: skip
 
     def finished(self) -> Run | None:
@@ -135,8 +152,9 @@ class _Run:
                 theirs = json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise InvalidData(f"{path} is damaged; use another --out") from error
-            ours = json.loads(json.dumps(self._settings))
-            changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            theirs, ours = completed(theirs, self._task), json.loads(json.dumps(self._settings))
+            differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
+            changed = sorted(differing - {"token_cap", "shortened"})  # what they do shows in the data
             if changed:
                 names = ", ".join(name.replace("_", " ") for name in changed)
                 raise InvalidInput(f"{self._out} holds a run with other {names}; use another --out")
@@ -162,7 +180,7 @@ class _Run:
         }
         run = Run(self._out, self._task, self._settings, seconds, users)
         run.save()
-        self._write_predictions(run)
+        write_predictions(run, self._cohort, model=self._base.name)
         write_json(self._out / "summary.json", summarise(run))
         return run
 
@@ -270,7 +288,7 @@ class _Run:
         result = self._result(person)
         if result is None:
             learned = (self._folder(person) / "personal.safetensors").is_file()
-            steps = self._stage2.schedule(len(person.history)).steps if learned else 0
+            steps = self._stage2.schedule_for(person.lengths).steps if learned else 0
             result = UserResult(person.user_id, len(person.history), steps, tuple(queries))
         result.with_modes(queries).save(self._folder(person))
 
@@ -301,19 +319,6 @@ class _Run:
 
     def _keep_times(self, person: Person, **seconds: float) -> None:
         write_json(self._folder(person) / "seconds.json", self._times(person) | seconds)
-
-    def _write_predictions(self, run: Run) -> None:
-        """Answers in LaMP's schema, one file a mode, and the personal ones as predictions.json.
-
-        LaMP's own script wants one for every gold, so queries with an empty field get an empty one.
-        """
-        for mode in run.modes:
-            golds = [{"id": q.id, "output": q.answers[mode]} for user in run.users for q in user.queries]
-            golds += [{"id": name, "output": ""} for name in self._unanswered]
-            data = {"task": run.task.lamp or run.task.name, "golds": golds, "model": self._base.name}
-            write_json(self._out / "predictions" / f"{mode}.json", data)
-            if mode == ("personal" if "personal" in run.modes else "collective"):
-                write_json(self._out / "predictions.json", data)
 
 
 def _given(value: _T | None, default: _T) -> _T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.run import Request as CollectiveRequest
 from perfit_cloud.collective.run import train_collective
 from perfit_cloud.evaluation.request import Request
@@ -12,6 +13,7 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput, ShiftMismatch
 from perfit_shared.presets import Preset, preset_for
+from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 
@@ -25,27 +27,38 @@ def artefact_for(
 
     Without a collective shift both are the identity.
     """
+    say = Progress(0).say
     if request.alone:
-        return _identity(request, task, base), 0.0
+        return _identity(request, task, base, say), 0.0
     folder = request.artefact or request.out / "artefact"
     if request.artefact is None and not (folder / "artefact.json").is_file():
         artefact = train_collective(_collective(request, folder), base=base, stop=stop)
     else:
         artefact = Artefact.load(folder)
+        spec = artefact.spec
+        say(f"{folder}: {_preset(request).mapping(spec, blocks=base.blocks, given=True)}")
     _check(artefact, request, base, folder)
     if request.artefact is None:
-        _check_own(artefact, request, folder)
+        _check_own(artefact, request, task, folder)
+    elif artefact.task.name == task.name and _asked(artefact.task) != _asked(task):
+        trained, asked = prompts_of(artefact.task), prompts_of(task)
+        say(f"{folder} was trained with other prompts ({trained}) than are asked here ({asked})")
     return artefact, float(artefact.card.get("seconds", 0.0))
+
+
+def _asked(task: Task) -> tuple[str, ...]:
+    return task.template, task.answer, task.history_template
 
 
 def _collective(request: Request, out: Path) -> CollectiveRequest:
     return CollectiveRequest(
         task=request.task, data=request.data, model=request.model, out=out, preset=request.preset,
-        layers=request.layers, positions=request.positions, collective_rank=request.collective_rank,
-        personal_rank=request.personal_rank, epochs=request.collective_epochs,
-        learning_rate=request.collective_learning_rate, batch_size=request.batch_size,
-        device_epochs=request.epochs, device_learning_rate=request.learning_rate, seed=request.seed,
-        users=request.collective_users, dtype=request.dtype, device=request.device, threads=request.threads,
+        prompts=request.prompts, layers=request.layers, positions=request.positions,
+        collective_rank=request.collective_rank, personal_rank=request.personal_rank,
+        epochs=request.collective_epochs, learning_rate=request.collective_learning_rate,
+        batch_size=request.batch_size, device_epochs=request.epochs,
+        device_learning_rate=request.learning_rate, seed=request.seed, users=request.collective_users,
+        dtype=request.dtype, device=request.device, threads=request.threads,
     )  # fmt: skip
 
 
@@ -62,11 +75,12 @@ def _preset(request: Request) -> Preset:
     return preset_for(request.preset or request.task)
 
 
-def _identity(request: Request, task: Task, base: BaseModel) -> Artefact:
+def _identity(request: Request, task: Task, base: BaseModel, say: Callable[[str], None]) -> Artefact:
     """φ₁ that changes nothing, and φ₂ at the personal rank or at the sum of both."""
     if request.learning_rate is None:
         raise InvalidInput("without stage 1 nothing chooses a learning rate; give --lr")
     preset, spec = _preset(request), _spec(request, base)
+    say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     rank = spec.personal_rank + (spec.collective_rank if request.ablation == "stage2_sum" else 0)
     spec = ShiftSpec(spec.layers, spec.positions, 1, rank, spec.hidden_size)
     return Artefact(
@@ -92,7 +106,7 @@ def _check(artefact: Artefact, request: Request, base: BaseModel, folder: Path) 
         raise InvalidInput(f"{folder} was trained with other {names}; leave them out, or train anew")
 
 
-def _check_own(artefact: Artefact, request: Request, folder: Path) -> None:
+def _check_own(artefact: Artefact, request: Request, task: Task, folder: Path) -> None:
     """Raises InvalidInput when the artefact that OUT holds was trained in another way than is asked now."""
     trained = artefact.card.get("hyper_parameters", {})
     asked = {
@@ -100,6 +114,8 @@ def _check_own(artefact: Artefact, request: Request, folder: Path) -> None:
         "learning_rate": request.collective_learning_rate, "preset": request.preset,
     }  # fmt: skip
     differing = [k for k, v in asked.items() if v is not None and k in trained and trained[k] != v]
+    if _asked(artefact.task) != _asked(task):
+        differing.append("prompts")
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)
-        raise InvalidInput(f"{folder} was trained with another {names}; use another --out")
+        raise InvalidInput(f"{folder} was trained with other {names}; use another --out")

@@ -1,9 +1,10 @@
 """Stage 2 (PerFit, Algorithm 1) for many users at once, in this process.
 
-Every user takes the steps of `perfit_shared.training`, as a device does; the gradients come from the
-engine that serves devices. Users train in *cohorts*: one step of each member is one pass. Who is in a
-cohort is a function of the users alone, and an interrupted cohort goes on from one file with
-everybody in it, so that the passes, and with them the tensors, are those of an undisturbed run.
+Every user takes the steps of `perfit_shared.training`, by the paper's schedule or a device's; the
+gradients come from the engine that serves devices. Users train in *cohorts*: one step of each member
+is one pass. Who is in a cohort is a function of the users alone, and an interrupted cohort goes on
+from one file with everybody in it, so that the passes, and with them the tensors, are those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from perfit_cloud.evaluation.people import Person
 from perfit_cloud.evaluation.results import write_bytes
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, UpdateFailed
-from perfit_shared.training import Schedule, Training
+from perfit_shared.training import PaperSchedule, Schedule, Training
 
 __all__ = ["Settings", "cohorts", "train"]
 
@@ -34,12 +35,16 @@ class Settings:
     learning_rate: float  # peak
     batch_size: int  # examples a step
     seed: int
+    schedule: str = "device"  # or "paper"
 
-    def schedule(self, examples: int) -> Schedule:
-        return Schedule(
+    def schedule_for(self, lengths: Sequence[int]) -> Schedule:
+        """`lengths`: of the examples of a history, tokens."""
+        examples = len(lengths)
+        device = Schedule(
             epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed,
             batch_size=min(self.batch_size, examples), examples=examples,
         )  # fmt: skip
+        return PaperSchedule(**asdict(device), lengths=tuple(lengths)) if self.schedule == "paper" else device
 
 
 def cohorts(people: Sequence[Person], size: int) -> list[list[Person]]:
@@ -61,7 +66,7 @@ def train(
     user whose loss is no longer a number.
     """
     trainings = _resumed(checkpoint, people, settings) or [
-        Training.start(settings.schedule(len(person.history)), artefact.seed) for person in people
+        Training.start(settings.schedule_for(person.lengths), artefact.seed) for person in people
     ]
     resumed(sum(len(t.schedule.batch(step)) for t in trainings for step in range(t.step)))
     last_saved = clocked = time.monotonic()
@@ -108,17 +113,17 @@ def _resumed(path: Path, people: Sequence[Person], settings: Settings) -> list[T
     """What an interrupted run of this cohort left, None when it left nothing. Raises InvalidData."""
     if not path.is_file():
         return None
+    planned = [settings.schedule_for(person.lengths) for person in people]
     data = path.read_bytes()
     try:
         start = 8 + int.from_bytes(data[:8], "big")
         header: dict[str, Any] = json.loads(data[8:start])
         if header["users"] != [person.user_id for person in people]:
             return None  # of a cohort whose results are kept by now
-        trainings = []
-        for size in header["sizes"]:
-            trainings.append(Training.from_bytes(data[start : start + size], Schedule))
+        trainings: list[Training[Schedule]] = []
+        for size, schedule in zip(header["sizes"], planned, strict=True):
+            trainings.append(Training.from_bytes(data[start : start + size], type(schedule)))
             start += size
     except (InvalidData, ValueError, KeyError, TypeError) as error:
         raise InvalidData(f"{path} is damaged; remove it and run again") from error
-    planned = [settings.schedule(len(person.history)) for person in people]
     return trainings if [t.schedule for t in trainings] == planned else None

@@ -41,8 +41,9 @@ def _main(groups: Sequence[Group]) -> Section | None:
     for group in main_groups(groups):
         for measure in group.measures:
             rows.append([
-                group.task.name, str(group.get("model", "")), setting(group), str(group.get("users", "")),
-                str(len(group.seeds)), measure, *(text(group.cell(measure, mode)) for mode in MODES),
+                group.task.name, str(group.get("model", "")), setting(group), group.decoding,
+                str(group.get("users", "")), str(len(group.seeds)), measure,
+                *(text(group.cell(measure, mode)) for mode in MODES),
                 *(text(MAIN.get(group.task.name, measure, column)) for column in ("perfit", "oppu")),
             ])  # fmt: skip
         panels.append([
@@ -50,7 +51,8 @@ def _main(groups: Sequence[Group]) -> Section | None:
                    {measure: [group.cell(measure, mode) for mode in group.modes]})
             for measure in group.measures
         ])  # fmt: skip
-    head = ["task", "model", "setting", "users", "seeds", "measure", *MODES, "paper: PerFit", "paper: OPPU"]
+    head = ["task", "model", "setting", "decoding", "users", "seeds", "measure", *MODES, "paper: PerFit",
+            "paper: OPPU"]  # fmt: skip
     about = (
         "base: the untouched model; collective: φ₁ alone; seed: φ₂∘φ₁ as stage 1 left them; personal: the "
         "user's φ₂ after φ₁; other: someone else's φ₂."

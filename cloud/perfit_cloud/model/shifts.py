@@ -46,7 +46,7 @@ Shift = Mapping[int, Phi]  # by layer
 
 
 def phi(x: Tensor, shift: Phi) -> Tensor:
-    """φ(x) = x + Rᵀ(Wx + b − Rx) (PerFit, eq. 3) for x (U, k, d), in float32, in x's dtype back.
+    """φ(x) = x + Rᵀ(Wx + b − Rx) (PerFit, eq. 2) for x (U, k, d), in float32, in x's dtype back.
 
     Computed as x + ((W − R)x + b)R, so that W = R and b = 0 leave every bit as it was.
     """

@@ -51,6 +51,10 @@ def _warnings(comparison: Comparison) -> list[str]:
     ]
     if not comparison.same_tokens:
         lines.append("the two runs count different tokens, so their losses cannot be compared")
+    lines += [
+        f"the two runs differ in {name} ({a}; {b}), which their answers follow as well"
+        for name, (a, b) in comparison.differing.items()
+    ]
     return lines
 
 

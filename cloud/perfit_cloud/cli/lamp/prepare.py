@@ -11,7 +11,7 @@ import typer
 from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_cloud.evaluation.prepare import Prepared
+    from perfit_cloud.evaluation.prepare_files import Prepared
 
 
 def prepare(  # noqa: PLR0917 - typer's way; all are options
@@ -55,7 +55,8 @@ def prepare(  # noqa: PLR0917 - typer's way; all are options
     perfit-cloud lamp prepare --task tweet_paraphrase --questions dev_questions.json --outputs dev_outputs.json --out data/tweet_paraphrase
     perfit-cloud lamp prepare --news-category News_Category_Dataset_v3.json --users 24 --out data/news
     """  # noqa: E501 - \b keeps an example on one line
-    from perfit_cloud.evaluation.prepare import find_questions, prepare_lamp, prepare_news
+    from perfit_cloud.evaluation.prepare import find_questions, prepare_lamp
+    from perfit_cloud.evaluation.prepare_news import prepare_news
     from perfit_shared.tasks import task_named
 
     pairs = list(zip(questions or [], outputs or [], strict=False))

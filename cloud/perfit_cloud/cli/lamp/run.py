@@ -29,6 +29,16 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     preset: Annotated[
         str | None, typer.Option(help="Row of the paper's Table 9, or appendix_e4.  [default: the task's]")
     ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="oppu (the paper's, with its 200 new tokens and no stop), lamp or task (task.json's).  "
+            "[default: task.json's, else lamp]"
+        ),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Stage 2's batches and warm-up: paper, or device (what devices do).")
+    ] = "paper",
     users: Annotated[int | None, typer.Option(help="The first N users of the test cohort.")] = None,
     collective_users: Annotated[
         int | None, typer.Option(help="Stage 1 on N users, chosen by the seed.")
@@ -85,7 +95,8 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     if not 0 <= keep_gib <= _MOST_GIB:
         raise InvalidInput(f"--keep-gib should be from 0 to {_MOST_GIB}")
     request = Request(
-        task=task, model=model, data=data, out=out, artefact=artefact, preset=preset, users=users,
+        task=task, model=model, data=data, out=out, artefact=artefact, preset=preset, prompts=prompts,
+        schedule=schedule, users=users,
         collective_users=collective_users, ablation=ablation, histories=histories, layers=layers_of(layers),
         positions=positions, collective_rank=collective_rank, personal_rank=personal_rank,
         batch_size=batch_size, collective_epochs=collective_epochs, collective_learning_rate=collective_lr,

@@ -1,0 +1,146 @@
+"""A LaMP run asks with the prompts it is told, trains by the schedule it is told, and says both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.lamp_files import TASK, write_files
+
+from perfit_cloud.evaluation.people import read_people
+from perfit_cloud.evaluation.request import Request
+from perfit_cloud.evaluation.results import Run
+from perfit_cloud.evaluation.run import run_lamp
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import InvalidInput
+from perfit_shared.prompts import with_prompts
+from perfit_shared.tasks import TASKS, Task, load_task
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("lamp"))
+
+
+@pytest.fixture
+def request_for(data: Path, tmp_path: Path) -> Callable[..., Request]:
+    def make(**changes: Any) -> Request:
+        values: dict[str, Any] = {
+            "task": TASK, "model": "tiny", "data": data, "out": tmp_path / "out", "layers": (1,),
+            "positions": "l2", "collective_rank": 2, "personal_rank": 1, "batch_size": 4, "epochs": 2,
+            "learning_rate": 1e-2, "users": 2,
+        }  # fmt: skip
+        return Request(**(values | changes))
+
+    return make
+
+
+ALONE = {"ablation": "stage2"}
+STAGE_1 = {"collective_epochs": 1, "collective_learning_rate": 5e-3}
+
+
+def test_oppu_s_prompts_reach_both_stages_and_the_answers(
+    request_for: Callable[..., Request], base: BaseModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_lamp(request_for(prompts="oppu", **STAGE_1), base=base)
+    oppu = with_prompts(TASKS[TASK], "oppu")
+    assert run.task == replace(oppu, template=oppu.template) and run.prompts == "oppu"
+    assert Artefact.load(run.folder / "artefact").task == oppu
+    said = capsys.readouterr().err
+    assert "layers 1 of 4 (as given)" in said and "256 tokens with the answer; oppu prompts" in said
+    # Without a stop, a random model goes on for 200 tokens; with task.json's, for 6.
+    answers = [text for user in run.users for query in user.queries for text in query.answers.values()]
+    assert max(len(base.encode(text)) for text in answers) > 60
+    settings = json.loads((run.folder / "settings.json").read_text())
+    assert {k: settings[k] for k in ("prompts", "answer_tokens", "stop", "token_cap", "schedule")} == {
+        "prompts": "oppu", "answer_tokens": 200, "stop": [], "token_cap": 256, "schedule": "paper",
+    }  # fmt: skip
+    with pytest.raises(InvalidInput, match="artefact was trained with other prompts; use another --out"):
+        run_lamp(request_for(prompts="lamp", **STAGE_1), base=base)
+
+
+def test_without_a_wish_task_json_s_prompts_are_asked(
+    request_for: Callable[..., Request], base: BaseModel, tmp_path: Path, data: Path
+) -> None:
+    run = run_lamp(request_for(**ALONE), base=base)
+    assert run.prompts == "task" and run.task == load_task(data, TASK)
+    again = run_lamp(request_for(prompts="task", **ALONE), base=base)
+    assert again.users == run.users
+    bare = tmp_path / "bare"
+    shutil.copytree(data, bare)
+    (bare / "task.json").unlink()
+    run = run_lamp(request_for(data=bare, out=tmp_path / "other", **ALONE), base=base)
+    assert run.prompts == "lamp" and run.task == TASKS[TASK]
+    with pytest.raises(InvalidInput, match=r"holds no task\.json"):
+        run_lamp(request_for(data=bare, prompts="task", **ALONE), base=base)
+
+
+def test_an_artefact_of_other_prompts_is_used_and_said(
+    request_for: Callable[..., Request], base: BaseModel, make_artefact: Callable[..., Artefact],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    made = replace(make_artefact(base), task=TASKS[TASK])
+    made.save(tmp_path / "artefact")
+    spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
+    run = run_lamp(request_for(artefact=tmp_path / "artefact", prompts="oppu", users=1, **spec), base=base)
+    assert "was trained with other prompts (lamp) than are asked here (oppu)" in capsys.readouterr().err
+    assert (run.settings["artefact_prompts"], run.prompts) == ("lamp", "oppu")
+
+
+def test_the_paper_s_schedule_and_a_device_s(
+    request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+) -> None:
+    paper = run_lamp(request_for(out=tmp_path / "paper", **ALONE), base=base)
+    device = run_lamp(request_for(out=tmp_path / "device", schedule="device", **ALONE), base=base)
+    first = [json.loads((r.folder / "users/12/stage2.json").read_text())["losses"] for r in (paper, device)]
+    assert len(first[0]) == len(first[1]) and first[0] != first[1]
+    assert paper.users[0].loss("personal") != device.users[0].loss("personal")
+    with pytest.raises(InvalidInput, match="other schedule"):
+        run_lamp(request_for(out=tmp_path / "paper", schedule="device", **ALONE), base=base)
+    with pytest.raises(InvalidInput, match='no schedule "mine"; there are device, paper'):
+        request_for(schedule="mine", **ALONE)
+
+
+NEW = ("schedule", "prompts", "artefact_prompts", "answer_tokens", "stop", "token_cap", "shortened")
+
+
+def test_a_run_from_before_there_were_two_schedules_goes_on_as_a_device_s(
+    request_for: Callable[..., Request], base: BaseModel
+) -> None:
+    run = run_lamp(request_for(schedule="device", **ALONE), base=base)
+    for name in ("settings.json", "run.json"):
+        path = run.folder / name
+        written = json.loads(path.read_text())
+        settings = written["settings"] if name == "run.json" else written
+        for key in NEW:
+            del settings[key]
+        path.write_text(json.dumps(written))
+    assert run_lamp(request_for(schedule="device", **ALONE), base=base).users == run.users
+    assert Run.load(run.folder).prompts == "task"
+    with pytest.raises(InvalidInput, match="other schedule"):
+        run_lamp(request_for(**ALONE), base=base)
+
+
+def test_long_examples_are_cut_not_left_out(data: Path, base: BaseModel, tmp_path: Path) -> None:
+    """A history item over the context was left out, where the reference cuts it."""
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    users = json.loads((changed / "user_top_100_history.json").read_text())
+    users[0]["profile"][0]["text"] = " ".join(["cat dog"] * 300)
+    users[0]["profile"][1]["title"] = " ".join(["cat dog"] * 300)
+    (changed / "user_top_100_history.json").write_text(json.dumps(users))
+    task: Task = TASKS[TASK]
+    people = read_people(changed, task, base)
+    assert (people.shortened, people.dropped_long, people.token_cap) == (1, 1, 256)
+    person, whole = people.people[0], read_people(data, task, base).people[0]
+    assert len(person.history) == len(whole.history) - 1
+    assert max(person.lengths) == 256
+    longest = person.history[person.lengths.index(256)][0]
+    whole_prompt = whole.history[0][0]
+    assert longest[:20] == whole_prompt[:20] and longest[-5:] == whole_prompt[-5:], "instruction and cue"
