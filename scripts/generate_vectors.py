@@ -96,7 +96,7 @@ def schema() -> dict[str, Any]:
     texts = {"type": "array", "items": {"type": "string", "minLength": 1}}
     template = {"type": "string", "maxLength": tasks._TEMPLATE_CHARACTERS}
     described: dict[str, tuple[dict[str, Any], str]] = {
-        "name": ({"type": "string", "pattern": f"^{tasks._NAME.pattern}$"}, "the task's name"),
+        "name": ({"type": "string", "pattern": f"^{tasks.TASK_NAME.pattern}$"}, "the task's name"),
         "template": (
             {**template, "pattern": r"\{[^{}]+\}"},
             "the prompt, with {field}s of an item to fill in; {{ and }} stand for braces",
