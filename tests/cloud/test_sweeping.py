@@ -55,6 +55,7 @@ def pause(word):
 torch.set_num_threads(1)
 numbers = np.frombuffer(sys.stdin.buffer.read(int(sys.argv[1])), np.float32).reshape(32, -1).copy()
 sweeper = Sweeper(torch.device("cpu"), Turns())
+sweeper.start()
 torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
 if "overwritten" in sys.argv:
     _off_orthonormal(numbers.astype(np.float64))
