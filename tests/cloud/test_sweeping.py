@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
 from perfit_cloud.audit.search import Index
 from perfit_cloud.engine.turns import Turns
-from perfit_cloud.service import hygiene, sweeping
+from perfit_cloud.service import hygiene
 from perfit_cloud.service.freeing import build
 from perfit_cloud.service.sweeping import Sweeper, overwrite_small_arrays
 
@@ -166,7 +165,7 @@ def test_what_keeps_itself_is_swept_after_a_call() -> None:
         for _ in range(2):
             gone = weakref.ref(Knot())
             assert gone() is not None
-            sweeper.soon()
+            sweeper.call_ended()
             wait_for(lambda gone=gone: gone() is None)
     finally:
         gc.enable()
@@ -174,24 +173,53 @@ def test_what_keeps_itself_is_swept_after_a_call() -> None:
         gc.unfreeze()
 
 
+class Calls(threading.Event):
+    """Set when a call ends, which one does every `step` seconds up to `last`, by a clock of its own."""
+
+    def __init__(self, *, step: float, last: float) -> None:
+        super().__init__()
+        self.now, self.over = 0.0, threading.Event()  # nothing more will come
+        self._ends = iter(np.arange(step, last + step / 2, step).tolist())
+        self._next: float | None = next(self._ends)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.is_set():
+            return True
+        if self._next is not None and (timeout is None or self._next <= self.now + timeout):
+            self.now, self._next = max(self.now, self._next), next(self._ends, None)
+            return True
+        if timeout is None:
+            self.over.set()
+            return super().wait()  # for the sweeper's end
+        self.now += timeout
+        return False
+
+
+def sweeps_for(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When there were any, by the calls' clock; that of the start is the first."""
+    swept: list[float] = []
+    sweeper = Sweeper(torch.device("cpu"), Turns(), clock=lambda: calls.now, ended=calls)
+    monkeypatch.setattr(sweeper, "sweep", lambda: swept.append(calls.now))
+    sweeper.start()
+    try:
+        assert calls.over.wait(TIMEOUT)
+        return list(swept)
+    finally:
+        sweeper.close()
+        gc.unfreeze()
+
+
 def test_calls_that_keep_ending_share_a_sweep_and_none_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep for each took a tenth of a busy cloud's time."""
-    monkeypatch.setattr(sweeping, "_QUIET_SECONDS", 0.2)
-    monkeypatch.setattr(sweeping, "_LATEST_SECONDS", 0.5)
-    sweeper, swept = Sweeper(torch.device("cpu"), Turns()), []
-    monkeypatch.setattr(sweeper, "sweep", lambda: swept.append(time.monotonic()))
-    sweeper.start()
-    begun = time.monotonic()
-    while time.monotonic() < begun + 2:
-        sweeper.soon()
-        time.sleep(0.02)
-    ended = time.monotonic()
-    while_ending = [at for at in swept if at < ended]
-    assert 1 <= len(while_ending) <= 4
-    while len(swept) < len(while_ending) + 2 and time.monotonic() < ended + 20:  # soon after, and again
-        time.sleep(0.02)
-    sweeper.close()
-    assert len(swept) >= len(while_ending) + 2
+    swept = np.array(sweeps_for(Calls(step=0.125, last=20.0), monkeypatch))
+    while_ending = int((swept < 20).sum())
+    assert while_ending <= 1 + 20 / 2
+    assert np.diff(swept)[:while_ending].max() <= 2 + 0.125
+
+
+def test_a_call_is_swept_after_soon_and_twice_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For threads of the call that end a little later."""
+    assert sweeps_for(Calls(step=7.0, last=7.0), monkeypatch) == [0.0, 7.5, 8.5, 11.5]
 
 
 def test_every_call_tells_the_sweeper(run: Callable[..., Running]) -> None:

@@ -25,7 +25,7 @@ _SECONDS = 60  # for the compiler, and for the trial
 # Aborts where another allocator stands before glibc's, which is asked to free what it never gave.
 _TRIAL = (
     "import ctypes, threading; ours = ctypes.CDLL(None); ours.perfit_take_kept; "
-    "[bytearray(size) for size in range(9999)]; threading.Thread(target=ours.perfit_overwrite_stacks).start()"
+    "[bytearray(size) for size in range(9999)]; threading.Thread(target=ours.perfit_overwrite_stack).start()"
 )
 
 

@@ -127,17 +127,20 @@ static void overwrite_unless(void *caller) {
     if (!pthread_equal(pthread_self(), *(pthread_t *)caller)) perfit_overwrite_stack();
 }
 
-/* The same in the caller and in all threads of its OpenMP pool, which are idle: by a parallel region, the one
-   way that reaches each of them. Not where the caller has begun no thread: it would be given a pool. */
-void perfit_overwrite_stacks(void) {
+/* The same in the caller and in the idle threads of its OpenMP pool, which has so many with the caller: by a
+   parallel region, the one way to reach each of them. Not where the caller has begun no thread: it has no pool,
+   and would be given one. */
+void perfit_overwrite_stacks(unsigned threads) {
     static region *found;
-    region *parallel = __atomic_load_n(&found, __ATOMIC_RELAXED);
-    pthread_t caller = pthread_self();
-    if (!parallel && began_others) { /* it may be loaded later than we are */
-        parallel = (region *)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-        __atomic_store_n(&found, parallel, __ATOMIC_RELAXED);
+    if (threads > 1 && began_others) {
+        region *parallel = __atomic_load_n(&found, __ATOMIC_RELAXED);
+        pthread_t caller = pthread_self();
+        if (!parallel) { /* it is loaded with torch */
+            parallel = (region *)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+            __atomic_store_n(&found, parallel, __ATOMIC_RELAXED);
+        }
+        if (parallel) parallel(overwrite_unless, &caller, threads, 0);
     }
-    if (parallel && began_others) parallel(overwrite_unless, &caller, 0, 0);
     perfit_overwrite_stack();
 }
 

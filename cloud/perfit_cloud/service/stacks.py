@@ -12,9 +12,6 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
-
-import torch
 
 __all__ = ["DeadStacks"]
 
@@ -30,23 +27,32 @@ _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 class DeadStacks:
     """Overwrites the part of stacks that nobody uses any more."""
 
-    def __init__(self) -> None:
-        program = ctypes.CDLL(None)
-        self._has_library = hasattr(program, "perfit_overwrite_stack")
-        # In the calling thread; and in those that torch computes with for it, too.
-        self.overwrite: Callable[[], object]
-        self.overwrite_all: Callable[[], object]
+    def __init__(self, threads: int) -> None:
+        """`threads`: that torch computes with at once, for each thread that asks and with that one."""
+        self._threads = threads
+        self._program = ctypes.CDLL(None)
+        self._has_library = hasattr(self._program, "perfit_overwrite_stacks")
+        self._zeros = [] if self._has_library else [_structure(bytes(size)) for size in _ARGUMENTS]
+        if 0 <= resource.getrlimit(resource.RLIMIT_STACK)[0] < _LEAST_STACK:
+            self._zeros = []
+
+    def overwrite(self) -> None:
+        """The calling thread's."""
         if self._has_library:
-            self.overwrite, self.overwrite_all = (
-                program.perfit_overwrite_stack,
-                program.perfit_overwrite_stacks,
-            )
+            self._program.perfit_overwrite_stack()
         else:
-            self.overwrite = self.overwrite_all = _by_ctypes()
+            _pass_on_stack(self._zeros)
+
+    def overwrite_all(self) -> None:
+        """The calling thread's, and those of the threads that torch computes with for it."""
+        if self._has_library:
+            self._program.perfit_overwrite_stacks(self._threads)
+        else:
+            _pass_on_stack(self._zeros)
 
     def sweep(self) -> None:
         """Overwrite those of threads that have ended, where that was not done at their end."""
-        if not self._has_library:  # the C library gives them back, all but the last
+        if not self._has_library:  # the C library gives them back when another ends (`service/hygiene.py`)
             _in_thread(self.overwrite)
 
     def overwrites(self) -> bool:
@@ -55,18 +61,19 @@ class DeadStacks:
 
         def work() -> None:
             deep = _structure(secret * (_TRIED // len(secret)))
-            _in_pool(lambda: _pass_on_stack([deep]))
+            self._in_pool(lambda: _pass_on_stack([deep]))
             self.overwrite_all()
-            _in_pool(lambda: left.append(_is_on_stack(secret)))
+            self._in_pool(lambda: left.append(_is_on_stack(secret)))
 
         _in_thread(work)
-        return len(left) == torch.get_num_threads() and not any(left)
+        return len(left) == self._threads and not any(left)
 
-
-def _by_ctypes() -> Callable[[], object]:
-    if 0 <= resource.getrlimit(resource.RLIMIT_STACK)[0] < _LEAST_STACK:
-        return lambda: None
-    return partial(_pass_on_stack, [_structure(bytes(size)) for size in _ARGUMENTS])
+    def _in_pool(self, do: Callable[[], object]) -> None:
+        parallel = getattr(self._program, "GOMP_parallel", None)
+        if self._threads == 1 or parallel is None:
+            do()
+        else:
+            parallel(_Region(lambda _: do()), None, self._threads, 0)
 
 
 def _structure(data: bytes) -> ctypes.Structure:
@@ -86,15 +93,6 @@ def _in_thread(do: Callable[[], object]) -> None:
     thread = threading.Thread(target=do, name="perfit-stacks")
     thread.start()
     thread.join()
-
-
-def _in_pool(do: Callable[[], object]) -> None:
-    """In every thread that torch computes with for this one, which is one of them."""
-    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    if torch.get_num_threads() == 1 or parallel is None:
-        do()
-    else:
-        parallel(_Region(lambda _: do()), None, torch.get_num_threads(), 0)
 
 
 def _is_on_stack(secret: bytes) -> bool:

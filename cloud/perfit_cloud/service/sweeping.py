@@ -48,12 +48,15 @@ _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for l
 class Sweeper:
     """A thread that sweeps after calls; `call_ended` says that one did."""
 
-    def __init__(self, device: torch.device, turns: Turns) -> None:
-        """`turns`: of all engines on the device."""
+    def __init__(
+        self, device: torch.device, turns: Turns, *,
+        clock: Callable[[], float] = time.monotonic, ended: threading.Event | None = None,
+    ) -> None:  # fmt: skip
+        """`turns`: of all engines on the device. `ended` is set when a call has ended."""
         self._device, self._turns = device, turns
         self._free_buffers = _of_mkl()
-        self._stacks = DeadStacks()
-        self._ended = threading.Event()
+        self._stacks = DeadStacks(torch.get_num_threads())
+        self._clock, self._ended = clock, ended or threading.Event()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="perfit-sweeper", daemon=True)
 
@@ -106,10 +109,10 @@ class Sweeper:
         again: tuple[float, ...] = ()
         while not self._is_closed:
             if self._ended.wait(again[0] if again else None):
-                latest = time.monotonic() + _LATEST_SECONDS
-                while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - time.monotonic()))):
+                latest = self._clock() + _LATEST_SECONDS
+                while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - self._clock()))):
                     self._ended.clear()
-                    if self._is_closed or time.monotonic() >= latest:
+                    if self._is_closed or self._clock() >= latest:
                         break
                 again = _AGAIN_SECONDS
             else:
