@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ from perfit_cloud.engine.turns import Turns
 from perfit_cloud.service import hygiene
 from perfit_cloud.service.freeing import build
 from perfit_cloud.service.sweeping import Sweeper, overwrite_small_arrays
+
+AS_ON_INTEL = Path(__file__).parents[2] / "scripts" / "soak" / "as_on_intel.c"
 
 
 def test_memory_of_small_arrays_is_overwritten() -> None:
@@ -67,23 +71,45 @@ pause("swept")
 """
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """The environment in which MKL takes "its own" kernels for this processor, or "Intel's"."""
+
+    def environment(which: str) -> dict[str, str]:
+        if which == "its own":
+            return dict(os.environ)
+        if shutil.which("cc") is None:
+            pytest.skip("to have Intel's kernels on another processor needs a C compiler")
+        built = tmp_path_factory.mktemp("intel") / "as_on_intel.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(built), str(AS_ON_INTEL)], check=True)
+        return {**os.environ, "LD_PRELOAD": str(built)}
+
+    return environment
+
+
 @looking
+@pytest.mark.parametrize("which", ["its own", "Intel's"])
 @pytest.mark.parametrize("how", ["as it comes", "overwritten"])
-def test_buffers_that_matrices_are_copied_to_are_overwritten(how: str) -> None:
-    """MKL (torch) and OpenBLAS (numpy) both kept copies of tensors in memory that they never free."""
+def test_what_matrices_are_copied_to_is_overwritten(
+    kernels: Callable[[str], dict[str, str]], how: str, which: str
+) -> None:
+    """MKL (torch) and OpenBLAS (numpy) both kept copies of tensors in memory that they never free.
+
+    Of Intel's kernels those with AVX-512 keep them on the stack, too.
+    """
     numbers = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
     forms = [f(a) for f in (np.asarray, np.transpose) for a in (numbers, numbers.astype(np.float64))]
     needles = [raw(f"{form.dtype}", np.ascontiguousarray(form).tobytes()) for form in forms]
-    index = Index(needles)
+    index, given = Index(needles), kernels(which)
 
     def found() -> set[str]:
         return {needles[of.needle].kind for of in look_at(child.pid, index).found}
 
-    library = build(os.environ)  # none where there is no compiler: glibc overwrites then
+    library = build(given)  # none where there is no compiler: glibc overwrites then
     with subprocess.Popen(
-        [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=hygiene._environment(os.environ, library), bufsize=0,
-        pass_fds=[] if library is None else [library],
+        [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        env=hygiene._environment(given, library), pass_fds=[] if library is None else [library],
     ) as child:  # fmt: skip
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(numbers.tobytes())
