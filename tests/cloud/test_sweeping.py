@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def test_memory_of_small_arrays_is_overwritten() -> None:
     assert not any(needle in ctypes.string_at(*place) for place in places)
 
 
+# A program that is given numbers and multiplies them, and a sweep.
 MULTIPLIED = """
 import sys
 import numpy as np
@@ -59,16 +60,42 @@ torch.set_num_threads(1)
 numbers = np.frombuffer(sys.stdin.buffer.read(int(sys.argv[1])), np.float32).reshape(32, -1).copy()
 sweeper = Sweeper(torch.device("cpu"), Turns())
 sweeper.start()
-torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
+if "bfloat16" in sys.argv:
+    half = torch.from_numpy(numbers).bfloat16()
+    torch.ones(200, 32, dtype=torch.bfloat16) @ half
+    torch.ones(200, half.shape[1], dtype=torch.bfloat16) @ half.T
+    del half
+else:
+    torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
 if "overwritten" in sys.argv:
     _off_orthonormal(numbers.astype(np.float64))
-else:
+elif "as it comes" in sys.argv:
     numbers.astype(np.float64) @ numbers.astype(np.float64).T
 del numbers
 pause("multiplied")
 sweeper.sweep()
 pause("swept")
 """
+NUMBERS = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
+
+
+def found_around_a_sweep(how: str, forms: Mapping[str, bytes], given: Mapping[str, str]) -> list[set[str]]:
+    """Which forms of the numbers lie anywhere in the program, before the sweep and after it."""
+    index, library = Index([raw(*form) for form in forms.items()]), build(given)  # none without a compiler
+    found = []
+    with subprocess.Popen(
+        [sys.executable, "-c", MULTIPLIED, str(NUMBERS.nbytes), how],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        env=hygiene._environment(given, library), pass_fds=[] if library is None else [library],
+    ) as child:  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(NUMBERS.tobytes())
+        for moment in (b"multiplied\n", b"swept\n"):
+            assert child.stdout.readline() == moment
+            found.append({index.needles[of.needle].kind for of in look_at(child.pid, index).found})
+            child.stdin.write(b"\n")
+        child.kill()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -97,28 +124,30 @@ def test_what_matrices_are_copied_to_is_overwritten(
 
     Of Intel's kernels those with AVX-512 keep them on the stack, too.
     """
-    numbers = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
-    forms = [f(a) for f in (np.asarray, np.transpose) for a in (numbers, numbers.astype(np.float64))]
-    needles = [raw(f"{form.dtype}", np.ascontiguousarray(form).tobytes()) for form in forms]
-    index, given = Index(needles), kernels(which)
+    forms = {
+        f"{form.dtype} {order}": form.tobytes(order)  # as they are, and transposed
+        for form in (NUMBERS, NUMBERS.astype(np.float64))
+        for order in ("C", "F")
+    }  # fmt: skip
+    before, after = found_around_a_sweep(how, forms, kernels(which))
+    left = set() if how == "overwritten" else {"float64"}
+    assert {form.split()[0] for form in before} >= {"float32", *left}
+    assert {form.split()[0] for form in after} == left
 
-    def found() -> set[str]:
-        return {needles[of.needle].kind for of in look_at(child.pid, index).found}
 
-    library = build(given)  # none where there is no compiler: glibc overwrites then
-    with subprocess.Popen(
-        [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-        env=hygiene._environment(given, library), pass_fds=[] if library is None else [library],
-    ) as child:  # fmt: skip
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(numbers.tobytes())
-        assert child.stdout.readline() == b"multiplied\n"
-        assert found() >= ({"float32"} if how == "overwritten" else {"float32", "float64"})
-        child.stdin.write(b"\n")
-        assert child.stdout.readline() == b"swept\n"
-        assert found() == (set() if how == "overwritten" else {"float64"})
-        child.kill()
+@looking
+def test_what_matrices_in_bfloat16_are_packed_to_is_overwritten() -> None:
+    """Kernels of oneDNN for this dtype want two numbers of a column side by side."""
+    half = torch.from_numpy(NUMBERS).bfloat16().view(torch.int16).numpy()
+    pairs = half.reshape(16, 2, 1024).transpose(0, 2, 1), half.T.reshape(512, 2, 32).transpose(0, 2, 1)
+    forms = {
+        f"{name} {order}": form.tobytes(order)
+        for name, form in (("as they are", half), ("pairs of rows", pairs[0]), ("pairs of columns", pairs[1]))
+        for order in ("C", "F")
+    }  # fmt: skip
+    before, after = found_around_a_sweep("bfloat16", forms, os.environ)
+    assert before
+    assert not after
 
 
 def test_free_memory_of_a_cuda_device_is_overwritten_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
