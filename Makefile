@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow bench audit fuzz fuzz-guided kills load lint wire help-page starter clean
+.PHONY: help setup peers demo test test-slow bench audit audit-intel fuzz fuzz-guided kills load lint wire help-page starter clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
 	@echo "make test        set up, then the tests (under 8 minutes)"
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
 	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
-	@echo "make audit fuzz kills load   every figure of docs/security.md; SEED=n chooses what is drawn"
+	@echo "make audit audit-intel fuzz kills load   every figure of docs/security.md; SEED=n chooses what is drawn"
 	@echo "make lint        ruff, mypy, the import contracts, and buf over the protos"
 
 setup: $(VENV)/.ready
@@ -58,9 +58,18 @@ SOAK := PYTHONPATH=scripts $(BIN)/python -m soak
 FOUND := docs/results/security
 STARTER := cloud/perfit_cloud/starter
 
+AUDIT := $(BIN)/perfit-cloud audit --seed $(SEED) --model $(STARTER)/perfit-starter \
+	--artefact $(STARTER)/news_headline
+DTYPES := float32 bfloat16
+
 audit: setup
-	$(BIN)/perfit-cloud audit --seed $(SEED) --model $(STARTER)/perfit-starter \
-		--artefact $(STARTER)/news_headline --json $(FOUND)/audit.json
+	set -e; for dtype in $(DTYPES); do $(AUDIT) --dtype $$dtype --json $(FOUND)/audit-$$dtype.json; done
+
+# The same where MKL takes the kernels that it has for Intel, whatever processor this is.
+audit-intel: setup
+	mkdir -p build && $(CC) -shared -fPIC -o build/as_on_intel.so scripts/soak/as_on_intel.c
+	set -e; for dtype in $(DTYPES); do LD_PRELOAD=$(CURDIR)/build/as_on_intel.so \
+		$(AUDIT) --dtype $$dtype --json $(FOUND)/audit-intel-$$dtype.json; done
 
 fuzz: setup
 	$(SOAK).fuzz --inputs 100000 --seed $(SEED) --json $(FOUND)/fuzz.json

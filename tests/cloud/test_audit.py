@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
 from perfit_cloud.audit.calls import Generate, Running
+from perfit_cloud.audit.processor import processor
 from perfit_cloud.audit.rows import Row, forms_seen, is_kept, unseen
 from perfit_cloud.audit.scenarios import _ended
 from perfit_shared.errors import PerfitError
@@ -30,6 +34,17 @@ def test_a_call_that_ends_in_another_way_than_it_should_shows_nothing() -> None:
     _ended(Running(lambda _: iter([None])), answered, "done", "Generate done")
     with pytest.raises(PerfitError, match="Generate done: the call ended with INVALID_ARGUMENT"):
         _ended(Running(lambda _: refused()), answered, "done", "Generate done")
+
+
+def test_a_report_names_the_processor_and_the_kernels_that_libraries_choose() -> None:
+    """What was shown on one processor was not so on another."""
+    made_on = processor()
+    if sys.platform == "linux" and os.uname().machine == "x86_64":
+        assert made_on.name in Path("/proc/cpuinfo").read_text("utf-8")
+        assert made_on.kernels.keys() == {"torch", "MKL", "oneDNN"}
+        assert "not said" not in made_on.kernels.values()
+    for told in (made_on.name, *made_on.features, *made_on.kernels.values()):
+        assert told in str(made_on)
 
 
 # -- what rows mean ------------------------------------------------------------------------------

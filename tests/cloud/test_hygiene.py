@@ -112,16 +112,23 @@ def test_memory_is_locked_only_where_no_limit_can_be_met(
     assert hygiene._may_lock_all() is may
 
 
-@pytest.mark.parametrize("are_overwritten", [True, False])
-def test_tensors_that_stay_are_said(caplog: pytest.LogCaptureFixture, are_overwritten: bool) -> None:
+@pytest.mark.parametrize("tensors", [True, False])
+@pytest.mark.parametrize("stacks", [True, False])
+def test_what_stays_of_tensors_is_said(
+    caplog: pytest.LogCaptureFixture, *, tensors: bool, stacks: bool
+) -> None:  # fmt: skip
     class Sweeping:
         def overwrites_tensors(self) -> bool:
-            return are_overwritten
+            return tensors
 
-    held = hygiene.Hardening(True, True, True, True)
-    told = serve._with_tensors(held, Sweeping())  # type: ignore[arg-type]
-    assert told.overwrites_freed is are_overwritten
-    assert caplog.text.count("traces of tensors stay") == (not are_overwritten)
+        def overwrites_stacks(self) -> bool:
+            return stacks
+
+    held = hygiene.Hardening(True, False, True, True, True)
+    told = serve._with_torch(held, Sweeping())  # type: ignore[arg-type]
+    assert (told.overwrites_freed, told.overwrites_stacks) == (tensors, stacks)
+    assert caplog.text.count("traces of tensors stay") == (not tensors)
+    assert caplog.text.count("keep copies of them on their stacks") == (not stacks)
 
 
 FIRST_CALLS = """

@@ -181,10 +181,8 @@ def test_leaving_frees_the_place_in_the_engine(
 def test_a_deadline_frees_the_place(run: Callable[..., Running]) -> None:
     drip = Drip()
     device = run(engine=drip).device()
-    started = time.monotonic()
     assert failure(lambda: list(device.stub.Generate(generate(), timeout=0.5)))[0] == "DEADLINE_EXCEEDED"
-    assert drip.cancelled.wait(5)
-    assert time.monotonic() - started < 5
+    assert drip.cancelled.wait(TIMEOUT)
 
 
 def test_calls_without_a_deadline_end_too(run: Callable[..., Running]) -> None:
@@ -194,9 +192,7 @@ def test_calls_without_a_deadline_end_too(run: Callable[..., Running]) -> None:
     drip.go.release()
     next(stream)
     # The next piece never comes; the end used to be looked at only after a piece.
-    started = time.monotonic()
     assert failure(lambda: next(stream))[:2] == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
-    assert time.monotonic() - started < 5
     assert drip.cancelled.is_set()
 
 
@@ -204,9 +200,9 @@ def test_a_stream_outlives_the_age_of_its_connection(run: Callable[..., Running]
     drip = Drip()
     device = run(engine=drip, call_seconds=3).device()  # and so old may a connection get
     device.describe()
-    time.sleep(1.5)
+    time.sleep(2.2)
     stream = device.stub.Generate(generate())
-    for _ in range(5):
+    for _ in range(3):  # half as long as a call may be
         drip.go.release()
         assert next(stream).text == "word "
         time.sleep(0.5)

@@ -338,6 +338,7 @@ def test_a_process_of_its_own(
             process.kill()
     held = told["hardening"]
     assert held["overwrites_freed"]
+    assert held["overwrites_stacks"]
     assert held["no_core_dumps"]
     assert held["not_dumpable"]
     assert errors.count("IndexError at <string>:") == 3

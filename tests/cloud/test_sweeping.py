@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
 from perfit_cloud.audit.search import Index
 from perfit_cloud.engine.turns import Turns
-from perfit_cloud.service import hygiene, sweeping
+from perfit_cloud.service import hygiene
 from perfit_cloud.service.freeing import build
 from perfit_cloud.service.sweeping import Sweeper, overwrite_small_arrays
+
+AS_ON_INTEL = Path(__file__).parents[2] / "scripts" / "soak" / "as_on_intel.c"
 
 
 def test_memory_of_small_arrays_is_overwritten() -> None:
@@ -40,6 +43,7 @@ def test_memory_of_small_arrays_is_overwritten() -> None:
     assert not any(needle in ctypes.string_at(*place) for place in places)
 
 
+# A program that is given numbers and multiplies them, and a sweep.
 MULTIPLIED = """
 import sys
 import numpy as np
@@ -55,44 +59,95 @@ def pause(word):
 torch.set_num_threads(1)
 numbers = np.frombuffer(sys.stdin.buffer.read(int(sys.argv[1])), np.float32).reshape(32, -1).copy()
 sweeper = Sweeper(torch.device("cpu"), Turns())
-torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
+sweeper.start()
+if "bfloat16" in sys.argv:
+    half = torch.from_numpy(numbers).bfloat16()
+    torch.ones(200, 32, dtype=torch.bfloat16) @ half
+    torch.ones(200, half.shape[1], dtype=torch.bfloat16) @ half.T
+    del half
+else:
+    torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
 if "overwritten" in sys.argv:
     _off_orthonormal(numbers.astype(np.float64))
-else:
+elif "as it comes" in sys.argv:
     numbers.astype(np.float64) @ numbers.astype(np.float64).T
 del numbers
 pause("multiplied")
 sweeper.sweep()
 pause("swept")
 """
+NUMBERS = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
+
+
+def found_around_a_sweep(how: str, forms: Mapping[str, bytes], given: Mapping[str, str]) -> list[set[str]]:
+    """Which forms of the numbers lie anywhere in the program, before the sweep and after it."""
+    index, library = Index([raw(*form) for form in forms.items()]), build(given)  # none without a compiler
+    found = []
+    with subprocess.Popen(
+        [sys.executable, "-c", MULTIPLIED, str(NUMBERS.nbytes), how],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        env=hygiene._environment(given, library), pass_fds=[] if library is None else [library],
+    ) as child:  # fmt: skip
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(NUMBERS.tobytes())
+        for moment in (b"multiplied\n", b"swept\n"):
+            assert child.stdout.readline() == moment
+            found.append({index.needles[of.needle].kind for of in look_at(child.pid, index).found})
+            child.stdin.write(b"\n")
+        child.kill()
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """The environment in which MKL takes "its own" kernels for this processor, or "Intel's"."""
+
+    def environment(which: str) -> dict[str, str]:
+        if which == "its own":
+            return dict(os.environ)
+        if shutil.which("cc") is None:
+            pytest.skip("to have Intel's kernels on another processor needs a C compiler")
+        built = tmp_path_factory.mktemp("intel") / "as_on_intel.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(built), str(AS_ON_INTEL)], check=True)
+        return {**os.environ, "LD_PRELOAD": str(built)}
+
+    return environment
 
 
 @looking
+@pytest.mark.parametrize("which", ["its own", "Intel's"])
 @pytest.mark.parametrize("how", ["as it comes", "overwritten"])
-def test_buffers_that_matrices_are_copied_to_are_overwritten(how: str) -> None:
-    """MKL (torch) and OpenBLAS (numpy) both kept copies of tensors in memory that they never free."""
-    numbers = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
-    forms = [f(a) for f in (np.asarray, np.transpose) for a in (numbers, numbers.astype(np.float64))]
-    needles = [raw(f"{form.dtype}", np.ascontiguousarray(form).tobytes()) for form in forms]
-    index = Index(needles)
+def test_what_matrices_are_copied_to_is_overwritten(
+    kernels: Callable[[str], dict[str, str]], how: str, which: str
+) -> None:
+    """MKL (torch) and OpenBLAS (numpy) both kept copies of tensors in memory that they never free.
 
-    def found() -> set[str]:
-        return {needles[of.needle].kind for of in look_at(child.pid, index).found}
+    Of Intel's kernels those with AVX-512 keep them on the stack, too.
+    """
+    forms = {
+        f"{form.dtype} {order}": form.tobytes(order)  # as they are, and transposed
+        for form in (NUMBERS, NUMBERS.astype(np.float64))
+        for order in ("C", "F")
+    }  # fmt: skip
+    before, after = found_around_a_sweep(how, forms, kernels(which))
+    left = set() if how == "overwritten" else {"float64"}
+    assert {form.split()[0] for form in before} >= {"float32", *left}
+    assert {form.split()[0] for form in after} == left
 
-    library = build(os.environ)  # none where there is no compiler: glibc overwrites then
-    with subprocess.Popen(
-        [sys.executable, "-c", MULTIPLIED, str(numbers.nbytes), how], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=hygiene._environment(os.environ, library), bufsize=0,
-        pass_fds=[] if library is None else [library],
-    ) as child:  # fmt: skip
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(numbers.tobytes())
-        assert child.stdout.readline() == b"multiplied\n"
-        assert found() >= ({"float32"} if how == "overwritten" else {"float32", "float64"})
-        child.stdin.write(b"\n")
-        assert child.stdout.readline() == b"swept\n"
-        assert found() == (set() if how == "overwritten" else {"float64"})
-        child.kill()
+
+@looking
+def test_what_matrices_in_bfloat16_are_packed_to_is_overwritten() -> None:
+    """Kernels of oneDNN for this dtype want two numbers of a column side by side."""
+    half = torch.from_numpy(NUMBERS).bfloat16().view(torch.int16).numpy()
+    pairs = half.reshape(16, 2, 1024).transpose(0, 2, 1), half.T.reshape(512, 2, 32).transpose(0, 2, 1)
+    forms = {
+        f"{name} {order}": form.tobytes(order)
+        for name, form in (("as they are", half), ("pairs of rows", pairs[0]), ("pairs of columns", pairs[1]))
+        for order in ("C", "F")
+    }  # fmt: skip
+    before, after = found_around_a_sweep("bfloat16", forms, os.environ)
+    assert before
+    assert not after
 
 
 def test_free_memory_of_a_cuda_device_is_overwritten_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +220,7 @@ def test_what_keeps_itself_is_swept_after_a_call() -> None:
         for _ in range(2):
             gone = weakref.ref(Knot())
             assert gone() is not None
-            sweeper.soon()
+            sweeper.call_ended()
             wait_for(lambda gone=gone: gone() is None)
     finally:
         gc.enable()
@@ -173,24 +228,53 @@ def test_what_keeps_itself_is_swept_after_a_call() -> None:
         gc.unfreeze()
 
 
+class Calls(threading.Event):
+    """Set when a call ends, which one does every `step` seconds up to `last`, by a clock of its own."""
+
+    def __init__(self, *, step: float, last: float) -> None:
+        super().__init__()
+        self.now, self.over = 0.0, threading.Event()  # nothing more will come
+        self._ends = iter(np.arange(step, last + step / 2, step).tolist())
+        self._next: float | None = next(self._ends)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.is_set():
+            return True
+        if self._next is not None and (timeout is None or self._next <= self.now + timeout):
+            self.now, self._next = max(self.now, self._next), next(self._ends, None)
+            return True
+        if timeout is None:
+            self.over.set()
+            return super().wait()  # for the sweeper's end
+        self.now += timeout
+        return False
+
+
+def sweeps_for(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When there were any, by the calls' clock; that of the start is the first."""
+    swept: list[float] = []
+    sweeper = Sweeper(torch.device("cpu"), Turns(), clock=lambda: calls.now, ended=calls)
+    monkeypatch.setattr(sweeper, "sweep", lambda: swept.append(calls.now))
+    sweeper.start()
+    try:
+        assert calls.over.wait(TIMEOUT)
+        return list(swept)
+    finally:
+        sweeper.close()
+        gc.unfreeze()
+
+
 def test_calls_that_keep_ending_share_a_sweep_and_none_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep for each took a tenth of a busy cloud's time."""
-    monkeypatch.setattr(sweeping, "_QUIET_SECONDS", 0.2)
-    monkeypatch.setattr(sweeping, "_LATEST_SECONDS", 0.5)
-    sweeper, swept = Sweeper(torch.device("cpu"), Turns()), []
-    monkeypatch.setattr(sweeper, "sweep", lambda: swept.append(time.monotonic()))
-    sweeper.start()
-    begun = time.monotonic()
-    while time.monotonic() < begun + 2:
-        sweeper.soon()
-        time.sleep(0.02)
-    ended = time.monotonic()
-    while_ending = [at for at in swept if at < ended]
-    assert 1 <= len(while_ending) <= 4
-    while len(swept) < len(while_ending) + 2 and time.monotonic() < ended + 20:  # soon after, and again
-        time.sleep(0.02)
-    sweeper.close()
-    assert len(swept) >= len(while_ending) + 2
+    swept = np.array(sweeps_for(Calls(step=0.125, last=20.0), monkeypatch))
+    while_ending = int((swept < 20).sum())
+    assert while_ending <= 1 + 20 / 2
+    assert np.diff(swept)[:while_ending].max() <= 2 + 0.125
+
+
+def test_a_call_is_swept_after_soon_and_twice_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For threads of the call that end a little later."""
+    assert sweeps_for(Calls(step=7.0, last=7.0), monkeypatch) == [0.0, 7.5, 8.5, 11.5]
 
 
 def test_every_call_tells_the_sweeper(run: Callable[..., Running]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -149,17 +150,17 @@ def test_a_cloud_that_hangs_is_left(
 ) -> None:
     (artefact,) = device.describe().artefacts
     monkeypatch.setitem(clouds._DEADLINES, method, 0.3)
-    cloud.fail = lambda of: time.sleep(2)
+    is_left = threading.Event()
+    cloud.fail = lambda of: is_left.wait(60)
     calls: dict[str, Callable[[], Any]] = {
         "Describe": device.describe,
         "FetchSeed": lambda: device.fetch_seed(artefact),
         "Score": lambda: device.score([("x", "y")], ShiftUse(artefact)),
         "ComputeGradient": lambda: device.compute_gradient([("x", "y")], artefact, cloud.seed),
     }
-    begun = time.monotonic()
     with pytest.raises(TooSlow, match="took too long"):
         calls[method]()
-    assert time.monotonic() - begun < 2
+    is_left.set()
 
 
 def test_pieces_without_text_have_an_end(

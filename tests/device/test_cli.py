@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -279,11 +280,17 @@ def test_help_is_quick_and_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+    def cpu_seconds() -> float:
+        """Of children that ended: what else the machine does does not count."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     best = 10.0
     for _ in range(5):
-        start = time.perf_counter()
+        start = cpu_seconds()
         subprocess.run([sys.executable, "-m", "perfit_device.cli", "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, cpu_seconds() - start)
     assert best < 0.3
 
 

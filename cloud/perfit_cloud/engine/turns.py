@@ -70,6 +70,8 @@ class Turns(_Line):
         self._long = _Line()
         # Told of every turn that is over: its kind and its seconds, those lent out included.
         self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
+        # Called at the end of every turn, in the thread that has it.
+        self.before_release: Callable[[], object] = lambda: None
         self.moved = time.monotonic()  # when it last changed hands
 
     def vital(self) -> Vital:
@@ -105,6 +107,7 @@ class Turns(_Line):
             try:
                 yield
             finally:
+                self.before_release()
                 self.moved = time.monotonic()
                 self.on_pass(kind, self.moved - begun)
 

@@ -1,6 +1,7 @@
 """A free() of our own (freeing.c), built anew at every start of a hardened server where a C compiler is.
 
-Without one, glibc does it itself, slower: it overwrites memory when it gives it out, too.
+Without one, glibc does it itself, slower: it overwrites memory when it gives it out, too. With it comes
+what overwrites stacks (stacks.c, `service/stacks.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any
 
 __all__ = ["build", "preloading", "take_kept"]
 
-_SOURCE = Path(__file__).with_name("freeing.c")
-_FLAGS = ["-O2", "-fno-builtin", "-shared", "-fPIC"]
+_SOURCES = [str(Path(__file__).with_name(name)) for name in ("freeing.c", "stacks.c")]
+_FLAGS, _LIBRARIES = ["-O2", "-fno-builtin", "-shared", "-fPIC"], ["-ldl"]
 _SECONDS = 60  # for the compiler, and for the trial
 # Aborts where another allocator stands before glibc's, which is asked to free what it never gave.
-_TRIAL = "import ctypes; ctypes.CDLL(None).perfit_take_kept; [bytearray(size) for size in range(9999)]"
+_TRIAL = (
+    "import ctypes, threading; ours = ctypes.CDLL(None); ours.perfit_take_kept; "
+    "[bytearray(size) for size in range(9999)]; threading.Thread(target=ours.perfit_overwrite_stack).start()"
+)
 
 
 def build(environment: Mapping[str, str]) -> int | None:
@@ -68,7 +72,7 @@ def take_kept() -> Callable[[], None]:
 def _compiled(compiler: Sequence[str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "freeing.so"
-        _run([*compiler, *_FLAGS, "-o", str(library), str(_SOURCE)])
+        _run([*compiler, *_FLAGS, "-o", str(library), *_SOURCES, *_LIBRARIES])
         return library.read_bytes()
 
 

@@ -33,7 +33,11 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
 }
 # Without a free() of our own: glibc fills what is freed with this byte, but not blocks on these lists.
-_FILLING, _FILLING_TUNABLES = {"MALLOC_PERTURB_": "165"}, {"glibc.malloc.tcache_count": "0"}
+_FILLING = {"MALLOC_PERTURB_": "165"}
+_FILLING_TUNABLES = {
+    "glibc.malloc.tcache_count": "0",
+    "glibc.pthread.stack_cache_size": "0",  # bytes; what threads that ended have on their stacks
+}
 # Memory that goes back to the system between two passes comes again page by page, to be filled anew. The
 # operator's own choice stands.
 _KEPT = {
@@ -55,12 +59,15 @@ class Hardening:
     """What holds of this process."""
 
     overwrites_freed: bool  # what is freed is overwritten
+    overwrites_stacks: bool  # so is what functions that have returned left on stacks
     no_core_dumps: bool
     not_dumpable: bool  # no process of the same user can read its memory
     no_swap: bool  # its memory reaches no disk: it is locked, or the system has no swap
 
 
-UNHARDENED = Hardening(overwrites_freed=False, no_core_dumps=False, not_dumpable=False, no_swap=False)
+UNHARDENED = Hardening(
+    overwrites_freed=False, overwrites_stacks=False, no_core_dumps=False, not_dumpable=False, no_swap=False
+)
 
 
 def restart_hardened() -> None:
@@ -83,6 +90,7 @@ def harden() -> Hardening:
     _forget_preloading()
     held = Hardening(
         overwrites_freed=_overwrites_freed(),
+        overwrites_stacks=False,  # until it is tried, when torch is there
         no_core_dumps=_forbids_core_dumps(),
         not_dumpable=_forbids_reading(),
         no_swap=_locks_memory() or not _has_swap(),

@@ -7,6 +7,9 @@
   and make a gradient a third slower.
 - So does torch with all memory of a CUDA device.
 - So does our own free() with what tensors had.
+
+And what functions that have returned left on stacks: each thread overwrites that itself, at the end of its
+turn on the device and of its call, for no other thread may (`service/stacks.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 
 from perfit_cloud.engine.turns import Turns
 from perfit_cloud.service.freeing import take_kept
+from perfit_cloud.service.stacks import DeadStacks
 
 __all__ = ["Sweeper", "overwrite_small_arrays"]
 
@@ -42,25 +46,32 @@ _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for l
 
 
 class Sweeper:
-    """A thread that sweeps after calls; `soon` says that one ended."""
+    """A thread that sweeps after calls; `call_ended` says that one did."""
 
-    def __init__(self, device: torch.device, turns: Turns) -> None:
-        """`turns`: of all engines on the device."""
+    def __init__(
+        self, device: torch.device, turns: Turns, *,
+        clock: Callable[[], float] = time.monotonic, ended: threading.Event | None = None,
+    ) -> None:  # fmt: skip
+        """`turns`: of all engines on the device. `ended` is set when a call has ended."""
         self._device, self._turns = device, turns
         self._free_buffers = _of_mkl()
-        self._ended = threading.Event()
+        self._stacks = DeadStacks(torch.get_num_threads())
+        self._clock, self._ended = clock, ended or threading.Event()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="perfit-sweeper", daemon=True)
 
     def start(self) -> None:
         """What exists now is not looked through again: it is the model and the libraries, and stays."""
+        self._turns.before_release = self._stacks.overwrite_all
         self.sweep()
         gc.freeze()
         self._thread.start()
 
-    def soon(self) -> None:
-        """Sweep in a moment; from any thread."""
-        self._ended.set()
+    def call_ended(self) -> None:
+        """Overwrite what the call left on the stack of this thread, and sweep in a moment."""
+        if self._thread.is_alive():
+            self._stacks.overwrite()
+            self._ended.set()
 
     def close(self) -> None:
         self._is_closed = True
@@ -77,6 +88,11 @@ class Sweeper:
             after.callback(take_kept())
             if self._device.type == "cuda":
                 _overwrite_free_blocks(self._device)
+        self._stacks.sweep()
+
+    def overwrites_stacks(self) -> bool:
+        """Tried, in threads of all kinds that compute."""
+        return self._stacks.overwrites()
 
     def overwrites_tensors(self) -> bool:
         """Tried: builds of torch may bring an allocator of their own, which no setting of ours reaches."""
@@ -93,10 +109,10 @@ class Sweeper:
         again: tuple[float, ...] = ()
         while not self._is_closed:
             if self._ended.wait(again[0] if again else None):
-                latest = time.monotonic() + _LATEST_SECONDS
-                while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - time.monotonic()))):
+                latest = self._clock() + _LATEST_SECONDS
+                while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - self._clock()))):
                     self._ended.clear()
-                    if self._is_closed or time.monotonic() >= latest:
+                    if self._is_closed or self._clock() >= latest:
                         break
                 again = _AGAIN_SECONDS
             else:
