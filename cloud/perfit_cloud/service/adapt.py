@@ -8,14 +8,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
-import grpc
-
 from perfit_cloud.engine.adaptation import Step
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
 from perfit_cloud.service.drain import Drain, stopping
-from perfit_cloud.service.guard import device_of, seconds_left
+from perfit_cloud.service.guard import Call
 from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
@@ -42,27 +40,24 @@ class Adapting:
         self._telemetry = telemetry
         self._stream_seconds = stream_seconds
 
-    def steps(
-        self, requests: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AdaptResponse]:
+    def steps(self, requests: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
         """Answers to the steps, one after the other, until the caller wants no more.
 
         Raises InvalidInput and its kin on what a message should not hold, NotFound, ShiftMismatch,
         Busy, TooSlow when nothing comes for long or the stream's time is over, and Unavailable between two
         messages when the cloud stops.
         """
-        device = device_of(context)
         with (
-            self._accounts.hold(device, "adaptations"),
+            self._accounts.hold(call.device, "adaptations"),
             self._streams.place(0),
-            _Stream(requests, context, seconds_left(context, self._stream_seconds)) as stream,
+            _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,
             self._drain.listening(stream.stop),
         ):
             opening = stream.next("open").open
             artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
-            pairs = self._reader.update((e.prompt, e.target) for e in stream.examples())
+            pairs = self._reader.update(stream.examples())
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-            self._accounts.spend(device, "tokens", tokens)
+            self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
             self._telemetry.tokens("example", tokens)
             with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
                 del pairs
@@ -77,9 +72,7 @@ class Adapting:
 class _Stream:
     """The messages of one call, in the order that there is, and an end to every wait."""
 
-    def __init__(
-        self, requests: Iterator[pb.AdaptRequest], context: grpc.ServicerContext, seconds: float
-    ) -> None:
+    def __init__(self, requests: Iterator[pb.AdaptRequest], call: Call, seconds: float) -> None:
         self.left = threading.Event()  # set when nobody waits for answers any more
         self._requests = requests
         self._ends = time.monotonic() + seconds
@@ -90,7 +83,7 @@ class _Stream:
         # What comes next: the message that was wanted, or an error that ends the stream.
         self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()
         # Called when the RPC ends, however it does: the caller left, or its deadline passed.
-        if not context.add_callback(self._leave):
+        if not call.add_callback(self._leave):
             raise Cancelled("the caller left")
 
     def __enter__(self) -> _Stream:

@@ -17,13 +17,14 @@ from typing import Literal
 
 from perfit_shared.errors import Busy, Cancelled, TooSlow
 
-__all__ = ["AMinute", "Accounts", "AtOnce", "Gate", "Limits", "Share"]
+__all__ = ["AMinute", "Accounts", "AtOnce", "Gate", "Limits", "Payment", "Share"]
 
 AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
 AMinute = Literal["requests", "tokens"]
 Refused = Callable[[str], None]  # is told the reason of every refusal
 
 _MINUTE = 60.0  # seconds
+BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary text has about as many
 _SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
 
@@ -147,13 +148,26 @@ class Accounts:
                 raise Busy(message, retry_ms=max(self._retry_ms, wait_ms))
             account.spent[what] = (spent, now)
 
-    def give_back(self, caller: str, what: AMinute, amount: int) -> None:
-        """What was spent for something that came out smaller."""
+    def fine(self, caller: str, what: AMinute, amount: int) -> None:
+        """Take it whether or not the share has so much left: what is refused costs, too.
+
+        Who owes may `spend` nothing until it has worn off, a minute at most after the share was taken.
+        """
+        most = self._share.a_minute.get(what, 0)
+        with self._lock:
+            now = self._clock()
+            account = self._account(caller)
+            account.spent[what] = (min(2.0 * most, account.spent_by(what, most, now) + amount), now)
+
+    def settle(self, caller: str, what: AMinute, paid: int, amount: int) -> None:
+        """Take the rest of `amount`, or give back what was paid too much. Raises Busy as `spend` does."""
+        if amount > paid:
+            self.spend(caller, what, amount - paid)
         with self._lock:
             account = self._accounts.get(caller)
-            if account is not None and what in account.spent:
+            if account is not None and what in account.spent and amount < paid:
                 spent, at = account.spent[what]
-                account.spent[what] = (max(0.0, spent - amount), at)
+                account.spent[what] = (max(0.0, spent - (paid - amount)), at)
 
     def _account(self, caller: str) -> _Account:
         """Called under the lock; now and then it forgets whoever is quiet."""
@@ -162,6 +176,34 @@ class Accounts:
             self._swept = now
             self._accounts = {c: a for c, a in self._accounts.items() if not a.is_quiet(now)}
         return self._accounts.setdefault(caller, _Account())
+
+
+class Payment:
+    """What a caller paid for the texts of its messages before anybody looked at them. Thread-safe.
+
+    By their bytes, and never more than the tokens that a message may have: whoever tokenized them
+    `take`s it and settles. What nobody takes, of a message that was refused, is not given back.
+    """
+
+    def __init__(self, accounts: Accounts, caller: str, most: int) -> None:
+        """`most`: tokens that may be in what is settled together."""
+        self._accounts, self._caller, self._most = accounts, caller, most
+        self._lock = threading.Lock()
+        self._paid = 0
+
+    def charge(self, size: int) -> None:
+        """For a text of so many bytes. Raises Busy."""
+        with self._lock:
+            tokens = min(1 + size // BYTES_A_TOKEN, self._most - self._paid)
+            if tokens > 0:
+                self._accounts.spend(self._caller, "tokens", tokens)
+                self._paid += tokens
+
+    def take(self) -> int:
+        """Tokens paid since this was called last."""
+        with self._lock:
+            paid, self._paid = self._paid, 0
+            return paid
 
 
 class _Account:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from types import MappingProxyType
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -26,6 +27,7 @@ from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.service.adapt import Adapting
 from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority, ServerIdentity
+from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.calls import Answers, Generation, Gradients
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.drain import Drain
@@ -96,10 +98,22 @@ class CloudServer:
             {"requests": config.enrol_requests_minute},
         )  # fmt: skip
         threads = config.calls + _SPARE_THREADS
+        limits = served.limits
+        device_guard = self._guard(
+            self._accounts, self._gate("calls", config.calls),
+            MessageBounds.of_devices(limits, served.tensor_bytes), authority=authority,
+            tokens={
+                "Generate": limits.prompt_tokens, "Ask": limits.prompt_tokens, "Score": limits.call_tokens,
+                "ComputeGradient": limits.call_tokens, "Adapt": limits.adapt_tokens,
+            },
+        )  # fmt: skip
+        enrol_guard = self._guard(
+            enrol_accounts, self._gate("enrol_calls", _ENROL_CALLS), MessageBounds.of_enrolment()
+        )
         self._server = self._make(
-            self._guard(authority, self._accounts, self._gate("calls", config.calls)),
+            device_guard,
             threads=threads,
-            message_bytes=config.message_bytes,
+            message_bytes=limits.message_bytes,
             connection=_Connection(
                 min(_DEVICE_STREAMS, threads // 2),
                 config.call_seconds,
@@ -108,7 +122,7 @@ class CloudServer:
             ),
         )
         self._enrol_server = self._make(
-            self._guard(None, enrol_accounts, self._gate("enrol_calls", _ENROL_CALLS)),
+            enrol_guard,
             threads=_ENROL_CALLS + _SPARE_THREADS,
             message_bytes=_ENROL_MESSAGE_BYTES,
             connection=_Connection(_ENROL_STREAMS, _ENROL_AGE_SECONDS, _GRACE_SECONDS),
@@ -160,7 +174,7 @@ class CloudServer:
             maximum_concurrent_rpcs=2 * threads,
             options=[
                 ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", message_bytes),
+                ("grpc.max_send_message_length", self._config.message_bytes),
                 ("grpc.max_concurrent_streams", connection.streams),
                 ("grpc.max_connection_idle_ms", self._config.idle_seconds * 1000),
                 ("grpc.max_connection_age_ms", connection.age_seconds * 1000),
@@ -173,12 +187,19 @@ class CloudServer:
             ],
         )
 
-    def _guard(self, authority: Authority | None, accounts: Accounts, gate: Gate) -> Guard:
+    def _guard(
+        self, accounts: Accounts, gate: Gate, bounds: MessageBounds, *, authority: Authority | None = None,
+        tokens: Mapping[str, int] = MappingProxyType({}),
+    ) -> Guard:  # fmt: skip
         config = self._config
+        prefix = "enrol_" if authority is None else ""
         return Guard(
             authority=authority,
             accounts=accounts,
             gate=gate,
+            bounds=bounds,
+            tokens=tokens,
+            refused=lambda reason: self.telemetry.refused(prefix + reason),
             drain=self._drain,
             telemetry=self.telemetry,
             ended=self._ended,

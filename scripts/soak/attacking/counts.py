@@ -14,7 +14,7 @@ import sys
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.attacking.common import Attack, Attacker, main
 
-__all__ = ["ATTACKS", "repeated"]
+__all__ = ["ATTACKS", "repeated", "wrapped"]
 
 _BASE = pb.Shift(mode=pb.SHIFT_MODE_BASE)
 _MILLION = 1_000_000
@@ -23,16 +23,20 @@ _FULL = 8_380_000  # empty messages of two bytes that fill 16 MiB
 
 def repeated(field: int, count: int) -> bytes:
     """So many empty messages (or texts) in a field."""
-    return bytes([field << 3 | 2, 0]) * count
+    return (_varint(field << 3 | 2) + b"\0") * count
 
 
 def wrapped(field: int, body: bytes) -> bytes:
     """A message that stands in a field."""
-    size, length = bytearray(), len(body)
-    while length > 127:
-        size.append(length & 127 | 128)
-        length >>= 7
-    return bytes([field << 3 | 2, *size, length]) + body
+    return _varint(field << 3 | 2) + _varint(len(body)) + body
+
+
+def _varint(number: int) -> bytes:
+    made = bytearray()
+    while number > 127:
+        made.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*made, number])
 
 
 def empty_candidates(attacker: Attacker) -> None:

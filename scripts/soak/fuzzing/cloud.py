@@ -83,7 +83,7 @@ class _Codec:
 
     def gradient(self, message: pb.ComputeGradientRequest) -> None:
         self._shift(message.shift)
-        for prompt, target in self._reader.pairs([(e.prompt, e.target) for e in message.examples]):
+        for prompt, target in self._reader.examples(message.examples):
             self._ids(prompt, self._limits.prompt_tokens)
             self._ids(target, self._limits.new_tokens + 1)
 
