@@ -40,10 +40,8 @@ def checked(path: str, message: Any) -> list[int]:
 
 
 FIELDS = [
-    (path, name, field)
-    for path, kind in request_types().items()
-    for name, field in fields_of(kind).items()
-]  # fmt: skip
+    (path, name, field) for path, kind in request_types().items() for name, field in fields_of(kind).items()
+]
 
 
 def test_the_walk_over_the_protos_finds_what_there_is() -> None:
@@ -133,10 +131,16 @@ def test_texts_are_charged_before_they_are_looked_at() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xff" * 50, b"\x0a", b"\x0a\x05abc", b"\x0a\xff\xff\xff\xff\x0f", b"\x0b" * 2000, b"\x0d\x00",
-        b"\x08" + b"\x80" * 11, b"\x09abc",
+        b"\xff" * 50,
+        b"\x0a",
+        b"\x0a\x05abc",
+        b"\x0a\xff\xff\xff\xff\x0f",
+        b"\x0b" * 2000,
+        b"\x0d\x00",
+        b"\x08" + b"\x80" * 11,
+        b"\x09abc",
     ],
-)  # fmt: skip
+)
 def test_what_breaks_off_is_no_message(data: bytes) -> None:
     with pytest.raises(InvalidInput, match="cannot read"):
         checked(PATH + "Score", data)
@@ -172,9 +176,13 @@ def bombs(artefact: Artefact, count: int) -> Iterator[tuple[str, list[bytes]]]:
     yield "ComputeGradient", [repeated(1, count) + pb.ComputeGradientRequest(shift=shift).SerializeToString()]
     yield "Generate", [wrapped(1, wrapped(2, repeated(1, count))) + base]
     yield "Generate", [head + wrapped(3, repeated(6, count))]
-    yield "Ask", [
-        pb.AskRequest(shift=BASE).SerializeToString(), wrapped(2, wrapped(2, wrapped(2, repeated(1, count)))),
-    ]  # fmt: skip
+    yield (
+        "Ask",
+        [
+            pb.AskRequest(shift=BASE).SerializeToString(),
+            wrapped(2, wrapped(2, wrapped(2, repeated(1, count)))),
+        ],
+    )
     yield "Adapt", [update[0], wrapped(2, repeated(1, count))]
     yield "Adapt", [*update, wrapped(3, wrapped(2, bytes(count)))]
     for number in (1, 2, 3, 99):  # the same field again and again, and one that nobody knows
@@ -201,7 +209,9 @@ def test_a_million_of_anything_is_refused_before_it_is_unpacked(
         assert sent(device, method, messages)[0] in (INVALID, "RESOURCE_EXHAUSTED"), method
     for method, messages in bombs(artefact, 40_000):
         assert sent(device, method, messages) in (
-            (INVALID, "invalid_input"), (INVALID, "invalid_prompt"), ("RESOURCE_EXHAUSTED", "busy"),
-        ), method  # fmt: skip
+            (INVALID, "invalid_input"),
+            (INVALID, "invalid_prompt"),
+            ("RESOURCE_EXHAUSTED", "busy"),
+        ), method
     assert psutil.Process().memory_info().rss - begin < 100_000_000
     good.check()

@@ -167,9 +167,12 @@ def leave(_running: Running, _device: Device) -> None:
     ],
 )
 def test_whoever_is_refused_pays_for_the_call(
-    run: Callable[..., Running], before: Callable[..., None], call: Callable[[Device], object],
-    status: str, limit: str,
-) -> None:  # fmt: skip
+    run: Callable[..., Running],
+    before: Callable[..., None],
+    call: Callable[[Device], object],
+    status: str,
+    limit: str,
+) -> None:
     """A revoked device made 98,000 calls a minute, against 6,000 that others may."""
     running = run(requests_minute=5)
     device, honest = running.device(), running.device()

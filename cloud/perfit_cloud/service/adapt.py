@@ -14,7 +14,7 @@ from perfit_cloud.engine.types import Gradient
 from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
 from perfit_cloud.service.drain import Drain, stopping
 from perfit_cloud.service.guard import Call
-from perfit_cloud.service.limits import Accounts, Gate
+from perfit_cloud.service.limits import UPDATE_TOKEN_BYTES, Accounts, Budget, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
@@ -22,19 +22,21 @@ from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Adapting"]
 
+_ROOM_SECONDS = 10.0  # that an update may wait for others to be read
 _IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is given up
 
 
 class Adapting:
     def __init__(
         self, served: Served, reader: PromptReader, *,
-        queue: StepQueue, streams: Gate, accounts: Accounts, drain: Drain, telemetry: Telemetry,
-        stream_seconds: float,
+        queue: StepQueue, streams: Gate, room: Budget, accounts: Accounts, drain: Drain,
+        telemetry: Telemetry, stream_seconds: float,
     ) -> None:  # fmt: skip
         self._served = served
         self._reader = reader
         self._queue = queue
         self._streams = streams
+        self._room = room  # bytes of the tokens of all updates
         self._accounts = accounts
         self._drain = drain
         self._telemetry = telemetry
@@ -50,6 +52,8 @@ class Adapting:
         with (
             self._accounts.hold(call.device, "adaptations"),
             self._streams.place(0),
+            # Until its tokens are known it has room for as many as there may be.
+            self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
             _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,
             self._drain.listening(stream.stop),
         ):
@@ -59,6 +63,7 @@ class Adapting:
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
             self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
             self._telemetry.tokens("example", tokens)
+            shrink(UPDATE_TOKEN_BYTES * tokens)
             with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
                 del pairs
                 while (step := stream.step()) is not None:

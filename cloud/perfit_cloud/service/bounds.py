@@ -99,8 +99,14 @@ class MessageBounds:
             "AdaptStep.rows": Bound(10 * limits.adapt_examples, limits.adapt_examples),
         }
         one, many = shift.size + whole.size, _several(limits, shift.size)
-        sizes = {"Generate": one, "Ask": one, "Score": many, "ComputeGradient": many,
-                 "Adapt": limits.message_bytes, "Renew": _OVERHEAD + _DER_BYTES}  # fmt: skip
+        sizes = {
+            "Generate": one,
+            "Ask": one,
+            "Score": many,
+            "ComputeGradient": many,
+            "Adapt": limits.message_bytes,
+            "Renew": _OVERHEAD + _DER_BYTES,
+        }
         return cls(fields, {name: min(size, limits.message_bytes) for name, size in sizes.items()})
 
     @classmethod

@@ -28,7 +28,7 @@ from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.certificates import identity_of, read_certificate
 from perfit_cloud.service.deadlines import Deadlines
 from perfit_cloud.service.drain import Drain
-from perfit_cloud.service.limits import BYTES_A_TOKEN, Accounts, Gate, Payment
+from perfit_cloud.service.limits import BYTES_A_TOKEN, MESSAGE_COPIES, Accounts, Budget, Gate, Payment
 from perfit_cloud.service.telemetry import Outcome, Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, NotAuthenticated, PerfitError, to_status
 
@@ -40,6 +40,7 @@ _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls.
 _HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 _MESSAGE_SECONDS = 60.0  # for the one message of a call: the largest there may be, at 3 Mbit/s
+_ROOM_SECONDS = 30.0  # that a message may wait for others to be dealt with
 _LATE_SECONDS = 5.0  # after its time a call is cut off; until then it ends by itself, and says why
 
 
@@ -101,11 +102,12 @@ class Guard(grpc.ServerInterceptor):
 
     def __init__(
         self, *, authority: Authority | None, accounts: Accounts, gate: Gate, bounds: MessageBounds,
-        tokens: Mapping[str, int], refused: Callable[[str], None], drain: Drain, telemetry: Telemetry,
-        ended: Callable[[], None], call_seconds: float, stream_seconds: float,
+        tokens: Mapping[str, int], room: Budget, refused: Callable[[str], None], drain: Drain,
+        telemetry: Telemetry, ended: Callable[[], None], call_seconds: float, stream_seconds: float,
     ) -> None:  # fmt: skip
         """`ended` is called at the end of every call, `refused` with the reason of every refusal here.
 
+        `room`: bytes that all messages that are worked on may take.
         `tokens`: the most of a message's texts, by the name of the method; none where tokens are not counted.
         `call_seconds`, `stream_seconds`: the most time of a call, and of one that streams both ways.
         """
@@ -114,6 +116,7 @@ class Guard(grpc.ServerInterceptor):
         self._gate = gate
         self._bounds = bounds
         self._tokens = tokens
+        self._room = room
         self._refused = refused
         self._drain = drain
         self._telemetry = telemetry
@@ -194,9 +197,12 @@ class Guard(grpc.ServerInterceptor):
                 held.enter_context(self._gate.place(0))
             payment = Payment(self._accounts, who, self._tokens.get(method.name, 0))
 
-            def arrive(data: bytes) -> AbstractContextManager[None]:
+            @contextmanager
+            def arrive(data: bytes) -> Iterator[None]:
                 self._check(certificate)
-                return self._accounts.hold(who, "bytes", len(data))
+                taken = MESSAGE_COPIES * len(data)
+                with self._accounts.hold(who, "bytes", len(data)), self._room.hold(taken, _ROOM_SECONDS):
+                    yield
 
             def read(data: bytes) -> Any:
                 try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +17,27 @@ from typing import Literal
 
 from perfit_shared.errors import Busy, Cancelled, TooSlow
 
-__all__ = ["AMinute", "Accounts", "AtOnce", "Gate", "Limits", "Payment", "Share"]
+__all__ = [
+    "BYTES_A_TOKEN",
+    "MESSAGE_COPIES",
+    "UPDATE_TOKEN_BYTES",
+    "AMinute",
+    "Accounts",
+    "AtOnce",
+    "Budget",
+    "Gate",
+    "Limits",
+    "Payment",
+    "Share",
+]
 
 AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
 AMinute = Literal["requests", "tokens"]
 Refused = Callable[[str], None]  # is told the reason of every refusal
 
 _MINUTE = 60.0  # seconds
+MESSAGE_COPIES = 3  # of a message while it is worked on: its bytes, parsed, decoded
+UPDATE_TOKEN_BYTES = 48  # of a token of an update: a Python int in a list, then 8 bytes in an array
 BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary text has about as many
 _SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
@@ -96,6 +110,55 @@ class Gate:
         """Those in line who have left it get out of it."""
         with self._changed:
             self._changed.notify_all()
+
+
+class Budget:
+    """Bytes that all callers together may take, given out in the order in which they were asked for."""
+
+    def __init__(self, name: str, size: int, *, retry_ms: int, refused: Refused) -> None:
+        self._name, self._retry_ms, self._refused = name, retry_ms, refused
+        self._changed = threading.Condition()
+        self._free = size
+        self._line: deque[object] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Callers in line."""
+        return len(self._line)
+
+    @contextmanager
+    def hold(self, amount: int, seconds: float = 0.0) -> Iterator[Callable[[int], None]]:
+        """Take so much, after waiting for it for `seconds` at most; what it gives takes less from then on.
+
+        Raises Busy.
+        """
+        mine, held = object(), 0
+
+        def set_held(new: int) -> None:
+            nonlocal held
+            with self._changed:
+                self._free += held - new
+                held = new
+                self._changed.notify_all()
+
+        with self._changed:
+            self._line.append(mine)
+            try:
+                has_room = self._changed.wait_for(
+                    lambda: self._line[0] is mine and amount <= self._free, seconds
+                )
+                if has_room:
+                    set_held(amount)
+            finally:
+                self._line.remove(mine)
+                self._changed.notify_all()
+        if not has_room:
+            self._refused(self._name)
+            raise Busy("the cloud has no memory for this just now; try again", retry_ms=self._retry_ms)
+        try:
+            yield set_held
+        finally:
+            set_held(0)
 
 
 class Accounts:

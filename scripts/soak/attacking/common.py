@@ -85,9 +85,14 @@ class Attacker:
         self._lock = threading.Lock()
 
     def call(
-        self, path: str, message: bytes, *, compress: bool = False, seconds: float = _CALL_SECONDS,
+        self,
+        path: str,
+        message: bytes,
+        *,
+        compress: bool = False,
+        seconds: float = _CALL_SECONDS,
         channel: grpc.Channel | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """One call of serialized bytes; the name of its status, which is counted.
 
         `path`: a method of Personalization, or whole ("/perfit.v1.Identity/Renew").
@@ -95,9 +100,14 @@ class Attacker:
         return self.stream(path, [message], compress=compress, seconds=seconds, channel=channel)
 
     def stream(
-        self, path: str, messages: Iterable[bytes], *, compress: bool = False, seconds: float = _CALL_SECONDS,
+        self,
+        path: str,
+        messages: Iterable[bytes],
+        *,
+        compress: bool = False,
+        seconds: float = _CALL_SECONDS,
         channel: grpc.Channel | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """As `call`, of a method that takes several messages."""
         method = (channel or self.channel).stream_stream(path if path.startswith("/") else _PATH + path)
         coding = grpc.Compression.Gzip if compress else grpc.Compression.NoCompression
@@ -150,9 +160,14 @@ def serving(
     parts = [] if code is None else [str(code.resolve() / part) for part in ("shared", "device", "cloud")]
     environment = {"PYTHONPATH": os.pathsep.join(parts)} if parts else {}
     cloud = LocalCloud(
-        STARTER / "perfit-starter", artefacts(), folder / "state", log=folder / "cloud.log", flags=flags,
-        env=environment, prefix=prefix,
-    )  # fmt: skip
+        STARTER / "perfit-starter",
+        artefacts(),
+        folder / "state",
+        log=folder / "cloud.log",
+        flags=flags,
+        env=environment,
+        prefix=prefix,
+    )
     with cloud:
         yield cloud
 
@@ -342,14 +357,29 @@ def _percentile(values: Sequence[float], percent: int) -> float:
 def _table(outcomes: Sequence[Outcome]) -> str:
     rows = [
         (
-            one.attack, f"{one.idle_p95_ms:.0f}", f"{one.beside_p95_ms:.0f}", f"{one.allowed_ms:.0f}",
-            f"{one.beside_max_ms:.0f}", one.honest_refused, f"{one.idle_mib:.0f} to {one.peak_mib:.0f}",
-            ", ".join(f"{name} {count}" for name, count in one.attacker.items()), one.legal_after, one.server,
+            one.attack,
+            f"{one.idle_p95_ms:.0f}",
+            f"{one.beside_p95_ms:.0f}",
+            f"{one.allowed_ms:.0f}",
+            f"{one.beside_max_ms:.0f}",
+            one.honest_refused,
+            f"{one.idle_mib:.0f} to {one.peak_mib:.0f}",
+            ", ".join(f"{name} {count}" for name, count in one.attacker.items()),
+            one.legal_after,
+            one.server,
         )
         for one in outcomes
-    ]  # fmt: skip
+    ]
     headers = (
-        "attack", "idle p95, ms", "beside it", "allowed", "longest", "honest refused", "memory, MiB",
-        "the attacker's calls", "its legal call", "server",
-    )  # fmt: skip
+        "attack",
+        "idle p95, ms",
+        "beside it",
+        "allowed",
+        "longest",
+        "honest refused",
+        "memory, MiB",
+        "the attacker's calls",
+        "its legal call",
+        "server",
+    )
     return table(headers, rows)

@@ -40,8 +40,10 @@ def nearly_good_updates(attacker: Attacker) -> None:
 def texts_too_long(attacker: Attacker) -> None:
     """Answered without a token of it; each is refused when it has been tokenized."""
     prompt = pb.Prompt(text="a b c d e f g h " * 500)
-    attacker.call("Generate", pb.GenerateRequest(
-        prompt=prompt, shift=_BASE, sampling={"max_new_tokens": 1}).SerializeToString())  # fmt: skip
+    attacker.call(
+        "Generate",
+        pb.GenerateRequest(prompt=prompt, shift=_BASE, sampling={"max_new_tokens": 1}).SerializeToString(),
+    )
 
 
 ATTACKS = [
