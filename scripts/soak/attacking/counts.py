@@ -27,7 +27,7 @@ def repeated(field: int, count: int) -> bytes:
 
 
 def wrapped(field: int, body: bytes) -> bytes:
-    """A message that stands in a field."""
+    """Bytes, a text or a message in a field."""
     return _varint(field << 3 | 2) + _varint(len(body)) + body
 
 

@@ -29,6 +29,7 @@ from perfit_cloud.service.limits import Limits
 from perfit_cloud.service.served import Served
 from perfit_device.identity import Identity
 from perfit_shared.wire import personalization_pb2 as pb
+from soak.fuzzing import counts
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.hints import Known, hints_for
 from soak.fuzzing.mutation import TEXT, edited, edited_json, messages, mostly, tensor_bytes
@@ -56,6 +57,7 @@ def targets(tiny: Tiny, work: Path) -> list[Target]:
         Target("cloud: shift specs", 2, messages(pb.ShiftSpec, hints), lambda m: str(decode_spec(m))[:9]),
         Target("cloud: certificate requests", 3, edited([csr, csr + b"\0"]), _csr),
         Target("cloud: certificates", 3, edited(_certificates(work)), _certificate),
+        *counts.targets(served),
         Target("artefact folders", 3, _folders(tiny), _Folder(tiny, work / "artefact").check),
     ]
 
