@@ -183,6 +183,23 @@ def test_whoever_is_refused_pays_for_the_call(
     honest.describe()
 
 
+def test_questions_that_are_refused_cost_as_much_as_calls(run: Callable[..., Running]) -> None:
+    """A stream of empty ones was one call, however many there were."""
+    running = run(requests_minute=5)
+    device = running.device()
+    sent = [pb.AskRequest(shift=BASE)] + [pb.AskRequest(question=pb.Question(number=n)) for n in range(200)]
+    answers: list[str] = []
+    stream = device.stub.Ask(iter(sent), timeout=TIMEOUT)
+
+    def read() -> None:
+        for response in stream:
+            answers.append(response.failure.code)
+
+    assert failure(read)[0] == "RESOURCE_EXHAUSTED"
+    assert set(answers) == {"invalid_prompt"} and len(answers) < 30
+    running.device().describe()
+
+
 def test_strangers_who_ask_for_nothing_there_is_are_counted(run: Callable[..., Running]) -> None:
     running = run(enrol_requests_minute=3)
     channel = running.enrolment()

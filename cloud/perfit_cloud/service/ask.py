@@ -20,7 +20,7 @@ from perfit_cloud.service.codec import decode_shift, encode_piece
 from perfit_cloud.service.drain import Drain, stopping
 from perfit_cloud.service.guard import Call, told
 from perfit_cloud.service.served import Served
-from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
+from perfit_shared.errors import Busy, Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Asking"]
@@ -39,7 +39,8 @@ class Asking:
         """Parts of the answers as they are made, until the caller has asked all and got all.
 
         Raises InvalidInput and what `decode_shift` raises on messages out of order, TooSlow at the end
-        of the stream's time, Unavailable when the cloud stops and what was asked before is answered.
+        of the stream's time, Busy when more questions were refused than a device may make calls, and
+        Unavailable when the cloud stops and what was asked before is answered.
         """
         stream = _Stream(self._answers, call, slots=self._served.limits.questions)
         try:
@@ -163,3 +164,7 @@ class _Stream:
             _, code, message, retry_ms = told(error, "Ask")
             failure = pb.Failure(code=code, message=message, retry_ms=retry_ms)
             self._events.put(pb.AskResponse(number=question.number, failure=failure))
+            try:
+                self._answers.refused(self._device)
+            except Busy as over:  # or questions that are refused would be free, and without number
+                self._events.put(over)

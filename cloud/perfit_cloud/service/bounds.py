@@ -81,10 +81,10 @@ class MessageBounds:
             "ChatMessage.role": name,
             "ChatMessage.content": Bound(prompt),
             "Sampling.stop": Bound(STOP_BYTES, STOP_TEXTS),
-            **{f"{of}.prompt": whole._replace(is_text=True) for of in _WITH_PROMPTS},
+            **{f"{of}.prompt": whole._replace(is_text=of != "Question") for of in _WITH_PROMPTS},
             **{f"{of}.shift": shift for of in _WITH_SHIFTS},
             **{f"{of}.sampling": Bound(_OVERHEAD) for of in ("GenerateRequest", "Question")},
-            "AskRequest.question": whole,
+            "AskRequest.question": whole._replace(is_text=True),  # so that one without a prompt is paid for
             "ScoreRequest.candidates": whole._replace(times=limits.examples),
             "Candidate.answer": Bound(target, is_text=True),
             "ComputeGradientRequest.examples": whole._replace(times=limits.examples),

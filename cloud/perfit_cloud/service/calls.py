@@ -50,6 +50,10 @@ class Answers:
         self._telemetry = telemetry
         self._seconds = seconds
 
+    def refused(self, device: str) -> None:
+        """A question that came to nothing costs as much as a call. Raises Busy."""
+        self._accounts.spend(device, "requests")
+
     def pieces(
         self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse, device: str,
         at_end: Callable[[Callable[[], None]], bool], *, paid: int,
