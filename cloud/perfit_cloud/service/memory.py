@@ -81,7 +81,7 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
     most_tokens = config.cache_tokens
     fixed = {"process": process, "calls": config.calls * (limits.message_bytes + _CALL_BYTES)}
     parts = {
-        "messages": _Part(4 * largest, config.calls * largest),
+        "messages": _Part(min(4, config.calls) * largest, config.calls * largest),
         "examples": _Part(updates * update, config.adaptations * update),
         "freed": _Part(*_FREED_BYTES),
     }
