@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow bench audit audit-intel fuzz fuzz-guided kills load lint wire help-page starter clean
+.PHONY: help setup peers demo test test-slow bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page starter clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
 	@echo "make test        set up, then the tests (under 8 minutes)"
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
 	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
-	@echo "make audit audit-intel fuzz kills load   every figure of docs/security.md; SEED=n chooses what is drawn"
+	@echo "make audit audit-intel fuzz kills load attacks   every figure of docs/security.md; SEED=n chooses what is drawn"
 	@echo "make lint        ruff, mypy, the import contracts, and buf over the protos"
 
 setup: $(VENV)/.ready
@@ -84,6 +84,13 @@ kills: setup
 load: setup
 	$(SOAK).load --calls 50000 --seed $(SEED) --json $(FOUND)/load.json
 	$(SOAK).load --calls 12000 --no-restarts --seed $(SEED) --json $(FOUND)/memory.json
+
+# The ceiling wants root, for a control group of its own.
+attacks: setup
+	$(SOAK).attacking.counts --json $(FOUND)/attack_counts.json
+	$(SOAK).attacking.unpaid --json $(FOUND)/attack_unpaid.json
+	$(SOAK).attacking.refused --json $(FOUND)/attack_refused.json
+	$(SOAK).ceiling --mib 2048 --json $(FOUND)/ceiling.json
 
 # The image is the contract that clients were built by: `make wire` renews it when nothing breaks.
 IMAGE := protos/perfit.v1.binpb

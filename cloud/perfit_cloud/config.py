@@ -23,6 +23,7 @@ __all__ = ["CloudConfig", "load_config", "parse_address", "parse_duration"]
 _PREFIX = "PERFIT_CLOUD_"
 _FILE_VARIABLE = "PERFIT_CLOUD_CONFIG"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAY_BE_ZERO = ("threads", "memory_bytes")
 _DTYPES = ("auto", "float32", "bfloat16")
 _EVERY_INTERFACE = {"0.0.0.0", "::", ""}  # noqa: S104 - compared with, not bound to
 
@@ -66,6 +67,7 @@ class CloudConfig:
     message_bytes: int = 16 * 2**20  # largest request and largest reply
 
     # What all requests together may take
+    memory_bytes: int = 0  # of the whole process; what follows shrinks until it fits; 0: no ceiling
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
     adaptations: int = 16  # updates at once
@@ -210,7 +212,11 @@ def _converted(name: str, kind: str, value: Any) -> Any:
             number = int(value)
         except (TypeError, ValueError):
             number = -1
-        if isinstance(value, bool | float) or not 0 <= number <= 2**40 or (number == 0 and name != "threads"):
+        if (
+            isinstance(value, bool | float)
+            or not 0 <= number <= 2**40
+            or (number == 0 and name not in _MAY_BE_ZERO)
+        ):
             raise ConfigError(f"{name} should be a whole number, 1 or more")
         return number
     if kind == "tuple[str, ...]":

@@ -22,6 +22,7 @@ from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.memory import plan_memory
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.server import CloudServer
 
@@ -111,10 +112,11 @@ def run(
             config.state, certificate_seconds=config.certificate_seconds, lapse_seconds=config.lapse_seconds
         )
         served = Served.build(config, base, [artefact], authority.cloud_id)
+        memory = plan_memory(config, served, process=0, continuous=True)
         server = CloudServer(
             config, authority=authority, served=served, generation=engine or generation,
             gradients=gradient_engine or gradients, steps=steps or step_queue,
-            engines=engines, ended=ended,
+            memory=memory, engines=engines, ended=ended,
         )  # fmt: skip
         server.start()
         started.append(Running(config, authority, server))

@@ -75,7 +75,7 @@ def test_a_minute_s_share_fills_evenly_and_the_delay_is_true(clock: Clock) -> No
         books.spend("a", "tokens", 1000)
     clock.now += 0.2
     books.spend("a", "tokens", 1000)
-    books.give_back("a", "tokens", 600)
+    books.settle("a", "tokens", 600, 0)
     books.spend("a", "tokens", 600)
     with pytest.raises(Busy) as caught:
         books.spend("a", "tokens", 20)

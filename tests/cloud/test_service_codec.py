@@ -225,11 +225,11 @@ def test_chat_that_the_template_refuses(base: BaseModel, monkeypatch: pytest.Mon
 
 
 def test_examples_are_read_in_order(base: BaseModel, reader: codec.PromptReader) -> None:
-    read = reader.pairs([(text("the cat"), " sat"), (text("the dog"), " ran")])
-    assert read == [
-        (base.encode("the cat"), base.encode_target(" sat")),
-        (base.encode("the dog"), base.encode_target(" ran")),
-    ]
+    pairs = [(text("the cat"), " sat"), (text("the dog"), " ran")]
+    wanted = [(base.encode(p.text), base.encode_target(target)) for p, target in pairs]
+    assert reader.examples([pb.Example(prompt=p, target=target) for p, target in pairs]) == wanted
+    assert reader.candidates([pb.Candidate(prompt=p, answer=target) for p, target in pairs]) == wanted
+    assert reader.update(pb.Example(prompt=p, target=target) for p, target in pairs) == wanted
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_examples_that_are_refused(
     reader: codec.PromptReader, pairs: list[tuple[str, str]], error: type[PerfitError], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        reader.pairs([(text(prompt), target) for prompt, target in pairs])
+        reader.examples([pb.Example(prompt=text(prompt), target=target) for prompt, target in pairs])
 
 
 # -- sampling ------------------------------------------------------------------------------------

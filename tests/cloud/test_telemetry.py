@@ -145,8 +145,11 @@ def test_nothing_in_it_is_anybody_s(
     labels = set(re.findall(r'(\w+)="', text)) - {"le"}
     assert labels == {
         "rpc", "status", "kind", "line", "listener", "certificate", "engine", "state", "where",
-        "version", "fingerprint", "artefacts",
+        "version", "fingerprint", "artefacts", "limit",
     }  # fmt: skip
+    # A method that is none is counted, under no name of its caller's.
+    assert value(text, 'perfit_calls_total{rpc="unknown",status="UNIMPLEMENTED"}') == 3
+    assert value(text, 'perfit_refused_total{limit="method"}') == 3
 
 
 def test_metrics_are_off_by_default_and_a_taken_port_is_one_clear_error(run: Callable[..., Running]) -> None:

@@ -20,6 +20,7 @@ from perfit_shared.grpc_environment import prepare_grpc
 if TYPE_CHECKING:
     from perfit_cloud.service.authority import Authority
     from perfit_cloud.service.hygiene import Hardening
+    from perfit_cloud.service.memory import MemoryPlan
     from perfit_cloud.service.served import Served
     from perfit_cloud.service.statefolder import Addresses
     from perfit_cloud.service.sweeping import Sweeper
@@ -135,12 +136,14 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     import torch
 
     from perfit_cloud.engine.adaptation import AdaptationEngine
-    from perfit_cloud.engine.generation import GenerationSettings, engine_for
+    from perfit_cloud.engine.generation import GenerationSettings, can_share, engine_for
     from perfit_cloud.engine.gradients import GradientEngine
     from perfit_cloud.engine.steps import StepQueue
     from perfit_cloud.engine.turns import Turns
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
+    from perfit_cloud.service.freeing import keep_at_most
+    from perfit_cloud.service.memory import plan_memory, resident_bytes
     from perfit_cloud.service.served import Served
     from perfit_cloud.service.server import CloudServer
     from perfit_cloud.service.sweeping import Sweeper
@@ -153,21 +156,29 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     for name in _LOOSE_TONGUES:  # after loading, which sets a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     served = Served.build(config, base, artefacts, authority.cloud_id)
+    memory = plan_memory(config, served, process=resident_bytes(), continuous=can_share(base))
+    keep_at_most(memory.freed)
     settings = GenerationSettings(
-        cache_tokens=config.cache_tokens,
+        cache_tokens=memory.cache_tokens,
         batch_tokens=config.batch_tokens,
         max_requests=config.max_requests,
     )
     turns = Turns()
     generation = engine_for(base, served.artefacts, settings, turns)
     # Where the model is on the host, spilling would be keeping by another name.
-    spill_bytes = 0 if base.device.type == "cpu" else config.spill_bytes
-    adaptations = AdaptationEngine(base, keep_bytes=config.keep_bytes, spill_bytes=spill_bytes, turns=turns)
+    is_host = base.device.type == "cpu"
+    adaptations = AdaptationEngine(
+        base,
+        keep_bytes=memory.kept if is_host else config.keep_bytes,
+        spill_bytes=0 if is_host else memory.kept,
+        turns=turns,
+        pass_tokens=memory.pass_tokens,
+    )
     steps = StepQueue(adaptations, retry_ms=config.retry_ms)
     sweeper = Sweeper(base.device, turns)
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,
-        gradients=GradientEngine(base, turns), steps=steps,
+        gradients=GradientEngine(base, turns, pass_tokens=memory.pass_tokens), steps=steps, memory=memory,
         engines=Engines(generation, steps, adaptations, turns), ended=sweeper.call_ended,
     )  # fmt: skip
     # A handler runs between any two steps of this thread, and of all queues only this one bears that.
@@ -179,7 +190,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         sweeper.start()
         hardening = _with_torch(hardening, sweeper)
     server.start()
-    print(_line(served, server.addresses, hardening, as_json=as_json), flush=True)
+    print(_line(served, server.addresses, hardening, memory, as_json=as_json), flush=True)
     try:
         while stops.empty():
             # The system may give the signal to any thread, and its handler waits for this one to wake.
@@ -208,7 +219,9 @@ def _with_torch(hardening: Hardening, sweeper: Sweeper) -> Hardening:
     return held
 
 
-def _line(served: Served, addresses: Addresses, hardening: Hardening, *, as_json: bool) -> str:
+def _line(
+    served: Served, addresses: Addresses, hardening: Hardening, memory: MemoryPlan, *, as_json: bool
+) -> str:
     """What is served, where, and how."""
     names = list(served.artefacts)
     if as_json:
@@ -219,6 +232,7 @@ def _line(served: Served, addresses: Addresses, hardening: Hardening, *, as_json
             "fingerprint": served.base.fingerprint,
             "artefacts": names,
             "hardening": asdict(hardening),
+            "memory": {**asdict(memory), "total": memory.total},
         })  # fmt: skip
     return (
         f"serving {served.base.name} ({served.base.fingerprint[:12]}) with "

@@ -19,7 +19,13 @@ from typing import Self
 import numpy as np
 import torch
 
-from perfit_cloud.engine.gradients import Pair, make_batch, passes, target_log_likelihoods
+from perfit_cloud.engine.gradients import (
+    PASS_TOKENS,
+    Pair,
+    make_batch,
+    passes,
+    target_log_likelihoods,
+)
 from perfit_cloud.engine.joint import Outcome, Users, pass_from_kept, pass_in_full
 from perfit_cloud.engine.kept import Caps, Examples, Kept, Part, keep, kept_bytes
 from perfit_cloud.engine.turns import Turns, breathe_between_blocks
@@ -111,14 +117,20 @@ class AdaptationEngine:
     """Adaptations of one base model. One pass at a time; thread-safe."""
 
     def __init__(
-        self, base: BaseModel, *, keep_bytes: int, spill_bytes: int = 0, turns: Turns | None = None
+        self,
+        base: BaseModel,
+        *,
+        keep_bytes: int,
+        spill_bytes: int = 0,
+        turns: Turns | None = None,
+        pass_tokens: int = PASS_TOKENS,
     ) -> None:
         """`keep_bytes`: what all open adaptations together may keep on the model's device.
 
         What does not fit when its adaptation opens is kept in host memory as long as `spill_bytes`
         last, and copied to the device at every step that has it (of no use where the device is the
         host). The rest is computed anew, through the same code. The past of a long prompt is the
-        big part. `turns`: of all engines on the device.
+        big part. `turns`: of all engines on the device. `pass_tokens`: of one pass, beyond one example.
         """
         self._base = base
         self._turns = turns or Turns()
@@ -131,8 +143,9 @@ class AdaptationEngine:
             self._tail = None
             install(self._own.model, range(base.blocks))
         breathe_between_blocks(self._own.model, self._turns)
+        self._pass_tokens = pass_tokens
         in_full = _IN_FULL._replace(batching=base.capabilities.passes)
-        self._caps = in_full if self._tail is None else Caps.of(base.device)
+        self._caps = (in_full if self._tail is None else Caps.of(base.device)).within(pass_tokens)
         self._room = [keep_bytes, spill_bytes]
         self._all_room = (keep_bytes, spill_bytes)
         self._state = threading.Condition()  # of what follows and of _room
@@ -214,7 +227,7 @@ class AdaptationEngine:
         arrays, working = adaptation._arrays, partial(self._working, [adaptation])
         constant = np.flatnonzero(arrays.marked == 0)
         pairs = [arrays.pair(int(i)) for i in constant]
-        for chunk in passes(pairs, self._base.capabilities.passes):
+        for chunk in passes(pairs, self._base.capabilities.passes, self._pass_tokens):
             batch = make_batch([pairs[i] for i in chunk], Positions(0, 1), self._base.device)
             with working(), torch.no_grad():
                 likelihoods = target_log_likelihoods(self._whole, batch, []).sum(1)

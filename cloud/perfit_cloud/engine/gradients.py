@@ -18,10 +18,10 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["Batch", "GradientEngine", "Pair", "make_batch", "passes", "target_log_likelihoods"]
+__all__ = ["PASS_TOKENS", "Batch", "GradientEngine", "Pair", "make_batch", "passes", "target_log_likelihoods"]
 
 Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
-_PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
+PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,11 @@ def group_all(batch: Batch, collective: Shift, personal: Shift | None) -> list[G
 class GradientEngine:
     """Runs forward and backward passes for one base model. One pass at a time; thread-safe."""
 
-    def __init__(self, base: BaseModel, turns: Turns | None = None) -> None:
-        """`turns`: of all engines on the base's device."""
+    def __init__(
+        self, base: BaseModel, turns: Turns | None = None, *, pass_tokens: int = PASS_TOKENS
+    ) -> None:
+        """`turns`: of all engines on the base's device. `pass_tokens`: of one pass, beyond a single pair."""
+        self._pass_tokens = pass_tokens
         self._base = replace(base, model=base.twin())
         self._turns = turns or Turns()
         # On every block: a hook whose layer no open book names does nothing.
@@ -98,7 +101,7 @@ class GradientEngine:
     def score(self, candidates: Sequence[Pair], use: ShiftUse) -> list[Score]:
         """Log-likelihood of each target after its prompt, in the order given."""
         scores: dict[int, Score] = {}
-        for chunk in passes(candidates, self._base.capabilities.passes):
+        for chunk in passes(candidates, self._base.capabilities.passes, self._pass_tokens):
             batch = make_batch([candidates[i] for i in chunk], _positions(use), self._base.device)
             with self._turns.take_long(), torch.no_grad():
                 sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
@@ -120,7 +123,7 @@ class GradientEngine:
         leaves = [tensor for p in personal.values() for tensor in p]
         tokens = sum(len(target) for _, target in examples)
         loss, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
-        for chunk in passes(examples, self._base.capabilities.passes):
+        for chunk in passes(examples, self._base.capabilities.passes, self._pass_tokens):
             batch = make_batch([examples[i] for i in chunk], _positions(use), self._base.device)
             with self._turns.take_long(), torch.enable_grad():
                 groups = self._groups(batch, use, personal)
@@ -139,12 +142,12 @@ def _positions(use: ShiftUse) -> Positions:
     return Positions.parse(use.artefact.spec.positions if use.artefact else "l1")
 
 
-def passes(pairs: Sequence[Pair], batching: Batching) -> list[list[int]]:
-    """Indices of all pairs, shortest first, in forward passes of at most _PASS_TOKENS when padded."""
+def passes(pairs: Sequence[Pair], batching: Batching, most: int = PASS_TOKENS) -> list[list[int]]:
+    """Indices of all pairs, shortest first, in forward passes of at most `most` tokens when padded."""
     lengths = [len(prompt) + len(target) for prompt, target in pairs]
     made: list[list[int]] = []
     for i in sorted(range(len(pairs)), key=lengths.__getitem__):
-        fits = bool(made) and lengths[i] * (len(made[-1]) + 1) <= _PASS_TOKENS
+        fits = bool(made) and lengths[i] * (len(made[-1]) + 1) <= most
         if fits and batching.fits([lengths[made[-1][0]], lengths[i]]):
             made[-1].append(i)
         else:

@@ -43,6 +43,11 @@ class Caps(NamedTuple):
         """Measured on two CPU cores, where 1,000 to 8,000 rows are alike; an accelerator wants more."""
         return cls(2048, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
 
+    def within(self, tokens: int) -> Caps:
+        """The same, and no more rows than so many tokens; keys in proportion."""
+        rows = min(self.rows, tokens)
+        return self._replace(rows=rows, keys=max(rows, self.keys * rows // self.rows))
+
     def cut(self, rows: Indices, lengths: Indices) -> Iterator[Indices]:
         """Examples with these numbers of rows and tokens, shortest first, in as few passes as can be."""
         order = np.argsort(lengths, kind="stable")

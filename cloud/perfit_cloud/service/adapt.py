@@ -8,15 +8,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
-import grpc
-
 from perfit_cloud.engine.adaptation import Step
 from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
 from perfit_cloud.service.drain import Drain, stopping
-from perfit_cloud.service.guard import device_of, seconds_left
-from perfit_cloud.service.limits import Accounts, Gate
+from perfit_cloud.service.guard import Call
+from perfit_cloud.service.limits import UPDATE_TOKEN_BYTES, Accounts, Budget, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
@@ -24,46 +22,48 @@ from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Adapting"]
 
+_ROOM_SECONDS = 10.0  # that an update may wait for others to be read
 _IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is given up
 
 
 class Adapting:
     def __init__(
         self, served: Served, reader: PromptReader, *,
-        queue: StepQueue, streams: Gate, accounts: Accounts, drain: Drain, telemetry: Telemetry,
-        stream_seconds: float,
+        queue: StepQueue, streams: Gate, room: Budget, accounts: Accounts, drain: Drain,
+        telemetry: Telemetry, stream_seconds: float,
     ) -> None:  # fmt: skip
         self._served = served
         self._reader = reader
         self._queue = queue
         self._streams = streams
+        self._room = room  # bytes of the tokens of all updates
         self._accounts = accounts
         self._drain = drain
         self._telemetry = telemetry
         self._stream_seconds = stream_seconds
 
-    def steps(
-        self, requests: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AdaptResponse]:
+    def steps(self, requests: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
         """Answers to the steps, one after the other, until the caller wants no more.
 
         Raises InvalidInput and its kin on what a message should not hold, NotFound, ShiftMismatch,
         Busy, TooSlow when nothing comes for long or the stream's time is over, and Unavailable between two
         messages when the cloud stops.
         """
-        device = device_of(context)
         with (
-            self._accounts.hold(device, "adaptations"),
+            self._accounts.hold(call.device, "adaptations"),
             self._streams.place(0),
-            _Stream(requests, context, seconds_left(context, self._stream_seconds)) as stream,
+            # Until its tokens are known it has room for as many as there may be.
+            self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
+            _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,
             self._drain.listening(stream.stop),
         ):
             opening = stream.next("open").open
             artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
-            pairs = self._reader.update((e.prompt, e.target) for e in stream.examples())
+            pairs = self._reader.update(stream.examples())
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-            self._accounts.spend(device, "tokens", tokens)
+            self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
             self._telemetry.tokens("example", tokens)
+            shrink(UPDATE_TOKEN_BYTES * tokens)
             with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
                 del pairs
                 while (step := stream.step()) is not None:
@@ -77,9 +77,7 @@ class Adapting:
 class _Stream:
     """The messages of one call, in the order that there is, and an end to every wait."""
 
-    def __init__(
-        self, requests: Iterator[pb.AdaptRequest], context: grpc.ServicerContext, seconds: float
-    ) -> None:
+    def __init__(self, requests: Iterator[pb.AdaptRequest], call: Call, seconds: float) -> None:
         self.left = threading.Event()  # set when nobody waits for answers any more
         self._requests = requests
         self._ends = time.monotonic() + seconds
@@ -90,7 +88,7 @@ class _Stream:
         # What comes next: the message that was wanted, or an error that ends the stream.
         self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()
         # Called when the RPC ends, however it does: the caller left, or its deadline passed.
-        if not context.add_callback(self._leave):
+        if not call.add_callback(self._leave):
             raise Cancelled("the caller left")
 
     def __enter__(self) -> _Stream:

@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import grpc
-
 from perfit_cloud.engine.types import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import decode_shift, encode_piece
 from perfit_cloud.service.drain import Drain, stopping
-from perfit_cloud.service.guard import device_of, told
+from perfit_cloud.service.guard import Call, told
 from perfit_cloud.service.served import Served
-from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
+from perfit_shared.errors import Busy, Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Asking"]
@@ -37,19 +35,18 @@ class Asking:
         self._drain = drain
         self._stream_seconds = stream_seconds
 
-    def answers(
-        self, requests: Iterator[pb.AskRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AskResponse]:
+    def answers(self, requests: Iterator[pb.AskRequest], call: Call) -> Iterator[pb.AskResponse]:
         """Parts of the answers as they are made, until the caller has asked all and got all.
 
         Raises InvalidInput and what `decode_shift` raises on messages out of order, TooSlow at the end
-        of the stream's time, Unavailable when the cloud stops and what was asked before is answered.
+        of the stream's time, Busy when more questions were refused than a device may make calls, and
+        Unavailable when the cloud stops and what was asked before is answered.
         """
-        stream = _Stream(self._answers, device_of(context), slots=self._served.limits.questions)
+        stream = _Stream(self._answers, call, slots=self._served.limits.questions)
         try:
             stream.start(requests, self._served.artefacts)
             # Called when the RPC ends, however it does: the caller left, or its deadline passed.
-            if not context.add_callback(stream.close):
+            if not call.add_callback(stream.close):
                 raise Cancelled("the caller left")
             with self._drain.listening(stream.stop):
                 yield from stream.responses(self._stream_seconds)
@@ -60,9 +57,10 @@ class Asking:
 class _Stream:
     """The state of one Ask call."""
 
-    def __init__(self, answers: Answers, device: str, *, slots: int) -> None:
+    def __init__(self, answers: Answers, call: Call, *, slots: int) -> None:
         self._answers = answers
-        self._device = device
+        self._device = call.device
+        self._payment = call.payment
         self._slots = threading.Semaphore(slots)
         self._pool = ThreadPoolExecutor(slots + 1, thread_name_prefix="perfit-ask")
         # What to send; None when there are no more questions, or none are taken any more; an error that
@@ -149,9 +147,9 @@ class _Stream:
             if question.number in self._waiting:
                 raise InvalidInput("a question has the number of one that still waits for its answer")
             self._waiting[question.number] = None
-            self._pool.submit(self._answer, question, shift)
+            self._pool.submit(self._answer, question, shift, self._payment.take())
 
-    def _answer(self, question: pb.Question, shift: ShiftUse) -> None:
+    def _answer(self, question: pb.Question, shift: ShiftUse, paid: int) -> None:
         def at_end(cancel: Callable[[], None]) -> bool:
             with self._lock:
                 self._waiting[question.number] = cancel
@@ -160,9 +158,13 @@ class _Stream:
         try:
             if self._is_stopping:
                 raise stopping()
-            for piece in self._answers.pieces(question, shift, self._device, at_end):
+            for piece in self._answers.pieces(question, shift, self._device, at_end, paid=paid):
                 self._events.put(pb.AskResponse(number=question.number, part=encode_piece(piece)))
         except Exception as error:
             _, code, message, retry_ms = told(error, "Ask")
             failure = pb.Failure(code=code, message=message, retry_ms=retry_ms)
             self._events.put(pb.AskResponse(number=question.number, failure=failure))
+            try:
+                self._answers.refused(self._device)
+            except Busy as over:  # or questions that are refused would be free, and without number
+                self._events.put(over)

@@ -50,21 +50,26 @@ class Answers:
         self._telemetry = telemetry
         self._seconds = seconds
 
+    def refused(self, device: str) -> None:
+        """A question that came to nothing costs as much as a call. Raises Busy."""
+        self._accounts.spend(device, "requests")
+
     def pieces(
         self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse, device: str,
-        at_end: Callable[[Callable[[], None]], bool],
+        at_end: Callable[[Callable[[], None]], bool], *, paid: int,
     ) -> Iterator[Piece]:  # fmt: skip
-        """The pieces of one answer; what it asks for is checked first.
+        """The pieces of one answer; what it asks for is checked when it has a place, and paid for.
 
-        `at_end(cancel)` keeps `cancel` for when the caller leaves, and says false when it has left.
+        `paid`: tokens that its message was charged already. `at_end(cancel)` keeps `cancel` for when the
+        caller leaves, and says false when it has left.
         Its place is free when it is over or cancelled, whether or not anybody reads on.
         """
-        prompt = self._reader.prompt(request.prompt)
-        sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
         last = None
-        most = sampling.max_new_tokens
         with _Held(self._accounts.hold(device, "answers"), self._places.place(0)) as held:
-            self._accounts.spend(device, "tokens", len(prompt) + most)
+            prompt = self._reader.prompt(request.prompt)
+            sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
+            most = sampling.max_new_tokens
+            self._accounts.settle(device, "tokens", paid, len(prompt) + most)
             self._telemetry.tokens("prompt", len(prompt))
             answer = self._generation.submit(prompt, shift, sampling)
 
@@ -78,7 +83,7 @@ class Answers:
                 for piece in answer:
                     if piece.finish is not None:
                         last = piece
-                        self._accounts.give_back(device, "tokens", most - piece.answer_tokens)
+                        self._accounts.settle(device, "tokens", most, piece.answer_tokens)
                         self._telemetry.tokens("answer", piece.answer_tokens)
                         break
                     yield piece

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from perfit_cloud.engine.types import Finish, Gradient, Mode, Piece, Sampling, Score, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.bounds import CHARACTERS_A_TOKEN, STOP_BYTES, STOP_TEXTS
 from perfit_cloud.service.limits import Limits
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import InvalidInput, InvalidPrompt, InvalidTensors, NotFound, ShiftMismatch
@@ -35,12 +36,9 @@ __all__ = [
     "find_version",
 ]
 
-_CHARACTERS_A_TOKEN = 16  # a text with more than this for each token allowed is not even tokenized
 _ROLES = ("system", "user", "assistant")
 _TEMPERATURE_CAP = 10.0
 _TOP_K_CAP = 1_000_000
-_STOP_TEXTS = 8
-_STOP_BYTES = 64  # of UTF-8
 
 _MODES = {
     pb.SHIFT_MODE_BASE: Mode.BASE,
@@ -72,6 +70,8 @@ class PromptReader:
             _check_characters([message.text], limit)
             ids = self._base.encode(message.text)
         elif form == "chat":
+            if len(message.chat.messages) > limit:  # a turn takes a token at least
+                raise InvalidPrompt(f"the chat has more than the {limit} turns that this cloud takes")
             turns = [(m.role, m.content) for m in message.chat.messages]
             if any(role not in _ROLES for role, _ in turns):
                 raise InvalidInput(f"the role of a chat message should be {', '.join(_ROLES)}")
@@ -87,27 +87,35 @@ class PromptReader:
             )
         return ids
 
-    def pairs(self, pairs: Sequence[tuple[pb.Prompt, str]]) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, target ids) of examples or candidates.
+    def candidates(self, candidates: Sequence[pb.Candidate]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, answer ids) of each.
 
         Raises InvalidInput when there are none or too many, InvalidPrompt when one does not fit.
         """
-        limits = self._limits
-        if not pairs:
+        self._check_count(len(candidates))
+        return self._read(((c.prompt, c.answer) for c in candidates), self._limits.call_tokens)
+
+    def examples(self, examples: Sequence[pb.Example]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, target ids) of each. Raises as `candidates`."""
+        self._check_count(len(examples))
+        return self._read(((e.prompt, e.target) for e in examples), self._limits.call_tokens)
+
+    def _check_count(self, count: int) -> None:
+        if not count:
             raise InvalidInput("the call holds no examples")
-        if len(pairs) > limits.examples:
+        if count > self._limits.examples:
             raise InvalidInput(
-                f"the call holds {len(pairs)} examples and this cloud takes at most {limits.examples}; "
+                f"the call holds {count} examples and this cloud takes at most {self._limits.examples}; "
                 "send fewer at a time"
             )
-        return self._read(pairs, limits.call_tokens)
 
-    def update(self, pairs: Iterable[tuple[pb.Prompt, str]]) -> list[tuple[list[int], list[int]]]:
+    def update(self, examples: Iterable[pb.Example]) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, target ids) of the examples of an update, read as they come.
 
         Raises InvalidInput when there are too many, InvalidPrompt when one does not fit.
         """
         limits = self._limits
+        pairs = ((e.prompt, e.target) for e in examples)
         return self._read(pairs, limits.adapt_tokens, limits.adapt_examples)
 
     def _read(
@@ -140,7 +148,7 @@ class PromptReader:
         limit = self._limits.new_tokens
         if not text.strip():
             raise InvalidPrompt("the answer is empty")
-        if len(text) <= limit * _CHARACTERS_A_TOKEN:
+        if len(text) <= limit * CHARACTERS_A_TOKEN:
             ids = self._base.encode_target(text)
             if 0 < len(ids) <= limit:
                 return ids
@@ -160,7 +168,7 @@ class PromptReader:
 
 def _check_characters(texts: Iterable[str], tokens: int) -> None:
     characters = sum(len(text) for text in texts)
-    if characters > tokens * _CHARACTERS_A_TOKEN:
+    if characters > tokens * CHARACTERS_A_TOKEN:
         raise InvalidPrompt(
             f"the prompt has {characters} characters and this cloud takes at most {tokens} tokens; shorten it"
         )
@@ -217,7 +225,7 @@ def find_version(name: str, version: str, artefacts: Mapping[str, Artefact]) -> 
 
 def decode_step(message: pb.AdaptStep, spec: ShiftSpec, examples: int) -> tuple[list[int], ShiftTensors]:
     """Which examples of an update a step takes, and at which tensors. Raises InvalidInput, InvalidTensors."""
-    rows = list(message.rows)
+    rows = list(message.rows) if len(message.rows) <= examples else []
     if not rows or max(rows) >= examples or len(set(rows)) < len(rows):
         raise InvalidInput(f"the rows of a step should be distinct, and each from 0 to {examples - 1}")
     return rows, ShiftTensors.from_bytes(message.personal, spec, spec.personal_rank)
@@ -263,8 +271,8 @@ def decode_sampling(message: pb.Sampling, *, prompt_tokens: int, limits: Limits)
         raise InvalidInput("top_p should be 0 to 1")
     if message.top_k > _TOP_K_CAP:
         raise InvalidInput(f"top_k should be 0 to {_TOP_K_CAP}")
-    if len(message.stop) > _STOP_TEXTS or any(not 0 < len(s.encode()) <= _STOP_BYTES for s in message.stop):
-        raise InvalidInput(f"there may be {_STOP_TEXTS} stop texts of 1 to {_STOP_BYTES} bytes")
+    if len(message.stop) > STOP_TEXTS or any(not 0 < len(s.encode()) <= STOP_BYTES for s in message.stop):
+        raise InvalidInput(f"there may be {STOP_TEXTS} stop texts of 1 to {STOP_BYTES} bytes")
     return Sampling(
         max_new_tokens=new,
         temperature=message.temperature,

@@ -21,7 +21,6 @@ extern void __libc_free(void *);
 
 #define TENSOR ((size_t)64 << 10) /* bytes; what is smaller is overwritten at once */
 #define ALIGNED ((size_t)64)      /* as torch asks for them */
-#define MOST ((size_t)1 << 30)    /* bytes kept */
 #define LISTS ((size_t)4096)      /* by size, in steps of STEP, over and over */
 #define STEP ((size_t)4096)
 #define LOOKS 32 /* at blocks of a list; a caller may fill one with others than the next wants */
@@ -31,6 +30,7 @@ struct block { struct block *next; };
 
 static struct block *kept[LISTS];
 static size_t kept_bytes;
+static size_t most = (size_t)1 << 30; /* bytes kept */
 static size_t page = 4096;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -60,7 +60,7 @@ static int keep(void *block, size_t size) {
     struct block **list = &kept[size / STEP % LISTS];
     take_lock();
     if (*list == block) abort(); /* freed twice */
-    int fits = kept_bytes + size <= MOST;
+    int fits = kept_bytes + size <= most;
     if (fits) {
         ((struct block *)block)->next = *list;
         *list = block;
@@ -75,7 +75,7 @@ static void *take(size_t size) {
     size_t surplus = 2 * ALIGNED + 2 * page; /* at most, of what the C library gives for one and the same size */
     size_t usable = 0;
     struct block *found = NULL;
-    if (size > MOST) return NULL;
+    if (size > most) return NULL;
     take_lock();
     for (size_t number = size / STEP; !found && number <= (size + surplus) / STEP; number++) {
         struct block **at = &kept[number % LISTS];
@@ -93,6 +93,8 @@ static void *take(size_t size) {
     if (found) overwrite((char *)found + size, usable - size);
     return found;
 }
+
+void perfit_keep_at_most(size_t bytes) { most = bytes; }
 
 /* All that is kept, for perfit_overwrite(): no tensor is made of it from here on. */
 void *perfit_take_kept(void) {

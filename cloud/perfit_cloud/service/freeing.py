@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build", "preloading", "take_kept"]
+__all__ = ["build", "keep_at_most", "preloading", "take_kept"]
 
 _SOURCES = [str(Path(__file__).with_name(name)) for name in ("freeing.c", "stacks.c")]
 _FLAGS, _LIBRARIES = ["-O2", "-fno-builtin", "-shared", "-fPIC"], ["-ldl"]
@@ -56,6 +56,14 @@ def preloading(library: int, environment: Mapping[str, str]) -> str:
     """LD_PRELOAD, with what `environment` has in it."""
     theirs = environment.get("LD_PRELOAD")
     return f"/proc/self/fd/{library}" + (f":{theirs}" if theirs else "")
+
+
+def keep_at_most(size: int) -> None:
+    """Let freed tensors have so many bytes until they are overwritten. Nothing without the library."""
+    keep = getattr(ctypes.CDLL(None), "perfit_keep_at_most", None)
+    if keep is not None:
+        keep.argtypes = [ctypes.c_size_t]
+        keep(size)
 
 
 def take_kept() -> Callable[[], None]:

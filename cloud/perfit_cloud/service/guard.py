@@ -15,23 +15,24 @@ import ipaddress
 import logging
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grpc
 from cryptography import x509
 
 from perfit_cloud.engine.faults import told_of
 from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.certificates import identity_of, read_certificate
 from perfit_cloud.service.deadlines import Deadlines
 from perfit_cloud.service.drain import Drain
-from perfit_cloud.service.limits import Accounts, Gate
+from perfit_cloud.service.limits import BYTES_A_TOKEN, MESSAGE_COPIES, Accounts, Budget, Gate, Payment
 from perfit_cloud.service.telemetry import Outcome, Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, NotAuthenticated, PerfitError, to_status
 
-__all__ = ["Guard", "caller", "device_of", "seconds_left", "told"]
+__all__ = ["Call", "Guard", "caller", "told"]
 
 _log = logging.getLogger(__name__)
 # Answered also when there is no room for calls and when the cloud is stopping: that is what it tells.
@@ -39,6 +40,7 @@ _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 # Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls.
 _HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 _MESSAGE_SECONDS = 60.0  # for the one message of a call: the largest there may be, at 3 Mbit/s
+_ROOM_SECONDS = 30.0  # that a message may wait for others to be dealt with
 _LATE_SECONDS = 5.0  # after its time a call is cut off; until then it ends by itself, and says why
 
 
@@ -48,11 +50,6 @@ def caller(context: grpc.ServicerContext) -> x509.Certificate:
     if not pem:
         raise NotAuthenticated("this call needs a device certificate; enrol with `perfit enroll`")
     return read_certificate(bytes(list(pem)[0]), pem=True)  # noqa: RUF015
-
-
-def device_of(context: grpc.ServicerContext) -> str:
-    """The identity that calls. Raises NotAuthenticated."""
-    return identity_of(caller(context))
 
 
 def network_of(context: grpc.ServicerContext) -> str:
@@ -66,15 +63,28 @@ def network_of(context: grpc.ServicerContext) -> str:
     return str(mapped or ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
 
 
-def seconds_left(context: grpc.ServicerContext, cap: float) -> float:
-    """Until the call's deadline, at most `cap`."""
-    remaining = context.time_remaining()
-    return cap if remaining is None else min(cap, max(0.0, remaining))
+class Call:
+    """A call that was let in: gRPC's context, whose it is, and what was paid for its messages so far."""
+
+    def __init__(self, context: grpc.ServicerContext, device: str, payment: Payment) -> None:
+        self.device = device  # identity, or network address where there is none
+        self.payment = payment
+        self._context = context
+
+    def seconds_left(self, cap: float) -> float:
+        """Until the call's deadline, at most `cap`."""
+        remaining = self.time_remaining()
+        return cap if remaining is None else min(cap, max(0.0, remaining))
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is gRPC's."""
+        return getattr(self._context, name)
 
 
 class _Method(NamedTuple):
     """An RPC as its service made it."""
 
+    path: str  # "/perfit.v1.Personalization/Generate"
     name: str  # "Generate"
     behaviour: Callable[[Any, grpc.ServicerContext], Any]
     read: Callable[[bytes], Any]
@@ -91,16 +101,23 @@ class Guard(grpc.ServerInterceptor):
     """Wraps every method of a server. Without an authority (enrolment) anybody may call."""
 
     def __init__(
-        self, *, authority: Authority | None, accounts: Accounts, gate: Gate, drain: Drain,
+        self, *, authority: Authority | None, accounts: Accounts, gate: Gate, bounds: MessageBounds,
+        tokens: Mapping[str, int], room: Budget, refused: Callable[[str], None], drain: Drain,
         telemetry: Telemetry, ended: Callable[[], None], call_seconds: float, stream_seconds: float,
     ) -> None:  # fmt: skip
-        """`ended` is called at the end of every call.
+        """`ended` is called at the end of every call, `refused` with the reason of every refusal here.
 
+        `room`: bytes that all messages that are worked on may take.
+        `tokens`: the most of a message's texts, by the name of the method; none where tokens are not counted.
         `call_seconds`, `stream_seconds`: the most time of a call, and of one that streams both ways.
         """
         self._authority = authority
         self._accounts = accounts
         self._gate = gate
+        self._bounds = bounds
+        self._tokens = tokens
+        self._room = room
+        self._refused = refused
         self._drain = drain
         self._telemetry = telemetry
         self._ended = ended
@@ -116,11 +133,12 @@ class Guard(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         path = handler_call_details.method
         if handler is None or path == _HEALTH_WATCH:
-            return None
+            return grpc.stream_stream_rpc_method_handler(self._unknown)
         behaviours: tuple[Any, ...] = (
             handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream,
         )  # fmt: skip
         method = _Method(
+            path=path,
             name=path.rpartition("/")[2],
             behaviour=next(behaviour for behaviour in behaviours if behaviour is not None),
             read=handler.request_deserializer or bytes,
@@ -135,26 +153,70 @@ class Guard(grpc.ServerInterceptor):
 
         return grpc.stream_stream_rpc_method_handler(guarded, None, handler.response_serializer)
 
+    def _unknown(self, _: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """A method that is none. It is counted as a call, and told as gRPC would tell it."""
+        with self._telemetry.call("unknown") as outcome:
+            with translated(context, "unknown", outcome), self._admitted(context, self._certificate(context)):
+                self._refused("method")
+            outcome.status = grpc.StatusCode.UNIMPLEMENTED.name
+        yield from ()
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+    def _certificate(self, context: grpc.ServicerContext) -> x509.Certificate | None:
+        """The caller's; None where anybody may call. Raises NotAuthenticated."""
+        return None if self._authority is None else caller(context)
+
+    @contextmanager
+    def _admitted(self, context: grpc.ServicerContext, certificate: x509.Certificate | None) -> Iterator[str]:
+        """The identity that calls, or its network: whoever it is pays for the call, also for a refusal."""
+        who = network_of(context) if certificate is None else identity_of(certificate)
+        with self._accounts.hold(who, "calls"):
+            self._accounts.spend(who, "requests")
+            self._check(certificate, begins=True)
+            yield who
+
+    def _check(self, certificate: x509.Certificate | None, *, begins: bool = False) -> None:
+        """Raises what the authority says of a caller who may not begin a call, or go on; counts it."""
+        if certificate is None or self._authority is None:
+            return
+        try:
+            (self._authority.check if begins else self._authority.recheck)(certificate)
+        except PerfitError as error:
+            self._refused(error.code)
+            raise
+
     def _responses(
         self, method: _Method, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[Any]:
-        certificate = None if self._authority is None else caller(context)
-        who = network_of(context) if certificate is None else self._admitted(certificate)
+        certificate = self._certificate(context)
         with ExitStack() as held:
             held.callback(self._ended)
+            who = held.enter_context(self._admitted(context, certificate))
             if not method.is_health:
                 held.enter_context(self._drain.call())
-            held.enter_context(self._accounts.hold(who, "calls"))
-            self._accounts.spend(who, "requests")
-            if not method.is_health:
                 held.enter_context(self._gate.place(0))
+            payment = Payment(self._accounts, who, self._tokens.get(method.name, 0))
 
-            def arrive(size: int) -> AbstractContextManager[None]:
-                if certificate is not None:
-                    self._checked(certificate)
-                return self._accounts.hold(who, "bytes", size)
+            @contextmanager
+            def arrive(data: bytes) -> Iterator[None]:
+                self._check(certificate)
+                taken = MESSAGE_COPIES * len(data)
+                with self._accounts.hold(who, "bytes", len(data)), self._room.hold(taken, _ROOM_SECONDS):
+                    yield
 
-            messages = _Messages(requests, method.read, arrive)
+            def read(data: bytes) -> Any:
+                try:
+                    self._bounds.check(method.path, data, payment.charge)
+                    return _parsed(method.read, data)
+                except InvalidInput:
+                    self._refused("message")
+                    if self._tokens:
+                        self._accounts.fine(who, "tokens", len(data) // BYTES_A_TOKEN)
+                    raise
+
+            if self._tokens:
+                self._accounts.spend(who, "tokens", 0)  # who owes sends nothing more
+            messages = _Messages(requests, read, arrive)
             held.callback(messages.close)
             request: Any = messages
             if not method.is_streamed_to:
@@ -163,19 +225,10 @@ class Guard(grpc.ServerInterceptor):
             seconds = self._stream_seconds if method.is_session else self._call_seconds
             # A caller who does not read holds the call in gRPC's send.
             held.enter_context(self._deadlines.after(seconds + _LATE_SECONDS, context.cancel))
-            responses = method.behaviour(request, context)
+            responses = method.behaviour(request, cast("grpc.ServicerContext", Call(context, who, payment)))
             for response in responses if method.is_streamed_from else (responses,):
-                if certificate is not None:
-                    self._checked(certificate)
+                self._check(certificate)
                 yield response
-
-    def _admitted(self, certificate: x509.Certificate) -> str:
-        """The identity, if it may begin a call now."""
-        return "" if self._authority is None else self._authority.check(certificate)
-
-    def _checked(self, certificate: x509.Certificate) -> str:
-        """The identity, if a call of its may go on now."""
-        return "" if self._authority is None else self._authority.recheck(certificate)
 
 
 class _Messages(Iterator[Any]):
@@ -183,16 +236,16 @@ class _Messages(Iterator[Any]):
 
     def __init__(
         self, requests: Iterator[bytes], read: Callable[[bytes], Any],
-        arrive: Callable[[int], AbstractContextManager[None]],
+        arrive: Callable[[bytes], AbstractContextManager[None]],
     ) -> None:  # fmt: skip
-        """`arrive(bytes)` is entered when a message has come, and left when it was dealt with."""
+        """`arrive` is entered when a message has come, and left when it was dealt with."""
         self._requests, self._read, self._arrive = requests, read, arrive
         self._lock = threading.Lock()  # it is read in another thread than the one that closes it
         self._held = ExitStack()
         self._is_closed = False
 
     def __next__(self) -> Any:
-        """Raises InvalidInput on bytes that are no message, Cancelled, and what `arrive` raises."""
+        """Raises Cancelled, and what `arrive` and `read` raise."""
         with self._lock:
             self._held.close()
         try:
@@ -203,11 +256,8 @@ class _Messages(Iterator[Any]):
         with self._lock:
             if self._is_closed:
                 raise Cancelled("the caller left")
-            self._held.enter_context(self._arrive(len(data)))
-        try:
-            return self._read(data)
-        except Exception:
-            raise InvalidInput("the cloud cannot read this message; update perfit") from None
+            self._held.enter_context(self._arrive(data))
+        return self._read(data)
 
     def only(self) -> Any:
         """The first. Raises InvalidInput when there is none."""
@@ -219,6 +269,14 @@ class _Messages(Iterator[Any]):
         with self._lock:
             self._is_closed = True
             self._held.close()
+
+
+def _parsed(read: Callable[[bytes], Any], data: bytes) -> Any:
+    """Raises InvalidInput on bytes that are no message."""
+    try:
+        return read(data)
+    except Exception:
+        raise InvalidInput("the cloud cannot read this message; update perfit") from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +17,28 @@ from typing import Literal
 
 from perfit_shared.errors import Busy, Cancelled, TooSlow
 
-__all__ = ["AMinute", "Accounts", "AtOnce", "Gate", "Limits", "Share"]
+__all__ = [
+    "BYTES_A_TOKEN",
+    "MESSAGE_COPIES",
+    "UPDATE_TOKEN_BYTES",
+    "AMinute",
+    "Accounts",
+    "AtOnce",
+    "Budget",
+    "Gate",
+    "Limits",
+    "Payment",
+    "Share",
+]
 
 AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
 AMinute = Literal["requests", "tokens"]
 Refused = Callable[[str], None]  # is told the reason of every refusal
 
 _MINUTE = 60.0  # seconds
+MESSAGE_COPIES = 3  # of a message while it is worked on: its bytes, parsed, decoded
+UPDATE_TOKEN_BYTES = 48  # of a token of an update: a Python int in a list, then 8 bytes in an array
+BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary text has about as many
 _SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
 
@@ -97,6 +112,55 @@ class Gate:
             self._changed.notify_all()
 
 
+class Budget:
+    """Bytes that all callers together may take, given out in the order in which they were asked for."""
+
+    def __init__(self, name: str, size: int, *, retry_ms: int, refused: Refused) -> None:
+        self._name, self._retry_ms, self._refused = name, retry_ms, refused
+        self._changed = threading.Condition()
+        self._free = size
+        self._line: deque[object] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Callers in line."""
+        return len(self._line)
+
+    @contextmanager
+    def hold(self, amount: int, seconds: float = 0.0) -> Iterator[Callable[[int], None]]:
+        """Take so much, after waiting for it for `seconds` at most; what it gives takes less from then on.
+
+        Raises Busy.
+        """
+        mine, held = object(), 0
+
+        def set_held(new: int) -> None:
+            nonlocal held
+            with self._changed:
+                self._free += held - new
+                held = new
+                self._changed.notify_all()
+
+        with self._changed:
+            self._line.append(mine)
+            try:
+                has_room = self._changed.wait_for(
+                    lambda: self._line[0] is mine and amount <= self._free, seconds
+                )
+                if has_room:
+                    set_held(amount)
+            finally:
+                self._line.remove(mine)
+                self._changed.notify_all()
+        if not has_room:
+            self._refused(self._name)
+            raise Busy("the cloud has no memory for this just now; try again", retry_ms=self._retry_ms)
+        try:
+            yield set_held
+        finally:
+            set_held(0)
+
+
 class Accounts:
     """What every caller has under way and took of late. Thread-safe.
 
@@ -147,13 +211,26 @@ class Accounts:
                 raise Busy(message, retry_ms=max(self._retry_ms, wait_ms))
             account.spent[what] = (spent, now)
 
-    def give_back(self, caller: str, what: AMinute, amount: int) -> None:
-        """What was spent for something that came out smaller."""
+    def fine(self, caller: str, what: AMinute, amount: int) -> None:
+        """Take it whether or not the share has so much left: what is refused costs, too.
+
+        Who owes may `spend` nothing until it has worn off, a minute at most after the share was taken.
+        """
+        most = self._share.a_minute.get(what, 0)
+        with self._lock:
+            now = self._clock()
+            account = self._account(caller)
+            account.spent[what] = (min(2.0 * most, account.spent_by(what, most, now) + amount), now)
+
+    def settle(self, caller: str, what: AMinute, paid: int, amount: int) -> None:
+        """Take the rest of `amount`, or give back what was paid too much. Raises Busy as `spend` does."""
+        if amount > paid:
+            self.spend(caller, what, amount - paid)
         with self._lock:
             account = self._accounts.get(caller)
-            if account is not None and what in account.spent:
+            if account is not None and what in account.spent and amount < paid:
                 spent, at = account.spent[what]
-                account.spent[what] = (max(0.0, spent - amount), at)
+                account.spent[what] = (max(0.0, spent - (paid - amount)), at)
 
     def _account(self, caller: str) -> _Account:
         """Called under the lock; now and then it forgets whoever is quiet."""
@@ -162,6 +239,34 @@ class Accounts:
             self._swept = now
             self._accounts = {c: a for c, a in self._accounts.items() if not a.is_quiet(now)}
         return self._accounts.setdefault(caller, _Account())
+
+
+class Payment:
+    """What a caller paid for the texts of its messages before anybody looked at them. Thread-safe.
+
+    By their bytes, and never more than the tokens that a message may have: whoever tokenized them
+    `take`s it and settles. What nobody takes, of a message that was refused, is not given back.
+    """
+
+    def __init__(self, accounts: Accounts, caller: str, most: int) -> None:
+        """`most`: tokens that may be in what is settled together."""
+        self._accounts, self._caller, self._most = accounts, caller, most
+        self._lock = threading.Lock()
+        self._paid = 0
+
+    def charge(self, size: int) -> None:
+        """For a text of so many bytes. Raises Busy."""
+        with self._lock:
+            tokens = min(1 + size // BYTES_A_TOKEN, self._most - self._paid)
+            if tokens > 0:
+                self._accounts.spend(self._caller, "tokens", tokens)
+                self._paid += tokens
+
+    def take(self) -> int:
+        """Tokens paid since this was called last."""
+        with self._lock:
+            paid, self._paid = self._paid, 0
+            return paid
 
 
 class _Account:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.limits import Limits
 from perfit_shared.errors import ConfigError, ShiftMismatch
 
 __all__ = ["Served"]
 
-# What a message holds besides the tensors: header of the safetensors, names, prompt.
-_MESSAGE_OVERHEAD = 128 * 1024
+_HEADER_BYTES = 64 * 1024  # of safetensors: names, shapes
+_MESSAGE_OVERHEAD = 64 * 1024  # what a message holds besides the tensors: names, prompt
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Served:
                 raise ConfigError(f'two artefacts are named "{artefact.name}"; serve one of them')
             by_name[artefact.name] = artefact
             _check_fits(artefact, base)
-            needed = 4 * artefact.spec.personal_parameters() + _MESSAGE_OVERHEAD
+            needed = _tensor_bytes(artefact) + _MESSAGE_OVERHEAD
             if needed > config.message_bytes:
                 raise ConfigError(
                     f'message_bytes is too small for artefact "{artefact.name}"; set it to {needed} or more'
@@ -53,12 +54,24 @@ class Served:
             context=context,
             examples=config.examples,
             call_tokens=config.call_tokens,
-            message_bytes=config.message_bytes,
+            message_bytes=config.message_bytes,  # and what is needed of it, below
             adapt_examples=config.adapt_examples,
             adapt_tokens=config.adapt_tokens,
             questions=config.questions,
         )
-        return cls(base, by_name, limits, cloud_id)
+        served = cls(base, by_name, limits, cloud_id)
+        needed = MessageBounds.largest(limits, served.tensor_bytes)
+        return replace(served, limits=replace(limits, message_bytes=min(config.message_bytes, needed)))
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of the largest personal shift that a device may send."""
+        return max(map(_tensor_bytes, self.artefacts.values()), default=0)
+
+
+def _tensor_bytes(artefact: Artefact) -> int:
+    """In float32, the largest form."""
+    return 4 * artefact.spec.personal_parameters() + _HEADER_BYTES
 
 
 def _check_fits(artefact: Artefact, base: BaseModel) -> None:

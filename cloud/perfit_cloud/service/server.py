@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from types import MappingProxyType
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -26,11 +27,13 @@ from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.service.adapt import Adapting
 from perfit_cloud.service.ask import Asking
 from perfit_cloud.service.authority import Authority, ServerIdentity
+from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.calls import Answers, Generation, Gradients
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.drain import Drain
 from perfit_cloud.service.guard import Guard
-from perfit_cloud.service.limits import Accounts, AMinute, AtOnce, Gate, Share
+from perfit_cloud.service.limits import MESSAGE_COPIES, Accounts, AMinute, AtOnce, Budget, Gate, Share
+from perfit_cloud.service.memory import MemoryPlan
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
 from perfit_cloud.service.statefolder import Addresses
@@ -73,11 +76,13 @@ class CloudServer:
         generation: Generation,
         gradients: Gradients,
         steps: StepQueue,
+        memory: MemoryPlan,
         engines: Engines | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
-        """`engines`: whose health is watched. `ended` is called at the end of every call.
+        """`memory`: what each part may take. `engines`: whose health is watched.
 
+        `ended` is called at the end of every call.
         Raises ConfigError when a port is taken.
         """
         self._config = config
@@ -89,17 +94,32 @@ class CloudServer:
         self._accounts = self._shared("devices", {
             "calls": config.calls_each, "answers": config.answers_each,
             "adaptations": config.adaptations_each, "gradients": config.gradients_each,
-            "bytes": config.bytes_each,
+            "bytes": max(served.limits.message_bytes, min(config.bytes_each, memory.messages_each)),
         }, {"requests": config.requests_minute, "tokens": config.tokens_minute})  # fmt: skip
         enrol_accounts = self._shared(
             "enrolment", {"calls": _ENROL_CALLS_EACH, "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES},
             {"requests": config.enrol_requests_minute},
         )  # fmt: skip
         threads = config.calls + _SPARE_THREADS
+        limits = served.limits
+        device_guard = self._guard(
+            self._accounts, self._gate("calls", config.calls), self._budget("messages", memory.messages),
+            MessageBounds.of_devices(limits, served.tensor_bytes), authority=authority,
+            tokens={
+                "Generate": limits.prompt_tokens, "Ask": limits.prompt_tokens, "Score": limits.call_tokens,
+                "ComputeGradient": limits.call_tokens, "Adapt": limits.adapt_tokens,
+            },
+        )  # fmt: skip
+        enrol_guard = self._guard(
+            enrol_accounts,
+            self._gate("enrol_calls", _ENROL_CALLS),
+            self._budget("enrol_messages", MESSAGE_COPIES * _ENROL_CALLS * _ENROL_MESSAGE_BYTES),
+            MessageBounds.of_enrolment(),
+        )
         self._server = self._make(
-            self._guard(authority, self._accounts, self._gate("calls", config.calls)),
+            device_guard,
             threads=threads,
-            message_bytes=config.message_bytes,
+            message_bytes=limits.message_bytes,
             connection=_Connection(
                 min(_DEVICE_STREAMS, threads // 2),
                 config.call_seconds,
@@ -108,7 +128,7 @@ class CloudServer:
             ),
         )
         self._enrol_server = self._make(
-            self._guard(None, enrol_accounts, self._gate("enrol_calls", _ENROL_CALLS)),
+            enrol_guard,
             threads=_ENROL_CALLS + _SPARE_THREADS,
             message_bytes=_ENROL_MESSAGE_BYTES,
             connection=_Connection(_ENROL_STREAMS, _ENROL_AGE_SECONDS, _GRACE_SECONDS),
@@ -120,7 +140,7 @@ class CloudServer:
             address=config.public_address or bound,
             enrol_address=config.public_enrol_address or enrol_bound,
         )
-        self._register(served, generation, gradients, steps)
+        self._register(served, generation, gradients, steps, self._budget("examples", memory.examples))
         self._measure(served, engines)
         self._stop_metrics = self.telemetry.serve(config.metrics_address) if config.metrics_address else None
 
@@ -161,7 +181,7 @@ class CloudServer:
             maximum_concurrent_rpcs=2 * threads,
             options=[
                 ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", message_bytes),
+                ("grpc.max_send_message_length", self._config.message_bytes),
                 ("grpc.max_concurrent_streams", connection.streams),
                 ("grpc.max_connection_idle_ms", self._config.idle_seconds * 1000),
                 ("grpc.max_connection_age_ms", connection.age_seconds * 1000),
@@ -174,12 +194,20 @@ class CloudServer:
             ],
         )
 
-    def _guard(self, authority: Authority | None, accounts: Accounts, gate: Gate) -> Guard:
+    def _guard(
+        self, accounts: Accounts, gate: Gate, room: Budget, bounds: MessageBounds, *,
+        authority: Authority | None = None, tokens: Mapping[str, int] = MappingProxyType({}),
+    ) -> Guard:  # fmt: skip
         config = self._config
+        prefix = "enrol_" if authority is None else ""
         return Guard(
             authority=authority,
             accounts=accounts,
             gate=gate,
+            room=room,
+            bounds=bounds,
+            tokens=tokens,
+            refused=lambda reason: self.telemetry.refused(prefix + reason),
             drain=self._drain,
             telemetry=self.telemetry,
             ended=self._ended,
@@ -193,6 +221,9 @@ class CloudServer:
         if waiting:
             self.telemetry.line(name, lambda: gate.waiting)
         return gate
+
+    def _budget(self, name: str, size: int) -> Budget:
+        return Budget(name, size, retry_ms=self._config.retry_ms, refused=self.telemetry.refused)
 
     def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> Accounts:
         prefix = "" if listener == "devices" else "enrol_"
@@ -237,7 +268,7 @@ class CloudServer:
         return [*dialled, *config.names, "localhost", "127.0.0.1", "::1"]
 
     def _register(
-        self, served: Served, generation: Generation, gradients: Gradients, steps: StepQueue
+        self, served: Served, generation: Generation, gradients: Gradients, steps: StepQueue, room: Budget
     ) -> None:
         config = self._config
         reader = PromptReader(served.base, served.limits)
@@ -265,6 +296,7 @@ class CloudServer:
                 reader,
                 queue=steps,
                 streams=self._gate("adaptations", config.adaptations),
+                room=room,
                 accounts=self._accounts,
                 drain=self._drain,
                 telemetry=self.telemetry,

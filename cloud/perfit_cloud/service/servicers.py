@@ -23,7 +23,7 @@ from perfit_cloud.service.codec import (
     encode_seed,
     find_artefact,
 )
-from perfit_cloud.service.guard import caller, device_of, seconds_left
+from perfit_cloud.service.guard import Call, caller
 from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
@@ -70,58 +70,55 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def FetchSeed(self, request: pb.FetchSeedRequest, context: grpc.ServicerContext) -> pb.FetchSeedResponse:
         return encode_seed(find_artefact(request.artefact, self._served.artefacts))
 
-    def Generate(
-        self, request: pb.GenerateRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.GenerateResponse]:
+    def Generate(self, request: pb.GenerateRequest, call: Call) -> Iterator[pb.GenerateResponse]:
         shift = decode_shift(request.shift, self._served.artefacts)
-        for piece in self._answers.pieces(request, shift, device_of(context), context.add_callback):
+        paid = call.payment.take()
+        for piece in self._answers.pieces(request, shift, call.device, call.add_callback, paid=paid):
             yield encode_piece(piece)
 
-    def Ask(
-        self, request_iterator: Iterator[pb.AskRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AskResponse]:
-        return self._asking.answers(request_iterator, context)
+    def Ask(self, request_iterator: Iterator[pb.AskRequest], call: Call) -> Iterator[pb.AskResponse]:
+        return self._asking.answers(request_iterator, call)
 
-    def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
-        shift = decode_shift(request.shift, self._served.artefacts)
-        pairs = self._reader.pairs([(c.prompt, c.answer) for c in request.candidates])
-        with self._place(pairs, context):
+    def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
+        with self._place(call):
+            shift = decode_shift(request.shift, self._served.artefacts)
+            pairs = self._settled(self._reader.candidates(request.candidates), call)
             return encode_scores(self._gradients.score(pairs, shift))
 
-    def ComputeGradient(
-        self, request: pb.ComputeGradientRequest, context: grpc.ServicerContext
-    ) -> pb.ComputeGradientResponse:
-        shift = decode_shift(request.shift, self._served.artefacts)
-        if shift.mode is not Mode.PERSONAL:
-            raise InvalidInput("a gradient is computed in personal mode")
-        pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
-        with self._place(pairs, context):
+    def ComputeGradient(self, request: pb.ComputeGradientRequest, call: Call) -> pb.ComputeGradientResponse:
+        with self._place(call):
+            shift = decode_shift(request.shift, self._served.artefacts)
+            if shift.mode is not Mode.PERSONAL:
+                raise InvalidInput("a gradient is computed in personal mode")
+            pairs = self._settled(self._reader.examples(request.examples), call)
             return encode_gradient(self._gradients.gradient(pairs, shift), request.shift.personal)
 
-    def Adapt(
-        self, request_iterator: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
-    ) -> Iterator[pb.AdaptResponse]:
-        return self._adapting.steps(request_iterator, context)
+    def Adapt(self, request_iterator: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
+        return self._adapting.steps(request_iterator, call)
 
     @contextmanager
-    def _place(
-        self, pairs: list[tuple[list[int], list[int]]], context: grpc.ServicerContext
-    ) -> Iterator[None]:
+    def _place(self, call: Call) -> Iterator[None]:
         """A turn for a call of its own, after those in line. Raises Busy, TooSlow, Cancelled."""
-        device, left = device_of(context), threading.Event()
+        left = threading.Event()
 
         def leave() -> None:
             left.set()
             self._passes.look()
 
-        tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-        with self._accounts.hold(device, "gradients"):
-            self._accounts.spend(device, "tokens", tokens)
-            self._telemetry.tokens("example", tokens)
-            if not context.add_callback(leave):
+        with self._accounts.hold(call.device, "gradients"):
+            if not call.add_callback(leave):
                 raise Cancelled("the caller left")
-            with self._passes.place(seconds_left(context, self._call_seconds), left):
+            with self._passes.place(call.seconds_left(self._call_seconds), left):
                 yield
+
+    def _settled(
+        self, pairs: list[tuple[list[int], list[int]]], call: Call
+    ) -> list[tuple[list[int], list[int]]]:
+        """The same, paid for by their tokens. Raises Busy."""
+        tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
+        self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
+        self._telemetry.tokens("example", tokens)
+        return pairs
 
 
 class EnrollmentService(enrol_grpc.EnrollmentServicer):

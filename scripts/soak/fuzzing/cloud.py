@@ -35,6 +35,7 @@ from perfit_cloud.service.limits import Limits
 from perfit_cloud.service.served import Served
 from perfit_device.identity import Identity
 from perfit_shared.wire import personalization_pb2 as pb
+from soak.fuzzing import counts
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.hints import Known, hints_for
 from soak.fuzzing.mutation import TEXT, edited, edited_json, messages, mostly, tensor_bytes
@@ -62,6 +63,7 @@ def targets(tiny: Tiny, work: Path) -> list[Target]:
         Target("cloud: shift specs", 2, messages(pb.ShiftSpec, hints), lambda m: str(decode_spec(m))[:9]),
         Target("cloud: certificate requests", 3, edited([csr, csr + b"\0"]), _csr),
         Target("cloud: certificates", 3, edited(_certificates(work)), _certificate),
+        *counts.targets(served),
         Target("artefact folders", 3, _folders(tiny), _Folder(tiny, work / "artefact").check),
     ]
 
@@ -89,7 +91,7 @@ class _Codec:
 
     def gradient(self, message: pb.ComputeGradientRequest) -> None:
         self._shift(message.shift)
-        for prompt, target in self._reader.pairs([(e.prompt, e.target) for e in message.examples]):
+        for prompt, target in self._reader.examples(message.examples):
             self._ids(prompt, self._limits.prompt_tokens)
             self._ids(target, self._limits.new_tokens + 1)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
@@ -33,13 +34,22 @@ from perfit_shared.shifts import ShiftSpec
 from perfit_shared.wire import enrollment_pb2 as epb
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.fuzzing.checking import Target, Unsound
+from soak.fuzzing.counts import Counted, counted
 from soak.fuzzing.hints import Known, hints_for
 from soak.fuzzing.mutation import edited, messages, mostly
 from soak.tiny import Tiny
 
 __all__ = ["NAMES", "Live", "live"]
 
-NAMES = ("rpc: bytes", "rpc: messages", "rpc: streams", "rpc: enrolment", "rpc: the log")
+NAMES = (
+    "rpc: bytes",
+    "rpc: messages",
+    "rpc: streams",
+    "rpc: enrolment",
+    "rpc: counts and sizes",
+    "rpc: the log",
+)
+_GROWTH = 256 << 20  # bytes that the cloud may have more than at the start
 _SECONDS = 20.0  # most that a call may take here
 _PROBE_EVERY = 40  # calls
 _LARGEST = 1 << 20  # bytes of a message, as this cloud is configured
@@ -107,6 +117,8 @@ class Live:
         )  # fmt: skip
         self._known = Known.of(artefact.name, artefact.version, spec)
         self._first = self._asked()
+        self._process = psutil.Process(cloud.process.pid)
+        self._taken = self._process.memory_info().rss  # bytes
 
     def close(self) -> None:
         for channel in (self._hostile, self._honest, self._anybody):
@@ -114,12 +126,13 @@ class Live:
 
     def targets(self) -> list[Target]:
         hints = hints_for(self._known)
-        bytes_, calls, streams, enrolments, log = NAMES
+        bytes_, calls, streams, enrolments, counts, log = NAMES
         return [
             Target(bytes_, 9, self._raw(hints), self._check_raw, seconds=_SECONDS),
             Target(calls, 9, self._messages(hints), self._check_raw, seconds=_SECONDS),
             Target(streams, 7, self._conversations(hints), self._check_stream, seconds=_SECONDS),
             Target(enrolments, 3, self._enrolments(), self._check_enrolment, seconds=_SECONDS),
+            Target(counts, 5, counted(), self._check_counted, seconds=_SECONDS),
             Target(log, 0, st.none(), self._check_log),
         ]
 
@@ -222,11 +235,29 @@ class Live:
         method, sent, leave = conversation
         return self._check(self._hostile, method, sent, leave=leave)
 
-    def _check(self, channel: grpc.Channel, method: str, sent: Sequence[bytes], *, leave: int = 99) -> str:
+    def _check_counted(self, case: Counted) -> str:
+        """Also that the cloud is no larger for it."""
+        channel = self._anybody if _ENROLMENT in case.path else self._hostile
+        coding = grpc.Compression.Gzip if case.is_compressed else grpc.Compression.NoCompression
+        outcome = self._check(channel, case.path, [case.to_bytes()], coding=coding)
+        taken = self._process.memory_info().rss - self._taken
+        if taken > _GROWTH:
+            raise Unsound(f"the cloud took {taken >> 20} MiB")
+        return outcome
+
+    def _check(
+        self,
+        channel: grpc.Channel,
+        method: str,
+        sent: Sequence[bytes],
+        *,
+        leave: int = 99,
+        coding: grpc.Compression = grpc.Compression.NoCompression,
+    ) -> str:
         self._calls += 1
         if self._calls % _PROBE_EVERY == 0:
             self._probe()
-        call: Any = channel.stream_stream(method)(iter(sent), timeout=_SECONDS)
+        call: Any = channel.stream_stream(method)(iter(sent), timeout=_SECONDS, compression=coding)
         got: list[bytes] = []
         try:
             while len(got) < leave:

@@ -1,0 +1,139 @@
+"""What the process may take of memory: an operator's ceiling, cut into parts that fit together.
+
+Parts that serving cannot do without have a least size; what the ceiling leaves beyond them is shared out in
+proportion to what each would like. Without a ceiling each has what it would like. The estimates are of what
+one pass or one message takes at its worst, from the shapes of the model.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from perfit_cloud.config import CloudConfig
+from perfit_cloud.engine.gradients import PASS_TOKENS
+from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
+from perfit_cloud.service.served import Served
+from perfit_shared.errors import ConfigError
+
+__all__ = ["MemoryPlan", "plan_memory", "resident_bytes"]
+
+_MIB = 2**20
+_MARGIN = 0.1  # of the ceiling: what the C library and Python cannot give back
+_CALL_BYTES = _MIB // 2  # of a call's thread and of gRPC's buffers for it
+_LOGITS = 3  # numbers of float32 for each of a pass: logits, their copy in float32, its gradient
+_FREED_BYTES = (64 * _MIB, 1024 * _MIB)  # of tensors that were freed and not overwritten yet
+
+
+class _Part(NamedTuple):
+    """Bytes: what there must be, and what there would be without a ceiling."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part; a part is 0 where it is not in the host's memory."""
+
+    process: int  # program, libraries and model
+    calls: int  # messages that gRPC receives, and threads
+    messages: int  # of messages that are worked on, of all callers together
+    examples: int  # tokens of the updates that are open
+    cache: int  # keys and values of answers
+    answers: int  # a pass of answers
+    gradients: int  # a pass of gradients
+    kept: int  # of examples of updates, with `spill_bytes`
+    freed: int  # tensors that were freed and are overwritten a moment later
+    cache_tokens: int
+    pass_tokens: int  # of one gradient pass
+
+    @property
+    def messages_each(self) -> int:
+        """Bytes of one device's messages, so that they leave half of the room to others."""
+        return self.messages // (2 * MESSAGE_COPIES)
+
+    @property
+    def total(self) -> int:
+        return sum(value for name, value in asdict(self).items() if not name.endswith("_tokens"))
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous: bool) -> MemoryPlan:
+    """`process`: bytes that it has before it serves. `continuous`: whether long prompts are read in pieces.
+
+    Raises ConfigError that names the parts when they cannot fit the ceiling.
+    """
+    limits, shapes = served.limits, _Shapes(served)
+    is_host = served.base.device.type == "cpu"
+    largest = MESSAGE_COPIES * limits.message_bytes
+    update = UPDATE_TOKEN_BYTES * limits.adapt_tokens
+    updates = min(config.adaptations, config.adaptations_each + 1)  # one device leaves room for another's
+    most_tokens = config.cache_tokens
+    fixed = {"process": process, "calls": config.calls * (limits.message_bytes + _CALL_BYTES)}
+    parts = {
+        "messages": _Part(min(4, config.calls) * largest, config.calls * largest),
+        "examples": _Part(updates * update, config.adaptations * update),
+        "freed": _Part(*_FREED_BYTES),
+    }
+    if is_host:
+        rows = config.batch_tokens if continuous else config.cache_tokens
+        fixed["answers"] = rows * shapes.row + _LOGITS * config.max_requests * shapes.logits
+        parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
+        least = max(limits.context, 64)
+        parts["gradients"] = _Part(
+            *(tokens * shapes.differentiated for tokens in (least, max(least, PASS_TOKENS)))
+        )
+        parts["kept"] = _Part(0, config.keep_bytes)
+    else:
+        parts["kept"] = _Part(0, config.spill_bytes)
+    given = {name: part.most for name, part in parts.items()}
+    if config.memory_bytes:
+        given = _shared(parts, int((1 - _MARGIN) * config.memory_bytes), fixed)
+    return MemoryPlan(
+        **{"cache": 0, "answers": 0, "gradients": 0, **fixed, **given},
+        cache_tokens=min(most_tokens, given["cache"] // shapes.cached) if is_host else most_tokens,
+        pass_tokens=given["gradients"] // shapes.differentiated if is_host else PASS_TOKENS,
+    )
+
+
+def _shared(parts: dict[str, _Part], room: int, fixed: dict[str, int]) -> dict[str, int]:
+    """What each part gets of `room`, beside what is fixed. Raises ConfigError."""
+    left = room - sum(fixed.values()) - sum(part.least for part in parts.values())
+    if left < 0:
+        named = {**fixed, **{name: part.least for name, part in parts.items()}}
+        told = ", ".join(f"{name} {-(-size // _MIB)}" for name, size in named.items() if size)
+        raise ConfigError(
+            f"memory_bytes is too small by {-(left // _MIB)} MiB: the least are {told} MiB; raise it, or "
+            "lower calls, message_bytes, adapt_tokens, batch_tokens or max_requests"
+        )
+    wanted = sum(part.most - part.least for part in parts.values())
+    share = min(1.0, left / wanted) if wanted else 0.0
+    return {name: part.least + int(share * (part.most - part.least)) for name, part in parts.items()}
+
+
+class _Shapes:
+    """Bytes that one token takes, by the model's configuration."""
+
+    def __init__(self, served: Served) -> None:
+        config = served.base.model.config.get_text_config()
+        hidden, size = int(config.hidden_size), served.base.model.dtype.itemsize
+        heads = int(getattr(config, "num_attention_heads", None) or 1)
+        width = int(getattr(config, "head_dim", None) or hidden // heads)
+        groups = int(getattr(config, "num_key_value_heads", None) or heads)
+        inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+        blocks = served.base.blocks
+        block = (8 * hidden + 4 * heads * width + 4 * inner) * size  # numbers that one block holds of it
+        self.logits = 4 * int(served.base.model.get_input_embeddings().num_embeddings)
+        self.cached = int(2 * blocks * groups * width * size * (1 + 1 / blocks))  # a shelf grows by blocks
+        self.row = 2 * block
+        self.differentiated = blocks * block + _LOGITS * self.logits
