@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import queue
 import signal
+import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -30,6 +35,8 @@ _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _LOOSE_TONGUES = ("transformers",)
 _WAKE_SECONDS = 0.25  # how long a signal to stop may go unnoticed
+_CLOSE_SECONDS = 5.0  # for the engines to end, and again for the database, after the last call
+_LAST_SECONDS = 20  # after drain_seconds the system ends the process, if no thread lets Python do it
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
@@ -86,6 +93,7 @@ def serve(  # noqa: PLR0917 - options of a command
     prepare_grpc()
     read = load_config(file=config, flags=_settings(setting or []) | given)
     _serve(read, _hardened(read), as_json=as_json)
+    _leave()
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -126,7 +134,7 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
         with only_server(config.state):
             _serve_as(authority, config, hardening, as_json=as_json)
     finally:
-        authority.close()
+        _ends_in_time(authority.close)
 
 
 def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
@@ -184,10 +192,27 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
             # The system may give the signal to any thread, and its handler waits for this one to wake.
             time.sleep(_WAKE_SECONDS)
     finally:
-        server.stop(config.drain_seconds, lambda: not stops.empty())
-        generation.stop()
-        steps.close()
-        sweeper.close()
+        signal.alarm(config.drain_seconds + _LAST_SECONDS)
+        with contextlib.suppress(queue.Empty):  # the signal that ended the wait is no hurry
+            stops.get_nowait()
+        all_ended = server.stop(config.drain_seconds, lambda: not stops.empty())
+        if not (_ends_in_time(generation.stop, steps.close, sweeper.close) and all_ended):
+            _log.warning("what had not ended in time was cut off")
+
+
+def _ends_in_time(*closes: Callable[[], None]) -> bool:
+    """Whether these, one after another, end within _CLOSE_SECONDS."""
+    thread = threading.Thread(target=lambda: [close() for close in closes], daemon=True)
+    thread.start()
+    thread.join(_CLOSE_SECONDS)
+    return not thread.is_alive()
+
+
+def _leave() -> NoReturn:
+    """End the process. Python's own end would first wait for every thread that handles a call."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _with_tensors(hardening: Hardening, sweeper: Sweeper) -> Hardening:

@@ -131,11 +131,12 @@ class CloudServer:
         self._enrol_server.start()
         self.addresses.save(self._config.state)
 
-    def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> None:
+    def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds.
 
         Streams end between two messages. `is_hurried` is asked ten times a second; when it says so, or the
-        time is over, what still runs is cut off.
+        time is over, what still runs is cut off: its caller is told so, and its thread is not waited for.
+        Says whether all ended by themselves.
         """
         self._watch.stop()
         self.telemetry.draining()
@@ -143,10 +144,11 @@ class CloudServer:
         is_idle = self._drain.wait(grace, is_hurried)
         servers = (self._server, self._enrol_server)
         for stopped in [server.stop(_LAST_SECONDS if is_idle else 0) for server in servers]:
-            stopped.wait()
+            stopped.wait(2 * _LAST_SECONDS)
         if self._stop_metrics is not None:
             self._stop_metrics()
             self._stop_metrics = None
+        return is_idle
 
     # -- building --------------------------------------------------------------------------------
 
