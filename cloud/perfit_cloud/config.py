@@ -70,7 +70,7 @@ class CloudConfig:
     adaptations: int = 16  # updates at once
     keep_bytes: int = 2 * 2**30  # what all updates together may keep of their examples, on the model's device
     spill_bytes: int = 8 * 2**30  # and beyond that in host memory, where the model is not on the host
-    gradient_waiting: int = 16  # gradient and Score calls that may wait for the one that runs
+    gradient_waiting: int = 16  # gradient and Score calls at once, beyond one; their passes take turns
     retry_ms: int = 500  # when a refused call should come back
 
     # What one device may take of that, over all its connections
@@ -82,6 +82,11 @@ class CloudConfig:
     requests_minute: int = 6000  # RPCs a minute; a question or a step of a stream is none
     tokens_minute: int = 2**23  # of prompts, answers and examples a minute; an update's examples count once
     enrol_requests_minute: int = 240  # calls for certificates a minute, of one network address
+
+    # What one device may notice of others
+    apart: str = (
+        "values"  # values: of what they send; bits: also of whether they are there, for slower answers
+    )
 
     # The generation engine
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
@@ -106,6 +111,7 @@ class CloudConfig:
             value = _converted(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         _check_choice("dtype", self.dtype, _DTYPES)
+        _check_choice("apart", self.apart, ("values", "bits"))
         _check_choice("hardening", self.hardening, ("on", "off"))
         for name in ("address", "enrol_address"):
             parse_address(getattr(self, name), name)

@@ -164,13 +164,20 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         cache_tokens=config.cache_tokens,
         batch_tokens=config.batch_tokens,
         max_requests=config.max_requests,
+        alone=config.apart == "bits",
     )
     turns = Turns()
     generation = engine_for(base, served.artefacts, settings, turns)
     # Where the model is on the host, spilling would be keeping by another name.
     spill_bytes = 0 if base.device.type == "cpu" else config.spill_bytes
-    adaptations = AdaptationEngine(base, keep_bytes=config.keep_bytes, spill_bytes=spill_bytes, turns=turns)
-    steps = StepQueue(adaptations, retry_ms=config.retry_ms)
+    adaptations = AdaptationEngine(
+        base,
+        keep_bytes=config.keep_bytes,
+        spill_bytes=spill_bytes,
+        turns=turns,
+        parts=config.adaptations if config.apart == "bits" else 0,
+    )
+    steps = StepQueue(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
     sweeper = Sweeper(base.device, turns)
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,

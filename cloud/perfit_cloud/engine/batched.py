@@ -7,6 +7,7 @@ forward pass, that of the prompts, and closed by its logits: decoded tokens are 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from perfit_cloud.engine.fairness import FairShare, in_turns
 from perfit_cloud.engine.sampling import Sampler, draw
 from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
@@ -74,33 +76,35 @@ class BatchedEngine(Engine):
         super().__init__(base, artefacts, settings, turns)
         # What the model's folder suggests is not asked for.
         self._model.generation_config = GenerationConfig()
-        self._most = 1 if depends_on_length(base.model) else settings.max_requests
+        self._share = FairShare()  # of the tokens of prompts and answers
+        self._most = 1 if depends_on_length(base.model) or settings.alone else settings.max_requests
 
     def _has_work(self) -> bool:
         return bool(self._waiting)
 
     def _round(self) -> None:
         with self._changed:
+            self._share.wanted_by(request.owner for request in self._waiting)
             members: list[Request] = []
             later: list[Request] = []
-            for request in self._waiting:
+            for request in in_turns(self._waiting, self._share):
                 span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
                 fits = len(members) < self._most and span <= self._base.context
                 fits &= span * (len(members) + 1) <= self.settings.cache_tokens
                 (members if fits else later).append(request)
-            self._waiting.clear()
-            self._waiting.extend(later)
+            self._waiting = deque(request for request in self._waiting if request in later)
         if not members:
             return
+        for request in members:
+            self._share.charge(request.owner, len(request.prompt) + request.sampling.max_new_tokens)
         width = max(len(request.prompt) for request in members)
         rows = {
             request: [(b + 1) * width - len(request.prompt) + p for p in request.positions]
             for b, request in enumerate(members)
         }
         prompts = [request.prompt for request in members]
-        with self._turns.take():
-            streams = [_Stream(request, self._produced) for request in members]
-            _generate(self._model, prompts, self._groups(rows), streams, between=self._turns.breathe)
+        streams = [_Stream(request, self._produced) for request in members]
+        _generate(self._model, prompts, self._groups(rows), streams, between=self._turns.breathe)
 
     def _drop(self) -> None:
         """All that was held lay in `generate`."""

@@ -39,7 +39,7 @@ class Caps(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> Caps:
         """Measured on two CPU cores, where 1,000 to 8,000 rows are alike; an accelerator wants more."""
-        return cls(2048, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
+        return cls(1024, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
 
     def cut(self, rows: Indices, lengths: Indices) -> Iterator[Indices]:
         """Examples with these numbers of rows and tokens, shortest first, in as few passes as can be."""

@@ -64,7 +64,7 @@ class Adapting:
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
             self._accounts.spend(device, "tokens", tokens)
             self._telemetry.tokens("example", tokens)
-            with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
+            with self._queue.open(pairs, artefact, left=stream.left, owner=device) as adaptation:
                 del pairs
                 while (step := stream.step()) is not None:
                     rows, personal = decode_step(step, artefact.spec, adaptation.examples)

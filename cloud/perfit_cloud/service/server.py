@@ -188,12 +188,9 @@ class CloudServer:
             stream_seconds=config.stream_seconds,
         )
 
-    def _gate(self, name: str, running: int, waiting: int = 0) -> Gate:
+    def _gate(self, name: str, running: int) -> Gate:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
-        gate = Gate(name, running=running, waiting=waiting, retry_ms=retry_ms, refused=refused)
-        if waiting:
-            self.telemetry.line(name, lambda: gate.waiting)
-        return gate
+        return Gate(name, running=running, waiting=0, retry_ms=retry_ms, refused=refused)
 
     def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> Accounts:
         prefix = "" if listener == "devices" else "enrol_"
@@ -240,6 +237,8 @@ class CloudServer:
         self, served: Served, generation: Generation, gradients: Gradients, steps: StepQueue
     ) -> None:
         config = self._config
+        passes = self._gate("gradients", 1 + config.gradient_waiting)
+        self.telemetry.line("gradients", lambda: max(0, passes.working - 1))
         reader = PromptReader(served.base, served.limits)
         answers = Answers(
             generation,
@@ -256,7 +255,7 @@ class CloudServer:
             description=encode_description(served, continuous=generation.continuous, keeps=steps.keeps),
             answers=answers,
             gradients=gradients,
-            passes=self._gate("gradients", 1, config.gradient_waiting),
+            passes=passes,
             accounts=self._accounts,
             telemetry=self.telemetry,
             asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),

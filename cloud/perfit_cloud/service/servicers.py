@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
@@ -27,7 +28,7 @@ from perfit_cloud.service.guard import caller, device_of, seconds_left
 from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
-from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -85,8 +86,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         shift = decode_shift(request.shift, self._served.artefacts)
         pairs = self._reader.pairs([(c.prompt, c.answer) for c in request.candidates])
-        with self._place(pairs, context):
-            return encode_scores(self._gradients.score(pairs, shift))
+        with self._place(pairs, context) as place:
+            return encode_scores(self._gradients.score(pairs, shift, *place))
 
     def ComputeGradient(
         self, request: pb.ComputeGradientRequest, context: grpc.ServicerContext
@@ -95,8 +96,9 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         if shift.mode is not Mode.PERSONAL:
             raise InvalidInput("a gradient is computed in personal mode")
         pairs = self._reader.pairs([(e.prompt, e.target) for e in request.examples])
-        with self._place(pairs, context):
-            return encode_gradient(self._gradients.gradient(pairs, shift), request.shift.personal)
+        with self._place(pairs, context) as place:
+            found = self._gradients.gradient(pairs, shift, *place)
+            return encode_gradient(found, request.shift.personal)
 
     def Adapt(
         self, request_iterator: Iterator[pb.AdaptRequest], context: grpc.ServicerContext
@@ -106,22 +108,28 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     @contextmanager
     def _place(
         self, pairs: list[tuple[list[int], list[int]]], context: grpc.ServicerContext
-    ) -> Iterator[None]:
-        """A turn for a call of its own, after those in line. Raises Busy, TooSlow, Cancelled."""
-        device, left = device_of(context), threading.Event()
+    ) -> Iterator[tuple[str, Callable[[], None]]]:
+        """A place among the calls whose passes take turns: whose it is, and what to call before each pass.
 
-        def leave() -> None:
-            left.set()
-            self._passes.look()
+        Raises Busy, Cancelled; what is to be called raises TooSlow and Cancelled.
+        """
+        device, left = device_of(context), threading.Event()
+        end = time.monotonic() + seconds_left(context, self._call_seconds)
+
+        def check() -> None:
+            if left.is_set():
+                raise Cancelled("the caller left")
+            if time.monotonic() >= end:
+                raise TooSlow("the cloud did not get to this call before its deadline; try again")
 
         tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
         with self._accounts.hold(device, "gradients"):
             self._accounts.spend(device, "tokens", tokens)
             self._telemetry.tokens("example", tokens)
-            if not context.add_callback(leave):
+            if not context.add_callback(left.set):
                 raise Cancelled("the caller left")
-            with self._passes.place(seconds_left(context, self._call_seconds), left):
-                yield
+            with self._passes.place(0):
+                yield device, check
 
 
 class EnrollmentService(enrol_grpc.EnrollmentServicer):
