@@ -38,9 +38,12 @@ class LocalCloud:
 
     def __init__(
         self, model: Path | str, artefacts: Sequence[Path], state: Path,
-        *, log: Path | None = None, flags: Sequence[str] = (),
+        *, log: Path | None = None, flags: Sequence[str] = (), env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        """`env`: beside this process's environment. `prefix`: a command that runs ours, such as prlimit."""
         self.state, self._log = state, log or state.with_suffix(".log")
+        self._env, self._prefix = env or {}, prefix
         # A cloud that ran before comes back where its devices look for it.
         known = state / "addresses.json"
         ports = json.loads(known.read_text()) if known.exists() else {}
@@ -56,7 +59,10 @@ class LocalCloud:
     def start(self) -> LocalCloud:
         self.state.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as log:
-            self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.process = subprocess.Popen(
+                [*self._prefix, *self._command], stdout=subprocess.PIPE, stderr=log, text=True,
+                env={**os.environ, **self._env},
+            )  # fmt: skip
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line.strip():
             code = self.process.wait(30)
@@ -71,10 +77,14 @@ class LocalCloud:
         return self.start()
 
     def invite(self, *flags: str) -> str:
-        return run([str(BIN / "perfit-cloud"), "invite", "--state", str(self.state), *flags]).strip()
+        return self._run("invite", *flags).strip()
 
     def revoke(self, identity: str) -> None:
-        run([str(BIN / "perfit-cloud"), "revoke", "--state", str(self.state), identity])
+        self._run("revoke", identity)
+
+    def _run(self, command: str, *arguments: str) -> str:
+        whole = [str(BIN / "perfit-cloud"), command, "--state", str(self.state), *arguments]
+        return run(whole, env=self._env)
 
     def kill(self) -> None:
         self.process.kill()

@@ -65,6 +65,8 @@ class CloudConfig:
     message_bytes: int = 16 * 2**20  # largest request and largest reply
 
     # What all requests together may take
+    connections: int = 4096  # of devices at once, those that say nothing included
+    enrol_connections: int = 256  # to the enrolment listener at once, which anybody may open
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
     adaptations: int = 16  # updates at once

@@ -148,6 +148,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     from perfit_cloud.engine.turns import Turns
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
+    from perfit_cloud.service.descriptors import raise_descriptor_limit
     from perfit_cloud.service.served import Served
     from perfit_cloud.service.server import CloudServer
     from perfit_cloud.service.sweeping import Sweeper
@@ -179,6 +180,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     )
     steps = StepQueue(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
     sweeper = Sweeper(base.device, turns)
+    raise_descriptor_limit()
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,
         gradients=GradientEngine(base, turns), steps=steps,
