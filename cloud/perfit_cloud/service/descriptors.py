@@ -54,7 +54,7 @@ class Connections(NamedTuple):
 
 def open_descriptors() -> int:
     """How many are open. Not by /proc, which a process that cannot be dumped may not read of itself."""
-    found, first, step = 0, 0, 4096
+    found, first, step = 0, 0, min(4096, descriptor_limit())  # poll() takes no more than the limit
     while first < descriptor_limit():
         poll = select.poll()
         for descriptor in range(first, first + step):

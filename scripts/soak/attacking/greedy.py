@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from perfit_device.cloud import Cloud
+from perfit_device.codec import Artefact
+from perfit_shared.shifts import ShiftTensors
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.attacking.common import Attack, Attacker, main
 
@@ -84,7 +87,20 @@ def updates(attacker: Attacker) -> None:
     attacker.stream("Adapt", messages(), seconds=_HOURS)
 
 
+_SEEDS: dict[Cloud, tuple[Artefact, ShiftTensors]] = {}
+
+
+def gradient_of_few(honest: Cloud) -> None:
+    """What an honest device asks for beside it: a gradient of four short examples."""
+    if honest not in _SEEDS:
+        artefact = honest.describe().artefacts[0]
+        _SEEDS[honest] = artefact, honest.fetch_seed(artefact)
+    honest.compute_gradient([("The council will decide on the bridge", " news")] * 4, *_SEEDS[honest])
+
+
 ATTACKS = [
+    Attack("A5 four gradients at once, beside a gradient", gradients, threads=4, honest=gradient_of_few),
+    Attack("A5 two updates, beside a gradient", updates, threads=2, honest=gradient_of_few),
     Attack("A5 four gradients at once", gradients, threads=4),
     Attack("A5 four scores at once", scores, threads=4),
     Attack("A5 twelve long answers", answers, threads=12),
