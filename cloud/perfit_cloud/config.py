@@ -68,12 +68,14 @@ class CloudConfig:
 
     # What all requests together may take
     memory_bytes: int = 0  # of the whole process; what follows shrinks until it fits; 0: no ceiling
+    connections: int = 4096  # of devices at once, those that say nothing included
+    enrol_connections: int = 256  # to the enrolment listener at once, which anybody may open
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
     adaptations: int = 16  # updates at once
     keep_bytes: int = 2 * 2**30  # what all updates together may keep of their examples, on the model's device
     spill_bytes: int = 8 * 2**30  # and beyond that in host memory, where the model is not on the host
-    gradient_waiting: int = 16  # gradient and Score calls that may wait for the one that runs
+    gradient_waiting: int = 16  # gradient and Score calls at once, beyond one; their passes take turns
     retry_ms: int = 500  # when a refused call should come back
 
     # What one device may take of that, over all its connections
@@ -85,6 +87,11 @@ class CloudConfig:
     requests_minute: int = 6000  # RPCs a minute; a question or a step of a stream is none
     tokens_minute: int = 2**23  # of prompts, answers and examples a minute; an update's examples count once
     enrol_requests_minute: int = 240  # calls for certificates a minute, of one network address
+
+    # What one device may notice of others
+    apart: str = (
+        "values"  # values: of what they send; bits: also of whether they are there, for slower answers
+    )
 
     # The generation engine
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
@@ -109,6 +116,7 @@ class CloudConfig:
             value = _converted(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         _check_choice("dtype", self.dtype, _DTYPES)
+        _check_choice("apart", self.apart, ("values", "bits"))
         _check_choice("hardening", self.hardening, ("on", "off"))
         _check_choice("state_writers", self.state_writers, ("owner", "group"))
         for name in ("address", "enrol_address"):

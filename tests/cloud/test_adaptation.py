@@ -220,7 +220,8 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     assert min(counts) > 0 and sum(counts) < 7
     assert adaptation.kept_bytes <= keep_bytes and adaptation.spilled_bytes <= spill_bytes
     costs = adaptation._arrays.lengths
-    on_device, spilled, nowhere = (costs[adaptation._where == w] for w in (0, 1, -1))
+    (there, host), numbers = adaptation._blocks.values(), adaptation._block
+    on_device, spilled, nowhere = costs[there.which], costs[host.which], costs[numbers < 0]
     assert on_device[on_device > 1].max() <= spilled.min() and spilled.max() <= nowhere.max()
     assert_equal(engine.gradients([Step(adaptation, range(8), mine)])[0], wanted)
     with engine.open(RAGGED, artefact) as late:  # what is left is too little even for the cheapest

@@ -210,19 +210,6 @@ def test_a_stream_outlives_the_age_of_its_connection(run: Callable[..., Running]
     stream.cancel()
 
 
-def test_passes_wait_in_a_bounded_line(run: Callable[..., Running]) -> None:
-    slow = Slow()
-    device = run(gradient_engine=slow, gradient_waiting=1).device()
-    first = device.stub.Score.future(score(), timeout=TIMEOUT)
-    assert slow.entered.wait(TIMEOUT)
-    # One of two more finds room in the line, and stands there until its deadline.
-    more = [device.stub.Score.future(score(), timeout=3) for _ in range(2)]
-    outcomes = sorted(failure(call.result)[0] for call in more)
-    assert outcomes == ["DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
-    slow.go.set()
-    assert list(first.result().scores) == []
-
-
 def test_passes_of_one_device_leave_room_for_others(run: Callable[..., Running]) -> None:
     """One device could have all its calls in the line, and everybody else waited for 16 of its passes."""
     slow = Slow()
@@ -237,28 +224,6 @@ def test_passes_of_one_device_leave_room_for_others(run: Callable[..., Running])
     slow.go.set()
     assert [list(call.result().scores) for call in (*held, waiting)] == [[], [], []]
     assert list(greedy.stub.Score(score(), timeout=TIMEOUT).scores) == []
-
-
-def test_who_left_stands_in_line_no_more(run: Callable[..., Running]) -> None:
-    """They stood there until it was their turn, and nobody else got their places."""
-    slow = Slow()
-    running = run(gradient_engine=slow, gradient_waiting=3)
-    first = running.device().stub.Score.future(score(), timeout=TIMEOUT)
-    assert slow.entered.wait(TIMEOUT)
-    device = running.device()
-    for _ in range(3):
-        calls = [device.stub.Score.future(score(), timeout=TIMEOUT) for _ in range(3)]
-        wait_for(lambda: running_line(running) == 3)
-        for call in calls:
-            call.cancel()
-        wait_for(lambda: under_way(running, device) == 0)
-    last = device.stub.Score.future(score(), timeout=TIMEOUT)
-    slow.go.set()
-    assert [list(call.result().scores) for call in (first, last)] == [[], []]
-
-
-def running_line(running: Running) -> float | None:
-    return running.server.telemetry.registry.get_sample_value("perfit_waiting", {"line": "gradients"})
 
 
 def test_silent_streams_of_one_device_take_its_own_calls_alone(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from typing import Any
@@ -11,9 +10,10 @@ import pytest
 from tests.cloud.test_tail import build
 from tests.conftest import random_shift
 
+from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.gradients import GradientEngine
 from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Mode, ShiftUse
+from perfit_cloud.engine.types import Mode, ShiftUse, Vital
 
 
 def test_one_at_a_time_in_the_order_asked() -> None:
@@ -28,8 +28,7 @@ def test_one_at_a_time_in_the_order_asked() -> None:
         for name in "abc":
             thread = threading.Thread(target=wait, args=(name,))
             thread.start()
-            while len(turns._waiting) < len(threads) + 1:
-                time.sleep(0.001)
+            until_waiting(turns, len(threads) + 1)
             threads.append(thread)
         assert order == []
     for thread in threads:
@@ -37,57 +36,146 @@ def test_one_at_a_time_in_the_order_asked() -> None:
     assert order == ["a", "b", "c"]
 
 
-def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Clock:
+    """Stands still but when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def until_waiting(turns: Turns, count: int = 1) -> None:
+    while turns.vital().waiting < count:
+        time.sleep(0.0005)
+
+
+def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill() -> None:
     """For a moment it was taken and had not moved since its last use, hours ago: health said NOT_SERVING."""
-    turns, seen = Turns(), []
-    turns.moved -= 3600
+    seen: list[Vital] = []
+    is_looking = False
 
     def look() -> float:
-        monkeypatch.undo()
-        seen.append(turns.vital())
-        monkeypatch.setattr(time, "monotonic", look)
-        return monotonic()
+        nonlocal is_looking
+        if not is_looking:
+            is_looking = True
+            seen.append(turns.vital())
+            is_looking = False
+        return time.monotonic()
 
-    monotonic = time.monotonic
-    monkeypatch.setattr(time, "monotonic", look)
+    turns = Turns(time.monotonic)
+    turns.moved -= 3600
+    turns._clock = look
     with turns.take():
         pass
     assert any(vital.running for vital in seen)
     assert max(vital.still_seconds for vital in seen) < 60
 
 
-def test_a_long_pass_lets_others_in_and_goes_on_after_one_turn_of_theirs() -> None:
-    turns, log, done = Turns(), [], threading.Event()
+@pytest.mark.parametrize(("block", "step"), [(0.05, 0.003), (0.02, 0.1), (0.01, 0.01)])
+def test_answers_and_a_long_pass_have_the_device_for_as_long_as_each_other(block: float, step: float) -> None:
+    """A step of the answers between two blocks, however long those were, made answers ten times slower."""
+    clock, done, had = Clock(), threading.Event(), {"answers": 0.0, "long": 0.0}
+    turns = Turns(clock)
 
     def answers() -> None:
-        while not done.is_set():
-            with turns.take():
-                log.append("step")
+        with turns.take():
+            while not done.is_set():
+                clock.now += step
+                had["answers"] += step
+                turns.breathe()
 
     thread = threading.Thread(target=answers)
-    with turns.take():
+    with turns.take_long():
         thread.start()
-        for _ in range(20):
-            while not turns._waiting:
-                time.sleep(0.001)
-            log.append("block")
+        until_waiting(turns)
+        for _ in range(60):
+            clock.now += block
+            had["long"] += block
             turns.breathe()
+            assert abs(had["answers"] - had["long"]) <= block + step + 1e-9
         done.set()
     thread.join(5)
     assert not thread.is_alive()
-    blocks = [i for i, what in enumerate(log) if what == "block"]
-    # Exactly one step of the others between two blocks: neither waits for two of the other.
-    assert all(later - earlier == 2 for earlier, later in itertools.pairwise(blocks))
+    assert had["answers"] > 60 * block - block - step
+
+
+def test_a_sweep_goes_between_two_passes_of_answers() -> None:
+    turns, log = Turns(), []
+
+    def sweep() -> None:
+        with turns.take("sweep"):
+            log.append("sweep")
+
+    thread = threading.Thread(target=sweep)
+    with turns.take():
+        thread.start()
+        until_waiting(turns)
+        turns.breathe()
+        log.append("answers")
+    thread.join(5)
+    assert log == ["sweep", "answers"]
+
+
+def long_passes(clock: Clock, turns: Turns, calls: list[tuple[str, float, int]]) -> list[str]:
+    """Whose passes came in which order, of calls (owner, seconds of a pass, passes) that wait together."""
+    log: list[str] = []
+
+    def run(owner: str, seconds: float, passes: int) -> None:
+        for _ in range(passes):
+            with turns.take_long({owner: 1.0}):
+                log.append(owner)
+                clock.now += seconds
+
+    threads = [threading.Thread(target=run, args=call) for call in calls]
+    with turns.take_long({"first": 1.0}):
+        for number, thread in enumerate(threads):
+            thread.start()
+            while len(turns.long_waiting()) <= number:
+                time.sleep(0.0005)
+    for thread in threads:
+        thread.join(5)
+    return log
+
+
+def test_long_passes_go_by_device_not_by_call() -> None:
+    """Four gradients of one device made another's wait for all of them."""
+    clock = Clock()
+    order = long_passes(clock, Turns(clock), [("a", 1.0, 3)] * 4 + [("b", 1.0, 3)])
+    assert order[:6] in (list("ababab"), list("bababa"))
+    assert order[6:] == ["a"] * 9
+
+
+def test_a_device_with_short_passes_waits_for_few_of_one_with_long_ones() -> None:
+    clock = Clock()
+    order = "".join(long_passes(clock, Turns(clock), [("a", 1.0, 1)] * 4 + [("b", 0.25, 1)] * 12))
+    assert order == "abbbb" * 3 + "a"  # as much time for one as for the other
+
+
+def test_who_comes_back_is_not_ahead_of_who_stayed() -> None:
+    share = FairShare()
+    share.wanted_by("ab")
+    share.charge("a", 5)
+    share.wanted_by("a")  # b left for long
+    share.charge("a", 5)
+    share.wanted_by("a")
+    share.wanted_by("abc")
+    assert share.had("b") == share.had("c") == share.had("a") == 10
+    share.charge("b", 3)
+    share.wanted_by("ac")  # b left for a moment
+    share.wanted_by("abc")
+    assert share.had("b") == 13
+    share.wanted_by("")
+    assert share.had("a") == share.had("b") == 0  # nobody wanted it: all begin anew
 
 
 def test_breathing_alone_costs_no_turn() -> None:
     turns = Turns()
     with turns.take():
         turns.breathe()
-        assert turns._is_taken
-    assert not turns._is_taken
+        assert turns.vital().running
+    assert not turns.vital().running
 
 
 def test_long_passes_wait_for_each_others_end_and_let_short_ones_in() -> None:
@@ -107,7 +195,8 @@ def test_long_passes_wait_for_each_others_end_and_let_short_ones_in() -> None:
         for thread in threads:
             thread.start()
         assert inside.wait(5)
-        while not turns._waiting or not turns._long._waiting:
+        until_waiting(turns)
+        while not turns.long_waiting():
             time.sleep(0.001)
         turns.breathe()
         log.append("end of the first")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import queue
 import signal
+import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from perfit_cloud.service.hygiene import Hardening
     from perfit_cloud.service.memory import MemoryPlan
     from perfit_cloud.service.served import Served
+    from perfit_cloud.service.server import CloudServer
     from perfit_cloud.service.statefolder import Addresses
     from perfit_cloud.service.sweeping import Sweeper
 
@@ -31,6 +37,8 @@ _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _LOOSE_TONGUES = ("transformers",)
 _WAKE_SECONDS = 0.25  # how long a signal to stop may go unnoticed
+_CLOSE_SECONDS = 5.0  # for the engines to end, and again for the database, after the last call
+_LAST_SECONDS = 20  # after drain_seconds the system ends the process, if no thread lets Python do it
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
@@ -87,6 +95,7 @@ def serve(  # noqa: PLR0917 - options of a command
     prepare_grpc()
     read = load_config(file=config, flags=_settings(setting or []) | given)
     _serve(read, _hardened(read), as_json=as_json)
+    _leave()
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -128,7 +137,7 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
         with only_server(config.state):
             _serve_as(authority, config, hardening, as_json=as_json)
     finally:
-        authority.close()
+        _ends_in_time(authority.close)
 
 
 def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
@@ -142,6 +151,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     from perfit_cloud.engine.turns import Turns
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
+    from perfit_cloud.service.descriptors import raise_descriptor_limit
     from perfit_cloud.service.freeing import keep_at_most
     from perfit_cloud.service.memory import plan_memory, resident_bytes
     from perfit_cloud.service.served import Served
@@ -162,6 +172,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         cache_tokens=memory.cache_tokens,
         batch_tokens=config.batch_tokens,
         max_requests=config.max_requests,
+        alone=config.apart == "bits",
     )
     turns = Turns()
     generation = engine_for(base, served.artefacts, settings, turns)
@@ -173,33 +184,65 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         spill_bytes=0 if is_host else memory.kept,
         turns=turns,
         pass_tokens=memory.pass_tokens,
+        parts=config.adaptations if config.apart == "bits" else 0,
     )
-    steps = StepQueue(adaptations, retry_ms=config.retry_ms)
+    steps = StepQueue(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
     sweeper = Sweeper(base.device, turns)
+    raise_descriptor_limit()
     server = CloudServer(
         config, authority=authority, served=served, generation=generation,
         gradients=GradientEngine(base, turns, pass_tokens=memory.pass_tokens), steps=steps, memory=memory,
         engines=Engines(generation, steps, adaptations, turns), ended=sweeper.call_ended,
     )  # fmt: skip
-    # A handler runs between any two steps of this thread, and of all queues only this one bears that.
-    stops: queue.SimpleQueue[None] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stops.put(None))
+    stops = _stops()
     generation.start()
     if config.hardening == "on":
         sweeper.start()
         hardening = _with_torch(hardening, sweeper)
     server.start()
     print(_line(served, server.addresses, hardening, memory, as_json=as_json), flush=True)
+    _answer(config, server, stops, generation.stop, steps.close, sweeper.close)
+
+
+def _stops() -> queue.SimpleQueue[None]:
+    """Gets an item at every SIGTERM and SIGINT, from now on."""
+    # SimpleQueue.put is reentrant, so it is safe in a signal handler.
+    stops: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stops.put(None))
+    return stops
+
+
+def _answer(
+    config: CloudConfig, server: CloudServer, stops: queue.SimpleQueue[None], *closes: Callable[[], None]
+) -> None:
+    """Until told to stop; then end calls, and call `closes`."""
     try:
         while stops.empty():
             # The system may give the signal to any thread, and its handler waits for this one to wake.
             time.sleep(_WAKE_SECONDS)
     finally:
-        server.stop(config.drain_seconds, lambda: not stops.empty())
-        generation.stop()
-        steps.close()
-        sweeper.close()
+        signal.alarm(config.drain_seconds + _LAST_SECONDS)
+        with contextlib.suppress(queue.Empty):  # the signal that ended the wait is no hurry
+            stops.get_nowait()
+        all_ended = server.stop(config.drain_seconds, lambda: not stops.empty())
+        if not (_ends_in_time(*closes) and all_ended):
+            _log.warning("what had not ended in time was cut off")
+
+
+def _ends_in_time(*closes: Callable[[], None]) -> bool:
+    """Whether these, one after another, end within _CLOSE_SECONDS."""
+    thread = threading.Thread(target=lambda: [close() for close in closes], daemon=True)
+    thread.start()
+    thread.join(_CLOSE_SECONDS)
+    return not thread.is_alive()
+
+
+def _leave() -> NoReturn:
+    """End the process. Python's own end would first wait for every thread that handles a call."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _with_torch(hardening: Hardening, sweeper: Sweeper) -> Hardening:

@@ -8,13 +8,15 @@ model/tail.py does not know are run in full, several users together all the same
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,26 +25,38 @@ from perfit_cloud.engine.gradients import (
     PASS_TOKENS,
     Pair,
     make_batch,
+    most_pass_tokens,
     passes,
     target_log_likelihoods,
 )
 from perfit_cloud.engine.joint import Outcome, Users, pass_from_kept, pass_in_full
 from perfit_cloud.engine.kept import Caps, Examples, Kept, Part, keep, kept_bytes
+from perfit_cloud.engine.stepping import Share, Step, Sum, checked_rows, cut_into_passes
 from perfit_cloud.engine.turns import Turns, breathe_between_blocks
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.shifts import install, to_torch
 from perfit_cloud.model.tail import Indices, Tail, supports
-from perfit_shared.errors import InvalidInput, InvalidTensors
+from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
-from perfit_shared.shifts import LayerShift, ShiftTensors
+from perfit_shared.shifts import ShiftTensors
 
 __all__ = ["Adaptation", "AdaptationEngine", "Step"]
 
 
-_IN_FULL = Caps(8192, 8192, 2**62)  # what no part is kept of is padded as a whole
-_ON_DEVICE, _SPILLED, _NOWHERE = 0, 1, -1  # where an example is kept
+_ON_DEVICE, _SPILLED = 0, 1  # where examples are kept
+_NOWHERE = -1
+_BLOCKS = 8  # into which an adaptation's examples are cut at most, to be dropped one by one
+
+
+class _Block(NamedTuple):
+    """Examples that are kept together."""
+
+    where: int
+    kept: Kept
+    which: Indices
+    size: int  # bytes
 
 
 class Adaptation:
@@ -52,31 +66,42 @@ class Adaptation:
     """
 
     def __init__(
-        self, engine: AdaptationEngine, artefact: Artefact, pairs: Sequence[Pair], device: torch.device,
+        self,
+        engine: AdaptationEngine,
+        artefact: Artefact,
+        pairs: Sequence[Pair],
+        *,
+        device: torch.device,
         left: threading.Event,
-    ) -> None:  # fmt: skip
+        owner: str,
+    ) -> None:
+        self.owner = owner or f"adaptation {id(self)}"
         self.examples = len(pairs)
         self.target_tokens = tuple(len(target) for _, target in pairs)  # of each example
         self._engine, self._artefact, self._left = engine, artefact, left
         self._positions = Positions.parse(artefact.spec.positions)
         self._collective = to_torch(artefact.collective, device)
         self._arrays = Examples(pairs, self._positions, device)
-        self._stores: list[Kept] = []  # on the device, and in host memory
-        self._taken = [0, 0]  # bytes of these
-        self._where = np.full(self.examples, _NOWHERE)  # of each example: on the device, spilled or nowhere
-        self._places = np.zeros(self.examples, dtype=np.int64)  # in its store
+        self._blocks: dict[int, _Block] = {}  # by number
+        self._numbers = itertools.count()
+        self._taken = [0, 0]  # bytes on the device and in host memory, of blocks that are filled too
+        self._block = np.full(self.examples, _NOWHERE)  # each example's
+        self._places = np.zeros(self.examples, dtype=np.int64)  # in its block
         # −log p of the target where the prompt has no intervened token, which nothing changes.
         self._constants = np.zeros(self.examples)
 
     @property
     def kept_examples(self) -> int:
         """How many are kept on the model's device. What is neither kept nor spilled is computed anew."""
-        return int((self._where == _ON_DEVICE).sum())
+        return self._count(_ON_DEVICE)
 
     @property
     def spilled_examples(self) -> int:
         """How many are kept in host memory."""
-        return int((self._where == _SPILLED).sum())
+        return self._count(_SPILLED)
+
+    def _count(self, where: int) -> int:
+        return sum(len(block.which) for block in self._blocks.values() if block.where == where)
 
     @property
     def kept_bytes(self) -> int:
@@ -104,15 +129,6 @@ class Adaptation:
         self.close()
 
 
-@dataclass(frozen=True)
-class Step:
-    """One gradient that one user asks for: of examples `rows` of an adaptation, at these tensors."""
-
-    adaptation: Adaptation
-    rows: Sequence[int]
-    personal: ShiftTensors
-
-
 class AdaptationEngine:
     """Adaptations of one base model. One pass at a time; thread-safe."""
 
@@ -124,8 +140,12 @@ class AdaptationEngine:
         spill_bytes: int = 0,
         turns: Turns | None = None,
         pass_tokens: int = PASS_TOKENS,
+        parts: int = 0,
     ) -> None:
         """`keep_bytes`: what all open adaptations together may keep on the model's device.
+
+        Owners share it: one alone may take all, and who comes later takes of those who have more than an
+        even part. With `parts` it is cut into so many, and an adaptation has one, whoever else is there.
 
         What does not fit when its adaptation opens is kept in host memory as long as `spill_bytes`
         last, and copied to the device at every step that has it (of no use where the device is the
@@ -143,11 +163,13 @@ class AdaptationEngine:
             self._tail = None
             install(self._own.model, range(base.blocks))
         breathe_between_blocks(self._own.model, self._turns)
-        self._pass_tokens = pass_tokens
-        in_full = _IN_FULL._replace(batching=base.capabilities.passes)
-        self._caps = (in_full if self._tail is None else Caps.of(base.device)).within(pass_tokens)
+        self._pass_tokens = most = min(pass_tokens, most_pass_tokens(base.device))
+        # What no part is kept of is padded as a whole.
+        in_full = Caps(most, most, 2**62, base.capabilities.passes)
+        self._caps = in_full if self._tail is None else Caps.of(base.device).within(pass_tokens)
         self._room = [keep_bytes, spill_bytes]
         self._all_room = (keep_bytes, spill_bytes)
+        self._room_parts = parts
         self._state = threading.Condition()  # of what follows and of _room
         self._open: set[Adaptation] = set()
         self._at_work: set[Adaptation] = set()
@@ -177,9 +199,9 @@ class AdaptationEngine:
 
         Raises InvalidInput or InvalidTensors where `gradients` would.
         """
-        rows = _checked(step)
-        arrays, where = step.adaptation._arrays, step.adaptation._where
-        found: Indices = np.where(where[rows] == _NOWHERE, arrays.lengths[rows], arrays.rows[rows])
+        rows = checked_rows(step)
+        arrays, block = step.adaptation._arrays, step.adaptation._block
+        found: Indices = np.where(block[rows] == _NOWHERE, arrays.lengths[rows], arrays.rows[rows])
         return found
 
     def close(self) -> None:
@@ -188,16 +210,28 @@ class AdaptationEngine:
             adaptation.close()
 
     def open(
-        self, examples: Sequence[Pair], artefact: Artefact, *, left: threading.Event | None = None
+        self,
+        examples: Sequence[Pair],
+        artefact: Artefact,
+        *,
+        left: threading.Event | None = None,
+        owner: str = "",
     ) -> Adaptation:
         """Take the examples of an update. Raises InvalidInput when there is none or one is empty.
 
         Whoever sets `left`, from any thread, has no pass begin for it from then on; it is to be
-        closed all the same.
+        closed all the same. All of one `owner` share the device's time and memory; without one it is its own.
         """
         if not examples or not all(prompt and target for prompt, target in examples):
             raise InvalidInput("an update needs examples, each with a prompt and a target")
-        adaptation = Adaptation(self, artefact, examples, self._base.device, left or threading.Event())
+        adaptation = Adaptation(
+            self,
+            artefact,
+            examples,
+            device=self._base.device,
+            left=left or threading.Event(),
+            owner=owner,
+        )
         with self._state:
             self._open.add(adaptation)
         try:
@@ -224,7 +258,7 @@ class AdaptationEngine:
 
     def _fill(self, adaptation: Adaptation) -> None:
         """Compute constants, and keep as many examples as there is room for, the cheapest first."""
-        arrays, working = adaptation._arrays, partial(self._working, [adaptation])
+        arrays, working = adaptation._arrays, partial(self._working, {adaptation: 1})
         constant = np.flatnonzero(arrays.marked == 0)
         pairs = [arrays.pair(int(i)) for i in constant]
         for chunk in passes(pairs, self._base.capabilities.passes, self._pass_tokens):
@@ -239,20 +273,54 @@ class AdaptationEngine:
         order = np.argsort(np.where(arrays.marked > 0, costs, np.inf), kind="stable")
         order = order[: np.count_nonzero(arrays.marked)]
         for where in (_ON_DEVICE, _SPILLED):
+            room = self._room_for(adaptation, where, int(costs[order].sum()))
             with self._state:
                 adaptation._check_open()
-                which = order[costs[order].cumsum() <= self._room[where]]
+                room = min(room, self._room[where])  # which others may have taken of meanwhile
+                which = order[costs[order].cumsum() <= room]
                 adaptation._taken[where] = int(costs[which].sum())
                 self._room[where] -= adaptation._taken[where]
             order = order[len(which) :]
-            kept = keep(self._tail, arrays, which, collective, working=working, spill=where == _SPILLED)
-            with self._state:
-                if adaptation._left.is_set():
-                    kept.erase()
-                adaptation._check_open()
-                adaptation._stores.append(kept)
-                adaptation._places[which] = np.arange(len(which))
-                adaptation._where[which] = where
+            count = int(np.clip(arrays.lengths[which].sum() // self._caps.rows, 1, _BLOCKS))
+            for part in np.array_split(which, min(count, len(which))) if len(which) else ():
+                kept = keep(self._tail, arrays, part, collective, working=working, spill=where == _SPILLED)
+                with self._state:
+                    if adaptation._left.is_set():
+                        kept.erase()
+                    adaptation._check_open()
+                    number = next(adaptation._numbers)
+                    adaptation._blocks[number] = _Block(where, kept, part, int(costs[part].sum()))
+                    adaptation._places[part] = np.arange(len(part))
+                    adaptation._block[part] = number
+
+    def _room_for(self, adaptation: Adaptation, where: int, wanted: int) -> int:
+        """Bytes that it may take: what is free, or what others have above an even part and now give up."""
+        with self._state:
+            if self._room_parts:
+                return min(self._room[where], self._all_room[where] // self._room_parts)
+            if wanted <= self._room[where]:
+                return wanted
+        with self._turns.take_long({adaptation.owner: 1.0}), self._state:  # no pass reads what is dropped
+            held: Counter[str] = Counter()
+            for each in self._open:
+                held[each.owner] += each._taken[where]
+            part = self._all_room[where] // len(held)
+            most = max(self._room[where], part - held[adaptation.owner])
+            for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
+                for number in reversed([n for n, b in other._blocks.items() if b.where == where]):
+                    if most <= self._room[where] or held[other.owner] <= part:
+                        break
+                    held[other.owner] -= other._blocks[number].size
+                    self._drop(other, number)
+            return most
+
+    def _drop(self, adaptation: Adaptation, number: int) -> None:
+        """Overwrite a block, whose examples are computed anew from then on; called under the lock."""
+        block = adaptation._blocks.pop(number)
+        adaptation._block[block.which] = _NOWHERE
+        block.kept.erase()
+        adaptation._taken[block.where] -= block.size
+        self._room[block.where] += block.size
 
     def _close(self, adaptation: Adaptation) -> None:
         with self._state:
@@ -263,16 +331,18 @@ class AdaptationEngine:
             self._open.discard(adaptation)
             adaptation._arrays.ids.zero_()
             adaptation._constants.fill(0)
-            for kept in adaptation._stores:
-                kept.erase()
-            adaptation._stores.clear()
-            for where, taken in enumerate(adaptation._taken):
+            for number in list(adaptation._blocks):
+                self._drop(adaptation, number)
+            for where, taken in enumerate(adaptation._taken):  # for blocks that never came to be
                 self._room[where] += taken
 
     @contextmanager
-    def _working(self, adaptations: Sequence[Adaptation]) -> Iterator[None]:
-        """One pass over these. Raises InvalidInput when one of them is closed."""
-        with self._turns.take_long():
+    def _working(self, adaptations: Mapping[Adaptation, int]) -> Iterator[None]:
+        """One pass over these, with so many examples of each. Raises InvalidInput when one is closed."""
+        owners: Counter[str] = Counter()
+        for adaptation, examples in adaptations.items():
+            owners[adaptation.owner] += examples
+        with self._turns.take_long(owners):
             with self._state:
                 for adaptation in adaptations:
                     adaptation._check_open()
@@ -286,27 +356,30 @@ class AdaptationEngine:
 
     # -- passes --------------------------------------------------------------------------------
 
-    def _run(self, steps: Sequence[Step], *, differentiate: bool) -> list[_Sum]:
-        sums = [_Sum(step) for step in steps]
-        by_artefact: dict[int, list[_Sum]] = {}
+    def _run(self, steps: Sequence[Step], *, differentiate: bool) -> list[Sum]:
+        sums = [Sum(step) for step in steps]
+        by_artefact: dict[int, list[Sum]] = {}
         for total in sums:
             if len(total.changing):
                 by_artefact.setdefault(id(total.adaptation._artefact), []).append(total)
         for members in by_artefact.values():
-            for shares in _cut(members, self._caps):
+            for shares in cut_into_passes(members, self._caps):
                 outcome = self._pass(shares, differentiate=differentiate)
                 for u, (total, _) in enumerate(shares):
                     total.add(outcome, u)
         return sums
 
-    def _pass(self, shares: Sequence[_Share], *, differentiate: bool) -> Outcome:
+    def _pass(self, shares: Sequence[Share], *, differentiate: bool) -> Outcome:
         first = shares[0][0].adaptation
         users = Users(
             first._collective,
             [total.personal for total, _ in shares],
             [1 / total.tokens for total, _ in shares] if differentiate else None,
         )
-        with self._working([total.adaptation for total, _ in shares]):
+        at_work: Counter[Adaptation] = Counter()
+        for total, which in shares:
+            at_work[total.adaptation] += len(which)
+        with self._working(at_work):
             if self._tail is None:
                 pairs = [total.adaptation._arrays.pair(i) for total, which in shares for i in which]
                 owners = [u for u, (_, which) in enumerate(shares) for _ in which]
@@ -320,67 +393,16 @@ class AdaptationEngine:
 
     def _parts(self, tail: Tail, adaptation: Adaptation, which: Indices) -> Iterator[Part]:
         """What is kept of some examples, and the same of the others, computed now."""
-        arrays, where, device = adaptation._arrays, adaptation._where[which], self._base.device
-        for store, kept in enumerate(adaptation._stores):
-            there = which[where == store]
+        arrays, numbers, device = adaptation._arrays, adaptation._block[which], self._base.device
+        for number in np.unique(numbers[numbers != _NOWHERE]).tolist():
+            block, there = adaptation._blocks[number], which[numbers == number]
             places = adaptation._places[there]
-            if len(there) and store == _ON_DEVICE:
-                yield Part(arrays, there, kept, places)
-            elif len(there):
-                moved = kept.moved(places, arrays.rows[there], arrays.starts[there], device)
+            if block.where == _ON_DEVICE:
+                yield Part(arrays, there, block.kept, places)
+            else:
+                moved = block.kept.moved(places, arrays.rows[there], arrays.starts[there], device)
                 yield Part(arrays, there, moved, np.arange(len(there)))
-        missing = which[where == _NOWHERE]
+        missing = which[numbers == _NOWHERE]
         if len(missing):
             now = keep(tail, arrays, missing, adaptation._collective)
             yield Part(arrays, missing, now, np.arange(len(missing)))
-
-
-class _Sum:
-    """What passes have found of one step so far."""
-
-    def __init__(self, step: Step) -> None:
-        """Raises InvalidInput, InvalidTensors."""
-        self.adaptation, self.personal = step.adaptation, step.personal
-        arrays, rows = step.adaptation._arrays, _checked(step)
-        self.changing = rows[arrays.marked[rows] > 0]  # examples that the tensors change the loss of
-        self.tokens = int(arrays.targets[rows].sum())
-        self.loss = float(step.adaptation._constants[rows].sum())  # nats
-        self.gradient = {
-            layer: LayerShift(*map(np.zeros_like, shift)) for layer, shift in step.personal.layers.items()
-        }
-
-    def add(self, outcome: Outcome, owner: int) -> None:
-        self.loss += float(outcome.sums[owner])
-        for layer, stacks in outcome.gradients.items():
-            for array, stack in zip(self.gradient[layer], stacks, strict=True):
-                np.add(array, stack[owner], out=array)
-
-
-_Share = tuple[_Sum, Indices]  # whose, and which of their examples a pass takes on
-
-
-def _checked(step: Step) -> Indices:
-    """The rows of a step that can be taken. Raises InvalidInput, InvalidTensors."""
-    step.adaptation._check_open()  # a step may need no pass, which checks again
-    rows = np.array(step.rows, dtype=np.int64)
-    if not len(rows) or rows.min() < 0 or rows.max() >= step.adaptation.examples:
-        raise InvalidInput("a step needs examples of its adaptation")
-    spec = step.adaptation._artefact.spec
-    rank, d = spec.personal_rank, spec.hidden_size
-    shapes = {layer: tuple(t.shape for t in shift) for layer, shift in step.personal.layers.items()}
-    if shapes != dict.fromkeys(spec.layers, ((rank, d), (rank, d), (rank,))):
-        raise InvalidTensors("the tensors are not of the shapes that the artefact's spec names")
-    return rows
-
-
-def _cut(members: Sequence[_Sum], caps: Caps) -> list[list[_Share]]:
-    """Passes over all that these steps ask for, examples of like length together whoever owns them."""
-    owners = np.repeat(np.arange(len(members)), [len(m.changing) for m in members])
-    examples = np.concatenate([m.changing for m in members])
-    rows = np.concatenate([m.adaptation._arrays.rows[m.changing] for m in members])
-    lengths = np.concatenate([m.adaptation._arrays.lengths[m.changing] for m in members])
-    made = []
-    for piece in caps.cut(rows, lengths):
-        shares = ((u, examples[piece[owners[piece] == u]]) for u in np.unique(owners[piece]))
-        made.append([(members[u], which) for u, which in shares])
-    return made

@@ -8,6 +8,7 @@ Which prompts share a batch, and whether earlier tokens are kept, is as the fami
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from perfit_cloud.engine.fairness import FairShare, in_turns
 from perfit_cloud.engine.sampling import Sampler, draw
 from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
@@ -78,6 +80,7 @@ class BatchedEngine(Engine):
         super().__init__(base, artefacts, settings, turns)
         # What the model's folder suggests is not asked for.
         self._model.generation_config = GenerationConfig()
+        self._share = FairShare()  # of the tokens of prompts and answers
 
     def _has_work(self) -> bool:
         return bool(self._waiting)
@@ -85,17 +88,21 @@ class BatchedEngine(Engine):
     def _round(self) -> None:
         batching = self._base.capabilities.answers
         with self._changed:
+            self._share.wanted_by(request.owner for request in self._waiting)
             members: list[Request] = []
             later: list[Request] = []
-            for request in self._waiting:
+            for request in in_turns(self._waiting, self._share):
                 span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
                 fits = span <= self._base.context and span * (len(members) + 1) <= self.settings.cache_tokens
-                fits &= not members or batching.fits([len(members[0].prompt), len(request.prompt)])
+                fits &= not members or (
+                    not self.settings.alone and batching.fits([len(members[0].prompt), len(request.prompt)])
+                )
                 (members if fits else later).append(request)
-            self._waiting.clear()
-            self._waiting.extend(later)
+            self._waiting = deque(request for request in self._waiting if request in later)
         if not members:
             return
+        for request in members:
+            self._share.charge(request.owner, len(request.prompt) + request.sampling.max_new_tokens)
         prompts = [request.prompt for request in members]
 
         def groups(length: int) -> list[Group]:
@@ -105,12 +112,11 @@ class BatchedEngine(Engine):
                 for request, start in zip(members, starts, strict=True)
             })  # fmt: skip
 
-        with self._turns.take():
-            streams = [_Stream(request, self._produced) for request in members]
-            _generate(
-                self._model, prompts, groups, streams,
-                caches=self._base.capabilities.caches, between=self._turns.breathe,
-            )  # fmt: skip
+        streams = [_Stream(request, self._produced) for request in members]
+        _generate(
+            self._model, prompts, groups, streams,
+            caches=self._base.capabilities.caches, between=self._turns.breathe,
+        )  # fmt: skip
 
     def _drop(self) -> None:
         """All that was held lay in `generate`."""

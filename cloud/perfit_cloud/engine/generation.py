@@ -7,6 +7,8 @@ positions; decoded tokens are never intervened on, so a pass without prompts ope
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 
 from perfit_cloud.engine.batched import BatchedEngine
+from perfit_cloud.engine.fairness import FairShare, Reading, in_turns
 from perfit_cloud.engine.sampling import draw
 from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
@@ -50,6 +53,8 @@ class GenerationEngine(Engine):
         attend_on_shelves(self._model)
         self._shelves = Shelves(settings.cache_tokens)
         self._places: dict[Request, Place] = {}  # of those in the batch, in the order they came
+        self._reading = Reading()
+        self._share = FairShare()  # of the time of passes for one
         self._newest: dict[Request, int] = {}  # token that the next pass reads, by answer under way
 
     @property
@@ -62,13 +67,23 @@ class GenerationEngine(Engine):
     def _round(self) -> None:
         self._admit()
         plan = self._plan()
-        if plan:
-            with self._turns.take():
-                logits, speaking = self._forward(plan)
-                tokens = draw(logits, [request.sampler for request in speaking])
-            for request, token in zip(speaking, tokens, strict=True):
-                self._newest[request] = token
-                self._produced(request, token)
+        if not plan:
+            return
+        reading = {request: count for request, count in plan.items() if request not in self._newest}
+        begun = time.monotonic()
+        logits, speaking = self._forward(plan)
+        tokens = draw(logits, [request.sampler for request in speaking])
+        seconds = time.monotonic() - begun
+        read = Counter[str]()
+        for request, count in reading.items():
+            read[request.owner] += count
+        owners = {request.owner for request in self._places}
+        self._reading.done(read, seconds, speaks=len(reading) < len(plan), owners=owners)
+        for owner in {request.owner for request in plan}:
+            self._share.charge(owner, seconds)
+        for request, token in zip(speaking, tokens, strict=True):
+            self._newest[request] = token
+            self._produced(request, token)
 
     def _drop(self) -> None:
         self._places.clear()
@@ -84,35 +99,45 @@ class GenerationEngine(Engine):
         self._shelves.free(self._places.pop(request))
 
     def _admit(self) -> None:
-        """Let go of those who left, and take in who waits, in their order, as far as there is room."""
+        """Let go of those who left, and take in who waits, as far as there is room.
+
+        Next is the first of the owner who holds least of the cache, and nobody goes before it.
+        """
         for request in [r for r in self._places if r.has_left]:
             self._release(request)
         while True:
             with self._changed:
                 if not self._waiting:
                     return
-                request = self._waiting[0]
+                held = Counter[str]()
+                for placed in self._places:
+                    held[placed.owner] += len(placed.prompt) + placed.sampling.max_new_tokens
+                request = min(self._waiting, key=lambda waiting: held[waiting.owner])
             # Not under the condition: a shelf that grows takes its time, and callers would stand still.
             place = self._shelves.put(len(request.prompt) + request.sampling.max_new_tokens)
             if place is None:
                 return
             self._places[request] = place
             with self._changed:
-                if self._waiting and self._waiting[0] is request:
-                    self._waiting.popleft()
+                if request in self._waiting:
+                    self._waiting.remove(request)
             if request.has_left:
                 self._release(request)
 
     def _plan(self) -> dict[Request, int]:
         """How many tokens of each request the next pass takes.
 
-        A token of every answer under way; the rest of the pass is shared by the prompts that came
-        first, so that behind a long one a short one does not wait, and nobody keeps the long one.
+        A token of every answer under way; the rest of the pass is shared by the prompts whose turn it is,
+        so that behind a long one a short one does not wait, and nobody keeps the long one.
         """
+        if self.settings.alone:
+            return self._plan_for_one()
         plan = dict.fromkeys(self._newest, 1)
         room = max(1, self.settings.batch_tokens - len(plan))
         least = max(1, room // _SHARERS)
-        reading = [request for request in self._places if request not in plan]
+        speaking = {request.owner for request in plan}
+        prompts = [request for request in self._places if request not in plan]
+        reading = self._reading.order(prompts, speaking)
         for number, request in enumerate(reading):
             share = max(least, room // (len(reading) - number))
             count = min(len(request.prompt) - self._places[request].length, share, room)
@@ -122,11 +147,24 @@ class GenerationEngine(Engine):
                 break
         return plan
 
+    def _plan_for_one(self) -> dict[Request, int]:
+        """A pass of one request's next tokens, as many as if there were no other."""
+        self._share.wanted_by(request.owner for request in self._places)
+        for request in in_turns(self._places, self._share)[:1]:
+            self._places[request] = self._places.pop(request)  # to the end of its owner's line
+            if request in self._newest:
+                return {request: 1}
+            left = len(request.prompt) - self._places[request].length
+            return {request: min(left, self.settings.batch_tokens)}
+        return {}
+
     @torch.no_grad()
     def _forward(self, plan: dict[Request, int]) -> tuple[torch.Tensor, list[Request]]:
         """One pass: logits (n, V) of the n requests whose prompts are read, and those."""
         requests, device = list(plan), self._base.device
-        shelves = Pass([self._places[r] for r in requests], list(plan.values()), device)
+        shelves = Pass(
+            [self._places[r] for r in requests], list(plan.values()), device, alone=self.settings.alone
+        )
         ids: list[int] = []
         marks: dict[Request, list[int]] = {}
         speaking: list[tuple[Request, int]] = []  # and the place in the pass's order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +18,25 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["PASS_TOKENS", "Batch", "GradientEngine", "Pair", "make_batch", "passes", "target_log_likelihoods"]
+__all__ = [
+    "PASS_TOKENS",
+    "Batch",
+    "GradientEngine",
+    "Pair",
+    "make_batch",
+    "most_pass_tokens",
+    "passes",
+    "target_log_likelihoods",
+]
 
 Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
 PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
+_CPU_PASS_TOKENS = 1024  # more makes no pass on a CPU cheaper, and whoever waits for it waits longer
+
+
+def most_pass_tokens(device: torch.device) -> int:
+    """The most of one pass where several users wait for a device."""
+    return _CPU_PASS_TOKENS if device.type == "cpu" else PASS_TOKENS
 
 
 @dataclass(frozen=True)
@@ -72,13 +87,17 @@ def group_all(batch: Batch, collective: Shift, personal: Shift | None) -> list[G
 
 
 class GradientEngine:
-    """Runs forward and backward passes for one base model. One pass at a time; thread-safe."""
+    """Runs forward and backward passes for one base model, for several callers at once. Thread-safe.
+
+    Their passes come one at a time, each of the owner that had the least of the device. While one waits
+    `check` is called now and then, and may raise to end it.
+    """
 
     def __init__(
         self, base: BaseModel, turns: Turns | None = None, *, pass_tokens: int = PASS_TOKENS
     ) -> None:
         """`turns`: of all engines on the base's device. `pass_tokens`: of one pass, beyond a single pair."""
-        self._pass_tokens = pass_tokens
+        self._pass_tokens = min(pass_tokens, most_pass_tokens(base.device))
         self._base = replace(base, model=base.twin())
         self._turns = turns or Turns()
         # On every block: a hook whose layer no open book names does nothing.
@@ -98,18 +117,30 @@ class GradientEngine:
             personal = to_torch(use.personal, device)
         return group_all(batch, to_torch(use.artefact.collective, device), personal)
 
-    def score(self, candidates: Sequence[Pair], use: ShiftUse) -> list[Score]:
+    def score(
+        self,
+        candidates: Sequence[Pair],
+        use: ShiftUse,
+        owner: str = "",
+        check: Callable[[], None] | None = None,
+    ) -> list[Score]:
         """Log-likelihood of each target after its prompt, in the order given."""
         scores: dict[int, Score] = {}
         for chunk in passes(candidates, self._base.capabilities.passes, self._pass_tokens):
             batch = make_batch([candidates[i] for i in chunk], _positions(use), self._base.device)
-            with self._turns.take_long(), torch.no_grad():
+            with self._turns.take_long({owner: 1.0}, check), torch.no_grad():
                 sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
             for i, total in zip(chunk, sums.tolist(), strict=True):
                 scores[i] = Score(total, len(candidates[i][1]))
         return [scores[i] for i in range(len(candidates))]
 
-    def gradient(self, examples: Sequence[Pair], use: ShiftUse) -> Gradient:
+    def gradient(
+        self,
+        examples: Sequence[Pair],
+        use: ShiftUse,
+        owner: str = "",
+        check: Callable[[], None] | None = None,
+    ) -> Gradient:
         """Mean loss over target tokens, and its gradient for the personal tensors.
 
         Raises InvalidInput unless `use` is PERSONAL and there is an example.
@@ -125,7 +156,7 @@ class GradientEngine:
         loss, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
         for chunk in passes(examples, self._base.capabilities.passes, self._pass_tokens):
             batch = make_batch([examples[i] for i in chunk], _positions(use), self._base.device)
-            with self._turns.take_long(), torch.enable_grad():
+            with self._turns.take_long({owner: 1.0}, check), torch.enable_grad():
                 groups = self._groups(batch, use, personal)
                 part = -target_log_likelihoods(self._base, batch, groups).sum() / tokens
                 if part.requires_grad:  # not when every prompt is a single token: nothing was intervened on

@@ -41,7 +41,7 @@ class Caps(NamedTuple):
     @classmethod
     def of(cls, device: torch.device) -> Caps:
         """Measured on two CPU cores, where 1,000 to 8,000 rows are alike; an accelerator wants more."""
-        return cls(2048, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
+        return cls(1024, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
 
     def within(self, tokens: int) -> Caps:
         """The same, and no more rows than so many tokens; keys in proportion."""

@@ -33,6 +33,7 @@ class GenerationSettings:
     cache_tokens: int = 32_768  # tokens whose keys and values are held at once
     batch_tokens: int = 512  # most tokens of one forward pass; longer prompts go in pieces
     max_requests: int = 64  # answers in flight; more are refused with Busy
+    alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
 
 
 @dataclass(eq=False)
@@ -46,6 +47,7 @@ class Request:
     sampling: Sampling
     sampler: Sampler | None  # None: greedy
     answer: Answer
+    owner: str = ""  # whose it is
     produced: int = 0  # tokens
     has_left: bool = False  # nobody reads its answer any more
 
@@ -112,8 +114,8 @@ class Engine(ABC):
         is_alive = not self._is_stopped and not (held and thread is not None and not thread.is_alive())
         return Vital(held - waiting, waiting, time.monotonic() - self._moved if held else 0.0, is_alive)
 
-    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling) -> Answer:
-        """Queue one answer.
+    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str = "") -> Answer:
+        """Queue one answer. All of one `owner` share what there is of passes and of the cache with others.
 
         Raises Busy when all places are taken, InvalidPrompt when prompt and answer cannot fit the
         model's context or the cache, Unavailable when the engine was stopped.
@@ -126,7 +128,7 @@ class Engine(ABC):
             )
         if max(prompt) >= self._vocabulary:
             raise InvalidPrompt("the prompt has a token that the model does not know; tell the operator")
-        request = self._request(prompt, shift, sampling)
+        request = self._request(prompt, shift, sampling, owner)
         with self._changed:
             if len(self._requests) >= self.settings.max_requests:
                 raise Busy("the cloud is answering as many as it can; try again", retry_ms=_BUSY_MS)
@@ -146,7 +148,10 @@ class Engine(ABC):
 
     @abstractmethod
     def _round(self) -> None:
-        """Do some of it. An error ends the answers in flight, and the thread goes on."""
+        """Do some of it, while the thread holds the device.
+
+        An error ends the answers in flight, and the thread goes on.
+        """
 
     @abstractmethod
     def _drop(self) -> None:
@@ -184,7 +189,7 @@ class Engine(ABC):
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _request(self, prompt: list[int], shift: ShiftUse, sampling: Sampling) -> Request:
+    def _request(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str) -> Request:
         name = "" if shift.mode is Mode.BASE or shift.artefact is None else shift.artefact.name
 
         def leave() -> None:
@@ -200,6 +205,7 @@ class Engine(ABC):
             sampling=sampling,
             sampler=Sampler(sampling) if sampling.temperature > 0 else None,
             answer=Answer(self._base, len(prompt), sampling, end_ids=self.end_ids, leave=leave),
+            owner=owner,
         )
         # Weak: what a request holds goes with the engine's last use of it, not at some later collection.
         known = weakref.ref(request)
@@ -229,14 +235,21 @@ class Engine(ABC):
                     self._changed.wait_for(lambda: self._is_stopped or self._has_work())
                     if self._is_stopped:
                         return
-                self._moved = time.monotonic()
                 try:
-                    self._round()
+                    with self._turns.take():
+                        self._rounds()
                 except Exception as error:
                     _log.error("a pass failed: %s", told_of(error))
                     self._fail()
         finally:
             self._fail()
+
+    def _rounds(self) -> None:
+        """While there is work; others get the device between two rounds, if they had less of it."""
+        while not self._is_stopped and self._has_work():
+            self._moved = time.monotonic()
+            self._round()
+            self._turns.breathe()
 
     def _fail(self) -> None:
         """End all answers in flight."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from perfit_cloud.engine.adaptation import Adaptation, AdaptationEngine, Step
+from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.faults import told_of
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.engine.types import Gradient, Vital
@@ -26,16 +27,21 @@ _STOPPING = "the cloud is stopping; try again later"
 class StepQueue:
     """A thread that takes, again and again, as many of the waiting steps as one pass holds.
 
-    Who waits longest goes first. A step too big for one pass is cut: while others wait it gets half
-    of each, and goes to the end of the line for the rest. So whoever fits beside it waits for what
-    is at work, and for no other step. The device has a line of its own (`Turns`), in which each of our
-    passes waits for one pass each of those who stand there before it: updates that open, Score and
-    ComputeGradient.
+    The owner who had least of late goes first, whose steps go in the order they came. A step too big for
+    one pass is cut: while others wait it gets half of each, and goes to the end of the line for the rest.
+    So whoever fits beside it waits for what is at work, and for no other step. The device has a line of its
+    own (`Turns`), in which updates that open, Score and ComputeGradient stand beside our passes.
     """
 
-    def __init__(self, engine: AdaptationEngine, *, waiting: int = 64, retry_ms: int = 500) -> None:
-        """`waiting`: the most steps in line; who comes then is told to come back in `retry_ms`."""
-        self._engine, self._most, self._retry_ms = engine, waiting, retry_ms
+    def __init__(
+        self, engine: AdaptationEngine, *, waiting: int = 64, retry_ms: int = 500, alone: bool = False
+    ) -> None:
+        """`waiting`: the most steps in line; who comes then is told to come back in `retry_ms`.
+
+        `alone`: no pass has two steps, and none is cut otherwise because others wait.
+        """
+        self._engine, self._most, self._retry_ms, self._alone = engine, waiting, retry_ms, alone
+        self._share = FairShare()  # of the rows of passes
         self._changed = threading.Condition()  # of what follows
         self._line: list[_Task] = []
         self._is_open = True
@@ -58,10 +64,15 @@ class StepQueue:
         return Vital(0, waiting, still, is_alive)
 
     def open(
-        self, examples: Sequence[Pair], artefact: Artefact, *, left: threading.Event | None = None
+        self,
+        examples: Sequence[Pair],
+        artefact: Artefact,
+        *,
+        left: threading.Event | None = None,
+        owner: str = "",
     ) -> Adaptation:
         """As the engine's."""
-        return self._engine.open(examples, artefact, left=left)
+        return self._engine.open(examples, artefact, left=left, owner=owner)
 
     def submit(self, step: Step, *, loss_only: bool = False) -> Future[Gradient]:
         """The step's loss and gradient (without tensors for `loss_only`), as if it were alone.
@@ -126,14 +137,18 @@ class StepQueue:
         """What the next pass takes on: the first task or a part of it, and others that fit whole."""
         pieces: list[tuple[_Task, Step]] = []
         room = most = self._engine.pass_rows
-        for task in self._line:
+        self._share.wanted_by(task.owner for task in self._line)
+        for task in sorted(self._line, key=lambda task: self._share.had(task.owner)):
             cost = task.cost
-            if not pieces and cost > most and len(self._line) > 1:
+            if not pieces and cost > most and len(self._line) > 1 and not self._alone:
                 room -= most // 2
                 pieces.append((task, task.cut(most // 2)))
-            elif not pieces or cost <= room:
+            elif not pieces or (cost <= room and not self._alone):
                 room -= cost
                 pieces.append((task, task.cut(most)))
+            else:
+                continue
+            self._share.charge(task.owner, cost - task.cost)
         return pieces
 
     def _run(self, pieces: Sequence[tuple[_Task, Step]], *, loss_only: bool) -> None:
@@ -161,6 +176,7 @@ class _Task:
     def __init__(self, step: Step, costs: np.typing.NDArray[np.int64], *, loss_only: bool) -> None:
         """`costs`: rows that each example brings to a pass."""
         self.future: Future[Gradient] = Future()
+        self.owner = step.adaptation.owner
         self.loss_only = loss_only
         order = np.argsort(costs, kind="stable")  # examples of like length together pad least
         self.rows = np.array(step.rows)[order]  # examples still to do

@@ -138,7 +138,7 @@ class _Singles(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Rows of one request: several tokens of its prompt."""
+    """Rows of one request: several tokens of its prompt, or a token that is looked at alone."""
 
     place: Place
     rows: slice
@@ -152,7 +152,10 @@ class Pass:
     row of each request's last token, (requests), follow it. Give the pass to the model as `shelves=`.
     """
 
-    def __init__(self, places: Sequence[Place], counts: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, places: Sequence[Place], counts: Sequence[int], device: torch.device, *, alone: bool = False
+    ) -> None:
+        """`alone`: no slot beside its own is looked at for a request's single token."""
         self.order = sorted(
             range(len(places)),
             key=lambda i: (counts[i] > 1, places[i].shelf.size, places[i].slot),
@@ -164,7 +167,7 @@ class Pass:
         positions: list[int] = []
         last, singles = [], dict[int, list[Place]]()
         for place, count in self._members:
-            if count == 1:
+            if count == 1 and not alone:
                 singles.setdefault(place.shelf.size, []).append(place)
             else:
                 rows = slice(len(positions), len(positions) + count)

@@ -64,7 +64,7 @@ class Adapting:
             self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
             self._telemetry.tokens("example", tokens)
             shrink(UPDATE_TOKEN_BYTES * tokens)
-            with self._queue.open(pairs, artefact, left=stream.left) as adaptation:
+            with self._queue.open(pairs, artefact, left=stream.left, owner=call.device) as adaptation:
                 del pairs
                 while (step := stream.step()) is not None:
                     rows, personal = decode_step(step, artefact.spec, adaptation.examples)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, Self
 
+from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
 from perfit_cloud.service.limits import Accounts, Gate, Limits
@@ -27,12 +28,18 @@ class Answer(Protocol):
 class Generation(Protocol):
     continuous: bool  # whether a request joins the batch at once, or when the one before is over
 
-    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, /) -> Answer: ...
+    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str, /) -> Answer: ...
 
 
 class Gradients(Protocol):
-    def score(self, candidates: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> list[Score]: ...
-    def gradient(self, examples: list[tuple[list[int], list[int]]], shift: ShiftUse, /) -> Gradient: ...
+    """`check` is called before each pass and now and then in line; what it raises ends the work."""
+
+    def score(
+        self, candidates: list[Pair], shift: ShiftUse, owner: str, check: Callable[[], None], /
+    ) -> list[Score]: ...
+    def gradient(
+        self, examples: list[Pair], shift: ShiftUse, owner: str, check: Callable[[], None], /
+    ) -> Gradient: ...
 
 
 class Answers:
@@ -71,7 +78,7 @@ class Answers:
             most = sampling.max_new_tokens
             self._accounts.settle(device, "tokens", paid, len(prompt) + most)
             self._telemetry.tokens("prompt", len(prompt))
-            answer = self._generation.submit(prompt, shift, sampling)
+            answer = self._generation.submit(prompt, shift, sampling, device)
 
             def cancel() -> None:
                 answer.cancel()

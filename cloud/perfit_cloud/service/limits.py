@@ -72,7 +72,7 @@ class Gate:
         self._name, self._running, self._room = name, running, running + waiting
         self._retry_ms, self._refused = retry_ms, refused
         self._changed = threading.Condition()
-        self._working = 0
+        self.working = 0  # callers who have a place
         self.waiting = 0  # callers in line
 
     @contextmanager
@@ -83,13 +83,13 @@ class Gate:
         """
         left = left or threading.Event()
         with self._changed:
-            if self._working + self.waiting >= self._room:
+            if self.working + self.waiting >= self._room:
                 self._refused(self._name)
                 raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
             self.waiting += 1
             try:
                 is_free = self._changed.wait_for(
-                    lambda: self._working < self._running or left.is_set(), max(0.0, seconds)
+                    lambda: self.working < self._running or left.is_set(), max(0.0, seconds)
                 )
             finally:
                 self.waiting -= 1
@@ -98,12 +98,12 @@ class Gate:
                 raise Cancelled("the caller left")
             if not is_free:
                 raise TooSlow("the cloud did not get to this call before its deadline; try again")
-            self._working += 1
+            self.working += 1
         try:
             yield
         finally:
             with self._changed:
-                self._working -= 1
+                self.working -= 1
                 self._changed.notify()
 
     def look(self) -> None:

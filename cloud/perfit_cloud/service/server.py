@@ -5,7 +5,11 @@ device has few calls at once over all its connections, none of them without end,
 reads nothing, and what is over its share is refused before its message is taken. On the enrolment listener,
 which anybody may open, the same is counted by network address. A connection has few calls at once and a
 bounded age. What remains: several devices (or addresses) together can take all calls for as long as they
-like to; and handshakes are not counted, so that a firewall or proxy in front should count connections.
+like to.
+
+Connections are counted by listener (`service/descriptors.py`): whoever says nothing is cut off after a few
+seconds, and those to the enrolment listener cannot take what devices need. One address may still take all
+connections of a listener for as long as it goes on, so that a firewall in front should count them.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from perfit_cloud.service.authority import Authority, ServerIdentity
 from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.calls import Answers, Generation, Gradients
 from perfit_cloud.service.codec import PromptReader, encode_description
+from perfit_cloud.service.descriptors import Connections, descriptor_limit, open_descriptors
 from perfit_cloud.service.drain import Drain
 from perfit_cloud.service.guard import Guard
 from perfit_cloud.service.limits import MESSAGE_COPIES, Accounts, AMinute, AtOnce, Budget, Gate, Share
@@ -50,6 +55,8 @@ _ENROL_CALLS_EACH = 16  # of one address, behind which there may be a whole comp
 _SPARE_THREADS = 4  # for calls that are refused at once, and health checks
 _ENROL_STREAMS = 4  # calls at once over one connection; enrolling makes one after the other
 _ENROL_AGE_SECONDS = 20
+_ENROL_IDLE_SECONDS = 5
+_HANDSHAKE_SECONDS = 5  # of TCP to the first frames of HTTP/2, at most; gRPC itself would wait for 120
 _DEVICE_STREAMS = 16  # calls at once over one connection; a device that makes more waits by itself
 _GRACE_SECONDS = 5
 _LAST_SECONDS = 2.0  # for the ends of calls to be sent when a server stops
@@ -57,8 +64,10 @@ _LAST_SECONDS = 2.0  # for the ends of calls to be sent when a server stops
 
 @dataclass(frozen=True)
 class _Connection:
-    """What one connection may take."""
+    """What one connection may take, and how many there may be."""
 
+    count: int
+    idle_seconds: int
     streams: int  # calls at once
     age_seconds: int  # then it takes no new calls
     grace_seconds: int  # and after this the ones that still run are cut off
@@ -116,11 +125,14 @@ class CloudServer:
             self._budget("enrol_messages", MESSAGE_COPIES * _ENROL_CALLS * _ENROL_MESSAGE_BYTES),
             MessageBounds.of_enrolment(),
         )
+        connections = Connections(config.connections, config.enrol_connections).within(descriptor_limit())
         self._server = self._make(
             device_guard,
             threads=threads,
             message_bytes=limits.message_bytes,
             connection=_Connection(
+                connections.devices,
+                config.idle_seconds,
                 min(_DEVICE_STREAMS, threads // 2),
                 config.call_seconds,
                 # A call that began at the very end of the age still gets all its time.
@@ -131,7 +143,13 @@ class CloudServer:
             enrol_guard,
             threads=_ENROL_CALLS + _SPARE_THREADS,
             message_bytes=_ENROL_MESSAGE_BYTES,
-            connection=_Connection(_ENROL_STREAMS, _ENROL_AGE_SECONDS, _GRACE_SECONDS),
+            connection=_Connection(
+                connections.enrolment,
+                min(_ENROL_IDLE_SECONDS, config.idle_seconds),
+                _ENROL_STREAMS,
+                _ENROL_AGE_SECONDS,
+                _GRACE_SECONDS,
+            ),
         )
         self._credentials = _RotatingIdentity(authority, self._names())
         bound = self._bind(self._server, config.address, client_ca=authority.device_ca_pem)
@@ -152,11 +170,12 @@ class CloudServer:
         self._enrol_server.start()
         self.addresses.save(self._config.state)
 
-    def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> None:
+    def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds.
 
         Streams end between two messages. `is_hurried` is asked ten times a second; when it says so, or the
-        time is over, what still runs is cut off.
+        time is over, what still runs is cut off: its caller is told so, and its thread is not waited for.
+        Says whether all ended by themselves.
         """
         self._watch.stop()
         self.telemetry.draining()
@@ -164,10 +183,11 @@ class CloudServer:
         is_idle = self._drain.wait(grace, is_hurried)
         servers = (self._server, self._enrol_server)
         for stopped in [server.stop(_LAST_SECONDS if is_idle else 0) for server in servers]:
-            stopped.wait()
+            stopped.wait(2 * _LAST_SECONDS)
         if self._stop_metrics is not None:
             self._stop_metrics()
             self._stop_metrics = None
+        return is_idle
 
     # -- building --------------------------------------------------------------------------------
 
@@ -183,7 +203,9 @@ class CloudServer:
                 ("grpc.max_receive_message_length", message_bytes),
                 ("grpc.max_send_message_length", self._config.message_bytes),
                 ("grpc.max_concurrent_streams", connection.streams),
-                ("grpc.max_connection_idle_ms", self._config.idle_seconds * 1000),
+                ("grpc.max_allowed_incoming_connections", connection.count),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_SECONDS * 1000),
+                ("grpc.max_connection_idle_ms", connection.idle_seconds * 1000),
                 ("grpc.max_connection_age_ms", connection.age_seconds * 1000),
                 ("grpc.max_connection_age_grace_ms", connection.grace_seconds * 1000),
                 ("grpc.keepalive_time_ms", 60_000),
@@ -215,12 +237,9 @@ class CloudServer:
             stream_seconds=config.stream_seconds,
         )
 
-    def _gate(self, name: str, running: int, waiting: int = 0) -> Gate:
+    def _gate(self, name: str, running: int) -> Gate:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
-        gate = Gate(name, running=running, waiting=waiting, retry_ms=retry_ms, refused=refused)
-        if waiting:
-            self.telemetry.line(name, lambda: gate.waiting)
-        return gate
+        return Gate(name, running=running, waiting=0, retry_ms=retry_ms, refused=refused)
 
     def _budget(self, name: str, size: int) -> Budget:
         return Budget(name, size, retry_ms=self._config.retry_ms, refused=self.telemetry.refused)
@@ -243,6 +262,7 @@ class CloudServer:
             fingerprint=served.base.fingerprint,
             artefacts=",".join(f"{a.name}:{a.version}" for a in served.artefacts.values()),
         )
+        self.telemetry.descriptors(open_descriptors, descriptor_limit)
         ends = {name: partial(float, end) for name, end in self._authority.ends().items()}
         self.telemetry.certificates({"server": self._credentials.ends_at, **ends})
         self.telemetry.identities(lambda: self._authority.identities_age_seconds)
@@ -271,6 +291,8 @@ class CloudServer:
         self, served: Served, generation: Generation, gradients: Gradients, steps: StepQueue, room: Budget
     ) -> None:
         config = self._config
+        passes = self._gate("gradients", 1 + config.gradient_waiting)
+        self.telemetry.line("gradients", lambda: max(0, passes.working - 1))
         reader = PromptReader(served.base, served.limits)
         answers = Answers(
             generation,
@@ -287,7 +309,7 @@ class CloudServer:
             description=encode_description(served, continuous=generation.continuous, keeps=steps.keeps),
             answers=answers,
             gradients=gradients,
-            passes=self._gate("gradients", 1, config.gradient_waiting),
+            passes=passes,
             accounts=self._accounts,
             telemetry=self.telemetry,
             asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),

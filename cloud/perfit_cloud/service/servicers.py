@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
@@ -27,7 +28,7 @@ from perfit_cloud.service.guard import Call, caller
 from perfit_cloud.service.limits import Accounts, Gate
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
-from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -80,36 +81,43 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         return self._asking.answers(request_iterator, call)
 
     def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
-        with self._place(call):
+        with self._place(call) as check:
             shift = decode_shift(request.shift, self._served.artefacts)
             pairs = self._settled(self._reader.candidates(request.candidates), call)
-            return encode_scores(self._gradients.score(pairs, shift))
+            return encode_scores(self._gradients.score(pairs, shift, call.device, check))
 
     def ComputeGradient(self, request: pb.ComputeGradientRequest, call: Call) -> pb.ComputeGradientResponse:
-        with self._place(call):
+        with self._place(call) as check:
             shift = decode_shift(request.shift, self._served.artefacts)
             if shift.mode is not Mode.PERSONAL:
                 raise InvalidInput("a gradient is computed in personal mode")
             pairs = self._settled(self._reader.examples(request.examples), call)
-            return encode_gradient(self._gradients.gradient(pairs, shift), request.shift.personal)
+            found = self._gradients.gradient(pairs, shift, call.device, check)
+            return encode_gradient(found, request.shift.personal)
 
     def Adapt(self, request_iterator: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
         return self._adapting.steps(request_iterator, call)
 
     @contextmanager
-    def _place(self, call: Call) -> Iterator[None]:
-        """A turn for a call of its own, after those in line. Raises Busy, TooSlow, Cancelled."""
-        left = threading.Event()
+    def _place(self, call: Call) -> Iterator[Callable[[], None]]:
+        """A place among the calls whose passes take turns, and what to call before each pass.
 
-        def leave() -> None:
-            left.set()
-            self._passes.look()
+        Raises Busy, Cancelled; what is to be called raises TooSlow and Cancelled.
+        """
+        left = threading.Event()
+        end = time.monotonic() + call.seconds_left(self._call_seconds)
+
+        def check() -> None:
+            if left.is_set():
+                raise Cancelled("the caller left")
+            if time.monotonic() >= end:
+                raise TooSlow("the cloud did not get to this call before its deadline; try again")
 
         with self._accounts.hold(call.device, "gradients"):
-            if not call.add_callback(leave):
+            if not call.add_callback(left.set):
                 raise Cancelled("the caller left")
-            with self._passes.place(call.seconds_left(self._call_seconds), left):
-                yield
+            with self._passes.place(0):
+                yield check
 
     def _settled(
         self, pairs: list[tuple[list[int], list[int]]], call: Call

@@ -114,6 +114,9 @@ class Telemetry:
         self._identities_age = Gauge(
             "perfit_identities_age_seconds", "Since the list of devices was looked at", registry=registry
         )
+        self._descriptors = Gauge(
+            "perfit_descriptors", "Files and connections: open, and the limit", ["kind"], registry=registry
+        )
         self._waiting = Gauge("perfit_waiting", "What stands in line", ["line"], registry=registry)
 
     # -- what happens --------------------------------------------------------------------------
@@ -162,6 +165,10 @@ class Telemetry:
 
     def callers(self, listener: str, count: Callable[[], float]) -> None:
         self._callers.labels(listener).set_function(count)
+
+    def descriptors(self, opened: Callable[[], float], limit: Callable[[], float]) -> None:
+        self._descriptors.labels("open").set_function(opened)
+        self._descriptors.labels("limit").set_function(limit)
 
     def line(self, name: str, waiting: Callable[[], float]) -> None:
         self._waiting.labels(name).set_function(waiting)

@@ -69,6 +69,7 @@ class Attack:
     threads: int = 2  # of each
     flags: tuple[str, ...] = ()  # of `perfit-cloud serve`
     prepare: Callable[[LocalCloud, Enrolment], object] | None = None  # before it, e.g. to revoke the device
+    honest: Callable[[Cloud], object] | None = None  # what the honest device asks; None: a short answer
     is_legal_after: bool = True  # whether an ordinary call of the hostile device succeeds in the end
 
 
@@ -209,15 +210,16 @@ def measure(attack: Attack, folder: Path, *, seconds: float, code: Path | None =
         hostile = [_enrolled(cloud) for _ in range(attack.processes)]
         honest = stack.enter_context(Cloud(_enrolled(cloud)))
         server = psutil.Process(cloud.process.pid)
-        _asked(honest, outcome, seconds=2.0)  # warms everything up
-        idle, _ = _asked(honest, outcome, seconds=min(10.0, seconds))
+        ask = attack.honest or _answer
+        _asked(honest, ask, outcome, seconds=2.0)  # warms everything up
+        idle, _ = _asked(honest, ask, outcome, seconds=min(10.0, seconds))
         outcome.idle_mib, outcome.idle_p95_ms = server.memory_info().rss / _MIB, _percentile(idle, 95)
         for enrolment in hostile:
             if attack.prepare is not None:
                 attack.prepare(cloud, enrolment)
         outcome.honest_refused = 0
         with _peak(server, outcome), _attacking(attack, hostile, cloud.process.pid, outcome):
-            beside, outcome.honest_calls = _asked(honest, outcome, seconds=seconds)
+            beside, outcome.honest_calls = _asked(honest, ask, outcome, seconds=seconds)
         outcome.server = "alive" if cloud.process.poll() is None else f"ended with {cloud.process.returncode}"
         if beside:
             outcome.beside_p50_ms, outcome.beside_p95_ms = statistics.median(beside), _percentile(beside, 95)
@@ -231,14 +233,16 @@ def _enrolled(cloud: LocalCloud) -> Enrolment:
     return enroll(Invite.decode(cloud.invite()), Identity.create())
 
 
-def _asked(honest: Cloud, outcome: Outcome, *, seconds: float) -> tuple[list[float], int]:
+def _asked(
+    honest: Cloud, ask: Callable[[Cloud], object], outcome: Outcome, *, seconds: float
+) -> tuple[list[float], int]:
     """(milliseconds of every answer, calls made) of a device that asks again and again."""
     found: list[float] = []
     calls, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
         begun, calls = time.monotonic(), calls + 1
         try:
-            _answer(honest)
+            ask(honest)
         except PerfitError as error:
             outcome.honest_refused += 1
             print(f"  the honest device was refused: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,176 @@
+"""Several devices on one model: whose passes, prompts and places come first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tests.cloud.doubles import score, wait_for
+from tests.cloud.serving import BASE, TIMEOUT, Running, failure
+from tests.cloud.test_limits import under_way
+
+from perfit_cloud.engine.fairness import Reading
+from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
+from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.turns import Turns
+from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.wire import personalization_pb2 as pb
+
+# -- scores and gradients ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lined(base: BaseModel) -> Iterator[tuple[Turns, GradientEngine]]:
+    """Gradients on a device that a test can hold."""
+    turns = Turns()
+    engine = GradientEngine(base, turns)
+    yield turns, engine
+    engine.close()
+
+
+def test_passes_wait_in_a_bounded_line(
+    run: Callable[..., Running], lined: tuple[Turns, GradientEngine]
+) -> None:
+    turns, engine = lined
+    device = run(gradient_engine=engine, gradient_waiting=1).device()
+    with turns.take_long():
+        first = device.stub.Score.future(score(), timeout=TIMEOUT)
+        wait_for(lambda: len(turns.long_waiting()) == 1)
+        # One of two more finds room in the line, and stands there until its deadline.
+        more = [device.stub.Score.future(score(), timeout=3) for _ in range(2)]
+        outcomes = sorted(failure(call.result)[0] for call in more)
+        assert outcomes == ["DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
+    assert len(first.result().scores) == 1
+
+
+class Ended(GradientEngine):
+    """Tells whose calls ended in which order."""
+
+    def score(self, *given: Any) -> Any:
+        found = super().score(*given)
+        self.ended = [*getattr(self, "ended", []), given[2]]
+        return found
+
+
+def test_passes_are_fair_by_device(run: Callable[..., Running], base: BaseModel) -> None:
+    """Four long calls of one device were done before another's short one began: 48 s instead of 71 ms."""
+    turns = Turns()
+    engine = Ended(base, turns, pass_tokens=8)
+    running = run(gradient_engine=engine)
+    greedy, honest = running.device(), running.device()
+    many = pb.ScoreRequest(candidates=[score().candidates[0]] * 8, shift=BASE)  # eight passes
+    with turns.take_long():
+        held = [greedy.stub.Score.future(many, timeout=TIMEOUT) for _ in range(4)]
+        wait_for(lambda: len(turns.long_waiting()) == 4)
+        mine = honest.stub.Score.future(score(), timeout=TIMEOUT)
+        wait_for(lambda: len(turns.long_waiting()) == 5)
+        assert set(turns.long_waiting()) == {greedy.identity, honest.identity}
+    assert len(mine.result().scores) == 1
+    assert [len(call.result().scores) for call in held] == [8] * 4
+    assert engine.ended == [honest.identity] + [greedy.identity] * 4
+    engine.close()
+
+
+def test_who_left_stands_in_line_no_more(
+    run: Callable[..., Running], lined: tuple[Turns, GradientEngine]
+) -> None:
+    """They stood there until it was their turn, and nobody else got their places."""
+    turns, engine = lined
+    running = run(gradient_engine=engine, gradient_waiting=3)
+    with turns.take_long():
+        first = running.device().stub.Score.future(score(), timeout=TIMEOUT)
+        device = running.device()
+        for _ in range(3):
+            calls = [device.stub.Score.future(score(), timeout=TIMEOUT) for _ in range(3)]
+            wait_for(lambda: running_line(running) == 3)
+            for call in calls:
+                call.cancel()
+            wait_for(lambda: under_way(running, device) == 0)
+        last = device.stub.Score.future(score(), timeout=TIMEOUT)
+    assert [len(call.result().scores) for call in (first, last)] == [1, 1]
+
+
+def running_line(running: Running) -> float | None:
+    return running.server.telemetry.registry.get_sample_value("perfit_waiting", {"line": "gradients"})
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+class Planned(GenerationEngine):
+    """Tells whose prompts were read in which pass, and waits for the test before the first."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.read: list[dict[str, int]] = []
+
+    def _forward(self, plan: Any) -> Any:
+        read: dict[str, int] = {}
+        for request, count in plan.items():
+            if request not in self._newest:
+                read[request.owner] = read.get(request.owner, 0) + count
+        self.read.append(read)
+        return super()._forward(plan)
+
+
+def planned(base: BaseModel, settings: GenerationSettings) -> tuple[Planned, Turns]:
+    turns = Turns()
+    return Planned(base, {}, settings, turns), turns
+
+
+PLAIN = ShiftUse(Mode.BASE)
+
+
+def test_a_prompt_is_read_beside_any_number_of_another_devices(base: BaseModel) -> None:
+    """A device's twelve long prompts were read before another's short one: in the order they came."""
+    engine, turns = planned(base, GenerationSettings(4096, 32, 20))
+    with turns.take():  # nothing is read before all are there
+        long = [engine.submit([0] * 100, PLAIN, Sampling(2), "greedy") for _ in range(12)]
+        short = engine.submit([0] * 8, PLAIN, Sampling(2), "honest")
+    list(short)
+    first = next(number for number, read in enumerate(engine.read) if "honest" in read)
+    assert first <= 1 and engine.read[first]["honest"] == 8
+    for answer in long:
+        list(answer)
+    engine.stop()
+
+
+def test_places_in_the_cache_go_to_the_device_that_holds_least(base: BaseModel) -> None:
+    engine, turns = planned(base, GenerationSettings(256, 32, 20))
+    with turns.take():
+        greedy = [engine.submit([0] * 60, PLAIN, Sampling(4), "greedy") for _ in range(8)]
+        honest = engine.submit([0] * 60, PLAIN, Sampling(4), "honest")
+    list(honest)
+    before = next(number for number, read in enumerate(engine.read) if "honest" in read)
+    assert sum(read.get("greedy", 0) for read in engine.read[:before]) <= 3 * 60  # of eight that came first
+    for answer in greedy:
+        list(answer)
+    engine.stop()
+
+
+class Owned:
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+
+
+STEP = 1 / 64  # seconds of a pass without prompts
+
+
+def test_prompts_wait_until_the_answers_of_others_had_as_much_time() -> None:
+    reading, mine, theirs = Reading(), Owned("a"), Owned("b")
+    everybody = {"a", "b"}
+    reading.done({}, STEP, speaks=True, owners=everybody)  # what a pass without prompts takes
+    assert reading.order([mine], {"b"}) == [mine]
+    reading.done({"a": 100}, 11 * STEP, speaks=True, owners=everybody)
+    for _ in range(10):
+        assert reading.order([mine], {"b"}) == []
+        assert reading.order([mine], {"a"}) == [mine]  # its own answers wait for it, as they like
+        assert reading.order([mine, theirs], everybody) == [theirs]
+        reading.done({}, STEP, speaks=True, owners=everybody)
+    assert reading.order([mine], {"b"}) == [mine]
+    reading.done({"a": 100}, STEP, speaks=True, owners=everybody)  # a device with room to spare
+    assert reading.order([mine], {"b"}) == [mine]
+    reading.done({"a": 100}, 11 * STEP, speaks=True, owners={"a"})  # alone
+    assert reading.order([mine], {"b"}) == [mine]

@@ -1,0 +1,121 @@
+"""A server process that is told to stop ends, whatever its threads do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.cloud.serving import key_pem, pem
+from tests.cloud.test_authority import csr_of, new_key, open_authority
+
+from perfit_shared.wire import personalization_pb2 as pb
+from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
+
+LONG = 300.0  # seconds that what is stuck takes; a test that waits for it fails
+ENDS = 45.0  # seconds, with a drain of one, on a busy machine
+
+# Programs whose server has a thread that does not end: of a call, and of an engine.
+STUCK_CALL = f"""
+import time
+from perfit_cloud.service.servicers import PersonalizationService
+def stuck(self, request, context):
+    print("stuck", flush=True)
+    time.sleep({LONG})
+PersonalizationService.Describe = stuck
+"""
+STUCK_ENGINE = f"""
+import time
+from perfit_cloud.engine.steps import StepQueue
+def stuck(self):
+    print("stuck", flush=True)
+    time.sleep({LONG})
+StepQueue.close = stuck
+"""
+RUN = """
+from perfit_cloud.cli.main import run
+run()
+"""
+
+
+@contextmanager
+def serving(
+    program: str, state: Path, model: Path, drain: int
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and where it serves devices."""
+    words = ["serve", "--model", str(model), "--state", str(state), "--json", "--threads", "1"]
+    words += ["--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", "--set", f"drain_seconds={drain}"]
+    command = [sys.executable, "-c", program + RUN, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, json.loads(process.stdout.readline())["address"]
+        finally:
+            process.kill()
+
+
+@contextmanager
+def calling(state: Path, address: str) -> Iterator[grpc.Future]:
+    """A call of a new device."""
+    authority, key = open_authority(state), new_key()
+    certificate = authority.enroll(authority.invite(60)[0], csr_of(key))
+    roots = pem(authority.server_ca_der)
+    credentials = grpc.ssl_channel_credentials(roots, key_pem(key), pem(certificate))
+    with grpc.secure_channel(address, credentials, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        yield pb_grpc.PersonalizationStub(channel).Describe.future(pb.DescribeRequest(), timeout=LONG)
+
+
+def stuck(process: subprocess.Popen[str]) -> None:
+    """Wait until it is."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+
+
+@pytest.mark.parametrize(("drain", "signals"), [(1, 1), (int(LONG), 2)])
+def test_a_call_that_does_not_end_is_cut_off(
+    tmp_path: Path, model_folder: Callable[[str], Path], drain: int, signals: int
+) -> None:
+    """Python waits for every thread of a pool before it ends: SIGTERM took as long as the call."""
+    state = tmp_path / "state"
+    with (
+        serving(STUCK_CALL, state, model_folder("llama"), drain) as (process, address),
+        calling(state, address) as call,
+    ):
+        stuck(process)
+        process.send_signal(signal.SIGTERM)
+        if signals > 1:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(ENDS) == 0
+        assert call.exception() is not None
+        assert process.stderr is not None
+        assert "cut off" in process.stderr.read()
+
+
+def test_an_engine_that_does_not_end_is_cut_off(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    with serving(STUCK_ENGINE, tmp_path / "state", model_folder("llama"), 1) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        stuck(process)
+        assert process.wait(ENDS) == 0
+
+
+def test_a_thread_that_never_lets_python_go_on_is_ended_by_the_system(
+    tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    program = f"""
+import ctypes
+from perfit_cloud.cli import serve
+from perfit_cloud.engine.steps import StepQueue
+serve._LAST_SECONDS = 2
+StepQueue.close = lambda self: ctypes.PyDLL(None).sleep({int(LONG)})
+"""
+    with serving(program, tmp_path / "state", model_folder("llama"), 1) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ENDS) == -signal.SIGALRM
