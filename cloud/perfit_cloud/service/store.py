@@ -31,8 +31,6 @@ UNUSED = -1  # no certificate was used yet; those that were written before there
 _LOCK_SECONDS = 2.0  # how long another thread's, then another process's write is waited for
 _RETRY_MS = 1000
 _FORMAT = "2"
-_UNSWEPT = 1  # user_version while the file may hold, in its free space, what format 1 left there
-# Tables without row ids: in those, updates left copies of old rows in pages' free space (measured).
 _TABLES = (
     """CREATE TABLE invites (
     secret_hash BLOB PRIMARY KEY,   -- sha-256: whoever reads this file cannot enrol
@@ -98,9 +96,6 @@ class IdentityStore:
                 self._db.execute("PRAGMA journal_mode = DELETE")
                 with self.transaction() as db:
                     _prepare(db, path)
-                if self._db.execute("PRAGMA user_version").fetchone()[0] == _UNSWEPT:
-                    self._db.execute("VACUUM")
-                    self._db.execute("PRAGMA user_version = 0")
         except BaseException:
             self._db.close()
             raise
@@ -219,7 +214,6 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         _make_tables(db)
     else:
         _upgrade(db)
-        db.execute(f"PRAGMA user_version = {_UNSWEPT}")
     db.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
 
 
