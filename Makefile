@@ -51,6 +51,7 @@ bench: setup peers
 	$(BIN)/python scripts/bench/hardening.py --model $(NEWSLM) --json $(RESULTS)/hardening.json
 	$(BIN)/python scripts/bench/hardening.py --model random-100m --starts 5 --pairs 8 \
 		--json $(RESULTS)/hardening-100m.json
+	$(BIN)/python scripts/bench/stacks.py --model $(NEWSLM) --json $(RESULTS)/stacks.json
 
 # The long runs of docs/security.md. Tests run a twentieth of each.
 SEED ?= 1

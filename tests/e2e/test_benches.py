@@ -19,6 +19,12 @@ def test_device(tmp_path: Path) -> None:
     assert result["rss_unlock_mb"] > 100
 
 
+def test_stacks(tmp_path: Path) -> None:
+    rows = {row["call"]: row for row in bench(tmp_path, "stacks.py")["rows"]}
+    assert rows.keys() == {"answer", "score", "gradient"}
+    assert all(row["turns"] >= 1 and row["overwriting_us"] > 0 for row in rows.values())
+
+
 def test_wire(tmp_path: Path) -> None:
     result = bench(tmp_path, "wire.py")
     forms = {row["form"]: row for row in result["forms"]}

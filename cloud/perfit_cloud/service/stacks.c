@@ -19,7 +19,7 @@
 #include <cpuid.h>
 #endif
 
-#define ALIVE ((size_t)256)   /* bytes below a frame's address: its own, and the call of memset() */
+#define ALIVE ((size_t)256)    /* bytes below a frame's address: its own, and the call of memset() */
 #define DEEPEST ((size_t)2048) /* pages; no kernel goes deeper */
 
 typedef int create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
@@ -43,6 +43,7 @@ static int has_avx, has_avx512, tells_use;
 
 static void look_at_processor(void) {
     unsigned a, b, c, d;
+    __builtin_cpu_init();
     has_avx = __builtin_cpu_supports("avx") != 0;
     has_avx512 = __builtin_cpu_supports("avx512f") != 0;
     tells_use = has_avx && __get_cpuid_count(13, 1, &a, &b, &c, &d) && (a & 4);
@@ -85,9 +86,11 @@ static void find_stack(void) {
     pthread_attr_destroy(&about);
 }
 
-/* The first page of [low, high) that was ever touched. */
+/* The first page of [low, high) that was ever touched. One that is swapped out is not seen, which is one more
+   reason why a hardened process locks its memory. */
 __attribute__((noinline)) static char *first_touched(char *low, char *high) {
     unsigned char touched[DEEPEST];
+    low = (char *)(((uintptr_t)low + page - 1) & ~(uintptr_t)(page - 1));
     if (high - low > (ptrdiff_t)(DEEPEST * page)) low = high - DEEPEST * page;
     size_t pages = (size_t)(high - low) / page;
     if (mincore(low, pages * page, touched)) { /* the main thread's: it grows, and is mapped as far as it got */
