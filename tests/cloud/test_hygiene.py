@@ -27,7 +27,7 @@ from perfit_cloud.service.hygiene import harden, restart_hardened
 logging.basicConfig(format="%(message)s")
 print("started", file=sys.stderr)
 if "restart" in sys.argv:
-    restart_hardened()
+    restart_hardened(gives_back="ceiling" in sys.argv)
 held = asdict(harden())
 core = [line.split()[4:6] for line in open("/proc/self/limits") if line.startswith("Max core")]
 environment = {name: os.environ.get(name) for name in ("GLIBC_TUNABLES", "MALLOC_PERTURB_", "LD_PRELOAD")}
@@ -44,6 +44,13 @@ def started(*words: str, through: tuple[str, ...] = (), **environment: str) -> t
         capture_output=True, text=True, timeout=60, check=True, env=kept | environment,
     )  # fmt: skip
     return json.loads(done.stdout), done.stderr
+
+
+def test_under_a_ceiling_memory_goes_back_to_the_system() -> None:
+    """Four heaps kept what each had at most, of all that had run in its threads."""
+    free, bound = (started("restart", *words)[0]["environment"] for words in ((), ("ceiling",)))
+    assert "top_pad=67108864" in free["GLIBC_TUNABLES"] and "arena_max=4" in free["GLIBC_TUNABLES"]
+    assert "top_pad=1048576" in bound["GLIBC_TUNABLES"] and "arena_max=2" in bound["GLIBC_TUNABLES"]
 
 
 @pytest.mark.parametrize("compiler", ["cc", "/nowhere/cc"])

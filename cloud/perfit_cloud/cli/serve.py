@@ -116,7 +116,7 @@ def _hardened(config: CloudConfig) -> Hardening:
     if config.hardening == "off":
         _log.warning("hardening is off: this process keeps traces of calls, and others can read them")
         return UNHARDENED
-    restart_hardened()
+    restart_hardened(gives_back=bool(config.memory_bytes))
     return harden()
 
 

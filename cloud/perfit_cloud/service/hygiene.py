@@ -46,6 +46,13 @@ _KEPT = {
     "glibc.malloc.trim_threshold": str(256 << 20),
     "glibc.malloc.top_pad": str(64 << 20),  # a heap's size: none is given back
 }
+# Under a ceiling it goes back at once.
+_GIVEN_BACK = {
+    "glibc.malloc.arena_max": "2",
+    "glibc.malloc.mmap_threshold": str(1 << 20),
+    "glibc.malloc.trim_threshold": str(4 << 20),
+    "glibc.malloc.top_pad": str(1 << 20),
+}
 _DESCRIPTORS = "/proc/self/fd/"
 _RESTARTED = "PERFIT_RESTARTED"  # id of the process that was started again: no child takes it for its own
 
@@ -70,15 +77,16 @@ UNHARDENED = Hardening(
 )
 
 
-def restart_hardened() -> None:
+def restart_hardened(*, gives_back: bool = False) -> None:
     """Start this program again with an allocator that overwrites what is freed; returns if it was.
 
+    `gives_back`: whether memory that was used once goes back to the system at once, which takes time.
     To be called before anything heavy is imported, which is then imported twice.
     """
     # The settings themselves would not do for a mark: a program with privileges of its own is not given them.
     if os.environ.get(_RESTARTED) == str(os.getpid()) or not sys.executable:
         return
-    environment = _environment(os.environ, build(os.environ))
+    environment = _environment(os.environ, build(os.environ), _GIVEN_BACK if gives_back else _KEPT)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as it is for a program that was started without
             stream.flush()
@@ -110,11 +118,13 @@ def harden() -> Hardening:
     return held
 
 
-def _environment(given: Mapping[str, str], library: int | None) -> dict[str, str]:
+def _environment(
+    given: Mapping[str, str], library: int | None, malloc: Mapping[str, str] = _KEPT
+) -> dict[str, str]:
     """That of the new program; `library`: the descriptor of our free(), if there is one."""
     own = {} if library is not None else _FILLING_TUNABLES
     theirs = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
-    tunables = ":".join(f"{name}={value}" for name, value in (_KEPT | theirs | own).items())
+    tunables = ":".join(f"{name}={value}" for name, value in {**malloc, **theirs, **own}.items())
     how = _FILLING if library is None else {"LD_PRELOAD": preloading(library, given)}
     return {**given, **_ENVIRONMENT, **how, "GLIBC_TUNABLES": tunables, _RESTARTED: str(os.getpid())}
 
