@@ -121,7 +121,12 @@ def with_cost(path: Path, **cost: int) -> None:
 
 @pytest.mark.parametrize(
     "cost",
-    [{"memory_kib": 65537}, {"iterations": 4}, {"lanes": 5}, {"memory_kib": 1 << 20, "iterations": 32}],
+    [
+        {"memory_kib": 65537},
+        {"iterations": 4},
+        {"lanes": 5, "memory_kib": 64},
+        {"memory_kib": 1 << 20, "iterations": 32},
+    ],
 )
 def test_a_key_that_costs_more_than_ours_is_never_derived(
     tmp_path: Path, cost: dict[str, int], monkeypatch: pytest.MonkeyPatch
