@@ -36,12 +36,22 @@ from soak.fuzzing.commands import leaves
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (PerfitError("x"), 1), (InvalidPrompt("x"), 1), (ConfigError("x"), 1), (OSError(28, "full"), 1),
-        (Unavailable("x"), 3), (Busy("x"), 3), (TooSlow("x"), 3),
-        (IdentityRevoked("x"), 4), (CertificateExpired("x"), 4), (InviteRefused("x"), 4),
-        (WrongPassphrase("x"), 6), (VaultBusy("x"), 6), (UpdateFailed("x"), 7), (KeyError("x"), 70),
+        (PerfitError("x"), 1),
+        (InvalidPrompt("x"), 1),
+        (ConfigError("x"), 1),
+        (OSError(28, "full"), 1),
+        (Unavailable("x"), 3),
+        (Busy("x"), 3),
+        (TooSlow("x"), 3),
+        (IdentityRevoked("x"), 4),
+        (CertificateExpired("x"), 4),
+        (InviteRefused("x"), 4),
+        (WrongPassphrase("x"), 6),
+        (VaultBusy("x"), 6),
+        (UpdateFailed("x"), 7),
+        (KeyError("x"), 70),
     ],
-)  # fmt: skip
+)
 def test_exit_codes_by_class(error: BaseException, code: int) -> None:
     assert exit_code(error) == code
 
@@ -212,9 +222,13 @@ def test_progress_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatc
 def test_streams_of_a_shell(shell: str, code: int, says: str, home: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", shell], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
+        ["bash", "-c", shell],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     for trouble in ("Traceback", "Exception ignored", "fault inside"):

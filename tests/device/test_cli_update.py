@@ -136,8 +136,11 @@ def test_signals_keep_the_steps(ready: Perfit, cloud: Any, number: signal.Signal
     cloud.fail = slow
     process = subprocess.Popen(
         [sys.executable, "-c", _NOT_IGNORING, "update", "--epochs", "50"],
-        env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert reached.wait(30)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)

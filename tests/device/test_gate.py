@@ -83,9 +83,7 @@ def test_what_was_forgotten_does_not_come_back(vault: Vault) -> None:
     history.forget(vault, items[:1])
     assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
     forgotten = history.forgotten(vault, TASK.name)
-    run = prepared(
-        vault, plan=FRESH, current=current, forgotten=forgotten, evaluate=losses(3.0, 5.0, 2.0)
-    )  # fmt: skip
+    run = prepared(vault, plan=FRESH, current=current, forgotten=forgotten, evaluate=losses(3.0, 5.0, 2.0))
     assert run.run().gate.accepted
     assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
     # What goes on from it knows no more than it does.

@@ -129,8 +129,10 @@ def test_a_listing_comes_back_exactly(
     listing = ready.ok("history", "list", "--json")
     (tmp_path / "all.json").write_text(listing)
     assert ready.json("history", "import", str(tmp_path / "all.json")) == {
-        "task": "news_categorize, news_headline", "added": 0, "known": 22,
-    }  # fmt: skip
+        "task": "news_categorize, news_headline",
+        "added": 0,
+        "known": 22,
+    }
     ready.ok("history", "forget", "--all", "--yes")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing.encode())))
     assert ready.json("history", "import", "-")["added"] == 22

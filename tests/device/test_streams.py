@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from soak.fuzzing.commands import INPUTS, OUTPUTS, Case, Commands, leaves, words_of
+from soak.fuzzing.checking import Unsound
+from soak.fuzzing.commands import INPUTS, OUTPUTS, Case, Commands, Outcome, leaves, words_of
 
 NO_TEXT = "\udcff\udcfe no text"  # bytes that are no UTF-8, as Python hands them over
 FOUND = leaves()
@@ -45,3 +46,18 @@ def test_no_command_shows_a_traceback(commands: Commands, name: tuple[str, ...])
     made = list(cases(name))
     for case, outcome in zip(made, commands.run(made), strict=True):
         outcome.check(case)
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Outcome(1, "", "Traceback (most recent call last)"),
+        Outcome(1, "", "perfit: a fault inside perfit"),
+        Outcome(70, "", "x"),
+        Outcome(1, "", ""),
+        Outcome(0, "", "", "OSError escaped"),
+    ],
+)
+def test_what_may_not_happen_is_noticed(outcome: Outcome) -> None:
+    with pytest.raises(Unsound):
+        outcome.check(Case("perfit", ("status",)))
