@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from perfit_shared.errors import KEPT_OUT
+
 BIN = Path(sys.executable).parent
 PASSPHRASE = "a passphrase for this run only"  # noqa: S105 - protects nothing but the demo
 
@@ -23,12 +25,17 @@ class CommandFailed(RuntimeError):
         self.code, self.said = code, said
 
 
-def run(command: Sequence[str], *, env: dict[str, str] | None = None, text: str | None = None) -> str:
-    """Standard output of a command. Raises CommandFailed with what it said on standard error."""
+def run(
+    command: Sequence[str], *, env: dict[str, str] | None = None, text: str | None = None, fine: int = 0
+) -> str:
+    """Standard output of a command. Raises CommandFailed with what it said on standard error.
+
+    `fine` is an exit code beside 0 that is no failure.
+    """
     done = subprocess.run(
         [*command], env={**os.environ, **(env or {})}, input=text, capture_output=True, text=True, check=False
     )
-    if done.returncode:
+    if done.returncode not in (0, fine):
         raise CommandFailed(command, done.returncode, done.stderr or done.stdout)
     return done.stdout
 
@@ -117,7 +124,8 @@ class Device:
         return [str(BIN / "perfit"), "--profile", self.profile, *args]
 
     def __call__(self, *args: str, text: str | None = None) -> str:
-        return run(self.command(*args), env=self.env, text=text)
+        fine = KEPT_OUT if args[:1] == ("update",) else 0  # a gate that does its work
+        return run(self.command(*args), env=self.env, text=text, fine=fine)
 
     def json(self, *args: str) -> Any:
         return json.loads(self(*args, "--json"))

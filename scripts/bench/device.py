@@ -29,6 +29,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from perfit_device import footprint
+from perfit_shared.errors import KEPT_OUT
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -143,7 +144,7 @@ def watch(process: subprocess.Popen[bytes], said: Path) -> dict[str, Any]:
             samples.append(now["VmRSS"])
             highest = now["VmHWM"]
         time.sleep(_POLL_SECONDS)
-    if process.returncode or len(samples) < 8:
+    if process.returncode not in (0, KEPT_OUT) or len(samples) < 8:
         raise SystemExit(f"no update to measure: {said.read_text('utf-8')}")
     quarter = len(samples) // 4
     return {

@@ -57,6 +57,7 @@ def run_command(program: str, app: typer.Typer) -> None:
     sys.exit(code)
 
 
+@functools.cache
 def command_of(app: typer.Typer) -> Any:
     """The whole tree: every command knows --version, and takes no text that is none."""
     command = typer.main.get_command(app)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+import typer
 from tests.device.commands import Perfit
 
-from perfit_shared.errors import Busy, IdentityRevoked, Unavailable
+from perfit_device import evaluation
+from perfit_device.vault import Vault
+from perfit_shared.command_line import run_command
+from perfit_shared.errors import Busy, IdentityRevoked, Unavailable, VaultError
 
 
 def test_a_cloud_gone_in_mid_update_costs_no_step(ready: Perfit, cloud: Any) -> None:
@@ -106,3 +117,139 @@ def test_test_examples_that_the_cloud_refuses_are_left_out(ready: Perfit, cloud:
     assert "Meeting 17" not in {row["gold"] for row in report["answers"]}
     cloud.refuses = lambda text: True
     assert "refuses every example of the test part" in ready.fails("evaluate")
+
+
+# -- stopping, and disks that take nothing ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_keep_the_steps(ready: Perfit, cloud: Any, number: signal.Signals) -> None:
+    """SIGTERM lost all steps since the last checkpoint, where Ctrl-C kept them."""
+    steps = iter(range(1000))
+    reached = threading.Event()
+
+    def slow(method: str) -> None:
+        if method == "ComputeGradient" and next(steps) > 8:
+            reached.set()
+            time.sleep(0.1)
+
+    cloud.fail = slow
+    process = subprocess.Popen(
+        [sys.executable, "-c", _NOT_IGNORING, "update", "--epochs", "50"],
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert reached.wait(30)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "`perfit update` resumes there" in err and "Traceback" not in err
+    cloud.fail = lambda method: None
+    assert ready.json("status")["tasks"]["news_headline"]["half_done"] >= 2
+
+
+# Whoever runs the tests may ignore the end of a terminal, and their children with them.
+_NOT_IGNORING = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from perfit_device.cli.main import run
+run()
+"""
+
+
+def test_nohup_stays_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        seen = []
+        app = typer.Typer()
+        app.command()(lambda: seen.append(signal.getsignal(signal.SIGHUP)))
+        monkeypatch.setattr(sys, "argv", ["x"])
+        with pytest.raises(SystemExit):
+            run_command("x", app)
+        assert seen == [signal.SIG_IGN]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.parametrize("what", ["the disk is full", "cannot be written"])
+def test_a_vault_that_takes_nothing_is_noticed_before_the_first_step(
+    ready: Perfit, cloud: Any, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It was noticed after training, which was lost."""
+    put = Vault.put
+
+    def refusing(self: Vault, kind: str, name: str, data: bytes) -> None:
+        if len(data) > 2000:
+            raise VaultError(f"{what}, so nothing was changed")
+        put(self, kind, name, data)
+
+    monkeypatch.setattr(Vault, "put", refusing)
+    cloud.calls.clear()
+    assert what in ready.fails("update", code=6)
+    assert not {"ComputeGradient", "Score"} & set(cloud.calls)
+
+
+def test_room_is_tried_for_all_that_an_update_writes(ready: Perfit, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, int] = {}
+    put = Vault.put
+
+    def noting(self: Vault, kind: str, name: str, data: bytes) -> None:
+        sizes[kind] = max(sizes.get(kind, 0), len(data))
+        put(self, kind, name, data)
+
+    monkeypatch.setattr(Vault, "put", noting)
+    ready.ok("update", "--epochs", "3", "--checkpoint", "0")
+    assert sizes["reserve"] >= sizes["checkpoint"] > sizes["shift"]
+
+
+def test_a_reserve_leaves_the_vault_as_it_was(ready: Perfit, home: Path) -> None:
+    path = home / "profiles" / "default" / "vault.db"
+    with Vault.open(path, "correct horse") as vault:
+        before = {kind: vault.list(kind) for kind in ("example", "identity", "reserve")}
+        size = path.stat().st_size
+        vault.reserve(300_000)
+        assert {kind: vault.list(kind) for kind in before} == before
+    assert path.stat().st_size <= size + 8192
+
+
+# -- evaluate --------------------------------------------------------------------------------------
+
+
+def test_equal_shifts_are_measured_once(ready: Perfit, cloud: Any) -> None:
+    """Without an update personal is the seed, and both were scored and answered."""
+    cloud.calls.clear()
+    report = ready.json("evaluate", "--with-seed")
+    assert report["loss"]["seed"] == report["loss"]["personal"]
+    # 4 examples as calls of at most 3, for base, collective and seed.
+    assert (cloud.calls.count("Score"), cloud.calls.count("Question")) == (3 * 2, 3 * 4)
+
+
+def test_evaluate_shows_how_far_it_is(ready: Perfit) -> None:
+    """1,800 examples took 356 s without a sign of life."""
+    _, _, err = ready("evaluate")
+    lines = err.splitlines()
+    assert "base: 8/8" in lines and "seed: 8/8" in lines
+    assert lines.index("base: 3/8") < lines.index("base: 8/8") < lines.index("collective: 8/8")
+
+
+def test_an_evaluation_that_is_stopped_says_what_it_has(
+    ready: Perfit, cloud: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = evaluation.judge
+    left = iter(["base", "collective"])
+
+    def stopping(*args: Any, **how: Any) -> evaluation.Judged:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return judge(*args, **how)
+
+    monkeypatch.setattr(evaluation, "judge", stopping)
+    code, out, err = ready("evaluate", "--json")
+    report = json.loads(out)
+    assert (code, report["partial"], sorted(report["loss"])) == (130, True, ["base", "collective"])
+    assert "stopped; base, collective of base, collective, seed, personal are measured" in err
+    code, out, err = ready("evaluate")
+    assert (code, out) == (130, "") and "before anything was measured" in err

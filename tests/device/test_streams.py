@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from soak.fuzzing.commands import ENCODINGS, INPUTS, OUTPUTS, Case, Commands, leaves, words_of
+from soak.fuzzing.checking import Unsound
+from soak.fuzzing.commands import INPUTS, OUTPUTS, Case, Commands, Outcome, leaves, words_of
 
 NO_TEXT = "\udcff\udcfe no text"  # bytes that are no UTF-8, as Python hands them over
 FOUND = leaves()
@@ -23,18 +24,20 @@ def cases(name: tuple[str, ...]) -> Iterator[Case]:
     """All of one command's."""
     command = FOUND[name]
     plain = Case(name[0], tuple(words_of(name, command)))
-    for case in (plain, replace(plain, words=(*name[1:], "--help"))):
+    asks_help = replace(plain, words=(*name[1:], "--help"))
+    for case in (plain, asks_help):
         yield from (replace(case, stdout=kind) for kind in OUTPUTS)
-        yield from (replace(case, encoding=kind) for kind in ENCODINGS[1:])
-        yield replace(case, stdin="closed", stdout="closed", stderr="closed")
+        yield replace(case, encoding="ascii")
+    yield replace(plain, encoding="latin-1")
+    yield replace(plain, stdin="closed", stdout="closed", stderr="closed")
     yield from (replace(plain, stdin=kind) for kind in INPUTS[1:])
     yield from (replace(plain, stderr=kind) for kind in OUTPUTS[1:])
     for word in (NO_TEXT, "caf\u00e9 \u202e"):
         yield replace(plain, words=tuple(words_of(name, command, text=word, path=word)))
-        yield replace(plain, words=(*plain.words, word))
         yield replace(plain, environment={"PERFIT_PASSPHRASE": word, "PERFIT_PROFILE": word})
-        valued = [p for p in command.params if p.param_type_name == "option" and not p.is_flag]
-        yield from (replace(plain, words=(*plain.words, p.opts[0], word)) for p in valued)
+    valued = [p for p in command.params if p.param_type_name == "option" and not p.is_flag]
+    yield from (replace(plain, words=(*plain.words, p.opts[0], NO_TEXT)) for p in valued)
+    yield replace(plain, words=(*plain.words, NO_TEXT))
     yield replace(plain, words=(*plain.words, "-5 degrees"))
 
 
@@ -43,3 +46,18 @@ def test_no_command_shows_a_traceback(commands: Commands, name: tuple[str, ...])
     made = list(cases(name))
     for case, outcome in zip(made, commands.run(made), strict=True):
         outcome.check(case)
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Outcome(1, "", "Traceback (most recent call last)"),
+        Outcome(1, "", "perfit: a fault inside perfit"),
+        Outcome(70, "", "x"),
+        Outcome(1, "", ""),
+        Outcome(0, "", "", "OSError escaped"),
+    ],
+)
+def test_what_may_not_happen_is_noticed(outcome: Outcome) -> None:
+    with pytest.raises(Unsound):
+        outcome.check(Case("perfit", ("status",)))

@@ -35,6 +35,7 @@ def command(arguments: list[str]) -> None:
     from perfit_device import updates
     from perfit_device.cli import main, progress
     from perfit_device.vault import Vault
+    from perfit_shared.errors import KEPT_OUT
 
     def tell_opened(method: Any) -> Any:
         def opened(*args: Any, **how: Any) -> Vault:
@@ -57,7 +58,7 @@ def command(arguments: list[str]) -> None:
     try:
         main.run()
     except SystemExit as end:
-        if end.code:
+        if end.code not in (0, KEPT_OUT):
             raise
     print("done", flush=True)
 

@@ -16,6 +16,7 @@ from perfit_shared.tasks import Task
 __all__ = ["read"]
 
 _DELIMITERS = ",;\t|"
+_HEAD = 1 << 16  # characters in which the first row is looked for
 _SEPARATOR = re.compile(r"[\"']?sep=([,;\t|])[\"']?\r?\n", re.IGNORECASE)  # Excel's own first line
 
 
@@ -41,7 +42,7 @@ def _delimiter(text: str, task: Task) -> str:
 
     def score(delimiter: str) -> tuple[int, int]:
         try:
-            header: list[str] = next(iter(_reader(text, delimiter, strict=False)), [])
+            header: list[str] = _first_row(_reader(text[:_HEAD], delimiter, strict=False))
         except csv.Error:
             return 0, 0
         return len(set(names_of(header, task)) & set(task.field_names)), len(header)
@@ -49,8 +50,13 @@ def _delimiter(text: str, task: Task) -> str:
     return max(_DELIMITERS, key=score)
 
 
+def _first_row(reader: Any) -> list[str]:
+    """The first one that holds anything."""
+    return next((row for row in reader if any(map(str.strip, row))), [])
+
+
 def _rows(reader: Any, task: Task, skipped: int) -> Iterator[tuple[str, Any]]:
-    header = _header(next((row for row in reader if any(map(str.strip, row))), []), task)
+    header = _header(_first_row(reader), task)
     for row in reader:
         place = f"row {reader.line_num + skipped}"
         cells, rest = row[: len(header)], row[len(header) :]

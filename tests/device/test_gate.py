@@ -1,0 +1,146 @@
+"""What the gate compares with, what is kept of the version before, and when there is nothing to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.device.commands import Perfit
+from tests.device.test_updates import ARTEFACT, SEED, TASK, make_split, plan_for, prepared
+
+from perfit_device import history, personal
+from perfit_device.history import HistoryItem
+from perfit_device.personal import PersonalShift
+from perfit_device.sealing import KdfParams
+from perfit_device.vault import Vault
+from perfit_shared.errors import NotFound
+from perfit_shared.shifts import ShiftTensors
+
+GOOD = ShiftTensors.identity(ARTEFACT.spec, ARTEFACT.spec.personal_rank, 5)
+FRESH = plan_for(make_split(), fresh=True)
+
+
+@pytest.fixture
+def vault(tmp_path: Path) -> Iterator[Vault]:
+    with Vault.create(tmp_path / "v.db", "x", kdf=KdfParams(32, 1, 4)) as opened:
+        yield opened
+
+
+def losses(good: float, seed: float, new: float) -> Callable[[ShiftTensors], Callable[[], float]]:
+    known = {GOOD.digest(): good, SEED.digest(): seed}
+    return lambda tensors: lambda: known.get(tensors.digest(), new)
+
+
+def digest_of(vault: Vault) -> str:
+    shift = personal.load(vault, "cloud", ARTEFACT)
+    assert shift is not None
+    return shift.tensors.digest()
+
+
+def store(vault: Vault, tensors: ShiftTensors, updates: int = 1, forgotten: int = 0) -> PersonalShift:
+    shift = PersonalShift(tensors, updates, forgotten)
+    personal.store(vault, "cloud", ARTEFACT, shift)
+    return shift
+
+
+def test_fresh_training_must_beat_the_current_shift(vault: Vault) -> None:
+    """It had to beat the seed alone, and replaced a good shift by a bad one: 3.36 became 4.82."""
+    current = store(vault, GOOD)
+    result = prepared(vault, plan=FRESH, current=current, evaluate=losses(3.36, 5.0, 4.82)).run()
+    assert (result.gate.before, result.gate.after, result.gate.accepted) == (3.36, 4.82, False)
+    assert digest_of(vault) == GOOD.digest()
+    better = prepared(vault, plan=FRESH, current=current, evaluate=losses(3.36, 5.0, 3.3)).run()
+    assert (better.gate.before, better.gate.after, better.gate.accepted) == (3.36, 3.3, True)
+
+
+def test_anyway_takes_what_is_worse(vault: Vault) -> None:
+    current = store(vault, GOOD)
+    run = prepared(vault, plan=FRESH, current=current, evaluate=losses(3.36, 5.0, 4.82), anyway=True)
+    assert run.run().gate.accepted
+    assert digest_of(vault) != GOOD.digest()
+
+
+def test_an_update_can_be_undone_and_done_again(vault: Vault) -> None:
+    store(vault, GOOD, 3)
+    with pytest.raises(NotFound):
+        personal.undo(vault, "cloud", ARTEFACT.name)
+    assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
+    store(vault, SEED, 4)
+    assert personal.undo(vault, "cloud", ARTEFACT.name) == 3
+    assert digest_of(vault) == GOOD.digest()
+    assert personal.undo(vault, "cloud", ARTEFACT.name) == 4
+    assert digest_of(vault) == SEED.digest()
+
+
+def test_what_was_forgotten_does_not_come_back(vault: Vault) -> None:
+    """The version before knows it, and would be a way back to it."""
+    items = [HistoryItem.make(TASK, {"text": f"text {n}", "title": "t"}) for n in range(2)]
+    history.add(vault, items)
+    store(vault, SEED)
+    current = store(vault, GOOD, 2)
+    history.forget(vault, items[:1])
+    assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
+    forgotten = history.forgotten(vault, TASK.name)
+    run = prepared(vault, plan=FRESH, current=current, forgotten=forgotten, evaluate=losses(3.0, 5.0, 2.0))
+    assert run.run().gate.accepted
+    assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
+    # What goes on from it knows no more than it does.
+    later = prepared(vault, current=personal.load(vault, "cloud", ARTEFACT), forgotten=forgotten)
+    assert later.run().gate.accepted
+    assert personal.has_previous(vault, "cloud", ARTEFACT.name)
+
+
+# -- as commands -------------------------------------------------------------------------------
+
+
+def test_undo_and_what_the_gate_kept_out(ready: Perfit, cloud: Any) -> None:
+    assert "no personal shift yet" in ready.fails("undo")
+    assert ready.json("update")["gate"]["accepted"]
+    assert "no earlier version" in ready.fails("undo")
+    assert ready.json("status")["tasks"]["news_headline"]["can_undo"] is False
+    code, _, err = ready("update", "--fresh", "--epochs", "1", "--lr", "1e-6")
+    assert code == 5
+    assert "with your shift as it was" in err and "with the new one; your shift stays" in err
+    assert ready("update", "--fresh", "--epochs", "1", "--lr", "1e-6", "--anyway")[0] == 0
+    assert ready.json("status")["tasks"]["news_headline"]["can_undo"] is True
+    cloud.stop()
+    assert ready.json("undo") == {"task": "news_headline", "updates": 1}
+    assert 'no personal shift for "poems"; there is one for news_headline' in ready.fails(
+        "undo", "--task", "poems"
+    )
+
+
+def test_an_update_with_nothing_new_does_not_train(ready: Perfit, cloud: Any) -> None:
+    ready.ok("update", "--epochs", "2")
+    cloud.calls.clear()
+    done = ready.json("update", "--epochs", "2")
+    assert (done["nothing_new"], done["steps"]) == (True, 0)
+    assert "nothing is new since the last update of news_headline" in ready("update", "--epochs", "2")[2]
+    assert set(cloud.calls) == {"Describe"}
+    assert ready.json("update", "--epochs", "2", "--again")["steps"] > 0
+    assert ready.json("update", "--epochs", "3")["steps"] > 0, "other settings"
+    ready.ok("history", "add", "One more.", "More", "--task", "news_headline")
+    assert ready.json("update", "--epochs", "3")["steps"] > 0, "another history"
+    cloud.version = "v2"
+    assert ready.json("update", "--epochs", "3", "--fresh")["steps"] > 0, "another artefact"
+
+
+def test_export_needs_no_cloud(ready: Perfit, cloud: Any, tmp_path: Path) -> None:
+    assert "no personal shift yet" in ready.fails("export", "--shift", str(tmp_path / "none"))
+    ready.ok("update", "--epochs", "2")
+    cloud.stop()
+    exported = ready.json("export", "--shift", str(tmp_path / "mine.shift"))
+    assert (exported["task"], exported["version"]) == ("news_headline", "v1")
+    shift = personal.read_file(tmp_path / "mine.shift", _artefact(cloud))
+    assert set(shift.layers) == {1, 2}
+
+
+def _artefact(cloud: Any) -> Any:
+    from tests.device.conftest import SPEC
+
+    from perfit_device.codec import Artefact
+    from perfit_shared.tasks import TASKS
+
+    return Artefact("news_headline", cloud.version, SPEC, TASKS["news_headline"], 0.01, 3, 4)
