@@ -10,8 +10,12 @@ from tests.cloud.asked import NEW, alone, prompts, uses
 from tests.conftest import FAMILIES
 
 from perfit_cloud.engine.batched import generate_batch
+from perfit_cloud.engine.gradients import make_batch, target_log_likelihoods
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.model import forward
 from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.blocks import hidden_of, with_hidden
+from perfit_shared.positions import Positions
 
 
 @pytest.fixture(params=FAMILIES)
@@ -43,3 +47,37 @@ def test_the_model_is_a_good_witness(base: BaseModel) -> None:
         logits = base.model(ids).logits[:, -1]
     assert base.blocks == len(block_list(base.model)) == 4
     assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+def test_losses_in_slices_are_the_losses(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head runs on a few rows at a time, and again in the backward pass; nothing else changes."""
+    pairs = [(p, [5, 6, 7, 1]) for p in prompts(8)]
+    batch = make_batch(pairs, Positions.parse("l1"), base.device)
+    rows: list[int] = []
+    head = base.model.get_output_embeddings()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden: list[torch.Tensor] = []
+        handles = [
+            block_list(base.model)[1].register_forward_hook(
+                lambda _m, _a, out: (
+                    hidden.append(hidden_of(out).detach().requires_grad_()) or with_hidden(out, hidden[0])
+                )
+            ),
+            head.register_forward_hook(lambda _m, _a, out: rows.append(out.shape[1])),
+        ]
+        losses = -target_log_likelihoods(base, batch, [])
+        (gradient,) = torch.autograd.grad(losses.sum(), hidden[0])
+        for handle in handles:
+            handle.remove()
+        return losses.detach(), gradient
+
+    whole, gradient = run()
+    assert rows == [32]
+    rows.clear()
+    monkeypatch.setattr(forward, "_LOGITS", 1)
+    monkeypatch.setattr(forward, "_LEAST_ROWS", 5)
+    losses, same = run()
+    assert max(rows) == 5 and len(rows) == 14
+    torch.testing.assert_close(losses, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(same, gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max()))

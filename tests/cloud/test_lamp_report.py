@@ -332,3 +332,20 @@ def test_the_paper_s_parameter_counts_are_those_of_its_presets(task: str) -> Non
     for name, rank in (("collective", preset.collective_rank), ("personal", preset.personal_rank)):
         percent = 100 * len(preset.paper_layers) * rank * 2 * 4096 / 6.738e9
         assert paper.PARAMETERS.get(task, "percent", name) == pytest.approx(percent, abs=6e-5)
+
+
+def test_what_is_no_run_is_left_out_with_a_word(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    """`runs/*` names files and other folders too; a run that is not finished is still refused."""
+    runs.add("a")
+    plain = runs.report()
+    (runs.root / "notes.txt").write_text("x")
+    runs.folders += [runs.root / "notes.txt", runs.root / "report"]
+    assert runs.report() == plain
+    assert {"notes.txt", "report"} == {record.message.split()[0] for record in caplog.records}
+    (runs.root / "b").mkdir()
+    (runs.root / "b" / "settings.json").write_text("{}")
+    runs.folders.append(runs.root / "b")
+    with pytest.raises(InvalidData, match="finished"):
+        runs.report()
+    with pytest.raises(InvalidData):
+        write_report([runs.root / "notes.txt"], runs.root / "report")

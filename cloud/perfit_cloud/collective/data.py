@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from perfit_cloud.collective.streaming import stream_users
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData, InvalidInput
@@ -27,6 +28,7 @@ __all__ = ["TOKEN_CAP", "Corpus", "Items", "find_data", "fit", "read_items", "to
 
 TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
 _SHORTEST_PROMPT = 2  # tokens
+_WHOLE_BYTES = 2**25  # of a file that is parsed as a whole; larger ones person by person
 _VALIDATION_SHARE, _VALIDATION_MIN, _VALIDATION_MAX = 0.05, 100, 300  # of all examples; examples
 _VALIDATION_CAP = 0.2  # of all examples, when there are few
 
@@ -128,6 +130,9 @@ def read_items(path: Path, task: Task) -> Items:
 
 
 def _read_users(path: Path, task: Task) -> Items:
+    if path.stat().st_size > _WHOLE_BYTES:
+        kind, streamed, dropped = stream_users(path, task)
+        return Items(f"{path.resolve().parent.name}/{path.name}", kind, streamed, dropped)
     found = read_users(path, task)
     kind, entries = found.to_train_on()
     users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}

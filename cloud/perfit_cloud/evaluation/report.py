@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from perfit_shared.errors import InvalidInput
 
 __all__ = ["write_report"]
 
+_log = logging.getLogger(__name__)
 _HOW_TO_READ = (
     "Loss is in nats a target token, the mean over users of each user's own mean; metrics count all queries "
     "alike, as LaMP's scripts do. With one seed [low, high] is the 95 % interval of a bootstrap that draws "
@@ -34,7 +36,13 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     distinct = list(dict.fromkeys(folder.resolve() for folder in folders))
     if not distinct:
         raise InvalidInput("no runs; name the folders of finished ones")
-    groups = group_runs(Run.load(folder) for folder in distinct)
+    # `runs/*` names whatever else lies there as well.
+    folders = [f for f in distinct if any((f / name).is_file() for name in ("run.json", "settings.json"))]
+    for other in distinct:
+        if folders and other not in folders:
+            _log.warning("%s is no run and is left out", other.name)
+    folders = folders or distinct
+    groups = group_runs(Run.load(folder) for folder in folders)
     out.mkdir(parents=True, exist_ok=True)
     found = {name: make(groups) for name, make in SECTIONS.items()}
     lines = ["# LaMP", "", _HOW_TO_READ, ""]

@@ -25,7 +25,7 @@ __all__ = ["arguments_of", "forward", "replaced", "slice_rows", "token_losses"]
 # Logits of one slice, elements of float32. Memory above 32 MB is given back to the system at every
 # free (glibc), and faulting it in again costs as much as the head itself.
 _LOGITS = 2**22
-_LEAST_ROWS = 64  # of a slice, however large the vocabulary
+_LEAST_ROWS = 256  # of a slice: with fewer, reading the head itself would take the time
 
 
 class _ReachedError(Exception):

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perfit_cloud.model.attention import attend, hiding
-from perfit_cloud.model.base import depends_on_length
+from perfit_cloud.model.blocks import depends_on_length
+from perfit_cloud.model.forward import slice_rows
 from perfit_cloud.model.shifts import Group, shift_rows
 
 __all__ = ["Indices", "Packing", "Tail", "ragged", "supports"]
@@ -32,9 +33,6 @@ Indices = npt.NDArray[np.int64]
 
 _FAMILIES = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 _ATTENTION = "perfit_packed"
-# Logits of one piece of the loss, elements of float32. Memory above 32 MB is given back to the
-# system at every free (glibc), and faulting it in again costs as much as the head itself.
-_LOGITS = 2**22
 _FAR = 2**40  # a position that no query has reached
 
 
@@ -215,7 +213,7 @@ class Tail:
         weights. Computed a piece at a time: logits of all rows never exist at once.
         """
         losses, gradients = [], [hidden.new_empty(0, hidden.shape[1])]
-        piece = max(256, _LOGITS // self._config.vocab_size)
+        piece = slice_rows(self._config.vocab_size)
         for at in range(0, len(hidden), piece):
             part = hidden[at : at + piece].detach().requires_grad_(weights is not None)
             with torch.set_grad_enabled(weights is not None):

@@ -1,0 +1,91 @@
+"""Files read person by person give stage 1 what the whole reader gives it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.lamp_files import TASK, write_files
+
+from perfit_cloud.collective import data
+from perfit_cloud.collective.data import Items, read_items
+from perfit_shared.errors import InvalidData
+from perfit_shared.tasks import load_task
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_files(tmp_path / "lamp")
+
+
+def both(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Items, Items]:
+    task = load_task(path.parent, TASK)
+    whole = read_items(path, task)
+    monkeypatch.setattr(data, "_WHOLE_BYTES", 0)
+    return whole, read_items(path, task)
+
+
+def change(path: Path, how: Callable[[list[dict[str, Any]]], Any]) -> None:
+    records = json.loads(path.read_text())
+    how(records)
+    path.write_text(json.dumps(records))
+
+
+def no_queries(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        record["query"] = []
+
+
+def useless_profiles(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        record["profile"] = [{"id": "1", "other": "x"}]
+
+
+def late_queries(records: list[dict[str, Any]]) -> None:
+    for record in records[:3]:
+        record["query"] = []
+    records[5]["query"][0]["gold"] = ""
+    records[6]["profile"][0]["text"] = " "
+
+
+@pytest.mark.parametrize("how", [lambda _records: None, no_queries, useless_profiles, late_queries])
+def test_person_by_person_is_the_same(
+    how: Callable[[Any], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "user_others.json"
+    change(path, how)
+    whole, streamed = both(path, monkeypatch)
+    assert streamed == whole and list(streamed.users) == list(whole.users)
+
+
+def test_people_who_are_tested_on_give_their_profiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, streamed = both(folder / "user_top_100_history.json", monkeypatch)
+    assert streamed == whole and streamed.kind == "profile"
+
+
+@pytest.mark.parametrize("how", [
+    lambda records: records.append(records[0]),
+    lambda records: records[3]["query"].append(records[2]["query"][0]),
+    lambda records: records[4]["query"][0].pop("gold"),
+    lambda records: records.append(7),
+])  # fmt: skip
+def test_what_is_malformed_is_refused(
+    how: Callable[[Any], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(folder / "user_others.json", how)
+    monkeypatch.setattr(data, "_WHOLE_BYTES", 0)
+    with pytest.raises(InvalidData, match=r"user_others\.json"):
+        read_items(folder / "user_others.json", load_task(folder, TASK))
+
+
+@pytest.mark.parametrize("content", [b"[{]", b"<html>", b"\xff\xfe", b"[]", b"{}"])
+def test_what_is_no_list_of_people_is_refused(
+    content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "user_others.json").write_bytes(content)
+    monkeypatch.setattr(data, "_WHOLE_BYTES", 0)
+    with pytest.raises(InvalidData):
+        read_items(folder / "user_others.json", load_task(folder, TASK))
