@@ -63,11 +63,12 @@ class OptimizerConfig:
 def learning_rate_at(step: int, config: OptimizerConfig) -> float:
     """The rate of step 0 … total_steps − 1: linear warm-up, then linear decay towards 0.
 
-    "paper" is the schedule of Hugging Face's trainer, whose first step has rate 0. "device" begins a
-    step further on: a short history has no step to waste.
+    "paper" is the schedule of Hugging Face's trainer, whose first step has rate 0; only where there is
+    but one step, which would learn nothing, it is the peak. "device" begins a step further on: a short
+    history has no step to waste.
     """
     warm = max(1, math.ceil(config.warm_up * config.total_steps))
-    paper = config.schedule == "paper"
+    paper = config.schedule == "paper" and config.total_steps > 1
     if step < warm:
         return config.learning_rate * (step if paper else step + 1) / warm
     decay = config.total_steps - warm

@@ -160,9 +160,9 @@ def test_an_ablation_finds_the_run_of_its_ranks(runs: Runs) -> None:
         runs.add(f"r{ranks}", 0.5, collective_rank=ranks[0], personal_rank=ranks[1])
     runs.add("sum-8-2", 1.2, ablation="stage2_sum", collective_rank=0, personal_rank=10)
     rows = [r for r in _rows(runs.report(), "Ablation (Table 4)") if r.get("of") == "ours"]
-    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7, task prompts")
+    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7, task prompts, device schedule")
     assert row["stage 2 only (C+P)"].startswith("1.550")
-    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7, task prompts")
+    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7, task prompts, device schedule")
     assert row["stage 2 only (C+P)"].startswith("1.350")
     assert row["stage 1 only"].startswith("2.150")  # the full run's own collective mode
 
@@ -195,7 +195,7 @@ def test_of_a_grid_alone_one_run_stands_for_the_method(runs: Runs) -> None:
             runs.add(f"r{collective}-{personal}", collective_rank=collective, personal_rank=personal)
     runs.add("again", collective_rank=6, personal_rank=4, seed=1)
     rows = _rows(runs.report(), "Main results")
-    setting = "layers 2;3, ranks 6/4, f7+l7, task prompts"
+    setting = "layers 2;3, ranks 6/4, f7+l7, task prompts, device schedule"
     assert {(row["setting"], row["seeds"]) for row in rows} == {(setting, "2")}
 
 
@@ -267,14 +267,12 @@ def test_nothing_is_taken_from_runs_of_other_prompts_or_decoding(runs: Runs) -> 
     assert nearest(group_runs([of_lamp])[0], groups) is None, "prompts alone keep them apart"
     text = runs.report()
     rows = _rows(text, "Main results")
-    assert {(row["setting"].split(", ")[-1], row["decoding"]) for row in rows} == {
+    assert {(row["setting"].split(", ")[-2], row["decoding"]) for row in rows} == {
         ("task prompts", 'temperature 0.1, up to 48 tokens, to "\\n"'),
         ("oppu prompts", "temperature 0.1, up to 200 tokens, no stop"),
     }
-    runs_told = text.split("## Runs")[1]
-    assert (
-        "oppu prompts, 4 users, seed 0; temperature 0.1, up to 200 tokens, no stop; device sch" in runs_told
-    )
+    told = "oppu prompts, device schedule, 4 users, seed 0; temperature 0.1, up to 200 tokens, no stop"
+    assert told in text.split("## Runs")[1]
 
 
 def test_a_collective_shift_trained_with_other_prompts_is_no_plain_run(runs: Runs) -> None:

@@ -39,11 +39,12 @@ class Section:
 
 
 def setting(group: Group, *, but: str = "") -> str:
-    """Layers, ranks, positions and prompts; `but` leaves out what a table varies: "layers" or "ranks"."""
+    """Layers, ranks, positions, prompts and schedule; `but`: "layers" or "ranks", which a table varies."""
     layers = ";".join(map(str, group.layers))
     told = {"layers": f"layers {layers}", "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}"}
     varied = [text for name, text in told.items() if name != but]
-    return ", ".join([*varied, group.get("positions", ""), f"{group.get('prompts')} prompts"])
+    asked = f"{group.get('prompts')} prompts, {group.get('schedule')} schedule"
+    return ", ".join([*varied, group.get("positions", ""), asked])
 
 
 def variant(group: Group) -> str:

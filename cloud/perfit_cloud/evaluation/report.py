@@ -90,8 +90,7 @@ def _runs(groups: Sequence[Group]) -> list[str]:
     rows = [
         # The folder and its parent: enough to find it, and no path of a machine.
         f"- `{'/'.join(run.folder.parts[-2:])}`: {group.task.name}, {variant(group)}, {setting(group)}, "
-        f"{group.get('users', '')} users, seed {seed}; {group.decoding}; {group.get('schedule')} schedule"
-        f"{_cut(group)}"
+        f"{group.get('users', '')} users, seed {seed}; {group.decoding}{_cut(group)}"
         for group in groups
         for run, seed in zip(group.runs, group.seeds, strict=True)
     ]
