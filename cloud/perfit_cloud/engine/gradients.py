@@ -31,7 +31,7 @@ __all__ = [
 
 Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
 PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
-_CPU_PASS_TOKENS = 1024  # more makes no pass on a CPU cheaper, and whoever waits for it waits longer
+_CPU_PASS_TOKENS = 512  # more makes no pass on a CPU cheaper, and whoever waits for it waits longer
 
 
 def most_pass_tokens(device: torch.device) -> int:

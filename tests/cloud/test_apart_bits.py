@@ -1,0 +1,146 @@
+"""`apart=bits`: no bit of an answer or a gradient tells whether others were there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.cloud.test_adaptation import make_pairs, person
+from tests.cloud.test_tail import build
+
+from perfit_cloud.engine.adaptation import AdaptationEngine, Step
+from perfit_cloud.engine.batched import BatchedEngine
+from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
+from perfit_cloud.engine.kept import Caps
+from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.turns import Turns
+from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+
+FAMILIES = ["llama", "gpt2", "gemma3_text"]
+MINE, NEIGHBOURS = "mine", 7
+
+
+def logits_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[torch.Tensor]:
+    """The logits of every token of one answer, of 30 prompt tokens in several pieces."""
+    found: list[torch.Tensor] = []
+    turns = Turns()
+    settings = GenerationSettings(cache_tokens=4096, batch_tokens=16, max_requests=16, alone=alone)
+
+    class Recorded(GenerationEngine):
+        def _forward(self, plan: Any) -> Any:
+            logits, speaking = super()._forward(plan)
+            found.extend(
+                row.clone() for row, request in zip(logits, speaking, strict=True) if request.owner == MINE
+            )
+            return logits, speaking
+
+    engine = Recorded(base, {artefact.name: artefact}, settings, turns)
+    with turns.take():  # nobody begins before all are there
+        others = [
+            engine.submit(
+                list(range(1, 6 + 9 * n)),
+                ShiftUse(Mode.PERSONAL, artefact, person(artefact, n)),
+                Sampling(5 + n),
+                f"neighbour {n % 3}",
+            )
+            for n in range(neighbours)
+        ]
+        use = ShiftUse(Mode.PERSONAL, artefact, person(artefact, 99))
+        answer = engine.submit(list(range(2, 32)), use, Sampling(12), MINE)
+    list(answer)
+    for other in others:
+        list(other)
+    engine.stop()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answers_logits_are_those_of_an_empty_cloud(
+    family: str, load: Callable[[str], Any], make_artefact: Callable[..., Any]
+) -> None:
+    base = load(family)
+    artefact = make_artefact(base)
+    wanted = logits_of(base, artefact, neighbours=0, alone=True)
+    got = logits_of(base, artefact, neighbours=NEIGHBOURS, alone=True)
+    assert len(wanted) == len(got) > 0
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[np.ndarray[Any, Any]]:
+    """Those of three steps, over examples that are kept and examples that are not."""
+    engine = AdaptationEngine(base, keep_bytes=150_000, parts=NEIGHBOURS + 1 if alone else 0)
+    engine._caps = Caps(150, 2**20, 2**20)
+    queue = StepQueue(engine, alone=alone)
+    others = [
+        queue.open(make_pairs([40 + n, 9, 33, 21, 60], n), artefact, owner=f"neighbour {n}")
+        for n in range(neighbours)
+    ]
+    mine = queue.open(make_pairs([30, 12, 44, 25, 18, 50], 100), artefact, owner=MINE)
+    if alone and queue.keeps:
+        assert 0 < mine.kept_examples < 6
+    found: list[np.ndarray[Any, Any]] = []
+    for number in range(3):
+        hold = threading.Event()
+        holder = threading.Thread(target=_hold, args=(engine._turns, hold))
+        holder.start()
+        futures = [
+            queue.submit(Step(other, [0, 1, 2, 3, 4], person(artefact, n))) for n, other in enumerate(others)
+        ]
+        future = queue.submit(Step(mine, range(6), person(artefact, 200 + number)))
+        hold.set()
+        holder.join()
+        gradient = future.result(60)
+        for each in futures:
+            each.result(60)
+        found += [np.float64(gradient.loss), *(array for _, array in gradient.tensors.named())]
+    queue.close()
+    return found
+
+
+def _hold(turns: Turns, until: threading.Event) -> None:
+    with turns.take_long():
+        assert until.wait(60)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_an_empty_cloud(family: str, make_artefact: Callable[..., Any]) -> None:
+    base = build(family)
+    artefact = make_artefact(base, positions="l4")
+    wanted = gradients_of(base, artefact, neighbours=0, alone=True)
+    got = gradients_of(base, artefact, neighbours=NEIGHBOURS, alone=True)
+    assert len(wanted) == len(got)
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+def test_without_it_neighbours_show(load: Callable[[str], Any], make_artefact: Callable[..., Any]) -> None:
+    """In the last bits; or the tests above would show nothing."""
+    for found, base in ((logits_of, load("llama")), (gradients_of, build("llama"))):
+        artefact = make_artefact(base, positions="l4")
+        alone, beside = (found(base, artefact, neighbours=n, alone=False) for n in (0, NEIGHBOURS))
+        pairs = list(zip(alone, beside, strict=True))
+        assert not all(np.array_equal(a, b) for a, b in pairs)
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_family_without_a_shared_batch_answers_one_at_a_time(load: Callable[[str], Any]) -> None:
+    base = load("llama")
+    sizes: list[int] = []
+
+    class Counted(BatchedEngine):
+        def _groups(self, rows: Any) -> Any:
+            sizes.append(len(rows))
+            return super()._groups(rows)
+
+    turns = Turns()
+    engine = Counted(base, {}, GenerationSettings(4096, 64, 16, alone=True), turns)
+    with turns.take():
+        answers = [engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(3)) for _ in range(4)]
+    for answer in answers:
+        list(answer)
+    engine.stop()
+    assert sizes == [1] * 4
