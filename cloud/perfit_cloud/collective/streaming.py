@@ -42,7 +42,7 @@ def stream_users(path: Path, task: Task) -> Streamed:
             )
             dropped += found.dropped_empty
             (user,) = found.users
-            names = [*(entry.id for entry in user.query), *found.empty_queries]
+            names = [entry.id for entry in (*user.query, *found.empty_queries)]
             if user.user_id in seen or not asked.isdisjoint(names):
                 raise InvalidData(f"user {user.user_id[:40]} or one of the queries is there twice")
             seen.add(user.user_id)
