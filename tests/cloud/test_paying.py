@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from tests.cloud.doubles import Drip, Slow, score, wait_for
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
-from tests.cloud.test_limits import Clock, accounts, running_line, under_way
+from tests.cloud.test_limits import Clock, accounts, under_way
 
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.limits import Payment
@@ -114,21 +114,20 @@ def encoded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-def test_candidates_are_tokenized_in_their_turn(run: Callable[..., Running], encoded: list[str]) -> None:
+def test_candidates_without_a_place_are_not_tokenized(
+    run: Callable[..., Running], encoded: list[str]
+) -> None:
     slow = Slow()
     running = run(gradient_engine=slow, gradient_waiting=1)
     device, other = running.device(), running.device()
-    first = device.stub.Score.future(score(), timeout=TIMEOUT)
-    assert slow.entered.wait(TIMEOUT)
-    assert len(encoded) == 1
-    second = other.stub.Score.future(nearly_good(5), timeout=TIMEOUT)
-    wait_for(lambda: running_line(running) == 1)
+    held = [each.stub.Score.future(score(), timeout=TIMEOUT) for each in (device, other)]
+    wait_for(lambda: len(encoded) == 2)
     assert failure(lambda: device.stub.Score(nearly_good(5), timeout=TIMEOUT))[0] == "RESOURCE_EXHAUSTED"
-    assert len(encoded) == 1
+    assert len(encoded) == 2
     slow.go.set()
-    assert list(first.result().scores) == []
-    assert failure(second.result)[0] == INVALID
-    assert len(encoded) == 6
+    assert [list(call.result().scores) for call in held] == [[], []]
+    assert failure(lambda: device.stub.Score(nearly_good(5), timeout=TIMEOUT))[0] == INVALID
+    assert len(encoded) == 7
 
 
 def test_a_prompt_without_a_place_is_not_tokenized(run: Callable[..., Running], encoded: list[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.gradients import most_pass_tokens
+from perfit_cloud.engine.gradients import PASS_TOKENS
 from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import ConfigError
@@ -75,7 +75,6 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
     """
     limits, shapes = served.limits, _Shapes(served)
     is_host = served.base.device.type == "cpu"
-    pass_tokens = most_pass_tokens(served.base.device)
     largest = MESSAGE_COPIES * limits.message_bytes
     update = UPDATE_TOKEN_BYTES * limits.adapt_tokens
     updates = min(config.adaptations, config.adaptations_each + 1)  # one device leaves room for another's
@@ -92,7 +91,7 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
         parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
         least = max(limits.context, 64)
         parts["gradients"] = _Part(
-            *(tokens * shapes.differentiated for tokens in (least, max(least, pass_tokens)))
+            *(tokens * shapes.differentiated for tokens in (least, max(least, PASS_TOKENS)))
         )
         parts["kept"] = _Part(0, config.keep_bytes)
     else:
@@ -103,7 +102,7 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
     return MemoryPlan(
         **{"cache": 0, "answers": 0, "gradients": 0, **fixed, **given},
         cache_tokens=min(most_tokens, given["cache"] // shapes.cached) if is_host else most_tokens,
-        pass_tokens=given["gradients"] // shapes.differentiated if is_host else pass_tokens,
+        pass_tokens=given["gradients"] // shapes.differentiated if is_host else PASS_TOKENS,
     )
 
 
