@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from perfit_cloud.engine.gradients import (
-    Pair,
-    make_batch,
-    most_pass_tokens,
-    passes,
-    target_log_likelihoods,
-)
+from perfit_cloud.engine.gradients import Pair, make_batch, passes, target_log_likelihoods
+from perfit_cloud.engine.gradients import most_pass_tokens as most_tokens
 from perfit_cloud.engine.joint import Outcome, Users, pass_from_kept, pass_in_full
 from perfit_cloud.engine.kept import Caps, Examples, Kept, Part, keep, kept_bytes
 from perfit_cloud.engine.stepping import Share, Step, Sum, checked_rows, cut_into_passes
@@ -161,7 +156,7 @@ class AdaptationEngine:
             self._tail = None
             install(self._own.model, range(base.blocks))
         breathe_between_blocks(self._own.model, self._turns)
-        most = most_pass_tokens(base.device)
+        most = most_tokens(base.device)
         # What no part is kept of is padded as a whole.
         self._caps = Caps(most, most, 2**62) if self._tail is None else Caps.of(base.device)
         self._room = [keep_bytes, spill_bytes]
@@ -255,7 +250,7 @@ class AdaptationEngine:
 
     def _fill(self, adaptation: Adaptation) -> None:
         """Compute constants, and keep as many examples as there is room for, the cheapest first."""
-        arrays, working = adaptation._arrays, partial(self._working, {adaptation: 1})
+        arrays, working = adaptation._arrays, partial(self._working, [(adaptation, 1)])
         constant = np.flatnonzero(arrays.marked == 0)
         pairs = [arrays.pair(int(i)) for i in constant]
         for chunk in passes(pairs):
@@ -334,16 +329,16 @@ class AdaptationEngine:
                 self._room[where] += taken
 
     @contextmanager
-    def _working(self, adaptations: Mapping[Adaptation, int]) -> Iterator[None]:
-        """One pass over these, with so many examples of each. Raises InvalidInput when one is closed."""
+    def _working(self, parts: Sequence[tuple[Adaptation, int]]) -> Iterator[None]:
+        """One pass over so many examples of each of these. Raises InvalidInput when one is closed."""
         owners: Counter[str] = Counter()
-        for adaptation, examples in adaptations.items():
+        for adaptation, examples in parts:
             owners[adaptation.owner] += examples
         with self._turns.take_long(owners):
             with self._state:
-                for adaptation in adaptations:
+                for adaptation, _ in parts:
                     adaptation._check_open()
-                self._at_work.update(adaptations)
+                self._at_work.update(adaptation for adaptation, _ in parts)
             try:
                 yield
             finally:
@@ -373,9 +368,7 @@ class AdaptationEngine:
             [total.personal for total, _ in shares],
             [1 / total.tokens for total, _ in shares] if differentiate else None,
         )
-        at_work: Counter[Adaptation] = Counter()
-        for total, which in shares:
-            at_work[total.adaptation] += len(which)
+        at_work = [(total.adaptation, len(which)) for total, which in shares]
         with self._working(at_work):
             if self._tail is None:
                 pairs = [total.adaptation._arrays.pair(i) for total, which in shares for i in which]
