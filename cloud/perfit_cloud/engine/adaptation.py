@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -258,7 +258,7 @@ class AdaptationEngine:
 
     def _fill(self, adaptation: Adaptation) -> None:
         """Compute constants, and keep as many examples as there is room for, the cheapest first."""
-        arrays, working = adaptation._arrays, partial(self._working, {adaptation: 1})
+        arrays, working = adaptation._arrays, partial(self._working, [(adaptation, 1)])
         constant = np.flatnonzero(arrays.marked == 0)
         pairs = [arrays.pair(int(i)) for i in constant]
         for chunk in passes(pairs, self._base.capabilities.passes, self._pass_tokens):
@@ -337,16 +337,16 @@ class AdaptationEngine:
                 self._room[where] += taken
 
     @contextmanager
-    def _working(self, adaptations: Mapping[Adaptation, int]) -> Iterator[None]:
-        """One pass over these, with so many examples of each. Raises InvalidInput when one is closed."""
+    def _working(self, parts: Sequence[tuple[Adaptation, int]]) -> Iterator[None]:
+        """One pass over so many examples of each of these. Raises InvalidInput when one is closed."""
         owners: Counter[str] = Counter()
-        for adaptation, examples in adaptations.items():
+        for adaptation, examples in parts:
             owners[adaptation.owner] += examples
         with self._turns.take_long(owners):
             with self._state:
-                for adaptation in adaptations:
+                for adaptation, _ in parts:
                     adaptation._check_open()
-                self._at_work.update(adaptations)
+                self._at_work.update(adaptation for adaptation, _ in parts)
             try:
                 yield
             finally:
@@ -376,9 +376,7 @@ class AdaptationEngine:
             [total.personal for total, _ in shares],
             [1 / total.tokens for total, _ in shares] if differentiate else None,
         )
-        at_work: Counter[Adaptation] = Counter()
-        for total, which in shares:
-            at_work[total.adaptation] += len(which)
+        at_work = [(total.adaptation, len(which)) for total, which in shares]
         with self._working(at_work):
             if self._tail is None:
                 pairs = [total.adaptation._arrays.pair(i) for total, which in shares for i in which]
