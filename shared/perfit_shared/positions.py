@@ -39,6 +39,10 @@ class Positions:
         parts += [f"f{self.first}"] * bool(self.first) + [f"l{self.last}"] * bool(self.last)
         return "+".join(parts)
 
+    def explicit(self) -> str:
+        """The text that says how many tokens are skipped even if none is: "s0+f7+l7"."""
+        return f"s0+{self}" if self.first and not self.skipped else str(self)
+
     def indices(self, length: int) -> list[int]:
         """Ascending, distinct token indices in a prompt of `length` tokens.
 

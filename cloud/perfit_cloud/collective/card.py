@@ -14,7 +14,7 @@ import numpy as np
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Training
-from perfit_cloud.collective.trials import DEVICE_FACTOR, telling, trial_steps
+from perfit_cloud.collective.trials import telling, trial_steps
 from perfit_shared.shifts import ShiftSpec
 
 __all__ = ["draw_losses", "make_card", "write_card"]
@@ -32,7 +32,7 @@ def make_card(
         "data": training.corpus.summary(),
         "hyper_parameters": {
             "preset": preset, **settings.spec.to_json(), "blocks": training.base.blocks,
-            "epochs": settings.epochs, "steps": training.steps, "batch_size": settings.batch_size,
+            "epochs": settings.epochs, "steps": record.step, "batch_size": settings.batch_size,
             "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
             "gradient_clipping": CLIP, "weight_decay": 0, "seed": settings.seed,
             "dtype": str(training.base.model.dtype).removeprefix("torch."),
@@ -51,6 +51,8 @@ def make_card(
             "unit": "nats a target token",
             "validation": dict(losses),
             "validation_curve": record.validation,
+            "taken_at_step": record.best_step,
+            "stopped_early": record.stopped,
             "train_last": sum(last) / len(last),
             "note": "collective is φ₁ alone, seed is φ₂∘φ₁: both were trained together",
         },
@@ -70,24 +72,28 @@ def _parameters(spec: ShiftSpec, rank: int) -> int:
 def _trials_note(training: Training) -> str:
     if training.settings.learning_rate is not None:
         return "It was given"
-    steps = trial_steps(training)
-    return f"Trials of {steps} steps from the start, same batches; the lowest validation loss of φ₂∘φ₁ won"
+    return (
+        f"Trials of {trial_steps(training)} steps from the start, same batches, ended half-way where that "
+        "was worse than no training; the lowest rate that gains nine tenths of what the best does in the "
+        "validation loss of φ₂∘φ₁"
+    )
 
 
 def _device_note(training: Training) -> str:
     if training.settings.device_learning_rate is not None:
         return "It was given"
-    if not training.record.device_trials:
-        return f"No user has enough examples to try on, so {DEVICE_FACTOR:g} times stage 1's rate"
-    trials = (
-        "Simulated updates of the largest training users, first three quarters of their examples, measured "
-        "on the rest; these users were part of stage 1, so the losses are optimistic and only rank the rates"
+    trials = training.record.device_trials
+    if not trials:
+        return "No user has enough examples to try on, so it is stage 1's rate"
+    users, held_out = int(trials[0]["users"]), training.corpus.held_out_histories
+    note = (
+        "Simulated updates of the users with the longest histories, first three quarters of their examples, "
+        f"measured on the rest; {min(users, held_out)} of {users} were not part of stage 1. "
+        "The lowest rate that gains nine tenths of what the best does"
     )
-    if telling(training.record.device_trials):
-        return trials
-    return (
-        f"{trials}. None gained 1 %, so they tell nothing, and it is {DEVICE_FACTOR:g} times stage 1's rate"
-    )
+    if telling(trials):
+        return note
+    return f"{note}, but not above stage 1's rate, since they gained too little to tell rates apart"
 
 
 def _libraries() -> dict[str, str]:
@@ -133,7 +139,8 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"examples{_spread(hyper['processes'])}, base in {hyper['dtype']}, {hyper['optimizer']}, "
         f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay, clipping "
         f"{hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's mean "
-        f"training loss {losses['train_last']:.4f}. {card['seconds']:.0f} s, "
+        f"training loss {losses['train_last']:.4f}. The shifts are those of step {losses['taken_at_step']}, "
+        f"where the validation loss was lowest{_ended(losses['stopped_early'])}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
         f"**Learning rate.** {card['trials_note']}.",
@@ -149,6 +156,10 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
 
 
 _LOSSES = {"base": "base model", "collective": "collective (φ₁)", "seed": "with the seed (φ₂∘φ₁)"}
+
+
+def _ended(early: bool) -> str:
+    return "; training ended early, since it no longer fell" if early else ""
 
 
 def _spread(processes: int) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ __all__ = ["Corpus", "Items", "find_data", "read_items", "tokenise"]
 TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
 _VALIDATION_SHARE, _VALIDATION_MIN, _VALIDATION_MAX = 0.05, 100, 300  # of all examples; examples
 _VALIDATION_CAP = 0.2  # of all examples, when there are few
+# Users whose update on a device is simulated, their latest examples, and how many make an update.
+_TRIAL_USERS, _TRIAL_MOST, _TRIAL_LEAST = 8, 64, 12
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Items:
     kind: str  # "jsonl", "profile" or "query"
     users: Mapping[str, list[dict[str, str]]]
     dropped_empty: int  # items of the file with an empty field
+    profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)  # where queries are trained on
+
+    def history(self, user: str) -> list[dict[str, str]]:
+        """What a device of this user would hold: the profile, unless what is trained on is longer."""
+        return max(self.users[user], self.profiles.get(user, []), key=len)
 
     def first_users(self, count: int, seed: int) -> Items:
         """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
@@ -50,7 +57,11 @@ class Items:
             )
         names = sorted(self.users)
         chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-        return replace(self, users={name: items for name, items in self.users.items() if name in chosen})
+        return replace(
+            self,
+            users={name: items for name, items in self.users.items() if name in chosen},
+            profiles={name: items for name, items in self.profiles.items() if name in chosen},
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ class Corpus:
     train: Mapping[str, list[Pair]]
     validation: list[Pair]
     validation_users: int
+    histories: Mapping[str, list[Pair]]  # of users to try device updates on, oldest first
+    held_out_histories: int  # of those users, how many are not trained on; they come first
     dropped_empty: int
     dropped_long: int
     token_cap: int
@@ -73,7 +86,8 @@ class Corpus:
     def digest(self) -> str:
         """sha-256 over all token ids and the split, hex: changes when data or tokenizer do."""
         h = hashlib.sha256()
-        for name, pairs in [*self.train.items(), ("validation", self.validation)]:
+        parts = [*self.train.items(), ("validation", self.validation), *self.histories.items()]
+        for name, pairs in parts:
             h.update(f"{name!r}:{len(pairs)}".encode())
             h.update(json.dumps(pairs).encode())
         return h.hexdigest()
@@ -128,7 +142,10 @@ def _read_users(path: Path, task: Task) -> Items:
     found = read_users(path, task)
     kind, entries = found.to_train_on()
     users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}
-    return Items(found.source, kind, users, found.dropped_empty)
+    profiles = {}
+    if kind == "query":
+        profiles = {user.user_id: [dict(e.item) for e in user.profile[-_TRIAL_MOST:]] for user in found.users}
+    return Items(found.source, kind, users, found.dropped_empty, profiles)
 
 
 def _read_lines(path: Path, task: Task) -> Items:
@@ -165,16 +182,10 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
     users: dict[str, list[Pair]] = {}
     dropped = 0
     for user, entries in items.users.items():
-        for item in entries:
-            example = task.example(item)
-            prompt = (
-                base.encode_chat([("user", example.prompt)]) if task.chat else base.encode(example.prompt)
-            )
-            target = base.encode_target(example.target)
-            if len(prompt) + len(target) > cap:
-                dropped += 1
-            else:
-                users.setdefault(user, []).append((prompt, target))
+        pairs = _pairs(entries, base, task, cap)
+        dropped += len(entries) - len(pairs)
+        if pairs:
+            users[user] = pairs
     if sum(map(len, users.values())) < 2:
         raise InvalidData(f"{items.source}: fewer than two examples fit {cap} tokens, nothing to train on")
     held_out = _validation_users(users, seed)
@@ -185,11 +196,34 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
         (user, pairs), *_ = users.items()
         cut = len(pairs) - max(1, len(pairs) // 10)
         train, validation = {user: pairs[:cut]}, pairs[cut:]
+    histories = {
+        user: _pairs(items.history(user)[-_TRIAL_MOST:], base, task, cap)
+        for user in _trial_users(items, set(users), held_out)
+    }
     return Corpus(
         source=items.source, kind=items.kind, train=train, validation=validation,
-        validation_users=len(held_out), dropped_empty=items.dropped_empty, dropped_long=dropped,
-        token_cap=cap,
+        validation_users=len(held_out), histories=histories,
+        held_out_histories=len(held_out & set(histories)), dropped_empty=items.dropped_empty,
+        dropped_long=dropped, token_cap=cap,
     )  # fmt: skip
+
+
+def _pairs(items: Sequence[Mapping[str, str]], base: BaseModel, task: Task, cap: int) -> list[Pair]:
+    """Those that fit `cap` tokens, in order."""
+    pairs = []
+    for item in items:
+        example = task.example(item)
+        prompt = base.encode_chat([("user", example.prompt)]) if task.chat else base.encode(example.prompt)
+        target = base.encode_target(example.target)
+        if len(prompt) + len(target) <= cap:
+            pairs.append((prompt, target))
+    return pairs
+
+
+def _trial_users(items: Items, users: set[str], held_out: set[str]) -> list[str]:
+    """Users with enough of a history: those not trained on first, the longest histories first."""
+    long = [user for user in users if len(items.history(user)) >= _TRIAL_LEAST]
+    return sorted(long, key=lambda u: (u not in held_out, -len(items.history(u)), u))[:_TRIAL_USERS]
 
 
 def _validation_users(users: Mapping[str, list[Pair]], seed: int) -> set[str]:

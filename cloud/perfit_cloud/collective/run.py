@@ -15,10 +15,12 @@ from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import from_torch
 from perfit_cloud.collective.training import FORWARD, Settings, Training
-from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_users, trial_steps
+from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
+from perfit_shared.positions import Positions
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import load_task, task_named
@@ -107,8 +109,14 @@ def _begin(
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.twin())  # hooks that the caller has on it would shift twice
-    settings = _settings(request, base, progress)
+    spec, mapping = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed)
+    prompts = [prompt for prompt, _ in corpus.examples()]
+    positions = processes.from_main(
+        lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
+    )
+    settings = _settings(request, replace(spec, positions=positions))
+    progress.say(f"{mapping}, {_shifted(positions)}, ranks {spec.collective_rank}/{spec.personal_rank}")
     _report(corpus, progress)
     processes.from_main(lambda: _make_out(request.out))
     return Training(
@@ -151,16 +159,20 @@ def _make_out(out: Path) -> None:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _settings(request: Request, base: BaseModel, progress: Progress) -> Settings:
+def _spec(request: Request, base: BaseModel) -> tuple[ShiftSpec, str]:
+    """The preset's with what the request overrides, and in words how its layers were chosen."""
     preset = preset_for(request.preset or request.task)
-    spec = preset.spec(blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers)
-    changes = {
-        "positions": request.positions,
-        "collective_rank": request.collective_rank,
-        "personal_rank": request.personal_rank,
-    }
-    spec = replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    progress.say(_mapping(spec, preset.paper_layers, blocks=base.blocks, given=request.layers is not None))
+    spec = preset.spec(
+        blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers, positions=request.positions,
+        collective_rank=request.collective_rank, personal_rank=request.personal_rank,
+    )  # fmt: skip
+    paper = ";".join(map(str, preset.paper_layers))
+    origin = f"from {paper} of 32" if request.layers is None else "as given"
+    return spec, f"layers {';'.join(map(str, spec.layers))} of {base.blocks} ({origin})"
+
+
+def _settings(request: Request, spec: ShiftSpec) -> Settings:
+    preset = preset_for(request.preset or request.task)
     return Settings(
         spec=spec,
         epochs=_or(request.epochs, preset.collective_epochs),
@@ -178,13 +190,12 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _mapping(spec: ShiftSpec, paper: tuple[int, ...], *, blocks: int, given: bool) -> str:
-    chosen = ";".join(map(str, spec.layers))
-    origin = "as given" if given else f"from {';'.join(map(str, paper))} of 32"
-    return (
-        f"layers {chosen} of {blocks} ({origin}), positions {spec.positions}, "
-        f"ranks {spec.collective_rank}/{spec.personal_rank}"
-    )
+def _shifted(positions: str) -> str:
+    skipped = Positions.parse(positions).skipped
+    tokens = "the first token, an attention sink, stays" if skipped == 1 else (
+        f"the first {skipped} tokens, attention sinks, stay"
+    )  # fmt: skip
+    return f"positions {positions}" + (f" ({tokens} as it is)" if skipped else "")
 
 
 def _report(corpus: Corpus, progress: Progress) -> None:
@@ -199,12 +210,13 @@ def _report(corpus: Corpus, progress: Progress) -> None:
 def _plan_work(training: Training, progress: Progress) -> None:
     """Add up the units of all phases, so that the remaining time counts what is still to come."""
     settings, validation = training.settings, FORWARD * len(training.corpus.validation)
-    units = len(training.examples) * settings.epochs + validation * (settings.epochs + 4)
+    units = len(training.examples) * settings.epochs + validation * (
+        settings.epochs * training.checks_an_epoch + 4
+    )
     if training.keeps:
         units += training.lower_cost * (len(training.examples) + len(training.corpus.validation))
     if settings.learning_rate is None and not training.record.learning_rate:
-        units += 4 * (trial_steps(training) * settings.batch_size + validation)
+        units += trial_work(training)
     if settings.device_learning_rate is None:
-        examples = sum(len(pairs) * 3 // 4 for pairs in device_users(training))
-        units += 3 * examples * settings.device_epochs
+        units += device_work(training)
     progress.total = units

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ __all__ = ["FORWARD", "Settings", "Training"]
 
 FORWARD = 0.4  # cost of a forward pass alone, in units of one forward and backward
 _CHECKPOINT_SECONDS = 60.0
+_CHECK_SHARE = 0.15  # of an epoch's work, most that validating within it may add
+_LEAST_CHECKS, _MOST_CHECKS = 2, 8  # of an epoch
+_PATIENCE = 3  # checks without a lower validation loss that end the training
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,11 @@ class Training:
         self._arguments = _arguments(base, corpus, task, settings)
         self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
         self.steps = self.steps_an_epoch * settings.epochs
+        self._check_steps = self._checks()
         self._planned, self._plan = -1, [[0]]  # epoch, its batches
         self.record = Record()
         self.collective, self.personal, self._optimizer = self.fresh()
+        self._best = self._copy()
         self._since = self._saved = time.monotonic()
         self._resume()
 
@@ -157,11 +162,15 @@ class Training:
         return loss
 
     def train(self) -> None:
-        """All steps that are left, at `record.learning_rate`. Raises Cancelled when asked to stop."""
+        """All steps that are left, at `record.learning_rate`; ends with the shifts that validate best.
+
+        Those are the untouched model's (the identity) where no step made it better. It ends early when
+        the validation loss no longer falls. Raises Cancelled when asked to stop.
+        """
         record = self.record
         if not record.validation:
-            record.validation.append((0, self.validation_loss()))
-        while record.step < self.steps:
+            self._check()
+        while record.step < self.steps and not record.stopped:
             pairs = self.batch(record.step)
             began = time.monotonic()
             loss = self.losses.step(
@@ -175,9 +184,50 @@ class Training:
             record.step += 1
             record.train.append(loss)
             self.progress.advance(len(pairs), self._line())
-            if record.step % self.steps_an_epoch == 0:
-                self._end_epoch()
+            if record.step % self.steps_an_epoch in self._check_steps:
+                self._check()
+                self.save()
             self.pause()
+        self._take_best()
+
+    @property
+    def checks_an_epoch(self) -> int:
+        """How often the validation loss is measured."""
+        return len(self._check_steps)
+
+    def _checks(self) -> set[int]:
+        """Steps of an epoch, modulo its length, after which the validation loss is measured."""
+        room = _CHECK_SHARE * len(self.examples) / (FORWARD * len(self.corpus.validation))
+        count = min(max(round(room), _LEAST_CHECKS), _MOST_CHECKS, self.steps_an_epoch)
+        return {round(k * self.steps_an_epoch / count) % self.steps_an_epoch for k in range(1, count + 1)}
+
+    def start_loss(self) -> float:
+        """The validation loss of the untouched model, which the shifts start as; measured once."""
+        if not self.record.validation:
+            self._check()
+        return self.record.validation[0][1]
+
+    def _check(self) -> None:
+        """Measure the validation loss; keep these shifts if it is the lowest, or see that none will be."""
+        record = self.record
+        loss = self.validation_loss()
+        # A loss that is no number is worse than any.
+        record.validation.append((record.step, loss if math.isfinite(loss) else math.inf))
+        if record.best_step == record.step:
+            self._best = self._copy()
+        since = [step for step, _ in record.validation if step > record.best_step]
+        record.stopped = len(since) >= _PATIENCE and record.step < self.steps
+        if record.step:
+            self.progress.say(f"step {record.step} of {self.steps}: validation loss {loss:.4f}")
+
+    def _take_best(self) -> None:
+        record = self.record
+        if record.best_step < record.step:
+            early = f", and {_PATIENCE} checks without a lower one ended the training" * record.stopped
+            self.progress.say(
+                f"the lowest validation loss was at step {record.best_step}{early}; it is taken"
+            )
+        self._put(self._best)
 
     def _line(self) -> str:
         record = self.record
@@ -186,19 +236,20 @@ class Training:
         loss = sum(recent) / len(recent)
         return f"step {record.step}/{self.steps}  loss {loss:.3f}  {pace:.2f} steps/s"
 
-    def _end_epoch(self) -> None:
-        loss = self.validation_loss()
-        self.record.validation.append((self.record.step, loss))
-        epoch = self.record.step // self.steps_an_epoch
-        self.progress.say(f"epoch {epoch} of {self.settings.epochs}: validation loss {loss:.4f}")
-        self.save()
-
     # -- keeping -------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
         """All tensors of both shifts, in a fixed order."""
         shifts = (self.collective, self.personal)
         return [tensor for shift in shifts for layer in sorted(shift) for tensor in shift[layer]]
+
+    def _copy(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.tensors()]
+
+    @torch.no_grad()
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for own, new in zip(self.tensors(), tensors, strict=True):
+            own.copy_(new)
 
     def save(self) -> None:
         """Write the checkpoint; only the main process does."""
@@ -207,7 +258,7 @@ class Training:
         self._since = self._saved = now
         if not self.processes.main:
             return
-        snapshot = Snapshot(self.record, self.tensors(), self._optimizer.state())
+        snapshot = Snapshot(self.record, self.tensors(), self._optimizer.state(), self._best)
         checkpoint.save(self._out, self._arguments, snapshot)
 
     def pause(self) -> None:
@@ -227,9 +278,9 @@ class Training:
         if snapshot is None:
             return
         self.record = snapshot.record
-        with torch.no_grad():
-            for own, saved in zip(self.tensors(), snapshot.tensors, strict=True):
-                own.copy_(saved)
+        self._put(snapshot.best)
+        self._best = self._copy()  # on this device
+        self._put(snapshot.tensors)
         self._optimizer.load(snapshot.optimizer)
         self.progress.skip(self.record.step * self.settings.batch_size)
         self.progress.say(f"going on after step {self.record.step} of {self.steps}")

@@ -68,7 +68,7 @@ def run_lamp(
     people = read_people(request.data, task, base, users=request.users)
     say = Progress(0).say
     say(_described(people))
-    artefact, seconds = artefact_for(request, task, base, stop)
+    artefact, seconds = artefact_for(request, task, base, people, stop)
     run = _Run(
         request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
     )
