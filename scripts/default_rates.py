@@ -72,9 +72,9 @@ def _small_copy(args: argparse.Namespace, out: Path) -> None:
 
 
 def _row(positions: str, out: Path) -> str:
-    modes = json.loads((out / "summary.json").read_text("utf-8"))["modes"]
+    loss = json.loads((out / "summary.json").read_text("utf-8"))["loss"]
     hyper = json.loads((out / "artefact" / "artefact.json").read_text("utf-8"))["card"]["hyper_parameters"]
-    losses = [f"{mode} {modes[mode]['loss']['mean']:.3f}" for mode in modes]
+    losses = [f"{mode} {value:.3f}" for mode, value in loss.items()]
     rates = f"rates {hyper['learning_rate']:g} and {hyper['device_learning_rate']:g}"
     return f"{positions} ({hyper['positions']}), {rates}: {', '.join(losses)}"
 

@@ -24,17 +24,17 @@ def make_card(
     training: Training, *, preset: str, device_rate: float, losses: Mapping[str, float]
 ) -> dict[str, Any]:
     """The card, plain JSON values without a path. `losses`: validation loss of base, collective, seed."""
-    record, settings = training.record, training.settings
+    record, settings, privacy = training.record, training.settings, training.privacy
     last = record.train[-training.steps_an_epoch :]
     seconds = record.step_seconds or math.inf
     card = {
         "model": training.base.name,
-        "data": training.corpus.summary(),
+        "data": training.corpus.summary() if privacy is None else training.corpus.private_summary(),
         "hyper_parameters": {
             "preset": preset, **settings.spec.to_json(), "blocks": training.base.blocks,
             "epochs": settings.epochs, "steps": record.step, "batch_size": settings.batch_size,
             "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
-            "gradient_clipping": CLIP, "weight_decay": 0, "seed": settings.seed,
+            "gradient_clipping": CLIP if privacy is None else None, "weight_decay": 0, "seed": settings.seed,
             "dtype": str(training.base.model.dtype).removeprefix("torch."),
             "processes": training.processes.count, "accumulate": settings.accumulate,
             "gradient_checkpointing": settings.gradient_checkpointing,
@@ -53,13 +53,14 @@ def make_card(
             "validation_curve": record.validation,
             "taken_at_step": record.best_step,
             "stopped_early": record.stopped,
-            "train_last": sum(last) / len(last),
+            "train_last": sum(last) / len(last) if last else None,
             "note": "collective is φ₁ alone, seed is φ₂∘φ₁: both were trained together",
         },
         "seconds": round(record.seconds, 1),
         "speed": {
             "steps_per_second": record.step / seconds, "tokens_per_second": record.tokens / seconds,
         },
+        "privacy": {"note": _privacy_note(training), "mechanism": privacy and privacy.to_json()},
         "libraries": _libraries(),
     }  # fmt: skip
     return dict(_plain(card))
@@ -67,6 +68,28 @@ def make_card(
 
 def _parameters(spec: ShiftSpec, rank: int) -> int:
     return len(spec.layers) * rank * (2 * spec.hidden_size + 1)
+
+
+def _privacy_note(training: Training) -> str:
+    """Who can hold φ₁, and what it may tell of whom it was learned from."""
+    holders = (
+        "Every enrolled device can recover φ₁ from gradient calls (1,200 of them, relative error 2e-5), so "
+        "it is as good as published to all members"
+    )
+    privacy = training.privacy
+    if privacy is None:
+        return (
+            f"{holders}. It was trained without differential privacy: it may tell who holds it something of "
+            "any person it was learned from"
+        )
+    return (
+        f"{holders}. φ₁ and the seed were trained with differential privacy by person: epsilon "
+        f"{privacy.epsilon:g}, delta {privacy.delta:.2g} for one of {privacy.people:,} people more or less. "
+        f"A person's gradient was clipped to norm {privacy.clip_norm:g}, people were drawn by Poisson "
+        f"sampling at rate {privacy.sampling_rate:.4g}, {privacy.steps:,} steps had noise of "
+        f"{privacy.noise_multiplier:.4g} clip norms, R stayed as drawn at random. Validation examples are "
+        "public; the number of people and the time it took are told besides"
+    )
 
 
 def _trials_note(training: Training) -> str:
@@ -129,17 +152,14 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         "",
         "![losses](loss.png)",
         "",
-        f"**Data.** {data['source']} ({data['rows']}): {data['examples']:,} examples of {data['users']:,} "
-        f"users, {data['mean_prompt_tokens']} + {data['mean_target_tokens']} tokens on average; left out: "
-        f"{data['dropped']['empty_field']} with an empty field, {data['dropped']['too_long']} longer than "
-        f"{data['token_cap']} tokens. Validation: {data['validation_examples']} examples "
-        f"{_validation_of(data['validation_users'])}.",
+        f"**Data.** {data['source']} ({data['rows']}): {_told(data)}. Validation: "
+        f"{data['validation_examples']} examples {_validation_of(data['validation_users'])}.",
         "",
-        f"**Training.** {hyper['epochs']} epochs, {hyper['steps']:,} steps of {hyper['batch_size']} "
-        f"examples{_spread(hyper['processes'])}, base in {hyper['dtype']}, {hyper['optimizer']}, "
-        f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay, clipping "
-        f"{hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's mean "
-        f"training loss {losses['train_last']:.4f}. The shifts are those of step {losses['taken_at_step']}, "
+        f"**Training.** {hyper['epochs']} epochs, {hyper['steps']:,} steps{_batches(card)}, "
+        f"base in {hyper['dtype']}, {hyper['optimizer']}, "
+        f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay"
+        f"{_clipped(hyper['gradient_clipping'])}, no weight decay, seed {hyper['seed']}"
+        f"{_train_loss(losses['train_last'])}. The shifts are those of step {losses['taken_at_step']}, "
         f"where the validation loss was lowest{_ended(losses['stopped_early'])}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
@@ -149,6 +169,8 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"**Learning rate for devices: {hyper['device_learning_rate']:g}**, {hyper['device_epochs']} epochs. "
         f"{card['device_trials_note']}.",
         *_table(card["device_trials"], ("learning_rate", "before", "after", "users")),
+        "",
+        f"**Privacy.** {card['privacy']['note']}.",
         "",
         "**Libraries.** " + ", ".join(f"{k} {v}" for k, v in card["libraries"].items()) + ".",
     ]
@@ -162,8 +184,31 @@ def _ended(early: bool) -> str:
     return "; training ended early, since it no longer fell" if early else ""
 
 
-def _spread(processes: int) -> str:
-    return f" over {processes} processes" if processes > 1 else ""
+def _told(data: Mapping[str, Any]) -> str:
+    """Of data that were trained on privately, only how many people there were."""
+    if "examples" not in data:
+        return f"{data['users']:,} people"
+    return (
+        f"{data['examples']:,} examples of {data['users']:,} users, {data['mean_prompt_tokens']} + "
+        f"{data['mean_target_tokens']} tokens on average; left out: {data['dropped']['empty_field']} with an "
+        f"empty field, {data['dropped']['too_long']} longer than {data['token_cap']} tokens"
+    )
+
+
+def _batches(card: Mapping[str, Any]) -> str:
+    hyper = card["hyper_parameters"]
+    if card["privacy"]["mechanism"] is not None:
+        return ""  # told under privacy
+    spread = f" over {hyper['processes']} processes" if hyper["processes"] > 1 else ""
+    return f" of {hyper['batch_size']} examples{spread}"
+
+
+def _clipped(norm: float | None) -> str:
+    return "" if norm is None else f", clipping {norm}"
+
+
+def _train_loss(loss: float | None) -> str:
+    return "" if loss is None else f"; last epoch's mean training loss {loss:.4f}"
 
 
 def _validation_of(users: int) -> str:
@@ -191,16 +236,13 @@ def draw_losses(path: Path, training: Training, *, base: float) -> None:
 
     record = training.record
     losses = np.array(record.train)
-    window = max(1, min(50, len(losses) // 10))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.25, linewidth=0.7)
-    axes.plot(
-        np.arange(window, len(losses) + 1),
-        smooth,
-        color="tab:blue",
-        label=f"training, mean of {window} steps",
-    )
+    if len(losses):  # none is kept of private data
+        window = max(1, min(50, len(losses) // 10))
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        steps = np.arange(1, len(losses) + 1)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window} steps")
     axes.plot(*zip(*record.validation, strict=True), "o-", color="tab:orange", label="validation, φ₂∘φ₁")
     axes.axhline(base, color="gray", linestyle=":", label="validation, base model")
     axes.set_xlabel("step")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ class Corpus:
             h.update(f"{name!r}:{len(pairs)}".encode())
             h.update(json.dumps(pairs).encode())
         return h.hexdigest()
+
+    def private_summary(self) -> dict[str, Any]:
+        """What the card may tell of data that nobody else may learn of: how many people there are."""
+        return {
+            "source": self.source, "rows": self.kind, "users": len(self.train), "token_cap": self.token_cap,
+            "validation_users": self.validation_users, "validation_examples": len(self.validation),
+        }  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
         """Statistics for the card."""
@@ -173,21 +181,22 @@ def _read_lines(path: Path, task: Task) -> Items:
 # -- tokens ------------------------------------------------------------------------------------------
 
 
-def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
+_Encode = Callable[[Sequence[Mapping[str, str]]], list[Pair]]  # items as pairs, over-long ones left out
+
+
+def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: Items | None = None) -> Corpus:
     """Token pairs, over-long ones dropped and counted, split by user.
 
-    Raises InvalidData when fewer than two examples are left.
+    `others`: examples to validate on and to try updates on, so that all `items` are trained
+    on. Raises InvalidData when fewer than two examples are left.
     """
     cap = min(base.context, TOKEN_CAP)
-    users: dict[str, list[Pair]] = {}
-    dropped = 0
-    for user, entries in items.users.items():
-        pairs = _pairs(entries, base, task, cap)
-        dropped += len(entries) - len(pairs)
-        if pairs:
-            users[user] = pairs
+    encode = partial(_pairs, base=base, task=task, cap=cap)
+    users, dropped = _by_user(items, encode)
     if sum(map(len, users.values())) < 2:
         raise InvalidData(f"{items.source}: fewer than two examples fit {cap} tokens, nothing to train on")
+    if others is not None:
+        return _validated_on(others, items, users, encode, dropped=dropped, cap=cap)
     held_out = _validation_users(users, seed)
     if held_out:
         train = {user: pairs for user, pairs in users.items() if user not in held_out}
@@ -196,10 +205,7 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
         (user, pairs), *_ = users.items()
         cut = len(pairs) - max(1, len(pairs) // 10)
         train, validation = {user: pairs[:cut]}, pairs[cut:]
-    histories = {
-        user: _pairs(items.history(user)[-_TRIAL_MOST:], base, task, cap)
-        for user in _trial_users(items, set(users), held_out)
-    }
+    histories = _histories(items, set(users), held_out, encode)
     return Corpus(
         source=items.source, kind=items.kind, train=train, validation=validation,
         validation_users=len(held_out), histories=histories,
@@ -208,7 +214,41 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
     )  # fmt: skip
 
 
-def _pairs(items: Sequence[Mapping[str, str]], base: BaseModel, task: Task, cap: int) -> list[Pair]:
+def _validated_on(
+    others: Items, items: Items, users: dict[str, list[Pair]], encode: _Encode, *, dropped: int, cap: int
+) -> Corpus:
+    theirs, _ = _by_user(others, encode)
+    if not theirs:
+        raise InvalidData(f"{others.source}: no example fits {cap} tokens, nothing to validate on")
+    everything = [pair for pairs in theirs.values() for pair in pairs]
+    histories = _histories(others, set(theirs), set(theirs), encode)
+    return Corpus(
+        source=items.source, kind=items.kind, train=users,
+        validation=everything[:: -(-len(everything) // _VALIDATION_MAX)],  # of everybody alike
+        validation_users=len(theirs), histories=histories, held_out_histories=len(histories),
+        dropped_empty=items.dropped_empty, dropped_long=dropped, token_cap=cap,
+    )  # fmt: skip
+
+
+def _by_user(items: Items, encode: _Encode) -> tuple[dict[str, list[Pair]], int]:
+    """(pairs of users who have any, how many were too long)."""
+    users: dict[str, list[Pair]] = {}
+    dropped = 0
+    for user, entries in items.users.items():
+        pairs = encode(entries)
+        dropped += len(entries) - len(pairs)
+        if pairs:
+            users[user] = pairs
+    return users, dropped
+
+
+def _histories(items: Items, users: set[str], held_out: set[str], encode: _Encode) -> dict[str, list[Pair]]:
+    """Of those whose updates are tried."""
+    chosen = _trial_users(items, users, held_out)
+    return {user: encode(items.history(user)[-_TRIAL_MOST:]) for user in chosen}
+
+
+def _pairs(items: Sequence[Mapping[str, str]], *, base: BaseModel, task: Task, cap: int) -> list[Pair]:
     """Those that fit `cap` tokens, in order."""
     pairs = []
     for item in items:

@@ -11,6 +11,7 @@ import torch
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.card import draw_losses, make_card, write_card
 from perfit_cloud.collective.data import Corpus, find_data, read_items, tokenise
+from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import from_torch
@@ -47,6 +48,8 @@ class Request:
     accumulate: int = 1  # micro-batches that a process splits its share of a batch into
     gradient_checkpointing: bool = False
     users: int | None = None  # train on so many, drawn by the seed; all
+    validation: Path | None = None  # examples of others to validate on; a slice of the data's users
+    budget: Budget | None = None  # of differential privacy by person; it needs `validation`
     device_epochs: int | None = None
     device_learning_rate: float | None = None
     seed: int = 0
@@ -101,6 +104,11 @@ def _begin(
     file = find_data(request.data)
     task = load_task(file.parent, request.task)
     items = read_items(file, task)
+    validation = None if request.validation is None else read_items(request.validation, task)
+    if request.budget is not None and validation is None:
+        raise InvalidInput(
+            "what is validated on is told outside the privacy budget; give public examples with --validation"
+        )
     if request.users is not None:
         items = items.first_users(request.users, request.seed)
     if base is None:
@@ -110,8 +118,9 @@ def _begin(
     else:
         base = replace(base, model=base.twin())  # hooks that the caller has on it would shift twice
     spec, mapping = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
-    corpus = tokenise(items, base=base, task=task, seed=request.seed)
-    prompts = [prompt for prompt, _ in corpus.examples()]
+    corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
+    # Where the sinks are is told as well, so private prompts do not decide it.
+    prompts = [prompt for prompt, _ in corpus.validation]
     positions = processes.from_main(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
     )
@@ -119,9 +128,16 @@ def _begin(
     progress.say(f"{mapping}, {_shifted(positions)}, ranks {spec.collective_rank}/{spec.personal_rank}")
     _report(corpus, progress)
     processes.from_main(lambda: _make_out(request.out))
-    return Training(
+    training = Training(
         base, corpus, task, settings, out=request.out, progress=progress, processes=processes, stop=stop
     )
+    if (privacy := training.privacy) is not None:
+        progress.say(
+            f"private by person: epsilon {privacy.epsilon:g}, delta {privacy.delta:.2g}, "
+            f"{privacy.people} people, {privacy.steps} steps of {privacy.expected:.0f} expected, "
+            f"noise {privacy.noise_multiplier:.3g} times the clip norm {privacy.clip_norm:g}"
+        )
+    return training
 
 
 def _artefact(
@@ -183,6 +199,7 @@ def _settings(request: Request, spec: ShiftSpec) -> Settings:
         seed=request.seed,
         accumulate=request.accumulate,
         gradient_checkpointing=request.gradient_checkpointing,
+        budget=request.budget,
     )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from perfit_cloud.collective.checkpoint import Record, Snapshot
 from perfit_cloud.collective.data import Corpus
 from perfit_cloud.collective.frozen import FrozenBase, checkpointed
 from perfit_cloud.collective.optimizer import StiefelAdam
+from perfit_cloud.collective.privacy import Budget, Privacy, PrivateSteps
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import Losses, batches, rate_at, trainable
@@ -57,6 +58,7 @@ class Settings:
     seed: int = 0
     accumulate: int = 1  # micro-batches that a process splits its share of a batch into
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    budget: Budget | None = None  # of differential privacy by person; None: there is none
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "device_epochs", "accumulate"):
@@ -69,6 +71,10 @@ class Settings:
         for rate in (self.learning_rate, self.device_learning_rate):
             if rate is not None and not 0 < rate < 1:
                 raise InvalidInput("a learning rate should lie between 0 and 1")
+        if self.budget is not None and self.learning_rate is None:
+            raise InvalidInput("trying learning rates on private data would cost privacy; give --lr")
+        if self.budget is not None and self.accumulate > 1:
+            raise InvalidInput("private training takes people one by one; leave out --accumulate")
 
 
 class Training:
@@ -93,8 +99,12 @@ class Training:
         self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
         self.progress, self._stop, self._out = progress, stop, out
         self._arguments = _arguments(base, corpus, task, settings)
+        self.privacy: Privacy | None = None
+        self._private: PrivateSteps | None = None
         self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
         self.steps = self.steps_an_epoch * settings.epochs
+        if settings.budget is not None:
+            self._be_private(settings.budget)
         self._check_steps = self._checks()
         self._planned, self._plan = -1, [[0]]  # epoch, its batches
         self.record = Record()
@@ -103,11 +113,24 @@ class Training:
         self._since = self._saved = time.monotonic()
         self._resume()
 
+    def _be_private(self, budget: Budget) -> None:
+        if self.processes.count > 1:
+            raise InvalidInput("private training runs in one process; leave out the launcher")
+        self.privacy = budget.privacy(people=len(self.corpus.train), epochs=self.settings.epochs)
+        self._private = PrivateSteps(self.losses, self.corpus.train, self.privacy)
+        self.steps = self.privacy.steps
+        self.steps_an_epoch = self.steps // self.settings.epochs
+
     def fresh(self) -> tuple[dict[int, Phi], dict[int, Phi], StiefelAdam]:
         """(φ₁, φ₂, optimizer over both), φ exactly the identity; the same on every call."""
         spec, seed, device = self.settings.spec, self.settings.seed, self.base.device
-        collective = trainable(ShiftTensors.identity(spec, spec.collective_rank, 2 * seed), device)
-        personal = trainable(ShiftTensors.identity(spec, spec.personal_rank, 2 * seed + 1), device)
+        moves = self.privacy is None  # fewer numbers need less noise
+        collective = trainable(
+            ShiftTensors.identity(spec, spec.collective_rank, 2 * seed), device, rotations=moves
+        )
+        personal = trainable(
+            ShiftTensors.identity(spec, spec.personal_rank, 2 * seed + 1), device, rotations=moves
+        )
         return collective, personal, StiefelAdam([collective, personal])
 
     @contextlib.contextmanager
@@ -171,24 +194,33 @@ class Training:
         if not record.validation:
             self._check()
         while record.step < self.steps and not record.stopped:
-            pairs = self.batch(record.step)
             began = time.monotonic()
-            loss = self.losses.step(
-                pairs, collective=self.collective, personal=self.personal, optimizer=self._optimizer,
-                rate=rate_at(record.step, self.steps, record.learning_rate),
-            )  # fmt: skip
-            if not math.isfinite(loss):
-                raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")
+            examples = self._step(rate_at(record.step, self.steps, record.learning_rate))
             record.step_seconds += time.monotonic() - began
-            record.tokens += sum(len(prompt) + len(target) for prompt, target in pairs)
             record.step += 1
-            record.train.append(loss)
-            self.progress.advance(len(pairs), self._line())
+            self.progress.advance(examples, self._line())
             if record.step % self.steps_an_epoch in self._check_steps:
                 self._check()
                 self.save()
             self.pause()
         self._take_best()
+
+    def _step(self, rate: float) -> int:
+        """One step; returns how many examples it took."""
+        record, collective, personal = self.record, self.collective, self.personal
+        if self._private is not None:  # keeps nothing of what it saw: no loss, no tokens
+            return self._private.step(
+                collective=collective, personal=personal, optimizer=self._optimizer, rate=rate
+            )
+        pairs = self.batch(record.step)
+        loss = self.losses.step(
+            pairs, collective=collective, personal=personal, optimizer=self._optimizer, rate=rate
+        )
+        if not math.isfinite(loss):
+            raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")
+        record.tokens += sum(len(prompt) + len(target) for prompt, target in pairs)
+        record.train.append(loss)
+        return len(pairs)
 
     @property
     def checks_an_epoch(self) -> int:
@@ -233,8 +265,8 @@ class Training:
         record = self.record
         recent = record.train[-20:]
         pace = record.step / record.step_seconds if record.step_seconds else 0.0
-        loss = sum(recent) / len(recent)
-        return f"step {record.step}/{self.steps}  loss {loss:.3f}  {pace:.2f} steps/s"
+        loss = f"  loss {sum(recent) / len(recent):.3f}" if recent else ""
+        return f"step {record.step}/{self.steps}{loss}  {pace:.2f} steps/s"
 
     # -- keeping -------------------------------------------------------------------------------
 
@@ -303,4 +335,5 @@ def _arguments(base: BaseModel, corpus: Corpus, task: Task, settings: Settings) 
         "device epochs": settings.device_epochs,
         "device learning rate": settings.device_learning_rate,
         "seed": settings.seed,
+        "privacy": None if settings.budget is None else asdict(settings.budget),
     }
