@@ -195,7 +195,7 @@ def test_a_private_run_tells_its_account_and_nothing_of_its_data(make_request: A
     assert card["speed"]["tokens_per_second"] == 0
     text = (request.out / "CARD.md").read_text("utf-8")
     assert "differential privacy by person: epsilon 8, delta 0.0033" in text
-    assert "recover φ₁ from gradient calls" in text
+    assert "Every enrolled device can recover φ₁" in text
     # R is as drawn from the public seed; W and b moved.
     start = ShiftTensors.identity(artefact.spec, 1, 0).layers[1]
     end = artefact.collective.layers[1]

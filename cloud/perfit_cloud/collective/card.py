@@ -73,8 +73,8 @@ def _parameters(spec: ShiftSpec, rank: int) -> int:
 def _privacy_note(training: Training) -> str:
     """Who can hold φ₁, and what it may tell of whom it was learned from."""
     holders = (
-        "Every enrolled device can recover φ₁ from gradient calls (1,200 of them, relative error 2e-5), so "
-        "it is as good as published to all members"
+        "Every enrolled device can recover φ₁ from about as many gradient calls as a hidden state has "
+        "numbers, so it is as good as published to all members"
     )
     privacy = training.privacy
     if privacy is None:
