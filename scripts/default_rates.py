@@ -48,7 +48,8 @@ def main() -> None:
 
 
 def _small_copy(args: argparse.Namespace, out: Path) -> None:
-    task = json.loads((args.data / "task.json").read_text("utf-8")) | {"task": _TASK}
+    # Losses are what is read here; answers of a few tokens cost little.
+    task = json.loads((args.data / "task.json").read_text("utf-8")) | {"task": _TASK, "answer_tokens": 2}
     field = task["template"].partition("{")[2].partition("}")[0]
     others = json.loads((args.data / _COLLECTIVE).read_text("utf-8"))
     people = json.loads((args.data / _TEST).read_text("utf-8"))[: args.users]

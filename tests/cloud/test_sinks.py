@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from perfit_cloud.model.base import BaseModel, block_list
 from perfit_cloud.model.sinks import leading_sinks, past_sinks
+from perfit_shared.errors import InvalidInput
 
 PROMPTS = [list(range(3, 3 + length)) for length in (12, 15, 30, 18)]
 
@@ -68,3 +70,25 @@ def test_positions_pass_the_sink_unless_they_say_themselves(own: BaseModel) -> N
     assert past_sinks("l7", own, PROMPTS, 1) == "l7"
     assert past_sinks("s0+f7+l7", own, PROMPTS, 1) == "f7+l7"
     assert past_sinks("s2+f7", own, PROMPTS, 1) == "s2+f7"
+
+
+def test_what_is_asked_fits_an_artefact_that_leaves_sinks_out(
+    base: BaseModel, make_artefact: Any, tmp_path: Path
+) -> None:
+    from perfit_cloud.evaluation.people import People
+    from perfit_cloud.evaluation.request import Request
+    from perfit_cloud.evaluation.stage1 import artefact_for
+
+    made = make_artefact(base, positions="s1+f2+l3", layers=(1, 2))
+    made.save(tmp_path)
+    nobody = People((), 0, 0, 0, 0, ())
+
+    def found(positions: str | None) -> str:
+        request = Request("news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions)
+        return artefact_for(request, made.task, base, nobody, lambda: False)[0].spec.positions
+
+    for asked in (None, "f2+l3", "s1+f2+l3"):  # the model decides, unless the request says
+        assert found(asked) == "s1+f2+l3"
+    for other in ("s0+f2+l3", "f3+l3", "l3"):
+        with pytest.raises(InvalidInput, match="other positions"):
+            found(other)

@@ -69,6 +69,12 @@ def test_positions_that_are_none(text: str) -> None:
 
 
 def test_no_skipped_token_is_written_as_before() -> None:
+    # But where a model's sinks would be left out, it can be said that they are not to be.
+    assert [Positions.parse(text).explicit() for text in ("f7+l7", "s1+f7", "l7")] == [
+        "s0+f7+l7",
+        "s1+f7",
+        "l7",
+    ]
     assert str(Positions.parse("s0+f7+l7")) == "f7+l7"
     assert Positions.parse("s0+f7+l7") == Positions.parse("f7+l7") == Positions(7, 7)
 
