@@ -150,7 +150,7 @@ def family(request: pytest.FixtureRequest, load: Any, make_artefact: Any) -> Any
     base = load(request.param)
     artefacts = {
         "news_headline": make_artefact(base),
-        "chat": make_artefact(base, "chat", positions="l4", layers=(0, 2, 3), seed=9, ranks=(4, 5)),
+        "chat": make_artefact(base, "chat", positions="s1+f1+l4", layers=(0, 2, 3), seed=9, ranks=(4, 5)),
     }
     engine = engine_for(base, artefacts, TINY_CACHE)
     engine.start()

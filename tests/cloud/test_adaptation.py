@@ -20,7 +20,14 @@ from perfit_shared.shifts import LayerShift, ShiftTensors
 
 PLENTY = 2**30
 # (layers, positions): first and last tokens or the last alone, one layer or several, the very last block.
-SPECS = [((1, 2), "f3+l3"), ((0, 2, 3), "l4"), ((3,), "f7+l7"), ((1,), "l3"), ((2,), "f2")]
+SPECS = [
+    ((1, 2), "f3+l3"),
+    ((0, 2, 3), "l4"),
+    ((3,), "f7+l7"),
+    ((1,), "l3"),
+    ((2,), "f2"),
+    ((1, 2), "s1+f3+l3"),
+]
 Pairs = list[tuple[list[int], list[int]]]
 
 

@@ -87,19 +87,23 @@ def test_training_lowers_the_loss_and_writes_everything(
     losses = card["losses"]["validation"]
     assert losses["seed"] < 0.8 * losses["base"]
     assert losses["collective"] != losses["base"]
-    assert losses["seed"] == pytest.approx(card["losses"]["validation_curve"][-1][1], rel=1e-4)
-    assert len(card["trials"]) >= 3
-    assert (
-        card["hyper_parameters"]["learning_rate"]
-        == min(card["trials"], key=lambda trial: trial["validation_loss"])["learning_rate"]
+    # What is taken validated best; the point is measured again at the end.
+    assert losses["seed"] == pytest.approx(
+        min(loss for _, loss in card["losses"]["validation_curve"]), rel=1e-4
     )
-    assert len(card["device_trials"]) >= 3
+    start = card["losses"]["validation_curve"][0][1]
+    assert start == pytest.approx(losses["base"], rel=1e-4)
+    gains = {trial["learning_rate"]: start - trial["validation_loss"] for trial in card["trials"]}
+    assert len(gains) >= 5
+    assert card["hyper_parameters"]["learning_rate"] == min(
+        rate for rate, gain in gains.items() if gain >= 0.9 * max(gains.values())
+    )
+    assert len(card["device_trials"]) >= 4
     rates = {trial["learning_rate"] for trial in card["device_trials"]}
-    fallback = trials.DEVICE_FACTOR * card["hyper_parameters"]["learning_rate"]
     if trials.telling(card["device_trials"]):
         assert artefact.learning_rate in rates
     else:
-        assert artefact.learning_rate == pytest.approx(fallback)
+        assert artefact.learning_rate <= card["hyper_parameters"]["learning_rate"]
     assert card["data"]["users"] == 12 and card["data"]["examples"] == 192
     assert {p.name for p in request.out.iterdir()} == {
         "artefact.json", "collective.safetensors", "seed.safetensors", "CARD.md", "loss.png",
@@ -146,9 +150,9 @@ def test_an_interrupt_among_the_trials_changes_nothing(request_for: Any, tmp_pat
     free = {"learning_rate": None, "device_learning_rate": None, "epochs": 1}
     whole = train_collective(request_for(out=tmp_path / "whole", **free))
     request = request_for(out=tmp_path / "parts", **free)
-    for _ in range(200):  # stops after every sixth step, in every phase
+    for _ in range(40):  # an unfinished trial begins anew, so stop after more steps than one has
         try:
-            done = train_collective(request, stop=StopAfter(6))
+            done = train_collective(request, stop=StopAfter(31))
             break
         except Cancelled:
             continue

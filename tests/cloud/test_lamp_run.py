@@ -153,9 +153,13 @@ def test_a_users_history_reaches_nobody_else(
     assert {k: v for k, v in theirs.items() if k != "12"} == {k: v for k, v in ours.items() if k != "12"}
 
 
-def test_ablations(full: Run, request_for: Callable[..., Request], tmp_path: Path) -> None:
+def test_ablations(
+    request_for: Callable[..., Request], make_artefact: Any, base: BaseModel, tmp_path: Path
+) -> None:
+    # Not one that was trained: where stage 1 does not help, it is the identity, as in stage 2 alone.
+    make_artefact(base, positions="f2+l3", layers=(1, 2), ranks=(4, 2)).save(tmp_path / "artefact")
     request = request_for(
-        tmp_path, **NO_STAGE_1, artefact=full.folder / "artefact", users=2, layers=None, positions=None,
+        tmp_path, **NO_STAGE_1, artefact=tmp_path / "artefact", users=2, layers=None, positions=None,
         collective_rank=None, personal_rank=2,
     )  # fmt: skip
     runs = {run.settings["ablation"]: run for run in run_sweep(request, "ablations")}

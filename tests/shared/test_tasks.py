@@ -24,6 +24,14 @@ from perfit_shared.tasks import TASKS, Example, Task, load_task, task_named
         ("f7+l7", 1, []),
         ("l7", 10, [5, 6, 7, 8, 9]),
         ("f2", 10, [0, 1]),
+        ("s1+f7+l7", 20, [*range(1, 8), *range(13, 20)]),
+        ("s1+f7+l7", 9, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("s1+f7+l7", 4, [1, 2, 3]),  # the last ones are the same with and without a sink
+        ("s1+f7+l7", 2, [1]),
+        ("s1+f7", 2, [1]),
+        ("s4+f2", 3, []),
+        ("s4+f2+l2", 5, [3, 4]),
+        ("s2+f2", 10, [2, 3]),
     ],
 )
 def test_positions(text: str, length: int, want: list[int]) -> None:
@@ -32,11 +40,43 @@ def test_positions(text: str, length: int, want: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "7", "f7l7", "f7+", "+l7", "l7+f7", "f0", "l-1", "f7+l7 ", "f1000", "f٣"]
+    "text",
+    [
+        "",
+        "7",
+        "f7l7",
+        "f7+",
+        "+l7",
+        "l7+f7",
+        "f0",
+        "l-1",
+        "f7+l7 ",
+        "f1000",
+        "f٣",
+        "s1",
+        "s1+l7",
+        "s1f7",
+        "f7+s1",
+        "s-1+f7",
+        "s1+",
+        "s٣+f7",
+        "s1000+f7",
+    ],
 )
 def test_positions_that_are_none(text: str) -> None:
     with pytest.raises(InvalidInput):
         Positions.parse(text)
+
+
+def test_no_skipped_token_is_written_as_before() -> None:
+    # But where a model's sinks would be left out, it can be said that they are not to be.
+    assert [Positions.parse(text).explicit() for text in ("f7+l7", "s1+f7", "l7")] == [
+        "s0+f7+l7",
+        "s1+f7",
+        "l7",
+    ]
+    assert str(Positions.parse("s0+f7+l7")) == "f7+l7"
+    assert Positions.parse("s0+f7+l7") == Positions.parse("f7+l7") == Positions(7, 7)
 
 
 def test_presets_are_table_9() -> None:

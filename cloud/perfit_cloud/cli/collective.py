@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
-from perfit_shared.errors import Cancelled
+from perfit_shared.errors import Cancelled, InvalidInput
 
 if TYPE_CHECKING:
+    from perfit_cloud.collective.privacy import Budget
     from perfit_cloud.model.artefacts import Artefact
 
 app = typer.Typer(
@@ -58,6 +59,23 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     users: Annotated[
         int | None, typer.Option(help="Train on N users only, drawn by --seed.", metavar="N")
     ] = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Examples of others to validate on; a slice of the data's users.", metavar="FILE"),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Train with differential privacy by person: a bound on what is told of anyone."),
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Of --epsilon, below 1 / people; a tenth of that.")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Of --epsilon: largest norm of one person's gradient; 1.")
+    ] = None,
+    people_per_step: Annotated[
+        int | None, typer.Option(help="Of --epsilon: how many people a step expects; a tenth of all.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the shifts' start, the batches and the split.")] = 0,
     device_epochs: Annotated[int | None, typer.Option(help="Passes over a history on devices.")] = None,
     device_lr: Annotated[float | None, typer.Option(help="Peak rate on devices; chosen by trials.")] = None,
@@ -76,6 +94,10 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     An interrupted run goes on when the same command is given again. Progress is on stderr.
     On several GPUs or hosts, put accelerate's launcher in front: one process a GPU.
 
+    Every enrolled device can recover the collective shift from gradient calls: it may tell members
+    something of the people it was learned from. --epsilon bounds that, at a cost in what is learned
+    that only many people pay for; it needs --lr, and public examples in --validation.
+
     \b
     perfit-cloud collective train --task news_headline --data lamp/news_headline --model newslm --out artefacts/news_headline
     perfit-cloud collective train --task chat --data chats.jsonl --model newslm --lr 2e-3 --epochs 1 --out artefacts/chat
@@ -87,7 +109,8 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     request = Request(
         task=task, data=data, model=model, out=out, preset=preset, prompts=prompts,
         layers=layers_of(layers), positions=positions, collective_rank=collective_rank,
-        personal_rank=personal_rank, epochs=epochs,
+        personal_rank=personal_rank, epochs=epochs, validation=validation,
+        budget=_budget(epsilon, delta, clip_norm, people_per_step),
         learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
         gradient_checkpointing=gradient_checkpointing, users=users, device_epochs=device_epochs,
         device_learning_rate=device_lr, seed=seed, force=force, dtype=dtype, device=device,
@@ -106,6 +129,20 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     if main:
         result = json.dumps(_result(artefact, out), ensure_ascii=False) if as_json else _line(artefact, out)
         typer.echo(result)
+
+
+def _budget(
+    epsilon: float | None, delta: float | None, clip_norm: float | None, people_per_step: int | None
+) -> Budget | None:
+    from perfit_cloud.collective.privacy import Budget
+
+    given = {"delta": delta, "clip_norm": clip_norm, "people_per_step": people_per_step}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if epsilon is None:
+        if chosen:
+            raise InvalidInput("--delta, --clip-norm and --people-per-step belong to --epsilon")
+        return None
+    return Budget(epsilon, **chosen)  # type: ignore[arg-type]
 
 
 def _result(artefact: Artefact, out: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Training
-from perfit_cloud.collective.trials import DEVICE_FACTOR, telling, trial_steps
+from perfit_cloud.collective.trials import telling, trial_steps
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec
 
@@ -25,18 +25,18 @@ def make_card(
     training: Training, *, preset: str, device_rate: float, losses: Mapping[str, float]
 ) -> dict[str, Any]:
     """The card, plain JSON values without a path. `losses`: validation loss of base, collective, seed."""
-    record, settings = training.record, training.settings
+    record, settings, privacy = training.record, training.settings, training.privacy
     last = record.train[-training.steps_an_epoch :]
     seconds = record.step_seconds or math.inf
     card = {
         "model": training.base.name,
-        "data": training.corpus.summary(),
+        "data": training.corpus.summary() if privacy is None else training.corpus.private_summary(),
         "hyper_parameters": {
             "preset": preset, "prompts": prompts_of(training.task),
             **settings.spec.to_json(), "blocks": training.base.blocks,
-            "epochs": settings.epochs, "steps": training.steps, "batch_size": settings.batch_size,
+            "epochs": settings.epochs, "steps": record.step, "batch_size": settings.batch_size,
             "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
-            "gradient_clipping": CLIP, "weight_decay": 0, "seed": settings.seed,
+            "gradient_clipping": CLIP if privacy is None else None, "weight_decay": 0, "seed": settings.seed,
             "dtype": str(training.base.model.dtype).removeprefix("torch."),
             "processes": training.processes.count, "accumulate": settings.accumulate,
             "gradient_checkpointing": settings.gradient_checkpointing,
@@ -53,13 +53,16 @@ def make_card(
             "unit": "nats a target token",
             "validation": dict(losses),
             "validation_curve": record.validation,
-            "train_last": sum(last) / len(last),
+            "taken_at_step": record.best_step,
+            "stopped_early": record.stopped,
+            "train_last": sum(last) / len(last) if last else None,
             "note": "collective is φ₁ alone, seed is φ₂∘φ₁: both were trained together",
         },
         "seconds": round(record.seconds, 1),
         "speed": {
             "steps_per_second": record.step / seconds, "tokens_per_second": record.tokens / seconds,
         },
+        "privacy": {"note": _privacy_note(training), "mechanism": privacy and privacy.to_json()},
         "libraries": _libraries(),
     }  # fmt: skip
     return dict(_plain(card))
@@ -69,27 +72,53 @@ def _parameters(spec: ShiftSpec, rank: int) -> int:
     return len(spec.layers) * rank * (2 * spec.hidden_size + 1)
 
 
+def _privacy_note(training: Training) -> str:
+    """Who can hold φ₁, and what it may tell of whom it was learned from."""
+    holders = (
+        "Every enrolled device can recover φ₁ from about as many gradient calls as a hidden state has "
+        "numbers, so it is as good as published to all members"
+    )
+    privacy = training.privacy
+    if privacy is None:
+        return (
+            f"{holders}. It was trained without differential privacy: it may tell who holds it something of "
+            "any person it was learned from"
+        )
+    return (
+        f"{holders}. φ₁ and the seed were trained with differential privacy by person: epsilon "
+        f"{privacy.epsilon:g}, delta {privacy.delta:.2g} for one of {privacy.people:,} people more or less. "
+        f"A person's gradient was clipped to norm {privacy.clip_norm:g}, people were drawn by Poisson "
+        f"sampling at rate {privacy.sampling_rate:.4g}, {privacy.steps:,} steps had noise of "
+        f"{privacy.noise_multiplier:.4g} clip norms, R stayed as drawn at random. Validation examples are "
+        "public; the number of people and the time it took are told besides"
+    )
+
+
 def _trials_note(training: Training) -> str:
     if training.settings.learning_rate is not None:
         return "It was given"
-    steps = trial_steps(training)
-    return f"Trials of {steps} steps from the start, same batches; the lowest validation loss of φ₂∘φ₁ won"
+    return (
+        f"Trials of {trial_steps(training)} steps from the start, same batches, ended half-way where that "
+        "was worse than no training; the lowest rate that gains nine tenths of what the best does in the "
+        "validation loss of φ₂∘φ₁"
+    )
 
 
 def _device_note(training: Training) -> str:
     if training.settings.device_learning_rate is not None:
         return "It was given"
-    if not training.record.device_trials:
-        return f"No user has enough examples to try on, so {DEVICE_FACTOR:g} times stage 1's rate"
-    trials = (
-        "Simulated updates of the largest training users, first three quarters of their examples, measured "
-        "on the rest; these users were part of stage 1, so the losses are optimistic and only rank the rates"
+    trials = training.record.device_trials
+    if not trials:
+        return "No user has enough examples to try on, so it is stage 1's rate"
+    users, held_out = int(trials[0]["users"]), training.corpus.held_out_histories
+    note = (
+        "Simulated updates of the users with the longest histories, first three quarters of their examples, "
+        f"measured on the rest; {min(users, held_out)} of {users} were not part of stage 1. "
+        "The lowest rate that gains nine tenths of what the best does"
     )
-    if telling(training.record.device_trials):
-        return trials
-    return (
-        f"{trials}. None gained 1 %, so they tell nothing, and it is {DEVICE_FACTOR:g} times stage 1's rate"
-    )
+    if telling(trials):
+        return note
+    return f"{note}, but not above stage 1's rate, since they gained too little to tell rates apart"
 
 
 def _libraries() -> dict[str, str]:
@@ -125,18 +154,15 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         "",
         "![losses](loss.png)",
         "",
-        f"**Data.** {data['source']} ({data['rows']}): {data['examples']:,} examples of {data['users']:,} "
-        f"users, {data['mean_prompt_tokens']} + {data['mean_target_tokens']} tokens on average; left out: "
-        f"{data['dropped']['empty_field']} with an empty field, {data['dropped']['too_long']} with an answer "
-        f"too long for {data['token_cap']} tokens; {data['shortened']} prompts cut to that. "
-        f"Validation: {data['validation_examples']} examples "
-        f"{_validation_of(data['validation_users'])}.",
+        f"**Data.** {data['source']} ({data['rows']}): {_told(data)}. Validation: "
+        f"{data['validation_examples']} examples {_validation_of(data['validation_users'])}.",
         "",
-        f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, {hyper['steps']:,} steps of "
-        f"{hyper['batch_size']} examples{_spread(hyper['processes'])}, base in {hyper['dtype']}, "
-        f"{hyper['optimizer']}, peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear "
-        f"decay, clipping {hyper['gradient_clipping']}, no weight decay, seed {hyper['seed']}; last epoch's "
-        f"mean training loss {losses['train_last']:.4f}. {card['seconds']:.0f} s, "
+        f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, {hyper['steps']:,} steps{_batches(card)}, "
+        f"base in {hyper['dtype']}, {hyper['optimizer']}, "
+        f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay"
+        f"{_clipped(hyper['gradient_clipping'])}, no weight decay, seed {hyper['seed']}"
+        f"{_train_loss(losses['train_last'])}. The shifts are those of step {losses['taken_at_step']}, "
+        f"where the validation loss was lowest{_ended(losses['stopped_early'])}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
         f"**Learning rate.** {card['trials_note']}.",
@@ -146,6 +172,8 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"{card['device_trials_note']}.",
         *_table(card["device_trials"], ("learning_rate", "before", "after", "users")),
         "",
+        f"**Privacy.** {card['privacy']['note']}.",
+        "",
         "**Libraries.** " + ", ".join(f"{k} {v}" for k, v in card["libraries"].items()) + ".",
     ]
     path.write_text("\n".join(lines) + "\n", "utf-8")
@@ -154,8 +182,36 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
 _LOSSES = {"base": "base model", "collective": "collective (φ₁)", "seed": "with the seed (φ₂∘φ₁)"}
 
 
-def _spread(processes: int) -> str:
-    return f" over {processes} processes" if processes > 1 else ""
+def _ended(early: bool) -> str:
+    return "; training ended early, since it no longer fell" if early else ""
+
+
+def _told(data: Mapping[str, Any]) -> str:
+    """Of data that were trained on privately, only how many people there were."""
+    if "examples" not in data:
+        return f"{data['users']:,} people"
+    return (
+        f"{data['examples']:,} examples of {data['users']:,} users, {data['mean_prompt_tokens']} + "
+        f"{data['mean_target_tokens']} tokens on average; left out: {data['dropped']['empty_field']} with an "
+        f"empty field, {data['dropped']['too_long']} with an answer too long for {data['token_cap']} tokens; "
+        f"{data['shortened']} prompts cut to that"
+    )
+
+
+def _batches(card: Mapping[str, Any]) -> str:
+    hyper = card["hyper_parameters"]
+    if card["privacy"]["mechanism"] is not None:
+        return ""  # told under privacy
+    spread = f" over {hyper['processes']} processes" if hyper["processes"] > 1 else ""
+    return f" of {hyper['batch_size']} examples{spread}"
+
+
+def _clipped(norm: float | None) -> str:
+    return "" if norm is None else f", clipping {norm}"
+
+
+def _train_loss(loss: float | None) -> str:
+    return "" if loss is None else f"; last epoch's mean training loss {loss:.4f}"
 
 
 def _validation_of(users: int) -> str:
@@ -183,16 +239,13 @@ def draw_losses(path: Path, training: Training, *, base: float) -> None:
 
     record = training.record
     losses = np.array(record.train)
-    window = max(1, min(50, len(losses) // 10))
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.25, linewidth=0.7)
-    axes.plot(
-        np.arange(window, len(losses) + 1),
-        smooth,
-        color="tab:blue",
-        label=f"training, mean of {window} steps",
-    )
+    if len(losses):  # none is kept of private data
+        window = max(1, min(50, len(losses) // 10))
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        steps = np.arange(1, len(losses) + 1)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7)
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window} steps")
     axes.plot(*zip(*record.validation, strict=True), "o-", color="tab:orange", label="validation, φ₂∘φ₁")
     axes.axhline(base, color="gray", linestyle=":", label="validation, base model")
     axes.set_xlabel("step")

@@ -33,19 +33,26 @@ class Record:
     step: int = 0  # steps done
     train: list[float] = field(default_factory=list)  # loss of every step, nats a token
     validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
+    stopped: bool = False  # before its last step, since validation no longer fell
     tokens: int = 0  # prompt and target tokens of all steps
     step_seconds: float = 0.0  # spent in steps
     device_trials: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0  # all of it
 
+    @property
+    def best_step(self) -> int:
+        """Steps done when the validation loss was lowest; of equal ones the earliest."""
+        return min(self.validation, key=lambda point: point[1])[0] if self.validation else 0
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A record with the tensors and moments that belong to its step."""
+    """A record with the tensors and moments that belong to its step, and the best step's tensors."""
 
     record: Record
     tensors: list[Tensor]
     optimizer: dict[str, Any]
+    best: list[Tensor]
 
 
 def save(folder: Path, arguments: Mapping[str, Any], snapshot: Snapshot) -> None:
@@ -56,6 +63,7 @@ def save(folder: Path, arguments: Mapping[str, Any], snapshot: Snapshot) -> None
         "record": json.dumps(asdict(snapshot.record)),
         "tensors": [t.detach() for t in snapshot.tensors],
         "optimizer": snapshot.optimizer,
+        "best": snapshot.best,
     }
     new = folder / (FILE + ".new")
     with new.open("wb") as file:
@@ -78,7 +86,7 @@ def load(folder: Path, arguments: Mapping[str, Any]) -> Snapshot | None:
         data = torch.load(path, map_location="cpu", weights_only=True)
         theirs = json.loads(data["arguments"])
         record = Record(**json.loads(data["record"]))
-        snapshot = Snapshot(record, data["tensors"], data["optimizer"])
+        snapshot = Snapshot(record, data["tensors"], data["optimizer"], data["best"])
     except (
         OSError,
         RuntimeError,

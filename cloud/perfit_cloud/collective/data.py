@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _SHORTEST_PROMPT = 2  # tokens
 _WHOLE_BYTES = 2**25  # of a file that is parsed as a whole; larger ones person by person
 _VALIDATION_SHARE, _VALIDATION_MIN, _VALIDATION_MAX = 0.05, 100, 300  # of all examples; examples
 _VALIDATION_CAP = 0.2  # of all examples, when there are few
+# Users whose update on a device is simulated, their latest examples, and how many make an update.
+_TRIAL_USERS, _TRIAL_MOST, _TRIAL_LEAST = 8, 64, 12
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Items:
     kind: str  # "jsonl", "profile" or "query"
     users: Mapping[str, list[dict[str, str]]]
     dropped_empty: int  # items of the file with an empty field
+    profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)  # where queries are trained on
+
+    def history(self, user: str) -> list[dict[str, str]]:
+        """What a device of this user would hold: the profile, unless what is trained on is longer."""
+        return max(self.users[user], self.profiles.get(user, []), key=len)
 
     def first_users(self, count: int, seed: int) -> Items:
         """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
@@ -53,7 +61,11 @@ class Items:
             )
         names = sorted(self.users)
         chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-        return replace(self, users={name: items for name, items in self.users.items() if name in chosen})
+        return replace(
+            self,
+            users={name: items for name, items in self.users.items() if name in chosen},
+            profiles={name: items for name, items in self.profiles.items() if name in chosen},
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class Corpus:
     train: Mapping[str, list[Pair]]
     validation: list[Pair]
     validation_users: int
+    histories: Mapping[str, list[Pair]]  # of users to try device updates on, oldest first
+    held_out_histories: int  # of those users, how many are not trained on; they come first
     dropped_empty: int
     dropped_long: int  # answers that fill the context
     shortened: int  # prompts cut to fit it
@@ -77,10 +91,18 @@ class Corpus:
     def digest(self) -> str:
         """sha-256 over all token ids and the split, hex: changes when data or tokenizer do."""
         h = hashlib.sha256()
-        for name, pairs in [*self.train.items(), ("validation", self.validation)]:
+        parts = [*self.train.items(), ("validation", self.validation), *self.histories.items()]
+        for name, pairs in parts:
             h.update(f"{name!r}:{len(pairs)}".encode())
             h.update(json.dumps(pairs).encode())
         return h.hexdigest()
+
+    def private_summary(self) -> dict[str, Any]:
+        """What the card may tell of data that nobody else may learn of: how many people there are."""
+        return {
+            "source": self.source, "rows": self.kind, "users": len(self.train), "token_cap": self.token_cap,
+            "validation_users": self.validation_users, "validation_examples": len(self.validation),
+        }  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
         """Statistics for the card."""
@@ -136,7 +158,10 @@ def _read_users(path: Path, task: Task) -> Items:
     found = read_users(path, task)
     kind, entries = found.to_train_on()
     users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}
-    return Items(found.source, kind, users, found.dropped_empty)
+    profiles = {}
+    if kind == "query":
+        profiles = {user.user_id: [dict(e.item) for e in user.profile[-_TRIAL_MOST:]] for user in found.users}
+    return Items(found.source, kind, users, found.dropped_empty, profiles)
 
 
 def _read_lines(path: Path, task: Task) -> Items:
@@ -164,29 +189,22 @@ def _read_lines(path: Path, task: Task) -> Items:
 # -- tokens ------------------------------------------------------------------------------------------
 
 
-def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
+_Encode = Callable[[Sequence[Mapping[str, str]]], tuple[list[Pair], int]]  # (pairs, prompts cut)
+
+
+def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: Items | None = None) -> Corpus:
     """Token pairs, split by user; `fit` cuts long prompts, and what it cannot fit is left out.
 
-    Raises InvalidData when fewer than two examples are left.
+    `others`: examples to validate on and to try updates on, so that all `items` are trained
+    on. Raises InvalidData when fewer than two examples are left.
     """
     cap = min(base.context, TOKEN_CAP)
-    users: dict[str, list[Pair]] = {}
-    dropped = shortened = 0
-    for user, entries in items.users.items():
-        for item in entries:
-            example = task.example(item)
-            prompt = (
-                base.encode_chat([("user", example.prompt)]) if task.chat else base.encode(example.prompt)
-            )
-            target = base.encode_target(example.target)
-            pair = fit(prompt, target, cap=cap)
-            if pair is None:
-                dropped += 1
-            else:
-                shortened += len(pair[0]) < len(prompt)
-                users.setdefault(user, []).append(pair)
+    encode = partial(_pairs, base=base, task=task, cap=cap)
+    users, dropped, shortened = _by_user(items, encode)
     if sum(map(len, users.values())) < 2:
         raise InvalidData(f"{items.source}: fewer than two examples fit {cap} tokens, nothing to train on")
+    if others is not None:
+        return _validated_on(others, items, users, encode, dropped=dropped, shortened=shortened, cap=cap)
     held_out = _validation_users(users, seed)
     if held_out:
         train = {user: pairs for user, pairs in users.items() if user not in held_out}
@@ -195,11 +213,64 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int) -> Corpus:
         (user, pairs), *_ = users.items()
         cut = len(pairs) - max(1, len(pairs) // 10)
         train, validation = {user: pairs[:cut]}, pairs[cut:]
+    histories = _histories(items, set(users), held_out, encode)
     return Corpus(
         source=items.source, kind=items.kind, train=train, validation=validation,
-        validation_users=len(held_out), dropped_empty=items.dropped_empty, dropped_long=dropped,
-        shortened=shortened, token_cap=cap,
+        validation_users=len(held_out), histories=histories,
+        held_out_histories=len(held_out & set(histories)), dropped_empty=items.dropped_empty,
+        dropped_long=dropped, shortened=shortened, token_cap=cap,
     )  # fmt: skip
+
+
+def _validated_on(
+    others: Items, items: Items, users: dict[str, list[Pair]], encode: _Encode,
+    *, dropped: int, shortened: int, cap: int,
+) -> Corpus:  # fmt: skip
+    theirs, _, _ = _by_user(others, encode)
+    if not theirs:
+        raise InvalidData(f"{others.source}: no example fits {cap} tokens, nothing to validate on")
+    everything = [pair for pairs in theirs.values() for pair in pairs]
+    histories = _histories(others, set(theirs), set(theirs), encode)
+    return Corpus(
+        source=items.source, kind=items.kind, train=users,
+        validation=everything[:: -(-len(everything) // _VALIDATION_MAX)],  # of everybody alike
+        validation_users=len(theirs), histories=histories, held_out_histories=len(histories),
+        dropped_empty=items.dropped_empty, dropped_long=dropped, shortened=shortened, token_cap=cap,
+    )  # fmt: skip
+
+
+def _by_user(items: Items, encode: _Encode) -> tuple[dict[str, list[Pair]], int, int]:
+    """(pairs of users who have any, how many are left out, how many prompts were cut)."""
+    users: dict[str, list[Pair]] = {}
+    dropped = shortened = 0
+    for user, entries in items.users.items():
+        pairs, cut = encode(entries)
+        dropped += len(entries) - len(pairs)
+        shortened += cut
+        if pairs:
+            users[user] = pairs
+    return users, dropped, shortened
+
+
+def _histories(items: Items, users: set[str], held_out: set[str], encode: _Encode) -> dict[str, list[Pair]]:
+    """Of those whose updates are tried."""
+    chosen = _trial_users(items, users, held_out)
+    return {user: encode(items.history(user)[-_TRIAL_MOST:])[0] for user in chosen}
+
+
+def _pairs(
+    items: Sequence[Mapping[str, str]], *, base: BaseModel, task: Task, cap: int
+) -> tuple[list[Pair], int]:
+    """Those that fit `cap` tokens, in order, and how many prompts were cut to that."""
+    pairs, shortened = [], 0
+    for item in items:
+        example = task.example(item)
+        prompt = base.encode_chat([("user", example.prompt)]) if task.chat else base.encode(example.prompt)
+        pair = fit(prompt, base.encode_target(example.target), cap=cap)
+        if pair is not None:
+            pairs.append(pair)
+            shortened += len(pair[0]) < len(prompt)
+    return pairs, shortened
 
 
 def fit(prompt: list[int], target: list[int], *, cap: int) -> Pair | None:
@@ -212,6 +283,12 @@ def fit(prompt: list[int], target: list[int], *, cap: int) -> Pair | None:
     if len(prompt) > room >= _SHORTEST_PROMPT:
         prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
     return (prompt, target) if len(prompt) <= room else None
+
+
+def _trial_users(items: Items, users: set[str], held_out: set[str]) -> list[str]:
+    """Users with enough of a history: those not trained on first, the longest histories first."""
+    long = [user for user in users if len(items.history(user)) >= _TRIAL_LEAST]
+    return sorted(long, key=lambda u: (u not in held_out, -len(items.history(u)), u))[:_TRIAL_USERS]
 
 
 def _validation_users(users: Mapping[str, list[Pair]], seed: int) -> set[str]:

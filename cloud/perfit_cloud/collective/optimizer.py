@@ -50,7 +50,7 @@ def retract(rotation: Tensor) -> Tensor:
 
 
 class StiefelAdam:
-    """Steps the tensors of `shifts` (leaves that require grad) in place.
+    """Steps the tensors of `shifts` that require grad in place; a rotation that does not stays as it is.
 
     Call backward(), then `step(rate)`, which clips, moves and clears the gradients.
     """
@@ -58,7 +58,7 @@ class StiefelAdam:
     def __init__(self, shifts: Sequence[Shift], *, clip: float = CLIP) -> None:
         self._clip = clip
         phis: list[Phi] = [shift[layer] for shift in shifts for layer in sorted(shift)]
-        self._rotations = [phi.rotation for phi in phis]
+        self._rotations = [phi.rotation for phi in phis if phi.rotation.requires_grad]
         self._free = [tensor for phi in phis for tensor in (phi.source, phi.bias)]
         self._tensors = [*self._rotations, *self._free]
         self._first = [torch.zeros_like(t) for t in self._tensors]  # m

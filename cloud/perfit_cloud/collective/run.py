@@ -11,16 +11,20 @@ import torch
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.card import draw_losses, make_card, write_card
 from perfit_cloud.collective.data import Corpus, find_data, read_items, tokenise
+from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import from_torch
 from perfit_cloud.collective.training import FORWARD, Settings, Training
-from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_users, trial_steps
+from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
+from perfit_shared.positions import Positions
 from perfit_shared.presets import preset_for
 from perfit_shared.prompts import load_prompts
+from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
 
 __all__ = ["Request", "train_collective"]
@@ -46,6 +50,8 @@ class Request:
     accumulate: int = 1  # micro-batches that a process splits its share of a batch into
     gradient_checkpointing: bool = False
     users: int | None = None  # train on so many, drawn by the seed; all
+    validation: Path | None = None  # examples of others to validate on; a slice of the data's users
+    budget: Budget | None = None  # of differential privacy by person; it needs `validation`
     device_epochs: int | None = None
     device_learning_rate: float | None = None
     seed: int = 0
@@ -100,6 +106,11 @@ def _begin(
     file = find_data(request.data)
     task = load_prompts(file.parent, request.task, request.prompts)
     items = read_items(file, task)
+    validation = None if request.validation is None else read_items(request.validation, task)
+    if request.budget is not None and validation is None:
+        raise InvalidInput(
+            "what is validated on is told outside the privacy budget; give public examples with --validation"
+        )
     if request.users is not None:
         items = items.first_users(request.users, request.seed)
     if base is None:
@@ -108,13 +119,30 @@ def _begin(
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.twin())  # hooks that the caller has on it would shift twice
-    settings = _settings(request, base, progress)
-    corpus = tokenise(items, base=base, task=task, seed=request.seed)
+    spec = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
+    corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
+    # Where the sinks are is told as well, so private prompts do not decide it.
+    prompts = [prompt for prompt, _ in corpus.validation]
+    positions = processes.from_main(
+        lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
+    )
+    settings = _settings(request, spec := replace(spec, positions=positions))
+    preset = preset_for(request.preset or request.task)
+    progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
+    if (skipped := _skipped(positions)) is not None:
+        progress.say(skipped)
     _report(corpus, progress)
     processes.from_main(lambda: _make_out(request.out))
-    return Training(
+    training = Training(
         base, corpus, task, settings, out=request.out, progress=progress, processes=processes, stop=stop
     )
+    if (privacy := training.privacy) is not None:
+        progress.say(
+            f"private by person: epsilon {privacy.epsilon:g}, delta {privacy.delta:.2g}, "
+            f"{privacy.people} people, {privacy.steps} steps of {privacy.expected:.0f} expected, "
+            f"noise {privacy.noise_multiplier:.3g} times the clip norm {privacy.clip_norm:g}"
+        )
+    return training
 
 
 def _artefact(
@@ -152,16 +180,16 @@ def _make_out(out: Path) -> None:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _settings(request: Request, base: BaseModel, progress: Progress) -> Settings:
+def _spec(request: Request, base: BaseModel) -> ShiftSpec:
+    """The preset's with what the request overrides."""
+    return preset_for(request.preset or request.task).spec(
+        blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers, positions=request.positions,
+        collective_rank=request.collective_rank, personal_rank=request.personal_rank,
+    )  # fmt: skip
+
+
+def _settings(request: Request, spec: ShiftSpec) -> Settings:
     preset = preset_for(request.preset or request.task)
-    spec = preset.spec(blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers)
-    changes = {
-        "positions": request.positions,
-        "collective_rank": request.collective_rank,
-        "personal_rank": request.personal_rank,
-    }
-    spec = replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     return Settings(
         spec=spec,
         epochs=_or(request.epochs, preset.collective_epochs),
@@ -172,11 +200,19 @@ def _settings(request: Request, base: BaseModel, progress: Progress) -> Settings
         seed=request.seed,
         accumulate=request.accumulate,
         gradient_checkpointing=request.gradient_checkpointing,
+        budget=request.budget,
     )
 
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def _skipped(positions: str) -> str | None:
+    skipped = Positions.parse(positions).skipped
+    if skipped > 1:
+        return f"the first {skipped} tokens, attention sinks, stay as they are"
+    return "the first token, an attention sink, stays as it is" if skipped else None
 
 
 def _report(corpus: Corpus, progress: Progress) -> None:
@@ -192,12 +228,13 @@ def _report(corpus: Corpus, progress: Progress) -> None:
 def _plan_work(training: Training, progress: Progress) -> None:
     """Add up the units of all phases, so that the remaining time counts what is still to come."""
     settings, validation = training.settings, FORWARD * len(training.corpus.validation)
-    units = len(training.examples) * settings.epochs + validation * (settings.epochs + 4)
+    units = len(training.examples) * settings.epochs + validation * (
+        settings.epochs * training.checks_an_epoch + 4
+    )
     if training.keeps:
         units += training.lower_cost * (len(training.examples) + len(training.corpus.validation))
     if settings.learning_rate is None and not training.record.learning_rate:
-        units += 4 * (trial_steps(training) * settings.batch_size + validation)
+        units += trial_work(training)
     if settings.device_learning_rate is None:
-        examples = sum(len(pairs) * 3 // 4 for pairs in device_users(training))
-        units += 3 * examples * settings.device_epochs
+        units += device_work(training)
     progress.total = units

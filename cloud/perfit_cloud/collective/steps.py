@@ -23,11 +23,11 @@ WARM_UP = 0.1  # share of all steps
 _POOL = 50  # batches that are sorted by length together
 
 
-def trainable(tensors: ShiftTensors, device: torch.device) -> dict[int, Phi]:
-    """Float32 leaves that require grad, U = 1 in front."""
+def trainable(tensors: ShiftTensors, device: torch.device, *, rotations: bool = True) -> dict[int, Phi]:
+    """Float32 leaves that require grad (R only with `rotations`), U = 1 in front."""
     shift = to_torch(tensors, device)
     for phi in shift.values():
-        for tensor in phi:
+        for tensor in phi if rotations else (phi.source, phi.bias):
             tensor.requires_grad_()
     return shift
 
@@ -84,6 +84,13 @@ class Losses:
         over its micro-batches. The sum over processes is the gradient of the whole batch, so all
         take the same step, and how many there are changes nothing but rounding.
         """
+        loss = self.backward(pairs, collective=collective, personal=personal)
+        loss = self._processes.add_up(loss, optimizer.gradients())
+        optimizer.step(rate)
+        return loss
+
+    def backward(self, pairs: Sequence[Pair], *, collective: Shift, personal: Shift) -> float:
+        """Add the gradient of this process's share of the pairs' loss to the leaves; returns its loss."""
         tokens = sum(len(target) for _, target in pairs)
         mine = self._processes.mine(pairs)
         parts = min(self._accumulate, len(mine))
@@ -95,8 +102,6 @@ class Losses:
                     if part.requires_grad:  # not when every prompt is a single token
                         part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
-        loss = self._processes.add_up(loss, optimizer.gradients())
-        optimizer.step(rate)
         return loss
 
     def mean(self, pairs: Sequence[Pair], *, collective: Shift | None, personal: Shift | None) -> float:

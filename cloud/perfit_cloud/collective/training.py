@@ -11,8 +11,8 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from perfit_cloud.collective.checkpoint import Record, Snapshot
 from perfit_cloud.collective.data import Corpus
 from perfit_cloud.collective.frozen import FrozenBase, checkpointed
 from perfit_cloud.collective.optimizer import StiefelAdam
+from perfit_cloud.collective.privacy import Budget, Privacy, PrivateSteps
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import Losses, batches, rate_at, trainable
@@ -39,6 +40,9 @@ __all__ = ["FORWARD", "Settings", "Training"]
 
 FORWARD = 0.4  # cost of a forward pass alone, in units of one forward and backward
 _CHECKPOINT_SECONDS = 60.0
+_CHECK_SHARE = 0.15  # of an epoch's work, most that validating within it may add
+_LEAST_CHECKS, _MOST_CHECKS = 2, 8  # of an epoch
+_PATIENCE = 3  # checks without a lower validation loss that end the training
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Settings:
     seed: int = 0
     accumulate: int = 1  # micro-batches that a process splits its share of a batch into
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    budget: Budget | None = None  # of differential privacy by person; None: there is none
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "device_epochs", "accumulate"):
@@ -66,6 +71,10 @@ class Settings:
         for rate in (self.learning_rate, self.device_learning_rate):
             if rate is not None and not 0 < rate < 1:
                 raise InvalidInput("a learning rate should lie between 0 and 1")
+        if self.budget is not None and self.learning_rate is None:
+            raise InvalidInput("trying learning rates on private data would cost privacy; give --lr")
+        if self.budget is not None and self.accumulate > 1:
+            raise InvalidInput("private training takes people one by one; leave out --accumulate")
 
 
 class Training:
@@ -90,19 +99,38 @@ class Training:
         self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
         self.progress, self._stop, self._out = progress, stop, out
         self._arguments = _arguments(base, corpus, task, settings)
+        self.privacy: Privacy | None = None
+        self._private: PrivateSteps | None = None
         self.steps_an_epoch = -(-len(self.examples) // settings.batch_size)
         self.steps = self.steps_an_epoch * settings.epochs
+        if settings.budget is not None:
+            self._be_private(settings.budget)
+        self._check_steps = self._checks()
         self._planned, self._plan = -1, [[0]]  # epoch, its batches
         self.record = Record()
         self.collective, self.personal, self._optimizer = self.fresh()
+        self._best = self._copy()
         self._since = self._saved = time.monotonic()
         self._resume()
+
+    def _be_private(self, budget: Budget) -> None:
+        if self.processes.count > 1:
+            raise InvalidInput("private training runs in one process; leave out the launcher")
+        self.privacy = budget.privacy(people=len(self.corpus.train), epochs=self.settings.epochs)
+        self._private = PrivateSteps(self.losses, self.corpus.train, self.privacy)
+        self.steps = self.privacy.steps
+        self.steps_an_epoch = self.steps // self.settings.epochs
 
     def fresh(self) -> tuple[dict[int, Phi], dict[int, Phi], StiefelAdam]:
         """(φ₁, φ₂, optimizer over both), φ exactly the identity; the same on every call."""
         spec, seed, device = self.settings.spec, self.settings.seed, self.base.device
-        collective = trainable(ShiftTensors.identity(spec, spec.collective_rank, 2 * seed), device)
-        personal = trainable(ShiftTensors.identity(spec, spec.personal_rank, 2 * seed + 1), device)
+        moves = self.privacy is None  # fewer numbers need less noise
+        collective = trainable(
+            ShiftTensors.identity(spec, spec.collective_rank, 2 * seed), device, rotations=moves
+        )
+        personal = trainable(
+            ShiftTensors.identity(spec, spec.personal_rank, 2 * seed + 1), device, rotations=moves
+        )
         return collective, personal, StiefelAdam([collective, personal])
 
     @contextlib.contextmanager
@@ -157,41 +185,89 @@ class Training:
         return loss
 
     def train(self) -> None:
-        """All steps that are left, at `record.learning_rate`. Raises Cancelled when asked to stop."""
+        """All steps that are left, at `record.learning_rate`; ends with the shifts that validate best.
+
+        Those are the untouched model's (the identity) where no step made it better. It ends early when
+        the validation loss no longer falls. Raises Cancelled when asked to stop.
+        """
         record = self.record
         if not record.validation:
-            record.validation.append((0, self.validation_loss()))
-        while record.step < self.steps:
-            pairs = self.batch(record.step)
+            self._check()
+        while record.step < self.steps and not record.stopped:
             began = time.monotonic()
-            loss = self.losses.step(
-                pairs, collective=self.collective, personal=self.personal, optimizer=self._optimizer,
-                rate=rate_at(record.step, self.steps, record.learning_rate, schedule="paper"),
-            )  # fmt: skip
-            if not math.isfinite(loss):
-                raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")
+            rate = rate_at(record.step, self.steps, record.learning_rate, schedule="paper")
+            examples = self._step(rate)
             record.step_seconds += time.monotonic() - began
-            record.tokens += sum(len(prompt) + len(target) for prompt, target in pairs)
             record.step += 1
-            record.train.append(loss)
-            self.progress.advance(len(pairs), self._line())
-            if record.step % self.steps_an_epoch == 0:
-                self._end_epoch()
+            self.progress.advance(examples, self._line())
+            if record.step % self.steps_an_epoch in self._check_steps:
+                self._check()
+                self.save()
             self.pause()
+        self._take_best()
+
+    def _step(self, rate: float) -> int:
+        """One step; returns how many examples it took."""
+        record, collective, personal = self.record, self.collective, self.personal
+        if self._private is not None:  # keeps nothing of what it saw: no loss, no tokens
+            return self._private.step(
+                collective=collective, personal=personal, optimizer=self._optimizer, rate=rate
+            )
+        pairs = self.batch(record.step)
+        loss = self.losses.step(
+            pairs, collective=collective, personal=personal, optimizer=self._optimizer, rate=rate
+        )
+        if not math.isfinite(loss):
+            raise InvalidInput(f"the loss is not a number after step {record.step}; try a lower --lr")
+        record.tokens += sum(len(prompt) + len(target) for prompt, target in pairs)
+        record.train.append(loss)
+        return len(pairs)
+
+    @property
+    def checks_an_epoch(self) -> int:
+        """How often the validation loss is measured."""
+        return len(self._check_steps)
+
+    def _checks(self) -> set[int]:
+        """Steps of an epoch, modulo its length, after which the validation loss is measured."""
+        room = _CHECK_SHARE * len(self.examples) / (FORWARD * len(self.corpus.validation))
+        count = min(max(round(room), _LEAST_CHECKS), _MOST_CHECKS, self.steps_an_epoch)
+        return {round(k * self.steps_an_epoch / count) % self.steps_an_epoch for k in range(1, count + 1)}
+
+    def start_loss(self) -> float:
+        """The validation loss of the untouched model, which the shifts start as; measured once."""
+        if not self.record.validation:
+            self._check()
+        return self.record.validation[0][1]
+
+    def _check(self) -> None:
+        """Measure the validation loss; keep these shifts if it is the lowest, or see that none will be."""
+        record = self.record
+        loss = self.validation_loss()
+        # A loss that is no number is worse than any.
+        record.validation.append((record.step, loss if math.isfinite(loss) else math.inf))
+        if record.best_step == record.step:
+            self._best = self._copy()
+        since = [step for step, _ in record.validation if step > record.best_step]
+        record.stopped = len(since) >= _PATIENCE and record.step < self.steps
+        if record.step:
+            self.progress.say(f"step {record.step} of {self.steps}: validation loss {loss:.4f}")
+
+    def _take_best(self) -> None:
+        record = self.record
+        if record.best_step < record.step:
+            early = f", and {_PATIENCE} checks without a lower one ended the training" * record.stopped
+            self.progress.say(
+                f"the lowest validation loss was at step {record.best_step}{early}; it is taken"
+            )
+        self._put(self._best)
 
     def _line(self) -> str:
         record = self.record
         recent = record.train[-20:]
         pace = record.step / record.step_seconds if record.step_seconds else 0.0
-        loss = sum(recent) / len(recent)
-        return f"step {record.step}/{self.steps}  loss {loss:.3f}  {pace:.2f} steps/s"
-
-    def _end_epoch(self) -> None:
-        loss = self.validation_loss()
-        self.record.validation.append((self.record.step, loss))
-        epoch = self.record.step // self.steps_an_epoch
-        self.progress.say(f"epoch {epoch} of {self.settings.epochs}: validation loss {loss:.4f}")
-        self.save()
+        loss = f"  loss {sum(recent) / len(recent):.3f}" if recent else ""
+        return f"step {record.step}/{self.steps}{loss}  {pace:.2f} steps/s"
 
     # -- keeping -------------------------------------------------------------------------------
 
@@ -200,6 +276,14 @@ class Training:
         shifts = (self.collective, self.personal)
         return [tensor for shift in shifts for layer in sorted(shift) for tensor in shift[layer]]
 
+    def _copy(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.tensors()]
+
+    @torch.no_grad()
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for own, new in zip(self.tensors(), tensors, strict=True):
+            own.copy_(new)
+
     def save(self) -> None:
         """Write the checkpoint; only the main process does."""
         now = time.monotonic()
@@ -207,7 +291,7 @@ class Training:
         self._since = self._saved = now
         if not self.processes.main:
             return
-        snapshot = Snapshot(self.record, self.tensors(), self._optimizer.state())
+        snapshot = Snapshot(self.record, self.tensors(), self._optimizer.state(), self._best)
         checkpoint.save(self._out, self._arguments, snapshot)
 
     def pause(self) -> None:
@@ -227,9 +311,9 @@ class Training:
         if snapshot is None:
             return
         self.record = snapshot.record
-        with torch.no_grad():
-            for own, saved in zip(self.tensors(), snapshot.tensors, strict=True):
-                own.copy_(saved)
+        self._put(snapshot.best)
+        self._best = self._copy()  # on this device
+        self._put(snapshot.tensors)
         self._optimizer.load(snapshot.optimizer)
         self.progress.skip(self.record.step * self.settings.batch_size)
         self.progress.say(f"going on after step {self.record.step} of {self.steps}")
@@ -252,4 +336,5 @@ def _arguments(base: BaseModel, corpus: Corpus, task: Task, settings: Settings) 
         "device epochs": settings.device_epochs,
         "device learning rate": settings.device_learning_rate,
         "seed": settings.seed,
+        "privacy": None if settings.budget is None else asdict(settings.budget),
     }

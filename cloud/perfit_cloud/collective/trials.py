@@ -1,9 +1,15 @@
-"""Learning rates chosen by trying: stage 1's on the validation slice, the devices' on single users."""
+"""Learning rates chosen by trying: stage 1's on the validation slice, the devices' on single users.
+
+Both walk one ladder, in decades first and then in half decades around the best, on as many steps as
+tell one rate from another. Of rates that do about equally well the lowest is taken: a rate that is
+too low costs some of the gain, one that is too high spoils the model.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +19,63 @@ from perfit_cloud.collective.steps import batches, from_torch, rate_at, trainabl
 from perfit_cloud.collective.training import FORWARD, Training
 from perfit_cloud.engine.gradients import Pair
 
-__all__ = ["DEVICE_FACTOR", "choose_device_rate", "choose_rate", "device_users", "telling", "trial_steps"]
+__all__ = [
+    "Search", "choose_device_rate", "choose_rate", "device_work", "telling", "trial_steps", "trial_work",
+]  # fmt: skip
 
-# From what suits billions of parameters (PerFit) past what suits millions (about 1e-3 at 8M).
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-_FIRST = (1, 2, 3)  # rungs of stage 1 that are tried in any case
-_DEVICE_FIRST = (2, 3, 4)  # a user has few steps, so more of each
-DEVICE_FACTOR = 5.0  # of stage 1's rate, where trial updates tell nothing
-_TELLING = 0.01  # least gain of the best trial, as a share of the loss before it
-_SHARE = 0.05  # of all steps, one trial: shorter ones favour low rates
-_LEAST, _MOST = 4, 60  # steps of one trial
-_LEAST_EXAMPLES = 15  # of a user whose update is simulated
-_USERS = 3
+# From below what suits billions of parameters (PerFit: 1e-4) past what suits millions (1e-3 at 8M).
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_FIRST = (1e-4, 1e-3)
+_TRIED = 5  # rates, in most searches
+_TIE = 0.9  # a rate with this share of the best one's gain is as good
+_TELLING = 0.002  # least gain of the best trial update, as a share of the loss before it
+_SHARE = 0.1  # of all steps, one trial
+_LEAST, _MOST = 20, 100  # steps of one trial, and most of them never more than the run itself has
+_HOPELESS = 1.02  # half-way validation loss over the untouched model's, where a trial ends
+_DEVICE_SHARE = 0.2  # of stage 1's work, one device rate; at least two users in any case
+_LEAST_UPDATES = 20  # steps of a simulated update, by smaller batches where there are few examples
+
+
+@dataclass
+class Search:
+    """A search of LADDER for the rate with the lowest loss; `start` is the loss without any training."""
+
+    loss_of: Callable[[float], float]  # of a rate; infinity where training diverged
+    start: float
+
+    def run(self) -> float:
+        """The lowest of those rates that gain about as much as the best; the lowest tried if none gains.
+
+        The loss is taken to have one valley: a rung is tried only where its neighbour was the best.
+        """
+        losses = {LADDER.index(rate): self.loss_of(rate) for rate in _FIRST}
+        for stride in (2, 1):
+            while True:
+                best = min(losses, key=lambda rung: (losses[rung], rung))
+                near = (best - stride, best + stride)
+                new = [rung for rung in near if rung not in losses and 0 <= rung < len(LADDER)]
+                if not new:
+                    break
+                losses[new[0]] = self.loss_of(LADDER[new[0]])
+        gains = {rung: self.start - loss for rung, loss in losses.items()}
+        enough = _TIE * max(gains.values())
+        if enough <= 0:
+            return LADDER[min(losses)]
+        return LADDER[min(rung for rung, gain in gains.items() if gain >= enough)]
+
+
+# -- stage 1 -----------------------------------------------------------------------------------------
 
 
 def trial_steps(training: Training) -> int:
     """Steps of one trial."""
-    return max(_LEAST, min(_MOST, round(_SHARE * training.steps)))
+    return min(max(_LEAST, min(_MOST, round(_SHARE * training.steps))), training.steps)
+
+
+def trial_work(training: Training) -> float:
+    """Units of all trials, about."""
+    step = trial_steps(training) * training.settings.batch_size
+    return _TRIED * (step + 2 * FORWARD * len(training.corpus.validation))
 
 
 def choose_rate(training: Training) -> None:
@@ -42,44 +88,37 @@ def choose_rate(training: Training) -> None:
         record.learning_rate = training.settings.learning_rate
     if record.learning_rate:
         return
-    best = _search(_FIRST, lambda rung: _trial(training, rung))
-    record.learning_rate = LADDER[best]
-    training.progress.say(f"learning rate {LADDER[best]:g}")
+    record.learning_rate = Search(lambda rate: _trial(training, rate), training.start_loss()).run()
+    training.progress.say(f"learning rate {record.learning_rate:g}")
     training.save()
 
 
-def _search(first: Sequence[int], loss_of: Callable[[int], float]) -> int:
-    """The best rung of LADDER: of `first`, and onwards while the best so far lies at an edge."""
-    losses = {rung: loss_of(rung) for rung in first}
-    while True:
-        best = min(losses, key=losses.__getitem__)
-        beyond = [rung for rung in (best - 1, best + 1) if rung not in losses and 0 <= rung < len(LADDER)]
-        if not beyond:
-            return best
-        losses[beyond[0]] = loss_of(beyond[0])
-
-
-def _trial(training: Training, rung: int) -> float:
-    rate, record = LADDER[rung], training.record
+def _trial(training: Training, rate: float) -> float:
+    record = training.record
     for done in record.trials:
         if done["learning_rate"] == rate:
             return done["validation_loss"]
     collective, personal, optimizer = training.fresh()
-    steps = trial_steps(training)
+    validation, steps = training.corpus.validation, trial_steps(training)
+    loss, taken = math.inf, 0
     for index in range(steps):
         pairs = training.batch(index)
         training.losses.step(
             pairs, collective=collective, personal=personal, optimizer=optimizer,
             rate=rate_at(index, steps, rate),
         )  # fmt: skip
-        training.progress.advance(len(pairs), f"trying learning rate {rate:g}: step {index + 1}/{steps}")
+        taken += 1
+        training.progress.advance(len(pairs), f"trying learning rate {rate:g}: step {taken}/{steps}")
         training.pause()
-    validation = training.corpus.validation
-    loss = training.losses.mean(validation, collective=collective, personal=personal)
-    loss = loss if math.isfinite(loss) else math.inf  # it diverged
-    training.progress.advance(FORWARD * len(validation), f"trying learning rate {rate:g}")
-    training.progress.say(f"learning rate {rate:g}: validation loss {loss:.4f} after {steps} steps")
-    record.trials.append({"learning_rate": rate, "validation_loss": loss, "steps": steps})
+        if taken in (steps // 2, steps):
+            loss = training.losses.mean(validation, collective=collective, personal=personal)
+            loss = loss if math.isfinite(loss) else math.inf  # it diverged
+            training.progress.advance(FORWARD * len(validation), f"trying learning rate {rate:g}")
+            if loss > _HOPELESS * training.start_loss():
+                break
+    training.progress.say(f"learning rate {rate:g}: validation loss {loss:.4f} after {taken} steps")
+    record.trials.append({"learning_rate": rate, "validation_loss": loss, "steps": taken})
+    training.save()
     return loss
 
 
@@ -87,29 +126,40 @@ def _trial(training: Training, rung: int) -> float:
 
 
 def device_users(training: Training) -> list[list[Pair]]:
-    """Pairs of the largest training users, those with enough examples for an update."""
-    large = [pairs for pairs in training.corpus.train.values() if len(pairs) >= _LEAST_EXAMPLES]
-    return sorted(large, key=len, reverse=True)[:_USERS]
+    """Histories whose updates are simulated: as many as one rate may cost, at least two if there are."""
+    work = _DEVICE_SHARE * len(training.examples) * training.settings.epochs
+    chosen: list[list[Pair]] = []
+    for pairs in training.corpus.histories.values():
+        work -= len(pairs) * training.settings.device_epochs
+        if len(chosen) >= 2 and work < 0:
+            break
+        chosen.append(pairs)
+    return chosen
+
+
+def device_work(training: Training) -> float:
+    """Units of all trial updates, about."""
+    examples = sum(len(pairs) * 3 // 4 for pairs in device_users(training))
+    return _TRIED * examples * training.settings.device_epochs
 
 
 def choose_device_rate(training: Training) -> float:
-    """The devices' learning rate: given, else the candidate with the lowest mean held-out loss.
+    """The devices' learning rate: given, else the one with the lowest mean held-out loss, or near it.
 
-    Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each user and
+    Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each history and
     measures on the rest; appends to `record.device_trials`, each with the losses before and after.
-    Those users were part of stage 1 (and perhaps of the base model's training), so the losses
-    flatter; only their order is used. Where no trial gains 1 %, or nobody has enough examples,
-    it is DEVICE_FACTOR times stage 1's rate.
+    Users held out of stage 1 come first; the losses of others flatter. Where no trial gains enough
+    to rank the rates, or nobody has enough examples, it is never above stage 1's rate.
     """
+    record = training.record
     if training.settings.device_learning_rate is not None:
         return training.settings.device_learning_rate
-    record = training.record
     users = device_users(training)
-    if users:
-        rung = _search(_DEVICE_FIRST, lambda rung: _device_trial(training, users, rung))
-        if telling(record.device_trials):
-            return LADDER[rung]
-    return DEVICE_FACTOR * record.learning_rate
+    if not users:
+        return record.learning_rate
+    before = _seed_loss(training, users)
+    rate = Search(lambda tried: _device_trial(training, users, tried, before=before), before).run()
+    return rate if telling(record.device_trials) else min(rate, record.learning_rate)
 
 
 def telling(device_trials: Sequence[Mapping[str, Any]]) -> bool:
@@ -117,13 +167,25 @@ def telling(device_trials: Sequence[Mapping[str, Any]]) -> bool:
     return any(done["after"] < (1 - _TELLING) * done["before"] for done in device_trials)
 
 
-def _device_trial(training: Training, users: Sequence[Sequence[Pair]], rung: int) -> float:
-    rate, record = LADDER[rung], training.record
+def _seed_loss(training: Training, users: Sequence[Sequence[Pair]]) -> float:
+    """Mean held-out loss before an update."""
+    if training.record.device_trials:  # of an interrupted run
+        return training.record.device_trials[0]["before"]
+    collective, personal = training.collective, training.personal
+    losses = [
+        training.losses.mean(_split(pairs)[1], collective=collective, personal=personal) for pairs in users
+    ]
+    return float(np.mean(losses))
+
+
+def _device_trial(
+    training: Training, users: Sequence[Sequence[Pair]], rate: float, *, before: float
+) -> float:
+    record = training.record
     for done in record.device_trials:
         if done["learning_rate"] == rate:
             return done["after"]
-    losses = np.mean([_update(training, pairs, rate) for pairs in users], axis=0)
-    before, after = float(losses[0]), float(losses[1])
+    after = float(np.mean([_update(training, pairs, rate) for pairs in users]))
     after = after if math.isfinite(after) else math.inf  # it diverged
     training.progress.say(f"device learning rate {rate:g}: held-out loss {before:.4f} -> {after:.4f}")
     record.device_trials.append({
@@ -133,24 +195,26 @@ def _device_trial(training: Training, users: Sequence[Sequence[Pair]], rung: int
     return after
 
 
-def _update(training: Training, pairs: Sequence[Pair], rate: float) -> tuple[float, float]:
-    """(held-out loss at the seed, after an update) of one user."""
-    settings = training.settings
+def _split(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """(what an update trains on, the latest quarter)."""
     cut = len(pairs) * 3 // 4
-    past, latest = pairs[:cut], pairs[cut:]
+    return pairs[:cut], pairs[cut:]
+
+
+def _update(training: Training, pairs: Sequence[Pair], rate: float) -> float:
+    """The held-out loss of one user after an update."""
+    settings = training.settings
+    past, latest = _split(pairs)
     collective = {layer: type(phi)(*(t.detach() for t in phi)) for layer, phi in training.collective.items()}
     personal = trainable(from_torch(training.personal), training.base.device)
     optimizer = StiefelAdam([personal])
-
-    def held_out() -> float:
-        return training.losses.mean(latest, collective=collective, personal=personal)
-
-    before = held_out()
     lengths = [len(prompt) + len(target) for prompt, target in past]
+    # As many steps as a device's longer history would take: a handful cannot show that a rate is too high.
+    size = max(1, min(settings.batch_size, len(past) * settings.device_epochs // _LEAST_UPDATES))
     plan = [
         batch
         for epoch in range(settings.device_epochs)
-        for batch in batches(lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
+        for batch in batches(lengths, batch_size=size, seed=settings.seed, epoch=epoch)
     ]
     for index, batch in enumerate(plan):
         training.losses.step(
@@ -159,4 +223,4 @@ def _update(training: Training, pairs: Sequence[Pair], rate: float) -> tuple[flo
         )  # fmt: skip
         training.progress.advance(len(batch), f"trying device learning rate {rate:g}")
         training.pause()
-    return before, held_out()
+    return training.losses.mean(latest, collective=collective, personal=personal)

@@ -71,7 +71,7 @@ def run_lamp(
     people = read_people(request.data, task, base, users=request.users)
     say = Progress(0).say
     _describe(people, task, say)
-    artefact, seconds = artefact_for(request, task, base, stop)
+    artefact, seconds = artefact_for(request, task, base, people, stop)
     run = _Run(
         request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
     )

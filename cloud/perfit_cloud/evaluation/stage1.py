@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.run import Request as CollectiveRequest
 from perfit_cloud.collective.run import train_collective
+from perfit_cloud.evaluation.people import People
 from perfit_cloud.evaluation.request import Request
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput, ShiftMismatch
+from perfit_shared.positions import Positions
 from perfit_shared.presets import Preset, preset_for
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -21,15 +25,15 @@ __all__ = ["artefact_for"]
 
 
 def artefact_for(
-    request: Request, task: Task, base: BaseModel, stop: Callable[[], bool]
+    request: Request, task: Task, base: BaseModel, people: People, stop: Callable[[], bool]
 ) -> tuple[Artefact, float]:
     """The collective shift with its seed, and what stage 1 took in seconds: given, found in OUT, or trained.
 
-    Without a collective shift both are the identity.
+    Without a collective shift both are the identity, and `people` show where the model's sinks are.
     """
     say = Progress(0).say
     if request.alone:
-        return _identity(request, task, base, say), 0.0
+        return _identity(request, task, base, people, say), 0.0
     folder = request.artefact or request.out / "artefact"
     if request.artefact is None and not (folder / "artefact.json").is_file():
         artefact = train_collective(_collective(request, folder), base=base, stop=stop)
@@ -62,24 +66,29 @@ def _collective(request: Request, out: Path) -> CollectiveRequest:
     )  # fmt: skip
 
 
-def _spec(request: Request, base: BaseModel) -> ShiftSpec:
-    """The preset's, with what the request overrides."""
-    return _preset(request).spec(
+def _spec(request: Request, base: BaseModel, people: People) -> ShiftSpec:
+    """The preset's, with what the request overrides and past the model's attention sinks."""
+    spec = _preset(request).spec(
         blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers,
         positions=request.positions, collective_rank=request.collective_rank,
         personal_rank=request.personal_rank,
     )  # fmt: skip
+    prompts = [prompt for person in people.people for prompt, _ in person.history]
+    positions = past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
+    return replace(spec, positions=positions)
 
 
 def _preset(request: Request) -> Preset:
     return preset_for(request.preset or request.task)
 
 
-def _identity(request: Request, task: Task, base: BaseModel, say: Callable[[str], None]) -> Artefact:
+def _identity(
+    request: Request, task: Task, base: BaseModel, people: People, say: Callable[[str], None]
+) -> Artefact:
     """φ₁ that changes nothing, and φ₂ at the personal rank or at the sum of both."""
     if request.learning_rate is None:
         raise InvalidInput("without stage 1 nothing chooses a learning rate; give --lr")
-    preset, spec = _preset(request), _spec(request, base)
+    preset, spec = _preset(request), _spec(request, base, people)
     say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     rank = spec.personal_rank + (spec.collective_rank if request.ablation == "stage2_sum" else 0)
     spec = ShiftSpec(spec.layers, spec.positions, 1, rank, spec.hidden_size)
@@ -97,13 +106,23 @@ def _check(artefact: Artefact, request: Request, base: BaseModel, folder: Path) 
     if artefact.fingerprint != base.fingerprint:
         raise ShiftMismatch(f"{folder} was trained on another base model than {base.name}")
     asked = {
-        "layers": request.layers, "positions": request.positions,
+        "layers": request.layers, "positions": _positions(request, artefact),
         "collective_rank": request.collective_rank, "personal_rank": request.personal_rank,
     }  # fmt: skip
     differing = [k for k, v in asked.items() if v is not None and getattr(artefact.spec, k) != v]
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)
         raise InvalidInput(f"{folder} was trained with other {names}; leave them out, or train anew")
+
+
+def _positions(request: Request, artefact: Artefact) -> str | None:
+    """What is asked for; where that leaves skipped tokens to the model, those that the artefact skips."""
+    if request.positions is None:
+        return None
+    asked = Positions.parse(request.positions)
+    if not request.positions.startswith("s") and asked.first:
+        asked = replace(asked, skipped=Positions.parse(artefact.spec.positions).skipped)
+    return str(asked)
 
 
 def _check_own(artefact: Artefact, request: Request, task: Task, folder: Path) -> None:

@@ -17,6 +17,7 @@ from perfit_cloud.evaluation.results import Run
 from perfit_cloud.evaluation.run import run_lamp
 from perfit_cloud.model.base import load_base
 from perfit_shared.errors import InvalidInput
+from perfit_shared.positions import Positions
 
 __all__ = ["SWEEPS", "run_sweep", "sweep_requests"]
 
@@ -95,7 +96,7 @@ def _like_first(each: Request, sweep: str, first: Run | None) -> Request:
     if each.alone:
         full = first.settings
         return replace(
-            each, layers=tuple(full["layers"]), positions=full["positions"],
+            each, layers=tuple(full["layers"]), positions=Positions.parse(full["positions"]).explicit(),
             collective_rank=full["collective_rank"], personal_rank=full["personal_rank"],
             learning_rate=full["learning_rate"], epochs=full["epochs"], batch_size=full["batch_size"],
         )  # fmt: skip
