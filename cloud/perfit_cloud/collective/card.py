@@ -157,8 +157,8 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"**Data.** {data['source']} ({data['rows']}): {_told(data)}. Validation: "
         f"{data['validation_examples']} examples {_validation_of(data['validation_users'])}.",
         "",
-        f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, {hyper['steps']:,} steps{_batches(card)}, "
-        f"base in {hyper['dtype']}, {hyper['optimizer']}, "
+        f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, "
+        f"{hyper['steps']:,} steps{_batches(card)}, base in {hyper['dtype']}, {hyper['optimizer']}, "
         f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay"
         f"{_clipped(hyper['gradient_clipping'])}, no weight decay, seed {hyper['seed']}"
         f"{_train_loss(losses['train_last'])}. The shifts are those of step {losses['taken_at_step']}, "
