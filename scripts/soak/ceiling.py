@@ -42,7 +42,7 @@ __all__ = ["main"]
 _MIB = 2**20
 _TEXT = "The council will decide on the new bridge over the river on Thursday, its speaker said. "
 _PROMPT = _TEXT * 11  # some 250 tokens of the starter
-_SETTINGS = {"adapt_examples": 240, "adapt_tokens": 65_536, "call_tokens": 16_384}
+_SETTINGS = {"adapt_examples": 100, "adapt_tokens": 32_768, "call_tokens": 16_384}
 _UPDATERS, _ASKERS, _SCORERS = 8, 4, 4  # devices; two updates, 12 answers and four passes each
 _PATIENCE = 600.0  # seconds
 
