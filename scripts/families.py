@@ -27,7 +27,7 @@ from perfit_shared.errors import InvalidData
 
 __all__ = ["FAMILIES", "tiny_config", "tiny_model"]
 
-_HEADING = "## Families\n"
+_HEADING = "float32, CPU).\n"
 # Whatever a configuration calls a size, it is small; names that a family does not know are left out.
 _NAMES: dict[float, str] = {
     0: "bos_token_id num_kv_shared_layers",

@@ -98,8 +98,9 @@ def check(family: str, make_artefact: Any) -> None:
     whole = engine.gradient(PAIRS, uses[1])
     singles = [engine.gradient([pair], uses[1]) for pair in PAIRS]
     assert whole.loss == pytest.approx(mean, rel=1e-5, abs=1e-5)
-    with AdaptationEngine(base, keep_bytes=2**26).open(PAIRS, artefact) as update:
-        (step,) = update._engine.gradients([Step(update, range(len(PAIRS)), personal)])
+    updates = AdaptationEngine(base, keep_bytes=2**26)
+    with updates.open(PAIRS, artefact) as update:
+        (step,) = updates.gradients([Step(update, range(len(PAIRS)), personal)])
     assert step.loss == pytest.approx(mean, rel=1e-5, abs=1e-5)
     for layer in spec.layers:
         for part in range(3):
