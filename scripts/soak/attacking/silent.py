@@ -2,8 +2,8 @@
 
 PYTHONPATH=scripts .venv/bin/python -m soak.attacking.silent --json silent.json
 
-The server starts with 1,024 descriptors, as most systems start one. Afterwards the time is told after which
-somebody new was answered on the enrolment port while the attack went on.
+The server starts with 1,024 descriptors, as most systems start one. The honest device connects anew for every
+question, which is what the attack keeps it from.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ import sys
 import time
 from contextlib import suppress
 
+import grpc
+
+from perfit_device.channels import mutual_channel
+from perfit_device.cloud import Cloud
+from perfit_shared.errors import Unavailable
+from perfit_shared.wire import personalization_pb2 as pb
+from perfit_shared.wire.personalization_pb2_grpc import PersonalizationStub
 from soak.attacking.common import Attack, Attacker, main
 
 __all__ = ["ATTACKS"]
 
 _CONNECTIONS = 1_100
 _SERVERS_DESCRIPTORS = 1_024
+_PATIENCE = 15.0  # seconds of the honest device with one question
 
 
 def hold(address: str, attacker: Attacker) -> None:
@@ -58,9 +66,17 @@ def silent_at_devices(attacker: Attacker) -> None:
     hold(attacker.enrolment.address, attacker)
 
 
+def connect_anew(honest: Cloud) -> None:
+    with mutual_channel(honest.enrolment) as channel:
+        try:
+            PersonalizationStub(channel).Describe(pb.DescribeRequest(), timeout=_PATIENCE)
+        except grpc.RpcError as error:
+            raise Unavailable(error.code().name) from None  # type: ignore[attr-defined]
+
+
 ATTACKS = [
-    Attack("A4 silent connections to enrol", silent_at_enrolment, threads=1),
-    Attack("A4 silent connections of devices", silent_at_devices, threads=1),
+    Attack("A4 silent connections to enrol", silent_at_enrolment, threads=1, honest=connect_anew),
+    Attack("A4 silent connections of devices", silent_at_devices, threads=1, honest=connect_anew),
 ]
 
 if __name__ == "__main__":
