@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import unicodedata
+from typing import Any
 
 from perfit_shared.errors import InvalidInput
 
@@ -75,17 +76,13 @@ def read_stdin(most: int) -> str:
 # -- output --------------------------------------------------------------------------------------
 
 
-class _Forgiving(io.TextIOWrapper):
+class _Forgiving(io.FileIO):
     """Stderr that is full or closed: what is said there is lost, and the work goes on."""
 
-    def write(self, text: str, /) -> int:
+    def write(self, data: Any, /) -> int:
         with contextlib.suppress(OSError):
-            return super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            super().flush()
+            return super().write(data)
+        return memoryview(data).nbytes
 
 
 def prepare_streams() -> None:
@@ -105,8 +102,9 @@ def prepare_streams() -> None:
         sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
     if sys.stderr is None or sys.stderr is sys.__stderr__:
         encoding = getattr(sys.stderr, "encoding", None)
-        raw = io.BufferedWriter(io.FileIO(2, "w", closefd=False), buffer_size=1 << 16)
-        sys.stderr = _Forgiving(raw, encoding=encoding, errors="backslashreplace", line_buffering=True)
+        # Forgiving from the bottom: libraries write to the buffer as well.
+        buffer = io.BufferedWriter(_Forgiving(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

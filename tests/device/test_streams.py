@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from soak.fuzzing.checking import Unsound
-from soak.fuzzing.commands import INPUTS, OUTPUTS, Case, Commands, Outcome, leaves, words_of
+from soak.fuzzing.commands import INPUTS, OUTPUTS, Case, Commands, Outcome, bare_words, leaves, words_of
 
 NO_TEXT = "\udcff\udcfe no text"  # bytes that are no UTF-8, as Python hands them over
 FOUND = leaves()
@@ -24,11 +24,14 @@ def cases(name: tuple[str, ...]) -> Iterator[Case]:
     """All of one command's."""
     command = FOUND[name]
     plain = Case(name[0], tuple(words_of(name, command)))
+    # Also what is said about missing words.
+    yield Case(name[0], bare_words(name), encoding="ascii", stderr="full")
     asks_help = replace(plain, words=(*name[1:], "--help"))
     for case in (plain, asks_help):
         yield from (replace(case, stdout=kind) for kind in OUTPUTS)
         yield replace(case, encoding="ascii")
     yield replace(plain, encoding="latin-1")
+    yield replace(plain, encoding="ascii", stderr="full")
     yield replace(plain, stdin="closed", stdout="closed", stderr="closed")
     yield from (replace(plain, stdin=kind) for kind in INPUTS[1:])
     yield from (replace(plain, stderr=kind) for kind in OUTPUTS[1:])

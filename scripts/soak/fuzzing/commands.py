@@ -33,6 +33,7 @@ __all__ = [
     "Case",
     "Commands",
     "Outcome",
+    "bare_words",
     "leaves",
     "targets",
     "words_of",
@@ -112,9 +113,14 @@ _MORE: dict[tuple[str, ...], tuple[str, ...]] = {
 _ALWAYS = {("perfit-cloud", "serve"): ("--set", "hardening=off")}
 
 
+def bare_words(name: tuple[str, ...]) -> tuple[str, ...]:
+    """The command without what it needs."""
+    return (*name[1:], *_ALWAYS.get(name, ()))
+
+
 def words_of(name: tuple[str, ...], command: Any, *, text: str = "x", path: str = "none") -> list[str]:
     """Words for a command, with `text` and `path` wherever it needs one."""
-    words = [*name[1:], *_ALWAYS.get(name, ())]
+    words = [*bare_words(name)]
     if (text, path) == ("x", "none") and name in _MORE:
         return [*words, *_MORE[name]]
     for parameter in command.params:
@@ -139,7 +145,12 @@ class Commands:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "soak.fuzzing.commands_child", str(folder)],
             env={**os.environ, "PYTHONPATH": script, "PERFIT_HOME": str(folder / "home")}
-            | {"PERFIT_PASSPHRASE": _PASSPHRASE, "COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+            | {
+                "PERFIT_PASSPHRASE": _PASSPHRASE,
+                "COLUMNS": "80",
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=folder,
@@ -187,8 +198,9 @@ def targets(work: Path) -> Iterator[list[Target]]:
 def _cases() -> st.SearchStrategy[Case]:
     found = leaves()
     names = st.sampled_from(sorted(found))
-    # What a command line can hold: no null bytes. Surrogates are bytes that are no UTF-8.
-    plain = st.characters(exclude_characters="\0", exclude_categories=("Cs",))
+    # What a command line can hold: no null bytes. Surrogates are bytes that are no UTF-8. No slashes or
+    # tildes, for what is made by a name should be made in the folder of this run.
+    plain = st.characters(exclude_characters="\0/~", exclude_categories=("Cs",))
     word = st.text(plain | st.sampled_from("\udcff\udc80\udce9"), max_size=20)
     flags = st.sampled_from(["--json", "--help", "-h", "--version", "--", "-", "--task", "--profile", "-5"])
     more = st.lists(word | flags, max_size=3)
