@@ -50,7 +50,7 @@ def test_the_walk_over_the_protos_finds_what_there_is() -> None:
     assert len(names) > 40
 
 
-@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=lambda value: str(value)[-60:])
+@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_field_that_can_be_large_has_a_bound(path: str, name: str, field: FieldDescriptor) -> None:
     """A field added to the protos is refused until somebody says how large it may be."""
     bound = bounds_of(path).fields[name]
@@ -82,7 +82,7 @@ def within(kind: Any, limits: Callable[[str], Any], name: str) -> bytes:
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=lambda value: str(value)[-60:])
+@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_field_at_its_bound_passes_and_one_more_does_not(
     path: str, name: str, field: FieldDescriptor
 ) -> None:

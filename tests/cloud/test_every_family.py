@@ -12,6 +12,7 @@ from tests.conftest import random_shift, tiny_tokenizer
 from families import FAMILIES, tiny_model
 from perfit_cloud.collective.frozen import FrozenBase
 from perfit_cloud.collective.steps import trainable
+from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.adaptation import AdaptationEngine, Step
 from perfit_cloud.engine.generation import GenerationSettings, engine_for
 from perfit_cloud.engine.gradients import GradientEngine, Pair, group_all, make_batch, passes
@@ -20,7 +21,8 @@ from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, try_model
 from perfit_cloud.model.forward import forward
 from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, to_torch
-from perfit_shared.errors import InvalidData
+from perfit_cloud.service.served import Served
+from perfit_shared.errors import ConfigError, InvalidData
 from perfit_shared.positions import Positions
 
 # Padding that is not neutral, states and caches of their own, blocks that give lists, heads by another name.
@@ -153,6 +155,7 @@ def test_what_families_can_do_together() -> None:
         family: try_model(tiny_model(family)) for family in ("llama", "rwkv", "recurrent_gemma", "minimax")
     }
     assert able["llama"].passes is able["llama"].answers is Batching.ANY_LENGTHS
+    assert [family for family in able if able[family].keeps_state] == ["recurrent_gemma"]
     assert able["rwkv"].passes is able["recurrent_gemma"].passes is Batching.EQUAL_LENGTHS
     assert able["rwkv"].answers is Batching.SINGLE
     assert able["llama"].caches and not able["minimax"].caches
@@ -178,3 +181,12 @@ def test_the_page_says_how_families_are_run() -> None:
 
     page = Path(__file__).resolve().parents[2] / "docs" / "models.md"
     assert table() in page.read_text("utf-8"), "run scripts/families.py docs/models.md"
+
+
+def test_a_model_that_keeps_its_last_pass_is_not_served(tmp_path: Path) -> None:
+    """RecurrentGemma leaves states of the last sequence on its modules, where nothing overwrites them."""
+    model = tiny_model("recurrent_gemma")
+    base = BaseModel("tiny", "fingerprint", model, None, try_model(model))
+    with pytest.raises(ConfigError, match="could not forget"):
+        Served.build(CloudConfig(state=tmp_path), base, [], "c0")
+    Served.build(CloudConfig(state=tmp_path, hardening="off"), base, [], "c0")

@@ -9,7 +9,7 @@ never run in that way; what raises does not fit either. Only what cannot be at a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, ValuesView
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ class Capabilities(NamedTuple):
     answers: Batching = Batching.ANY_LENGTHS  # `generate`
     caches: bool = True  # whether `generate` may keep what it computed for earlier tokens
     in_slices: bool = True  # whether the head can be run apart, on some rows
+    keeps_state: bool = False  # whether what the last pass computed stays on the model's modules
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +88,7 @@ def try_model(model: Any) -> Capabilities:
         passes = Batching.EQUAL_LENGTHS if passes is Batching.ANY_LENGTHS else passes
         answers = Batching.SINGLE
     in_slices = trial.holds(trial.slices_alike, "head in slices")
-    return Capabilities(trial.arguments, passes, answers, caches, in_slices)
+    return Capabilities(trial.arguments, passes, answers, caches, in_slices, trial.keeps_state())
 
 
 class _Trial:
@@ -107,6 +108,15 @@ class _Trial:
 
     def _sequence(self, step: int, first: int, length: int = _LENGTHS[1]) -> list[int]:
         return [(step * i + first) % self._vocabulary for i in range(length)]
+
+    def keeps_state(self) -> bool:
+        """Whether modules hold tensors of the last pass, beside weights and buffers."""
+        held = []
+        for sequence in self._sequences:
+            self._logits([sequence])
+            held.append({name: tensor.clone() for name, tensor in _plain_tensors(self._model)})
+        one, other = held
+        return one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one)
 
     # -- what must be ------------------------------------------------------------------------------
 
@@ -274,6 +284,18 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
         chosen = torch.full_like(scores, -torch.inf)
         chosen[:, self._token(ids.shape[1] - self._width)] = 0
         return chosen
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that are attributes of a module, or in a list or dict that is one; no weights, no buffers."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            inside = value.values() if isinstance(value, dict) else value
+            for at, part in enumerate(inside if isinstance(inside, list | tuple | ValuesView) else [value]):
+                if isinstance(part, Tensor):
+                    yield f"{name}.{key}.{at}", part
 
 
 def _period(config: Any) -> int:

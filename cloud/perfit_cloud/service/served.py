@@ -31,9 +31,14 @@ class Served:
     ) -> Served:
         """Check that everything fits together.
 
-        Raises ShiftMismatch for an artefact of another model, ConfigError for two of one name or for
-        limits that leave no room.
+        Raises ShiftMismatch for an artefact of another model, ConfigError for two of one name, for limits
+        that leave no room, or for a model that cannot forget.
         """
+        if base.capabilities.keeps_state and config.hardening == "on":
+            raise ConfigError(
+                "models of this family keep what their last pass computed on their modules, so this cloud "
+                "could not forget it; serve another model, or set hardening=off if it may remember"
+            )
         by_name: dict[str, Artefact] = {}
         for artefact in artefacts:
             if artefact.name in by_name:
