@@ -67,7 +67,7 @@ def fails(run: Callable[[], Any]) -> CommandFailed:
     said = caught.value.said.strip()
     assert "Traceback" not in said
     assert len(said.splitlines()) <= 2, said
-    assert caught.value.code == 1
+    assert caught.value.code in (1, 3, 4, 6, 7)  # by the class of the error
     return caught.value
 
 
@@ -183,7 +183,7 @@ def test_cloud_killed_in_mid_update_and_mid_answer(
         assert answer.stdout.read(1)
         cloud.kill()
         _, said = answer.communicate(timeout=60)
-        assert answer.returncode == 1
+        assert answer.returncode == 3
         assert "cloud" in said
         assert "Traceback" not in said
 
