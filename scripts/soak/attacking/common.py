@@ -195,11 +195,17 @@ def main(description: str | None, attacks: Sequence[Attack], arguments: Sequence
             with tempfile.TemporaryDirectory() as folder:
                 found.append(measure(attack, Path(folder), seconds=args.seconds, code=args.code))
             print(json.dumps(asdict(found[-1])), flush=True)
+            if args.json is not None:
+                _add(args.json, "before" if args.code else "after", found[-1])
     print(_table(found))
-    if args.json is not None:
-        known = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
-        finish({**known, "before" if args.code else "after": [asdict(one) for one in found]}, args.json)
     return 0 if all(one.is_within for one in found) else 1
+
+
+def _add(file: Path, when: str, outcome: Outcome) -> None:
+    """Put it into the file, in place of what it had of this attack."""
+    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    others = [one for one in known.get(when, []) if one["attack"] != outcome.attack]
+    finish({**known, when: [*others, asdict(outcome)]}, file)
 
 
 def measure(attack: Attack, folder: Path, *, seconds: float, code: Path | None = None) -> Outcome:
