@@ -44,13 +44,18 @@ FIELDS = [
 ]
 
 
+def name_of(value: object) -> str:
+    """The part of a test's name, the same in every process."""
+    return value if isinstance(value, str) else ""
+
+
 def test_the_walk_over_the_protos_finds_what_there_is() -> None:
     names = {name for _, name, _ in FIELDS}
     assert {"ScoreRequest.candidates", "AdaptStep.rows", "ChatMessage.content", "RenewRequest.csr"} <= names
     assert len(names) > 40
 
 
-@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=name_of)
 def test_every_field_that_can_be_large_has_a_bound(path: str, name: str, field: FieldDescriptor) -> None:
     """A field added to the protos is refused until somebody says how large it may be."""
     bound = bounds_of(path).fields[name]
@@ -82,7 +87,7 @@ def within(kind: Any, limits: Callable[[str], Any], name: str) -> bytes:
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("path", "name", "field"), FIELDS, ids=name_of)
 def test_a_field_at_its_bound_passes_and_one_more_does_not(
     path: str, name: str, field: FieldDescriptor
 ) -> None:
