@@ -88,9 +88,9 @@ load: setup
 
 # The ceiling wants root, for a control group of its own.
 attacks: setup
-	$(SOAK).attacking.counts --json $(FOUND)/attack_counts.json
-	$(SOAK).attacking.unpaid --json $(FOUND)/attack_unpaid.json
-	$(SOAK).attacking.refused --json $(FOUND)/attack_refused.json
+	for attack in counts unpaid refused silent greedy stopping database; do \
+		$(SOAK).attacking.$$attack --json $(FOUND)/attack_$$attack.json || exit 1; \
+	done
 	$(SOAK).ceiling --mib 2048 --json $(FOUND)/ceiling.json
 
 # The image is the contract that clients were built by: `make wire` renews it when nothing breaks.
