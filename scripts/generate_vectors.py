@@ -276,7 +276,7 @@ def batches() -> dict[str, Any]:
 def positions() -> list[dict[str, Any]]:
     return [
         {"positions": text, "prompt_tokens": length, "indices": Positions.parse(text).indices(length)}
-        for text in ("f7+l7", "l7", "f3", "f2+l1")
+        for text in ("f7+l7", "l7", "f3", "f2+l1", "s1+f7+l7", "s2+f3")
         for length in (1, 2, 3, 5, 8, 9, 14, 15, 20)
     ]
 
