@@ -60,13 +60,16 @@ def serving(
             process.kill()
 
 
-@contextmanager
-def calling(state: Path, address: str) -> Iterator[grpc.Future]:
-    """A call of a new device."""
+def enrolled(state: Path) -> grpc.ChannelCredentials:
+    """A device that the server knows from its start."""
     authority, key = open_authority(state), new_key()
     certificate = authority.enroll(authority.invite(60)[0], csr_of(key))
-    roots = pem(authority.server_ca_der)
-    credentials = grpc.ssl_channel_credentials(roots, key_pem(key), pem(certificate))
+    authority.close()
+    return grpc.ssl_channel_credentials(pem(authority.server_ca_der), key_pem(key), pem(certificate))
+
+
+@contextmanager
+def calling(credentials: grpc.ChannelCredentials, address: str) -> Iterator[grpc.Future]:
     with grpc.secure_channel(address, credentials, options=[("grpc.enable_http_proxy", 0)]) as channel:
         yield pb_grpc.PersonalizationStub(channel).Describe.future(pb.DescribeRequest(), timeout=LONG)
 
@@ -83,9 +86,10 @@ def test_a_call_that_does_not_end_is_cut_off(
 ) -> None:
     """Python waits for every thread of a pool before it ends: SIGTERM took as long as the call."""
     state = tmp_path / "state"
+    credentials = enrolled(state)
     with (
         serving(STUCK_CALL, state, model_folder("llama"), drain) as (process, address),
-        calling(state, address) as call,
+        calling(credentials, address) as call,
     ):
         stuck(process)
         process.send_signal(signal.SIGTERM)
