@@ -184,6 +184,7 @@ def test_what_is_refused(
     # The template's own error quotes the messages.
     template = "{{ raise_exception(messages[0].content) }}"
     monkeypatch.setattr(base.tokenizer, "chat_template", template, raising=False)
+    monkeypatch.setattr(base._codec, "_template", template)  # as if it had been loaded with it
     user = pb.Chat(messages=[pb.ChatMessage(role="user", content=WORD)])
     assert heard.fails(lambda: c.generate("", prompt=pb.Prompt(chat=user))) == invalid
     heard.check(running, c.device)

@@ -14,6 +14,7 @@ from perfit_cloud.engine.generation import GenerationEngine, engine_for
 from perfit_cloud.engine.gradients import GradientEngine, passes
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import load_base
+from perfit_cloud.model.capabilities import Batching
 from perfit_cloud.model.shifts import Group, hooked, open_book, phi, row_index, to_torch
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -243,7 +244,7 @@ def _gap(base: Any, prompt: list[int], use: ShiftUse, before: list[int], a: int,
 def test_long_and_short_examples_together_take_little_memory(load: Any, make_artefact: Any) -> None:
     """One long example must not pad 63 short ones up to its length in a single pass."""
     pairs = [([0] * 200, [5, 1]), *[([0, 4], [6, 1])] * 63]
-    made = passes(pairs)
+    made = passes(pairs, Batching.ANY_LENGTHS)
     assert sorted(i for chunk in made for i in chunk) == list(range(64))
     assert max(len(chunk) * max(sum(map(len, pairs[i])) for i in chunk) for chunk in made) <= 8192
     base = load("llama")

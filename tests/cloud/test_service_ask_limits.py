@@ -24,7 +24,7 @@ def test_a_busy_cloud_turns_questions_away_not_the_stream(run: Callable[..., Run
     for response in turned_away:
         assert (response.failure.code, response.failure.retry_ms) == ("busy", 70)
         assert "try again" in response.failure.message
-    assert len(engine.answers) == 2
+    until(lambda: len(engine.answers) == 2)
     assert failure(lambda: list(running.device().stub.Generate(generate())))[0] == "RESOURCE_EXHAUSTED"
     for answer in engine.answers:
         answer.finish()

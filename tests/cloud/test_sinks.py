@@ -78,10 +78,11 @@ def test_what_is_asked_fits_an_artefact_that_leaves_sinks_out(
     from perfit_cloud.evaluation.people import People
     from perfit_cloud.evaluation.request import Request
     from perfit_cloud.evaluation.stage1 import artefact_for
+    from perfit_shared.lamp import Labels
 
     made = make_artefact(base, positions="s1+f2+l3", layers=(1, 2))
     made.save(tmp_path)
-    nobody = People((), 0, 0, 0, 0, ())
+    nobody = People((), 0, 0, 0, 0, 0, (), Labels(), {}, 0)
 
     def found(positions: str | None) -> str:
         request = Request("news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions)
