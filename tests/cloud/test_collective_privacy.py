@@ -15,6 +15,7 @@ import torch
 from tests.cloud.test_collective import StopAfter, write_toy
 from typer.testing import CliRunner
 
+from perfit_cloud.collective import training, trials
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.privacy import (
     Budget,
@@ -234,6 +235,25 @@ def test_what_would_spend_more_than_is_accounted_for_is_refused(make_request: An
         train_collective(make_request(budget=Budget(1.0, delta=0.5)))
     with pytest.raises(InvalidInput, match="--accumulate"):
         train_collective(make_request(accumulate=2))
+
+
+def test_how_much_people_wrote_decides_neither_when_to_validate_nor_on_whom_rates_are_tried(
+    make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_PATIENCE", 100)
+    monkeypatch.setattr(trials, "LADDER", (1e-3,))
+    monkeypatch.setattr(trials, "_FIRST", (1e-3,))
+    seen = []
+    for items in (4, 40):  # of each of as many people
+        data = write_toy(tmp_path / f"{items}", users=30, items=items)
+        out = tmp_path / f"out{items}"
+        card = train_collective(
+            make_request(data=data, out=out, epochs=1, device_epochs=1, device_learning_rate=None)
+        ).card
+        curve = [step for step, _ in card["losses"]["validation_curve"]]
+        seen.append((curve, [trial["users"] for trial in card["device_trials"]]))
+    assert seen[0] == seen[1]
+    assert len(seen[0][0]) == 9 and set(seen[0][1]) == {4}
 
 
 def test_the_command_asks_for_epsilon_with_its_options(make_request: Any, tmp_path: Path) -> None:
