@@ -237,6 +237,44 @@ def test_what_would_spend_more_than_is_accounted_for_is_refused(make_request: An
         train_collective(make_request(accumulate=2))
 
 
+def rewritten(data: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+    path = data / "user_others.json"
+    records = json.loads(path.read_text())
+    change(records)
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_nobody_s_being_there_decides_who_else_is_drawn(make_request: Any) -> None:
+    with pytest.raises(InvalidInput, match="leave out --users"):
+        train_collective(make_request(users=20))
+
+
+def test_a_person_is_neither_a_line_nor_a_question(make_request: Any, tmp_path: Path) -> None:
+    lines = [{"user_id": n, "text": "a", "title": "b"} for n in range(30)]
+    del lines[7]["user_id"]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(
+        InvalidInput, match=r"lines\.jsonl: 1 lines or questions .* give every line a user_id"
+    ):
+        train_collective(make_request(data=path))
+    path = tmp_path / "questions.json"
+    asked = {"input": "article: a", "output": "b", "user_id": 7, "profile": []}
+    path.write_text(json.dumps([{"id": str(n), **asked} for n in range(30)]))
+    with pytest.raises(InvalidInput, match="30 lines or questions"):
+        train_collective(make_request(data=path))
+
+
+def test_one_person_s_query_does_not_turn_everybody_s_profile_away(make_request: Any, tmp_path: Path) -> None:
+    def ask(records: list[dict[str, Any]]) -> None:
+        records[3]["query"] = [{"id": "q", "input": "article: a", "gold": "b"}]
+
+    path = rewritten(write_toy(tmp_path / "mixed", users=30, items=4), ask)
+    with pytest.raises(InvalidInput, match="29 people have a profile and no query"):
+        train_collective(make_request(data=path))
+
+
 def test_how_much_people_wrote_decides_neither_when_to_validate_nor_on_whom_rates_are_tried(
     make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
