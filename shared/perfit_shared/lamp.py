@@ -29,6 +29,7 @@ __all__ = [
     "Labels",
     "User",
     "Users",
+    "as_text",
     "at",
     "id_of",
     "is_date",
@@ -274,13 +275,9 @@ class _Reader:
     def user(self, record: _Record, *, aside: bool) -> User:
         profile = [self._profile(raw, n) for n, raw in enumerate([] if aside else record.profile)]
         query = [self._query(raw, n) for n, raw in enumerate(record.query)]
-        user = User(
-            record.user_id, tuple(filter(None, profile)), tuple(filter(None, query)), record.person
-        )  # fmt: skip
-        if not user.dated:
-            return user
-        ordered = tuple(sorted(user.profile, key=lambda entry: entry.date))
-        return User(user.user_id, ordered, user.query, user.person)
+        user = User(record.user_id, tuple(filter(None, profile)), tuple(filter(None, query)), record.person)
+        ordered = sorted(user.profile, key=lambda entry: entry.date) if user.dated else user.profile
+        return replace(user, profile=tuple(ordered))
 
     def _profile(self, raw: Mapping[str, Any], number: int) -> Entry | None:
         with at(f"profile item {_shown(raw, number)}"):
@@ -335,7 +332,7 @@ def item_of(values: Mapping[str, Any], task: Task) -> dict[str, str] | None:
 def id_of(record: Mapping[str, Any], key: str = "id") -> str:
     """An id as text. Raises InvalidData when it is missing, empty or neither text nor a whole number."""
     value = _value(record, key)
-    if not isinstance(value, str | int) or isinstance(value, bool) or not (text := _as_text(value)):
+    if not isinstance(value, str | int) or isinstance(value, bool) or not (text := as_text(value)):
         raise InvalidData(f'field "{key}" should be text or a whole number')
     return text
 
@@ -351,7 +348,7 @@ def _date(raw: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise InvalidData('field "date" should be text')
-    return _as_text(value) or ""  # LaMP-5's dates are years, as numbers
+    return as_text(value) or ""  # LaMP-5's dates are years, as numbers
 
 
 def _list(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -373,14 +370,14 @@ def _value(record: Mapping[str, Any], key: str) -> Any:
 
 def _text(record: Mapping[str, Any], key: str) -> str:
     """A field as stripped text; "" for null. Raises InvalidData on any other type."""
-    text = _as_text(_value(record, key))
+    text = as_text(_value(record, key))
     if text is None:
         raise InvalidData(f'field "{key}" should be text')
     return text
 
 
-def _as_text(value: Any) -> str | None:
-    """None for what is neither text that UTF-8 can carry nor a finite number: JSON makes lone surrogates."""
+def as_text(value: Any) -> str | None:
+    """A field as items hold it, stripped; None for what is no finite number, nor text that UTF-8 carries."""
     if value is None:
         return ""
     if isinstance(value, float) and math.isfinite(value):
@@ -390,7 +387,7 @@ def _as_text(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     try:
-        value.encode()
+        value.encode()  # JSON makes lone surrogates
     except UnicodeEncodeError:
         return None
     return value.strip()
@@ -399,5 +396,5 @@ def _as_text(value: Any) -> str | None:
 def _shown(record: Mapping[str, Any], number: int, key: str = "id") -> str:
     """An id for a message: on one line, not long; the place, from 1, when there is none to show."""
     value = record.get(key)
-    text = " ".join((_as_text(value) or "").split())[:_SHOWN] if isinstance(value, str | int) else ""
+    text = " ".join((as_text(value) or "").split())[:_SHOWN] if isinstance(value, str | int) else ""
     return text or f"number {number + 1}"

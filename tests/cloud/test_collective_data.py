@@ -31,7 +31,7 @@ def test_jsonl_with_and_without_users(tmp_path: Path) -> None:
     )  # fmt: skip
     items = read_items(write(tmp_path / "data.jsonl", text + "\n\n"), HEADLINE)
     assert items.users["7"] == [{"text": "a", "title": "b"}, {"text": "g", "title": "h"}]
-    assert len(items.users) == 2 and items.dropped_empty == 1
+    assert len(items.users) == 2 and items.dropped_empty == 1 and items.unnamed == 1
     assert items.source == f"{tmp_path.name}/data.jsonl"
     assert find_data(tmp_path) == tmp_path / "data.jsonl"
 
@@ -63,6 +63,18 @@ def test_oppu_files_train_on_queries_else_on_profiles(tmp_path: Path) -> None:
     assert [item["text"] for item in items.users["1"]] == ["first", "later"]
     items = read_items(write(tmp_path / "p.json", [{"user_id": 1, "profile": profile}]), HEADLINE)
     assert items.kind == "profile" and len(items.users["1"]) == 2
+
+
+def test_users_whose_profiles_are_left_aside_are_counted(tmp_path: Path, load: Any) -> None:
+    profile = [{"id": 1, "text": "first", "title": "f"}]
+    users: list[dict[str, Any]] = [{"user_id": n, "profile": profile, "query": []} for n in range(3)]
+    path = write(tmp_path / "user_others.json", users)
+    assert (read_items(path, HEADLINE).kind, read_items(path, HEADLINE).only_profiles) == ("profile", 0)
+    users += [{"user_id": n, "query": [query(n, f"now {n}", "n")]} for n in (8, 9)]
+    items = read_items(write(path, users), HEADLINE)
+    assert set(items.users) == {"8", "9"} and items.only_profiles == 3
+    corpus = tokenise(items, base=load("llama"), task=HEADLINE, seed=0)
+    assert corpus.summary()["dropped"]["users_without_queries"] == 3
 
 
 def test_lamp_s_own_files(tmp_path: Path) -> None:
@@ -142,7 +154,8 @@ def test_split_is_by_user_and_long_ones_are_cut(tmp_path: Path, load: Any) -> No
     items = read_items(write(tmp_path / "d.jsonl", lines(*rows)), HEADLINE)
     corpus = tokenise(items, base=base, task=HEADLINE, seed=0)
     summary = corpus.summary()
-    assert summary["dropped"] == {"empty_field": 0, "too_long": 1} and summary["shortened"] == 1
+    assert summary["dropped"] == {"empty_field": 0, "too_long": 1, "users_without_queries": 0}
+    assert summary["shortened"] == 1
     assert summary["token_cap"] == 256 and summary["examples"] == 501 and summary["users"] == 50
     assert 100 <= len(corpus.validation) <= 150
     assert len(corpus.train) + corpus.validation_users == 50

@@ -15,6 +15,7 @@ import torch
 from tests.cloud.test_collective import StopAfter, write_toy
 from typer.testing import CliRunner
 
+from perfit_cloud.collective import training, trials
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.privacy import (
     Budget,
@@ -234,6 +235,63 @@ def test_what_would_spend_more_than_is_accounted_for_is_refused(make_request: An
         train_collective(make_request(budget=Budget(1.0, delta=0.5)))
     with pytest.raises(InvalidInput, match="--accumulate"):
         train_collective(make_request(accumulate=2))
+
+
+def rewritten(data: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+    path = data / "user_others.json"
+    records = json.loads(path.read_text())
+    change(records)
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_nobody_s_being_there_decides_who_else_is_drawn(make_request: Any) -> None:
+    with pytest.raises(InvalidInput, match="leave out --users"):
+        train_collective(make_request(users=20))
+
+
+def test_a_person_is_neither_a_line_nor_a_question(make_request: Any, tmp_path: Path) -> None:
+    lines = [{"user_id": n, "text": "a", "title": "b"} for n in range(30)]
+    del lines[7]["user_id"]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(
+        InvalidInput, match=r"lines\.jsonl: 1 lines or questions .* give every line a user_id"
+    ):
+        train_collective(make_request(data=path))
+    path = tmp_path / "questions.json"
+    asked = {"input": "article: a", "output": "b", "user_id": 7, "profile": []}
+    path.write_text(json.dumps([{"id": str(n), **asked} for n in range(30)]))
+    with pytest.raises(InvalidInput, match="30 lines or questions"):
+        train_collective(make_request(data=path))
+
+
+def test_one_person_s_query_does_not_turn_everybody_s_profile_away(make_request: Any, tmp_path: Path) -> None:
+    def ask(records: list[dict[str, Any]]) -> None:
+        records[3]["query"] = [{"id": "q", "input": "article: a", "gold": "b"}]
+
+    path = rewritten(write_toy(tmp_path / "mixed", users=30, items=4), ask)
+    with pytest.raises(InvalidInput, match="29 people have a profile and no query"):
+        train_collective(make_request(data=path))
+
+
+def test_how_much_people_wrote_decides_neither_when_to_validate_nor_on_whom_rates_are_tried(
+    make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_PATIENCE", 100)
+    monkeypatch.setattr(trials, "LADDER", (1e-3,))
+    monkeypatch.setattr(trials, "_FIRST", (1e-3,))
+    seen = []
+    for items in (4, 40):  # of each of as many people
+        data = write_toy(tmp_path / f"{items}", users=30, items=items)
+        out = tmp_path / f"out{items}"
+        card = train_collective(
+            make_request(data=data, out=out, epochs=1, device_epochs=1, device_learning_rate=None)
+        ).card
+        curve = [step for step, _ in card["losses"]["validation_curve"]]
+        seen.append((curve, [trial["users"] for trial in card["device_trials"]]))
+    assert seen[0] == seen[1]
+    assert len(seen[0][0]) == 9 and set(seen[0][1]) == {4}
 
 
 def test_the_command_asks_for_epsilon_with_its_options(make_request: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 from tests.lamp_files import TASK, write_files
 
-from perfit_cloud.collective import data
-from perfit_cloud.collective.data import Items, read_items
+from perfit_cloud.collective import data, streaming
+from perfit_cloud.collective.data import Items, read_items, tokenise
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import load_task
 
@@ -59,6 +60,59 @@ def test_person_by_person_is_the_same(
     change(path, how)
     whole, streamed = both(path, monkeypatch)
     assert streamed == whole and list(streamed.users) == list(whole.users)
+    assert streamed.only_profiles == (3 if how is late_queries else 0)
+
+
+def few_queries(records: list[dict[str, Any]]) -> None:
+    """As in LaMP-3, 5 and 7: a long profile, and hardly a query."""
+    for record in records:
+        record["profile"] = [{**record["profile"][0], "id": f"{n}", "title": f"t{n}"} for n in range(70)]
+        record["query"] = record["query"][:1]
+
+
+def test_the_people_that_updates_are_tried_on_are_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, load: Any
+) -> None:
+    path = folder / "user_others.json"
+    change(path, few_queries)
+    whole, streamed = both(path, monkeypatch)
+    assert streamed == whole and {len(profile) for profile in streamed.profiles.values()} == {64}
+    task = load_task(folder, TASK)
+    corpora = [tokenise(items, base=load("llama"), task=task, seed=0) for items in (whole, streamed)]
+    assert corpora[0].histories == corpora[1].histories
+    assert len(corpora[1].histories) == 8 and corpora[1].held_out_histories >= 1
+
+
+def test_only_the_longest_profiles_are_kept_to_try_updates_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "user_others.json"
+
+    def unlike(records: list[dict[str, Any]]) -> None:
+        few_queries(records)
+        for number, record in enumerate(records):
+            record["profile"] = record["profile"][: (5 * number) % 13]  # 0 for the first
+
+    change(path, unlike)
+    monkeypatch.setattr(streaming, "_PROFILES", 3)
+    whole, streamed = both(path, monkeypatch)
+    assert sorted(len(profile) for profile in streamed.profiles.values()) == [10, 11, 12]
+    assert all(whole.profiles[user] == profile for user, profile in streamed.profiles.items())
+
+
+def test_a_byte_order_mark_is_no_content(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "user_others.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    whole, streamed = both(path, monkeypatch)
+    assert streamed == whole and streamed.users
+
+
+def test_questions_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path)  # its task.json
+    asked = {"input": "article: now", "output": "n", "profile": [{"id": "1", "text": "a", "title": "b"}]}
+    (tmp_path / "train_questions.json").write_text(json.dumps([{"id": "1", **asked}, {"id": "2", **asked}]))
+    whole, streamed = both(tmp_path / "train_questions.json", monkeypatch)
+    assert streamed == whole and streamed.unnamed == 2 and streamed.only_profiles == 0
 
 
 def test_people_who_are_tested_on_give_their_profiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

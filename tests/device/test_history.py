@@ -16,6 +16,7 @@ from perfit_device.history.importers import read_history
 from perfit_device.sealing import KdfParams
 from perfit_device.vault import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.lamp import item_of
 from perfit_shared.tasks import TASKS, Example, load_task
 
 TASK = TASKS["news_headline"]
@@ -284,9 +285,14 @@ def test_labels_of_ones_own_are_welcome() -> None:
     assert item.fields["category"] == "tell mom"
 
 
-def test_ratings_may_be_numbers(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", '{"text": "fine", "score": 4}')
-    assert read_history(path, TASKS["product_rating"])[0].fields["score"] == "4"
+@pytest.mark.parametrize("number", ["4", "4.0", "4e0", "-0.0", "4.5", "1e16"])
+def test_ratings_may_be_numbers_and_are_written_as_in_stage_1(tmp_path: Path, number: str) -> None:
+    task = TASKS["product_rating"]
+    path = write(tmp_path, "a.jsonl", f'{{"text": "fine", "score": {number}}}')
+    (item,) = read_history(path, task)
+    assert item.fields == item_of(json.loads(path.read_text()), task)
+    if number in ("4", "4.0", "4e0"):
+        assert item.fields["score"] == "4"
 
 
 def test_forgetting_is_by_name_and_leaves_nothing(tmp_path: Path) -> None:

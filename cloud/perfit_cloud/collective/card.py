@@ -190,11 +190,15 @@ def _told(data: Mapping[str, Any]) -> str:
     """Of data that were trained on privately, only how many people there were."""
     if "examples" not in data:
         return f"{data['users']:,} people"
+    dropped = data["dropped"]
+    alone = dropped["users_without_queries"]
     return (
         f"{data['examples']:,} examples of {data['users']:,} users, {data['mean_prompt_tokens']} + "
-        f"{data['mean_target_tokens']} tokens on average; left out: {data['dropped']['empty_field']} with an "
-        f"empty field, {data['dropped']['too_long']} with an answer too long for {data['token_cap']} tokens; "
+        f"{data['mean_target_tokens']} tokens on average; left out: {dropped['empty_field']} with an "
+        f"empty field, {dropped['too_long']} with an answer too long for {data['token_cap']} tokens; "
         f"{data['shortened']} prompts cut to that"
+        + f"; {alone:,} users with a profile and no query, since others have queries"
+        * bool(alone)
     )
 
 

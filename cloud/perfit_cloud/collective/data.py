@@ -44,7 +44,10 @@ class Items:
     kind: str  # "jsonl", "profile" or "query"
     users: Mapping[str, list[dict[str, str]]]
     dropped_empty: int  # items of the file with an empty field
-    profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)  # where queries are trained on
+    # The latest of the profiles where queries are trained on; of a streamed file, of the longest ones.
+    profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    only_profiles: int = 0  # users left out, since they have no queries and others do
+    unnamed: int = 0  # users who are one line or one question, whoever wrote it
 
     def history(self, user: str) -> list[dict[str, str]]:
         """What a device of this user would hold: the profile, unless what is trained on is longer."""
@@ -83,6 +86,7 @@ class Corpus:
     dropped_long: int  # answers that fill the context
     shortened: int  # prompts cut to fit it
     token_cap: int
+    only_profiles: int  # users left out, since they have no queries and others do
 
     def examples(self) -> list[Pair]:
         """Every training pair, in a fixed order."""
@@ -112,7 +116,11 @@ class Corpus:
             "rows": self.kind,
             "users": len(self.train) + self.validation_users,
             "examples": len(pairs),
-            "dropped": {"empty_field": self.dropped_empty, "too_long": self.dropped_long},
+            "dropped": {
+                "empty_field": self.dropped_empty,
+                "too_long": self.dropped_long,
+                "users_without_queries": self.only_profiles,
+            },
             "token_cap": self.token_cap,
             "shortened": self.shortened,
             "validation_users": self.validation_users,
@@ -153,20 +161,32 @@ def read_items(path: Path, task: Task) -> Items:
 
 def _read_users(path: Path, task: Task) -> Items:
     if path.stat().st_size > _WHOLE_BYTES:
-        kind, streamed, dropped = stream_users(path, task)
-        return Items(f"{path.resolve().parent.name}/{path.name}", kind, streamed, dropped)
+        some = stream_users(path, task, latest=_TRIAL_MOST)
+        return Items(
+            f"{path.resolve().parent.name}/{path.name}", some.kind, some.users, some.dropped_empty,
+            some.profiles, some.only_profiles, some.unnamed,
+        )  # fmt: skip
     found = read_users(path, task)
     kind, entries = found.to_train_on()
     users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}
-    profiles = {}
-    if kind == "query":
-        profiles = {user.user_id: [dict(e.item) for e in user.profile[-_TRIAL_MOST:]] for user in found.users}
-    return Items(found.source, kind, users, found.dropped_empty, profiles)
+    if kind == "profile":
+        return Items(found.source, kind, users, found.dropped_empty)
+    with_profiles = [user for user in found.users if user.profile]
+    profiles = {
+        user.user_id: [dict(entry.item) for entry in user.profile[-_TRIAL_MOST:]]
+        for user in with_profiles
+        if user.query
+    }
+    return Items(
+        found.source, kind, users, found.dropped_empty, profiles,
+        only_profiles=0 if found.questions else len(with_profiles) - len(profiles),
+        unnamed=len(users) if found.questions else 0,
+    )  # fmt: skip
 
 
 def _read_lines(path: Path, task: Task) -> Items:
     users: dict[str, list[dict[str, str]]] = {}
-    dropped = 0
+    dropped = unnamed = 0
     with at(str(path)):
         # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
         for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -176,14 +196,17 @@ def _read_lines(path: Path, task: Task) -> Items:
                 values = parse_json(line)
                 if not isinstance(values, dict):
                     raise InvalidData("it should be an object with the task's fields")
+                named = "user_id" in values
                 # Without a name, a line is somebody of their own.
-                user = id_of(values, "user_id") if "user_id" in values else f"line {number}"
+                user = id_of(values, "user_id") if named else f"line {number}"
                 item = item_of(values, task)
             if item is None:
                 dropped += 1
             else:
                 users.setdefault(user, []).append(item)
-    return Items(f"{path.resolve().parent.name}/{path.name}", "jsonl", users, dropped)
+                unnamed += not named
+    source = f"{path.resolve().parent.name}/{path.name}"
+    return Items(source, "jsonl", users, dropped, unnamed=unnamed)
 
 
 # -- tokens ------------------------------------------------------------------------------------------
@@ -219,6 +242,7 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: It
         validation_users=len(held_out), histories=histories,
         held_out_histories=len(held_out & set(histories)), dropped_empty=items.dropped_empty,
         dropped_long=dropped, shortened=shortened, token_cap=cap,
+        only_profiles=items.only_profiles,
     )  # fmt: skip
 
 
@@ -236,6 +260,7 @@ def _validated_on(
         validation=everything[:: -(-len(everything) // _VALIDATION_MAX)],  # of everybody alike
         validation_users=len(theirs), histories=histories, held_out_histories=len(histories),
         dropped_empty=items.dropped_empty, dropped_long=dropped, shortened=shortened, token_cap=cap,
+        only_profiles=items.only_profiles,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.card import draw_losses, make_card, write_card
-from perfit_cloud.collective.data import Corpus, find_data, read_items, tokenise
+from perfit_cloud.collective.data import Corpus, Items, find_data, read_items, tokenise
 from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
@@ -107,10 +107,8 @@ def _begin(
     task = load_prompts(file.parent, request.task, request.prompts)
     items = read_items(file, task)
     validation = None if request.validation is None else read_items(request.validation, task)
-    if request.budget is not None and validation is None:
-        raise InvalidInput(
-            "what is validated on is told outside the privacy budget; give public examples with --validation"
-        )
+    if request.budget is not None:
+        _check_private(request, items)
     if request.users is not None:
         items = items.first_users(request.users, request.seed)
     if base is None:
@@ -143,6 +141,28 @@ def _begin(
             f"noise {privacy.noise_multiplier:.3g} times the clip norm {privacy.clip_norm:g}"
         )
     return training
+
+
+def _check_private(request: Request, items: Items) -> None:
+    """Raises InvalidInput where one person could stand as several, or decide what others' data do."""
+    if request.validation is None:
+        raise InvalidInput(
+            "what is validated on is told outside the privacy budget; give public examples with --validation"
+        )
+    if request.users is not None:
+        raise InvalidInput(
+            "one person more in the data would change who else is drawn; leave out --users with --epsilon"
+        )
+    if items.unnamed:
+        raise InvalidInput(
+            f"{items.source}: {items.unnamed} lines or questions would each count as a person; with "
+            "--epsilon give every line a user_id, or a file of users"
+        )
+    if items.only_profiles:
+        raise InvalidInput(
+            f"{items.source}: {items.only_profiles} people have a profile and no query, so one person's "
+            "query would decide whose data are read; with --epsilon give everybody queries, or nobody"
+        )
 
 
 def _artefact(
@@ -223,6 +243,11 @@ def _report(corpus: Corpus, progress: Progress) -> None:
         f"{corpus.dropped_empty} with an empty field, {corpus.dropped_long} with an answer too long; "
         f"{corpus.shortened} prompts cut to {corpus.token_cap} tokens"
     )
+    if corpus.only_profiles:
+        progress.say(
+            f"{corpus.only_profiles} users are left out: they have a profile and no query, and where anybody "
+            "has queries those are trained on"
+        )
 
 
 def _plan_work(training: Training, progress: Progress) -> None:

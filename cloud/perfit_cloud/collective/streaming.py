@@ -1,40 +1,76 @@
 """LaMP's and OPPU's files of gigabytes, read person by person: what nobody trains on is never held.
 
 Parsed as a whole, a file takes several times its size. A first look over it settles what holds for the
-file; a second keeps of each person the entries that stage 1 trains on.
+file; a second keeps of each person the entries that stage 1 trains on, and the latest of the longest
+profiles, on which the devices' rates are tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ijson
 
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at, labels_beside, read_golds, users_of
+from perfit_shared.lamp import Entry, at, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
 __all__ = ["Streamed", "stream_users"]
 
+_PROFILES = 512  # kept to try updates on: enough that some are of people who are not trained on
+
 Entries = dict[str, list[dict[str, str]]]  # the task's fields of every item, by user id
-Streamed = tuple[str, Entries, int]  # "query" or "profile", the entries, items with an empty field
 
 
-def stream_users(path: Path, task: Task) -> Streamed:
+@dataclass(frozen=True)
+class Streamed:
+    """What stage 1 needs of a file, as `collective.data.Items` has it."""
+
+    kind: str  # "query" or "profile"
+    users: Entries
+    profiles: Entries
+    dropped_empty: int
+    only_profiles: int
+    unnamed: int
+
+
+@dataclass
+class _Longest:
+    """The latest items of the longest profiles, as many as `_PROFILES`."""
+
+    latest: int  # items of each
+    profiles: Entries = field(default_factory=dict)
+    _sizes: list[tuple[int, str]] = field(default_factory=list)  # a heap
+
+    def add(self, user: str, profile: Sequence[Entry]) -> None:
+        if not profile:
+            return
+        heapq.heappush(self._sizes, (len(profile), user))
+        self.profiles[user] = _items(profile[-self.latest :])
+        if len(self._sizes) > _PROFILES:
+            del self.profiles[heapq.heappop(self._sizes)[1]]
+
+
+def stream_users(path: Path, task: Task, *, latest: int) -> Streamed:
     """What `read_users(path, task).to_train_on()` gives, without the rest of the file in memory.
 
-    Raises InvalidData on whatever is malformed; its message may be less exact than `read_users`'.
+    `latest`: items to keep of a profile, where queries are trained on. Raises InvalidData on whatever
+    is malformed; its message may be less exact than `read_users`'.
     """
     labels = labels_beside(path)
     golds = {} if labels is None else read_golds(labels)
     aside = _leaves_profiles_aside(path, task)
     queries: Entries = {}
-    profiles: Entries = {}
+    profiles: Entries = {}  # of everybody, until somebody has queries
+    longest = _Longest(latest)
     seen: set[str] = set()
     asked: set[str] = set()
-    dropped = 0
+    dropped = only_profiles = unnamed = 0
     with at(str(path)):
         for record in _records(path):
             found = users_of(
@@ -49,16 +85,28 @@ def stream_users(path: Path, task: Task) -> Streamed:
             asked.update(names)
             if user.query and not found.held_out:
                 profiles.clear()  # queries are trained on where there are any
-                queries[user.user_id] = [dict(entry.item) for entry in user.query]
-            elif user.profile and not queries:
-                profiles[user.user_id] = [dict(entry.item) for entry in user.profile]
-    return ("query", queries, dropped) if queries else ("profile", profiles, dropped)
+                queries[user.user_id] = _items(user.query)
+                longest.add(user.user_id, user.profile)
+                unnamed += found.questions
+            elif user.profile:
+                only_profiles += not found.questions
+                if not queries:
+                    profiles[user.user_id] = _items(user.profile)
+    if queries:
+        return Streamed("query", queries, longest.profiles, dropped, only_profiles, unnamed)
+    return Streamed("profile", profiles, {}, dropped, 0, 0)
+
+
+def _items(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    return [dict(entry.item) for entry in entries]
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file's list, one at a time."""
     try:
         with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
             yield from ijson.items(file, "item", use_float=True)
     except (OSError, ijson.JSONError, UnicodeDecodeError) as error:
         raise InvalidData("not JSON in UTF-8") from error

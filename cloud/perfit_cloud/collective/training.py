@@ -230,8 +230,11 @@ class Training:
 
     def _checks(self) -> set[int]:
         """Steps of an epoch, modulo its length, after which the validation loss is measured."""
-        room = _CHECK_SHARE * len(self.examples) / (FORWARD * len(self.corpus.validation))
-        count = min(max(round(room), _LEAST_CHECKS), _MOST_CHECKS, self.steps_an_epoch)
+        count = _MOST_CHECKS
+        if self.privacy is None:  # how many examples people have may decide nothing that is told
+            room = _CHECK_SHARE * len(self.examples) / (FORWARD * len(self.corpus.validation))
+            count = min(max(round(room), _LEAST_CHECKS), _MOST_CHECKS)
+        count = min(count, self.steps_an_epoch)
         return {round(k * self.steps_an_epoch / count) % self.steps_an_epoch for k in range(1, count + 1)}
 
     def start_loss(self) -> float:

@@ -126,7 +126,12 @@ def _trial(training: Training, rate: float) -> float:
 
 
 def device_users(training: Training) -> list[list[Pair]]:
-    """Histories whose updates are simulated: as many as one rate may cost, at least two if there are."""
+    """Histories whose updates are simulated: as many as one rate may cost, at least two if there are.
+
+    All of them in a private run: how many examples were trained on may decide nothing that is told.
+    """
+    if training.privacy is not None:
+        return list(training.corpus.histories.values())
     work = _DEVICE_SHARE * len(training.examples) * training.settings.epochs
     chosen: list[list[Pair]] = []
     for pairs in training.corpus.histories.values():

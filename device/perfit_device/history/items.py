@@ -11,6 +11,7 @@ from typing import Any
 
 from perfit_device.vault import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamaged
+from perfit_shared.lamp import as_text
 from perfit_shared.tasks import Task
 
 __all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of"]
@@ -44,7 +45,7 @@ class HistoryItem:
         problems = problems_of(task, values)
         if problems:
             raise InvalidData("; ".join(problems))
-        fields = {name: str(values[name]).strip() for name in task.fields_of(values)}
+        fields = {name: as_text(values[name]) or "" for name in task.fields_of(values)}
         # A gold outside task.labels stays: people may judge into folders of their own.
         return cls(task=task.name, fields=fields, date=date, part=part)
 
