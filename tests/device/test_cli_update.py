@@ -16,7 +16,7 @@ import pytest
 import typer
 from tests.device.commands import Perfit
 
-from perfit_device import evaluation
+from perfit_device import evaluation, history
 from perfit_device.vault import Vault
 from perfit_shared.command_line import run_command
 from perfit_shared.errors import Busy, IdentityRevoked, Unavailable, VaultError
@@ -101,6 +101,20 @@ def test_an_example_that_the_cloud_refuses_is_left_out(
     assert "2 examples are too long for this cloud and are left out" in err
     # They are remembered: of 13 examples in batches of 4, as calls of at most 3, none was refused.
     assert cloud.calls.count("ComputeGradient") == 3 * (2 * 3 + 1)
+
+
+def test_no_name_of_a_forgotten_example_stays(ready: Perfit, home: Path, tmp_path: Path) -> None:
+    """A name is a digest of the text. The others that the cloud refuses are found again."""
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(f'{{"text": "much too long {n}", "title": "x"}}\n' for n in range(2)))
+    ready.ok("history", "import", str(file))
+    ready.ok("update", "--epochs", "2")
+    name = next(item["name"] for item in ready.json("history", "list") if "long 0" in item["fields"]["text"])
+    ready.ok("history", "forget", name)
+    with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
+        kinds = ("example", "checkpoint", "shift", "previous", "refused", "finished", "forgotten", "counter")
+        assert not any(name.encode() in row for kind in kinds for row in vault.list(kind).values())
+    assert ready.json("update", "--epochs", "3")["skipped"] == 1
 
 
 def test_too_few_examples_are_left(enrolled: Perfit, history_file: Path, cloud: Any) -> None:
@@ -203,6 +217,18 @@ def test_room_is_tried_for_all_that_an_update_writes(ready: Perfit, monkeypatch:
     monkeypatch.setattr(Vault, "put", noting)
     ready.ok("update", "--epochs", "3", "--checkpoint", "0")
     assert sizes["reserve"] >= sizes["checkpoint"] > sizes["shift"]
+
+
+def test_examples_without_the_task_s_fields_are_left_out(ready: Perfit, home: Path, cloud: Any) -> None:
+    """One, from a listing or of a task that has other fields now, ended every later update and evaluate."""
+    with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
+        newest = {"date": "2025-01-01", "part": ""}
+        history.add(vault, [history.HistoryItem("news_headline", {"foo": "x"}, **newest)])
+    done = ready.json("update", "--epochs", "2")
+    assert (done["skipped"], done["examples"]) == (1, 13)
+    assert "1 examples lack fields of news_headline and are left out" in ready("update", "--again")[2]
+    report = ready.json("evaluate")
+    assert (report["examples"], report["skipped"]) == (4, 1)
 
 
 def test_a_reserve_leaves_the_vault_as_it_was(ready: Perfit, home: Path) -> None:

@@ -162,6 +162,16 @@ def test_bad_listings_are_refused(tmp_path: Path, change: dict[str, Any]) -> Non
         HistoryFile.read(path).examples(None)
 
 
+def test_a_listing_must_have_the_fields_of_tasks_that_are_known(ready: Perfit, tmp_path: Path) -> None:
+    """With rc 0 it was taken, and ended every later update. Another cloud's task may have any fields."""
+    path = tmp_path / "a.json"
+    for task in ("news_headline", "chat"):  # the cloud's, and one that only perfit knows
+        path.write_text(json.dumps([{"task": task, "fields": {"foo": "x"}}]))
+        assert f'{path}: item 0: field "' in ready.fails("history", "import", str(path))
+    path.write_text(json.dumps([{"task": "poems", "fields": {"foo": "x"}}]))
+    assert ready.json("history", "import", str(path))["added"] == 1
+
+
 # -- forgetting, and what is too long ---------------------------------------------------------------
 
 

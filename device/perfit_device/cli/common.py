@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,7 @@ from perfit_shared.terminal import one_line
 if TYPE_CHECKING:
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, CloudInfo
+    from perfit_device.history import HistoryItem
     from perfit_device.identity import Enrolment
     from perfit_device.patience import Patience
     from perfit_device.vault import Vault
@@ -189,6 +190,16 @@ class Session:
         return mine[0]
 
 
+def usable_items(items: Sequence[HistoryItem], task: Task) -> list[HistoryItem]:
+    """The examples that have the task's fields; how many have not is said."""
+    from perfit_device import history
+
+    usable = history.usable(items, task)
+    if len(usable) < len(items):
+        say(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
+    return usable
+
+
 def while_opening() -> Patience:
     """For the first calls of a command: somebody waits for it, and is told why it takes longer."""
     from perfit_device.patience import Patience
@@ -219,6 +230,13 @@ class Known:
     def task_of(self, name: str) -> str:
         """The task of an artefact, else the name itself."""
         return str(json.loads(self.tasks[name])["name"]) if name in self.tasks else name
+
+    @property
+    def by_task(self) -> dict[str, Task]:
+        """The tasks of the artefacts, by their own names."""
+        from perfit_shared.tasks import Task
+
+        return {task.name: task for task in map(Task.from_json, self.tasks.values())}
 
 
 def remember(vault: Vault, info: CloudInfo) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, usable_items
 from perfit_device.cli.progress import Progress
 from perfit_shared.errors import InvalidData
 from perfit_shared.terminal import one_line
@@ -42,7 +42,7 @@ def evaluate(
     """Loss (nats a token) and the task's metric on the test part of your history.
 
     Ctrl-C ends it with what is measured by then. Examples that are too long for the cloud are left out
-    and counted.
+    and counted, and so are those that lack fields of the task.
 
     \b
     perfit evaluate --task news_headline
@@ -54,11 +54,13 @@ def evaluate(
 
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
         artefact = session.artefact(info, vault, task)
-        test = history.split(history.load(vault, artefact.task.name)).test
+        items = history.load(vault, artefact.task.name)
+        usable = usable_items(items, artefact.task)
+        test = history.split(usable).test
         patience = Patience(tell=say)
         uses = _uses(vault, cloud, info, artefact, patience=patience, with_seed=with_seed, shift=shift)
         vault.close()
-        found = _Found(artefact, test)
+        found = _Found(artefact, test, left_out=len(items) - len(usable))
         try:
             _judge(found, cloud, info, uses, patience)
         except KeyboardInterrupt:
@@ -102,6 +104,7 @@ class _Found:
 
     artefact: Artefact
     test: Sequence[HistoryItem]
+    left_out: int = 0  # examples that lack fields of the task, of all parts
     judged: dict[str, Judged] = field(default_factory=dict)
 
     @property
@@ -162,7 +165,7 @@ def _show(session: Session, found: _Found, *, answers: bool, partial: bool) -> N
         value: dict[str, Any] = {
             "task": found.artefact.name,
             "examples": len(kept),
-            "skipped": skipped,
+            "skipped": skipped + found.left_out,
             "loss": loss,
             "metric": {"name": of.metric, **metric},
         }
