@@ -261,21 +261,26 @@ def test_evaluate_shows_how_far_it_is(ready: Perfit) -> None:
     assert lines.index("base: 3/8") < lines.index("base: 8/8") < lines.index("collective: 8/8")
 
 
+@pytest.mark.parametrize(
+    ("reason", "ends"), [(KeyboardInterrupt(), 130), (Unavailable("gone"), 3), (IdentityRevoked("no"), 4)]
+)
 def test_an_evaluation_that_is_stopped_says_what_it_has(
-    ready: Perfit, cloud: Any, monkeypatch: pytest.MonkeyPatch
+    ready: Perfit, monkeypatch: pytest.MonkeyPatch, reason: BaseException, ends: int
 ) -> None:
+    """After an error of the cloud's, hours of measuring were lost."""
     judge = evaluation.judge
     left = iter(["base", "collective"])
 
     def stopping(*args: Any, **how: Any) -> evaluation.Judged:
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            raise reason
         return judge(*args, **how)
 
     monkeypatch.setattr(evaluation, "judge", stopping)
     code, out, err = ready("evaluate", "--json")
     report = json.loads(out)
-    assert (code, report["partial"], sorted(report["loss"])) == (130, True, ["base", "collective"])
+    assert (code, report["partial"], sorted(report["loss"])) == (ends, True, ["base", "collective"])
     assert "stopped; base, collective of base, collective, seed, personal are measured" in err
     code, out, err = ready("evaluate")
-    assert (code, out) == (130, "") and "before anything was measured" in err
+    assert (code, out) == (ends, "")
+    assert ("before anything was measured" in err) is isinstance(reason, KeyboardInterrupt)

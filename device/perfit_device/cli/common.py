@@ -17,7 +17,7 @@ import typer
 
 from perfit_device.cli.prompts import ask_passphrase
 from perfit_device.settings import Settings
-from perfit_shared.errors import NotAuthenticated, NotFound
+from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Session:
 
     profile: str | None = None
     json: bool = False
+    _opened_with: str | None = field(default=None, init=False, repr=False)  # passphrase of the vault
 
     @classmethod
     def of(cls, context: typer.Context, *, profile: str | None = None, json: bool = False) -> Session:
@@ -96,8 +97,12 @@ class Session:
                 "--profile chooses another, and `perfit profiles` lists them"
             )
         costly = self.settings.costly_vault
-        passphrase = self.passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
-        return Vault.open(path, passphrase, costly=costly)
+        passphrase = self._opened_with
+        if passphrase is None and Vault.lock_of(path, costly=costly) == "passphrase":
+            passphrase = self.passphrase()
+        vault = Vault.open(path, passphrase, costly=costly)
+        self._opened_with = passphrase  # nobody may be there to type it again in mid-run
+        return vault
 
     # -- the cloud -----------------------------------------------------------------------------
 
@@ -146,11 +151,18 @@ class Session:
 
     @contextlib.contextmanager
     def _held(self, vault: Vault) -> Iterator[Vault]:
-        """The vault; opened anew for a moment, when it was released already."""
+        """The vault; opened anew for a moment, when it was released already.
+
+        Raises Unavailable while another command holds it: the call that needs it can be tried again.
+        """
         if not vault.closed:
             yield vault
             return
-        with self.open_vault() as again:
+        try:
+            again = self.open_vault()
+        except VaultBusy as error:
+            raise Unavailable(str(error)) from error
+        with again:
             yield again
 
     def artefact(self, info: CloudInfo, vault: Vault, task: str | None) -> Artefact:

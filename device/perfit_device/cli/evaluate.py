@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, usable_items
 from perfit_device.cli.progress import Progress
-from perfit_shared.errors import InvalidData
+from perfit_shared.errors import InvalidData, PerfitError
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def evaluate(
 ) -> None:
     """Loss (nats a token) and the task's metric on the test part of your history.
 
-    Ctrl-C ends it with what is measured by then. Examples that are too long for the cloud are left out
-    and counted, and so are those that lack fields of the task.
+    Ctrl-C and errors end it with what is measured by then. Examples that are too long for the cloud,
+    or lack fields of the task, are left out and counted.
 
     \b
     perfit evaluate --task news_headline
@@ -63,11 +64,12 @@ def evaluate(
         found = _Found(artefact, test, left_out=len(items) - len(usable))
         try:
             _judge(found, cloud, info, uses, patience)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PerfitError) as error:
             if found.judged:
                 say(f"stopped; {', '.join(found.judged)} of {', '.join(uses)} are measured")
-                _show(session, found, answers=answers, partial=True)
-            else:
+                with contextlib.suppress(InvalidData):  # that no example is left is not why it stopped
+                    _show(session, found, answers=answers, partial=True)
+            elif isinstance(error, KeyboardInterrupt):
                 say("stopped, before anything was measured")
             raise
     _show(session, found, answers=answers, partial=False)
