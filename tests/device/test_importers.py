@@ -78,6 +78,21 @@ def test_windows_1252_is_told(tmp_path: Path) -> None:
     assert told == ["the file is not UTF-8, so it was read as Windows-1252; check an accent or two"]
 
 
+@pytest.mark.parametrize("at", [0, 14, 40])
+def test_a_bad_byte_in_utf_8_makes_no_file_of_windows_1252(tmp_path: Path, at: int) -> None:
+    """It turned every accent of the file into two letters."""
+    data = ("text;title\n" + "café;résumé �\n" * 2).encode()
+    (tmp_path / "a.csv").write_bytes(data[:at] + b"\xff" + data[at:])
+    with pytest.raises(InvalidData, match=f"not whole UTF-8: byte {at} "):
+        read_history(tmp_path / "a.csv", TASK)
+
+
+def test_windows_1252_may_look_like_utf_8_in_places(tmp_path: Path) -> None:
+    """A capital with an accent before a closing quotation mark does."""
+    data = "text;title\n“le CAFÉ” été;y\n".encode("cp1252")
+    assert "CAFÉ” été" in str(read(tmp_path / "a.csv", data))
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
