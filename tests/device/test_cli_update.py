@@ -25,7 +25,7 @@ from perfit_shared.errors import Busy, IdentityRevoked, Unavailable, VaultError
 def test_a_cloud_gone_in_mid_update_costs_no_step(ready: Perfit, cloud: Any) -> None:
     steps = iter(range(1000))
     cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(steps) > 6 else None
-    line = ready.fails("update", "--patience", "1")
+    line = ready.fails("update", "--patience", "1", code=7)
     assert "`perfit update` resumes there" in line
     assert ready.json("status")["tasks"]["news_headline"]["half_done"] > 0
     cloud.fail = lambda method: None
@@ -35,7 +35,7 @@ def test_a_cloud_gone_in_mid_update_costs_no_step(ready: Perfit, cloud: Any) -> 
 def test_other_settings_or_history_start_anew(ready: Perfit, cloud: Any) -> None:
     steps = iter(range(1000))
     cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(steps) > 6 else None
-    ready.fails("update", "--patience", "1", "--epochs", "4")
+    ready.fails("update", "--patience", "1", "--epochs", "4", code=7)
     cloud.fail = lambda method: None
     ready.ok("history", "add", "One more.", "More", "--task", "news_headline")
     code, _, err = ready("update")
@@ -48,7 +48,7 @@ def test_a_batch_larger_than_the_history_resumes(ready: Perfit, cloud: Any) -> N
     # A batch of 13 takes five calls of at most 3 examples.
     calls = iter(range(1000))
     cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(calls) > 16 else None
-    ready.fails(*again, "--patience", "1")
+    ready.fails(*again, "--patience", "1", code=7)
     cloud.fail = lambda method: None
     result = ready.json(*again)
     assert result["resumed_from"] == 3 and result["steps"] == 150
@@ -82,7 +82,7 @@ def test_a_refused_device_ends_an_evaluation(ready: Perfit, cloud: Any) -> None:
     busy = Busy("busy", retry_ms=30_000)
     cloud.fail = lambda method: next(trouble, busy) if method == "Question" else None
     start = time.monotonic()
-    assert "revoked" in ready.fails("evaluate")
+    assert "revoked" in ready.fails("evaluate", code=4)
     assert time.monotonic() - start < 15
 
 

@@ -51,7 +51,7 @@ def decoded(data: bytes, tell: Callable[[str], None]) -> str:
             raise InvalidData(f"not text, though its mark says {encoding}; save it as UTF-8") from error
         if _is_mostly_utf8(data):
             raise InvalidData(
-                f"not whole UTF-8: byte {error.start} is wrong, counted from 0; mend it, or save the file anew"
+                f"not whole UTF-8: byte {error.start} (from 0) is wrong; mend it, or save the file anew"
             ) from error
         text = _western(data)
         tell("the file is not UTF-8, so it was read as Windows-1252; check an accent or two")
