@@ -14,7 +14,7 @@ from perfit_shared.terminal import utf8
 
 __all__ = ["Settings", "prepare_process"]
 
-_PROFILE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+_PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     home: Path = Path("~/.perfit")
 
     def __post_init__(self) -> None:
-        if not _PROFILE.match(self.profile):
+        if not _PROFILE.fullmatch(self.profile):
             raise ConfigError("a profile's name should be letters, digits, dots, dashes or underscores")
 
     @classmethod
@@ -44,7 +44,7 @@ class Settings:
         """The names of all profiles that have a vault, sorted."""
         folder = self.home / "profiles"
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        return sorted(n for n in names if _PROFILE.match(n) and self._vault_of(n).is_file())
+        return sorted(n for n in names if _PROFILE.fullmatch(n) and self._vault_of(n).is_file())
 
     def _vault_of(self, profile: str) -> Path:
         return self.home / "profiles" / profile / "vault.db"

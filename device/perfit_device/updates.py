@@ -28,6 +28,7 @@ __all__ = [
     "Result",
     "Update",
     "forget_checkpoint",
+    "forget_finished",
     "place_of",
     "read_checkpoint",
     "read_finished",
@@ -131,6 +132,11 @@ def read_finished(vault: Vault, place: str) -> Finished | None:
         return Finished(Plan(**values["plan"]), str(values["fingerprint"]), bool(values["accepted"]))
     except (ValueError, KeyError, TypeError, InvalidInput):
         return None
+
+
+def forget_finished(vault: Vault, place: str) -> bool:
+    """What it came to is not in use any more, so an equal update would not be in vain."""
+    return vault.delete(_FINISHED, place)
 
 
 class Update:

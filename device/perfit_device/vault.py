@@ -33,6 +33,7 @@ from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
 __all__ = ["Vault"]
 
 _OUR_KDF = KdfParams()  # what `create` locks by
+_RESERVE = ("reserve", "")  # kind and name of the row that `reserve` writes
 _UNSWEPT = 1  # user_version while the file may hold copies of removed rows
 _Place = tuple[str, bytes]  # kind, row id
 Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
@@ -107,13 +108,21 @@ class Vault:
                 vault._verify()
                 is_swept = vault._is_swept()
                 vault._noted = filesum.check(connection, path, is_swept=is_swept)
-                if not is_swept:
-                    with contextlib.suppress(VaultUnswept):  # a full disk is no reason not to open
-                        vault._sweep()
+                vault._clean_up(is_swept=is_swept)
         except BaseException:
             vault._release()
             raise
         return vault
+
+    def _clean_up(self, *, is_swept: bool) -> None:
+        """Remove what a kill left behind. Where the disk takes no change, another opening does it."""
+        try:
+            if not self.delete(*_RESERVE) and not is_swept:
+                self._sweep()
+        except VaultDamaged:
+            raise
+        except VaultError:
+            return
 
     def close(self) -> None:
         """Release the file, with a note of how it was left."""
@@ -194,8 +203,8 @@ class Vault:
         Raises VaultError when the disk is too full for them, or the file cannot be written.
         """
         try:
-            self.put("reserve", "", bytes(size))
-            self.delete("reserve", "")
+            self.put(*_RESERVE, bytes(size))
+            self.delete(*_RESERVE)
         except VaultUnswept as error:
             raise VaultError(
                 f"the disk has no room for the {size >> 10} KiB that this takes, twice; free some space"

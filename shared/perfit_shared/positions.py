@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from perfit_shared.errors import InvalidInput
 
 _FORM = re.compile(
-    r"^(?:s(?P<s>\d{1,3})\+(?=f))?(?:f(?P<f>[1-9]\d{0,2}))?(?:\+?(?<![a-z])l(?P<l>[1-9]\d{0,2}))?$", re.ASCII
+    r"(?:s(?P<s>\d{1,3})\+(?=f))?(?:f(?P<f>[1-9]\d{0,2}))?(?:\+?(?<![a-z])l(?P<l>[1-9]\d{0,2}))?", re.ASCII
 )
 
 
@@ -28,7 +28,7 @@ class Positions:
     @classmethod
     def parse(cls, text: str) -> Positions:
         """Raises InvalidInput on anything but "fN", "lM", "fN+lM", "sK+fN" or "sK+fN+lM" (1 to 999)."""
-        match = _FORM.match(text) if text else None
+        match = _FORM.fullmatch(text) if text else None
         both = match is not None and match["f"] and match["l"]
         if match is None or ("+l" in text) != bool(both):
             raise InvalidInput(f'positions "{text[:40]}" should read like "f7+l7", "f7", "l7" or "s1+f7+l7"')

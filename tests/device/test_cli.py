@@ -140,10 +140,10 @@ def test_bad_invites(perfit: Perfit, cloud: Any, home: Path) -> None:
     altered = good[:40] + ("A" if good[40] != "A" else "B") + good[41:]
     assert "altered" in perfit.fails("enroll", altered)
     assert "not an invite" in perfit.fails("enroll", "hello")
-    assert "expired on" in perfit.fails("enroll", cloud.invite(expires_in=-5).encode())
+    assert "expired on" in perfit.fails("enroll", cloud.invite(expires_in=-5).encode(), code=4)
     assert cloud.calls == [] and not home.exists()
     perfit.ok("enroll", good)
-    assert "used already" in perfit.fails("enroll", good, "--profile", "second")
+    assert "used already" in perfit.fails("enroll", good, "--profile", "second", code=4)
     assert "enrolled with" in perfit.fails("enroll", cloud.invite().encode())
     perfit.ok("enroll", good)  # the same device again: the reply may have been lost
     perfit.ok("enroll", cloud.invite().encode(), "--replace")
@@ -152,7 +152,7 @@ def test_bad_invites(perfit: Perfit, cloud: Any, home: Path) -> None:
 def test_a_lost_reply_costs_no_invite(perfit: Perfit, cloud: Any) -> None:
     invite = cloud.invite().encode()
     cloud.fail = lambda method: Unavailable("stopping") if method == "Enroll" else None
-    perfit.fails("enroll", invite)
+    perfit.fails("enroll", invite, code=3)
     cloud.fail = lambda method: None
     perfit.ok("enroll", invite)
 
@@ -162,18 +162,22 @@ def test_wrong_ca(perfit: Perfit, cloud: Any) -> None:
     try:
         invite = cloud.invite()
         mixed = type(invite)(invite.address, other.invite().server_ca_der, invite.expires_unix, invite.secret)
-        assert "not the cloud that this device trusts" in perfit.fails("enroll", mixed.encode())
+        assert "not the cloud that this device trusts" in perfit.fails("enroll", mixed.encode(), code=4)
     finally:
         other.stop()
 
 
 def test_cloud_errors_are_one_line(ready: Perfit, cloud: Any) -> None:
-    for error in (IdentityRevoked("this device was revoked; ask the operator"), Busy("busy", retry_ms=5)):
+    errors = (
+        (IdentityRevoked("this device was revoked; ask the operator"), 4),
+        (Busy("busy", retry_ms=5), 3),
+    )
+    for error, code in errors:
         cloud.fail = lambda method, e=error: e
-        assert str(error) in ready.fails("ask", "x")
+        assert str(error) in ready.fails("ask", "x", code=code)
     cloud.fail = lambda method: None
     cloud.stop()
-    line = ready.fails("ask", "x")
+    line = ready.fails("ask", "x", code=3)
     assert "cannot reach the cloud at 127.0.0.1:" in line and "is it running" in line
 
 
@@ -206,13 +210,13 @@ def test_expiry_in_mid_call_renews_once(enrolled: Perfit, cloud: Any) -> None:
 def test_vault_errors_touch_nothing(ready: Perfit, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = vault_bytes(home)
     monkeypatch.setenv("PERFIT_PASSPHRASE", "wrong")
-    assert "wrong passphrase" in ready.fails("status")
+    assert "wrong passphrase" in ready.fails("status", code=6)
     monkeypatch.setenv("PERFIT_PASSPHRASE", "correct horse")
     path = home / "profiles" / "default" / "vault.db"
     damaged = bytearray(before)
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    assert "restore a copy" in ready.fails("status")
+    assert "restore a copy" in ready.fails("status", code=6)
     assert path.read_bytes() == bytes(damaged)
     path.write_bytes(before)
     ready.ok("status")
@@ -223,7 +227,7 @@ def test_vault_errors_touch_nothing(ready: Perfit, home: Path, monkeypatch: pyte
 def test_passphrase_changes(ready: Perfit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERFIT_NEW_PASSPHRASE", "battery staple")
     ready.ok("passphrase")
-    ready.fails("status")
+    ready.fails("status", code=6)
     monkeypatch.setenv("PERFIT_PASSPHRASE", "battery staple")
     assert ready.json("status")["tasks"]["news_headline"]["examples"] == 20
 
@@ -260,7 +264,7 @@ def test_a_hostile_cloud_is_refused(ready: Perfit, cloud: Any) -> None:
     cloud.answer = "x" * 2_000_000
     assert "without end" in ready("ask", "x", "--mode", "base")[2]
     cloud.cloud_id = "another"
-    assert "another cloud" in ready.fails("ask", "x")
+    assert "another cloud" in ready.fails("ask", "x", code=4)
 
 
 def test_usage_errors_are_2(perfit: Perfit) -> None:

@@ -162,8 +162,9 @@ def test_profiles_are_listed_and_chosen(
     assert enrolled.json("status", "--profile", "default")["tasks"]["news_headline"]["examples"] == 0
     monkeypatch.setenv("PERFIT_PROFILE", "nobody")
     assert 'no profile "nobody"' in enrolled.fails("status")
-    monkeypatch.setenv("PERFIT_PROFILE", "../x")
-    assert "a profile's name should be" in enrolled.fails("status")
+    for name in ("../x", "default\n"):
+        monkeypatch.setenv("PERFIT_PROFILE", name)
+        assert "a profile's name should be" in enrolled.fails("status")
 
 
 # -- progress ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import typer
 from tests.device.commands import Perfit
 
-from perfit_device import evaluation
+from perfit_device import evaluation, history
 from perfit_device.vault import Vault
 from perfit_shared.command_line import run_command
 from perfit_shared.errors import Busy, IdentityRevoked, Unavailable, VaultError
@@ -25,7 +25,7 @@ from perfit_shared.errors import Busy, IdentityRevoked, Unavailable, VaultError
 def test_a_cloud_gone_in_mid_update_costs_no_step(ready: Perfit, cloud: Any) -> None:
     steps = iter(range(1000))
     cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(steps) > 6 else None
-    line = ready.fails("update", "--patience", "1")
+    line = ready.fails("update", "--patience", "1", code=7)
     assert "`perfit update` resumes there" in line
     assert ready.json("status")["tasks"]["news_headline"]["half_done"] > 0
     cloud.fail = lambda method: None
@@ -35,7 +35,7 @@ def test_a_cloud_gone_in_mid_update_costs_no_step(ready: Perfit, cloud: Any) -> 
 def test_other_settings_or_history_start_anew(ready: Perfit, cloud: Any) -> None:
     steps = iter(range(1000))
     cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(steps) > 6 else None
-    ready.fails("update", "--patience", "1", "--epochs", "4")
+    ready.fails("update", "--patience", "1", "--epochs", "4", code=7)
     cloud.fail = lambda method: None
     ready.ok("history", "add", "One more.", "More", "--task", "news_headline")
     code, _, err = ready("update")
@@ -48,7 +48,7 @@ def test_a_batch_larger_than_the_history_resumes(ready: Perfit, cloud: Any) -> N
     # A batch of 13 takes five calls of at most 3 examples.
     calls = iter(range(1000))
     cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(calls) > 16 else None
-    ready.fails(*again, "--patience", "1")
+    ready.fails(*again, "--patience", "1", code=7)
     cloud.fail = lambda method: None
     result = ready.json(*again)
     assert result["resumed_from"] == 3 and result["steps"] == 150
@@ -82,7 +82,7 @@ def test_a_refused_device_ends_an_evaluation(ready: Perfit, cloud: Any) -> None:
     busy = Busy("busy", retry_ms=30_000)
     cloud.fail = lambda method: next(trouble, busy) if method == "Question" else None
     start = time.monotonic()
-    assert "revoked" in ready.fails("evaluate")
+    assert "revoked" in ready.fails("evaluate", code=4)
     assert time.monotonic() - start < 15
 
 
@@ -101,6 +101,20 @@ def test_an_example_that_the_cloud_refuses_is_left_out(
     assert "2 examples are too long for this cloud and are left out" in err
     # They are remembered: of 13 examples in batches of 4, as calls of at most 3, none was refused.
     assert cloud.calls.count("ComputeGradient") == 3 * (2 * 3 + 1)
+
+
+def test_no_name_of_a_forgotten_example_stays(ready: Perfit, home: Path, tmp_path: Path) -> None:
+    """A name is a digest of the text. The others that the cloud refuses are found again."""
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(f'{{"text": "much too long {n}", "title": "x"}}\n' for n in range(2)))
+    ready.ok("history", "import", str(file))
+    ready.ok("update", "--epochs", "2")
+    name = next(item["name"] for item in ready.json("history", "list") if "long 0" in item["fields"]["text"])
+    ready.ok("history", "forget", name)
+    with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
+        kinds = ("example", "checkpoint", "shift", "previous", "refused", "finished", "forgotten", "counter")
+        assert not any(name.encode() in row for kind in kinds for row in vault.list(kind).values())
+    assert ready.json("update", "--epochs", "3")["skipped"] == 1
 
 
 def test_too_few_examples_are_left(enrolled: Perfit, history_file: Path, cloud: Any) -> None:
@@ -205,6 +219,18 @@ def test_room_is_tried_for_all_that_an_update_writes(ready: Perfit, monkeypatch:
     assert sizes["reserve"] >= sizes["checkpoint"] > sizes["shift"]
 
 
+def test_examples_without_the_task_s_fields_are_left_out(ready: Perfit, home: Path, cloud: Any) -> None:
+    """One, from a listing or of a task that has other fields now, ended every later update and evaluate."""
+    with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
+        newest = {"date": "2025-01-01", "part": ""}
+        history.add(vault, [history.HistoryItem("news_headline", {"foo": "x"}, **newest)])
+    done = ready.json("update", "--epochs", "2")
+    assert (done["skipped"], done["examples"]) == (1, 13)
+    assert "1 examples lack fields of news_headline and are left out" in ready("update", "--again")[2]
+    report = ready.json("evaluate")
+    assert (report["examples"], report["skipped"]) == (4, 1)
+
+
 def test_a_reserve_leaves_the_vault_as_it_was(ready: Perfit, home: Path) -> None:
     path = home / "profiles" / "default" / "vault.db"
     with Vault.open(path, "correct horse") as vault:
@@ -235,21 +261,26 @@ def test_evaluate_shows_how_far_it_is(ready: Perfit) -> None:
     assert lines.index("base: 3/8") < lines.index("base: 8/8") < lines.index("collective: 8/8")
 
 
+@pytest.mark.parametrize(
+    ("reason", "ends"), [(KeyboardInterrupt(), 130), (Unavailable("gone"), 3), (IdentityRevoked("no"), 4)]
+)
 def test_an_evaluation_that_is_stopped_says_what_it_has(
-    ready: Perfit, cloud: Any, monkeypatch: pytest.MonkeyPatch
+    ready: Perfit, monkeypatch: pytest.MonkeyPatch, reason: BaseException, ends: int
 ) -> None:
+    """After an error of the cloud's, hours of measuring were lost."""
     judge = evaluation.judge
     left = iter(["base", "collective"])
 
     def stopping(*args: Any, **how: Any) -> evaluation.Judged:
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            raise reason
         return judge(*args, **how)
 
     monkeypatch.setattr(evaluation, "judge", stopping)
     code, out, err = ready("evaluate", "--json")
     report = json.loads(out)
-    assert (code, report["partial"], sorted(report["loss"])) == (130, True, ["base", "collective"])
+    assert (code, report["partial"], sorted(report["loss"])) == (ends, True, ["base", "collective"])
     assert "stopped; base, collective of base, collective, seed, personal are measured" in err
     code, out, err = ready("evaluate")
-    assert (code, out) == (130, "") and "before anything was measured" in err
+    assert (code, out) == (ends, "")
+    assert ("before anything was measured" in err) is isinstance(reason, KeyboardInterrupt)

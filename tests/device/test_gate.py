@@ -127,6 +127,14 @@ def test_an_update_with_nothing_new_does_not_train(ready: Perfit, cloud: Any) ->
     assert ready.json("update", "--epochs", "3", "--fresh")["steps"] > 0, "another artefact"
 
 
+def test_an_update_that_was_undone_can_be_made_again(ready: Perfit) -> None:
+    """It said that nothing was new since the last update, which was accepted; that one was not in use."""
+    ready.ok("update", "--epochs", "2")
+    ready.ok("update", "--epochs", "3")
+    ready.ok("undo")
+    assert ready.json("update", "--epochs", "3")["steps"] > 0
+
+
 def test_export_needs_no_cloud(ready: Perfit, cloud: Any, tmp_path: Path) -> None:
     assert "no personal shift yet" in ready.fails("export", "--shift", str(tmp_path / "none"))
     ready.ok("update", "--epochs", "2")

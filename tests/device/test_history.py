@@ -314,9 +314,11 @@ def test_forgetting_is_by_name_and_leaves_nothing(tmp_path: Path) -> None:
     assert sum(row[:16] in data for row in sealed) == 1
 
 
-def test_forgetting_drops_the_half_done_update_that_saw_it(vault: Vault) -> None:
+@pytest.mark.parametrize("kind", ["checkpoint", "previous", "refused", "finished"])
+def test_forgetting_drops_what_saw_it(vault: Vault, kind: str) -> None:
+    """Digests of forgotten texts stayed in `refused` and `finished`: guess a text, and they confirm it."""
     history.add(vault, [HistoryItem.make(TASK, row) for row in ROWS])
-    vault.put("checkpoint", "cloud/headlines/news_headline", b"x")
-    vault.put("checkpoint", "cloud/news_categorize/news_categorize", b"x")
+    vault.put(kind, "cloud/headlines/news_headline", b"x")
+    vault.put(kind, "cloud/news_categorize/news_categorize", b"x")
     history.forget(vault, history.load(vault)[:1])
-    assert list(vault.list("checkpoint")) == ["cloud/news_categorize/news_categorize"]
+    assert list(vault.list(kind)) == ["cloud/news_categorize/news_categorize"]

@@ -78,6 +78,21 @@ def test_windows_1252_is_told(tmp_path: Path) -> None:
     assert told == ["the file is not UTF-8, so it was read as Windows-1252; check an accent or two"]
 
 
+@pytest.mark.parametrize("at", [0, 14, 40])
+def test_a_bad_byte_in_utf_8_makes_no_file_of_windows_1252(tmp_path: Path, at: int) -> None:
+    """It turned every accent of the file into two letters."""
+    data = ("text;title\n" + "café;résumé �\n" * 2).encode()
+    (tmp_path / "a.csv").write_bytes(data[:at] + b"\xff" + data[at:])
+    with pytest.raises(InvalidData, match=f"not whole UTF-8: byte {at} "):
+        read_history(tmp_path / "a.csv", TASK)
+
+
+def test_windows_1252_may_look_like_utf_8_in_places(tmp_path: Path) -> None:
+    """A capital with an accent before a closing quotation mark does."""
+    data = "text;title\n“le CAFÉ” été;y\n".encode("cp1252")
+    assert "CAFÉ” été" in str(read(tmp_path / "a.csv", data))
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
@@ -160,6 +175,16 @@ def test_bad_listings_are_refused(tmp_path: Path, change: dict[str, Any]) -> Non
     path.write_text(json.dumps([sound, sound | change]))
     with pytest.raises(InvalidData, match="item 1: field"):
         HistoryFile.read(path).examples(None)
+
+
+def test_a_listing_must_have_the_fields_of_tasks_that_are_known(ready: Perfit, tmp_path: Path) -> None:
+    """With rc 0 it was taken, and ended every later update. Another cloud's task may have any fields."""
+    path = tmp_path / "a.json"
+    for task in ("news_headline", "chat"):  # the cloud's, and one that only perfit knows
+        path.write_text(json.dumps([{"task": task, "fields": {"foo": "x"}}]))
+        assert f'{path}: item 0: field "' in ready.fails("history", "import", str(path))
+    path.write_text(json.dumps([{"task": "poems", "fields": {"foo": "x"}}]))
+    assert ready.json("history", "import", str(path))["added"] == 1
 
 
 # -- forgetting, and what is too long ---------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ def test_status_says_that_it_was_renewed_elsewhere(enrolled: Perfit, cloud: Fake
     cloud.fail = refusing("Describe")
     code, out, _ = enrolled("status", "--json")
     report = json.loads(out)
-    assert code == 4
-    assert report["renewed_elsewhere"] is True
+    assert (code, report["renewed_elsewhere"]) == (4, True)
     assert "renewed elsewhere" in report["cloud"]
     assert "renewed elsewhere" in enrolled("status")[1]
 
@@ -161,7 +161,42 @@ def test_a_command_that_released_the_vault_reads_it_anew(
         assert kept is not None
         assert kept.certificate == other.certificate
     else:
-        assert "renewed elsewhere" in enrolled.fails("ask", "x", "--mode", "base")
+        assert "renewed elsewhere" in enrolled.fails("ask", "x", "--mode", "base", code=4)
+
+
+def test_a_vault_that_is_busy_is_waited_for_in_mid_run(
+    ready: Perfit, cloud: FakeCloud, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update renewed, and held the vault: evaluate died of it, and had asked for the passphrase again."""
+    path, other = home / "profiles" / "default" / "vault.db", enrolled_with(cloud)
+    holders: list[Vault] = []
+
+    def fail(method: str) -> PerfitError | None:
+        if method != "Ask":
+            return None
+        if not holders:
+            holders.append(Vault.open(path, "correct horse"))
+            common.write_enrolment(holders[0], other)
+            return RETIRED
+        if not holders[0].closed:
+            holders[0].close()
+            return RETIRED
+        return None
+
+    asked: list[str] = []
+
+    def typed(prompt: str, *, confirm: bool) -> str:
+        asked.append(prompt)
+        return "correct horse"
+
+    monkeypatch.delenv("PERFIT_PASSPHRASE")
+    monkeypatch.setattr(common, "ask_passphrase", typed)
+    monkeypatch.setattr(Vault, "open", partial(Vault.open, wait_seconds=0.05))
+    cloud.fail = fail
+    code, _, err = ready("evaluate")
+    assert code == 0, err
+    assert "another perfit is using" in err
+    assert asked == ["Passphrase"]
 
 
 def test_enrolment_keeps_what_its_first_look_renews(perfit: Perfit, cloud: FakeCloud, home: Path) -> None:

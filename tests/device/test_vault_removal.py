@@ -67,6 +67,23 @@ def test_a_kill_before_the_sweep_is_made_good_on_opening(
     assert not any(row[i : i + 16] in data for row in sealed for i in range(0, len(row) - 15, 16))
 
 
+def test_a_kill_in_a_reserve_leaves_no_row(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its two changes; the row, as large as a checkpoint, stayed until the next update."""
+    size = filled.stat().st_size
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, Vault.open(filled, PASSPHRASE) as vault:
+        patched.setattr(vault, "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            vault.reserve(300_000)
+    assert filled.stat().st_size > size + 300_000
+    with Vault.open(filled, PASSPHRASE) as vault:
+        assert vault.list("reserve") == {}
+    assert filled.stat().st_size <= size + 8192
+
+
 def test_a_kill_in_the_sweep_leaves_a_file_too_long(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite cuts the file after VACUUM is done, and a vault killed just before was refused as damaged."""
     before = contents(filled)

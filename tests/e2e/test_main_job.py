@@ -60,14 +60,14 @@ def device(cloud: LocalCloud, tmp_path: Path) -> Device:
     return device
 
 
-def fails(run: Callable[[], Any]) -> CommandFailed:
-    """The command must fail, with one line on standard error that is no traceback."""
+def fails(run: Callable[[], Any], code: int = 1) -> CommandFailed:
+    """The command must fail with this exit code, and one line on standard error that is no traceback."""
     with pytest.raises(CommandFailed) as caught:
         run()
     said = caught.value.said.strip()
     assert "Traceback" not in said
     assert len(said.splitlines()) <= 2, said
-    assert caught.value.code in (1, 3, 4, 6, 7)  # by the class of the error
+    assert caught.value.code == code  # by the class of the error
     return caught.value
 
 
@@ -127,19 +127,19 @@ def test_two_profiles_do_not_mix(cloud: LocalCloud, device: Device, history: Pat
 def test_bad_invites(cloud: LocalCloud, device: Device, tmp_path: Path) -> None:
     invite = cloud.invite()
     Device(tmp_path, "first")("enroll", "-", text=invite)
-    reused = fails(lambda: Device(tmp_path, "second")("enroll", "-", text=invite))
+    reused = fails(lambda: Device(tmp_path, "second")("enroll", "-", text=invite), code=4)
     assert "invite" in reused.said
     altered = invite[:30] + ("A" if invite[30] != "A" else "B") + invite[31:]
     assert "invite" in fails(lambda: Device(tmp_path, "third")("enroll", altered)).said
     expired = cloud.invite("--life", "1s")
     time.sleep(1.5)
-    assert "expired" in fails(lambda: Device(tmp_path, "fourth")("enroll", "-", text=expired)).said
+    assert "expired" in fails(lambda: Device(tmp_path, "fourth")("enroll", "-", text=expired), code=4).said
 
 
 def test_a_revoked_device_is_refused(cloud: LocalCloud, device: Device) -> None:
     device("ask", "the cat", "--max-tokens", "2")
     cloud.revoke(device.json("status")["identity"])
-    said = fails(lambda: device("ask", "the cat", "--max-tokens", "2")).said
+    said = fails(lambda: device("ask", "the cat", "--max-tokens", "2"), code=4).said
     assert "revoked" in said or "withdrawn" in said or "withdrew" in said
 
 
@@ -152,7 +152,7 @@ def test_wrong_passphrase_and_flipped_byte(device: Device, history: Path) -> Non
     device("history", "import", str(history), "--task", TASK)
     wrong = Device(Path(device.env["PERFIT_HOME"]), "default")
     wrong.env["PERFIT_PASSPHRASE"] = "another"
-    assert "passphrase" in fails(lambda: wrong("status")).said
+    assert "passphrase" in fails(lambda: wrong("status"), code=6).said
     [vault] = Path(device.env["PERFIT_HOME"]).rglob("vault.db")
     good = vault.read_bytes()
     with sqlite3.connect(vault) as db:
@@ -161,7 +161,7 @@ def test_wrong_passphrase_and_flipped_byte(device: Device, history: Path) -> Non
         db.executemany("UPDATE rows SET sealed = ? WHERE kind = ? AND id = ?", flips)
     db.close()
     flipped = vault.read_bytes()
-    said = fails(lambda: device("history", "list")).said
+    said = fails(lambda: device("history", "list"), code=6).said
     assert "changed" in said or "damaged" in said
     assert vault.read_bytes() == flipped
     vault.write_bytes(good)
@@ -203,7 +203,7 @@ def test_cloud_killed_in_mid_update_and_mid_answer(
         assert waiting["updates"] == 0
         assert waiting["half_done"] >= 1
 
-        said = fails(lambda: device("ask", "the cat")).said
+        said = fails(lambda: device("ask", "the cat"), code=3).said
         assert "reach" in said or "cloud" in said
 
         cloud.at_the_same_ports()

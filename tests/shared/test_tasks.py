@@ -51,6 +51,7 @@ def test_positions(text: str, length: int, want: list[int]) -> None:
         "f0",
         "l-1",
         "f7+l7 ",
+        "f7+l7\n",
         "f1000",
         "f٣",
         "s1",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +17,13 @@ import typer
 
 from perfit_device.cli.prompts import ask_passphrase
 from perfit_device.settings import Settings
-from perfit_shared.errors import NotAuthenticated, NotFound
+from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
     from perfit_device.cloud import Cloud
     from perfit_device.codec import Artefact, CloudInfo
+    from perfit_device.history import HistoryItem
     from perfit_device.identity import Enrolment
     from perfit_device.patience import Patience
     from perfit_device.vault import Vault
@@ -60,6 +61,7 @@ class Session:
 
     profile: str | None = None
     json: bool = False
+    _opened_with: str | None = field(default=None, init=False, repr=False)  # passphrase of the vault
 
     @classmethod
     def of(cls, context: typer.Context, *, profile: str | None = None, json: bool = False) -> Session:
@@ -95,8 +97,12 @@ class Session:
                 "--profile chooses another, and `perfit profiles` lists them"
             )
         costly = self.settings.costly_vault
-        passphrase = self.passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
-        return Vault.open(path, passphrase, costly=costly)
+        passphrase = self._opened_with
+        if passphrase is None and Vault.lock_of(path, costly=costly) == "passphrase":
+            passphrase = self.passphrase()
+        vault = Vault.open(path, passphrase, costly=costly)
+        self._opened_with = passphrase  # nobody may be there to type it again in mid-run
+        return vault
 
     # -- the cloud -----------------------------------------------------------------------------
 
@@ -145,11 +151,18 @@ class Session:
 
     @contextlib.contextmanager
     def _held(self, vault: Vault) -> Iterator[Vault]:
-        """The vault; opened anew for a moment, when it was released already."""
+        """The vault; opened anew for a moment, when it was released already.
+
+        Raises Unavailable while another command holds it: the call that needs it can be tried again.
+        """
         if not vault.closed:
             yield vault
             return
-        with self.open_vault() as again:
+        try:
+            again = self.open_vault()
+        except VaultBusy as error:
+            raise Unavailable(str(error)) from error
+        with again:
             yield again
 
     def artefact(self, info: CloudInfo, vault: Vault, task: str | None) -> Artefact:
@@ -189,6 +202,16 @@ class Session:
         return mine[0]
 
 
+def usable_items(items: Sequence[HistoryItem], task: Task) -> list[HistoryItem]:
+    """The examples that have the task's fields; how many have not is said."""
+    from perfit_device import history
+
+    usable = history.usable(items, task)
+    if len(usable) < len(items):
+        say(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
+    return usable
+
+
 def while_opening() -> Patience:
     """For the first calls of a command: somebody waits for it, and is told why it takes longer."""
     from perfit_device.patience import Patience
@@ -219,6 +242,13 @@ class Known:
     def task_of(self, name: str) -> str:
         """The task of an artefact, else the name itself."""
         return str(json.loads(self.tasks[name])["name"]) if name in self.tasks else name
+
+    @property
+    def by_task(self) -> dict[str, Task]:
+        """The tasks of the artefacts, by their own names."""
+        from perfit_shared.tasks import Task
+
+        return {task.name: task for task in map(Task.from_json, self.tasks.values())}
 
 
 def remember(vault: Vault, info: CloudInfo) -> None:

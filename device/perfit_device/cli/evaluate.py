@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, usable_items
 from perfit_device.cli.progress import Progress
-from perfit_shared.errors import InvalidData
+from perfit_shared.errors import InvalidData, PerfitError
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def evaluate(
 ) -> None:
     """Loss (nats a token) and the task's metric on the test part of your history.
 
-    Ctrl-C ends it with what is measured by then. Examples that are too long for the cloud are left out
-    and counted.
+    Ctrl-C and errors end it with what is measured by then. Examples that are too long for the cloud,
+    or lack fields of the task, are left out and counted.
 
     \b
     perfit evaluate --task news_headline
@@ -54,18 +55,21 @@ def evaluate(
 
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
         artefact = session.artefact(info, vault, task)
-        test = history.split(history.load(vault, artefact.task.name)).test
+        items = history.load(vault, artefact.task.name)
+        usable = usable_items(items, artefact.task)
+        test = history.split(usable).test
         patience = Patience(tell=say)
         uses = _uses(vault, cloud, info, artefact, patience=patience, with_seed=with_seed, shift=shift)
         vault.close()
-        found = _Found(artefact, test)
+        found = _Found(artefact, test, left_out=len(items) - len(usable))
         try:
             _judge(found, cloud, info, uses, patience)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PerfitError) as error:
             if found.judged:
                 say(f"stopped; {', '.join(found.judged)} of {', '.join(uses)} are measured")
-                _show(session, found, answers=answers, partial=True)
-            else:
+                with contextlib.suppress(InvalidData):  # that no example is left is not why it stopped
+                    _show(session, found, answers=answers, partial=True)
+            elif isinstance(error, KeyboardInterrupt):
                 say("stopped, before anything was measured")
             raise
     _show(session, found, answers=answers, partial=False)
@@ -102,6 +106,7 @@ class _Found:
 
     artefact: Artefact
     test: Sequence[HistoryItem]
+    left_out: int = 0  # examples that lack fields of the task, of all parts
     judged: dict[str, Judged] = field(default_factory=dict)
 
     @property
@@ -162,7 +167,7 @@ def _show(session: Session, found: _Found, *, answers: bool, partial: bool) -> N
         value: dict[str, Any] = {
             "task": found.artefact.name,
             "examples": len(kept),
-            "skipped": skipped,
+            "skipped": skipped + found.left_out,
             "loss": loss,
             "metric": {"name": of.metric, **metric},
         }

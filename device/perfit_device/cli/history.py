@@ -111,7 +111,7 @@ def import_(
     )
     with session.open_vault() as vault:
         of = None if read.is_listing and task is None else session.task(vault, task)
-        found = read.examples(of, user=user)
+        found = read.examples(of, user=user, known=recall(vault).by_task)
         _warn_of_long_ones(found, vault)
         tasks = {one.item.task for one in found}
         _report(session, listed(tasks), history.add(vault, [one.item for one in found]))

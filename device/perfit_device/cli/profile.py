@@ -71,7 +71,9 @@ def undo(
         cloud_id, name = _trained(vault, task)
         with vault.transaction():
             count = personal.undo(vault, cloud_id, name)
-            updates.forget_checkpoint(vault, updates.place_of(cloud_id, name, recall(vault).task_of(name)))
+            place = updates.place_of(cloud_id, name, recall(vault).task_of(name))
+            updates.forget_checkpoint(vault, place)
+            updates.forget_finished(vault, place)
     if session.json:
         session.emit({"task": name, "updates": count})
     say(f"{name}: your shift is the version of {count} updates; `perfit undo` again brings the other back")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_device import footprint
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, usable_items
 from perfit_device.cli.progress import Progress
 from perfit_shared.errors import KEPT_OUT, ExamplesRefused, InvalidInput
 
@@ -126,7 +126,7 @@ class _Done:
     plan: Plan
     result: Result | None = None
     was_accepted: bool = False  # the update before, where there is no result
-    skipped: list[str] = field(default_factory=list)  # names of examples that are too long
+    skipped: list[str] = field(default_factory=list)  # names of examples that were left out
 
 
 def _train(asked: _Asked, vault: Vault, cloud: Cloud, info: CloudInfo, artefact: Artefact) -> _Done:
@@ -136,11 +136,12 @@ def _train(asked: _Asked, vault: Vault, cloud: Cloud, info: CloudInfo, artefact:
     from perfit_device.refusals import Refusals
 
     refusals = Refusals.read(vault, info, artefact)
+    items = history.load(vault, artefact.task.name)
+    usable = usable_items(items, artefact.task)
     while True:
-        items = history.load(vault, artefact.task.name)
-        fitting = [item for item in items if item.name not in refusals.names]
-        if len(fitting) < len(items):
-            say(f"{len(items) - len(fitting)} examples are too long for this cloud and are left out")
+        fitting = [item for item in usable if item.name not in refusals.names]
+        if len(fitting) < len(usable):
+            say(f"{len(usable) - len(fitting)} examples are too long for this cloud and are left out")
         try:
             return _train_on(
                 asked,

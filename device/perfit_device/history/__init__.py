@@ -3,7 +3,7 @@
 `items` keeps them in the vault, `split` parts them by time, `importers` reads them from files.
 """
 
-from perfit_device.history.items import HistoryItem, add, find, forget, forgotten, load, problems_of
+from perfit_device.history.items import HistoryItem, add, find, forget, forgotten, load, problems_of, usable
 from perfit_device.history.split import MINIMUM, Split, split
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "load",
     "problems_of",
     "split",
+    "usable",
 ]

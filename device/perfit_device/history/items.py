@@ -14,7 +14,7 @@ from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamag
 from perfit_shared.lamp import as_text
 from perfit_shared.tasks import Task
 
-__all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of"]
+__all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of", "usable"]
 
 _KIND = "example"
 
@@ -54,6 +54,11 @@ def problems_of(task: Task, values: Mapping[str, Any]) -> list[str]:
     """What is wrong with each field that the task needs."""
     whys = {name: _problem(values.get(name)) for name in task.fields_of(values)}
     return [f'field "{name}" {why}' for name, why in whys.items() if why]
+
+
+def usable(items: Iterable[HistoryItem], task: Task) -> list[HistoryItem]:
+    """Those that have the task's fields: it may have had others when an example was added."""
+    return [item for item in items if not problems_of(task, item.fields)]
 
 
 def _problem(value: Any) -> str:
@@ -106,14 +111,15 @@ def load(vault: Vault, task: str | None = None) -> list[HistoryItem]:
 def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
     """Delete these examples and their keys for good, and what saw them and can go.
 
-    That is every half-done update and the shift before the current one. The current shift stays.
+    That is every half-done update, the shift before the current one, and what was noted of the last
+    update and of examples that a cloud refused: these hold digests of texts. The current shift stays.
     """
     count, tasks = 0, set()
     with vault.transaction():
         for item in items:
             count += vault.delete(_KIND, item.name)
             tasks.add(item.task)
-        for kind in ("checkpoint", "previous"):
+        for kind in ("checkpoint", "previous", "refused", "finished"):  # their names end in the task
             for name in vault.list(kind):
                 if name.rpartition("/")[2] in tasks:
                     vault.delete(kind, name)

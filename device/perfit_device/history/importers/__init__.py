@@ -14,7 +14,7 @@ field are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,22 +60,25 @@ class HistoryFile:
         """Whether every example says itself which task it is of."""
         return listing.fits(self.records)
 
-    def examples(self, task: Task | None, *, user: str | None = None) -> list[Found]:
+    def examples(
+        self, task: Task | None, *, user: str | None = None, known: Mapping[str, Task] | None = None
+    ) -> list[Found]:
         """All examples for one task, of the user named `user` where the file holds several people.
 
-        `task` may be None for a listing alone. Raises InvalidData; then nothing should be kept of it.
+        `task` may be None for a listing alone, whose tasks are looked up in `known`, by their names.
+        Raises InvalidData; then nothing should be kept of it.
         """
         with at(str(self.path)):
             if user is not None and not lamp.fits(self.records):
                 raise InvalidData("this file holds one person; --user is for LaMP files")
-            found = self._examples(task, user)
+            found = self._examples(task, user, known or {})
             if not found:
                 raise InvalidData("there are no examples in it")
             return found
 
-    def _examples(self, task: Task | None, user: str | None) -> list[Found]:
+    def _examples(self, task: Task | None, user: str | None, known: Mapping[str, Task]) -> list[Found]:
         if self.is_listing:
-            return listing.read(self.records, task.name if task else None, self.tell)
+            return listing.read(self.records, task, known, self.tell)
         if task is None:
             raise InvalidData("say which task the examples are of, with --task NAME")
         if lamp.fits(self.records):

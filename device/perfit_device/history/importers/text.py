@@ -35,7 +35,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decoded(data: bytes, tell: Callable[[str], None]) -> str:
-    """By its mark, else UTF-8, else Windows-1252, of which `tell` is told. Raises InvalidData."""
+    """By its mark, else UTF-8, else Windows-1252, of which `tell` is told. Raises InvalidData.
+
+    UTF-8 with a few bad bytes is refused: as Windows-1252 every accent of it would be two letters.
+    """
     if len(data) > LARGEST:
         raise InvalidData(f"larger than {LARGEST >> 20} MiB; split it")
     if data.startswith(_ARCHIVE):
@@ -46,12 +49,24 @@ def decoded(data: bytes, tell: Callable[[str], None]) -> str:
     except UnicodeDecodeError as error:
         if mark:
             raise InvalidData(f"not text, though its mark says {encoding}; save it as UTF-8") from error
+        if _is_mostly_utf8(data):
+            raise InvalidData(
+                f"not whole UTF-8: byte {error.start} (from 0) is wrong; mend it, or save the file anew"
+            ) from error
         text = _western(data)
         tell("the file is not UTF-8, so it was read as Windows-1252; check an accent or two")
     if "\0" in text:
         raise InvalidData("not text: it holds null characters; save it as UTF-8")
     refuse_html(text)
     return text
+
+
+def _is_mostly_utf8(data: bytes) -> bool:
+    """Whether at least as many characters beyond ASCII are whole as broken."""
+    text = data.decode("utf-8", "replace")
+    broken = text.count("\ufffd") - data.count("\ufffd".encode())
+    ascii_count = len(data.translate(None, bytes(range(128, 256))))
+    return len(text) - ascii_count - broken >= broken
 
 
 def _western(data: bytes) -> str:
