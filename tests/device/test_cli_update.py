@@ -103,6 +103,17 @@ def test_an_example_that_the_cloud_refuses_is_left_out(
     assert cloud.calls.count("ComputeGradient") == 3 * (2 * 3 + 1)
 
 
+def test_an_evaluation_splits_as_the_update_did(enrolled: Perfit, history_file: Path) -> None:
+    """With the refused ones among all, its test part reached into what the gate had judged by."""
+    with history_file.open("a") as file:
+        for n in range(8):
+            file.write(f'\n{{"text": "much too long {n}", "title": "x", "date": "2010-01-0{n + 1}"}}')
+    enrolled.ok("history", "import", str(history_file))
+    assert enrolled.json("update", "--epochs", "2")["skipped"] == 8
+    report = enrolled.json("evaluate")
+    assert (report["examples"], report["skipped"]) == (4, 8)
+
+
 def test_no_name_of_a_forgotten_example_stays(ready: Perfit, home: Path, tmp_path: Path) -> None:
     """A name is a digest of the text. The others that the cloud refuses are found again."""
     file = tmp_path / "long.jsonl"

@@ -52,11 +52,14 @@ def evaluate(
     session = Session.of(context, profile=profile, json=json)
     from perfit_device import history
     from perfit_device.patience import Patience
+    from perfit_device.refusals import Refusals
 
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
         artefact = session.artefact(info, vault, task)
         items = history.load(vault, artefact.task.name)
-        usable = usable_items(items, artefact.task)
+        # As an update splits them, or its gate's examples could be among these.
+        refused = Refusals.read(vault, info, artefact).names
+        usable = [item for item in usable_items(items, artefact.task) if item.name not in refused]
         test = history.split(usable).test
         patience = Patience(tell=say)
         uses = _uses(vault, cloud, info, artefact, patience=patience, with_seed=with_seed, shift=shift)
@@ -106,7 +109,7 @@ class _Found:
 
     artefact: Artefact
     test: Sequence[HistoryItem]
-    left_out: int = 0  # examples that lack fields of the task, of all parts
+    left_out: int = 0  # examples that lack fields of the task or are known to be too long, of all parts
     judged: dict[str, Judged] = field(default_factory=dict)
 
     @property
