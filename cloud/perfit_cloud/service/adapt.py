@@ -61,7 +61,7 @@ class Adapting:
             artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
             pairs = self._reader.update(stream.examples())
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-            self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
+            call.payment.take().settle(tokens)
             self._telemetry.tokens("example", tokens)
             shrink(UPDATE_TOKEN_BYTES * tokens)
             with self._queue.open(pairs, artefact, left=stream.left, owner=call.device) as adaptation:

@@ -206,7 +206,7 @@ class Guard(grpc.ServerInterceptor):
 
             def read(data: bytes) -> Any:
                 try:
-                    self._bounds.check(method.path, data, payment.charge)
+                    payment.walked(self._bounds.check(method.path, data, payment.charge))
                     return _parsed(method.read, data)
                 except InvalidInput:
                     self._refused("message")

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from perfit_shared.errors import Busy, Cancelled, TooSlow
+from perfit_shared.errors import Busy, Cancelled, TooSlow, Unavailable
 
 __all__ = [
     "BYTES_A_TOKEN",
+    "FIELDS_A_TOKEN",
     "MESSAGE_COPIES",
     "UPDATE_TOKEN_BYTES",
     "AMinute",
@@ -27,6 +28,7 @@ __all__ = [
     "Budget",
     "Gate",
     "Limits",
+    "Paid",
     "Payment",
     "Share",
 ]
@@ -39,6 +41,9 @@ _MINUTE = 60.0  # seconds
 MESSAGE_COPIES = 3  # of a message while it is worked on: its bytes, parsed, decoded
 UPDATE_TOKEN_BYTES = 48  # of a token of an update: a Python int in a list, then 8 bytes in an array
 BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary text has about as many
+# What looking at a message is worth. A candidate has four fields and two tokens at least, so that an honest
+# message is not dearer for it.
+FIELDS_A_TOKEN = 2
 _SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
 
@@ -242,9 +247,9 @@ class Accounts:
 
 
 class Payment:
-    """What a caller paid for the texts of its messages before anybody looked at them. Thread-safe.
+    """What a caller pays for its messages before anybody works on them. Thread-safe.
 
-    By their bytes, and never more than the tokens that a message may have: whoever tokenized them
+    Texts by their bytes, and never more than the tokens that a message may have: whoever tokenized them
     `take`s it and settles. What nobody takes, of a message that was refused, is not given back.
     """
 
@@ -252,7 +257,7 @@ class Payment:
         """`most`: tokens that may be in what is settled together."""
         self._accounts, self._caller, self._most = accounts, caller, most
         self._lock = threading.Lock()
-        self._paid = 0
+        self._paid = self._fields = 0
 
     def charge(self, size: int) -> None:
         """For a text of so many bytes. Raises Busy."""
@@ -262,11 +267,43 @@ class Payment:
                 self._accounts.spend(self._caller, "tokens", tokens)
                 self._paid += tokens
 
-    def take(self) -> int:
-        """Tokens paid since this was called last."""
+    def walked(self, fields: int) -> None:
+        """So many fields were looked at, which is paid for whatever becomes of the message."""
         with self._lock:
-            paid, self._paid = self._paid, 0
+            self._fields += fields
+
+    def take(self) -> Paid:
+        """What was paid since this was called last."""
+        with self._lock:
+            paid = Paid(self._accounts, self._caller, self._paid, self._fields // FIELDS_A_TOKEN)
+            self._paid = self._fields = 0
             return paid
+
+
+class Paid:
+    """What was paid for one request so far, and what is never given back of it. Not thread-safe."""
+
+    def __init__(self, accounts: Accounts, caller: str, tokens: int, least: int) -> None:
+        """`least`: tokens that reading the message is worth."""
+        self._accounts, self._caller, self._least = accounts, caller, least
+        self.tokens = tokens
+
+    def settle(self, tokens: int) -> None:
+        """Take the rest of `tokens`, or give back what is too much. Raises Busy, and then gives nothing back."""
+        paid, self.tokens = self.tokens, 0
+        tokens = max(tokens, self._least)
+        self._accounts.settle(self._caller, "tokens", paid, tokens)
+        self.tokens = tokens
+
+    @contextmanager
+    def refunded(self) -> Iterator[None]:
+        """Give back what the cloud has no room to work for: on Busy and Unavailable, all but the least."""
+        try:
+            yield
+        except (Busy, Unavailable):
+            if self.tokens > self._least:
+                self.settle(0)
+            raise
 
 
 class _Account:

@@ -124,7 +124,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     ) -> list[tuple[list[int], list[int]]]:
         """The same, paid for by their tokens. Raises Busy."""
         tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-        self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
+        call.payment.take().settle(tokens)
         self._telemetry.tokens("example", tokens)
         return pairs
 
