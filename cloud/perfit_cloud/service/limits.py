@@ -289,7 +289,7 @@ class Paid:
         self.tokens = tokens
 
     def settle(self, tokens: int) -> None:
-        """Take the rest of `tokens`, or give back what is too much. Raises Busy, and then gives nothing back."""
+        """Take the rest of `tokens`, or give back what is too much. Raises Busy, and gives nothing back."""
         paid, self.tokens = self.tokens, 0
         tokens = max(tokens, self._least)
         self._accounts.settle(self._caller, "tokens", paid, tokens)
