@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from tests.cloud.test_authority import csr_of, new_key
 from tests.cloud.doubles import Drip, Slow, score, wait_for
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
+from tests.cloud.test_authority import csr_of, new_key
 from tests.cloud.test_limits import Clock, accounts, under_way
 
 from perfit_cloud.model.base import BaseModel
