@@ -9,6 +9,7 @@ import pytest
 from tests.cloud.doubles import Drip, Slow, score, wait_for
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
 from tests.cloud.test_authority import csr_of, new_key
+from tests.cloud.test_fairness import running_line
 from tests.cloud.test_limits import Clock, accounts, under_way
 
 from perfit_cloud.model.base import BaseModel
@@ -194,6 +195,40 @@ def test_a_prompt_without_a_place_is_not_tokenized(run: Callable[..., Running], 
     assert failure(lambda: list(running.device().stub.Generate(generate())))[0] == "RESOURCE_EXHAUSTED"
     assert len(encoded) == 1
     stream.cancel()
+
+
+def test_what_the_cloud_has_no_room_for_is_given_back(run: Callable[..., Running]) -> None:
+    """A full Score cost as much as an answer to it, however often the cloud was busy."""
+    slow, drip = Slow(), Drip()
+    running = run(
+        gradient_engine=slow, gradient_waiting=1, engine=drip, streams=1, tokens_minute=1000, **LEAST
+    )
+    others, device = [running.device() for _ in range(2)], running.device()
+    held = [other.stub.Score.future(score(), timeout=TIMEOUT) for other in others]
+    stream = others[0].stub.Generate(generate(), timeout=TIMEOUT)
+    drip.go.release()
+    next(stream)
+    wait_for(lambda: running_line(running) == 1 and slow.entered.is_set())
+    calls: list[Callable[[], object]] = [
+        lambda: device.stub.Score(nearly_good(5), timeout=TIMEOUT),
+        lambda: list(device.stub.Generate(generate("word " * 100), timeout=TIMEOUT)),
+    ]
+    for call in calls * 10:  # 157 and 128 tokens
+        assert failure(call)[::2] == ("RESOURCE_EXHAUSTED", "the cloud is busy; try again shortly")
+    slow.go.set()
+    stream.cancel()
+    assert [list(call.result().scores) for call in held] == [[], []]
+    assert list(device.stub.Score(score(), timeout=TIMEOUT).scores) == []
+
+
+def test_who_cannot_pay_for_the_tokens_gets_nothing_back() -> None:
+    books = accounts(Clock())
+    payment = Payment(books, "a", 1000)
+    payment.charge(2000)
+    paid = payment.take()
+    with pytest.raises(Busy), paid.refunded():
+        paid.settle(7000)
+    assert left(books) == 5499
 
 
 # -- who is refused is counted ----------------------------------------------------------------------

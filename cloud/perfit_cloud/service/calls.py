@@ -67,12 +67,15 @@ class Answers:
     ) -> Iterator[Piece]:  # fmt: skip
         """The pieces of one answer; what it asks for is checked when it has a place, and paid for.
 
-        `paid`: for its message already. `at_end(cancel)` keeps `cancel` for when the
-        caller leaves, and says false when it has left.
+        `paid`: for its message already, most of which is given back when there is no room. `at_end(cancel)`
+        keeps `cancel` for when the caller leaves, and says false when it has left.
         Its place is free when it is over or cancelled, whether or not anybody reads on.
         """
         last = None
-        with _Held(self._accounts.hold(device, "answers"), self._places.place(0)) as held:
+        with (
+            paid.refunded(),
+            _Held(self._accounts.hold(device, "answers"), self._places.place(0)) as held,
+        ):
             prompt = self._reader.prompt(request.prompt)
             sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
             most = sampling.max_new_tokens

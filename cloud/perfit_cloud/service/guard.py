@@ -263,10 +263,13 @@ class _Messages(Iterator[Any]):
         except grpc.RpcError as error:  # gRPC's word for it, with no code
             error.with_traceback(None)  # gRPC keeps the error, and that all frames it came through
             raise Cancelled("the caller left") from None
+        arrived = ExitStack()
+        arrived.enter_context(self._arrive(data))  # not under the lock: it may wait for room
         with self._lock:
             if self._is_closed:
+                arrived.close()
                 raise Cancelled("the caller left")
-            self._held.enter_context(self._arrive(data))
+            self._held = arrived
         return self._read(data)
 
     def only(self) -> Any:
