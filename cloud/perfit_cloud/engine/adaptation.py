@@ -298,14 +298,15 @@ class AdaptationEngine:
         with self._state:
             if self._room_parts:
                 return min(self._room[where], self._all_room[where] // self._room_parts)
-            if wanted <= self._room[where]:
-                return wanted
-        with self._turns.take_long({adaptation.owner: 1.0}), self._state:  # no pass reads what is dropped
+            if wanted <= self._room[where] or not self._all_room[where]:
+                return min(wanted, self._room[where])
+        # No pass reads what is dropped.
+        with self._turns.take_long({adaptation.owner: 1.0}, adaptation._check_open), self._state:
             held: Counter[str] = Counter()
             for each in self._open:
                 held[each.owner] += each._taken[where]
             part = self._all_room[where] // len(held)
-            most = max(self._room[where], part - held[adaptation.owner])
+            most = max(self._room[where], min(wanted, part - held[adaptation.owner]))
             for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
                 for number in reversed([n for n, b in other._blocks.items() if b.where == where]):
                     if most <= self._room[where] or held[other.owner] <= part:
