@@ -218,7 +218,7 @@ def test_who_comes_later_takes_no_more_than_it_wants(make_artefact: Any) -> None
     artefact = make_artefact(base, positions="l4")
     probe = AdaptationEngine(base, keep_bytes=PLENTY)
     engine = AdaptationEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
-    engine._caps = Caps(40, 2**20, 2**20)
+    engine._caps = Caps(15, 2**20, 2**20)
     first = engine.open(RAGGED, artefact, owner="first")
     kept = len(kept_by(first))
     late = engine.open(RAGGED[2:3], artefact, owner="late")

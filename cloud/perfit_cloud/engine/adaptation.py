@@ -224,14 +224,8 @@ class AdaptationEngine:
         """
         if not examples or not all(prompt and target for prompt, target in examples):
             raise InvalidInput("an update needs examples, each with a prompt and a target")
-        adaptation = Adaptation(
-            self,
-            artefact,
-            examples,
-            device=self._base.device,
-            left=left or threading.Event(),
-            owner=owner,
-        )
+        left = left or threading.Event()
+        adaptation = Adaptation(self, artefact, examples, device=self._base.device, left=left, owner=owner)
         with self._state:
             self._open.add(adaptation)
         try:
