@@ -98,7 +98,7 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
     base = build("llama")
     artefact, left = make_artefact(base, positions="l4"), threading.Event()
     engine = AdaptationEngine(base, keep_bytes=PLENTY)
-    monkeypatch.setattr(Caps, "of", lambda _device: Caps(30, 2**20, 2**20))
+    engine._caps = Caps(30, 2**20, 2**20)
     fill, passes = kept_module._fill, []
 
     def filled(tail: Any, part: Any, collective: Any) -> None:

@@ -277,7 +277,9 @@ class AdaptationEngine:
             order = order[len(which) :]
             count = int(np.clip(arrays.lengths[which].sum() // self._caps.rows, 1, _BLOCKS))
             for part in np.array_split(which, min(count, len(which))) if len(which) else ():
-                kept = keep(self._tail, arrays, part, collective, working=working, spill=where == _SPILLED)
+                kept = keep(
+                    self._tail, arrays, part, collective, self._caps, working=working, spill=where == _SPILLED
+                )
                 with self._state:
                     if adaptation._left.is_set():
                         kept.erase()
@@ -397,5 +399,5 @@ class AdaptationEngine:
                 yield Part(arrays, there, moved, np.arange(len(there)))
         missing = which[numbers == _NOWHERE]
         if len(missing):
-            now = keep(tail, arrays, missing, adaptation._collective)
+            now = keep(tail, arrays, missing, adaptation._collective, self._caps)
             yield Part(arrays, missing, now, np.arange(len(missing)))

@@ -51,7 +51,7 @@ class Adapting:
         """
         with (
             self._accounts.hold(call.device, "adaptations"),
-            self._streams.place(0),
+            self._streams.place(),
             # Until its tokens are known it has room for as many as there may be.
             self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
             _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,

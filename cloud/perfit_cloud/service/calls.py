@@ -74,7 +74,7 @@ class Answers:
         last = None
         with (
             paid.refunded(),
-            _Held(self._accounts.hold(device, "answers"), self._places.place(0)) as held,
+            _Held(self._accounts.hold(device, "answers"), self._places.place()) as held,
         ):
             prompt = self._reader.prompt(request.prompt)
             sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)

@@ -204,7 +204,7 @@ class Guard(grpc.ServerInterceptor):
             who = held.enter_context(self._admitted(context, certificate))
             if not method.is_health:
                 held.enter_context(self._drain.call())
-                held.enter_context(self._gate.place(0))
+                held.enter_context(self._gate.place())
             payment = Payment(self._accounts, who, self._tokens.get(method.name, 0))
 
             @contextmanager

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from perfit_shared.errors import Busy, Cancelled, TooSlow, Unavailable
+from perfit_shared.errors import Busy, Unavailable
 
 __all__ = [
     "BYTES_A_TOKEN",
@@ -71,50 +71,26 @@ class Share:
 
 
 class Gate:
-    """Lets `running` callers work at once and `waiting` more stand in line; the rest come back later."""
+    """Lets `places` callers work at once; the rest come back later."""
 
-    def __init__(self, name: str, *, running: int, waiting: int, retry_ms: int, refused: Refused) -> None:
-        self._name, self._running, self._room = name, running, running + waiting
-        self._retry_ms, self._refused = retry_ms, refused
-        self._changed = threading.Condition()
+    def __init__(self, name: str, *, places: int, retry_ms: int, refused: Refused) -> None:
+        self._name, self._places, self._retry_ms, self._refused = name, places, retry_ms, refused
+        self._lock = threading.Lock()
         self.working = 0  # callers who have a place
-        self.waiting = 0  # callers in line
 
     @contextmanager
-    def place(self, seconds: float, left: threading.Event | None = None) -> Iterator[None]:
-        """Hold a place to work. Raises Busy when the line is full, TooSlow after `seconds` in it.
-
-        And Cancelled when `left` is set, which whoever sets it tells by `look`.
-        """
-        left = left or threading.Event()
-        with self._changed:
-            if self.working + self.waiting >= self._room:
+    def place(self) -> Iterator[None]:
+        """Hold a place to work. Raises Busy when there is none."""
+        with self._lock:
+            if self.working >= self._places:
                 self._refused(self._name)
                 raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
-            self.waiting += 1
-            try:
-                is_free = self._changed.wait_for(
-                    lambda: self.working < self._running or left.is_set(), max(0.0, seconds)
-                )
-            finally:
-                self.waiting -= 1
-            if left.is_set():
-                self._changed.notify()  # what woke this one may have been meant for the next
-                raise Cancelled("the caller left")
-            if not is_free:
-                raise TooSlow("the cloud did not get to this call before its deadline; try again")
             self.working += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self.working -= 1
-                self._changed.notify()
-
-    def look(self) -> None:
-        """Those in line who have left it get out of it."""
-        with self._changed:
-            self._changed.notify_all()
 
 
 class Budget:

@@ -118,7 +118,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         with self._accounts.hold(call.device, "gradients"):
             if not call.add_callback(left.set):
                 raise Cancelled("the caller left")
-            with self._passes.place(0):
+            with self._passes.place():
                 yield check
 
     def _settled(
