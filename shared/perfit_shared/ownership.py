@@ -88,7 +88,11 @@ def _check(path: Path, found: os.stat_result, *, is_last: bool, trusts_group: bo
 
 
 def _is_own_group(found: os.stat_result) -> bool:
-    """Whether the group is the owner's private one: of the same name, and nobody else is in it."""
+    """Whether the group is the owner's private one: of the same name, and nobody else is in it.
+
+    A group's list names only those who are in it beside their own group, so every user's is looked at. Root's
+    is nobody's private one: containers give it to users that are in no list.
+    """
     import grp
     import pwd
 
@@ -97,7 +101,9 @@ def _is_own_group(found: os.stat_result) -> bool:
     except KeyError:
         return False
     return (
-        owner.pw_gid == group.gr_gid
+        group.gr_gid != 0
+        and owner.pw_gid == group.gr_gid
         and owner.pw_name == group.gr_name
         and set(group.gr_mem) <= {owner.pw_name}
+        and all(user.pw_uid == owner.pw_uid for user in pwd.getpwall() if user.pw_gid == group.gr_gid)
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.cloud.doubles import wait_for
 from tests.cloud.test_adaptation import PLENTY, RAGGED, assert_equal, person
 from tests.cloud.test_tail import build
 
@@ -14,6 +15,7 @@ from perfit_cloud.engine import adaptation as module
 from perfit_cloud.engine import kept as kept_module
 from perfit_cloud.engine.adaptation import AdaptationEngine, Step
 from perfit_cloud.engine.kept import Caps
+from perfit_cloud.engine.turns import Turns
 from perfit_cloud.engine.types import Gradient
 from perfit_cloud.model.base import block_list
 from perfit_shared.errors import InvalidInput, InvalidTensors
@@ -96,7 +98,7 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
     base = build("llama")
     artefact, left = make_artefact(base, positions="l4"), threading.Event()
     engine = AdaptationEngine(base, keep_bytes=PLENTY)
-    monkeypatch.setattr(Caps, "of", lambda _device: Caps(30, 2**20, 2**20))
+    engine._caps = Caps(30, 2**20, 2**20)
     fill, passes = kept_module._fill, []
 
     def filled(tail: Any, part: Any, collective: Any) -> None:
@@ -208,6 +210,58 @@ def test_who_comes_later_takes_of_who_has_more_than_an_even_part(make_artefact: 
     assert late.kept_bytes == before
     engine.close()
     assert engine.bytes_held() == (0, 0)
+
+
+def test_who_comes_later_takes_no_more_than_it_wants(make_artefact: Any) -> None:
+    """One short example freed up to half of what another device's update kept."""
+    base = build("llama")
+    artefact = make_artefact(base, positions="l4")
+    probe = AdaptationEngine(base, keep_bytes=PLENTY)
+    engine = AdaptationEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
+    engine._caps = Caps(15, 2**20, 2**20)
+    first = engine.open(RAGGED, artefact, owner="first")
+    kept = len(kept_by(first))
+    late = engine.open(RAGGED[2:3], artefact, owner="late")
+    assert (late.kept_examples, kept - len(kept_by(first))) == (1, 1)
+    engine.close()
+
+
+def test_whoever_leaves_stands_in_line_for_room_no_more(make_artefact: Any) -> None:
+    base = build("llama")
+    artefact = make_artefact(base, positions="l4")
+    turns, left = Turns(), threading.Event()
+    engine = AdaptationEngine(base, keep_bytes=1, turns=turns)
+    plain = [pair for pair in RAGGED if len(pair[0]) > 4][:1]  # nothing that is computed before there is room
+    opened: list[Exception] = []
+
+    def open_it() -> None:
+        try:
+            engine.open(plain, artefact, left=left)
+        except Exception as error:
+            opened.append(error)
+
+    with turns.take_long():
+        worker = threading.Thread(target=open_it)
+        worker.start()
+        wait_for(lambda: len(turns.long_waiting()) == 1)
+        left.set()
+        worker.join(10)
+        assert [type(error) for error in opened] == [InvalidInput]
+    engine.close()
+
+
+def test_without_room_for_anybody_nobody_waits_for_it(make_artefact: Any) -> None:
+    base = build("llama")
+    turns = Turns()
+    engine = AdaptationEngine(base, keep_bytes=0, turns=turns)
+    opening = threading.Thread(
+        target=engine.open, args=(RAGGED[2:3], make_artefact(base, positions="l4")), daemon=True
+    )
+    with turns.take_long():
+        opening.start()
+        opening.join(10)
+        assert not opening.is_alive()
+    engine.close()
 
 
 def kept_by(adaptation: Any) -> list[Any]:

@@ -158,6 +158,40 @@ def test_fields_of_later_versions_pass_in_small_numbers() -> None:
         checked(PATH + "Score", strange * 17)
 
 
+def test_they_are_counted_over_the_whole_message() -> None:
+    """16 in each of 2,048 turns of each candidate were 400,000 in one message."""
+    strange = b"\x9a\x06\x00"
+    candidate = wrapped(1, strange * 6 + wrapped(1, strange * 2))
+    checked(PATH + "Score", candidate * 2)
+    with pytest.raises(InvalidInput, match="does not know"):
+        checked(PATH + "Score", candidate * 2 + strange)
+
+
+TEXT, CHAT = pb.Prompt(text="hi"), pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(content="hi")]))
+
+
+@pytest.mark.parametrize(("first", "second"), [(CHAT, TEXT), (TEXT, CHAT), (TEXT, TEXT)])
+def test_one_member_of_a_oneof_may_be_there(first: pb.Prompt, second: pb.Prompt) -> None:
+    """The last is kept: a chat before a text was walked, and paid for as the text."""
+    checked(PATH + "Generate", wrapped(1, first.SerializeToString()))
+    with pytest.raises(InvalidInput, match=r"Prompt\.form is there more than the 1"):
+        checked(PATH + "Generate", wrapped(1, first.SerializeToString() + second.SerializeToString()))
+
+
+def test_the_bodies_of_a_stream_s_message_exclude_each_other() -> None:
+    step = pb.AdaptRequest(step=pb.AdaptStep(rows=[1])).SerializeToString()
+    more = pb.AdaptRequest(examples=pb.AdaptExamples()).SerializeToString()
+    checked(PATH + "Adapt", more)
+    with pytest.raises(InvalidInput, match=r"AdaptRequest\.body"):
+        checked(PATH + "Adapt", step + more)
+
+
+def test_the_walk_tells_how_many_fields_it_took() -> None:
+    request = pb.ScoreRequest(candidates=[pb.Candidate(prompt=CHAT, answer="a")] * 3)
+    data = request.SerializeToString()
+    assert DEVICES.check(PATH + "Score", data, lambda _: None) == 3 * 6
+
+
 def test_rows_are_counted_packed_and_not() -> None:
     one_by_one = b"".join(b"\x10" + bytes([row]) for row in range(64))
     for rows, fits in ((one_by_one, True), (one_by_one + b"\x10\x01", False), (wrapped(2, bytes(65)), False)):

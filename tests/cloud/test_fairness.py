@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +11,16 @@ from tests.cloud.doubles import score, wait_for
 from tests.cloud.serving import BASE, TIMEOUT, Running, failure
 from tests.cloud.test_limits import under_way
 
+from perfit_cloud.engine.adaptation import AdaptationEngine, Step
+from perfit_cloud.engine.batched import BatchedEngine
 from perfit_cloud.engine.fairness import Reading
 from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
 from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.serving import Engine
+from perfit_cloud.engine.steps import StepQueue
 from perfit_cloud.engine.turns import Turns
 from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -152,6 +158,39 @@ def test_places_in_the_cache_go_to_the_device_that_holds_least(base: BaseModel) 
     for answer in greedy:
         list(answer)
     engine.stop()
+
+
+class Identity(str):
+    """Of a device; tells when nobody knows it any more."""
+
+    __slots__ = ("__weakref__",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone"), [(GenerationEngine, False), (GenerationEngine, True), (BatchedEngine, False)]
+)
+def test_who_asked_is_forgotten_when_nobody_asks(base: BaseModel, kind: type[Engine], alone: bool) -> None:
+    """Every identity stayed in memory as long as the process."""
+    engine = kind(base, {}, GenerationSettings(1024, 32, 20, alone=alone))
+    owners = [Identity(f"device {n}") for n in range(3)]
+    known = [weakref.ref(owner) for owner in owners]
+    for tokens in (1, 4):
+        for answer in [engine.submit([0] * 40, PLAIN, Sampling(tokens), owner) for owner in owners]:
+            list(answer)
+    del owners, answer
+    wait_for(lambda: not any(is_known() for is_known in known))
+    engine.stop()
+
+
+def test_who_took_a_step_is_forgotten(base: BaseModel, artefact: Artefact) -> None:
+    steps = StepQueue(AdaptationEngine(base, keep_bytes=2**20))
+    owner = Identity("device")
+    known = weakref.ref(owner)
+    with steps.open([([5, 6, 7], [8])], artefact, owner=owner) as adaptation:
+        steps.submit(Step(adaptation, [0], artefact.seed)).result(TIMEOUT)
+    del owner, adaptation
+    wait_for(lambda: known() is None)
+    steps.close()
 
 
 class Owned:

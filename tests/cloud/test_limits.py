@@ -20,7 +20,7 @@ from perfit_cloud.engine.types import Finish, Piece
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.guard import network_of
 from perfit_cloud.service.limits import Accounts, AtOnce, Gate, Share
-from perfit_shared.errors import Busy, ConfigError, TooSlow
+from perfit_shared.errors import Busy, ConfigError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -104,19 +104,13 @@ def test_accounts_of_the_quiet_are_forgotten(clock: Clock) -> None:
 
 def test_a_gate_lets_in_as_many_as_it_says() -> None:
     told: list[str] = []
-    gate = Gate("answers", running=1, waiting=1, retry_ms=70, refused=told.append)
-    with gate.place(0):
-        with pytest.raises(TooSlow), gate.place(0.01):
+    gate = Gate("answers", places=2, retry_ms=70, refused=told.append)
+    with gate.place(), gate.place():
+        assert gate.working == 2
+        with pytest.raises(Busy) as caught, gate.place():
             pass
-        assert gate.waiting == 0
-    with ExitStack() as held:
-        held.enter_context(gate.place(0))
-        gate.waiting += 1  # someone in line
-        with pytest.raises(Busy) as caught, gate.place(1):
-            pass
-        gate.waiting -= 1
-    assert (caught.value.retry_ms, told) == (70, ["answers"])
-    with gate.place(0):
+    assert (caught.value.retry_ms, told, gate.working) == (70, ["answers"], 0)
+    with gate.place():
         pass
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from tests.cloud.doubles import wait_for
@@ -12,10 +12,11 @@ from tests.cloud.doubles import wait_for
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.guard import _Messages
 from perfit_cloud.service.limits import Budget
 from perfit_cloud.service.memory import MemoryPlan, plan_memory, resident_bytes
 from perfit_cloud.service.served import Served
-from perfit_shared.errors import Busy, ConfigError
+from perfit_shared.errors import Busy, Cancelled, ConfigError
 
 MIB = 2**20
 
@@ -33,7 +34,7 @@ def planned(base: BaseModel, artefact: Artefact) -> Callable[..., MemoryPlan]:
 
 def test_without_a_ceiling_everything_is_as_it_is_set(planned: Callable[..., MemoryPlan]) -> None:
     plan = planned(cache_tokens=4096, keep_bytes=123 * MIB)
-    assert (plan.cache_tokens, plan.kept, plan.pass_tokens) == (4096, 123 * MIB, 8192)
+    assert (plan.cache_tokens, plan.kept, plan.pass_tokens) == (4096, 123 * MIB, 1024)  # rows
     assert plan.total > 1024 * MIB  # of freed tensors alone
 
 
@@ -103,6 +104,38 @@ def test_room_is_given_back_and_refused_where_there_is_none() -> None:
         with room.hold(90):
             pass
     with room.hold(100):
+        pass
+
+
+def test_the_end_of_a_call_waits_for_no_message() -> None:
+    """It waited for as long as the message did for room: half a minute."""
+    room = budget(100)
+
+    @contextmanager
+    def arrive(data: bytes) -> Iterator[None]:
+        with room.hold(len(data), 30):
+            yield
+
+    messages = _Messages(iter([bytes(60)]), bytes, arrive)
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            next(messages)
+        except Exception as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    with room.hold(50):
+        reader.start()
+        wait_for(lambda: room.waiting == 1)
+        closing = threading.Thread(target=messages.close, daemon=True)
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive()
+    reader.join(10)
+    assert [type(error) for error in errors] == [Cancelled]
+    with room.hold(100):  # what came too late holds nothing
         pass
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import grpc
 import pytest
 from tests.cloud.doubles import Drip, Slow, score, wait_for
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
+from tests.cloud.test_authority import csr_of, new_key
+from tests.cloud.test_fairness import running_line
 from tests.cloud.test_limits import Clock, accounts, under_way
 
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.limits import Payment
+from perfit_cloud.service.limits import Accounts, Payment
 from perfit_shared.errors import Busy
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
+from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
 
 LEAST = {"prompt_tokens": 60, "new_tokens": 60, "call_tokens": 300, "adapt_tokens": 300}
@@ -26,11 +30,11 @@ def test_a_text_is_paid_by_its_bytes_and_settled_by_its_tokens() -> None:
     payment = Payment(books, "a", 1000)
     payment.charge(400)
     payment.charge(0)
-    assert payment.take() == 102
-    assert payment.take() == 0
+    assert payment.take().tokens == 102
+    assert payment.take().tokens == 0
     payment.charge(10_000_000)  # never more than a message may have
     payment.charge(10_000_000)
-    assert payment.take() == 1000
+    assert payment.take().tokens == 1000
     books.settle("a", "tokens", 1102, 5000)
     books.spend("a", "tokens", 1000)
     with pytest.raises(Busy):
@@ -39,6 +43,40 @@ def test_a_text_is_paid_by_its_bytes_and_settled_by_its_tokens() -> None:
         payment.charge(4)
     books.settle("a", "tokens", 5000, 100)
     books.spend("a", "tokens", 4900)
+
+
+def left(books: Accounts, caller: str = "a") -> int:
+    """Tokens that a caller may still take, of 6000."""
+    found = next(n for n in range(6000, -1, -1) if not fails_to_spend(books, caller, n))
+    books.settle(caller, "tokens", found, 0)
+    return found
+
+
+def fails_to_spend(books: Accounts, caller: str, amount: int) -> bool:
+    try:
+        books.spend(caller, "tokens", amount)
+    except Busy:
+        return True
+    return False
+
+
+def test_what_looking_at_a_message_took_is_never_given_back() -> None:
+    """A message of 400,000 fields that came to one token was walked for 0.3 s, for nothing."""
+    books = accounts(Clock())
+    payment = Payment(books, "a", 1000)
+    payment.charge(2000)
+    payment.walked(2000)
+    paid = payment.take()
+    assert left(books) == 5499
+    paid.settle(1)
+    assert left(books) == 5000
+    paid.settle(1500)
+    assert left(books) == 4500
+    payment.walked(4000)  # of a message without a text
+    payment.take().settle(0)
+    assert left(books) == 2500
+    payment.take().settle(0)  # of the next message
+    assert left(books) == 2500
 
 
 def test_a_fine_is_a_debt_that_wears_off() -> None:
@@ -87,6 +125,23 @@ def test_refused_requests_pay_for_their_work(run: Callable[..., Running]) -> Non
     assert 1 < refused_until_busy(lambda: device.stub.Score(nearly_good(5), timeout=TIMEOUT), INVALID) < 10
     assert refusals(running, "tokens_minute") == 1
     running.device().describe()
+
+
+def test_fields_that_nobody_reads_are_paid_for(run: Callable[..., Running]) -> None:
+    running = run(tokens_minute=300, **LEAST)
+    device = running.device()
+    request = pb.ScoreRequest(
+        candidates=[pb.Candidate(prompt=pb.Prompt(text="a"), answer="b")], shift=BASE
+    ).SerializeToString()
+    call = device.channel.unary_unary("/perfit.v1.Personalization/Score")
+    unknown_fields = b"\x9a\x06\x00" * 16
+    call(request, timeout=TIMEOUT)
+    paid = 0
+    with pytest.raises(grpc.RpcError, match="more than one may in a minute"):
+        while paid < 80:  # 22 fields: 11 tokens, and the texts have 3
+            call(request + unknown_fields, timeout=TIMEOUT)
+            paid += 1
+    assert paid > 20
 
 
 def test_bytes_that_are_no_message_are_paid_for(run: Callable[..., Running]) -> None:
@@ -142,6 +197,40 @@ def test_a_prompt_without_a_place_is_not_tokenized(run: Callable[..., Running], 
     stream.cancel()
 
 
+def test_what_the_cloud_has_no_room_for_is_given_back(run: Callable[..., Running]) -> None:
+    """A full Score cost as much as an answer to it, however often the cloud was busy."""
+    slow, drip = Slow(), Drip()
+    running = run(
+        gradient_engine=slow, gradient_waiting=1, engine=drip, streams=1, tokens_minute=1000, **LEAST
+    )
+    others, device = [running.device() for _ in range(2)], running.device()
+    held = [other.stub.Score.future(score(), timeout=TIMEOUT) for other in others]
+    stream = others[0].stub.Generate(generate(), timeout=TIMEOUT)
+    drip.go.release()
+    next(stream)
+    wait_for(lambda: running_line(running) == 1 and slow.entered.is_set())
+    calls: list[Callable[[], object]] = [
+        lambda: device.stub.Score(nearly_good(5), timeout=TIMEOUT),
+        lambda: list(device.stub.Generate(generate("word " * 100), timeout=TIMEOUT)),
+    ]
+    for call in calls * 10:  # 157 and 128 tokens
+        assert failure(call)[::2] == ("RESOURCE_EXHAUSTED", "the cloud is busy; try again shortly")
+    slow.go.set()
+    stream.cancel()
+    assert [list(call.result().scores) for call in held] == [[], []]
+    assert list(device.stub.Score(score(), timeout=TIMEOUT).scores) == []
+
+
+def test_who_cannot_pay_for_the_tokens_gets_nothing_back() -> None:
+    books = accounts(Clock())
+    payment = Payment(books, "a", 1000)
+    payment.charge(2000)
+    paid = payment.take()
+    with pytest.raises(Busy), paid.refunded():
+        paid.settle(7000)
+    assert left(books) == 5499
+
+
 # -- who is refused is counted ----------------------------------------------------------------------
 
 
@@ -180,6 +269,21 @@ def test_whoever_is_refused_pays_for_the_call(
     assert (refusals(running, limit), refusals(running, "requests_minute")) == (5, 1)
     assert under_way(running, device) == 0
     honest.describe()
+
+
+def test_a_retired_key_uses_up_nothing_of_its_owner_s(run: Callable[..., Running]) -> None:
+    """Whoever held one locked its owner out, for as long as calls of it were refused."""
+    running = run(requests_minute=5)
+    thief = running.device()
+    key = new_key()
+    identity = enrol_grpc.IdentityStub(thief.channel)
+    answer = identity.Renew(enrol_pb.RenewRequest(csr=csr_of(key)), timeout=TIMEOUT)
+    owner = running.with_certificate(key, answer.certificate)
+    owner.describe()
+    assert refused_until_busy(thief.describe, "UNAUTHENTICATED") == 5
+    assert (refusals(running, "certificate_superseded"), refusals(running, "requests_minute")) == (5, 1)
+    for _ in range(3):
+        owner.describe()
 
 
 def test_questions_that_are_refused_cost_as_much_as_calls(run: Callable[..., Running]) -> None:

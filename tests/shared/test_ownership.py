@@ -102,14 +102,39 @@ def test_a_group_may_write_where_that_is_asked_for(folder: Path) -> None:
 
 
 @as_root
-def test_a_group_of_ones_own_is_nobody_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("gid", "members", "others", "is_own"),
+    [
+        (SOMEBODY, [], [], True),
+        (SOMEBODY, ["me"], [SOMEBODY + 1], True),
+        (SOMEBODY, ["me", "eve"], [], False),
+        (SOMEBODY, [], [SOMEBODY], False),  # a group's list does not name whose own group it is
+        (0, [], [], False),  # nor whoever a container runs as, in root's
+    ],
+)
+def test_a_group_of_ones_own_is_nobody_else(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gid: int,
+    members: list[str],
+    others: list[int],
+    is_own: bool,
+) -> None:
     """As many systems give every user, with a umask of 002."""
     import grp
+    import pwd
 
+    def user(name: str, uid: int, of: int) -> pwd.struct_passwd:
+        return pwd.struct_passwd((name, "x", uid, of, "", "/", "/bin/sh"))
+
+    me = user("me", 0, gid)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: me)
+    monkeypatch.setattr(pwd, "getpwall", lambda: [me, *(user("eve", 7, of) for of in others)])
+    monkeypatch.setattr(grp, "getgrgid", lambda _gid: grp.struct_group(("me", "x", gid, members)))
+    os.chown(folder, -1, gid)
     folder.chmod(0o770)
-    own = grp.getgrgid(0)
-    check_ownership(folder)
-    with_others = grp.struct_group((own.gr_name, own.gr_passwd, own.gr_gid, ["eve"]))
-    monkeypatch.setattr(grp, "getgrgid", lambda gid: with_others)
-    with pytest.raises(ConfigError, match="chmod g-w"):
+    if is_own:
         check_ownership(folder)
+    else:
+        with pytest.raises(ConfigError, match="chmod g-w"):
+            check_ownership(folder)

@@ -224,14 +224,8 @@ class AdaptationEngine:
         """
         if not examples or not all(prompt and target for prompt, target in examples):
             raise InvalidInput("an update needs examples, each with a prompt and a target")
-        adaptation = Adaptation(
-            self,
-            artefact,
-            examples,
-            device=self._base.device,
-            left=left or threading.Event(),
-            owner=owner,
-        )
+        left = left or threading.Event()
+        adaptation = Adaptation(self, artefact, examples, device=self._base.device, left=left, owner=owner)
         with self._state:
             self._open.add(adaptation)
         try:
@@ -283,7 +277,9 @@ class AdaptationEngine:
             order = order[len(which) :]
             count = int(np.clip(arrays.lengths[which].sum() // self._caps.rows, 1, _BLOCKS))
             for part in np.array_split(which, min(count, len(which))) if len(which) else ():
-                kept = keep(self._tail, arrays, part, collective, working=working, spill=where == _SPILLED)
+                kept = keep(
+                    self._tail, arrays, part, collective, self._caps, working=working, spill=where == _SPILLED
+                )
                 with self._state:
                     if adaptation._left.is_set():
                         kept.erase()
@@ -298,14 +294,15 @@ class AdaptationEngine:
         with self._state:
             if self._room_parts:
                 return min(self._room[where], self._all_room[where] // self._room_parts)
-            if wanted <= self._room[where]:
-                return wanted
-        with self._turns.take_long({adaptation.owner: 1.0}), self._state:  # no pass reads what is dropped
+            if wanted <= self._room[where] or not self._all_room[where]:
+                return min(wanted, self._room[where])
+        # No pass reads what is dropped.
+        with self._turns.take_long({adaptation.owner: 1.0}, adaptation._check_open), self._state:
             held: Counter[str] = Counter()
             for each in self._open:
                 held[each.owner] += each._taken[where]
             part = self._all_room[where] // len(held)
-            most = max(self._room[where], part - held[adaptation.owner])
+            most = max(self._room[where], min(wanted, part - held[adaptation.owner]))
             for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
                 for number in reversed([n for n, b in other._blocks.items() if b.where == where]):
                     if most <= self._room[where] or held[other.owner] <= part:
@@ -402,5 +399,5 @@ class AdaptationEngine:
                 yield Part(arrays, there, moved, np.arange(len(there)))
         missing = which[numbers == _NOWHERE]
         if len(missing):
-            now = keep(tail, arrays, missing, adaptation._collective)
+            now = keep(tail, arrays, missing, adaptation._collective, self._caps)
             yield Part(arrays, missing, now, np.arange(len(missing)))

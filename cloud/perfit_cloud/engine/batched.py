@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from perfit_cloud.engine.fairness import FairShare, in_turns
+from perfit_cloud.engine.fairness import in_turns
 from perfit_cloud.engine.sampling import Sampler, draw
 from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
@@ -80,7 +80,7 @@ class BatchedEngine(Engine):
         super().__init__(base, artefacts, settings, turns)
         # What the model's folder suggests is not asked for.
         self._model.generation_config = GenerationConfig()
-        self._share = FairShare()  # of the tokens of prompts and answers
+        # `_share` is of the tokens of prompts and answers.
 
     def _has_work(self) -> bool:
         return bool(self._waiting)

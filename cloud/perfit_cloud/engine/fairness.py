@@ -75,6 +75,11 @@ class Reading:
         may = [p for p in prompts if self._ahead.get(p.owner, 0.0) <= 0 or not speaking - {p.owner}]
         return in_turns(may, self._share)
 
+    def rest(self) -> None:
+        """There is neither a prompt nor an answer: forget whose there were."""
+        self._share.wanted_by(())
+        self._ahead.clear()
+
     def done(
         self, read: Mapping[str, int], seconds: float, *, speaks: bool, owners: AbstractSet[str]
     ) -> None:

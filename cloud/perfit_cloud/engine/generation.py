@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from perfit_cloud.engine.batched import BatchedEngine
-from perfit_cloud.engine.fairness import FairShare, Reading, in_turns
+from perfit_cloud.engine.fairness import Reading, in_turns
 from perfit_cloud.engine.sampling import draw
 from perfit_cloud.engine.serving import Engine, GenerationSettings, Request
 from perfit_cloud.engine.turns import Turns
@@ -54,7 +54,7 @@ class GenerationEngine(Engine):
         self._shelves = Shelves(settings.cache_tokens)
         self._places: dict[Request, Place] = {}  # of those in the batch, in the order they came
         self._reading = Reading()
-        self._share = FairShare()  # of the time of passes for one
+        # `_share` is of the time of passes for one; where passes are shared, nobody asks it.
         self._newest: dict[Request, int] = {}  # token that the next pass reads, by answer under way
 
     @property
@@ -79,11 +79,16 @@ class GenerationEngine(Engine):
             read[request.owner] += count
         owners = {request.owner for request in self._places}
         self._reading.done(read, seconds, speaks=len(reading) < len(plan), owners=owners)
-        for owner in {request.owner for request in plan}:
-            self._share.charge(owner, seconds)
+        if self.settings.alone:
+            for owner in {request.owner for request in plan}:
+                self._share.charge(owner, seconds)
         for request, token in zip(speaking, tokens, strict=True):
             self._newest[request] = token
             self._produced(request, token)
+
+    def _rest(self) -> None:
+        super()._rest()
+        self._reading.rest()
 
     def _drop(self) -> None:
         self._places.clear()

@@ -141,12 +141,12 @@ def kept_bytes(tail: Tail, examples: Examples, layer: int) -> Indices:
 
 
 def keep(
-    tail: Tail, examples: Examples, which: Indices, collective: Shift, *,
+    tail: Tail, examples: Examples, which: Indices, collective: Shift, caps: Caps, *,
     working: Callable[[], AbstractContextManager[Any]] = nullcontext, spill: bool = False,
 ) -> Kept:  # fmt: skip
     """Compute rows and pasts of examples `which`, to be kept on their device or (`spill`) in host memory.
 
-    `working` is entered for each pass, and what it raises ends it.
+    `caps`: of one pass. `working` is entered for each pass, and what it raises ends it.
     """
     layer, device = min(collective), examples.ids.device
     rows, starts = examples.rows[which], examples.starts[which]
@@ -168,7 +168,7 @@ def keep(
     )
     lengths = rows + starts
     try:
-        for places in Caps.of(device).cut(lengths, lengths):
+        for places in caps.cut(lengths, lengths):
             with working(), torch.no_grad():
                 _fill(tail, Part(examples, which[places], kept, places), collective)
     except BaseException:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from perfit_cloud.engine.answers import Answer
+from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.faults import told_of
 from perfit_cloud.engine.sampling import Sampler
 from perfit_cloud.engine.turns import Turns
@@ -78,6 +79,7 @@ class Engine(ABC):
         # Under the condition: all that hold a place, and those of them that no pass has seen.
         self._requests: set[Request] = set()
         self._waiting: deque[Request] = deque()
+        self._share = FairShare()  # of what the subclass shares out by owner
         self._thread: threading.Thread | None = None
         self._is_stopped = False
         self._moved = time.monotonic()  # when it last began a round or made a token
@@ -156,6 +158,10 @@ class Engine(ABC):
     @abstractmethod
     def _drop(self) -> None:
         """Forget everything held for requests, after an error or at the end."""
+
+    def _rest(self) -> None:
+        """Nobody wants anything: forget who had what."""
+        self._share.wanted_by(())
 
     def _end(self, request: Request) -> None:
         """Its last token is there; its place is given up before that goes out."""
@@ -250,12 +256,14 @@ class Engine(ABC):
             self._moved = time.monotonic()
             self._round()
             self._turns.breathe()
+        self._rest()
 
     def _fail(self) -> None:
         """End all answers in flight."""
         with self._changed:
             requests, self._requests = self._requests, set()
             self._waiting.clear()
+        self._rest()
         try:
             self._drop()
         except Exception as error:

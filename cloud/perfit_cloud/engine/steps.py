@@ -131,6 +131,8 @@ class StepQueue:
             taken = [task for task, _ in pieces]
             self._line = [task for task in self._line if task not in taken]
             self._line += [task for task in taken if not task.future.done()]
+            if not self._line:
+                self._share.wanted_by(())  # forget who had what
         return True
 
     def _next_pieces(self) -> list[tuple[_Task, Step]]:

@@ -51,7 +51,7 @@ class Adapting:
         """
         with (
             self._accounts.hold(call.device, "adaptations"),
-            self._streams.place(0),
+            self._streams.place(),
             # Until its tokens are known it has room for as many as there may be.
             self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
             _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,
@@ -61,7 +61,7 @@ class Adapting:
             artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
             pairs = self._reader.update(stream.examples())
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-            self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
+            call.payment.take().settle(tokens)
             self._telemetry.tokens("example", tokens)
             shrink(UPDATE_TOKEN_BYTES * tokens)
             with self._queue.open(pairs, artefact, left=stream.left, owner=call.device) as adaptation:

@@ -19,6 +19,7 @@ from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import decode_shift, encode_piece
 from perfit_cloud.service.drain import Drain, stopping
 from perfit_cloud.service.guard import Call, told
+from perfit_cloud.service.limits import Paid
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import Busy, Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
@@ -149,7 +150,7 @@ class _Stream:
             self._waiting[question.number] = None
             self._pool.submit(self._answer, question, shift, self._payment.take())
 
-    def _answer(self, question: pb.Question, shift: ShiftUse, paid: int) -> None:
+    def _answer(self, question: pb.Question, shift: ShiftUse, paid: Paid) -> None:
         def at_end(cancel: Callable[[], None]) -> bool:
             with self._lock:
                 self._waiting[question.number] = cancel

@@ -38,7 +38,7 @@ _DER_BYTES = 16 * 1024  # of a certificate or a request for one, which take 1 KB
 _FRAMING = 64  # bytes around a text: tags, lengths, roles
 _OVERHEAD = 16 * 1024  # bytes of a message beside texts and tensors
 _EXAMPLES_BYTES = 2 * 2**20  # of a message of an update's examples; devices send them by 1 MiB
-_UNKNOWN = 16  # fields that a later version may have, of each message
+_UNKNOWN = 16  # fields that a later version may have, in a whole message
 _HIGH = bytes(range(128, 256))  # bytes that do not end a varint
 
 Charge = Callable[[int], None]  # is told of the bytes of every text before it is looked at
@@ -120,9 +120,10 @@ class MessageBounds:
         one = (limits.prompt_tokens + limits.new_tokens) * CHARACTERS_A_TOKEN * _UTF8_BYTES
         return max(tensors + one + _OVERHEAD, _several(limits, tensors), _EXAMPLES_BYTES)
 
-    def check(self, path: str, data: bytes, charge: Charge) -> None:
-        """Raises InvalidInput on a message that is over a bound or that is none, and what `charge` raises.
+    def check(self, path: str, data: bytes, charge: Charge) -> int:
+        """The number of fields in a message, which is what the walk took.
 
+        Raises InvalidInput on a message that is over a bound or that is none, and what `charge` raises.
         `charge` is told of every text before anything in it is looked at.
         """
         most = self._sizes.get(path.rpartition("/")[2], _OVERHEAD)
@@ -131,10 +132,12 @@ class MessageBounds:
         kind = self._kinds.get(path)
         if kind is None:  # a method that is not ours has no field that anybody reads
             raise InvalidInput("the cloud cannot read this message; update perfit")
+        walk = _Walk(data, charge)
         try:
-            _walk(data, 0, len(data), kind, charge)
+            walk.over(0, len(data), kind)
         except IndexError:
             raise InvalidInput("the cloud cannot read this message; update perfit") from None
+        return walk.fields
 
 
 def request_types() -> dict[str, Descriptor]:
@@ -194,6 +197,7 @@ class _Field:
     bound: Bound
     kind: _Kind | None  # of a message
     is_packed: bool  # whether its values are numbers that stand one behind another
+    group: str  # what is counted together: the name of its oneof, of which the last member alone is kept
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ class _Kind:
 
 
 # A later version may have fields that this one has not; the message's own size bounds theirs.
-_STRANGE = _Field("", Bound(2**31, _UNKNOWN), None, is_packed=False)
+_STRANGE = _Field("", Bound(2**31, _UNKNOWN), None, is_packed=False, group="")
 _VARINT, _LENGTH, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types
 
 
@@ -215,31 +219,43 @@ def _kind(of: Descriptor, bounds: Mapping[str, Bound], known: dict[str, _Kind]) 
         name = f"{of.name}.{field.name}"
         inner = None if field.message_type is None else _kind(field.message_type, bounds, known)
         is_packed = field.is_repeated and field.type not in _WITH_LENGTH
-        made.fields[field.number] = _Field(name, bounds.get(name, Bound()), inner, is_packed)
+        group = name if field.containing_oneof is None else f"{of.name}.{field.containing_oneof.name}"
+        made.fields[field.number] = _Field(name, bounds.get(name, Bound()), inner, is_packed, group)
     return made
 
 
-def _walk(data: bytes, at: int, end: int, kind: _Kind, charge: Charge) -> None:
-    """All of `data[at:end]`, a message of this kind. Raises InvalidInput, IndexError where it breaks off."""
-    times: dict[str, int] = {}
-    while at < end:
-        tag, at = _varint(data, at)
-        field = kind.fields.get(tag >> 3, _STRANGE)
-        first, at = _value(data, at, tag & 7)
-        if at > end:
-            raise IndexError
-        size = at - first
-        if size > field.bound.size:
-            raise InvalidInput(f"{field.name or kind.name} has {size} bytes and may have {field.bound.size}")
-        several = max(1, len(data[first:at].translate(None, _HIGH))) if field.is_packed else 1
-        times[field.name] = times.get(field.name, 0) + several
-        if times[field.name] > field.bound.times:
-            what = field.name or f"a field of {kind.name} that this cloud does not know"
-            raise InvalidInput(f"{what} is there more than the {field.bound.times} times it may be")
-        if field.bound.is_text:
-            charge(size)
-        if field.kind is not None:
-            _walk(data, first, at, field.kind, charge)
+class _Walk:
+    """Over the fields of one message and of all that it holds."""
+
+    def __init__(self, data: bytes, charge: Charge) -> None:
+        self._data, self._charge = data, charge
+        self._strange = {"": 0}  # fields that nobody knows, wherever they stand
+        self.fields = 0  # so far
+
+    def over(self, at: int, end: int, kind: _Kind) -> None:
+        """All of `data[at:end]`, of this kind. Raises InvalidInput, IndexError where it breaks off."""
+        data, own = self._data, dict[str, int]()
+        while at < end:
+            self.fields += 1
+            tag, at = _varint(data, at)
+            field = kind.fields.get(tag >> 3, _STRANGE)
+            bound = field.bound
+            first, at = _value(data, at, tag & 7)
+            if at > end:
+                raise IndexError
+            size = at - first
+            if size > bound.size:
+                raise InvalidInput(f"{field.name or kind.name} has {size} bytes and may have {bound.size}")
+            several = max(1, len(data[first:at].translate(None, _HIGH))) if field.is_packed else 1
+            times = self._strange if field is _STRANGE else own
+            times[field.group] = times.get(field.group, 0) + several
+            if times[field.group] > bound.times:
+                what = field.group or f"a field of {kind.name} that this cloud does not know"
+                raise InvalidInput(f"{what} is there more than the {bound.times} times it may be")
+            if bound.is_text:
+                self._charge(size)
+            if field.kind is not None:
+                self.over(first, at, field.kind)
 
 
 def _value(data: bytes, at: int, wire: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Protocol, Self
 from perfit_cloud.engine.gradients import Pair
 from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
-from perfit_cloud.service.limits import Accounts, Gate, Limits
+from perfit_cloud.service.limits import Accounts, Gate, Limits, Paid
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
@@ -63,20 +63,23 @@ class Answers:
 
     def pieces(
         self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse, device: str,
-        at_end: Callable[[Callable[[], None]], bool], *, paid: int,
+        at_end: Callable[[Callable[[], None]], bool], *, paid: Paid,
     ) -> Iterator[Piece]:  # fmt: skip
         """The pieces of one answer; what it asks for is checked when it has a place, and paid for.
 
-        `paid`: tokens that its message was charged already. `at_end(cancel)` keeps `cancel` for when the
-        caller leaves, and says false when it has left.
+        `paid`: for its message already, most of which is given back when there is no room. `at_end(cancel)`
+        keeps `cancel` for when the caller leaves, and says false when it has left.
         Its place is free when it is over or cancelled, whether or not anybody reads on.
         """
         last = None
-        with _Held(self._accounts.hold(device, "answers"), self._places.place(0)) as held:
+        with (
+            paid.refunded(),
+            _Held(self._accounts.hold(device, "answers"), self._places.place()) as held,
+        ):
             prompt = self._reader.prompt(request.prompt)
             sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
             most = sampling.max_new_tokens
-            self._accounts.settle(device, "tokens", paid, len(prompt) + most)
+            paid.settle(len(prompt) + most)
             self._telemetry.tokens("prompt", len(prompt))
             answer = self._generation.submit(prompt, shift, sampling, device)
 
@@ -90,7 +93,7 @@ class Answers:
                 for piece in answer:
                     if piece.finish is not None:
                         last = piece
-                        self._accounts.settle(device, "tokens", most, piece.answer_tokens)
+                        paid.settle(len(prompt) + piece.answer_tokens)
                         self._telemetry.tokens("answer", piece.answer_tokens)
                         break
                     yield piece

@@ -168,19 +168,29 @@ class Guard(grpc.ServerInterceptor):
 
     @contextmanager
     def _admitted(self, context: grpc.ServicerContext, certificate: x509.Certificate | None) -> Iterator[str]:
-        """The identity that calls, or its network: whoever it is pays for the call, also for a refusal."""
+        """The identity that calls, or its network: whoever it is pays for the call, also for a refusal.
+
+        A refusal is not paid of the identity's own share: whoever has a key of it that is retired would
+        use that up.
+        """
         who = network_of(context) if certificate is None else identity_of(certificate)
+        try:
+            if certificate is not None and self._authority is not None:
+                self._authority.check(certificate)
+        except PerfitError as error:
+            self._accounts.spend(f"{who} refused", "requests")
+            self._refused(error.code)
+            raise
         with self._accounts.hold(who, "calls"):
             self._accounts.spend(who, "requests")
-            self._check(certificate, begins=True)
             yield who
 
-    def _check(self, certificate: x509.Certificate | None, *, begins: bool = False) -> None:
-        """Raises what the authority says of a caller who may not begin a call, or go on; counts it."""
+    def _recheck(self, certificate: x509.Certificate | None) -> None:
+        """Raises what the authority says of a caller who may not go on; counts it."""
         if certificate is None or self._authority is None:
             return
         try:
-            (self._authority.check if begins else self._authority.recheck)(certificate)
+            self._authority.recheck(certificate)
         except PerfitError as error:
             self._refused(error.code)
             raise
@@ -194,19 +204,19 @@ class Guard(grpc.ServerInterceptor):
             who = held.enter_context(self._admitted(context, certificate))
             if not method.is_health:
                 held.enter_context(self._drain.call())
-                held.enter_context(self._gate.place(0))
+                held.enter_context(self._gate.place())
             payment = Payment(self._accounts, who, self._tokens.get(method.name, 0))
 
             @contextmanager
             def arrive(data: bytes) -> Iterator[None]:
-                self._check(certificate)
+                self._recheck(certificate)
                 taken = MESSAGE_COPIES * len(data)
                 with self._accounts.hold(who, "bytes", len(data)), self._room.hold(taken, _ROOM_SECONDS):
                     yield
 
             def read(data: bytes) -> Any:
                 try:
-                    self._bounds.check(method.path, data, payment.charge)
+                    payment.walked(self._bounds.check(method.path, data, payment.charge))
                     return _parsed(method.read, data)
                 except InvalidInput:
                     self._refused("message")
@@ -227,7 +237,7 @@ class Guard(grpc.ServerInterceptor):
             held.enter_context(self._deadlines.after(seconds + _LATE_SECONDS, context.cancel))
             responses = method.behaviour(request, cast("grpc.ServicerContext", Call(context, who, payment)))
             for response in responses if method.is_streamed_from else (responses,):
-                self._check(certificate)
+                self._recheck(certificate)
                 yield response
 
 
@@ -253,10 +263,13 @@ class _Messages(Iterator[Any]):
         except grpc.RpcError as error:  # gRPC's word for it, with no code
             error.with_traceback(None)  # gRPC keeps the error, and that all frames it came through
             raise Cancelled("the caller left") from None
+        arrived = ExitStack()
+        arrived.enter_context(self._arrive(data))  # not under the lock: it may wait for room
         with self._lock:
             if self._is_closed:
+                arrived.close()
                 raise Cancelled("the caller left")
-            self._held.enter_context(self._arrive(data))
+            self._held = arrived
         return self._read(data)
 
     def only(self) -> Any:

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from perfit_shared.errors import Busy, Cancelled, TooSlow
+from perfit_shared.errors import Busy, Unavailable
 
 __all__ = [
     "BYTES_A_TOKEN",
+    "FIELDS_A_TOKEN",
     "MESSAGE_COPIES",
     "UPDATE_TOKEN_BYTES",
     "AMinute",
@@ -27,6 +28,7 @@ __all__ = [
     "Budget",
     "Gate",
     "Limits",
+    "Paid",
     "Payment",
     "Share",
 ]
@@ -39,6 +41,9 @@ _MINUTE = 60.0  # seconds
 MESSAGE_COPIES = 3  # of a message while it is worked on: its bytes, parsed, decoded
 UPDATE_TOKEN_BYTES = 48  # of a token of an update: a Python int in a list, then 8 bytes in an array
 BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary text has about as many
+# What looking at a message is worth. A candidate has four fields and two tokens at least, so that an honest
+# message is not dearer for it.
+FIELDS_A_TOKEN = 2
 _SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
 
@@ -66,50 +71,26 @@ class Share:
 
 
 class Gate:
-    """Lets `running` callers work at once and `waiting` more stand in line; the rest come back later."""
+    """Lets `places` callers work at once; the rest come back later."""
 
-    def __init__(self, name: str, *, running: int, waiting: int, retry_ms: int, refused: Refused) -> None:
-        self._name, self._running, self._room = name, running, running + waiting
-        self._retry_ms, self._refused = retry_ms, refused
-        self._changed = threading.Condition()
+    def __init__(self, name: str, *, places: int, retry_ms: int, refused: Refused) -> None:
+        self._name, self._places, self._retry_ms, self._refused = name, places, retry_ms, refused
+        self._lock = threading.Lock()
         self.working = 0  # callers who have a place
-        self.waiting = 0  # callers in line
 
     @contextmanager
-    def place(self, seconds: float, left: threading.Event | None = None) -> Iterator[None]:
-        """Hold a place to work. Raises Busy when the line is full, TooSlow after `seconds` in it.
-
-        And Cancelled when `left` is set, which whoever sets it tells by `look`.
-        """
-        left = left or threading.Event()
-        with self._changed:
-            if self.working + self.waiting >= self._room:
+    def place(self) -> Iterator[None]:
+        """Hold a place to work. Raises Busy when there is none."""
+        with self._lock:
+            if self.working >= self._places:
                 self._refused(self._name)
                 raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
-            self.waiting += 1
-            try:
-                is_free = self._changed.wait_for(
-                    lambda: self.working < self._running or left.is_set(), max(0.0, seconds)
-                )
-            finally:
-                self.waiting -= 1
-            if left.is_set():
-                self._changed.notify()  # what woke this one may have been meant for the next
-                raise Cancelled("the caller left")
-            if not is_free:
-                raise TooSlow("the cloud did not get to this call before its deadline; try again")
             self.working += 1
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self.working -= 1
-                self._changed.notify()
-
-    def look(self) -> None:
-        """Those in line who have left it get out of it."""
-        with self._changed:
-            self._changed.notify_all()
 
 
 class Budget:
@@ -242,9 +223,9 @@ class Accounts:
 
 
 class Payment:
-    """What a caller paid for the texts of its messages before anybody looked at them. Thread-safe.
+    """What a caller pays for its messages before anybody works on them. Thread-safe.
 
-    By their bytes, and never more than the tokens that a message may have: whoever tokenized them
+    Texts by their bytes, and never more than the tokens that a message may have: whoever tokenized them
     `take`s it and settles. What nobody takes, of a message that was refused, is not given back.
     """
 
@@ -252,7 +233,7 @@ class Payment:
         """`most`: tokens that may be in what is settled together."""
         self._accounts, self._caller, self._most = accounts, caller, most
         self._lock = threading.Lock()
-        self._paid = 0
+        self._paid = self._fields = 0
 
     def charge(self, size: int) -> None:
         """For a text of so many bytes. Raises Busy."""
@@ -262,11 +243,43 @@ class Payment:
                 self._accounts.spend(self._caller, "tokens", tokens)
                 self._paid += tokens
 
-    def take(self) -> int:
-        """Tokens paid since this was called last."""
+    def walked(self, fields: int) -> None:
+        """So many fields were looked at, which is paid for whatever becomes of the message."""
         with self._lock:
-            paid, self._paid = self._paid, 0
+            self._fields += fields
+
+    def take(self) -> Paid:
+        """What was paid since this was called last."""
+        with self._lock:
+            paid = Paid(self._accounts, self._caller, self._paid, self._fields // FIELDS_A_TOKEN)
+            self._paid = self._fields = 0
             return paid
+
+
+class Paid:
+    """What was paid for one request so far, and what is never given back of it. Not thread-safe."""
+
+    def __init__(self, accounts: Accounts, caller: str, tokens: int, least: int) -> None:
+        """`least`: tokens that reading the message is worth."""
+        self._accounts, self._caller, self._least = accounts, caller, least
+        self.tokens = tokens
+
+    def settle(self, tokens: int) -> None:
+        """Take the rest of `tokens`, or give back what is too much. Raises Busy, and gives nothing back."""
+        paid, self.tokens = self.tokens, 0
+        tokens = max(tokens, self._least)
+        self._accounts.settle(self._caller, "tokens", paid, tokens)
+        self.tokens = tokens
+
+    @contextmanager
+    def refunded(self) -> Iterator[None]:
+        """Give back what the cloud has no room to work for: on Busy and Unavailable, all but the least."""
+        try:
+            yield
+        except (Busy, Unavailable):
+            if self.tokens > self._least:
+                self.settle(0)
+            raise
 
 
 class _Account:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.gradients import PASS_TOKENS
+from perfit_cloud.engine.gradients import PASS_TOKENS, most_pass_tokens
+from perfit_cloud.engine.kept import Caps
 from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
 from perfit_cloud.service.served import Served
 from perfit_shared.errors import ConfigError
@@ -90,9 +91,9 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
         fixed["answers"] = rows * shapes.row + _LOGITS * config.max_requests * shapes.logits
         parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
         least = max(limits.context, 64)
-        parts["gradients"] = _Part(
-            *(tokens * shapes.differentiated for tokens in (least, max(least, PASS_TOKENS)))
-        )
+        # No engine takes on more.
+        most = max(least, most_pass_tokens(served.base.device), Caps.of(served.base.device).rows)
+        parts["gradients"] = _Part(*(tokens * shapes.differentiated for tokens in (least, most)))
         parts["kept"] = _Part(0, config.keep_bytes)
     else:
         parts["kept"] = _Part(0, config.spill_bytes)

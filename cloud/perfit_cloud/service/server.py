@@ -237,9 +237,9 @@ class CloudServer:
             stream_seconds=config.stream_seconds,
         )
 
-    def _gate(self, name: str, running: int) -> Gate:
+    def _gate(self, name: str, places: int) -> Gate:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
-        return Gate(name, running=running, waiting=0, retry_ms=retry_ms, refused=refused)
+        return Gate(name, places=places, retry_ms=retry_ms, refused=refused)
 
     def _budget(self, name: str, size: int) -> Budget:
         return Budget(name, size, retry_ms=self._config.retry_ms, refused=self.telemetry.refused)

@@ -25,7 +25,7 @@ from perfit_cloud.service.codec import (
     find_artefact,
 )
 from perfit_cloud.service.guard import Call, caller
-from perfit_cloud.service.limits import Accounts, Gate
+from perfit_cloud.service.limits import Accounts, Gate, Paid
 from perfit_cloud.service.served import Served
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
@@ -81,17 +81,19 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         return self._asking.answers(request_iterator, call)
 
     def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
-        with self._place(call) as check:
+        paid = call.payment.take()
+        with paid.refunded(), self._place(call) as check:
             shift = decode_shift(request.shift, self._served.artefacts)
-            pairs = self._settled(self._reader.candidates(request.candidates), call)
+            pairs = self._settled(self._reader.candidates(request.candidates), paid)
             return encode_scores(self._gradients.score(pairs, shift, call.device, check))
 
     def ComputeGradient(self, request: pb.ComputeGradientRequest, call: Call) -> pb.ComputeGradientResponse:
-        with self._place(call) as check:
+        paid = call.payment.take()
+        with paid.refunded(), self._place(call) as check:
             shift = decode_shift(request.shift, self._served.artefacts)
             if shift.mode is not Mode.PERSONAL:
                 raise InvalidInput("a gradient is computed in personal mode")
-            pairs = self._settled(self._reader.examples(request.examples), call)
+            pairs = self._settled(self._reader.examples(request.examples), paid)
             found = self._gradients.gradient(pairs, shift, call.device, check)
             return encode_gradient(found, request.shift.personal)
 
@@ -116,15 +118,15 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         with self._accounts.hold(call.device, "gradients"):
             if not call.add_callback(left.set):
                 raise Cancelled("the caller left")
-            with self._passes.place(0):
+            with self._passes.place():
                 yield check
 
     def _settled(
-        self, pairs: list[tuple[list[int], list[int]]], call: Call
+        self, pairs: list[tuple[list[int], list[int]]], paid: Paid
     ) -> list[tuple[list[int], list[int]]]:
         """The same, paid for by their tokens. Raises Busy."""
         tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
-        self._accounts.settle(call.device, "tokens", call.payment.take(), tokens)
+        paid.settle(tokens)
         self._telemetry.tokens("example", tokens)
         return pairs
 
