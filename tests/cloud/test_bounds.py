@@ -16,7 +16,7 @@ from tests.cloud.test_service_codec import LIMITS
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.bounds import MessageBounds, fields_of, request_types
-from perfit_shared.errors import Busy, InvalidInput
+from perfit_shared.errors import Busy, InvalidInput, InvalidPrompt
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.attacking.counts import repeated, wrapped
 
@@ -254,3 +254,30 @@ def test_a_million_of_anything_is_refused_before_it_is_unpacked(
         ), method
     assert psutil.Process().memory_info().rss - begin < 100_000_000
     good.check()
+
+
+LONG = "x" * 5_000
+PROMPT, CHAT = pb.Prompt(text=LONG), pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(content=LONG)]))
+EXAMPLE = pb.Example(prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("Generate", pb.GenerateRequest(prompt=PROMPT)),
+        (
+            "Generate",
+            pb.GenerateRequest(prompt=CHAT),
+        ),
+        ("Score", pb.ScoreRequest(candidates=[pb.Candidate(answer=LONG)])),
+        ("ComputeGradient", pb.ComputeGradientRequest(examples=[pb.Example(target=LONG)])),
+        (
+            "Adapt",
+            pb.AdaptRequest(examples=pb.AdaptExamples(examples=[EXAMPLE])),
+        ),
+    ],
+)
+def test_texts_that_are_too_long_are_invalid_prompts(method: str, message: Any) -> None:
+    """By that word a device leaves such an example out; as any other refusal it ended every update."""
+    with pytest.raises(InvalidPrompt, match="shorten it"):
+        checked(f"/perfit.v1.Personalization/{method}", message)

@@ -368,6 +368,8 @@ def test_watching_health_takes_no_calls(
         for _ in range(200):
             found = failure(lambda w=watch, r=request: list(w(r, timeout=5)))  # type: ignore[misc]
             assert found[0] == "UNIMPLEMENTED"
+        listed = health_pb2_grpc.HealthStub(channel).List
+        assert failure(lambda f=listed: f(health_pb2.HealthListRequest(), timeout=5))[0] == "UNIMPLEMENTED"  # type: ignore[misc]
     good.check()
 
 

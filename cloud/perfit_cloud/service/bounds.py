@@ -16,7 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from grpc_health.v1 import health_pb2
 
 from perfit_cloud.service.limits import Limits
-from perfit_shared.errors import InvalidInput
+from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.wire import enrollment_pb2, personalization_pb2
 
 __all__ = [
@@ -170,6 +170,12 @@ def fields_of(kind: Descriptor) -> dict[str, FieldDescriptor]:
 _WITH_LENGTH = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES, FieldDescriptor.TYPE_MESSAGE)
 _WITH_PROMPTS = ("GenerateRequest", "Question", "Candidate", "Example")
 _WITH_SHIFTS = ("GenerateRequest", "AskRequest", "ScoreRequest", "ComputeGradientRequest")
+# Fields that hold what a person wrote, and what to call it.
+_TEXTS = {
+    **{f"{of}.prompt": "a prompt" for of in _WITH_PROMPTS},
+    **dict.fromkeys(("Prompt.text", "Prompt.chat", "Chat.messages", "ChatMessage.content"), "a prompt"),
+    **dict.fromkeys(("Candidate.answer", "Example.target"), "an answer"),
+}
 # What both listeners take.
 _RENEWAL = {
     "EnrollRequest.secret": Bound(_NAME_BYTES),
@@ -245,7 +251,7 @@ class _Walk:
                 raise IndexError
             size = at - first
             if size > bound.size:
-                raise InvalidInput(f"{field.name or kind.name} has {size} bytes and may have {bound.size}")
+                raise _too_large(field.name or kind.name, size, bound.size)
             several = max(1, len(data[first:at].translate(None, _HIGH))) if field.is_packed else 1
             times = self._strange if field is _STRANGE else own
             times[field.group] = times.get(field.group, 0) + several
@@ -256,6 +262,15 @@ class _Walk:
                 self._charge(size)
             if field.kind is not None:
                 self.over(first, at, field.kind)
+
+
+def _too_large(name: str, size: int, most: int) -> InvalidInput:
+    """InvalidPrompt for what a person wrote: a device leaves such an example out."""
+    if name in _TEXTS:
+        return InvalidPrompt(
+            f"{_TEXTS[name]} of {size} bytes is longer than the {most} that this cloud takes; shorten it"
+        )
+    return InvalidInput(f"{name} has {size} bytes and may have {most}")
 
 
 def _value(data: bytes, at: int, wire: int) -> tuple[int, int]:

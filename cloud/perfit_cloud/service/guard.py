@@ -37,8 +37,9 @@ __all__ = ["Call", "Guard", "caller", "told"]
 _log = logging.getLogger(__name__)
 # Answered also when there is no room for calls and when the cloud is stopping: that is what it tells.
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
-# Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls.
-_HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+# Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls;
+# the library has no list.
+_NOT_SERVED = ("/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/List")
 _MESSAGE_SECONDS = 60.0  # for the one message of a call: the largest there may be, at 3 Mbit/s
 _ROOM_SECONDS = 30.0  # that a message may wait for others to be dealt with
 _LATE_SECONDS = 5.0  # after its time a call is cut off; until then it ends by itself, and says why
@@ -132,7 +133,7 @@ class Guard(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = continuation(handler_call_details)
         path = handler_call_details.method
-        if handler is None or path == _HEALTH_WATCH:
+        if handler is None or path in _NOT_SERVED:
             return grpc.stream_stream_rpc_method_handler(self._unknown)
         behaviours: tuple[Any, ...] = (
             handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream,
