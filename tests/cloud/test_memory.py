@@ -159,3 +159,23 @@ def test_room_is_given_in_turn() -> None:
         for thread in threads:
             thread.join(30)
     assert taken == [90, 20]
+
+
+def test_what_is_small_stands_behind_nothing_large() -> None:
+    """One large message made every later one wait, even those without a byte."""
+    room = budget(25600)
+    with room.hold(20000):
+
+        def wait() -> None:
+            with room.hold(10000, 30):
+                pass
+
+        large = threading.Thread(target=wait, daemon=True)
+        large.start()
+        wait_for(lambda: room.waiting == 1)
+        with room.hold(0), room.hold(100):
+            assert room.waiting == 1
+        with pytest.raises(Busy), room.hold(101):
+            pass
+    large.join(30)
+    assert room.waiting == 0
