@@ -77,6 +77,14 @@ def test_a_larger_model_has_larger_parts(
     assert planned().gradients > 2 * small.gradients
 
 
+def test_every_call_has_room_for_a_shift(
+    planned: Callable[..., MemoryPlan], base: BaseModel, artefact: Artefact
+) -> None:
+    """A stream of questions keeps its shift when its message is not counted any more."""
+    served = Served.build(CloudConfig(), base, [artefact], "c0")
+    assert planned(calls=32).calls >= 32 * (served.limits.message_bytes + served.tensor_bytes + 2**19)
+
+
 def test_what_the_process_has_is_read() -> None:
     before = resident_bytes()
     block = bytearray(b"x") * (64 * MIB)
@@ -159,3 +167,23 @@ def test_room_is_given_in_turn() -> None:
         for thread in threads:
             thread.join(30)
     assert taken == [90, 20]
+
+
+def test_what_is_small_stands_behind_nothing_large() -> None:
+    """One large message made every later one wait, even those without a byte."""
+    room = budget(25600)
+    with room.hold(20000):
+
+        def wait() -> None:
+            with room.hold(10000, 30):
+                pass
+
+        large = threading.Thread(target=wait, daemon=True)
+        large.start()
+        wait_for(lambda: room.waiting == 1)
+        with room.hold(0), room.hold(100):
+            assert room.waiting == 1
+        with pytest.raises(Busy), room.hold(101):
+            pass
+    large.join(30)
+    assert room.waiting == 0

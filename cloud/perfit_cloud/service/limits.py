@@ -44,6 +44,7 @@ BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary te
 # What looking at a message is worth. A candidate has four fields and two tokens at least, so that an honest
 # message is not dearer for it.
 FIELDS_A_TOKEN = 2
+_SMALL_PART = 256  # of a budget: what is no larger stands in no line
 _SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
 
 
@@ -94,12 +95,15 @@ class Gate:
 
 
 class Budget:
-    """Bytes that all callers together may take, given out in the order in which they were asked for."""
+    """Bytes that all callers together may take, given out in the order in which they were asked for.
+
+    Only what is small waits behind nobody: so many callers as there are leave room for a large one.
+    """
 
     def __init__(self, name: str, size: int, *, retry_ms: int, refused: Refused) -> None:
         self._name, self._retry_ms, self._refused = name, retry_ms, refused
         self._changed = threading.Condition()
-        self._free = size
+        self._free, self._small = size, size // _SMALL_PART
         self._line: deque[object] = deque()
 
     @property
@@ -126,7 +130,7 @@ class Budget:
             self._line.append(mine)
             try:
                 has_room = self._changed.wait_for(
-                    lambda: self._line[0] is mine and amount <= self._free, seconds
+                    lambda: amount <= self._free and (amount <= self._small or self._line[0] is mine), seconds
                 )
                 if has_room:
                     set_held(amount)

@@ -40,7 +40,7 @@ class MemoryPlan:
     """Bytes of each part; a part is 0 where it is not in the host's memory."""
 
     process: int  # program, libraries and model
-    calls: int  # messages that gRPC receives, and threads
+    calls: int  # messages that gRPC receives, shifts of streams, and threads
     messages: int  # of messages that are worked on, of all callers together
     examples: int  # tokens of the updates that are open
     cache: int  # keys and values of answers
@@ -80,7 +80,9 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
     update = UPDATE_TOKEN_BYTES * limits.adapt_tokens
     updates = min(config.adaptations, config.adaptations_each + 1)  # one device leaves room for another's
     most_tokens = config.cache_tokens
-    fixed = {"process": process, "calls": config.calls * (limits.message_bytes + _CALL_BYTES)}
+    # An Ask keeps its shift when the message that brought it is dealt with.
+    each = limits.message_bytes + served.tensor_bytes + _CALL_BYTES
+    fixed = {"process": process, "calls": config.calls * each}
     parts = {
         "messages": _Part(min(4, config.calls) * largest, config.calls * largest),
         "examples": _Part(updates * update, config.adaptations * update),
