@@ -257,23 +257,26 @@ def test_a_million_of_anything_is_refused_before_it_is_unpacked(
 
 
 LONG = "x" * 5_000
-PROMPT, CHAT = pb.Prompt(text=LONG), pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(content=LONG)]))
-EXAMPLE = pb.Example(prompt=PROMPT)
+LONG_PROMPT, LONG_CHAT = (
+    pb.Prompt(text=LONG),
+    pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(content=LONG)])),
+)
+LONG_EXAMPLE = pb.Example(prompt=LONG_PROMPT)
 
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("Generate", pb.GenerateRequest(prompt=PROMPT)),
+        ("Generate", pb.GenerateRequest(prompt=LONG_PROMPT)),
         (
             "Generate",
-            pb.GenerateRequest(prompt=CHAT),
+            pb.GenerateRequest(prompt=LONG_CHAT),
         ),
         ("Score", pb.ScoreRequest(candidates=[pb.Candidate(answer=LONG)])),
         ("ComputeGradient", pb.ComputeGradientRequest(examples=[pb.Example(target=LONG)])),
         (
             "Adapt",
-            pb.AdaptRequest(examples=pb.AdaptExamples(examples=[EXAMPLE])),
+            pb.AdaptRequest(examples=pb.AdaptExamples(examples=[LONG_EXAMPLE])),
         ),
     ],
 )
