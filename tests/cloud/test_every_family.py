@@ -163,7 +163,8 @@ def test_what_families_can_do_together() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+# Kimi's linear attention without its kernels takes minutes; scripts/families.py runs it for docs/models.md.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "kimi_linear"])
 def test_every_family_is_right_or_refused(family: str, make_artefact: Any) -> None:
     try:
         tiny_model(family)
