@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task", default="news_categorize")
     parser.add_argument("--people", type=int, nargs="+", default=[220])
+    parser.add_argument("--data-people", type=int, help="whose examples are read; all")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[math.inf, 8.0, 3.0, 1.0])
     parser.add_argument("--layer", type=int, default=3)
     parser.add_argument("--rank", type=int, default=1, help="of both shifts")
@@ -62,6 +63,8 @@ class _Measurement:
         self._args, self._base = args, base
         task = load_task(args.data, args.task)
         items = read_items(args.data / "user_others.json", task)
+        if args.data_people is not None:
+            items = items.first_users(args.data_people, seed=0)
         others = read_items(args.data / "user_top_100_history.json", task)
         self._corpus: Corpus = tokenise(items, base=base, task=task, seed=0, others=others)
         prompts = [prompt for prompt, _ in self._corpus.validation]
@@ -75,7 +78,10 @@ class _Measurement:
             self._frozen.try_rows(self._corpus.validation)
             self._frozen.keep([*self._corpus.examples(), *self._corpus.validation], lambda _: None)
             base = self._losses.mean(self._corpus.validation, collective=None, personal=None)
-            print(f"{len(self._corpus.train)} people, positions {self._spec.positions}, base {base:.4f}")
+            print(
+                f"{len(self._corpus.train)} people, positions {self._spec.positions}, base {base:.4f}",
+                flush=True,
+            )
             for people in self._args.people:
                 for epsilon in self._args.epsilon:
                     self._row(people, epsilon)
