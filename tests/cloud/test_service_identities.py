@@ -190,6 +190,18 @@ def test_a_revocation_by_another_process_is_seen_without_a_call_for_it(run: Call
     other.describe()
 
 
+def test_a_device_that_another_process_enrolled_is_known_at_its_first_call(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused until the next look at the database, half a second later."""
+    monkeypatch.setattr(identity_cache, "_REFRESH_SECONDS", 1000.0)
+    running = run()
+    second = Authority(running.config.state, certificate_seconds=900, lapse_seconds=9)
+    key = new_key()
+    certificate = second.enroll(second.invite(60)[0], csr_of(key))
+    running.with_certificate(key, certificate).describe()
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_database_that_cannot_be_read_is_told_the_operator(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

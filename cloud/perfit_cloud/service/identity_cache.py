@@ -21,6 +21,7 @@ __all__ = ["IdentityCache"]
 
 _log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 0.5
+_LOOK_SECONDS = 1.0  # how long a call of an unknown device waits for another one's look
 _STALE_SECONDS = 10.0  # without a look at the database, after which the log says so
 _STOP_SECONDS = 5.0  # for the thread to end, should the database be stuck
 _DAY = 86400
@@ -35,6 +36,7 @@ class IdentityCache:
         self._lock = threading.Lock()  # held for moments, never while the database is waited for
         self._states: dict[str, IdentityState] = {}
         self._unwritten: dict[str, IdentityState] = {}  # marks that the database does not have yet
+        self._looking = threading.Lock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._read_at = time.monotonic()
@@ -43,10 +45,26 @@ class IdentityCache:
     # -- what a call asks ------------------------------------------------------------------------
 
     def get(self, identity: str) -> IdentityState | None:
-        """As known now. Raises Unavailable when the cloud is stopping."""
+        """As known now; one that is not known may be new, so the database is looked at first.
+
+        Raises Unavailable when the cloud is stopping.
+        """
         if self._over.is_set():
             raise stopping()
+        if identity not in self._states:
+            self._look_again()
         return self._states.get(identity)
+
+    def _look_again(self) -> None:
+        """See what another process enrolled just now. Calls that wait together share one look."""
+        asked_at = time.monotonic()
+        if not self._looking.acquire(timeout=_LOOK_SECONDS):
+            return
+        try:
+            if self._read_at < asked_at:
+                self._try()
+        finally:
+            self._looking.release()
 
     def mark_used(self, identity: str, generation: int) -> None:
         """A certificate of that generation was used: older ones are retired, from now on."""
@@ -82,13 +100,14 @@ class IdentityCache:
     def refresh(self) -> None:
         """Read what other processes wrote, and write what is not written yet. Raises Busy, sqlite3.Error."""
         with self._store.held():
+            started_at = time.monotonic()
             states = self._store.changed_states()
             if states is not None:
                 with self._lock:
                     self._states = {
                         identity: self._merged(identity, state) for identity, state in states.items()
                     }
-            self._read_at = time.monotonic()
+            self._read_at = started_at
             self._write()
 
     def _merged(self, identity: str, state: IdentityState) -> IdentityState:

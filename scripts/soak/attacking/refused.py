@@ -6,12 +6,15 @@ PYTHONPATH=scripts .venv/bin/python -m soak.attacking.refused --json refused.jso
 from __future__ import annotations
 
 import sys
+import time
 
 from local import LocalCloud
 from perfit_device.identity import Enrolment, identity_in
 from soak.attacking.common import Attack, Attacker, main
 
 __all__ = ["ATTACKS"]
+
+_HEARD_SECONDS = 30.0  # far more than a server needs
 
 
 def describe(attacker: Attacker) -> None:
@@ -31,7 +34,16 @@ def enrol_nothing(attacker: Attacker) -> None:
 
 
 def revoke(cloud: LocalCloud, enrolment: Enrolment) -> None:
+    """Revoke, and wait until the server has heard: it looks at its database twice a second."""
     cloud.revoke(identity_in(enrolment.certificate))
+    attacker = Attacker(enrolment, 0)
+    deadline = time.monotonic() + _HEARD_SECONDS
+    while attacker.call("Describe", b"") == "OK":
+        if time.monotonic() > deadline:
+            raise TimeoutError("a revoked device still gets answers")
+        time.sleep(0.1)
+    attacker.channel.close()
+    attacker.enrol_channel.close()
 
 
 ATTACKS = [
