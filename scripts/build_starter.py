@@ -46,9 +46,9 @@ def queries(data: Path, task: Task) -> list[dict[str, str]]:
 
 def answers(base: Any, artefact: Any, task: Task, items: Sequence[dict[str, str]]) -> dict[str, Any]:
     """Loss and greedy answers of base and collective mode over `items`, through the real engines."""
-    from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
-    from perfit_cloud.engine.gradients import GradientEngine
-    from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+    from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
+    from perfit_cloud.engine.gradients.batch import GradientEngine
+    from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 
     pairs = [(base.encode(task.prompt(i)), base.encode_target(task.target(i))) for i in items]
     room = base.context - 64
@@ -70,10 +70,12 @@ def answers(base: Any, artefact: Any, task: Task, items: Sequence[dict[str, str]
             texts += [task.parse("".join(piece.text for piece in answer)) for answer in running]
         golds = [i[task.gold_field] for i in items]
         out[mode.value] = {
-            "loss": nats / tokens, "nats_per_byte": nats / size,
+            "loss": nats / tokens,
+            "nats_per_byte": nats / size,
             task.metric: measure(task.metric, texts, golds),
-            "repeated_trigram": sum(map(repeats, texts)) / len(texts), "answers": texts,
-        }  # fmt: skip
+            "repeated_trigram": sum(map(repeats, texts)) / len(texts),
+            "answers": texts,
+        }
     engine.stop()
     gradients.close()
     return out
@@ -175,13 +177,17 @@ def card(results: dict[str, Any], pretrain: dict[str, Any]) -> str:
                     f"{metric:.3f} | {values['repeated_trigram']:.3f} |"
                 )
     return CARD.format(
-        parameters=pretrain["parameters"] / 1e6, articles=pretrain["articles"],
-        passages=pretrain["book_passages"], held=pretrain["held_out_articles"],
-        tokens=pretrain["tokens"] / 1e6, minutes=pretrain["seconds"] / 60,
-        headline=pretrain["held_out_loss"]["headline"], category=pretrain["held_out_loss"]["category"],
+        parameters=pretrain["parameters"] / 1e6,
+        articles=pretrain["articles"],
+        passages=pretrain["book_passages"],
+        held=pretrain["held_out_articles"],
+        tokens=pretrain["tokens"] / 1e6,
+        minutes=pretrain["seconds"] / 60,
+        headline=pretrain["held_out_loss"]["headline"],
+        category=pretrain["held_out_loss"]["category"],
         table="\n".join(lines),
         samples="\n".join(f"{n}. {text}" for n, text in enumerate(results["samples"]["news_headline"], 1)),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -203,11 +209,23 @@ def main() -> None:
     for task in TASKS:
         if not (STARTER / task / "artefact.json").is_file():
             subprocess.run(
-                [str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--data",
-                 str(args.data / "lamp_news" / task), "--model", str(STARTER / "perfit-starter"),
-                 "--out", str(STARTER / task), *SPEC[task], *COMMON],
+                [
+                    str(BIN / "perfit-cloud"),
+                    "collective",
+                    "train",
+                    "--task",
+                    task,
+                    "--data",
+                    str(args.data / "lamp_news" / task),
+                    "--model",
+                    str(STARTER / "perfit-starter"),
+                    "--out",
+                    str(STARTER / task),
+                    *SPEC[task],
+                    *COMMON,
+                ],
                 check=True,
-            )  # fmt: skip
+            )
     results = measure_all(args)
     results_file = ROOT / "docs" / "results" / "starter.json"
     results_file.parent.mkdir(parents=True, exist_ok=True)

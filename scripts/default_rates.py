@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.evaluation.measure import Decoding
-from perfit_cloud.evaluation.request import Request
-from perfit_cloud.evaluation.run import run_lamp
+from perfit_cloud.lamp.measure import Decoding
+from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.run import run_lamp
 
 _TASK = "news_headline"
 _COLLECTIVE, _TEST = "user_others.json", "user_top_100_history.json"
@@ -40,10 +40,19 @@ def main() -> None:
     _small_copy(args, data)
     for positions in args.positions:
         out = args.out / positions
-        run_lamp(Request(
-            task=_TASK, model=args.model, data=data, out=out, positions=positions, dtype=args.dtype,
-            collective_users=args.collective_users, threads=args.threads, decoding=Decoding(temperature=0),
-        ))  # fmt: skip
+        run_lamp(
+            LampRun(
+                task=_TASK,
+                model=args.model,
+                data=data,
+                out=out,
+                positions=positions,
+                dtype=args.dtype,
+                collective_users=args.collective_users,
+                threads=args.threads,
+                decoding=Decoding(temperature=0),
+            )
+        )
         print(_row(positions, out), flush=True)
 
 
@@ -66,8 +75,11 @@ def _small_copy(args: argparse.Namespace, out: Path) -> None:
     label["golds"] = [gold for gold in label["golds"] if gold["id"] in kept]
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {
-        "task.json": task, _COLLECTIVE: others, _TEST: people, _TEST.replace(".json", "_label.json"): label,
-    }  # fmt: skip
+        "task.json": task,
+        _COLLECTIVE: others,
+        _TEST: people,
+        _TEST.replace(".json", "_label.json"): label,
+    }
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
 

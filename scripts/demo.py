@@ -71,8 +71,10 @@ def person(cloud: LocalCloud, entry: tuple[str, str, str, str, str]) -> dict[str
     before = device.json(*ask)["answer"]
     update = device.json("update", "--task", task)
     gate = update["gate"]
-    say(f"{name} updated in {update['seconds']:.0f} s, loss {update['loss_first']:.2f} to "
-        f"{update['loss_last']:.2f}; gate {gate['before']:.3f} to {gate['after']:.3f}")  # fmt: skip
+    say(
+        f"{name} updated in {update['seconds']:.0f} s, loss {update['loss_first']:.2f} to "
+        f"{update['loss_last']:.2f}; gate {gate['before']:.3f} to {gate['after']:.3f}"
+    )
 
     other = enrol(cloud, other_name, task, PEOPLE / other_history)
     other.json("update", "--task", task)
@@ -81,12 +83,19 @@ def person(cloud: LocalCloud, entry: tuple[str, str, str, str, str]) -> dict[str
     result = device.json("evaluate", "--task", task, "--shift", str(foreign), "--answers")
     after = device.json(*ask)["answer"]
     entry_out = {
-        "name": name, "task": task, "loss": result["loss"], "metric": result["metric"],
-        "update_seconds": update["seconds"], "bytes_up": update["bytes_up"],
-        "bytes_down": update["bytes_down"], "examples": result["examples"],
-        "article": article, "before": before, "after": after,
+        "name": name,
+        "task": task,
+        "loss": result["loss"],
+        "metric": result["metric"],
+        "update_seconds": update["seconds"],
+        "bytes_up": update["bytes_up"],
+        "bytes_down": update["bytes_down"],
+        "examples": result["examples"],
+        "article": article,
+        "before": before,
+        "after": after,
         "gold": rows[-1].get("title") or rows[-1]["category"],
-    }  # fmt: skip
+    }
     if task == "news_headline":
         entry_out["best_constant_affix"] = best_affix(result["answers"], [r["title"] for r in rows])
     return entry_out

@@ -19,10 +19,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from perfit_cloud.engine.generation import can_share
+from perfit_cloud.engine.generation.continuous import can_share
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import try_model
-from perfit_cloud.model.tail import supports
+from perfit_cloud.model.partial import supports
 from perfit_shared.errors import InvalidData
 
 __all__ = ["FAMILIES", "tiny_config", "tiny_model"]
@@ -56,15 +56,34 @@ _DECODER = {"is_decoder": True}  # of families that read both ways unless told
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
-            "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
-            "longcat_flash", "minicpm3", "youtu",
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "longcat_flash",
+            "minicpm3",
+            "youtu",
         ),
         _LATENT,
     ),
     **dict.fromkeys(
         (
-            "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
-            "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl",
+            "bert",
+            "bert-generation",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
         ),
         _DECODER,
     ),
@@ -76,7 +95,8 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "gemma3n_text": {
-        "activation_sparsity_pattern": [0.0] * 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt2": {"num_key_value_heads": None},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
@@ -88,11 +108,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "moshi": {"num_codebooks": 2},
     "recurrent_gemma": {"num_key_value_heads": 1},
     "reformer": {
-        **_DECODER, "attn_layers": ["local", "lsh"] * 2, "axial_pos_embds_dim": [16, 16],
-        "axial_pos_shape": [8, 16], "num_buckets": 4,
+        **_DECODER,
+        "attn_layers": ["local", "lsh"] * 2,
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [8, 16],
+        "num_buckets": 4,
     },
     "roc_bert": {
-        **_DECODER, "pronunciation_vocab_size": 16, "shape_vocab_size": 16, "pronunciation_embed_dim": 8,
+        **_DECODER,
+        "pronunciation_vocab_size": 16,
+        "shape_vocab_size": 16,
+        "pronunciation_embed_dim": 8,
         "shape_embed_dim": 8,
     },
     "xlm": {"causal": True, "is_encoder": False},
@@ -100,17 +126,40 @@ _OWN: dict[str, dict[str, Any]] = {
     "xlstm": {"num_heads": 2, "hidden_size": 64, "chunk_size": 16, "embedding_dim": 64},
     "xmod": {**_DECODER, "default_language": "en_XX"},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 16,
         "num_key_value_heads": 4,
     },
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 # Made of several models, most of them for pictures or sound; or an assistant of another model.
-_NOT_TRIED = frozenset({
-    "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
-    "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen",
-    "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "trocr", "whisper",
-})  # fmt: skip
+_NOT_TRIED = frozenset(
+    {
+        "blt",
+        "dots3_note",
+        "emu3",
+        "fuyu",
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "gemma4_assistant",
+        "gemma4_unified",
+        "gemma4_unified_assistant",
+        "git",
+        "got_ocr2",
+        "llama4",
+        "mllama",
+        "moss_transcribe_diarize",
+        "musicgen",
+        "musicgen_melody",
+        "phi4_multimodal",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen4_exp",
+        "trocr",
+        "whisper",
+    }
+)
 FAMILIES = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in _NOT_TRIED)
 
 

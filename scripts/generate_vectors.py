@@ -150,10 +150,15 @@ def invites() -> dict[str, Any]:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a test root")])
     day = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     root = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(1).not_valid_before(day).not_valid_after(day.replace(year=2036))
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(day)
+        .not_valid_after(day.replace(year=2036))
         .sign(key, hashes.SHA256(), ecdsa_deterministic=True)
-    ).public_bytes(Encoding.DER)  # fmt: skip
+    ).public_bytes(Encoding.DER)
     made = [
         Invite("cloud.example:7444", root, 1_800_000_000, bytes(range(32))),
         Invite("[2001:db8::1]:7444", root, 1_900_000_000, bytes(range(32, 64))),

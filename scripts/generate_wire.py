@@ -17,10 +17,16 @@ def generate(out: Path) -> None:
 
     source = ROOT / "protos"
     for proto in sorted((source / "perfit" / "v1").glob("*.proto")):
-        code = protoc.main([
-            "protoc", f"-I{source / 'perfit' / 'v1'}", f"--python_out={out}", f"--pyi_out={out}",
-            f"--grpc_python_out={out}", proto.name,
-        ])  # fmt: skip
+        code = protoc.main(
+            [
+                "protoc",
+                f"-I{source / 'perfit' / 'v1'}",
+                f"--python_out={out}",
+                f"--pyi_out={out}",
+                f"--grpc_python_out={out}",
+                proto.name,
+            ]
+        )
         if code:
             sys.exit(f"protoc failed on {proto.name}")
     for path in out.glob("*_pb2*.py*"):

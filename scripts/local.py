@@ -46,10 +46,16 @@ class LocalCloud:
     """`perfit-cloud serve` on free ports of loopback, for the length of a with block."""
 
     def __init__(
-        self, model: Path | str, artefacts: Sequence[Path], state: Path,
-        *, log: Path | None = None, flags: Sequence[str] = (), env: dict[str, str] | None = None,
+        self,
+        model: Path | str,
+        artefacts: Sequence[Path],
+        state: Path,
+        *,
+        log: Path | None = None,
+        flags: Sequence[str] = (),
+        env: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`env`: beside this process's environment. `prefix`: a command that runs ours, such as prlimit."""
         self.state, self._log = state, log or state.with_suffix(".log")
         self._env, self._prefix = env or {}, prefix
@@ -58,9 +64,19 @@ class LocalCloud:
         ports = json.loads(known.read_text()) if known.exists() else {}
         address, enrol_address = (ports.get(k, "127.0.0.1:0") for k in ("address", "enrol_address"))
         self._command = [
-            str(BIN / "perfit-cloud"), "serve", "--model", str(model), "--state", str(state), "--json",
-            "--address", address, "--enrol-address", enrol_address, *flags,
-        ]  # fmt: skip
+            str(BIN / "perfit-cloud"),
+            "serve",
+            "--model",
+            str(model),
+            "--state",
+            str(state),
+            "--json",
+            "--address",
+            address,
+            "--enrol-address",
+            enrol_address,
+            *flags,
+        ]
         for artefact in artefacts:
             self._command += ["--artefact", str(artefact)]
         self.said: dict[str, Any] = {}
@@ -69,9 +85,12 @@ class LocalCloud:
         self.state.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
-                [*self._prefix, *self._command], stdout=subprocess.PIPE, stderr=log, text=True,
+                [*self._prefix, *self._command],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
                 env={**os.environ, **self._env},
-            )  # fmt: skip
+            )
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line.strip():
             code = self.process.wait(30)
@@ -134,6 +153,9 @@ class Device:
 
     def popen(self, *args: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(*args), env={**os.environ, **self.env}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            self.command(*args),
+            env={**os.environ, **self.env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )

@@ -27,7 +27,7 @@ from perfit_cloud.collective.privacy import Privacy, PrivateSteps, noise_for
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.steps import Losses, rate_at, trainable
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_cloud.model.shifts import hooked
+from perfit_cloud.model.interventions import hooked
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -109,8 +109,9 @@ class _Measurement:
         print(
             f"people {people} epsilon {epsilon:g} delta {privacy.delta:.1g} q {privacy.sampling_rate:.4g} "
             f"sigma {privacy.noise_multiplier:.3g} ({noise:.2f} clip norms over {numbers} numbers): "
-            f"collective {alone:.4f} seed {loss:.4f}", flush=True,
-        )  # fmt: skip
+            f"collective {alone:.4f} seed {loss:.4f}",
+            flush=True,
+        )
 
     def _privacy(self, people: int, epsilon: float) -> Privacy:
         args, delta = self._args, 0.1 / people

@@ -52,10 +52,21 @@ def train(task: str, args: argparse.Namespace) -> Path:
     if not (out / "artefact.json").is_file():
         say(f"{task}: stage 1")
         command = [
-            str(BIN / "perfit-cloud"), "collective", "train", "--task", task, "--model", str(args.model),
-            "--data", str(args.data / "lamp_news" / task), "--out", str(out),
-            *SPEC, *RATES[task], *args.train_flag,
-        ]  # fmt: skip
+            str(BIN / "perfit-cloud"),
+            "collective",
+            "train",
+            "--task",
+            task,
+            "--model",
+            str(args.model),
+            "--data",
+            str(args.data / "lamp_news" / task),
+            "--out",
+            str(out),
+            *SPEC,
+            *RATES[task],
+            *args.train_flag,
+        ]
         subprocess.run(command, check=True)
     return Path(out)
 

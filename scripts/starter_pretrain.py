@@ -136,9 +136,14 @@ def train_tokenizer(articles: list[dict[str, str]], books: list[str]) -> PreTrai
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
-        model_max_length=512, padding_side="left", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=512,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def batches(
@@ -207,10 +212,18 @@ def main() -> None:
         train_tokenizer(articles, books).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM(config)
     set_dropout(model, on=True)
     steps = math.ceil(args.tokens / (ROWS * ROW_TOKENS))
@@ -218,8 +231,10 @@ def main() -> None:
     rest = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=PEAK_LR, betas=(0.9, 0.95), fused=True,
-    )  # fmt: skip
+        lr=PEAK_LR,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     first, log, seconds = 0, [], 0.0
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
@@ -232,8 +247,9 @@ def main() -> None:
     headline = [(f"description: {a['description']}\nheadline:", " " + a["headline"]) for a in held]
     category = [
         (f"description: {a['headline']} {a['description']}\ncategory:", " " + a["category"])
-        for a in held if "category" in a
-    ]  # fmt: skip
+        for a in held
+        if "category" in a
+    ]
 
     compiled = torch.compile(model)
     started = time.monotonic() - seconds
@@ -254,8 +270,11 @@ def main() -> None:
         optimizer.zero_grad()
         running += float(loss.detach())
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{steps} loss {running / 50:.3f} lr {lr:.2e} "
-                  f"{time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"step {step + 1}/{steps} loss {running / 50:.3f} lr {lr:.2e} "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
             running = 0.0
         if (step + 1) % 200 == 0 or step + 1 == steps:
             model.eval()
@@ -266,23 +285,38 @@ def main() -> None:
             log.append({"step": step + 1, **losses})
             print(f"  held out: {losses}", flush=True)
             torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                 "log": log, "seconds": time.monotonic() - started},
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "log": log,
+                    "seconds": time.monotonic() - started,
+                },
                 checkpoint.with_suffix(".new"),
-            )  # fmt: skip
+            )
             checkpoint.with_suffix(".new").replace(checkpoint)
 
     set_dropout(model, on=False)
     model.eval().to(torch.bfloat16).save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
-    (args.out / "pretrain.json").write_text(json.dumps({
-        "articles": len(articles), "held_out_articles": len(held), "book_passages": len(books),
-        "tokens": steps * ROWS * ROW_TOKENS, "seconds": round(time.monotonic() - started),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "held_out_loss": {"headline": target_loss(model.float(), tokenizer, headline),
-                          "category": target_loss(model, tokenizer, category)},
-        "log": log,
-    }, indent=1))  # fmt: skip
+    (args.out / "pretrain.json").write_text(
+        json.dumps(
+            {
+                "articles": len(articles),
+                "held_out_articles": len(held),
+                "book_passages": len(books),
+                "tokens": steps * ROWS * ROW_TOKENS,
+                "seconds": round(time.monotonic() - started),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "held_out_loss": {
+                    "headline": target_loss(model.float(), tokenizer, headline),
+                    "category": target_loss(model, tokenizer, category),
+                },
+                "log": log,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,17 +33,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "head_dim": 16},
     "gemma2": {
-        "sliding_window": 11, "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0,
+        "sliding_window": 11,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 5.0,
     },
     "gemma3_text": {
-        "sliding_window": 7, "head_dim": 8, "query_pre_attn_scalar": 8,
+        "sliding_window": 7,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "phi3": {"sliding_window": 13},
     "gpt2": {},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64},
     "falcon": {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2},
-}  # fmt: skip
+}
 KEPT = tuple(FAMILIES)[:7]  # families whose gradient steps run from what is kept
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -75,10 +80,20 @@ def tiny_config(family: str, vocabulary: int) -> Any:
 
     grouped = {"num_key_value_heads": 2} if family in KEPT else {}  # what the others do not know
     return AutoConfig.for_model(
-        family, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=256, initializer_range=0.3, vocab_size=vocabulary,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, **grouped, **FAMILIES[family],
-    )  # fmt: skip
+        family,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        vocab_size=vocabulary,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **grouped,
+        **FAMILIES[family],
+    )
 
 
 def tiny_tokenizer() -> Any:
@@ -90,15 +105,20 @@ def tiny_tokenizer() -> Any:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False,
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     raw.train_from_iterator(["the cat sat on the mat and the dog ran to the door"] * 5, trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         model_max_length=256,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
@@ -156,15 +176,26 @@ def make_artefact() -> Callable[..., Artefact]:
     from perfit_shared.tasks import Task
 
     def make(
-        base: BaseModel, name: str = "news_headline", *, positions: str = "f3+l3",
-        layers: tuple[int, ...] = (1, 2), seed: int = 0, ranks: tuple[int, int] = (6, 3),
-    ) -> Artefact:  # fmt: skip
+        base: BaseModel,
+        name: str = "news_headline",
+        *,
+        positions: str = "f3+l3",
+        layers: tuple[int, ...] = (1, 2),
+        seed: int = 0,
+        ranks: tuple[int, int] = (6, 3),
+    ) -> Artefact:
         spec = ShiftSpec(layers, positions, *ranks, hidden_size=base.hidden_size)
         return Artefact(
-            name=name, spec=spec, task=Task(name, "{text} so", " {title}", "rouge_1"),
-            fingerprint=base.fingerprint, collective=random_shift(spec, ranks[0], seed),
-            seed=ShiftTensors.identity(spec, ranks[1], seed), learning_rate=5e-3, epochs=2, batch_size=4,
-        )  # fmt: skip
+            name=name,
+            spec=spec,
+            task=Task(name, "{text} so", " {title}", "rouge_1"),
+            fingerprint=base.fingerprint,
+            collective=random_shift(spec, ranks[0], seed),
+            seed=ShiftTensors.identity(spec, ranks[1], seed),
+            learning_rate=5e-3,
+            epochs=2,
+            batch_size=4,
+        )
 
     return make
 

@@ -13,9 +13,11 @@ WORDS = ["cat", "dog", "mat", "door", "sat", "ran", "the", "on"]
 
 def item(rng: np.random.Generator, number: int, word: str) -> dict[str, str]:
     return {
-        "id": f"{number:05}", "date": f"2024-01-{number % 28 + 1:02}",
-        "text": " ".join(rng.choice(WORDS, 6)), "title": f"{word} {word} 1 {rng.choice(WORDS[:3])}",
-    }  # fmt: skip
+        "id": f"{number:05}",
+        "date": f"2024-01-{number % 28 + 1:02}",
+        "text": " ".join(rng.choice(WORDS, 6)),
+        "title": f"{word} {word} 1 {rng.choice(WORDS[:3])}",
+    }
 
 
 def query(entry: dict[str, str], *, gold: bool) -> dict[str, str]:

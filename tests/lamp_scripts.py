@@ -14,16 +14,47 @@ from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
 
-TAGS = {"sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy", "classic",
-        "psychology", "fantasy", "romance", "thought-provoking", "social commentary", "violence",
-        "true story"}  # fmt: skip
-CATEGORIES = {"food & drink", "sports", "education", "parents", "religion", "travel", "business", "crime",
-              "science & technology", "culture & arts", "entertainment", "politics", "women",
-              "style & beauty", "healthy living"}  # fmt: skip
+TAGS = {
+    "sci-fi",
+    "based on a book",
+    "comedy",
+    "action",
+    "twist ending",
+    "dystopia",
+    "dark comedy",
+    "classic",
+    "psychology",
+    "fantasy",
+    "romance",
+    "thought-provoking",
+    "social commentary",
+    "violence",
+    "true story",
+}
+CATEGORIES = {
+    "food & drink",
+    "sports",
+    "education",
+    "parents",
+    "religion",
+    "travel",
+    "business",
+    "crime",
+    "science & technology",
+    "culture & arts",
+    "entertainment",
+    "politics",
+    "women",
+    "style & beauty",
+    "healthy living",
+}
 # LaMP numbers its two second tasks alike; OPPU tells them apart.
 LABELS = {
-    "LaMP_1": {"[1]", "[2]"}, "LaMP_2": TAGS, "LaMP_2M": TAGS, "LaMP_2N": CATEGORIES,
-}  # fmt: skip
+    "LaMP_1": {"[1]", "[2]"},
+    "LaMP_2": TAGS,
+    "LaMP_2M": TAGS,
+    "LaMP_2N": CATEGORIES,
+}
 
 
 class Refused(Exception):
@@ -42,9 +73,7 @@ def oppu_script(labels: Path, predictions: Path) -> dict[str, float]:
     return _measured(labels, predictions, LABELS.keys() - {"LaMP_2"}, ratings={"LaMP_3"})
 
 
-def _measured(
-    labels: Path, predictions: Path, closed: set[str], *, ratings: set[str]
-) -> dict[str, float]:  # fmt: skip
+def _measured(labels: Path, predictions: Path, closed: set[str], *, ratings: set[str]) -> dict[str, float]:
     golds, answers = (json.loads(path.read_text("utf-8")) for path in (labels, predictions))
     task = answers["task"]
     if task != golds["task"]:

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from perfit_device.asking import ask_all
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Artefact, Limits, Message, Prompt, Sampling, Score, ShiftUse
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Artefact, Limits, Message, Prompt, Sampling, Score, ShiftUse
+from perfit_device.cloud.questions import ask_all
+from perfit_device.cloud.retry import NO_RETRIES, RetryPolicy
 from perfit_device.history import HistoryItem
-from perfit_device.patience import IMPATIENT, Patience
 from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
@@ -77,14 +77,20 @@ def judge(
     use: ShiftUse,
     limits: Limits,
     *,
-    patience: Patience = IMPATIENT,
+    retry_policy: RetryPolicy = NO_RETRIES,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Judged:
     """Score and answer (greedily) all items. `progress` is told how many of 2 · len(items) are done."""
-    scored = scores(cloud, task, items, use, limits, patience=patience, progress=progress)
+    scored = scores(cloud, task, items, use, limits, retry_policy=retry_policy, progress=progress)
     done = len(items)
     answered = answers(
-        cloud, task, items, use, limits, patience=patience, progress=lambda more: progress(done + more)
+        cloud,
+        task,
+        items,
+        use,
+        limits,
+        retry_policy=retry_policy,
+        progress=lambda more: progress(done + more),
     )
     return Judged(scored, answered)
 
@@ -97,13 +103,13 @@ def mean_loss(
     limits: Limits,
     *,
     cut: bool = False,
-    patience: Patience = IMPATIENT,
+    retry_policy: RetryPolicy = NO_RETRIES,
 ) -> float:
     """Mean nats a token over all answers and their end-of-sequence tokens.
 
     Every call has `patience` of its own. Raises ExamplesRefused.
     """
-    found = scores(cloud, task, items, use, limits, cut=cut, patience=patience)
+    found = scores(cloud, task, items, use, limits, cut=cut, retry_policy=retry_policy)
     _check_refused(items, found)
     return _mean([score for score in found if isinstance(score, Score)])
 
@@ -121,14 +127,14 @@ def scores(
     limits: Limits,
     *,
     cut: bool = False,
-    patience: Patience = IMPATIENT,
+    retry_policy: RetryPolicy = NO_RETRIES,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score | InvalidPrompt]:
     """Of every item's answer, or why the cloud refuses the item."""
 
     def score(chunk: Sequence[HistoryItem]) -> list[Score]:
         pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
-        return patience.call(lambda: cloud.score(pairs, use))
+        return retry_policy.call(lambda: cloud.score(pairs, use))
 
     chunks = _chunks(task, items, min(_SCORES_A_CALL, limits.examples), limits.call_tokens)
     found: list[Score | InvalidPrompt] = []
@@ -171,7 +177,7 @@ def _each(
 
 
 def refused_among(
-    cloud: Cloud, task: Task, items: Sequence[HistoryItem], *, patience: Patience = IMPATIENT
+    cloud: Cloud, task: Task, items: Sequence[HistoryItem], *, retry_policy: RetryPolicy = NO_RETRIES
 ) -> list[HistoryItem]:
     """The examples that the cloud refuses, as an update takes them.
 
@@ -182,7 +188,7 @@ def refused_among(
     for item in sorted(items, key=_length, reverse=True):
         pair = pair_of(task, item)
         try:
-            patience.call(partial(cloud.score, [pair], ShiftUse()))
+            retry_policy.call(partial(cloud.score, [pair], ShiftUse()))
             fine += 1
         except InvalidPrompt:
             found.append(item)
@@ -203,7 +209,7 @@ def answers(
     use: ShiftUse,
     limits: Limits,
     *,
-    patience: Patience = IMPATIENT,
+    retry_policy: RetryPolicy = NO_RETRIES,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str | InvalidPrompt]:
     """Greedy answers in the order of the items, or why the cloud refuses an item."""
@@ -214,7 +220,13 @@ def answers(
     refused: dict[int, InvalidPrompt] = {}
     in_flight = min(_IN_FLIGHT, limits.questions)
     texts = ask_all(
-        cloud, use, questions, in_flight=in_flight, patience=patience, refused=refused, progress=progress
+        cloud,
+        use,
+        questions,
+        in_flight=in_flight,
+        retry_policy=retry_policy,
+        refused=refused,
+        progress=progress,
     )
     return [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
 

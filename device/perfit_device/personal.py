@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from perfit_device.codec import Artefact
-from perfit_device.vault import Vault
+from perfit_device.cloud.codec import Artefact
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import (
     InvalidData,
     InvalidInput,
@@ -28,8 +28,8 @@ __all__ = [
     "export",
     "has_previous",
     "load",
-    "place_of",
     "read_file",
+    "row_name",
     "store",
     "summary",
     "undo",
@@ -51,14 +51,14 @@ class PersonalShift:
     forgotten: int = 0
 
 
-def place_of(cloud_id: str, artefact: str) -> str:
+def row_name(cloud_id: str, artefact: str) -> str:
     """The name under which the vault keeps what belongs to one (cloud, artefact)."""
     return f"{cloud_id}/{artefact}"
 
 
 def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | None:
     """None when this user has none yet. Raises ShiftMismatch when the artefact has changed since."""
-    data = vault.get(_KIND, place_of(cloud_id, artefact.name))
+    data = vault.get(_KIND, row_name(cloud_id, artefact.name))
     if data is None:
         return None
     metadata = read_metadata(data)
@@ -72,7 +72,7 @@ def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift)
 
     For a shift that was trained afresh, after examples were forgotten, is there to unlearn them.
     """
-    place = place_of(cloud_id, artefact.name)
+    place = row_name(cloud_id, artefact.name)
     metadata = _metadata(artefact) | {"updates": str(shift.updates), "forgotten": str(shift.forgotten)}
     before = vault.get(_KIND, place)
     with vault.transaction():
@@ -83,7 +83,7 @@ def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift)
 
 
 def has_previous(vault: Vault, cloud_id: str, artefact: str) -> bool:
-    return bool(_previous_names(vault, place_of(cloud_id, artefact)))
+    return bool(_previous_names(vault, row_name(cloud_id, artefact)))
 
 
 def undo(vault: Vault, cloud_id: str, artefact: str) -> int:
@@ -91,7 +91,7 @@ def undo(vault: Vault, cloud_id: str, artefact: str) -> int:
 
     Gives how many updates made it. Raises NotFound when there is none.
     """
-    place = place_of(cloud_id, artefact)
+    place = row_name(cloud_id, artefact)
     names = _previous_names(vault, place)
     before, current = (vault.get(_PREVIOUS, names[0]) if names else None), vault.get(_KIND, place)
     if before is None or current is None:
@@ -120,7 +120,7 @@ def artefacts(vault: Vault, cloud_id: str) -> list[str]:
 
 def summary(vault: Vault, cloud_id: str, artefact: str) -> dict[str, str] | None:
     """The metadata of the current version (artefact, version, task, updates), or None."""
-    data = vault.get(_KIND, place_of(cloud_id, artefact))
+    data = vault.get(_KIND, row_name(cloud_id, artefact))
     return None if data is None else read_metadata(data)
 
 
@@ -129,7 +129,7 @@ def export(vault: Vault, cloud_id: str, artefact: str, path: Path, *, force: boo
 
     Raises NotFound when there is no shift, InvalidInput when the file exists or cannot be written.
     """
-    sealed = vault.get(_KIND, place_of(cloud_id, artefact))
+    sealed = vault.get(_KIND, row_name(cloud_id, artefact))
     if sealed is None:
         raise NotFound(f"there is no personal shift for {artefact} yet; `perfit update` trains one")
     metadata = {k: v for k, v in read_metadata(sealed).items() if k in _EXPORTED}

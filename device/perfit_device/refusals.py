@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from perfit_device import updates
-from perfit_device.codec import Artefact, CloudInfo
-from perfit_device.vault import Vault
+from perfit_device.cloud.codec import Artefact, CloudInfo
+from perfit_device.training import update as updates
+from perfit_device.vault.store import Vault
 
 __all__ = ["Refusals"]
 
@@ -25,7 +25,7 @@ class Refusals:
 
     @classmethod
     def read(cls, vault: Vault, info: CloudInfo, artefact: Artefact) -> Refusals:
-        place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
+        place = updates.row_name(info.cloud_id, artefact.name, artefact.task.name)
         limits = info.limits
         of = f"{info.fingerprint} {artefact.version} {limits.prompt_tokens} {limits.new_tokens}"
         values = json.loads(vault.get(_KIND, place) or b"{}")

@@ -12,13 +12,13 @@ from perfit_shared.errors import ConfigError
 from perfit_shared.grpc_environment import prepare_grpc
 from perfit_shared.terminal import utf8
 
-__all__ = ["Settings", "prepare_process"]
+__all__ = ["DeviceSettings", "prepare_process"]
 
 _PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
-class Settings:
+class DeviceSettings:
     """Raises ConfigError when the profile's name cannot be a folder's."""
 
     profile: str = "default"
@@ -29,7 +29,7 @@ class Settings:
             raise ConfigError("a profile's name should be letters, digits, dots, dashes or underscores")
 
     @classmethod
-    def from_environment(cls, profile: str | None) -> Settings:
+    def from_environment(cls, profile: str | None) -> DeviceSettings:
         """The profile named, else PERFIT_PROFILE's, else "default"."""
         home = Path(os.environ.get("PERFIT_HOME") or "~/.perfit")
         with contextlib.suppress(RuntimeError):  # nobody's home is known; "~" is a folder's name then

@@ -10,9 +10,9 @@ from threading import Thread
 
 from workload import Asked
 
-from perfit_cloud.engine.answers import Answer
-from perfit_cloud.engine.generation import Engine
-from perfit_cloud.engine.turns import Turns
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.generation.continuous import Engine
+from perfit_cloud.engine.generation.stream import CompletionStream
 
 __all__ = ["Run", "ask_all", "ask_in_step"]
 
@@ -41,11 +41,11 @@ def ask_in_step(sides: Mapping[str, tuple[Engine, Sequence[Asked]]]) -> dict[str
     pass. So whatever slows the machine for longer than a pass slows all sides alike, where sides that
     run one after another would need the machine to stay as it is for minutes.
     """
-    turns = Turns()
+    device_lock = DeviceLock()
     with ExitStack() as stack:
-        with turns.take():  # nobody begins before everybody has all requests
+        with device_lock.hold():  # nobody begins before everybody has all requests
             begun = {
-                name: _Asking(engine, asked, stack.enter_context(_Clocked(engine, turns)))
+                name: _Asking(engine, asked, stack.enter_context(_Clocked(engine, device_lock)))
                 for name, (engine, asked) in sides.items()
             }
         return {name: asking.run() for name, asking in begun.items()}
@@ -72,7 +72,7 @@ class _Asking:
         self._reader = Thread(target=self._read)
         self._reader.start()
 
-    def _wait(self, number: int, answer: Answer, since: float) -> None:
+    def _wait(self, number: int, answer: CompletionStream, since: float) -> None:
         next(answer)
         self._first[number] = self._clock() - since
 
@@ -96,8 +96,8 @@ class _Asking:
 class _Clocked:
     """Within the block an engine has its passes in turn with others, and the clock counts its own alone."""
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
-        self._engine, self._turns = engine, turns
+    def __init__(self, engine: Engine, device_lock: DeviceLock) -> None:
+        self._engine, self._device_lock = engine, device_lock
         self._round = engine._round
         self._seconds = 0.0
         self._since: float | None = None  # while a pass runs
@@ -114,7 +114,7 @@ class _Clocked:
         return self._seconds + (0.0 if since is None else time.perf_counter() - since)
 
     def _in_turn(self) -> None:
-        with self._turns.take():
+        with self._device_lock.hold():
             self._since = time.perf_counter()
             try:
                 self._round()

@@ -12,11 +12,11 @@ import numpy as np
 from updating import update
 from workload import artefact_for, examples, prompts, uses
 
-from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.engine.generation import Engine, GenerationSettings, engine_for
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Sampling, ShiftUse
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings, engine_for
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.interface import Sampling, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.training import Schedule
 
@@ -30,9 +30,9 @@ _KEEP_BYTES = 4 << 30
 
 def run(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     """Engines are put together as `perfit-cloud serve` does."""
-    artefact, turns = artefact_for(base), Turns()
-    engine = engine_for(base, {artefact.name: artefact}, GenerationSettings(), turns)
-    queue = StepQueue(AdaptationEngine(base, keep_bytes=_KEEP_BYTES, turns=turns))
+    artefact, device_lock = artefact_for(base), DeviceLock()
+    engine = engine_for(base, {artefact.name: artefact}, GenerationSettings(), device_lock)
+    queue = GradientScheduler(UpdateEngine(base, keep_bytes=_KEEP_BYTES, device_lock=device_lock))
     asked = prompts(base, 4 if args.small else _ASKS, 32, 64 if args.small else 256)
     whose = uses(artefact, len(asked), len(asked))
     waits: dict[str, list[list[float]]] = {"idle": [], "updating": []}
@@ -71,10 +71,12 @@ def run(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     ratio = common.ratio(turns_of["updating"], turns_of["idle"])
     counted = {side: np.concatenate(found[1:]) for side, found in waits.items()}
     found = {f"{side}_ttft_p{p}": float(np.percentile(w, p)) for side, w in counted.items() for p in (50, 95)}
-    print(common.table(
-        ["cloud", "first token, p50 s", "p95 s"],
-        [[side, found[f"{side}_ttft_p50"], found[f"{side}_ttft_p95"]] for side in counted],
-    ))  # fmt: skip
+    print(
+        common.table(
+            ["cloud", "first token, p50 s", "p95 s"],
+            [[side, found[f"{side}_ttft_p50"], found[f"{side}_ttft_p95"]] for side in counted],
+        )
+    )
     print(f"p95 beside {_DEVICES} updates over idle, by turns of {len(asked)} asks: {ratio}")
     return {"asks_during_updates": {"model": base.name, **found, "p95_ratio": ratio.to_json()}}
 

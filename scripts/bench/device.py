@@ -28,7 +28,7 @@ import common
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from perfit_device import footprint
+from perfit_device import process_limits
 from perfit_shared.errors import KEPT_OUT
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
@@ -81,7 +81,7 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
     ]
     optimizer = StiefelAdamW(OptimizerConfig(1e-4, steps))
     times = []
-    footprint.stay_small()
+    process_limits.stay_small()
     with threadpool_limits(1):
         for step in range(steps):
             begun = time.perf_counter()
@@ -93,9 +93,11 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
         write = median(timed(training.to_bytes) for _ in range(9))
         read = median(timed(lambda: Training.from_bytes(data, Schedule)) for _ in range(9))
     return {
-        "step_ms": 1e3 * median(times), "checkpoint_mb": len(data) / 1e6,
-        "checkpoint_write_ms": 1e3 * write, "checkpoint_read_ms": 1e3 * read,
-    }  # fmt: skip
+        "step_ms": 1e3 * median(times),
+        "checkpoint_mb": len(data) / 1e6,
+        "checkpoint_write_ms": 1e3 * write,
+        "checkpoint_read_ms": 1e3 * read,
+    }
 
 
 def helping(times: int) -> dict[str, float]:
@@ -175,17 +177,24 @@ def thin_cloud(spec: ShiftSpec, folder: Path) -> Iterator[LocalCloud]:
 
     start = _STARTER / "perfit-starter"
     config = AutoConfig.from_pretrained(
-        start, hidden_size=spec.hidden_size, num_hidden_layers=4, intermediate_size=64,
-        num_attention_heads=4, num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+        start,
+        hidden_size=spec.hidden_size,
+        num_hidden_layers=4,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     model = folder / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     AutoTokenizer.from_pretrained(start).save_pretrained(model)
     artefact = replace(
-        Artefact.load(_STARTER / _TASK), spec=spec, fingerprint=load_base(str(model)).fingerprint,
+        Artefact.load(_STARTER / _TASK),
+        spec=spec,
+        fingerprint=load_base(str(model)).fingerprint,
         collective=ShiftTensors.identity(spec, spec.collective_rank, seed=1),
         seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2),
-    )  # fmt: skip
+    )
     artefact.save(folder / "artefact")
     with LocalCloud(model, [folder / "artefact"], folder / "cloud") as cloud:
         yield cloud

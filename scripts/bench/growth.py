@@ -15,8 +15,8 @@ import numpy as np
 from asking import ask_all, ask_in_step
 from workload import Asked, artefact_for, prompts, uses
 
-from perfit_cloud.engine.generation import GenerationSettings, engine_for
-from perfit_cloud.engine.types import Sampling
+from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+from perfit_cloud.engine.interface import Sampling
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 
@@ -47,13 +47,15 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         ours.stop()
         plain.stop()
         return {
-            "model": base.name, "in_flight": count, "prompt_tokens": [shortest, longest],
+            "model": base.name,
+            "in_flight": count,
+            "prompt_tokens": [shortest, longest],
             "personal_rank": rank,
             "tokens_per_second": float(np.median(speeds["ours"])),
             "ratio_to_base": common.ratio(speeds["ours"], speeds["base"]).median,
             "ttft_p50": float(np.median([seconds for run in rounds for seconds in run["ours"].first])),
             "peak_rss_mb": peak.megabytes,
-        }  # fmt: skip
+        }
 
     most = base.context - new
     few = (1, 4), (32, 64), (4, 16)
@@ -67,16 +69,22 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     }
     for title, rows in tables.items():
         key = title.replace("users ", "").replace(" ", "_")
-        print(common.table(
-            [title, "tokens/s", "of base", "first token, p50 s", "peak memory, MB"],
-            [
+        print(
+            common.table(
+                [title, "tokens/s", "of base", "first token, p50 s", "peak memory, MB"],
                 [
-                    np.max(row[key]), row["tokens_per_second"], f"{row['ratio_to_base']:.3f}",
-                    row["ttft_p50"], f"{row['peak_rss_mb']:.0f}",
-                ]
-                for row in rows
-            ],
-        ) + "\n")  # fmt: skip
+                    [
+                        np.max(row[key]),
+                        row["tokens_per_second"],
+                        f"{row['ratio_to_base']:.3f}",
+                        row["ttft_p50"],
+                        f"{row['peak_rss_mb']:.0f}",
+                    ]
+                    for row in rows
+                ],
+            )
+            + "\n"
+        )
     return {"scaling": [row for rows in tables.values() for row in rows]}
 
 
@@ -106,12 +114,12 @@ class _Peak:
 # (file, function): none calls another, and all are called within the forward pass.
 _PARTS = {
     "linear layers": ("", "<built-in method torch._C._nn.linear>"),
-    "attention": ("model/cache.py", "_packed_attention"),
-    "the book: whose rows": ("engine/serving.py", "_groups"),
-    "φ": ("model/shifts.py", "shift_rows"),
-    "choosing tokens": ("engine/sampling.py", "draw"),
+    "attention": ("model/kv_cache.py", "_packed_attention"),
+    "the book: whose rows": ("engine/generation/engine.py", "_groups"),
+    "φ": ("model/interventions.py", "shift_rows"),
+    "choosing tokens": ("engine/generation/sampling.py", "draw"),
 }
-_FORWARD = ("engine/generation.py", "_forward")
+_FORWARD = ("engine/generation/continuous.py", "_forward")
 _TOP = 12  # functions shown by their own time
 
 
@@ -141,12 +149,15 @@ def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     parts = {part: seconds(*of) for part, of in _PARTS.items()}
     parts["rest of the pass: norms, rotary, activations, packing"] = seconds(*_FORWARD) - sum(parts.values())
     parts["between passes: plan, delivery"] = total - seconds(*_FORWARD)
-    print(common.table(
-        ["part", "s", "share"], [[part, s, f"{s / total:.1%}"] for part, s in parts.items()]
-    ) + "\n")  # fmt: skip
+    print(
+        common.table(["part", "s", "share"], [[part, s, f"{s / total:.1%}"] for part, s in parts.items()])
+        + "\n"
+    )
     top = sorted(stats.stats.items(), key=lambda entry: -entry[1][2])[:_TOP]
-    print(common.table(
-        ["function", "calls", "own s"],
-        [[f"{Path(at[0]).name}:{at[1]} {at[2]}" if at[1] else at[2], of[1], of[2]] for at, of in top],
-    ))  # fmt: skip
+    print(
+        common.table(
+            ["function", "calls", "own s"],
+            [[f"{Path(at[0]).name}:{at[1]} {at[2]}" if at[1] else at[2], of[1], of[2]] for at, of in top],
+        )
+    )
     return {"profile": {"model": base.name, "seconds": total, "parts": parts}}

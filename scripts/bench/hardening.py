@@ -28,10 +28,10 @@ import numpy as np
 from workload import artefact_for, load_model, parser
 
 from perfit_cloud.model.base import load_base
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Sampling, ShiftUse
-from perfit_device.enrolment import enroll
-from perfit_device.identity import Identity
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.enrolment import enroll
+from perfit_device.cloud.identity import Identity
 from perfit_shared.invites import Invite
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -90,10 +90,12 @@ def main() -> None:
                     for name, median_seconds in measure(kind, callers, pairs).items():
                         seconds[kind][name].append(median_seconds)
     rows = [row_of(kind, seconds[kind]) for kind in _KINDS]
-    print(common.table(
-        ["call", "hardened, ms", "not, ms", "hardened over not [95 %]"],
-        [[r["call"], r["on_ms"], r["off_ms"], common.Ratio(r["ratio"], *r["interval"])] for r in rows],
-    ))  # fmt: skip
+    print(
+        common.table(
+            ["call", "hardened, ms", "not, ms", "hardened over not [95 %]"],
+            [[r["call"], r["on_ms"], r["off_ms"], common.Ratio(r["ratio"], *r["interval"])] for r in rows],
+        )
+    )
     common.finish({"model": base.name, "rows": rows}, args.json)
 
 
@@ -118,9 +120,12 @@ def measure(kind: str, callers: dict[str, Caller], pairs: int) -> dict[str, floa
 def row_of(kind: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     ratio = common.ratio(seconds["on"], seconds["off"])
     return {
-        "call": kind, "on_ms": 1000 * median(seconds["on"]), "off_ms": 1000 * median(seconds["off"]),
-        "ratio": ratio.median, "interval": [ratio.low, ratio.high],
-    }  # fmt: skip
+        "call": kind,
+        "on_ms": 1000 * median(seconds["on"]),
+        "off_ms": 1000 * median(seconds["off"]),
+        "ratio": ratio.median,
+        "interval": [ratio.low, ratio.high],
+    }
 
 
 if __name__ == "__main__":

@@ -123,9 +123,16 @@ class Reference:
 
 
 def train(
-    base: BaseModel, pairs: Sequence[Pair], *, spec: ShiftSpec, collective: ShiftTensors,
-    start: ShiftTensors, plan_batches: Sequence[Sequence[int]], learning_rate: float, clip: float,
-) -> tuple[ShiftTensors, float]:  # fmt: skip
+    base: BaseModel,
+    pairs: Sequence[Pair],
+    *,
+    spec: ShiftSpec,
+    collective: ShiftTensors,
+    start: ShiftTensors,
+    plan_batches: Sequence[Sequence[int]],
+    learning_rate: float,
+    clip: float,
+) -> tuple[ShiftTensors, float]:
     """One user's personal tensors after a step on each of `plan_batches` (rows of `pairs`), and seconds.
 
     `learning_rate` is the peak. The seconds are of all that a user costs: modules, batches, steps.

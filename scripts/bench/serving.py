@@ -41,8 +41,8 @@ from peers.library import Lora, Static
 from peers.pyreft_process import PyreftServing, pyreft_for
 from workload import Asked, artefact_for, load_model, parser, prompts, uses
 
-from perfit_cloud.engine.generation import Engine, GenerationSettings, engine_for
-from perfit_cloud.engine.types import Sampling
+from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings, engine_for
+from perfit_cloud.engine.interface import Sampling
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 
@@ -119,15 +119,23 @@ class Bench:
         for count, side in sides.items():
             ratio = common.ratio(side.speeds(), base.speeds())
             waits = {p: common.ratio(side.first(p), base.first(p)) for p in (50, 95)}
-            made.append({
-                "model": self._base.name, "distinct_users": count, "in_flight": self._sizes.in_flight,
-                "tokens_per_second": float(np.median(side.speeds())),
-                "base_tokens_per_second": float(np.median(base.speeds())),
-                "ratio_to_base": ratio.median, "ratio_interval": [ratio.low, ratio.high],
-                "ttft_p50": side.all_first(50), "ttft_p95": side.all_first(95),
-                "base_ttft_p50": base.all_first(50), "base_ttft_p95": base.all_first(95),
-                "ttft_p50_ratio": waits[50].to_json(), "ttft_p95_ratio": waits[95].to_json(),
-            })  # fmt: skip
+            made.append(
+                {
+                    "model": self._base.name,
+                    "distinct_users": count,
+                    "in_flight": self._sizes.in_flight,
+                    "tokens_per_second": float(np.median(side.speeds())),
+                    "base_tokens_per_second": float(np.median(base.speeds())),
+                    "ratio_to_base": ratio.median,
+                    "ratio_interval": [ratio.low, ratio.high],
+                    "ttft_p50": side.all_first(50),
+                    "ttft_p95": side.all_first(95),
+                    "base_ttft_p50": base.all_first(50),
+                    "base_ttft_p95": base.all_first(95),
+                    "ttft_p50_ratio": waits[50].to_json(),
+                    "ttft_p95_ratio": waits[95].to_json(),
+                }
+            )
         return made
 
     def peers(self, pairs: int, ratio_to_base: float, *, without: Sequence[str]) -> dict[str, Any]:
@@ -200,34 +208,45 @@ def _serve(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         peers = bench.peers(pairs, rows[-1]["ratio_to_base"], without=args.without)
     finally:
         bench.close()
-    print(common.table(
-        ["peer", "its tokens/s", "ours over it [95 %]"],
-        [
-            [name, peers["tokens_per_second"][name], common.Ratio(peers[name], *peers["intervals"][name])]
-            for name in ("static_generate", "peft", "pyreft") if peers[name] is not None
-        ],
-    ))  # fmt: skip
+    print(
+        common.table(
+            ["peer", "its tokens/s", "ours over it [95 %]"],
+            [
+                [name, peers["tokens_per_second"][name], common.Ratio(peers[name], *peers["intervals"][name])]
+                for name in ("static_generate", "peft", "pyreft")
+                if peers[name] is not None
+            ],
+        )
+    )
     if peers["peft"] is not None:
         slowdown = common.Ratio(peers["peft_slowdown"], *peers["intervals"]["peft_slowdown"])
-        print(f"peft's time with mixed adapters over none: {slowdown}; ours over that: "
-              f"{peers['slowdown_over_peft']:.3f}")  # fmt: skip
+        print(
+            f"peft's time with mixed adapters over none: {slowdown}; ours over that: "
+            f"{peers['slowdown_over_peft']:.3f}"
+        )
     if peers["same_answers_as_pyreft"] is not None:
         print(f"answers that pyreft gives, too: {peers['same_answers_as_pyreft']} of {rows[0]['in_flight']}")
     return {"rows": rows, "peers": peers}
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    print(common.table(
-        ["users", "tokens/s", "of base [95 %]", "first token, p50 s", "of base", "p95 s", "of base"],
-        [
+    print(
+        common.table(
+            ["users", "tokens/s", "of base [95 %]", "first token, p50 s", "of base", "p95 s", "of base"],
             [
-                row["distinct_users"], row["tokens_per_second"],
-                common.Ratio(row["ratio_to_base"], *row["ratio_interval"]), row["ttft_p50"],
-                common.Ratio(*row["ttft_p50_ratio"]), row["ttft_p95"], common.Ratio(*row["ttft_p95_ratio"]),
-            ]
-            for row in rows
-        ],
-    ))  # fmt: skip
+                [
+                    row["distinct_users"],
+                    row["tokens_per_second"],
+                    common.Ratio(row["ratio_to_base"], *row["ratio_interval"]),
+                    row["ttft_p50"],
+                    common.Ratio(*row["ttft_p50_ratio"]),
+                    row["ttft_p95"],
+                    common.Ratio(*row["ttft_p95_ratio"]),
+                ]
+                for row in rows
+            ],
+        )
+    )
     ratios = [row["ratio_to_base"] for row in rows]
     print(
         f"spread over users, of the ratios to base: {(max(ratios) - min(ratios)) / max(ratios):.1%}\n",

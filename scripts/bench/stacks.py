@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from statistics import median
 
-from perfit_cloud.service.hygiene import restart_hardened
+from perfit_cloud.hardening.process import restart_hardened
 
 _TOKENS, _PROMPT, _EXAMPLES, _CANDIDATES = 16, 60, 8, 4
 
@@ -27,20 +27,20 @@ def main() -> None:
     import numpy as np
     from workload import artefact_for, load_model, parser, uses
 
-    from perfit_cloud.engine.generation import GenerationSettings, engine_for
-    from perfit_cloud.engine.gradients import GradientEngine
-    from perfit_cloud.engine.turns import Turns
-    from perfit_cloud.engine.types import Sampling
-    from perfit_cloud.service.stacks import DeadStacks
+    from perfit_cloud.engine.device_lock import DeviceLock
+    from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+    from perfit_cloud.engine.gradients.batch import GradientEngine
+    from perfit_cloud.engine.interface import Sampling
+    from perfit_cloud.hardening.stacks import DeadStacks
 
     made = parser(__doc__)
     made.set_defaults(pairs=40, threads=1)
     args = made.parse_args()
-    base, turns, stacks = load_model(args), Turns(), DeadStacks(args.threads)
+    base, device_lock, stacks = load_model(args), DeviceLock(), DeadStacks(args.threads)
     artefact = artefact_for(base)
     (use,) = uses(artefact, 1, 1)
-    generation = engine_for(base, {artefact.name: artefact}, GenerationSettings(), turns)
-    gradients = GradientEngine(base, turns)
+    generation = engine_for(base, {artefact.name: artefact}, GenerationSettings(), device_lock)
+    gradients = GradientEngine(base, device_lock)
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(5, 500, _PROMPT).tolist(), [7, 8, 9]) for _ in range(_EXAMPLES)]
     calls: dict[str, Callable[[], object]] = {
@@ -56,7 +56,7 @@ def main() -> None:
         spent.append(time.thread_time() - begun)
 
     def timed(call: Callable[[], object], before_release: Callable[[], object]) -> float:
-        turns.before_release = before_release
+        device_lock.before_release = before_release
         begun = time.process_time()
         call()
         return time.process_time() - begun

@@ -25,11 +25,11 @@ from typing import Any
 import reference
 import torch
 
-from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.engine.gradients import GradientEngine, Pair
-from perfit_cloud.engine.types import Mode, ShiftUse
-from perfit_cloud.evaluation import stage2
-from perfit_cloud.evaluation.people import Person, read_people
+from perfit_cloud.engine.gradients.batch import GradientEngine, Pair
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.lamp import stage2
+from perfit_cloud.lamp.people import Person, read_people
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.optimizer import OptimizerConfig
@@ -85,10 +85,10 @@ class Bench:
 
     def __init__(
         self, base: BaseModel, data: Path, *, users: slice, epochs: int | None, rate: float, rounds: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._base, self._data, self._epochs = base, data, epochs
         self._users, self._rate, self._rounds = users, rate, rounds
-        self._adaptation = AdaptationEngine(base, keep_bytes=_KEEP_BYTES)
+        self._adaptation = UpdateEngine(base, keep_bytes=_KEEP_BYTES)
         self._gradients = GradientEngine(base)
 
     def rows(self, setting: Setting) -> list[dict[str, Any]]:
@@ -106,27 +106,37 @@ class Bench:
             (1, sum(times.alone), times.ours),
             (len(people), times.together, times.ours_together),
         ):
-            made.append({
-                "preset": artefact.spec.positions, "prompt_tokens": round(sum(prompts) / len(prompts)),
-                "users_together": together, "ours_seconds": seconds,
-                "reference_seconds": sum(times.reference), "ratio": sum(times.reference) / seconds,
-                "ours_loss": self._loss(people, artefact, tensors), "reference_loss": theirs,
-            })  # fmt: skip
+            made.append(
+                {
+                    "preset": artefact.spec.positions,
+                    "prompt_tokens": round(sum(prompts) / len(prompts)),
+                    "users_together": together,
+                    "ours_seconds": seconds,
+                    "reference_seconds": sum(times.reference),
+                    "ratio": sum(times.reference) / seconds,
+                    "ours_loss": self._loss(people, artefact, tensors),
+                    "reference_loss": theirs,
+                }
+            )
         return made
 
     def _artefact(self, setting: Setting) -> Artefact:
         preset = preset_for(setting.task)
         spec = preset.spec(blocks=self._base.blocks, hidden_size=self._base.hidden_size)
         return Artefact(
-            name=setting.task, spec=spec, task=load_task(self._data / setting.task, setting.task),
-            fingerprint=self._base.fingerprint, batch_size=preset.batch_size,
+            name=setting.task,
+            spec=spec,
+            task=load_task(self._data / setting.task, setting.task),
+            fingerprint=self._base.fingerprint,
+            batch_size=preset.batch_size,
             epochs=self._epochs or preset.epochs,
             collective=ShiftTensors.identity(spec, spec.collective_rank, seed=1),
-            seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2), learning_rate=self._rate,
-        )  # fmt: skip
+            seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2),
+            learning_rate=self._rate,
+        )
 
     def _times(self, people: Sequence[Person], artefact: Artefact) -> Times:
-        settings = stage2.Settings(artefact.epochs, self._rate, artefact.batch_size, seed=0)
+        settings = stage2.Stage2Settings(artefact.epochs, self._rate, artefact.batch_size, seed=0)
         alone, theirs, together = [], [], []
         for turn in range(self._rounds):
             together.append(self._ours(people, artefact, settings))
@@ -149,25 +159,36 @@ class Bench:
         )
 
     def _ours(
-        self, people: Sequence[Person], artefact: Artefact, settings: stage2.Settings
+        self, people: Sequence[Person], artefact: Artefact, settings: stage2.Stage2Settings
     ) -> tuple[list[ShiftTensors], float]:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
             trainings = stage2.train(
-                self._adaptation, people, artefact, settings, checkpoint=Path(folder) / "checkpoint",
-                resumed=lambda examples: None, progress=lambda examples, finished: None, stop=lambda: None,
-            )  # fmt: skip
+                self._adaptation,
+                people,
+                artefact,
+                settings,
+                checkpoint=Path(folder) / "checkpoint",
+                resumed=lambda examples: None,
+                progress=lambda examples, finished: None,
+                stop=lambda: None,
+            )
             return [training.tensors for training in trainings], time.perf_counter() - begun
 
     def _reference(
-        self, person: Person, artefact: Artefact, settings: stage2.Settings
+        self, person: Person, artefact: Artefact, settings: stage2.Stage2Settings
     ) -> tuple[ShiftTensors, float]:
         schedule = settings.schedule_for(person.lengths)
         return reference.train(
-            self._base, person.history, spec=artefact.spec, collective=artefact.collective,
-            start=artefact.seed, plan_batches=[schedule.batch(step) for step in range(schedule.steps)],
-            learning_rate=self._rate, clip=OptimizerConfig.clip,
-        )  # fmt: skip
+            self._base,
+            person.history,
+            spec=artefact.spec,
+            collective=artefact.collective,
+            start=artefact.seed,
+            plan_batches=[schedule.batch(step) for step in range(schedule.steps)],
+            learning_rate=self._rate,
+            clip=OptimizerConfig.clip,
+        )
 
     def _loss(self, people: Sequence[Person], artefact: Artefact, tensors: Sequence[ShiftTensors]) -> float:
         total = tokens = 0.0

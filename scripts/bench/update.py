@@ -32,10 +32,10 @@ from peers.pyreft_process import PyreftProcess, pyreft_for
 from updating import update
 from workload import Pair, artefact_for, examples, load_model, locations, parser, person
 
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.types import Mode, ShiftUse
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.optimizer import OptimizerConfig
@@ -57,15 +57,20 @@ class Sizes:
 
 
 SMALL = Sizes(
-    settings=(("f7+l7", 24), ("l7", 40)), examples=8, batch=4, epochs=1, devices=(1, 2),
-    together=((12, 4),), device_steps=3,
-)  # fmt: skip
+    settings=(("f7+l7", 24), ("l7", 40)),
+    examples=8,
+    batch=4,
+    epochs=1,
+    devices=(1, 2),
+    together=((12, 4),),
+    device_steps=3,
+)
 
 
 class Bench:
     def __init__(self, base: BaseModel, sizes: Sizes) -> None:
         self._base, self._sizes = base, sizes
-        self._queue = StepQueue(AdaptationEngine(base, keep_bytes=_KEEP_BYTES))
+        self._queue = GradientScheduler(UpdateEngine(base, keep_bytes=_KEEP_BYTES))
         self._full = GradientEngine(base)
 
     def close(self) -> None:
@@ -102,13 +107,15 @@ class Bench:
         seconds = common.interleaved(sides, pairs=pairs)
         ratio = common.ratio(seconds["pyreft"], seconds["ours"]) if pyreft is not None else None
         return {
-            "positions": positions, "prompt_tokens": tokens, "epochs": sizes.epochs,
+            "positions": positions,
+            "prompt_tokens": tokens,
+            "epochs": sizes.epochs,
             "ratio_to_pyreft": ratio and ratio.median,
             "ratio_interval": ratio and [ratio.low, ratio.high],
             "max_gradient_error": self._gradient_error(artefact, data),
             "seconds": {name: float(np.median(of)) for name, of in seconds.items()},
             "losses": losses,
-        }  # fmt: skip
+        }
 
     def devices(self, pairs: int) -> list[dict[str, Any]]:
         """Steps a second of n devices together."""
@@ -119,10 +126,15 @@ class Bench:
             )
             for n in self._sizes.devices:
                 ratio = common.ratio(speeds[str(n)], speeds[str(self._sizes.devices[0])])
-                rows.append({
-                    "n": n, "prompt_tokens": tokens, "batch": batch,
-                    "steps_per_second": float(np.median(speeds[str(n)])), "over_one": ratio.to_json(),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "n": n,
+                        "prompt_tokens": tokens,
+                        "batch": batch,
+                        "steps_per_second": float(np.median(speeds[str(n)])),
+                        "over_one": ratio.to_json(),
+                    }
+                )
         return rows
 
     def _artefact(self, positions: str) -> Artefact:
@@ -131,8 +143,8 @@ class Bench:
 
     def _gradient_error(self, artefact: Artefact, data: list[Pair]) -> float:
         mine = person(artefact, 0)
-        with self._queue.open(data, artefact) as adaptation:
-            cached = self._queue.submit(Step(adaptation, range(len(data)), mine)).result().tensors
+        with self._queue.open(data, artefact) as session:
+            cached = self._queue.submit(GradientRequest(session, range(len(data)), mine)).result().tensors
         full = self._full.gradient(data, ShiftUse(Mode.PERSONAL, artefact, mine)).tensors
         return max(
             float(np.linalg.norm(a - b) / np.linalg.norm(b))
@@ -148,10 +160,12 @@ class Bench:
             epochs = -(-sizes.device_steps * batch // len(data))
             schedule = Schedule(epochs, artefact.learning_rate, batch, number, len(data))
             training = Training.start(schedule, person(artefact, number))
-            with self._queue.open(data, artefact) as adaptation:
+            with self._queue.open(data, artefact) as session:
                 ready.wait()
                 while training.step < sizes.device_steps:
-                    found = self._queue.submit(Step(adaptation, training.rows, training.tensors)).result()
+                    found = self._queue.submit(
+                        GradientRequest(session, training.rows, training.tensors)
+                    ).result()
                     training = training.stepped(found.loss, found.tensors)
 
         threads = [Thread(target=device, args=(number,)) for number in range(count)]
@@ -198,29 +212,51 @@ def main() -> None:
         settings = () if args.devices else sizes.settings
         rows = [bench.row(*setting, pyreft=pyreft, pairs=pairs) for setting in settings]
         devices = bench.devices(pairs)
-    print(common.table(
-        ["positions", "prompt tokens", "ours, s", "pyreft, s", "pyreft over ours [95 %]", "gradient error",
-         "loss, first and last", "its loss"],
-        [
+    print(
+        common.table(
             [
-                row["positions"], row["prompt_tokens"], row["seconds"]["ours"],
-                row["seconds"].get("pyreft", "–"),
-                common.Ratio(row["ratio_to_pyreft"], *row["ratio_interval"]) if pyreft else "–",
-                f"{row['max_gradient_error']:.1e}",
-                *(" → ".join(f"{loss:.4f}" for loss in row["losses"].get(name, [])) or "–"
-                  for name in ("ours", "pyreft")),
-            ]
-            for row in rows
-        ],
-    ) + "\n")  # fmt: skip
-    print(common.table(
-        ["prompt tokens", "batch", "devices at once", "steps/s of all", "over one [95 %]"],
-        [
-            [row["prompt_tokens"], row["batch"], row["n"], row["steps_per_second"],
-             common.Ratio(*row["over_one"])]
-            for row in devices
-        ],
-    ))  # fmt: skip
+                "positions",
+                "prompt tokens",
+                "ours, s",
+                "pyreft, s",
+                "pyreft over ours [95 %]",
+                "gradient error",
+                "loss, first and last",
+                "its loss",
+            ],
+            [
+                [
+                    row["positions"],
+                    row["prompt_tokens"],
+                    row["seconds"]["ours"],
+                    row["seconds"].get("pyreft", "–"),
+                    common.Ratio(row["ratio_to_pyreft"], *row["ratio_interval"]) if pyreft else "–",
+                    f"{row['max_gradient_error']:.1e}",
+                    *(
+                        " → ".join(f"{loss:.4f}" for loss in row["losses"].get(name, [])) or "–"
+                        for name in ("ours", "pyreft")
+                    ),
+                ]
+                for row in rows
+            ],
+        )
+        + "\n"
+    )
+    print(
+        common.table(
+            ["prompt tokens", "batch", "devices at once", "steps/s of all", "over one [95 %]"],
+            [
+                [
+                    row["prompt_tokens"],
+                    row["batch"],
+                    row["n"],
+                    row["steps_per_second"],
+                    common.Ratio(*row["over_one"]),
+                ]
+                for row in devices
+            ],
+        )
+    )
     common.finish({"rows": rows, "devices": devices}, args.json)
 
 

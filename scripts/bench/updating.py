@@ -7,8 +7,8 @@ from threading import Event
 
 from workload import Pair
 
-from perfit_cloud.engine.adaptation import Step
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.training import Schedule, Training
 
@@ -16,13 +16,17 @@ __all__ = ["update"]
 
 
 def update(
-    queue: StepQueue, artefact: Artefact, pairs: Sequence[Pair], schedule: Schedule, *,
+    queue: GradientScheduler,
+    artefact: Artefact,
+    pairs: Sequence[Pair],
+    schedule: Schedule,
+    *,
     stop: Event | None = None,
-) -> Training[Schedule]:  # fmt: skip
+) -> Training[Schedule]:
     """A whole update as a device drives it, the pass that fills the cache included; `stop` cuts it short."""
     training = Training.start(schedule, artefact.seed)
-    with queue.open(pairs, artefact) as adaptation:
+    with queue.open(pairs, artefact) as session:
         while not training.done and not (stop is not None and stop.is_set()):
-            found = queue.submit(Step(adaptation, training.rows, training.tensors)).result()
+            found = queue.submit(GradientRequest(session, training.rows, training.tensors)).result()
             training = training.stepped(found.loss, found.tensors)
     return training

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from perfit_device.codec import (
+from perfit_device.cloud.codec import (
     ANSWER_DTYPE,
     LOSS_DTYPE,
     Artefact,
@@ -84,11 +84,15 @@ def sizes(width: int, *, rounds: int) -> dict[str, Any]:
     for form in _FORMS:
         data = tensors.to_bytes(dtype=form)
         decode = lambda data=data: ShiftTensors.from_bytes(data, largest, largest.personal_rank)  # noqa: E731
-        rows.append({
-            "form": form, "query_bytes": query(asked, form).ByteSize(), "step_bytes": step_bytes(asked, form),
-            "encode_ms": _ms(lambda form=form: tensors.to_bytes(dtype=form), rounds),
-            "decode_ms": _ms(decode, rounds),
-        })  # fmt: skip
+        rows.append(
+            {
+                "form": form,
+                "query_bytes": query(asked, form).ByteSize(),
+                "step_bytes": step_bytes(asked, form),
+                "encode_ms": _ms(lambda form=form: tensors.to_bytes(dtype=form), rounds),
+                "decode_ms": _ms(decode, rounds),
+            }
+        )
     print(common.table(list(rows[0]), [list(row.values()) for row in rows]))
     by_form = {row["form"]: row for row in rows}
     return {
@@ -165,13 +169,13 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     """Losses in nats a token over all users' held-out queries, by what happened to their tensors."""
     import tempfile
 
-    from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-    from perfit_cloud.engine.gradients import GradientEngine
-    from perfit_cloud.engine.types import Gradient, Mode
-    from perfit_cloud.engine.types import ShiftUse as Use
-    from perfit_cloud.evaluation import stage2
-    from perfit_cloud.evaluation.people import Person, read_people
-    from perfit_cloud.evaluation.results import user_folder
+    from perfit_cloud.engine.gradients.batch import GradientEngine
+    from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+    from perfit_cloud.engine.interface import Gradient, Mode
+    from perfit_cloud.engine.interface import ShiftUse as Use
+    from perfit_cloud.lamp import stage2
+    from perfit_cloud.lamp.people import Person, read_people
+    from perfit_cloud.lamp.results import user_folder
     from perfit_cloud.model.artefacts import Artefact as Trained
     from perfit_cloud.model.base import load_base
 
@@ -180,18 +184,18 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     spec, rank = artefact.spec, artefact.spec.personal_rank
     people = read_people(args.data, artefact.task, base).people
     was = json.loads((args.run / "settings.json").read_text("utf-8"))
-    settings = stage2.Settings(
+    settings = stage2.Stage2Settings(
         was["epochs"], was["learning_rate"], artefact.batch_size, was["seed"], was.get("schedule", "device")
     )
 
     def arrived(tensors: ShiftTensors, form: str) -> ShiftTensors:
         return ShiftTensors.from_bytes(tensors.to_bytes(dtype=form), spec, rank)
 
-    class OverTheWire(AdaptationEngine):
+    class OverTheWire(UpdateEngine):
         """Computes gradients of what arrives, and gives what arrives back."""
 
         def gradients(self, steps: Any) -> list[Gradient]:
-            sent = [Step(s.adaptation, s.rows, arrived(s.personal, LOSS_DTYPE)) for s in steps]
+            sent = [GradientRequest(s.session, s.rows, arrived(s.personal, LOSS_DTYPE)) for s in steps]
             return [
                 Gradient(
                     g.loss, g.tokens, gradient_from_bytes(gradient_to_bytes(g.tensors, "float16"), spec, rank)
@@ -205,9 +209,15 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             for number, cohort in enumerate(stage2.cohorts(people, was["users_together"])):
                 trainings = stage2.train(
-                    engine, cohort, artefact, settings, checkpoint=Path(folder) / str(number),
-                    resumed=lambda examples: None, progress=lambda examples, through: None, stop=lambda: None,
-                )  # fmt: skip
+                    engine,
+                    cohort,
+                    artefact,
+                    settings,
+                    checkpoint=Path(folder) / str(number),
+                    resumed=lambda examples: None,
+                    progress=lambda examples, through: None,
+                    stop=lambda: None,
+                )
                 found |= {p.user_id: t.tensors for p, t in zip(cohort, trainings, strict=True)}
                 print(f"trained {len(found)} of {len(people)} users again", flush=True)
         engine.close()
@@ -238,11 +248,13 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     scorer.close()
     rows = [
         {
-            "tensors": name, "loss": of.mean, "share_of_gain": (of.mean - exact.mean) / gain,
+            "tensors": name,
+            "loss": of.mean,
+            "share_of_gain": (of.mean - exact.mean) / gain,
             "furthest_user": float(np.abs(of.by_user - exact.by_user).max()),
         }
         for name, of in {"as trained": exact, **found}.items()
-    ]  # fmt: skip
+    ]
     print(f"\n{len(people)} users of {args.data.name}, personal gain {gain:.5f} nats a token\n")
     shown = [
         [row["tensors"], f"{row['loss']:.5f}", f"{row['share_of_gain']:.3%}", f"{row['furthest_user']:.5f}"]

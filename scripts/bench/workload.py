@@ -11,7 +11,7 @@ import common
 import numpy as np
 import torch
 
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.positions import Positions
@@ -20,9 +20,18 @@ from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import task_named
 
 __all__ = [
-    "RANDOM", "Asked", "Pair", "artefact_for", "examples", "load_model", "locations", "parser", "person",
-    "prompts", "uses",
-]  # fmt: skip
+    "RANDOM",
+    "Asked",
+    "Pair",
+    "artefact_for",
+    "examples",
+    "load_model",
+    "locations",
+    "parser",
+    "person",
+    "prompts",
+    "uses",
+]
 
 Asked = tuple[list[int], ShiftUse, Sampling]
 Pair = tuple[list[int], list[int]]
@@ -30,9 +39,11 @@ Pair = tuple[list[int], list[int]]
 # Random Llamas, made in memory, with the starter's tokenizer: hidden size, inner size, blocks, heads,
 # heads of keys and values. random-8m has the shapes of newslm and of the starter.
 RANDOM = {
-    "random-7b": (4096, 11008, 32, 32, 32), "random-100m": (768, 2048, 12, 12, 12),
-    "random-8m": (256, 704, 8, 8, 4), "random-tiny": (64, 176, 4, 4, 2),
-}  # fmt: skip
+    "random-7b": (4096, 11008, 32, 32, 32),
+    "random-100m": (768, 2048, 12, 12, 12),
+    "random-8m": (256, 704, 8, 8, 4),
+    "random-tiny": (64, 176, 4, 4, 2),
+}
 _STARTER = Path(__file__).resolve().parents[2] / "cloud" / "perfit_cloud" / "starter" / "perfit-starter"
 _NEAR = 0.01  # size of the noise that takes a shift off the identity; the entries of R are about 0.05
 
@@ -64,10 +75,17 @@ def _random_model(name: str, *, dtype: str, device: str) -> BaseModel:
     starter = load_base(str(_STARTER), dtype=dtype, device=device)
     hidden_size, inner_size, blocks, heads, key_heads = RANDOM[name]
     config = LlamaConfig(
-        hidden_size=hidden_size, intermediate_size=inner_size, num_hidden_layers=blocks,
-        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=2048,
-        vocab_size=starter.model.config.vocab_size, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        hidden_size=hidden_size,
+        intermediate_size=inner_size,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=2048,
+        vocab_size=starter.model.config.vocab_size,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=starter.model.dtype)
     model = model.to(starter.device).eval().requires_grad_(False)
@@ -75,21 +93,34 @@ def _random_model(name: str, *, dtype: str, device: str) -> BaseModel:
 
 
 def artefact_for(
-    base: BaseModel, *, positions: str | None = None, layers: tuple[int, ...] | None = None,
-    collective_rank: int | None = None, personal_rank: int | None = None,
-) -> Artefact:  # fmt: skip
+    base: BaseModel,
+    *,
+    positions: str | None = None,
+    layers: tuple[int, ...] | None = None,
+    collective_rank: int | None = None,
+    personal_rank: int | None = None,
+) -> Artefact:
     """LaMP-2M's preset on this model (ranks 32/4, f7+l7, two layers), with what is given in its place."""
     task = task_named("movie_tagging")
     spec = preset_for(task.name).spec(
-        blocks=base.blocks, hidden_size=base.hidden_size, layers=layers, positions=positions,
-        collective_rank=collective_rank, personal_rank=personal_rank,
-    )  # fmt: skip
+        blocks=base.blocks,
+        hidden_size=base.hidden_size,
+        layers=layers,
+        positions=positions,
+        collective_rank=collective_rank,
+        personal_rank=personal_rank,
+    )
     return Artefact(
-        name=task.name, spec=spec, task=task, fingerprint=base.fingerprint,
+        name=task.name,
+        spec=spec,
+        task=task,
+        fingerprint=base.fingerprint,
         collective=_near_identity(spec, spec.collective_rank, seed=1),
         seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2),
-        learning_rate=5e-3, epochs=4, batch_size=16,
-    )  # fmt: skip
+        learning_rate=5e-3,
+        epochs=4,
+        batch_size=16,
+    )
 
 
 def person(artefact: Artefact, number: int) -> ShiftTensors:

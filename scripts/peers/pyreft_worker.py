@@ -73,26 +73,45 @@ class Worker:
             ids = torch.tensor([prompt])
             where = {"sources->base": (None, [[locations]] * len(self._reft.interventions))}
             _, out = self._reft.generate(
-                {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, unit_locations=where,
-                intervene_on_prompt=True, max_new_tokens=new_tokens, do_sample=False,
-            )  # fmt: skip
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                unit_locations=where,
+                intervene_on_prompt=True,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+            )
             answers.append(out[0, len(prompt) :].tolist())
         return {"seconds": time.perf_counter() - begun, "answers": answers}
 
     def train(
-        self, start: str, examples: list[Any], batches: list[list[int]], *,
-        learning_rate: float, warm_up: float, clip: float,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        start: str,
+        examples: list[Any],
+        batches: list[list[int]],
+        *,
+        learning_rate: float,
+        warm_up: float,
+        clip: float,
+    ) -> dict[str, Any]:
         reft = load_checkpoint(Path(start), self._model)
         reft.train()
         losses: list[torch.Tensor] = []
         with tempfile.TemporaryDirectory() as out:
             arguments = TrainingArguments(
-                output_dir=out, num_train_epochs=1, per_device_train_batch_size=len(batches[0]),
-                learning_rate=learning_rate, lr_scheduler_type="linear", warmup_ratio=warm_up,
-                max_grad_norm=clip, weight_decay=0.0, use_cpu=True, report_to=[], disable_tqdm=True,
-                logging_strategy="no", save_strategy="no", remove_unused_columns=False,
-            )  # fmt: skip
+                output_dir=out,
+                num_train_epochs=1,
+                per_device_train_batch_size=len(batches[0]),
+                learning_rate=learning_rate,
+                lr_scheduler_type="linear",
+                warmup_ratio=warm_up,
+                max_grad_norm=clip,
+                weight_decay=0.0,
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+                save_strategy="no",
+                remove_unused_columns=False,
+            )
             begun = time.perf_counter()
             trainer = _Trainer(model=reft, args=arguments, train_dataset=examples)
             trainer.batches, trainer.losses = batches, losses

@@ -75,13 +75,16 @@ def train(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     representations = [
         {
-            "layer": layer, "component": "block_output", "low_rank_dimension": rank,
+            "layer": layer,
+            "component": "block_output",
+            "low_rank_dimension": rank,
             "intervention": pyreft.LoreftIntervention(
                 embed_dim=model.config.hidden_size, low_rank_dimension=rank, dtype=torch.float32
             ),
         }
-        for rank in args.ranks for layer in args.layers
-    ]  # fmt: skip
+        for rank in args.ranks
+        for layer in args.layers
+    ]
     reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
     optimizer = torch.optim.AdamW(reft.get_trainable_parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(3):

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import finish
-from perfit_device.adapting import Adapting
-from perfit_device.asking import ask_all
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Artefact, CloudInfo, Sampling, ShiftUse
-from perfit_device.enrolment import enroll
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Artefact, CloudInfo, Sampling, ShiftUse
+from perfit_device.cloud.enrolment import enroll
+from perfit_device.cloud.identity import Identity
+from perfit_device.cloud.questions import ask_all
+from perfit_device.cloud.retry import TRANSIENT
 from perfit_device.history import HistoryItem, Split
-from perfit_device.identity import Identity
-from perfit_device.patience import PASSING
+from perfit_device.training.gradients import Adapting
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
 from soak.attacking.common import serving
@@ -129,7 +129,7 @@ class _Load:
             while True:
                 try:
                     act(cloud, cloud.describe())
-                except PASSING as error:
+                except TRANSIENT as error:
                     with self._lock:
                         self.waits[f"{kind}: {type(error).__name__}"] += 1
                     if time.monotonic() < end:

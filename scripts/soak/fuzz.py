@@ -67,9 +67,11 @@ def offline_targets(work: Path) -> list[Target]:
     from soak.fuzzing import cloud, device, shared, vaults
 
     return [
-        *shared.targets(), *device.targets(work / "device"), *vaults.targets(work / "vaults"),
+        *shared.targets(),
+        *device.targets(work / "device"),
+        *vaults.targets(work / "vaults"),
         *cloud.targets(tiny.build(work / "tiny"), work / "cloud"),
-    ]  # fmt: skip
+    ]
 
 
 def shares(targets: Sequence[Target], inputs: int) -> list[int]:
@@ -98,10 +100,12 @@ def run(targets: Sequence[Target], *, inputs: int, seed: int) -> dict[str, Any]:
     failures = sum(len(tally.failures) for tally in tallies)
     print(f"{total} inputs, {failures} ways to fail", flush=True)
     return {
-        "inputs": total, "seed": seed, "failures": failures,
+        "inputs": total,
+        "seed": seed,
+        "failures": failures,
         "seconds": sum(tally.seconds for tally in tallies),
         "targets": [tally.to_json() for tally in tallies],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

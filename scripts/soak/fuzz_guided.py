@@ -76,9 +76,12 @@ class _Tests:
 
     def _note(self) -> None:
         result = {
-            "inputs": self._inputs, "made": sum(self._counts.values()), "seed": self._args.seed,
-            "seconds": time.monotonic() - self._begun, "targets": dict(self._counts.most_common()),
-        }  # fmt: skip
+            "inputs": self._inputs,
+            "made": sum(self._counts.values()),
+            "seed": self._args.seed,
+            "seconds": time.monotonic() - self._begun,
+            "targets": dict(self._counts.most_common()),
+        }
         if self._args.json is not None:
             self._args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         if self._inputs == self._args.inputs:

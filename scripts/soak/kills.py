@@ -70,14 +70,16 @@ def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
                 break
     updates = [killed for killed in done if killed.of == "update"]
     return {
-        "kills": len(done), "seed": seed, "seconds": round(time.monotonic() - begun, 1),
+        "kills": len(done),
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
         "of": dict(Counter(killed.of for killed in done)),
         "most_repeated_seconds": max((killed.repeated_seconds for killed in updates), default=0.0),
         "most_repeated_steps": max((killed.repeated_steps for killed in updates), default=0),
         "longest_step_seconds": max((killed.longest_step_seconds for killed in updates), default=0.0),
         "largest_difference": max((killed.difference for killed in done), default=0.0),
         "wrong": [asdict(killed) for killed in done if killed.wrong is not None],
-    }  # fmt: skip
+    }
 
 
 def _kills(world: World, folder: Path, seed: int) -> Iterator[Killed]:

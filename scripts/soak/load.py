@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from local import LocalCloud
-from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.identity.authority import Authority
 from perfit_shared.invites import Invite
 from soak import tiny
 from soak.loading import devices as loading
@@ -55,9 +55,13 @@ _CALLS_A_RESTART = 6_000
 _CALLS_A_CUT = 400
 _CALLS_AN_UPDATE = 160  # of one device
 _FLAGS = {
-    "new_tokens": 16, "threads": 1, "requests_minute": 10**6, "tokens_minute": 10**9, "drain_seconds": 10,
+    "new_tokens": 16,
+    "threads": 1,
+    "requests_minute": 10**6,
+    "tokens_minute": 10**9,
+    "drain_seconds": 10,
     "enrol_requests_minute": 10**6,
-}  # fmt: skip
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,9 +109,12 @@ class Life:
     def to_json(self) -> dict[str, Any]:
         calls = self.samples[-1][0] - self.samples[0][0]
         return {
-            "ended": self.ended, "calls": calls, "growth": self.growth(),
-            "first_mib": self.samples[0][1] / 1024, "last_mib": self.samples[-1][1] / 1024,
-        }  # fmt: skip
+            "ended": self.ended,
+            "calls": calls,
+            "growth": self.growth(),
+            "first_mib": self.samples[0][1] / 1024,
+            "last_mib": self.samples[-1][1] / 1024,
+        }
 
 
 def run(folder: Path, *, calls: int, devices: int, seed: int, restarts: bool = True) -> dict[str, Any]:
@@ -171,12 +178,16 @@ def _result(load: _Load, wrong: list[str], **settings: Any) -> dict[str, Any]:
         total.add(device.tally)
     lives = [life.to_json() for life in load.lives]
     answered = sum(total.answered.values())
-    print(f"{answered} calls answered, {total.updates} updates ({total.resumed} resumptions), "
-          f"{len(lives)} lives of the cloud, {load.cuts} cuts, {load.stalls} stalls")  # fmt: skip
+    print(
+        f"{answered} calls answered, {total.updates} updates ({total.resumed} resumptions), "
+        f"{len(lives)} lives of the cloud, {load.cuts} cuts, {load.stalls} stalls"
+    )
     print("  " + ", ".join(f"{kind} {count}" for kind, count in total.answered.most_common()))
     print("  faults met: " + (", ".join(f"{name} {n}" for name, n in total.faults.most_common()) or "none"))
-    print("  furthest from the references, of what is allowed: "
-          + ", ".join(f"{name} {share:.3f}" for name, share in sorted(total.furthest.items())))  # fmt: skip
+    print(
+        "  furthest from the references, of what is allowed: "
+        + ", ".join(f"{name} {share:.3f}" for name, share in sorted(total.furthest.items()))
+    )
     for life in lives:
         grown = "too short to tell" if life["growth"] is None else f"{life['growth']:+.2%}"
         print(
@@ -185,10 +196,15 @@ def _result(load: _Load, wrong: list[str], **settings: Any) -> dict[str, Any]:
     for line in wrong:
         print(f"  WRONG {line}", file=sys.stderr)
     return {
-        **settings, **total.to_json(), "calls_answered": answered, "lives": lives, "cuts": load.cuts,
-        "stalls": load.stalls, "wrong": wrong,
+        **settings,
+        **total.to_json(),
+        "calls_answered": answered,
+        "lives": lives,
+        "cuts": load.cuts,
+        "stalls": load.stalls,
+        "wrong": wrong,
         "tolerances": {"loss": loading.LOSS, "gradient": loading.GRADIENT, "update": loading.UPDATE},
-    }  # fmt: skip
+    }
 
 
 class _Load:

@@ -38,11 +38,18 @@ def build(folder: Path, *, seed: int = 0) -> Tiny:
 
     tokenizer = AutoTokenizer.from_pretrained(_STARTER)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=_CONTEXT, initializer_range=0.3,
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=_CONTEXT,
+        initializer_range=0.3,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     model = folder / "model"
     LlamaForCausalLM(config).save_pretrained(model)
@@ -52,11 +59,16 @@ def build(folder: Path, *, seed: int = 0) -> Tiny:
     for name, (layers, positions) in _TASKS.items():
         spec = ShiftSpec(layers, positions, 6, 3, hidden_size=base.hidden_size)
         artefact = Artefact(
-            name=name, spec=spec, task=TASKS[name], fingerprint=base.fingerprint,
+            name=name,
+            spec=spec,
+            task=TASKS[name],
+            fingerprint=base.fingerprint,
             collective=shift_off_identity(spec, spec.collective_rank, seed=seed + 1),
             seed=ShiftTensors.identity(spec, spec.personal_rank, seed + 2),
-            learning_rate=5e-3, epochs=1, batch_size=4,
-        )  # fmt: skip
+            learning_rate=5e-3,
+            epochs=1,
+            batch_size=4,
+        )
         artefacts.append(folder / name)
         artefact.save(artefacts[-1])
     return Tiny(model, tuple(artefacts))

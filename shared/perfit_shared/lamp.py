@@ -222,10 +222,14 @@ def users_of(records: Any, task: Task, *, golds: Mapping[str, str], source: str)
                 raise InvalidData("it is there twice")
             users[record.user_id] = reader.user(record, aside=aside)
     return Users(
-        source=source, users=tuple(users.values()), questions=questions,
-        held_out=bool(golds) and not questions, no_profiles=aside,
-        dropped_empty=reader.dropped_empty, empty_queries=tuple(reader.empty_queries),
-    )  # fmt: skip
+        source=source,
+        users=tuple(users.values()),
+        questions=questions,
+        held_out=bool(golds) and not questions,
+        no_profiles=aside,
+        dropped_empty=reader.dropped_empty,
+        empty_queries=tuple(reader.empty_queries),
+    )
 
 
 @dataclass(frozen=True)
@@ -248,9 +252,12 @@ def _record(record: Mapping[str, Any], number: int, *, questions: bool) -> _Reco
         if not questions and not {"profile", "query"} & record.keys():
             raise InvalidData('field "profile" is missing')
         return _Record(
-            name, place, _list(record, "profile"), [dict(record)] if questions else _list(record, "query"),
+            name,
+            place,
+            _list(record, "profile"),
+            [dict(record)] if questions else _list(record, "query"),
             record["user_id"] if named else None,
-        )  # fmt: skip
+        )
 
 
 def _profiles_are_useless(records: Collection[_Record], task: Task) -> bool:

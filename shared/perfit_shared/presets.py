@@ -58,9 +58,15 @@ class Preset:
         )
 
     def spec(
-        self, *, blocks: int, hidden_size: int, layers: tuple[int, ...] | None = None,
-        positions: str | None = None, collective_rank: int | None = None, personal_rank: int | None = None,
-    ) -> ShiftSpec:  # fmt: skip
+        self,
+        *,
+        blocks: int,
+        hidden_size: int,
+        layers: tuple[int, ...] | None = None,
+        positions: str | None = None,
+        collective_rank: int | None = None,
+        personal_rank: int | None = None,
+    ) -> ShiftSpec:
         """For a model of that size; what is given replaces the preset's. Raises InvalidInput."""
         chosen = layers or self.layers_for(blocks)
         if chosen[-1] >= blocks:

@@ -27,9 +27,14 @@ from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.positions import Positions
 
 __all__ = [
-    "LayerShift", "ShiftSpec", "ShiftTensors",
-    "gradient_from_bytes", "gradient_to_bytes", "read_metadata", "wire_dtype",
-]  # fmt: skip
+    "LayerShift",
+    "ShiftSpec",
+    "ShiftTensors",
+    "gradient_from_bytes",
+    "gradient_to_bytes",
+    "read_metadata",
+    "wire_dtype",
+]
 
 Array = npt.NDArray[np.float32]
 Parts = dict[str, npt.NDArray[Any]]  # of one layer, by the end of their names
@@ -47,18 +52,24 @@ _SHIFT_FORMS = {
     "float32": {"rotation": ("float32", "rd"), "source": ("float32", "rd"), "bias": ("float32", "r")},
     "float16": {"rotation": ("float16", "rd"), "change": ("float16", "rd"), "bias": ("float16", "r")},
     "int8": {
-        "rotation": ("int8", "rd"), "rotation.scale": ("float32", "r"),
-        "change": ("int8", "rd"), "change.scale": ("float32", "r"), "bias": ("float32", "r"),
+        "rotation": ("int8", "rd"),
+        "rotation.scale": ("float32", "r"),
+        "change": ("int8", "rd"),
+        "change.scale": ("float32", "r"),
+        "bias": ("float32", "r"),
     },
-}  # fmt: skip
+}
 _GRADIENT_FORMS = {
     "float32": _SHIFT_FORMS["float32"],
     "float16": {
-        "rotation": ("float16", "rd"), "rotation.scale": ("float32", "1"),
-        "source": ("float16", "rd"), "source.scale": ("float32", "1"),
-        "bias": ("float16", "r"), "bias.scale": ("float32", "1"),
+        "rotation": ("float16", "rd"),
+        "rotation.scale": ("float32", "1"),
+        "source": ("float16", "rd"),
+        "source.scale": ("float32", "1"),
+        "bias": ("float16", "r"),
+        "bias.scale": ("float32", "1"),
     },
-}  # fmt: skip
+}
 _FORMAT = "perfit-shift-1"
 _BLAS = threading.Lock()  # held while tensors are multiplied
 _HEADER_CAP = 64 * 1024  # bytes: names of a few dozen tensors need under 10 KB
@@ -256,9 +267,12 @@ def _rounded(shift: LayerShift, form: str) -> Parts:
         return {part: array.astype(np.float16) for part, array in parts.items()}
     (rotation8, rotation_scale), (change8, change_scale) = _in_int8(rotation), _in_int8(change)
     return {
-        "rotation": rotation8, "rotation.scale": rotation_scale,
-        "change": change8, "change.scale": change_scale, "bias": bias,
-    }  # fmt: skip
+        "rotation": rotation8,
+        "rotation.scale": rotation_scale,
+        "change": change8,
+        "change.scale": change_scale,
+        "bias": bias,
+    }
 
 
 def _restored(parts: Parts, form: str, layer: int) -> LayerShift:
@@ -283,9 +297,7 @@ def _restored(parts: Parts, form: str, layer: int) -> LayerShift:
     return LayerShift(nearest, nearest + change, parts["bias"].astype(np.float32))
 
 
-def _nearest_rotation(
-    rounded: npt.NDArray[np.float64], step: npt.NDArray[np.float64], layer: int
-) -> Array:  # fmt: skip
+def _nearest_rotation(rounded: npt.NDArray[np.float64], step: npt.NDArray[np.float64], layer: int) -> Array:
     """The matrix with orthonormal rows nearest to `rounded` (r, d), which went in steps of `step`.
 
     Rounding moved each entry by up to half a step, evenly: Δ has variance step² / 12. That makes

@@ -201,16 +201,58 @@ def _fill(template: str, item: Mapping[str, str], *, cut: bool = False) -> str:
     return template.format_map(values)
 
 
-_NEWS = ("food & drink", "sports", "education", "parents", "religion", "travel", "business", "crime",
-         "science & technology", "culture & arts", "entertainment", "politics", "women",
-         "style & beauty", "healthy living")  # fmt: skip
+_NEWS = (
+    "food & drink",
+    "sports",
+    "education",
+    "parents",
+    "religion",
+    "travel",
+    "business",
+    "crime",
+    "science & technology",
+    "culture & arts",
+    "entertainment",
+    "politics",
+    "women",
+    "style & beauty",
+    "healthy living",
+)
 # The same in the order of the instruction, as OPPU asks it.
-_NEWS_ASKED = ("travel", "education", "parents", "style & beauty", "entertainment", "food & drink",
-               "science & technology", "business", "sports", "healthy living", "women", "politics",
-               "crime", "culture & arts", "religion")  # fmt: skip
-_TAGS = ("sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy",
-         "classic", "psychology", "fantasy", "romance", "thought-provoking", "social commentary",
-         "violence", "true story")  # fmt: skip
+_NEWS_ASKED = (
+    "travel",
+    "education",
+    "parents",
+    "style & beauty",
+    "entertainment",
+    "food & drink",
+    "science & technology",
+    "business",
+    "sports",
+    "healthy living",
+    "women",
+    "politics",
+    "crime",
+    "culture & arts",
+    "religion",
+)
+_TAGS = (
+    "sci-fi",
+    "based on a book",
+    "comedy",
+    "action",
+    "twist ending",
+    "dystopia",
+    "dark comedy",
+    "classic",
+    "psychology",
+    "fantasy",
+    "romance",
+    "thought-provoking",
+    "social commentary",
+    "violence",
+    "true story",
+)
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -220,39 +262,74 @@ TASKS: dict[str, Task] = {
             "Which category does this article relate to among the following categories? Just answer "
             "with the category name without further explanation. categories: "
             f"[{', '.join(_NEWS_ASKED)}] article: {{text}} category:",
-            " {category}", "accuracy", "article: ", _NEWS, answer_tokens=12, lamp="LaMP_2N",
+            " {category}",
+            "accuracy",
+            "article: ",
+            _NEWS,
+            answer_tokens=12,
+            lamp="LaMP_2N",
         ),
         Task(
             "movie_tagging",
             "Which tag does this movie relate to among the following tags? Just answer with the tag "
             "name without further explanation. tags: "
             f"[{', '.join(_TAGS)}] description: {{description}} tag:",
-            " {tag}", "accuracy", "description: ", _TAGS, answer_tokens=12, lamp="LaMP_2M",
+            " {tag}",
+            "accuracy",
+            "description: ",
+            _TAGS,
+            answer_tokens=12,
+            lamp="LaMP_2M",
         ),
         Task(
             "product_rating",
             "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, "
             "3, 4, or 5 without further explanation. review: {text} score:",
-            " {score}", "mae", "review: ", ("1", "2", "3", "4", "5"), answer_tokens=4, lamp="LaMP_3",
+            " {score}",
+            "mae",
+            "review: ",
+            ("1", "2", "3", "4", "5"),
+            answer_tokens=4,
+            lamp="LaMP_3",
         ),
         Task(
-            "news_headline", "Generate a headline for the following article: {text} headline:",
-            " {title}", "rouge_1", "article: ", lamp="LaMP_4",
+            "news_headline",
+            "Generate a headline for the following article: {text} headline:",
+            " {title}",
+            "rouge_1",
+            "article: ",
+            lamp="LaMP_4",
         ),
         Task(
-            "scholarly_title", "Generate a title for the following abstract of a paper: {abstract} title:",
-            " {title}", "rouge_1", "paper: ", answer_tokens=64, lamp="LaMP_5",
+            "scholarly_title",
+            "Generate a title for the following abstract of a paper: {abstract} title:",
+            " {title}",
+            "rouge_1",
+            "paper: ",
+            answer_tokens=64,
+            lamp="LaMP_5",
         ),
         Task(
             "tweet_paraphrase",
             "Paraphrase the following tweet without any explanation before or after it: {input} tweet:",
-            " {text}", "rouge_1", "after it: ", answer_tokens=96, lamp="LaMP_7", history_template="tweet:",
+            " {text}",
+            "rouge_1",
+            "after it: ",
+            answer_tokens=96,
+            lamp="LaMP_7",
+            history_template="tweet:",
         ),
         Task(
-            "chat", "{prompt}", "{reply}", "rouge_1", stop=(), answer_tokens=256, chat=True,
+            "chat",
+            "{prompt}",
+            "{reply}",
+            "rouge_1",
+            stop=(),
+            answer_tokens=256,
+            chat=True,
         ),
     )
-}  # fmt: skip
+}
 
 
 def task_named(name: str) -> Task:

@@ -152,9 +152,12 @@ class Training(Generic[S]):
         optimizer = self.optimizer.copy()
         tensors = optimizer.step(self.tensors, gradient)
         return replace(
-            self, tensors=tensors, optimizer=optimizer,
-            losses=(*self.losses, loss), seconds=self.seconds + seconds,
-        )  # fmt: skip
+            self,
+            tensors=tensors,
+            optimizer=optimizer,
+            losses=(*self.losses, loss),
+            seconds=self.seconds + seconds,
+        )
 
     def judge(self, loss: float) -> Self:
         """After measuring held-out examples at an epoch's end; the best epoch's tensors are kept.
@@ -170,9 +173,12 @@ class Training(Generic[S]):
     def to_bytes(self) -> bytes:
         """All of it, exactly."""
         header = {
-            "plan": asdict(self.schedule), "losses": self.losses, "seconds": self.seconds,
-            "judged": self.judged, "best_loss": self.best_loss,
-        }  # fmt: skip
+            "plan": asdict(self.schedule),
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "judged": self.judged,
+            "best_loss": self.best_loss,
+        }
         parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
         if self.best is not None:
             parts.append(self.best.to_bytes())
@@ -199,6 +205,11 @@ class Training(Generic[S]):
                 best=ShiftTensors.from_named(safetensors.numpy.load(parts[3])) if len(parts) > 3 else None,
             )
         except (
-            PerfitError, ValueError, KeyError, TypeError, IndexError, safetensors.SafetensorError,
-        ) as error:  # fmt: skip
+            PerfitError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            safetensors.SafetensorError,
+        ) as error:
             raise InvalidData("not the state of a training run") from error

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tests.conftest import random_shift
 
-from perfit_cloud.engine.generation import Engine, GenerationSettings
-from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings
+from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
 from perfit_shared.positions import Positions
 
 SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16)  # forces chunked prefill
@@ -79,6 +79,9 @@ def uses(artefacts: dict[str, Any], count: int) -> list[ShiftUse]:
         artefact = list(artefacts.values())[i % 2]
         mode = list(Mode)[i % 3]
         personal = random_shift(artefact.spec, artefact.spec.personal_rank, 100 + i)
-        out.append(ShiftUse(mode, artefact if mode is not Mode.BASE else None,
-                            personal if mode is Mode.PERSONAL else None))  # fmt: skip
+        out.append(
+            ShiftUse(
+                mode, artefact if mode is not Mode.BASE else None, personal if mode is Mode.PERSONAL else None
+            )
+        )
     return out

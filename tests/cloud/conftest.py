@@ -15,15 +15,15 @@ from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, opening
 from tests.conftest import FAMILIES
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.engine.generation import GenerationEngine, engine_for
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.catalog import Catalog
+from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.memory import plan_memory
-from perfit_cloud.service.served import Served
 from perfit_cloud.service.server import CloudServer
 
 
@@ -80,17 +80,21 @@ def gradients(base: BaseModel) -> Iterator[GradientEngine]:
 
 
 @pytest.fixture(scope="module")
-def step_queue(base: BaseModel) -> Iterator[StepQueue]:
-    queue = StepQueue(AdaptationEngine(base, keep_bytes=2**26))
+def step_queue(base: BaseModel) -> Iterator[GradientScheduler]:
+    queue = GradientScheduler(UpdateEngine(base, keep_bytes=2**26))
     yield queue
     queue.close()
 
 
 @pytest.fixture
 def run(
-    tmp_path: Path, base: BaseModel, artefact: Artefact, generation: GenerationEngine,
-    gradients: GradientEngine, step_queue: StepQueue,
-) -> Iterator[Callable[..., Running]]:  # fmt: skip
+    tmp_path: Path,
+    base: BaseModel,
+    artefact: Artefact,
+    generation: GenerationEngine,
+    gradients: GradientEngine,
+    step_queue: GradientScheduler,
+) -> Iterator[Callable[..., Running]]:
     """Start a server; keyword arguments change its configuration or put a stand-in for an engine."""
     started: list[Running] = []
 
@@ -104,20 +108,29 @@ def run(
         **change: Any,
     ) -> Running:
         settings: dict[str, Any] = {
-            "state": tmp_path / f"state{len(started)}", "address": "127.0.0.1:0",
-            "enrol_address": "127.0.0.1:0", "drain_seconds": 2, "cache_tokens": SETTINGS.cache_tokens,
-        }  # fmt: skip
+            "state": tmp_path / f"state{len(started)}",
+            "address": "127.0.0.1:0",
+            "enrol_address": "127.0.0.1:0",
+            "drain_seconds": 2,
+            "cache_tokens": SETTINGS.cache_tokens,
+        }
         config = CloudConfig(**{**settings, **change})
         authority = Authority(
             config.state, certificate_seconds=config.certificate_seconds, lapse_seconds=config.lapse_seconds
         )
-        served = Served.build(config, base, [artefact], authority.cloud_id)
+        served = Catalog.build(config, base, [artefact], authority.cloud_id)
         memory = plan_memory(config, served, process=0, continuous=True)
         server = CloudServer(
-            config, authority=authority, served=served, generation=engine or generation,
-            gradients=gradient_engine or gradients, steps=steps or step_queue,
-            memory=memory, engines=engines, ended=ended,
-        )  # fmt: skip
+            config,
+            authority=authority,
+            served=served,
+            generation=engine or generation,
+            gradients=gradient_engine or gradients,
+            steps=steps or step_queue,
+            memory=memory,
+            engines=engines,
+            ended=ended,
+        )
         server.start()
         started.append(Running(config, authority, server))
         return started[-1]

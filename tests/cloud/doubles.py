@@ -20,7 +20,7 @@ from tests.cloud.serving import (
     pem,
 )
 
-from perfit_cloud.engine.types import Finish, Piece
+from perfit_cloud.engine.interface import Chunk, Finish
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
@@ -43,9 +43,9 @@ class Drip:
         self.cancelled.set()
         self.go.release()
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Chunk]:
         while self.go.acquire() and not self.cancelled.is_set():
-            yield Piece("word ")
+            yield Chunk("word ")
 
 
 class Held:
@@ -72,21 +72,21 @@ class Held:
 
 class HeldAnswer:
     def __init__(self, piece: str) -> None:
-        self._steps: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
         self._piece = piece
         self.is_over = False
 
     def step(self) -> None:
-        self._steps.put(Piece(self._piece))
+        self._steps.put(Chunk(self._piece))
 
     def finish(self) -> None:
-        self._steps.put(Piece("", Finish.END, 3, 2))
+        self._steps.put(Chunk("", Finish.END, 3, 2))
 
     def cancel(self) -> None:
         self.is_over = True
         self._steps.put(None)
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Chunk]:
         while (piece := self._steps.get()) is not None and not self.is_over:
             yield piece
 
@@ -134,9 +134,14 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 def headers(stream: int, path: str, *more: tuple[str, str]) -> bytes:
     """The frame that begins a call."""
     fields = [
-        (":method", "POST"), (":scheme", "https"), (":path", path), (":authority", "localhost"),
-        ("content-type", "application/grpc"), ("te", "trailers"), *more,
-    ]  # fmt: skip
+        (":method", "POST"),
+        (":scheme", "https"),
+        (":path", path),
+        (":authority", "localhost"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+        *more,
+    ]
     # Literal header fields without indexing, RFC 7541 6.2.2.
     block = b"".join(
         b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.evaluation.results import QueryResult, Run, UserResult, user_folder
+from perfit_cloud.lamp.results import QueryResult, Run, UserResult, user_folder
 from perfit_shared.tasks import Task
 
 LABELS = Task("news_categorize", "{text} is", " {category}", "accuracy", labels=("a", "b", "c"))
@@ -14,11 +14,25 @@ RATINGS = Task("product_rating", "{text} gets", " {score}", "mae", labels=("1", 
 TEXTS = Task("news_headline", "{text} so", " {title}", "rouge_1")
 
 SETTINGS: Mapping[str, Any] = {
-    "model": "tiny", "fingerprint": "f0", "blocks": 8, "hidden_size": 16, "layers": [2, 3],
-    "positions": "f7+l7", "collective_rank": 8, "personal_rank": 4, "epochs": 2, "learning_rate": 1e-3,
-    "batch_size": 4, "seed": 0, "users": 3, "collective_users": None, "ablation": "full",
-    "artefact": "v0", "decoding": {"temperature": 0.1, "seed": 0}, "histories": "own",
-}  # fmt: skip
+    "model": "tiny",
+    "fingerprint": "f0",
+    "blocks": 8,
+    "hidden_size": 16,
+    "layers": [2, 3],
+    "positions": "f7+l7",
+    "collective_rank": 8,
+    "personal_rank": 4,
+    "epochs": 2,
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "seed": 0,
+    "users": 3,
+    "collective_users": None,
+    "ablation": "full",
+    "artefact": "v0",
+    "decoding": {"temperature": 0.1, "seed": 0},
+    "histories": "own",
+}
 
 
 def query(

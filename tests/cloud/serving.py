@@ -15,11 +15,11 @@ from tests.cloud.test_authority import csr_of, new_key
 from tests.conftest import random_shift
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation import GenerationSettings
-from perfit_cloud.engine.types import Mode, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationSettings
+from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import identity_of
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import identity_of
 from perfit_cloud.service.server import CloudServer
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
@@ -104,9 +104,11 @@ def failure(call: Callable[[], object]) -> tuple[str, dict[str, str], str]:
 def personal(artefact: Artefact, seed: int = 1) -> tuple[pb.Shift, ShiftUse]:
     tensors = random_shift(artefact.spec, artefact.spec.personal_rank, seed)
     message = pb.Shift(
-        mode=pb.SHIFT_MODE_PERSONAL, artefact=artefact.name, version=artefact.version,
+        mode=pb.SHIFT_MODE_PERSONAL,
+        artefact=artefact.name,
+        version=artefact.version,
         personal=tensors.to_bytes(),
-    )  # fmt: skip
+    )
     return message, ShiftUse(Mode.PERSONAL, artefact, tensors)
 
 

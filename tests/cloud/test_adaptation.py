@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cloud.test_tail import build
+from tests.cloud.test_partial import build
 from tests.conftest import FAMILIES, KEPT, random_shift
 
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.kept import Caps
-from perfit_cloud.engine.types import Gradient, Mode, ShiftUse
+from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
 from perfit_cloud.model.base import block_list
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -92,12 +92,12 @@ def person(artefact: Any, seed: int) -> ShiftTensors:
 def test_a_step_equals_full_autograd(family: str, layers: Any, positions: str, make_artefact: Any) -> None:
     base = build(family)
     artefact = make_artefact(base, layers=layers, positions=positions)
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
+    engine = UpdateEngine(base, keep_bytes=PLENTY)
     assert engine.keeps == (family in KEPT)
     rows, mine = [2, 0, 7, 4, 5, 1], person(artefact, 3)
     wanted = by_autograd(base, artefact, mine, [RAGGED[row] for row in rows])
-    with engine.open(RAGGED, artefact) as adaptation:
-        step = Step(adaptation, rows, mine)
+    with engine.open(RAGGED, artefact) as session:
+        step = GradientRequest(session, rows, mine)
         (got,) = engine.gradients([step])
         assert_equal(got, wanted)
         assert engine.losses([step]) == [(pytest.approx(got.loss, rel=1e-6), got.tokens)]
@@ -112,19 +112,19 @@ def test_several_users_together_equal_each_alone(
     """Ragged batches, one user twice, one with nothing to change, one under another artefact; any budget."""
     base = build(family)
     artefact, other = make_artefact(base, positions=positions), make_artefact(base, layers=(0, 3), seed=5)
-    engine, alone = AdaptationEngine(base, keep_bytes=keep_bytes), GradientEngine(base)
+    engine, alone = UpdateEngine(base, keep_bytes=keep_bytes), GradientEngine(base)
     histories = [RAGGED, make_pairs([40, 20, 2, 1, 7], 1), make_pairs([1, 1], 2), make_pairs([9, 9, 9], 3)]
     artefacts = [artefact, artefact, artefact, other]
     opened = [engine.open(pairs, a) for pairs, a in zip(histories, artefacts, strict=True)]
-    kept = sum(a.kept_examples for a in opened)
+    kept = sum(a.cached_examples for a in opened)
     if family != "gpt2":
         changing = sum(len(prompt) > 1 for pairs in histories for prompt, _ in pairs)
         assert {PLENTY: kept == changing, 6000: 0 < kept < changing, 0: kept == 0}[keep_bytes]
         assert sum(a.kept_bytes for a in opened) <= keep_bytes
     asked = [(0, [7, 0, 3]), (1, [0, 3, 2, 1]), (0, [5]), (2, [0, 1]), (3, [0, 2])]
     steps = [
-        Step(opened[i], rows, person(artefacts[i], 10 + at)) for at, (i, rows) in enumerate(asked)
-    ]  # fmt: skip
+        GradientRequest(opened[i], rows, person(artefacts[i], 10 + at)) for at, (i, rows) in enumerate(asked)
+    ]
     together = engine.gradients(steps)
     for step, (i, rows), got in zip(steps, asked, together, strict=True):
         use = ShiftUse(Mode.PERSONAL, artefacts[i], step.personal)
@@ -146,7 +146,7 @@ def test_several_users_together_equal_each_alone(
 def test_what_a_neighbour_sends_changes_no_bit(family: str, positions: str, make_artefact: Any) -> None:
     base = build(family)
     artefact = make_artefact(base, positions=positions)
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
+    engine = UpdateEngine(base, keep_bytes=PLENTY)
     mine = engine.open(RAGGED, artefact)
     found = []
     for seed, scale in ((1, 1.0), (2, 60.0)):  # another text of the same lengths, and tensors near the cap
@@ -156,13 +156,15 @@ def test_what_a_neighbour_sends_changes_no_bit(family: str, positions: str, make
             {at: LayerShift(r, w * scale, b * scale) for at, (r, w, b) in shift.layers.items()}
         )
         rows = list(range(8))
-        steps = [Step(theirs, rows, huge), Step(mine, rows, person(artefact, 9)), Step(theirs, rows, huge)]
+        steps = [
+            GradientRequest(theirs, rows, huge),
+            GradientRequest(mine, rows, person(artefact, 9)),
+            GradientRequest(theirs, rows, huge),
+        ]
         found.append(engine.gradients(steps))
     assert found[0][0].loss != found[1][0].loss
     assert found[0][1].loss == found[1][1].loss
-    for (name, a), (_, b) in zip(
-        found[0][1].tensors.named(), found[1][1].tensors.named(), strict=True
-    ):  # fmt: skip
+    for (name, a), (_, b) in zip(found[0][1].tensors.named(), found[1][1].tensors.named(), strict=True):
         assert a.tobytes() == b.tobytes(), name
 
 
@@ -172,9 +174,11 @@ def test_big_steps_are_cut_into_passes(
 ) -> None:
     base = build(family)
     artefact = make_artefact(base)
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
+    engine = UpdateEngine(base, keep_bytes=PLENTY)
     steps = [
-        Step(engine.open(make_pairs(lengths, i), artefact), range(len(lengths)), person(artefact, i))
+        GradientRequest(
+            engine.open(make_pairs(lengths, i), artefact), range(len(lengths)), person(artefact, i)
+        )
         for i, lengths in enumerate([[30, 5, 40, 12, 20], [6, 7], [8, 9], [60, 10]])
     ]
     whole = engine.gradients(steps)
@@ -187,9 +191,9 @@ def test_big_steps_are_cut_into_passes(
 
     monkeypatch.setattr(engine, "_pass", counted)
     for caps in (
-        Caps(48, 2**20, 2**20),
-        Caps(2**20, 64, 2**20),
-        Caps(2**20, 2**20, 300),
+        BatchBudget(48, 2**20, 2**20),
+        BatchBudget(2**20, 64, 2**20),
+        BatchBudget(2**20, 2**20, 300),
     ):
         passes.clear()
         monkeypatch.setattr(engine, "_caps", caps)
@@ -198,7 +202,7 @@ def test_big_steps_are_cut_into_passes(
         assert len(passes) > 2
         assert any(len(shares) > 1 for shares in passes)  # like lengths of several users
         for shares in passes:
-            of_pass = [t.adaptation._arrays for t, which in shares for _ in which]
+            of_pass = [t.session._arrays for t, which in shares for _ in which]
             sizes = [
                 (a.rows[i], a.rows[i] + a.starts[i])
                 for a, i in zip(of_pass, (i for _, which in shares for i in which), strict=True)
@@ -217,24 +221,24 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     base = build("qwen3")
     artefact = make_artefact(base, positions=positions)
     mine = person(artefact, 3)
-    everything = AdaptationEngine(base, keep_bytes=PLENTY).open(RAGGED, artefact)
-    assert (everything.kept_examples, everything.spilled_examples) == (7, 0)
+    everything = UpdateEngine(base, keep_bytes=PLENTY).open(RAGGED, artefact)
+    assert (everything.cached_examples, everything.spilled_examples) == (7, 0)
     wanted = by_autograd(base, artefact, mine, RAGGED)
     keep_bytes = spill_bytes = everything.kept_bytes // 3
-    engine = AdaptationEngine(base, keep_bytes=keep_bytes, spill_bytes=spill_bytes)
-    adaptation = engine.open(RAGGED, artefact)
-    counts = (adaptation.kept_examples, adaptation.spilled_examples)
+    engine = UpdateEngine(base, keep_bytes=keep_bytes, spill_bytes=spill_bytes)
+    session = engine.open(RAGGED, artefact)
+    counts = (session.cached_examples, session.spilled_examples)
     assert min(counts) > 0 and sum(counts) < 7
-    assert adaptation.kept_bytes <= keep_bytes and adaptation.spilled_bytes <= spill_bytes
-    costs = adaptation._arrays.lengths
-    (there, host), numbers = adaptation._blocks.values(), adaptation._block
+    assert session.kept_bytes <= keep_bytes and session.spilled_bytes <= spill_bytes
+    costs = session._arrays.lengths
+    (there, host), numbers = session._blocks.values(), session._block
     on_device, spilled, nowhere = costs[there.which], costs[host.which], costs[numbers < 0]
     assert on_device[on_device > 1].max() <= spilled.min() and spilled.max() <= nowhere.max()
-    assert_equal(engine.gradients([Step(adaptation, range(8), mine)])[0], wanted)
+    assert_equal(engine.gradients([GradientRequest(session, range(8), mine)])[0], wanted)
     with engine.open(RAGGED, artefact) as late:  # what is left is too little even for the cheapest
-        assert_equal(engine.gradients([Step(late, range(8), mine)])[0], wanted)
-    assert late.kept_examples + late.spilled_examples < sum(counts)
-    adaptation.close()
+        assert_equal(engine.gradients([GradientRequest(late, range(8), mine)])[0], wanted)
+    assert late.cached_examples + late.spilled_examples < sum(counts)
+    session.close()
     assert engine._room == [keep_bytes, spill_bytes]
 
 
@@ -246,10 +250,10 @@ def test_in_bfloat16_a_step_is_as_near_to_float32_as_the_full_one(positions: str
     # The same weights in both.
     for a, b in zip(exact.model.parameters(), base.model.parameters(), strict=True):
         b.data.copy_(a)
-    engine, alone = AdaptationEngine(base, keep_bytes=PLENTY), GradientEngine(base)
+    engine, alone = UpdateEngine(base, keep_bytes=PLENTY), GradientEngine(base)
     wanted = by_autograd(exact, artefact, mine, RAGGED)
     full = alone.gradient(RAGGED, use)
-    (got,) = engine.gradients([Step(engine.open(RAGGED, artefact), range(8), mine)])
+    (got,) = engine.gradients([GradientRequest(engine.open(RAGGED, artefact), range(8), mine)])
     alone.close()
 
     def error(of: Gradient) -> float:

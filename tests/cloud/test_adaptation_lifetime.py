@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tests.cloud.doubles import wait_for
 from tests.cloud.test_adaptation import PLENTY, RAGGED, assert_equal, person
-from tests.cloud.test_tail import build
+from tests.cloud.test_partial import build
 
-from perfit_cloud.engine import adaptation as module
-from perfit_cloud.engine import kept as kept_module
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.kept import Caps
-from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Gradient
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.gradients import activation_cache as kept_module
+from perfit_cloud.engine.gradients import session as module
+from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Gradient
 from perfit_cloud.model.base import block_list
 from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -26,7 +26,7 @@ from perfit_shared.shifts import LayerShift, ShiftTensors
 def llama(make_artefact: Any) -> Any:
     """(base, artefact with last positions, engine that keeps everything)."""
     base = build("llama")
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
+    engine = UpdateEngine(base, keep_bytes=PLENTY)
     yield base, make_artefact(base, positions="l4"), engine
     engine.close()
 
@@ -34,7 +34,7 @@ def llama(make_artefact: Any) -> Any:
 def test_a_step_runs_only_what_the_tensors_can_change(llama: Any) -> None:
     """Rows that meet each block and its MLP: none below the first intervened one, no past, few at the end."""
     _, artefact, engine = llama
-    adaptation = engine.open(RAGGED, artefact)
+    session = engine.open(RAGGED, artefact)
     blocks = block_list(engine._own.model)
     seen: dict[str, int] = {}
     for at, block in enumerate(blocks):
@@ -42,35 +42,38 @@ def test_a_step_runs_only_what_the_tensors_can_change(llama: Any) -> None:
             part.register_forward_pre_hook(
                 lambda _m, args, key=f"{name} {at}": seen.update({key: args[0].shape[1]})
             )
-    engine.gradients([Step(adaptation, [2, 5], person(artefact, 1))])  # layers 1 and 2, l4
+    engine.gradients([GradientRequest(session, [2, 5], person(artefact, 1))])  # layers 1 and 2, l4
     targets = [len(RAGGED[row][1]) for row in (2, 5)]
     rows = sum(4 + n - 1 for n in targets)
     assert seen == {
-        "attention 2": rows, "mlp 2": rows, "attention 3": rows, "mlp 3": sum(targets),
-    }  # fmt: skip
+        "attention 2": rows,
+        "mlp 2": rows,
+        "attention 3": rows,
+        "mlp 3": sum(targets),
+    }
 
 
 def test_nothing_is_left_after_close(make_artefact: Any) -> None:
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
-    engine = AdaptationEngine(base, keep_bytes=6000, spill_bytes=9000)
-    adaptation = engine.open(RAGGED, artefact)
-    held, taken = [adaptation._arrays.ids], []
-    for kept in kept_by(adaptation):
+    engine = UpdateEngine(base, keep_bytes=6000, spill_bytes=9000)
+    session = engine.open(RAGGED, artefact)
+    held, taken = [session._arrays.ids], []
+    for kept in kept_by(session):
         held += (own := [kept.hidden, *(t for pair in kept.past.values() for t in pair)])
         taken.append(sum(t.nbytes for t in own))
     assert all(tensor.abs().sum() > 0 for tensor in held)
-    assert taken == [adaptation.kept_bytes, adaptation.spilled_bytes]
+    assert taken == [session.kept_bytes, session.spilled_bytes]
     assert engine._room == [6000 - taken[0], 9000 - taken[1]]
-    step = Step(adaptation, [0, 1], person(artefact, 1))
+    step = GradientRequest(session, [0, 1], person(artefact, 1))
     engine.gradients([step])
-    adaptation.close()
-    adaptation.close()
+    session.close()
+    session.close()
     assert not any(tensor.abs().sum() for tensor in held)
-    assert not adaptation._constants.any()
+    assert not session._constants.any()
     assert engine._room == [6000, 9000]
     for call in (engine.gradients, engine.losses):
-        for late in (step, Step(adaptation, [4], step.personal)):  # the other needs no pass
+        for late in (step, GradientRequest(session, [4], step.personal)):  # the other needs no pass
             with pytest.raises(InvalidInput, match="closed"):
                 call([late])
 
@@ -97,8 +100,8 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
     """However much there is to fill: the passes after the caller has left are not run."""
     base = build("llama")
     artefact, left = make_artefact(base, positions="l4"), threading.Event()
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
-    engine._caps = Caps(30, 2**20, 2**20)
+    engine = UpdateEngine(base, keep_bytes=PLENTY)
+    engine._caps = BatchBudget(30, 2**20, 2**20)
     fill, passes = kept_module._fill, []
 
     def filled(tail: Any, part: Any, collective: Any) -> None:
@@ -126,7 +129,7 @@ def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(module, "pass_from_kept", slow)
     found: list[Gradient] = []
-    step = Step(mine, [2, 5], person(artefact, 1))
+    step = GradientRequest(mine, [2, 5], person(artefact, 1))
     worker = threading.Thread(target=lambda: found.extend(engine.gradients([step])))
     worker.start()
     assert at_work.wait(10)
@@ -147,10 +150,10 @@ def test_passes_breathe_between_blocks(llama: Any, monkeypatch: pytest.MonkeyPat
     _, artefact, engine = llama
     breaths: list[str] = []
     doing = ""
-    monkeypatch.setattr(type(engine._turns), "breathe", lambda _self: breaths.append(doing))
+    monkeypatch.setattr(type(engine._device_lock), "yield_to_waiting", lambda _self: breaths.append(doing))
     doing = "fill"
-    adaptation = engine.open(RAGGED, artefact)
-    step = Step(adaptation, [2, 5], person(artefact, 1))
+    session = engine.open(RAGGED, artefact)
+    step = GradientRequest(session, [2, 5], person(artefact, 1))
     doing = "loss"
     engine.losses([step])
     doing = "gradient"
@@ -173,27 +176,27 @@ def test_an_adaptation_that_fails_to_open_holds_no_room(llama: Any, monkeypatch:
 def test_the_next_one_gets_the_room_that_a_closed_one_had(make_artefact: Any) -> None:
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
-    probe = AdaptationEngine(base, keep_bytes=PLENTY)
-    engine = AdaptationEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
+    probe = UpdateEngine(base, keep_bytes=PLENTY)
+    engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
     with engine.open(RAGGED, artefact, owner="a") as first:
-        assert first.kept_examples == 7
-        assert engine.open(RAGGED, artefact, owner="a").kept_examples == 0
-    assert engine.open(RAGGED, artefact, owner="a").kept_examples == 7
+        assert first.cached_examples == 7
+        assert engine.open(RAGGED, artefact, owner="a").cached_examples == 0
+    assert engine.open(RAGGED, artefact, owner="a").cached_examples == 7
 
 
 def test_who_comes_later_takes_of_who_has_more_than_an_even_part(make_artefact: Any) -> None:
     """Two idle streams of one device held 99.8 % of the room, and everybody else's steps began anew."""
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
-    engine = AdaptationEngine(base, keep_bytes=PLENTY)
-    engine._caps = Caps(40, 2**20, 2**20)  # so that a small adaptation has several blocks
+    engine = UpdateEngine(base, keep_bytes=PLENTY)
+    engine._caps = BatchBudget(40, 2**20, 2**20)  # so that a small adaptation has several blocks
     with engine.open(RAGGED, artefact) as probe:
         whole = probe.kept_bytes
     room = int(1.1 * whole)
-    engine = AdaptationEngine(base, keep_bytes=room)
-    engine._caps = Caps(40, 2**20, 2**20)
+    engine = UpdateEngine(base, keep_bytes=room)
+    engine._caps = BatchBudget(40, 2**20, 2**20)
     greedy = [engine.open(RAGGED, artefact, owner="greedy") for _ in range(2)]
-    step = Step(greedy[0], [2, 5], person(artefact, 1))
+    step = GradientRequest(greedy[0], [2, 5], person(artefact, 1))
     (wanted,) = engine.gradients([step])
     kept = kept_by(greedy[0])
     assert engine.bytes_held()[0] > 0.9 * room
@@ -216,21 +219,21 @@ def test_who_comes_later_takes_no_more_than_it_wants(make_artefact: Any) -> None
     """One short example freed up to half of what another device's update kept."""
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
-    probe = AdaptationEngine(base, keep_bytes=PLENTY)
-    engine = AdaptationEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
-    engine._caps = Caps(15, 2**20, 2**20)
+    probe = UpdateEngine(base, keep_bytes=PLENTY)
+    engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
+    engine._caps = BatchBudget(15, 2**20, 2**20)
     first = engine.open(RAGGED, artefact, owner="first")
     kept = len(kept_by(first))
     late = engine.open(RAGGED[2:3], artefact, owner="late")
-    assert (late.kept_examples, kept - len(kept_by(first))) == (1, 1)
+    assert (late.cached_examples, kept - len(kept_by(first))) == (1, 1)
     engine.close()
 
 
 def test_whoever_leaves_stands_in_line_for_room_no_more(make_artefact: Any) -> None:
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
-    turns, left = Turns(), threading.Event()
-    engine = AdaptationEngine(base, keep_bytes=1, turns=turns)
+    device_lock, left = DeviceLock(), threading.Event()
+    engine = UpdateEngine(base, keep_bytes=1, device_lock=device_lock)
     plain = [pair for pair in RAGGED if len(pair[0]) > 4][:1]  # nothing that is computed before there is room
     opened: list[Exception] = []
 
@@ -240,10 +243,10 @@ def test_whoever_leaves_stands_in_line_for_room_no_more(make_artefact: Any) -> N
         except Exception as error:
             opened.append(error)
 
-    with turns.take_long():
+    with device_lock.hold_long():
         worker = threading.Thread(target=open_it)
         worker.start()
-        wait_for(lambda: len(turns.long_waiting()) == 1)
+        wait_for(lambda: len(device_lock.long_waiting()) == 1)
         left.set()
         worker.join(10)
         assert [type(error) for error in opened] == [InvalidInput]
@@ -252,33 +255,33 @@ def test_whoever_leaves_stands_in_line_for_room_no_more(make_artefact: Any) -> N
 
 def test_without_room_for_anybody_nobody_waits_for_it(make_artefact: Any) -> None:
     base = build("llama")
-    turns = Turns()
-    engine = AdaptationEngine(base, keep_bytes=0, turns=turns)
+    device_lock = DeviceLock()
+    engine = UpdateEngine(base, keep_bytes=0, device_lock=device_lock)
     opening = threading.Thread(
         target=engine.open, args=(RAGGED[2:3], make_artefact(base, positions="l4")), daemon=True
     )
-    with turns.take_long():
+    with device_lock.hold_long():
         opening.start()
         opening.join(10)
         assert not opening.is_alive()
     engine.close()
 
 
-def kept_by(adaptation: Any) -> list[Any]:
-    return [block.kept for block in adaptation._blocks.values()]
+def kept_by(session: Any) -> list[Any]:
+    return [block.kept for block in session._blocks.values()]
 
 
 def test_steps_from_many_threads(llama: Any) -> None:
     _, artefact, engine = llama
-    adaptation = engine.open(RAGGED, artefact)
-    steps = [Step(adaptation, [i, 7 - i], person(artefact, i)) for i in (0, 1, 2)]
+    session = engine.open(RAGGED, artefact)
+    steps = [GradientRequest(session, [i, 7 - i], person(artefact, i)) for i in (0, 1, 2)]
     wanted = [engine.gradients([step])[0] for step in steps]
     found: dict[int, list[Gradient]] = {i: [] for i in range(3)}
 
     def work(i: int) -> None:
         with engine.open(RAGGED, artefact) as own:
             for _ in range(5):
-                found[i] += engine.gradients([Step(own, steps[i].rows, steps[i].personal)])
+                found[i] += engine.gradients([GradientRequest(own, steps[i].rows, steps[i].personal)])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -296,12 +299,14 @@ def test_what_cannot_be_is_refused(llama: Any) -> None:
     for examples in ([], [([], [5])], [([5, 6], [])]):
         with pytest.raises(InvalidInput):
             engine.open(examples, artefact)
-    adaptation, mine = engine.open(RAGGED, artefact), person(artefact, 1)
+    session, mine = engine.open(RAGGED, artefact), person(artefact, 1)
     for rows in ([], [8], [-1, 2]):
         with pytest.raises(InvalidInput, match="examples"):
-            engine.gradients([Step(adaptation, rows, mine)])
+            engine.gradients([GradientRequest(session, rows, mine)])
     narrow = {at: LayerShift(r[:2], w[:2], b[:2]) for at, (r, w, b) in mine.layers.items()}
     fewer = {1: mine.layers[1]}
     for layers in (narrow, fewer):
         with pytest.raises(InvalidTensors, match="shapes"):
-            engine.gradients([Step(adaptation, [0], mine), Step(adaptation, [0], ShiftTensors(layers))])
+            engine.gradients(
+                [GradientRequest(session, [0], mine), GradientRequest(session, [0], ShiftTensors(layers))]
+            )

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from tests.cloud.test_adaptation import make_pairs, person
-from tests.cloud.test_tail import build
+from tests.cloud.test_partial import build
 
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.batched import BatchedEngine
-from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
-from perfit_cloud.engine.kept import Caps
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
+from perfit_cloud.engine.generation.static import BatchedEngine
+from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 
 FAMILIES = ["llama", "gpt2", "gemma3_text"]
 MINE, NEIGHBOURS = "mine", 7
@@ -27,19 +27,19 @@ MINE, NEIGHBOURS = "mine", 7
 def logits_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[torch.Tensor]:
     """The logits of every token of one answer, of 30 prompt tokens in several pieces."""
     found: list[torch.Tensor] = []
-    turns = Turns()
+    device_lock = DeviceLock()
     settings = GenerationSettings(cache_tokens=4096, batch_tokens=16, max_requests=16, alone=alone)
 
     class Recorded(GenerationEngine):
         def _forward(self, plan: Any) -> Any:
-            logits, speaking = super()._forward(plan)
+            logits, sampled = super()._forward(plan)
             found.extend(
-                row.clone() for row, request in zip(logits, speaking, strict=True) if request.owner == MINE
+                row.clone() for row, request in zip(logits, sampled, strict=True) if request.owner == MINE
             )
-            return logits, speaking
+            return logits, sampled
 
-    engine = Recorded(base, {artefact.name: artefact}, settings, turns)
-    with turns.take():  # nobody begins before all are there
+    engine = Recorded(base, {artefact.name: artefact}, settings, device_lock)
+    with device_lock.hold():  # nobody begins before all are there
         others = [
             engine.submit(
                 list(range(1, 6 + 9 * n)),
@@ -72,25 +72,26 @@ def test_an_answers_logits_are_those_of_an_empty_cloud(
 
 def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[np.ndarray[Any, Any]]:
     """Those of three steps, over examples that are kept and examples that are not."""
-    engine = AdaptationEngine(base, keep_bytes=150_000, parts=NEIGHBOURS + 1 if alone else 0)
-    engine._caps = Caps(150, 2**20, 2**20)
-    queue = StepQueue(engine, alone=alone)
+    engine = UpdateEngine(base, keep_bytes=150_000, parts=NEIGHBOURS + 1 if alone else 0)
+    engine._caps = BatchBudget(150, 2**20, 2**20)
+    queue = GradientScheduler(engine, alone=alone)
     others = [
         queue.open(make_pairs([40 + n, 9, 33, 21, 60], n), artefact, owner=f"neighbour {n}")
         for n in range(neighbours)
     ]
     mine = queue.open(make_pairs([30, 12, 44, 25, 18, 50], 100), artefact, owner=MINE)
     if alone and queue.keeps:
-        assert 0 < mine.kept_examples < 6
+        assert 0 < mine.cached_examples < 6
     found: list[np.ndarray[Any, Any]] = []
     for number in range(3):
         hold = threading.Event()
-        holder = threading.Thread(target=_hold, args=(engine._turns, hold))
+        holder = threading.Thread(target=_hold, args=(engine._device_lock, hold))
         holder.start()
         futures = [
-            queue.submit(Step(other, [0, 1, 2, 3, 4], person(artefact, n))) for n, other in enumerate(others)
+            queue.submit(GradientRequest(other, [0, 1, 2, 3, 4], person(artefact, n)))
+            for n, other in enumerate(others)
         ]
-        future = queue.submit(Step(mine, range(6), person(artefact, 200 + number)))
+        future = queue.submit(GradientRequest(mine, range(6), person(artefact, 200 + number)))
         hold.set()
         holder.join()
         gradient = future.result(60)
@@ -101,8 +102,8 @@ def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> l
     return found
 
 
-def _hold(turns: Turns, until: threading.Event) -> None:
-    with turns.take_long():
+def _hold(device_lock: DeviceLock, until: threading.Event) -> None:
+    with device_lock.hold_long():
         assert until.wait(60)
 
 
@@ -136,9 +137,9 @@ def test_a_family_without_a_shared_batch_answers_one_at_a_time(load: Callable[[s
             sizes.append(len(rows))
             return super()._groups(rows)
 
-    turns = Turns()
-    engine = Counted(base, {}, GenerationSettings(4096, 64, 16, alone=True), turns)
-    with turns.take():
+    device_lock = DeviceLock()
+    engine = Counted(base, {}, GenerationSettings(4096, 64, 16, alone=True), device_lock)
+    with device_lock.hold():
         answers = [engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(3)) for _ in range(4)]
     for answer in answers:
         list(answer)

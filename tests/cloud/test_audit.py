@@ -61,20 +61,23 @@ CONTROL, CLEAN = row("off", "closed", TENSOR), row("on", "closed", {})
 DURING = row("on", "during", TENSOR | TEXT)
 
 
-@pytest.mark.parametrize(("rows", "kept"), [
-    ([CONTROL, DURING, CLEAN], True),
-    ([CONTROL, DURING, row("on", "after", TEXT), CLEAN], True),
-    ([CONTROL, DURING, row("on", "during", TENSOR | {"example ids int64": ("heap",)}), CLEAN], True),
-    ([CONTROL, DURING, CLEAN, row("on", "closed", TEXT)], False),
-    ([CONTROL, DURING, CLEAN, row("on", "before", TEXT)], False),
-    ([CONTROL, DURING, CLEAN, row("on", "during", TENSOR)], False),
-    ([CONTROL, DURING, CLEAN, row("on", "during", TEXT)], False),
-    ([row("off", "closed", {}), DURING, CLEAN], False),  # nothing says that it would have been found
-    ([DURING, CLEAN], False),
-    ([CONTROL, DURING], False),  # nobody looked at what the promise is about
-    ([CONTROL, CLEAN], False),  # no look found any text
-    ([CONTROL, row("off", "before", TEXT), CLEAN], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        ([CONTROL, DURING, CLEAN], True),
+        ([CONTROL, DURING, row("on", "after", TEXT), CLEAN], True),
+        ([CONTROL, DURING, row("on", "during", TENSOR | {"example ids int64": ("heap",)}), CLEAN], True),
+        ([CONTROL, DURING, CLEAN, row("on", "closed", TEXT)], False),
+        ([CONTROL, DURING, CLEAN, row("on", "before", TEXT)], False),
+        ([CONTROL, DURING, CLEAN, row("on", "during", TENSOR)], False),
+        ([CONTROL, DURING, CLEAN, row("on", "during", TEXT)], False),
+        ([row("off", "closed", {}), DURING, CLEAN], False),  # nothing says that it would have been found
+        ([DURING, CLEAN], False),
+        ([CONTROL, DURING], False),  # nobody looked at what the promise is about
+        ([CONTROL, CLEAN], False),  # no look found any text
+        ([CONTROL, row("off", "before", TEXT), CLEAN], False),
+    ],
+)
 def test_the_promise_is_kept_only_where_every_control_finds(rows: list[Row], kept: bool) -> None:
     assert is_kept(rows) is kept
 
@@ -82,7 +85,9 @@ def test_the_promise_is_kept_only_where_every_control_finds(rows: list[Row], kep
 def test_it_is_said_which_needles_no_look_found() -> None:
     rows = [row("off", "before", TEXT), CONTROL, row("on", "after", {"tensor fp16": ("heap",)}), CLEAN]
     assert forms_seen(rows) == {
-        "tensor": {"fp16": True, "fp32": True}, "prompt text": {"utf-8": False},
-        "prompt ids": {"int64": False}, "device key": {"as sent": False},
-    }  # fmt: skip
+        "tensor": {"fp16": True, "fp32": True},
+        "prompt text": {"utf-8": False},
+        "prompt ids": {"int64": False},
+        "device key": {"as sent": False},
+    }
     assert unseen(rows) == ["prompt text"]  # of the others a server may hold nothing that a look meets

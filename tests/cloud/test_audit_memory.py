@@ -51,10 +51,18 @@ for line in sys.stdin:
 def child(tmp_path: Path) -> Iterator[Callable[[str], int]]:
     """A process that runs what it is told; returns its id. Code goes as hex: it holds the secrets."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONMALLOC": "malloc", "MALLOC_PERTURB_": "165",
-             "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"},
-    )  # fmt: skip
+        [sys.executable, "-c", CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONMALLOC": "malloc",
+            "MALLOC_PERTURB_": "165",
+            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+        },
+    )
 
     def run(code: str = "pass") -> int:
         assert process.stdin and process.stdout

@@ -32,11 +32,15 @@ def kinds(needles: list[Needle], data: bytes) -> set[str]:
     return {needles[number].kind for number in index.search(np.frombuffer(data, np.uint8))}
 
 
-@pytest.mark.parametrize("needle", [
-    raw("wire", SECRET),
-    *text("text", [WORD]),
-    *token_ids("ids", [[901, 17, 4000, 33]]),
-], ids=lambda needle: needle.kind)  # fmt: skip
+@pytest.mark.parametrize(
+    "needle",
+    [
+        raw("wire", SECRET),
+        *text("text", [WORD]),
+        *token_ids("ids", [[901, 17, 4000, 33]]),
+    ],
+    ids=lambda needle: needle.kind,
+)
 def test_the_shortest_run_is_found_at_every_offset(needle: Needle) -> None:
     index = Index([needle])
     secret = needle.pieces[0][: needle.run] if needle.kind == "wire" else needle.pieces[0]

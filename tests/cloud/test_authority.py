@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from perfit_cloud.service import authority as authority_module
-from perfit_cloud.service import store
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import identity_of
+from perfit_cloud.service.identity import authority as authority_module
+from perfit_cloud.service.identity import store
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import identity_of
 from perfit_shared.errors import (
     Busy,
     CertificateExpired,
@@ -209,13 +209,15 @@ def test_revocation_from_another_process_counts(authority: Authority, tmp_path: 
     certificate, other = enrolled(authority), enrolled(authority)
     identity = authority.check(certificate)
     code = (
-        "import sys; from pathlib import Path; from perfit_cloud.service.authority import Authority;"
+        "import sys; from pathlib import Path; from perfit_cloud.service.identity.authority import Authority;"
         "print(Authority(Path(sys.argv[1]), certificate_seconds=9, lapse_seconds=9).revoke(sys.argv[2]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "state"), identity[:12]],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == identity
     authority.refresh()  # as a server does twice a second
     with pytest.raises(IdentityRevoked):

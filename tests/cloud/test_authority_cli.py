@@ -14,8 +14,8 @@ from tests.cloud.test_authority_retired import renewed
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.main import app
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import identity_of
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import identity_of
 from perfit_shared.errors import CertificateSuperseded, ConfigError, InvalidInput
 
 

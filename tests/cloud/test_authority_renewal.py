@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from tests.cloud.test_authority import DAY, Key, csr_of, enrolled, new_key, open_authority
 
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import identity_of
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import identity_of
 from perfit_shared.errors import (
     CertificateExpired,
     CertificateValid,
@@ -47,8 +47,11 @@ class Lapsed:
 
     def request(self) -> dict[str, bytes]:
         return {
-            "certificate": self.certificate, "nonce": self.nonce, "signature": self.sign(), "csr": self.csr
-        }  # fmt: skip
+            "certificate": self.certificate,
+            "nonce": self.nonce,
+            "signature": self.sign(),
+            "csr": self.csr,
+        }
 
 
 @pytest.fixture

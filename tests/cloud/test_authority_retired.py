@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from tests.cloud.test_authority import DAY, Key, csr_of, enrolled, new_key, open_authority
 
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import generation_of, identity_of
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import generation_of, identity_of
 from perfit_shared.errors import CertificateSuperseded, IdentityRevoked, InviteRefused
 
 

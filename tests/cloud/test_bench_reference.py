@@ -10,8 +10,8 @@ import torch
 from tests.conftest import random_shift
 
 from bench.reference import Reference, make_batch, train
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.types import Mode, ShiftUse
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.positions import Positions
@@ -62,9 +62,15 @@ def test_it_learns_and_leaves_the_model_as_it_was(
     artefact = make_artefact(base)
     hooks = [len(module._forward_hooks) for module in base.model.modules()]
     tensors, seconds = train(
-        base, pairs, spec=artefact.spec, collective=artefact.collective, start=artefact.seed,
-        plan_batches=[[0, 1, 2, 3], [4, 5, 6, 7]] * 8, learning_rate=2e-2, clip=0.3,
-    )  # fmt: skip
+        base,
+        pairs,
+        spec=artefact.spec,
+        collective=artefact.collective,
+        start=artefact.seed,
+        plan_batches=[[0, 1, 2, 3], [4, 5, 6, 7]] * 8,
+        learning_rate=2e-2,
+        clip=0.3,
+    )
     assert seconds > 0
     assert [len(module._forward_hooks) for module in base.model.modules()] == hooks
     tensors.check(artefact.spec, RANK)

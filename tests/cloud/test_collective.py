@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from perfit_cloud.collective import trials
 from perfit_cloud.collective.checkpoint import FILE
-from perfit_cloud.collective.run import Request, train_collective
+from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.steps import batches, rate_at
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
@@ -52,13 +52,24 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def request_for(toy: Path, model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Request]:
-    def make(**changes: Any) -> Request:
-        request = Request(
-            task="news_headline", data=toy, model=str(model_folder("llama")), out=tmp_path / "out",
-            layers=(1, 2), positions="f2+l2", collective_rank=4, personal_rank=4, epochs=2,
-            device_epochs=1, learning_rate=1e-2, device_learning_rate=1e-2,
-        )  # fmt: skip
+def request_for(
+    toy: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., CollectiveRun]:
+    def make(**changes: Any) -> CollectiveRun:
+        request = CollectiveRun(
+            task="news_headline",
+            data=toy,
+            model=str(model_folder("llama")),
+            out=tmp_path / "out",
+            layers=(1, 2),
+            positions="f2+l2",
+            collective_rank=4,
+            personal_rank=4,
+            epochs=2,
+            device_epochs=1,
+            learning_rate=1e-2,
+            device_learning_rate=1e-2,
+        )
         return replace(request, **changes)
 
     return make
@@ -106,8 +117,12 @@ def test_training_lowers_the_loss_and_writes_everything(
         assert artefact.learning_rate <= card["hyper_parameters"]["learning_rate"]
     assert card["data"]["users"] == 12 and card["data"]["examples"] == 192
     assert {p.name for p in request.out.iterdir()} == {
-        "artefact.json", "collective.safetensors", "seed.safetensors", "CARD.md", "loss.png",
-    }  # fmt: skip
+        "artefact.json",
+        "collective.safetensors",
+        "seed.safetensors",
+        "CARD.md",
+        "loss.png",
+    }
     loaded = Artefact.load(request.out)
     assert loaded.version == artefact.version
     loaded.collective.check(loaded.spec, 4)
@@ -179,10 +194,30 @@ def test_ctrl_c_saves_and_says_how_to_go_on(request_for: Any, tmp_path: Path) ->
     request = request_for(epochs=500)
     code = "from perfit_cloud.cli.main import run; run()"
     command = [
-        sys.executable, "-c", code, "collective", "train", "--task", request.task,
-        "--data", str(request.data), "--model", request.model, "--layers", "1;2", "--lr", "1e-2",
-        "--device-lr", "1e-2", "--epochs", "500", "--threads", "1", "--out", str(request.out),
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        code,
+        "collective",
+        "train",
+        "--task",
+        request.task,
+        "--data",
+        str(request.data),
+        "--model",
+        request.model,
+        "--layers",
+        "1;2",
+        "--lr",
+        "1e-2",
+        "--device-lr",
+        "1e-2",
+        "--epochs",
+        "500",
+        "--threads",
+        "1",
+        "--out",
+        str(request.out),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (request.out / FILE).exists() and time.monotonic() < deadline:  # end of the first epoch
@@ -231,18 +266,36 @@ def test_cli_prints_one_line_or_json(request_for: Any, tmp_path: Path) -> None:
 
     request = request_for()
     common = [
-        "train", "--task", request.task, "--data", str(request.data), "--model", request.model,
-        "--layers", "1;2", "--positions", "l2", "--lr", "1e-2", "--device-lr", "2e-2", "--epochs", "1",
-        "--device-epochs", "3",
-    ]  # fmt: skip
+        "train",
+        "--task",
+        request.task,
+        "--data",
+        str(request.data),
+        "--model",
+        request.model,
+        "--layers",
+        "1;2",
+        "--positions",
+        "l2",
+        "--lr",
+        "1e-2",
+        "--device-lr",
+        "2e-2",
+        "--epochs",
+        "1",
+        "--device-epochs",
+        "3",
+    ]
     result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "a")])
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 1 and "-> collective" in result.stdout
     result = CliRunner().invoke(app, [*common, "--json", "--out", str(tmp_path / "b")])
     data = json.loads(result.stdout)
     assert data["device_learning_rate"] == 0.02 and set(data["validation_loss"]) == {
-        "base", "collective", "seed",
-    }  # fmt: skip
+        "base",
+        "collective",
+        "seed",
+    }
     artefact = Artefact.load(tmp_path / "b")
     assert (artefact.epochs, artefact.spec.positions, artefact.learning_rate) == (3, "l2", 0.02)
     assert "given" in artefact.card["trials_note"]

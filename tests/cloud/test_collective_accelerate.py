@@ -27,12 +27,12 @@ from perfit_cloud.collective.data import read_items, tokenise
 from perfit_cloud.collective.frozen import FrozenBase, checkpointed
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.processes import Processes
-from perfit_cloud.collective.run import Request, train_collective
+from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.steps import Losses, trainable
-from perfit_cloud.engine.gradients import GradientEngine, Pair
+from perfit_cloud.engine.gradients.batch import GradientEngine, Pair
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, block_list, load_base
-from perfit_cloud.model.shifts import hooked
+from perfit_cloud.model.interventions import hooked
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -58,13 +58,24 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def request_for(toy: Path, model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Request]:
-    def make(**changes: Any) -> Request:
-        request = Request(
-            task="news_headline", data=toy / "items.jsonl", model=str(model_folder("llama")),
-            out=tmp_path / "out", layers=(1, 2), positions="f2+l2", collective_rank=4, personal_rank=4,
-            epochs=2, device_epochs=1, learning_rate=1e-2, device_learning_rate=1e-2,
-        )  # fmt: skip
+def request_for(
+    toy: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., CollectiveRun]:
+    def make(**changes: Any) -> CollectiveRun:
+        request = CollectiveRun(
+            task="news_headline",
+            data=toy / "items.jsonl",
+            model=str(model_folder("llama")),
+            out=tmp_path / "out",
+            layers=(1, 2),
+            positions="f2+l2",
+            collective_rank=4,
+            personal_rank=4,
+            epochs=2,
+            device_epochs=1,
+            learning_rate=1e-2,
+            device_learning_rate=1e-2,
+        )
         return replace(request, **changes)
 
     return make
@@ -89,10 +100,18 @@ def in_each_process(data: str, model: str, out: Path) -> None:
     Writes what this process got to OUT/{process}.json.
     """
     torch.set_num_threads(1)
-    request = Request(
-        task="news_headline", data=Path(data), model=model, out=out / "whole", layers=(1, 2),
-        positions="f2+l2", collective_rank=4, personal_rank=4, epochs=2, device_epochs=1,
-    )  # fmt: skip
+    request = CollectiveRun(
+        task="news_headline",
+        data=Path(data),
+        model=model,
+        out=out / "whole",
+        layers=(1, 2),
+        positions="f2+l2",
+        collective_rank=4,
+        personal_rank=4,
+        epochs=2,
+        device_epochs=1,
+    )
     whole = train_collective(request)
     rank = int(os.environ["RANK"])
     asked = 0
@@ -115,9 +134,12 @@ def in_each_process(data: str, model: str, out: Path) -> None:
     except InvalidInput as error:
         refusal = str(error)
     told = {
-        "whole": whole.version, "parts": parts.version, "asked": asked, "message": message,
+        "whole": whole.version,
+        "parts": parts.version,
+        "asked": asked,
+        "message": message,
         "refusal": refusal,
-    }  # fmt: skip
+    }
     (out / f"{rank}.json").write_text(json.dumps(told))
 
 
@@ -125,14 +147,28 @@ def in_each_process(data: str, model: str, out: Path) -> None:
 def launched(*command: str, precision: str = "no") -> Iterator[subprocess.Popen[str]]:
     """Two processes by accelerate's launcher, which on CPUs starts several only if told of several GPUs."""
     launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-        "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", precision,
-        "--dynamo_backend", "no",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_machines",
+        "1",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        precision,
+        "--dynamo_backend",
+        "no",
+    ]
     process = subprocess.Popen(
-        [*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*launcher, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     try:
         yield process
     finally:
@@ -173,10 +209,27 @@ def test_ctrl_c_and_precision_reach_the_processes_of_a_launched_command(
     request = request_for()
     command = Path(sys.executable).with_name("perfit-cloud")
     arguments = [
-        "collective", "train", "--task", request.task, "--data", str(request.data), "--model", request.model,
-        "--layers", "1;2", "--lr", "1e-2", "--device-lr", "1e-2", "--epochs", "500", "--threads", "1",
-        "--out", str(request.out),
-    ]  # fmt: skip
+        "collective",
+        "train",
+        "--task",
+        request.task,
+        "--data",
+        str(request.data),
+        "--model",
+        request.model,
+        "--layers",
+        "1;2",
+        "--lr",
+        "1e-2",
+        "--device-lr",
+        "1e-2",
+        "--epochs",
+        "500",
+        "--threads",
+        "1",
+        "--out",
+        str(request.out),
+    ]
     with launched(str(command), *arguments, precision="bf16") as process:
         deadline = time.monotonic() + 120
         while not (request.out / FILE).exists() and time.monotonic() < deadline:  # end of the first epoch
@@ -214,9 +267,12 @@ def gradients(base: BaseModel, pairs: list[Pair], *, accumulate: int = 1) -> lis
 
     optimizer.step = watched  # type: ignore[method-assign]
     losses = Losses(
-        FrozenBase(base, 1), Positions.parse("f2+l2"), base.device,
-        processes=Processes(), accumulate=accumulate,
-    )  # fmt: skip
+        FrozenBase(base, 1),
+        Positions.parse("f2+l2"),
+        base.device,
+        processes=Processes(),
+        accumulate=accumulate,
+    )
     with hooked(base.model, spec.layers):
         for _ in range(2):  # of the second step, since rotations have no gradient at the identity
             seen.clear()

@@ -26,9 +26,11 @@ def lines(*items: Any) -> str:
 
 def test_jsonl_with_and_without_users(tmp_path: Path) -> None:
     text = lines(
-        {"user_id": 7, "text": "a", "title": "b"}, {"text": "c", "title": "d"},
-        {"user_id": 7, "text": "e", "title": " "}, {"user_id": 7, "text": "g", "title": "h", "more": 1},
-    )  # fmt: skip
+        {"user_id": 7, "text": "a", "title": "b"},
+        {"text": "c", "title": "d"},
+        {"user_id": 7, "text": "e", "title": " "},
+        {"user_id": 7, "text": "g", "title": "h", "more": 1},
+    )
     items = read_items(write(tmp_path / "data.jsonl", text + "\n\n"), HEADLINE)
     assert items.users["7"] == [{"text": "a", "title": "b"}, {"text": "g", "title": "h"}]
     assert len(items.users) == 2 and items.dropped_empty == 1 and items.unnamed == 1
@@ -87,8 +89,9 @@ def test_lamp_s_own_files(tmp_path: Path) -> None:
     write(tmp_path / "train_outputs.json", {"task": "LaMP_4", "golds": golds})
     items = read_items(path, HEADLINE)
     assert items.users == {
-        "10": [{"text": "now 10", "title": "t10"}], "11": [{"text": "now 11", "title": "t11"}],
-    }  # fmt: skip
+        "10": [{"text": "now 10", "title": "t10"}],
+        "11": [{"text": "now 11", "title": "t11"}],
+    }
 
 
 def test_some_of_the_users(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ GOOD = {"id": "5", "text": "a", "title": "b"}
         ("u.json", [], "holds no item"),
         ("u.json", [{"user_id": 3, "profile": 1}], 'u.json: user 3: field "profile" should be a list'),
     ],
-)  # fmt: skip
+)
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: Any, message: str) -> None:
     with pytest.raises(InvalidData) as caught:
         read_items(write(tmp_path / name, content), HEADLINE)

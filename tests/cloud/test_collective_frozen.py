@@ -12,9 +12,9 @@ from torch import Tensor
 
 from perfit_cloud.collective import frozen
 from perfit_cloud.collective.frozen import FrozenBase
-from perfit_cloud.engine.gradients import Pair, group_all, make_batch, target_log_likelihoods
+from perfit_cloud.engine.gradients.batch import Pair, group_all, make_batch, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel, block_list
-from perfit_cloud.model.shifts import hooked
+from perfit_cloud.model.interventions import hooked
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec
 

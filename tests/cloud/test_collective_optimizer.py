@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from perfit_cloud.collective.optimizer import StiefelAdam, retract, tangent
 from perfit_cloud.collective.steps import rate_at
-from perfit_cloud.model.shifts import Phi, phi
+from perfit_cloud.model.interventions import Phi, phi
 
 D, R, ROWS = 32, 4, 256
 

@@ -26,7 +26,7 @@ from perfit_cloud.collective.privacy import (
     epsilon_spent,
     noise_for,
 )
-from perfit_cloud.collective.run import Request, train_collective
+from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.steps import trainable
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -156,9 +156,16 @@ def test_a_delta_that_could_publish_someone_is_refused(delta: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"epsilon": 1e4}, {"epsilon": 1.0, "delta": 0.0},
-               {"epsilon": 1.0, "clip_norm": 0.0}, {"epsilon": 1.0, "people_per_step": 0}],
-)  # fmt: skip
+    "values",
+    [
+        {"epsilon": 0.0},
+        {"epsilon": math.inf},
+        {"epsilon": 1e4},
+        {"epsilon": 1.0, "delta": 0.0},
+        {"epsilon": 1.0, "clip_norm": 0.0},
+        {"epsilon": 1.0, "people_per_step": 0},
+    ],
+)
 def test_budgets_that_promise_nothing(values: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         Budget(**values)
@@ -168,15 +175,26 @@ def test_budgets_that_promise_nothing(values: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Request]:
+def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRun]:
     data, public = write_toy(tmp_path / "news", users=30, items=4), write_toy(tmp_path / "public", users=4)
 
-    def make(**changes: Any) -> Request:
-        request = Request(
-            task="news_headline", data=data, model=str(model_folder("llama")), out=tmp_path / "out",
-            layers=(1,), positions="f2+l2", collective_rank=1, personal_rank=1, epochs=2, threads=1,
-            learning_rate=1e-2, device_learning_rate=1e-2, validation=public, budget=Budget(8.0),
-        )  # fmt: skip
+    def make(**changes: Any) -> CollectiveRun:
+        request = CollectiveRun(
+            task="news_headline",
+            data=data,
+            model=str(model_folder("llama")),
+            out=tmp_path / "out",
+            layers=(1,),
+            positions="f2+l2",
+            collective_rank=1,
+            personal_rank=1,
+            epochs=2,
+            threads=1,
+            learning_rate=1e-2,
+            device_learning_rate=1e-2,
+            validation=public,
+            budget=Budget(8.0),
+        )
         return replace(request, **changes)
 
     return make
@@ -190,8 +208,13 @@ def test_a_private_run_tells_its_account_and_nothing_of_its_data(make_request: A
     assert mechanism["people"] == 30 and mechanism["epsilon"] == 8.0 and mechanism["steps"] == 20
     assert mechanism["epsilon_spent"] <= 8.0 and mechanism["delta"] < 1 / 30
     assert set(card["data"]) == {
-        "source", "rows", "users", "token_cap", "validation_users", "validation_examples",
-    }  # fmt: skip
+        "source",
+        "rows",
+        "users",
+        "token_cap",
+        "validation_users",
+        "validation_examples",
+    }
     assert card["losses"]["train_last"] is None and not card["trials"]
     assert card["speed"]["tokens_per_second"] == 0
     text = (request.out / "CARD.md").read_text("utf-8")
@@ -299,9 +322,22 @@ def test_the_command_asks_for_epsilon_with_its_options(make_request: Any, tmp_pa
 
     request = make_request()
     common = [
-        "train", "--task", request.task, "--data", str(request.data), "--model", request.model,
-        "--layers", "1", "--lr", "1e-2", "--epochs", "1", "--out", str(tmp_path / "a"),
-    ]  # fmt: skip
+        "train",
+        "--task",
+        request.task,
+        "--data",
+        str(request.data),
+        "--model",
+        request.model,
+        "--layers",
+        "1",
+        "--lr",
+        "1e-2",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "a"),
+    ]
     refused = CliRunner().invoke(app, [*common, "--delta", "1e-3"])
     assert isinstance(refused.exception, InvalidInput) and "belong to --epsilon" in str(refused.exception)
     private = ["--epsilon", "3", "--clip-norm", "0.2", "--people-per-step", "6", "--validation"]

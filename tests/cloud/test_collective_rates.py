@@ -12,7 +12,7 @@ import pytest
 from tests.cloud.test_collective import write_toy
 
 from perfit_cloud.collective import trials
-from perfit_cloud.collective.run import Request, train_collective
+from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.trials import Search
 
 
@@ -57,15 +57,25 @@ def test_a_search_ends_where_everything_diverges() -> None:
 
 
 @pytest.fixture
-def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Request]:
+def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRun]:
     data = write_toy(tmp_path / "news")
 
-    def make(**changes: Any) -> Request:
-        request = Request(
-            task="news_headline", data=data, model=str(model_folder("llama")), out=tmp_path / "out",
-            layers=(1, 2), positions="f2+l2", collective_rank=4, personal_rank=4, epochs=4,
-            device_epochs=1, learning_rate=1e-2, device_learning_rate=1e-2, threads=1,
-        )  # fmt: skip
+    def make(**changes: Any) -> CollectiveRun:
+        request = CollectiveRun(
+            task="news_headline",
+            data=data,
+            model=str(model_folder("llama")),
+            out=tmp_path / "out",
+            layers=(1, 2),
+            positions="f2+l2",
+            collective_rank=4,
+            personal_rank=4,
+            epochs=4,
+            device_epochs=1,
+            learning_rate=1e-2,
+            device_learning_rate=1e-2,
+            threads=1,
+        )
         return replace(request, **changes)
 
     return make

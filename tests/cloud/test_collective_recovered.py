@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.types import Mode, ShiftUse
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.base import BaseModel, block_list
 
 

@@ -120,12 +120,15 @@ def test_people_who_are_tested_on_give_their_profiles(folder: Path, monkeypatch:
     assert streamed == whole and streamed.kind == "profile"
 
 
-@pytest.mark.parametrize("how", [
-    lambda records: records.append(records[0]),
-    lambda records: records[3]["query"].append(records[2]["query"][0]),
-    lambda records: records[4]["query"][0].pop("gold"),
-    lambda records: records.append(7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda records: records.append(records[0]),
+        lambda records: records[3]["query"].append(records[2]["query"][0]),
+        lambda records: records[4]["query"][0].pop("gold"),
+        lambda records: records.append(7),
+    ],
+)
 def test_what_is_malformed_is_refused(
     how: Callable[[Any], None], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from tests.cloud.test_service_ask import Stream as AskStream
 from tests.cloud.test_service_ask import opening as ask_opening
 from tests.cloud.test_service_ask import question, until
 
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.drain import Drain
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
@@ -45,9 +45,10 @@ def test_health_and_drain(run: Callable[..., Running]) -> None:
     checks = [
         (health_pb2_grpc.HealthStub(channel), service)
         for channel, service in (
-            (device.channel, "perfit.v1.Personalization"), (running.enrolment(), "perfit.v1.Enrollment")
+            (device.channel, "perfit.v1.Personalization"),
+            (running.enrolment(), "perfit.v1.Enrollment"),
         )
-    ]  # fmt: skip
+    ]
     for health, service in checks:
         assert health.Check(ask(service=service)).status == states.SERVING
         assert health.Check(ask()).status == states.SERVING
@@ -84,7 +85,7 @@ def test_a_call_that_runs_gets_its_answer(run: Callable[..., Running]) -> None:
 
 
 def test_an_update_ends_between_two_messages(
-    run: Callable[..., Running], artefact: Artefact, step_queue: StepQueue
+    run: Callable[..., Running], artefact: Artefact, step_queue: GradientScheduler
 ) -> None:
     """Both when the device has the word and when the cloud has: its step is answered, and no other."""
     running, held = run(), threading.Event()

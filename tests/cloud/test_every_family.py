@@ -13,23 +13,31 @@ from families import FAMILIES, tiny_model
 from perfit_cloud.collective.frozen import FrozenBase
 from perfit_cloud.collective.steps import trainable
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.generation import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients import GradientEngine, Pair, group_all, make_batch, passes
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+from perfit_cloud.engine.gradients.batch import GradientEngine, Pair, group_all, make_batch, passes
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, try_model
 from perfit_cloud.model.forward import forward
-from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, to_torch
-from perfit_cloud.service.served import Served
+from perfit_cloud.model.interventions import ShiftGroup, active_interventions, hooked, row_index, to_torch
+from perfit_cloud.service.catalog import Catalog
 from perfit_shared.errors import ConfigError, InvalidData
 from perfit_shared.positions import Positions
 
 # Padding that is not neutral, states and caches of their own, blocks that give lists, heads by another name.
 ODD = (
-    "rwkv", "recurrent_gemma", "xlstm", "minimax", "bloom", "zaya", "gemma3n_text", "openai-gpt", "mamba",
+    "rwkv",
+    "recurrent_gemma",
+    "xlstm",
+    "minimax",
+    "bloom",
+    "zaya",
+    "gemma3n_text",
+    "openai-gpt",
+    "mamba",
     "modernbert-decoder",
-)  # fmt: skip
+)
 REFUSED = {
     "cpmant": "reads ahead",
     "bert": "reads ahead",
@@ -61,9 +69,11 @@ def alone(base: BaseModel, ids: list[int], prompt: int, use: ShiftUse) -> torch.
         rows = Positions.parse(use.artefact.spec.positions).indices(prompt)
         personal = None if use.personal is None else to_torch(use.personal, base.device)
         groups = [
-            Group(*row_index([rows], base.device), to_torch(use.artefact.collective, base.device), personal)
+            ShiftGroup(
+                *row_index([rows], base.device), to_torch(use.artefact.collective, base.device), personal
+            )
         ]
-    with torch.no_grad(), hooked(base.model, use.artefact.spec.layers), open_book(groups):
+    with torch.no_grad(), hooked(base.model, use.artefact.spec.layers), active_interventions(groups):
         logits: torch.Tensor = forward(base.model, base.capabilities.arguments, torch.tensor([ids])).logits
         return logits[0].float()
 
@@ -100,9 +110,9 @@ def check(family: str, make_artefact: Any) -> None:
     whole = engine.gradient(PAIRS, uses[1])
     singles = [engine.gradient([pair], uses[1]) for pair in PAIRS]
     assert whole.loss == pytest.approx(mean, rel=1e-5, abs=1e-5)
-    updates = AdaptationEngine(base, keep_bytes=2**26)
+    updates = UpdateEngine(base, keep_bytes=2**26)
     with updates.open(PAIRS, artefact) as update:
-        (step,) = updates.gradients([Step(update, range(len(PAIRS)), personal)])
+        (step,) = updates.gradients([GradientRequest(update, range(len(PAIRS)), personal)])
     assert step.loss == pytest.approx(mean, rel=1e-5, abs=1e-5)
     for layer in spec.layers:
         for part in range(3):
@@ -189,5 +199,5 @@ def test_a_model_that_keeps_its_last_pass_is_not_served(tmp_path: Path) -> None:
     model = tiny_model("recurrent_gemma")
     base = BaseModel("tiny", "fingerprint", model, None, try_model(model))
     with pytest.raises(ConfigError, match="could not forget"):
-        Served.build(CloudConfig(state=tmp_path), base, [], "c0")
-    Served.build(CloudConfig(state=tmp_path, hardening="off"), base, [], "c0")
+        Catalog.build(CloudConfig(state=tmp_path), base, [], "c0")
+    Catalog.build(CloudConfig(state=tmp_path, hardening="off"), base, [], "c0")

@@ -11,15 +11,15 @@ from tests.cloud.doubles import score, wait_for
 from tests.cloud.serving import BASE, TIMEOUT, Running, failure
 from tests.cloud.test_limits import under_way
 
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.batched import BatchedEngine
+from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import Reading
-from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.serving import Engine
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
+from perfit_cloud.engine.generation.engine import Engine
+from perfit_cloud.engine.generation.static import BatchedEngine
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.wire import personalization_pb2 as pb
@@ -28,22 +28,22 @@ from perfit_shared.wire import personalization_pb2 as pb
 
 
 @pytest.fixture
-def lined(base: BaseModel) -> Iterator[tuple[Turns, GradientEngine]]:
+def lined(base: BaseModel) -> Iterator[tuple[DeviceLock, GradientEngine]]:
     """Gradients on a device that a test can hold."""
-    turns = Turns()
-    engine = GradientEngine(base, turns)
-    yield turns, engine
+    device_lock = DeviceLock()
+    engine = GradientEngine(base, device_lock)
+    yield device_lock, engine
     engine.close()
 
 
 def test_passes_wait_in_a_bounded_line(
-    run: Callable[..., Running], lined: tuple[Turns, GradientEngine]
+    run: Callable[..., Running], lined: tuple[DeviceLock, GradientEngine]
 ) -> None:
-    turns, engine = lined
+    device_lock, engine = lined
     device = run(gradient_engine=engine, gradient_waiting=1).device()
-    with turns.take_long():
+    with device_lock.hold_long():
         first = device.stub.Score.future(score(), timeout=TIMEOUT)
-        wait_for(lambda: len(turns.long_waiting()) == 1)
+        wait_for(lambda: len(device_lock.long_waiting()) == 1)
         # One of two more finds room in the line, and stands there until its deadline.
         more = [device.stub.Score.future(score(), timeout=3) for _ in range(2)]
         outcomes = sorted(failure(call.result)[0] for call in more)
@@ -62,17 +62,17 @@ class Ended(GradientEngine):
 
 def test_passes_are_fair_by_device(run: Callable[..., Running], base: BaseModel) -> None:
     """Four long calls of one device were done before another's short one began: 48 s instead of 71 ms."""
-    turns = Turns()
-    engine = Ended(base, turns, pass_tokens=8)
+    device_lock = DeviceLock()
+    engine = Ended(base, device_lock, pass_tokens=8)
     running = run(gradient_engine=engine)
     greedy, honest = running.device(), running.device()
     many = pb.ScoreRequest(candidates=[score().candidates[0]] * 8, shift=BASE)  # eight passes
-    with turns.take_long():
+    with device_lock.hold_long():
         held = [greedy.stub.Score.future(many, timeout=TIMEOUT) for _ in range(4)]
-        wait_for(lambda: len(turns.long_waiting()) == 4)
+        wait_for(lambda: len(device_lock.long_waiting()) == 4)
         mine = honest.stub.Score.future(score(), timeout=TIMEOUT)
-        wait_for(lambda: len(turns.long_waiting()) == 5)
-        assert set(turns.long_waiting()) == {greedy.identity, honest.identity}
+        wait_for(lambda: len(device_lock.long_waiting()) == 5)
+        assert set(device_lock.long_waiting()) == {greedy.identity, honest.identity}
     assert len(mine.result().scores) == 1
     assert [len(call.result().scores) for call in held] == [8] * 4
     assert engine.ended == [honest.identity] + [greedy.identity] * 4
@@ -80,12 +80,12 @@ def test_passes_are_fair_by_device(run: Callable[..., Running], base: BaseModel)
 
 
 def test_who_left_stands_in_line_no_more(
-    run: Callable[..., Running], lined: tuple[Turns, GradientEngine]
+    run: Callable[..., Running], lined: tuple[DeviceLock, GradientEngine]
 ) -> None:
     """They stood there until it was their turn, and nobody else got their places."""
-    turns, engine = lined
+    device_lock, engine = lined
     running = run(gradient_engine=engine, gradient_waiting=3)
-    with turns.take_long():
+    with device_lock.hold_long():
         first = running.device().stub.Score.future(score(), timeout=TIMEOUT)
         device = running.device()
         for _ in range(3):
@@ -124,9 +124,9 @@ class Planned(GenerationEngine):
         return super()._forward(plan)
 
 
-def planned(base: BaseModel, settings: GenerationSettings) -> tuple[Planned, Turns]:
-    turns = Turns()
-    return Planned(base, {}, settings, turns), turns
+def planned(base: BaseModel, settings: GenerationSettings) -> tuple[Planned, DeviceLock]:
+    device_lock = DeviceLock()
+    return Planned(base, {}, settings, device_lock), device_lock
 
 
 PLAIN = ShiftUse(Mode.BASE)
@@ -134,10 +134,10 @@ PLAIN = ShiftUse(Mode.BASE)
 
 def test_a_prompt_is_read_beside_any_number_of_another_devices(base: BaseModel) -> None:
     """A device's twelve long prompts were read before another's short one: in the order they came."""
-    engine, turns = planned(base, GenerationSettings(4096, 32, 20))
+    engine, device_lock = planned(base, GenerationSettings(4096, 32, 20))
     short: list[Iterator[Any]] = []
     engine.on_first = lambda: short.append(engine.submit([0] * 8, PLAIN, Sampling(2), "honest"))
-    with turns.take():  # nothing is read before all of these are there
+    with device_lock.hold():  # nothing is read before all of these are there
         long = [engine.submit([0] * 100, PLAIN, Sampling(2), "greedy") for _ in range(12)]
     for answer in long:
         list(answer)
@@ -148,8 +148,8 @@ def test_a_prompt_is_read_beside_any_number_of_another_devices(base: BaseModel) 
 
 
 def test_places_in_the_cache_go_to_the_device_that_holds_least(base: BaseModel) -> None:
-    engine, turns = planned(base, GenerationSettings(256, 32, 20))
-    with turns.take():
+    engine, device_lock = planned(base, GenerationSettings(256, 32, 20))
+    with device_lock.hold():
         greedy = [engine.submit([0] * 60, PLAIN, Sampling(4), "greedy") for _ in range(8)]
         honest = engine.submit([0] * 60, PLAIN, Sampling(4), "honest")
     list(honest)
@@ -183,12 +183,12 @@ def test_who_asked_is_forgotten_when_nobody_asks(base: BaseModel, kind: type[Eng
 
 
 def test_who_took_a_step_is_forgotten(base: BaseModel, artefact: Artefact) -> None:
-    steps = StepQueue(AdaptationEngine(base, keep_bytes=2**20))
+    steps = GradientScheduler(UpdateEngine(base, keep_bytes=2**20))
     owner = Identity("device")
     known = weakref.ref(owner)
-    with steps.open([([5, 6, 7], [8])], artefact, owner=owner) as adaptation:
-        steps.submit(Step(adaptation, [0], artefact.seed)).result(TIMEOUT)
-    del owner, adaptation
+    with steps.open([([5, 6, 7], [8])], artefact, owner=owner) as session:
+        steps.submit(GradientRequest(session, [0], artefact.seed)).result(TIMEOUT)
+    del owner, session
     wait_for(lambda: known() is None)
     steps.close()
 

@@ -9,9 +9,9 @@ import torch
 from tests.cloud.asked import NEW, alone, prompts, uses
 from tests.conftest import FAMILIES
 
-from perfit_cloud.engine.batched import generate_batch
-from perfit_cloud.engine.gradients import make_batch, target_log_likelihoods
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.static import generate_batch
+from perfit_cloud.engine.gradients.batch import make_batch, target_log_likelihoods
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model import forward
 from perfit_cloud.model.base import BaseModel, block_list
 from perfit_cloud.model.blocks import hidden_of, with_hidden

@@ -16,12 +16,12 @@ from tests.cloud.test_limits import under_way
 from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
 
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.service.guard import Guard
-from perfit_device import enrolment
-from perfit_device.asking import ask_all
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Sampling, ShiftUse
-from perfit_device.identity import Identity
+from perfit_cloud.service.interceptor import CallInterceptor
+from perfit_device.cloud import enrolment
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.identity import Identity
+from perfit_device.cloud.questions import ask_all
 from perfit_shared.errors import CertificateValid
 from perfit_shared.invites import Invite
 from perfit_shared.wire import enrollment_pb2, personalization_pb2
@@ -32,11 +32,17 @@ def rounds(running: Running, devices: list[Device], artefact: Artefact, count: i
     """Of each three calls that stream, every other time all are left half-way."""
     shift, _ = personal(artefact)
     pairs = [pb.Example(prompt=pb.Prompt(text=text), target=target) for text, target in EXAMPLES[:2]]
-    asked = [pb.AskRequest(shift=shift), *(
-        pb.AskRequest(question=pb.Question(
-            number=n, prompt=pb.Prompt(text="the cat"), sampling=pb.Sampling(max_new_tokens=3)))
-        for n in range(2)
-    )]  # fmt: skip
+    asked = [
+        pb.AskRequest(shift=shift),
+        *(
+            pb.AskRequest(
+                question=pb.Question(
+                    number=n, prompt=pb.Prompt(text="the cat"), sampling=pb.Sampling(max_new_tokens=3)
+                )
+            )
+            for n in range(2)
+        ),
+    ]
     for number in range(count):
         stub, is_left = devices[number % len(devices)].stub, number % 2 == 1
         calls = [
@@ -93,7 +99,7 @@ def test_a_call_that_the_engine_holds_up_is_cut_off(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A unary call had no cap but its caller's deadline, and its caller need not set one."""
-    monkeypatch.setattr("perfit_cloud.service.guard._LATE_SECONDS", 0.3)
+    monkeypatch.setattr("perfit_cloud.service.interceptor._LATE_SECONDS", 0.3)
     monkeypatch.setattr(
         "perfit_cloud.service.server._GRACE_SECONDS", 10 * TIMEOUT
     )  # or the connection's end would
@@ -110,22 +116,24 @@ def test_every_call_of_a_device_has_a_deadline(
 ) -> None:
     """What a cloud never answers is given up."""
     left: dict[str, float | None] = {}
-    responses = Guard._responses
+    responses = CallInterceptor._responses
 
     def looked_at(self: Any, method: Any, requests: Any, context: Any) -> Any:
         left[method.name] = context.time_remaining()
         return responses(self, method, requests, context)
 
-    monkeypatch.setattr(Guard, "_responses", looked_at)
+    monkeypatch.setattr(CallInterceptor, "_responses", looked_at)
     running = run()
     secret, expires = running.authority.invite(60)
     enrolled = enrolment.enroll(
         Invite(
-            address=running.server.addresses.enrol_address, server_ca_der=running.authority.server_ca_der,
-            secret=secret, expires_unix=expires,
+            address=running.server.addresses.enrol_address,
+            server_ca_der=running.authority.server_ca_der,
+            secret=secret,
+            expires_unix=expires,
         ),
         Identity.create(),
-    )  # fmt: skip
+    )
     with Cloud(enrolled) as cloud:
         artefact = cloud.describe().artefacts[0]
         use = ShiftUse(artefact, cloud.fetch_seed(artefact))
@@ -137,7 +145,11 @@ def test_every_call_of_a_device_has_a_deadline(
         enrolment.renew(cloud._channel, enrolled)
     with pytest.raises(CertificateValid):
         enrolment.renew_lapsed(enrolled)
-    every = {m.name for file in (personalization_pb2, enrollment_pb2)
-             for service in file.DESCRIPTOR.services_by_name.values() for m in service.methods}  # fmt: skip
+    every = {
+        m.name
+        for file in (personalization_pb2, enrollment_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for m in service.methods
+    }
     assert every - set(left) == {"Adapt"}  # whose deadline its own tests look at
     assert {name: seconds for name, seconds in left.items() if seconds is None or seconds > 601} == {}

@@ -34,12 +34,14 @@ def test_no_input_does_harm(targets: list[Target]) -> None:
         assert tally["inputs"] == sum(tally["outcomes"].values()) > 0
     tried = {tally["name"]: set(tally["outcomes"]) for tally in result["targets"]}
     for name, outcomes in {
-        "shift tensors": {"value", "InvalidTensors"}, "tasks": {"value", "InvalidData"},
+        "shift tensors": {"value", "InvalidTensors"},
+        "tasks": {"value", "InvalidData"},
         "vault files": {"VaultDamaged", "the rows of the sound vault"},
         "cloud: Generate and questions": {"value", "InvalidPrompt"},
         "rpc: messages": {"answered", "invalid_input", "invalid_prompt"},
-        "rpc: streams": {"answered", "left"}, "rpc: enrolment": {"answered", "not_authenticated"},
-    }.items():  # fmt: skip
+        "rpc: streams": {"answered", "left"},
+        "rpc: enrolment": {"answered", "not_authenticated"},
+    }.items():
         assert outcomes <= tried[name], name
 
 

@@ -11,9 +11,9 @@ import pytest
 from tests.cloud.asked import NEW, SMALL, alone, prompts, serve, uses
 from tests.conftest import random_shift
 
-from perfit_cloud.engine.generation import GenerationEngine, GenerationSettings, can_share
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings, can_share
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
 
@@ -56,10 +56,13 @@ def test_a_long_prompt_and_short_ones_keep_nobody_waiting(load: Any) -> None:
     forward = engine._forward
 
     def noting(plan: Any) -> Any:
-        logits, speaking = forward(plan)
-        first.extend(name for name, answer in names.items()
-                     if any(r.answer is answer for r in speaking) and name not in first)  # fmt: skip
-        return logits, speaking
+        logits, sampled = forward(plan)
+        first.extend(
+            name
+            for name, answer in names.items()
+            if any(r.answer is answer for r in sampled) and name not in first
+        )
+        return logits, sampled
 
     engine._forward = noting  # type: ignore[method-assign]
     long, short = [0] * 240, [0, 5, 6, 7]
@@ -92,7 +95,7 @@ def test_coming_and_leaving_leaves_nothing_behind(load: Any) -> None:
         assert engine.in_flight == 0 and not engine._places
     finally:
         engine.stop()
-    assert not any(shelf.places for shelf in engine._shelves._shelves.values())
+    assert not any(shelf.places for shelf in engine._kv_cache._kv_cache.values())
 
 
 def test_what_a_request_held_goes_with_it(load: Any, make_artefact: Any) -> None:
@@ -128,7 +131,7 @@ def test_an_engine_that_cannot_forget_stops(load: Any, monkeypatch: pytest.Monke
         raise RuntimeError("device-side assert")
 
     monkeypatch.setattr(engine, "_forward", broken)
-    monkeypatch.setattr(engine._shelves, "clear", broken)
+    monkeypatch.setattr(engine._kv_cache, "clear", broken)
     with pytest.raises(Unavailable):
         list(engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(4)))
     assert engine._thread is not None
@@ -147,10 +150,19 @@ def test_a_family_that_hides_its_window_in_the_mask_is_not_packed(kind: str, win
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        kind, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=100, max_position_embeddings=256, sliding_window=window,
-        use_sliding_window=True, max_window_layers=2, initializer_range=0.3,
-    )  # fmt: skip
+        kind,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        max_position_embeddings=256,
+        sliding_window=window,
+        use_sliding_window=True,
+        max_window_layers=2,
+        initializer_range=0.3,
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     assert not can_share(BaseModel("tiny", "", model, None))
 

@@ -37,7 +37,7 @@ from tests.cloud.test_limits import under_way
 from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
 from tests.cloud.test_service_codec import hostile_tensors
 
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.shifts import NORM_CAP
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
@@ -147,16 +147,21 @@ def test_bad_tensors_and_requests_without_measure(
 
     fine, _ = personal(artefact)
     acts: list[Callable[[], object]] = [
-        *(lambda d=data: list(stub.Generate(generate(shift=shift(d))))  # type: ignore[misc]
-          for data in hostile_tensors(artefact.spec).values()),
+        *(
+            lambda d=data: list(stub.Generate(generate(shift=shift(d))))  # type: ignore[misc]
+            for data in hostile_tensors(artefact.spec).values()
+        ),
         *(lambda d=data: gradient(d) for data in hostile_tensors(artefact.spec).values()),  # type: ignore[misc]
         lambda: list(stub.Generate(generate("cat " * 100_000))),
         lambda: stub.ComputeGradient(pb.ComputeGradientRequest(examples=many(5_000), shift=fine)),
-        lambda: stub.Score(pb.ScoreRequest(
-            candidates=[pb.Candidate(prompt=pb.Prompt(text="the cat"), answer=" sat")] * 5_000, shift=BASE)),
+        lambda: stub.Score(
+            pb.ScoreRequest(
+                candidates=[pb.Candidate(prompt=pb.Prompt(text="the cat"), answer=" sat")] * 5_000, shift=BASE
+            )
+        ),
         lambda: list(stub.Generate(generate(max_new_tokens=2**31))),
         lambda: list(stub.Generate(generate(stop=["x" * 65]))),
-    ]  # fmt: skip
+    ]
     for act in acts:
         assert failure(act)[0] == INVALID
     numbers = iter(range(10**9))
@@ -211,8 +216,9 @@ def test_bytes_that_are_no_messages(
     assert len(list(twice(iter([b"", b""]), timeout=TIMEOUT))) == 1
     none = channel.stream_stream(PATH + "Describe")
     assert failure(lambda: list(none(iter([]), timeout=TIMEOUT)))[:2] == (
-        INVALID, {"perfit-code": "invalid_input"},
-    )  # fmt: skip
+        INVALID,
+        {"perfit-code": "invalid_input"},
+    )
     for path in (PATH + "Nothing", "/perfit.v1.Nothing/Describe", "/", "/grpc.reflection.v1.X/Y"):
         unknown = channel.unary_unary(path)
         assert failure(lambda u=unknown: u(b"", timeout=TIMEOUT))[0] == "UNIMPLEMENTED", path  # type: ignore[misc]
@@ -233,8 +239,9 @@ def test_a_small_message_that_unpacks_to_a_huge_one(
     enrol = running.server.addresses.enrol_address
     with again_and_again(lambda: peak.append(psutil.Process().memory_info().rss), 1):
         for address, who, path in (
-            (running.address, device, PATH + "Describe"), (enrol, None, "/perfit.v1.Enrollment/Challenge"),
-        ):  # fmt: skip
+            (running.address, device, PATH + "Describe"),
+            (enrol, None, "/perfit.v1.Enrollment/Challenge"),
+        ):
             with connect(running, address, who) as tls:
                 body = b"\x01" + len(bomb).to_bytes(4, "big") + bomb
                 tls.sendall(headers(1, path, ("grpc-encoding", "gzip")))
@@ -306,7 +313,7 @@ def test_calls_without_a_message_over_many_connections_starve_nobody(
 def test_a_message_that_does_not_come_has_its_time(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perfit_cloud.service.guard._MESSAGE_SECONDS", 1.0)
+    monkeypatch.setattr("perfit_cloud.service.interceptor._MESSAGE_SECONDS", 1.0)
     running = run()
     hostile = running.device()
     with header_only_calls(running, running.address, PATH + "Describe", 3, hostile):
@@ -315,11 +322,13 @@ def test_a_message_that_does_not_come_has_its_time(
 
 
 def test_replies_that_nobody_reads_are_under_way(
-    run: Callable[..., Running], artefact: Artefact, honest: Callable[[Running], Honest],
+    run: Callable[..., Running],
+    artefact: Artefact,
+    honest: Callable[[Running], Honest],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """A reply was out of all counts as soon as it was made: as many as were asked for stood in memory."""
-    monkeypatch.setattr("perfit_cloud.service.guard._LATE_SECONDS", 0.5)
+    monkeypatch.setattr("perfit_cloud.service.interceptor._LATE_SECONDS", 0.5)
     running = run(calls_each=5, call_seconds=3)
     good, hostile = honest(running), running.device()
     no_window = (4).to_bytes(2, "big") + (0).to_bytes(4, "big")  # SETTINGS_INITIAL_WINDOW_SIZE
@@ -424,9 +433,12 @@ def sign(device: Device, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("how", ["revoked", "expired"])
 def test_a_stream_whose_certificate_ends_gets_no_further(
-    run: Callable[..., Running], artefact: Artefact, step_queue: StepQueue,
-    monkeypatch: pytest.MonkeyPatch, how: str,
-) -> None:  # fmt: skip
+    run: Callable[..., Running],
+    artefact: Artefact,
+    step_queue: GradientScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
     """It was looked at before an answer went out, but the work of it was done."""
     running = run(**({"certificate_seconds": 3} if how == "expired" else {}))
     device = running.device()

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.cloud.test_authority import DAY, csr_of, enrolled, new_key, open_authority
 from tests.cloud.test_authority_retired import renewed
 
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.certificates import identity_of
-from perfit_cloud.service.store import IdentityStore
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import identity_of
+from perfit_cloud.service.identity.store import IdentityStore
 from perfit_shared.errors import CertificateSuperseded, ConfigError, InvalidInput, InviteRefused
 
 FORMAT_1 = Path(__file__).parent / "data" / "state_format_1"
@@ -176,8 +176,10 @@ def test_a_state_folder_of_format_1_is_taken_over(old_state: Path) -> None:
     assert authority.cloud_id == made["cloud_id"]
     devices = {device.identity: device for device in authority.devices()}
     assert {name: devices[identity_of(c)].revoked is None for name, c in certificates.items()} == {
-        "used": True, "unused": True, "revoked": False
-    }  # fmt: skip
+        "used": True,
+        "unused": True,
+        "revoked": False,
+    }
     used = certificates["used"]
     assert devices[identity_of(used)].expires == int(used.not_valid_after_utc.timestamp())
     authority.check(used)

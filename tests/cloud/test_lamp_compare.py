@@ -13,7 +13,7 @@ from tests.cloud.lamp_runs import LABELS, RATINGS, query, save_run, simple_users
 from typer.testing import CliRunner, Result
 
 from perfit_cloud.cli.lamp.compare import compare as command
-from perfit_cloud.evaluation.compare import Side, compare
+from perfit_cloud.lamp.compare import Side, compare
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.prompts import with_prompts
 from perfit_shared.tasks import TASKS
@@ -69,9 +69,18 @@ def test_table_and_json(runs: tuple[str, str]) -> None:
 
     value = json.loads(_run(*runs, "--json").stdout)
     assert list(value) == [
-        "task", "a", "b", "users", "queries", "unpaired", "same_tokens", "differing", "loss", "metrics",
+        "task",
+        "a",
+        "b",
+        "users",
+        "queries",
+        "unpaired",
+        "same_tokens",
+        "differing",
+        "loss",
+        "metrics",
         "mean_over_users",
-    ]  # fmt: skip
+    ]
     assert value["b"] == {"run": runs[1], "mode": "personal"}
     assert value["loss"]["difference"] == pytest.approx(-0.5)
     assert set(value["loss"]) == {"a", "b", "difference", "interval", "p", "better", "worse", "of"}

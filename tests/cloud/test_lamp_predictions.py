@@ -12,9 +12,9 @@ import pytest
 from tests.lamp_files import WORDS, write_files
 from tests.lamp_scripts import Refused, lamp_script, oppu_script
 
-from perfit_cloud.evaluation.prepare import find_questions, prepare_lamp
-from perfit_cloud.evaluation.request import Request
-from perfit_cloud.evaluation.run import run_lamp
+from perfit_cloud.lamp.prepare import find_questions, prepare_lamp
+from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import TASKS
@@ -29,11 +29,16 @@ def run(base: BaseModel, tmp_path: Path) -> Run:
 
     def go(data: Path, task: str, **changes: Any) -> Path:
         values: dict[str, Any] = {
-            "ablation": "stage2", "layers": (1,), "positions": "l2", "personal_rank": 1, "epochs": 1,
-            "learning_rate": 1e-2, "batch_size": 64,
-        }  # fmt: skip
+            "ablation": "stage2",
+            "layers": (1,),
+            "positions": "l2",
+            "personal_rank": 1,
+            "epochs": 1,
+            "learning_rate": 1e-2,
+            "batch_size": 64,
+        }
         run_lamp(
-            Request(task=task, model="tiny", data=data, out=tmp_path / "out", **values | changes), base=base
+            LampRun(task=task, model="tiny", data=data, out=tmp_path / "out", **values | changes), base=base
         )
         return tmp_path / "out"
 
@@ -52,10 +57,14 @@ def download(folder: Path, kind: type, name: str, **more: Any) -> Path:
     for person in range(6):
         for at in range(2):
             profile = [
-                {"id": kind(f"{person}{at}{n}"), "description": f"{WORDS[person]} {n}", "tag": "comedy",
-                 "date": f"2001-01-0{n + 1}"}
+                {
+                    "id": kind(f"{person}{at}{n}"),
+                    "description": f"{WORDS[person]} {n}",
+                    "tag": "comedy",
+                    "date": f"2001-01-0{n + 1}",
+                }
                 for n in range(2 + at)
-            ]  # fmt: skip
+            ]
             question = {"id": kind(f"9{person}{at}"), "input": f"{ask}the {at}", "profile": profile}
             questions.append({**question, **({"user_id": kind(f"7{person}")} if "people" in more else {})})
             golds.append({"id": question["id"], "output": "action"})
@@ -171,9 +180,14 @@ def test_outputs_of_two_tasks_are_refused(tmp_path: Path) -> None:
         InvalidData, match=r"dev_outputs\.json: its task is LaMP_2M, an earlier file's LaMP_2$"
     ):
         prepare_lamp(
-            find_questions(folder, print), TASKS["movie_tagging"], tmp_path / "data",
-            users=3, least=1, force=False, tell=print,
-        )  # fmt: skip
+            find_questions(folder, print),
+            TASKS["movie_tagging"],
+            tmp_path / "data",
+            users=3,
+            least=1,
+            force=False,
+            tell=print,
+        )
 
 
 @pytest.mark.parametrize("ids", [(7, 7), (7, "7"), ("7", " 7")])

@@ -119,20 +119,29 @@ def test_questions_are_joined_to_people_by_their_profiles(lamp: Lamp, tmp_path: 
     assert read_golds(out / FILES[2]) == {
         **{q: f"Bob's {n}" for q, n in (("11", 20), ("14", 22), ("21", 29))},
         **{q: f"Ann's {n}" for q, n in (("10", 6), ("12", 8), ("20", 11))},
-    }  # fmt: skip
+    }
     # Oldest first, every item once, and none that a held-out query asks about.
     assert [entry.item["text"] for entry in ann.profile] == [
         f"ann reports on {n}" for n in range(11) if n not in (6, 8)
     ]
     assert len(bob.profile) == 29 - 2
     assert [(user.user_id, len(user.profile), len(user.query)) for user in others.users] == [
-        ("2", 7, 1), ("3", 4, 1),
-    ]  # fmt: skip
+        ("2", 7, 1),
+        ("3", 4, 1),
+    ]
     (counts,) = made["tasks"]
     assert counts == {
-        "task": "news_headline", "folder": str(out), "users": 2, "history": 9 + 27, "shortest_history": 9,
-        "queries": 6, "others": 2, "others_history": 11, "others_queries": 2, "left_out": {"empty_field": 0},
-    }  # fmt: skip
+        "task": "news_headline",
+        "folder": str(out),
+        "users": 2,
+        "history": 9 + 27,
+        "shortest_history": 9,
+        "queries": 6,
+        "others": 2,
+        "others_history": 11,
+        "others_queries": 2,
+        "left_out": {"empty_field": 0},
+    }
 
 
 def test_it_is_the_same_again_and_in_any_order(lamp: Lamp, tmp_path: Path) -> None:

@@ -16,10 +16,14 @@ from perfit_shared.tasks import TASKS, load_task
 
 def article(author: str, n: int, category: str = "POLITICS", **changes: Any) -> dict[str, Any]:
     return {
-        "link": "https://example.org", "headline": f"{author} asks {n}", "category": category,
-        "short_description": f"{author} has words on {n}.", "authors": author,
-        "date": f"2018-{n // 28 + 1:02}-{n % 28 + 1:02}", **changes,
-    }  # fmt: skip
+        "link": "https://example.org",
+        "headline": f"{author} asks {n}",
+        "category": category,
+        "short_description": f"{author} has words on {n}.",
+        "authors": author,
+        "date": f"2018-{n // 28 + 1:02}-{n % 28 + 1:02}",
+        **changes,
+    }
 
 
 def dataset(path: Path, *more: dict[str, Any]) -> Path:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from tests.lamp_files import TASK, write_files
 
-from perfit_cloud.evaluation.people import read_people
-from perfit_cloud.evaluation.request import Request
-from perfit_cloud.evaluation.results import Run
-from perfit_cloud.evaluation.run import run_lamp
+from perfit_cloud.lamp.people import read_people
+from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.results import Run
+from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput
@@ -29,14 +29,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def request_for(data: Path, tmp_path: Path) -> Callable[..., Request]:
-    def make(**changes: Any) -> Request:
+def request_for(data: Path, tmp_path: Path) -> Callable[..., LampRun]:
+    def make(**changes: Any) -> LampRun:
         values: dict[str, Any] = {
-            "task": TASK, "model": "tiny", "data": data, "out": tmp_path / "out", "layers": (1,),
-            "positions": "l2", "collective_rank": 2, "personal_rank": 1, "batch_size": 4, "epochs": 2,
-            "learning_rate": 1e-2, "users": 2,
-        }  # fmt: skip
-        return Request(**(values | changes))
+            "task": TASK,
+            "model": "tiny",
+            "data": data,
+            "out": tmp_path / "out",
+            "layers": (1,),
+            "positions": "l2",
+            "collective_rank": 2,
+            "personal_rank": 1,
+            "batch_size": 4,
+            "epochs": 2,
+            "learning_rate": 1e-2,
+            "users": 2,
+        }
+        return LampRun(**(values | changes))
 
     return make
 
@@ -46,7 +55,7 @@ STAGE_1 = {"collective_epochs": 1, "collective_learning_rate": 5e-3}
 
 
 def test_oppu_s_prompts_reach_both_stages_and_the_answers(
-    request_for: Callable[..., Request], base: BaseModel, capsys: pytest.CaptureFixture[str]
+    request_for: Callable[..., LampRun], base: BaseModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_lamp(request_for(prompts="oppu", **STAGE_1), base=base)
     oppu = with_prompts(TASKS[TASK], "oppu")
@@ -59,14 +68,18 @@ def test_oppu_s_prompts_reach_both_stages_and_the_answers(
     assert max(len(base.encode(text)) for text in answers) > 60
     settings = json.loads((run.folder / "settings.json").read_text())
     assert {k: settings[k] for k in ("prompts", "answer_tokens", "stop", "token_cap", "schedule")} == {
-        "prompts": "oppu", "answer_tokens": 200, "stop": [], "token_cap": 256, "schedule": "paper",
-    }  # fmt: skip
+        "prompts": "oppu",
+        "answer_tokens": 200,
+        "stop": [],
+        "token_cap": 256,
+        "schedule": "paper",
+    }
     with pytest.raises(InvalidInput, match="artefact was trained with other prompts; use another --out"):
         run_lamp(request_for(prompts="lamp", **STAGE_1), base=base)
 
 
 def test_without_a_wish_task_json_s_prompts_are_asked(
-    request_for: Callable[..., Request], base: BaseModel, tmp_path: Path, data: Path
+    request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path, data: Path
 ) -> None:
     run = run_lamp(request_for(**ALONE), base=base)
     assert run.prompts == "task" and run.task == load_task(data, TASK)
@@ -82,9 +95,12 @@ def test_without_a_wish_task_json_s_prompts_are_asked(
 
 
 def test_an_artefact_of_other_prompts_is_used_and_said(
-    request_for: Callable[..., Request], base: BaseModel, make_artefact: Callable[..., Artefact],
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    request_for: Callable[..., LampRun],
+    base: BaseModel,
+    make_artefact: Callable[..., Artefact],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     made = replace(make_artefact(base), task=TASKS[TASK])
     made.save(tmp_path / "artefact")
     spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
@@ -94,7 +110,7 @@ def test_an_artefact_of_other_prompts_is_used_and_said(
 
 
 def test_the_paper_s_schedule_and_a_device_s(
-    request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+    request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
 ) -> None:
     paper = run_lamp(request_for(out=tmp_path / "paper", **ALONE), base=base)
     device = run_lamp(request_for(out=tmp_path / "device", schedule="device", **ALONE), base=base)
@@ -111,7 +127,7 @@ NEW = ("schedule", "prompts", "artefact_prompts", "answer_tokens", "stop", "toke
 
 
 def test_a_run_from_before_there_were_two_schedules_goes_on_as_a_device_s(
-    request_for: Callable[..., Request], base: BaseModel
+    request_for: Callable[..., LampRun], base: BaseModel
 ) -> None:
     run = run_lamp(request_for(schedule="device", **ALONE), base=base)
     for name in ("settings.json", "run.json"):

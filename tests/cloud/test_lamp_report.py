@@ -14,11 +14,11 @@ from tests.cloud.lamp_runs import LABELS, TEXTS, save_run, simple_users
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.lamp.report import report as command
-from perfit_cloud.evaluation import paper
-from perfit_cloud.evaluation.groups import group_runs, main_groups, nearest, rank_grids, sweeps
-from perfit_cloud.evaluation.layout import variant
-from perfit_cloud.evaluation.report import write_report
-from perfit_cloud.evaluation.results import Run
+from perfit_cloud.lamp import paper
+from perfit_cloud.lamp.groups import group_runs, main_groups, nearest, rank_grids, sweeps
+from perfit_cloud.lamp.layout import variant
+from perfit_cloud.lamp.report import write_report
+from perfit_cloud.lamp.results import Run
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.prompts import with_prompts
 from perfit_shared.tasks import TASKS
@@ -147,9 +147,10 @@ def test_ablation(runs: Runs) -> None:
     assert [theirs[name] for name in names] == ["0.792", "0.801", "0.803", "0.818"]
     tests = [r for r in rows if r.get("measure") == "loss" and "pair" in r]
     assert [(r["pair"], r["difference"], r["p"]) for r in tests] == [
-        ("full − stage 1 only", "-0.900", "0.1250"), ("full − stage 2 only (P)", "-0.500", "0.1250"),
+        ("full − stage 1 only", "-0.900", "0.1250"),
+        ("full − stage 2 only (P)", "-0.500", "0.1250"),
         ("full − stage 2 only (C+P)", "-0.400", "0.1250"),
-    ]  # fmt: skip
+    ]
     assert (runs.root / "report" / "ablation.png").is_file()
 
 

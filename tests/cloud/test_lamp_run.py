@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tests.lamp_files import TASK, write_files
 
-from perfit_cloud.evaluation.measure import Decoding
-from perfit_cloud.evaluation.people import read_people, swap_histories
-from perfit_cloud.evaluation.request import Request
-from perfit_cloud.evaluation.results import Run, user_folder
-from perfit_cloud.evaluation.run import run_lamp
-from perfit_cloud.evaluation.sweep import run_sweep, sweep_requests
+from perfit_cloud.lamp.measure import Decoding
+from perfit_cloud.lamp.people import read_people, swap_histories
+from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.results import Run, user_folder
+from perfit_cloud.lamp.run import run_lamp
+from perfit_cloud.lamp.sweep import run_sweep, sweep_requests
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, ShiftMismatch
@@ -30,15 +30,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[..., Request]:
-    def make(out: Path, **changes: Any) -> Request:
+def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[..., LampRun]:
+    def make(out: Path, **changes: Any) -> LampRun:
         values: dict[str, Any] = {
-            "task": TASK, "model": str(model_folder("llama")), "data": data, "out": out, "layers": (1, 2),
-            "positions": "f2+l3", "collective_rank": 4, "personal_rank": 2, "batch_size": 4,
-            "collective_epochs": 1, "collective_learning_rate": 5e-3, "epochs": 4, "learning_rate": 2e-2,
+            "task": TASK,
+            "model": str(model_folder("llama")),
+            "data": data,
+            "out": out,
+            "layers": (1, 2),
+            "positions": "f2+l3",
+            "collective_rank": 4,
+            "personal_rank": 2,
+            "batch_size": 4,
+            "collective_epochs": 1,
+            "collective_learning_rate": 5e-3,
+            "epochs": 4,
+            "learning_rate": 2e-2,
             "users_together": 2,
-        }  # fmt: skip
-        return Request(**(values | changes))
+        }
+        return LampRun(**(values | changes))
 
     return make
 
@@ -50,7 +60,7 @@ def base(load: Callable[[str], BaseModel]) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def full(
-    request_for: Callable[..., Request], base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+    request_for: Callable[..., LampRun], base: BaseModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
     """An undisturbed run."""
     return run_lamp(request_for(tmp_path_factory.mktemp("full")), base=base)
@@ -97,7 +107,7 @@ def test_predictions_are_in_lamps_schema(full: Run, data: Path) -> None:
     assert personal != base
 
 
-def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., Request], base: BaseModel) -> None:
+def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., LampRun], base: BaseModel) -> None:
     before = {p: p.stat().st_mtime_ns for p in full.folder.rglob("*") if p.is_file()}
     again = run_lamp(request_for(full.folder), base=base)
     assert again.users == full.users
@@ -106,7 +116,7 @@ def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., Reque
 
 @pytest.mark.parametrize("changes", [{"epochs": 3}, {"seed": 1}, {"users": 3}, {"histories": "other"}])
 def test_an_out_of_another_run_is_refused(
-    full: Run, request_for: Callable[..., Request], base: BaseModel, changes: dict[str, Any]
+    full: Run, request_for: Callable[..., LampRun], base: BaseModel, changes: dict[str, Any]
 ) -> None:
     request = request_for(full.folder, artefact=full.folder / "artefact", **NO_STAGE_1, **changes)
     with pytest.raises(InvalidInput, match=r"holds a run with other .* use another --out"):
@@ -114,7 +124,7 @@ def test_an_out_of_another_run_is_refused(
 
 
 def test_stopped_anywhere_and_resumed_gives_the_same_figures(
-    full: Run, request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
 ) -> None:
     """Stopped after every few steps of both stages; what a run without interruption gives comes out."""
     request, stops = request_for(tmp_path / "again"), 0
@@ -131,7 +141,7 @@ def test_stopped_anywhere_and_resumed_gives_the_same_figures(
 
 
 def test_a_users_history_reaches_nobody_else(
-    full: Run, request_for: Callable[..., Request], base: BaseModel, data: Path, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRun], base: BaseModel, data: Path, tmp_path: Path
 ) -> None:
     """FACTS: a widely copied baseline trains user i on the data of users 0…i. Another history of user
     12, of the same shapes, may change what 12 becomes, and nobody else's tensors by a bit."""
@@ -154,14 +164,20 @@ def test_a_users_history_reaches_nobody_else(
 
 
 def test_ablations(
-    request_for: Callable[..., Request], make_artefact: Any, base: BaseModel, tmp_path: Path
+    request_for: Callable[..., LampRun], make_artefact: Any, base: BaseModel, tmp_path: Path
 ) -> None:
     # Not one that was trained: where stage 1 does not help, it is the identity, as in stage 2 alone.
     make_artefact(base, positions="f2+l3", layers=(1, 2), ranks=(4, 2)).save(tmp_path / "artefact")
     request = request_for(
-        tmp_path, **NO_STAGE_1, artefact=tmp_path / "artefact", users=2, layers=None, positions=None,
-        collective_rank=None, personal_rank=2,
-    )  # fmt: skip
+        tmp_path,
+        **NO_STAGE_1,
+        artefact=tmp_path / "artefact",
+        users=2,
+        layers=None,
+        positions=None,
+        collective_rank=None,
+        personal_rank=2,
+    )
     runs = {run.settings["ablation"]: run for run in run_sweep(request, "ablations")}
     assert set(runs) == {"full", "stage1", "stage2", "stage2_sum"}
     assert runs["stage1"].modes == ("base", "collective", "seed") and not tensors(runs["stage1"])
@@ -174,7 +190,7 @@ def test_ablations(
 
 
 def test_a_collective_shift_of_another_task_serves(
-    full: Run, request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
 ) -> None:
     artefact = Artefact.load(full.folder / "artefact")
     replace(artefact, name="chat", task=TASKS["chat"]).save(tmp_path / "chat")
@@ -200,7 +216,7 @@ def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, 
     assert [p.questions for p in swapped] == [p.questions for p in people]
 
 
-def test_sweeps_name_their_runs(request_for: Callable[..., Request], tmp_path: Path) -> None:
+def test_sweeps_name_their_runs(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
     request = request_for(tmp_path, layers=None, collective_rank=None, personal_rank=None)
     assert [r.layers for r in sweep_requests(request, "layers", blocks=3)] == [(0,), (1,), (2,)]
     grid = sweep_requests(request, "ranks=2,4", blocks=3)
@@ -222,7 +238,7 @@ def test_sweeps_name_their_runs(request_for: Callable[..., Request], tmp_path: P
 
 
 def test_sweeps_keep_what_they_do_not_sweep(
-    full: Run, request_for: Callable[..., Request], tmp_path: Path
+    full: Run, request_for: Callable[..., LampRun], tmp_path: Path
 ) -> None:
     """A review found both of these to end in an IndexError."""
     alone = request_for(tmp_path / "a", ablation="stage2", users=1, epochs=1, **NO_STAGE_1)
@@ -233,7 +249,7 @@ def test_sweeps_keep_what_they_do_not_sweep(
 
 
 def test_a_damaged_result_is_made_again(
-    full: Run, request_for: Callable[..., Request], base: BaseModel, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
 ) -> None:
     shutil.copytree(full.folder, tmp_path / "copy")
     damaged = tmp_path / "copy" / "users" / "13" / "result.json"
@@ -258,18 +274,27 @@ def test_draws_depend_on_the_query_alone(full: Run, data: Path, base: BaseModel)
     people = read_people(data, TASKS[TASK], base).people
     seeds = {
         Decoding(seed=seed).sampling(TASKS[TASK], p.user_id, q).seed
-        for seed in (0, 1) for p in people for q in p.questions
-    }  # fmt: skip
+        for seed in (0, 1)
+        for p in people
+        for q in p.questions
+    }
     assert len(seeds) == 2 * sum(len(p.questions) for p in people)
 
 
 def test_what_cannot_be_is_said(
-    request_for: Callable[..., Request], base: BaseModel, data: Path, tmp_path: Path
+    request_for: Callable[..., LampRun], base: BaseModel, data: Path, tmp_path: Path
 ) -> None:
     for changes in (
-        {"ablation": "none"}, {"histories": "mine"}, {"users": 0}, {"epochs": 0}, {"learning_rate": 20.0},
-        {"batch_size": 0}, {"keep_bytes": -1}, {"artefact": tmp_path}, {"ablation": "stage2"},
-    ):  # fmt: skip
+        {"ablation": "none"},
+        {"histories": "mine"},
+        {"users": 0},
+        {"epochs": 0},
+        {"learning_rate": 20.0},
+        {"batch_size": 0},
+        {"keep_bytes": -1},
+        {"artefact": tmp_path},
+        {"ablation": "stage2"},
+    ):
         with pytest.raises(InvalidInput):
             request_for(tmp_path, **changes)
     with pytest.raises(InvalidInput, match="temperature"):

@@ -11,8 +11,8 @@ from scipy import stats
 from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
 from tests.cloud.lamp_runs import LABELS, RATINGS, TEXTS
 
-from perfit_cloud.evaluation.scores import combine, metric_names, parts, score
-from perfit_cloud.evaluation.statistics import Statistic, interval, paired
+from perfit_cloud.lamp.scores import combine, metric_names, parts, score
+from perfit_cloud.lamp.statistics import Statistic, interval, paired
 from perfit_shared.errors import InvalidInput
 from perfit_shared.tasks import TASKS, Task
 
@@ -38,8 +38,9 @@ def test_macro_f1_by_hand() -> None:
     # a: 1 of 1 answered, 1 of 3 golds: F1 1/2; b: 1 of 2, 1 of 1: 2/3; c is in the list and never
     # comes: 0. "neither" hits nobody and is nobody's mistake but a's.
     assert score(LABELS, answers, golds) == {
-        "accuracy": pytest.approx(0.5), "macro_f1": pytest.approx((1 / 2 + 2 / 3 + 0) / 3),
-    }  # fmt: skip
+        "accuracy": pytest.approx(0.5),
+        "macro_f1": pytest.approx((1 / 2 + 2 / 3 + 0) / 3),
+    }
 
 
 def test_no_examples_is_an_error() -> None:
@@ -74,9 +75,7 @@ def test_sums_give_what_the_libraries_give(seed: int) -> None:
 def test_combine_takes_many_resamples_at_once() -> None:
     made = parts(LABELS, ["a", "b", "x"], ["a", "a", "b"])["macro_f1"]
     rows = np.array([[0, 1, 2], [0, 0, 0], [2, 2, 2]])
-    assert combine("macro_f1", made[rows].sum(-2)) == pytest.approx(
-        [(2 * 1 / 3 + 0 + 0) / 3, 1 / 3, 0]
-    )  # fmt: skip
+    assert combine("macro_f1", made[rows].sum(-2)) == pytest.approx([(2 * 1 / 3 + 0 + 0) / 3, 1 / 3, 0])
 
 
 # -- intervals ---------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tests.cloud.lamp_runs import LABELS, RATINGS, SETTINGS, TEXTS, query, save_run, simple_users, user
 
-from perfit_cloud.evaluation.results import UserResult, write_json
-from perfit_cloud.evaluation.summary import summarise
+from perfit_cloud.lamp.results import UserResult, write_json
+from perfit_cloud.lamp.summary import summarise
 from perfit_shared.errors import InvalidData
 
 MODES = ("base", "collective", "personal", "other")
@@ -29,12 +29,15 @@ def two_users() -> list[UserResult]:
 
     return [
         user("ann", [query(1, "a", answers("b", "a", "a", "x"), losses(4, 3, 1, 5), tokens=4)]),
-        user("bob", [
-            query(2, "b", answers("b", "b", "b", "b"), losses(1, 1, 1, 1), tokens=1),
-            query(3, "b", answers("c", "c", "b", "a"), losses(3, 2, 1, 3), tokens=1),
-            query(4, "a", answers("a", "b", "b", "b"), losses(4, 3, 2, 5), tokens=2),
-        ]),
-    ]  # fmt: skip
+        user(
+            "bob",
+            [
+                query(2, "b", answers("b", "b", "b", "b"), losses(1, 1, 1, 1), tokens=1),
+                query(3, "b", answers("c", "c", "b", "a"), losses(3, 2, 1, 3), tokens=1),
+                query(4, "a", answers("a", "b", "b", "b"), losses(4, 3, 2, 5), tokens=2),
+            ],
+        ),
+    ]
 
 
 def test_every_number_by_hand(tmp_path: Path, two_users: list[UserResult]) -> None:
@@ -43,8 +46,11 @@ def test_every_number_by_hand(tmp_path: Path, two_users: list[UserResult]) -> No
     assert summary["loss"] == {"base": 3.5, "collective": 2.625, "personal": 1.25, "other": 4.25}
     # All four queries alike.
     assert summary["metrics"]["accuracy"] == {
-        "base": 0.5, "collective": 0.5, "personal": 0.75, "other": 0.25,
-    }  # fmt: skip
+        "base": 0.5,
+        "collective": 0.5,
+        "personal": 0.75,
+        "other": 0.25,
+    }
     # Ann 1 of 1, Bob 2 of 3.
     assert summary["mean_over_users"]["accuracy"]["personal"] == pytest.approx(5 / 6)
     # Personal answers a, b, b, b for a, b, b, a: a 2·1/3, b 2·2/5, c 0.
@@ -52,13 +58,16 @@ def test_every_number_by_hand(tmp_path: Path, two_users: list[UserResult]) -> No
     ann, bob = summary["users"]
     third = pytest.approx(1 / 3)  # one label of three right, the others never there
     assert ann == {
-        "user_id": "ann", "loss": {"base": 4, "collective": 3, "personal": 1, "other": 5},
+        "user_id": "ann",
+        "loss": {"base": 4, "collective": 3, "personal": 1, "other": 5},
         "metrics": {
             "accuracy": {"base": 0, "collective": 1, "personal": 1, "other": 0},
             "macro_f1": {"base": 0, "collective": third, "personal": third, "other": 0},
         },
-        "queries": 1, "tokens": 4, "examples": 10,
-    }  # fmt: skip
+        "queries": 1,
+        "tokens": 4,
+        "examples": 10,
+    }
     assert (bob["queries"], bob["tokens"], bob["loss"]["personal"]) == (3, 4, 1.5)
 
 
@@ -66,16 +75,27 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
     run = save_run(tmp_path, LABELS, two_users)
     summary = summarise(run)
     assert list(summary) == [
-        "task", "loss", "metrics", "mean_over_users", "users", "seconds", "settings", "intervals", "paired",
-    ]  # fmt: skip
+        "task",
+        "loss",
+        "metrics",
+        "mean_over_users",
+        "users",
+        "seconds",
+        "settings",
+        "intervals",
+        "paired",
+    ]
     assert summary["task"] == "news_categorize"
     assert summary["seconds"] == {"stage1": 100, "stage2": 30, "evaluation": 6}
     written = dict(SETTINGS) | {"task": LABELS.name, "artefact_task": LABELS.name}
     # And what a run from before it was written did.
     assert summary["settings"] == written | {
-        "schedule": "device", "prompts": "task", "artefact_prompts": "task", "answer_tokens": 48,
+        "schedule": "device",
+        "prompts": "task",
+        "artefact_prompts": "task",
+        "answer_tokens": 48,
         "stop": ["\n"],
-    }  # fmt: skip
+    }
     for kind in ("loss", "metrics", "mean_over_users"):
         assert _shape(summary["intervals"][kind]) == _shape(summary[kind])
     low, high = summary["intervals"]["loss"]["base"]

@@ -15,11 +15,11 @@ from tests.cloud.serving import BASE, TIMEOUT, Device, Running, failure, generat
 from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation import GenerationEngine
-from perfit_cloud.engine.types import Finish, Piece
+from perfit_cloud.engine.generation.continuous import GenerationEngine
+from perfit_cloud.engine.interface import Chunk, Finish
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.service.guard import network_of
-from perfit_cloud.service.limits import Accounts, AtOnce, Gate, Share
+from perfit_cloud.service.interceptor import network_of
+from perfit_cloud.service.limits import AtOnce, ConcurrencyLimit, Quota, RateLimiter
 from perfit_shared.errors import Busy, ConfigError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -40,14 +40,14 @@ def clock() -> Clock:
     return Clock()
 
 
-def accounts(clock: Clock, refused: Callable[[str], None] = lambda _: None, **most: int) -> Accounts:
-    share = Share({"calls": 2, "bytes": 100}, {"requests": 60, "tokens": 6000} | most)  # type: ignore[operator]
-    return Accounts(share, retry_ms=500, refused=refused, clock=clock)
+def rate_limiter(clock: Clock, refused: Callable[[str], None] = lambda _: None, **most: int) -> RateLimiter:
+    share = Quota({"calls": 2, "bytes": 100}, {"requests": 60, "tokens": 6000} | most)  # type: ignore[operator]
+    return RateLimiter(share, retry_ms=500, refused=refused, clock=clock)
 
 
 def test_what_is_held_is_counted_by_caller_and_given_back(clock: Clock) -> None:
     told: list[str] = []
-    books = accounts(clock, told.append)
+    books = rate_limiter(clock, told.append)
     with ExitStack() as held:
         for amount in (60, 40):
             held.enter_context(books.hold("a", "bytes", amount))
@@ -64,7 +64,7 @@ def test_what_is_held_is_counted_by_caller_and_given_back(clock: Clock) -> None:
 
 
 def test_a_minute_s_share_fills_evenly_and_the_delay_is_true(clock: Clock) -> None:
-    books = accounts(clock)
+    books = rate_limiter(clock)
     books.spend("a", "tokens", 6000)  # all at once, after a quiet minute
     with pytest.raises(Busy) as caught:
         books.spend("a", "tokens", 1000)
@@ -88,7 +88,7 @@ def test_a_minute_s_share_fills_evenly_and_the_delay_is_true(clock: Clock) -> No
 
 def test_accounts_of_the_quiet_are_forgotten(clock: Clock) -> None:
     """A dictionary by identity that nothing was ever taken from would grow for ever."""
-    books = accounts(clock)
+    books = rate_limiter(clock)
     with books.hold("held", "calls"):
         for number in range(10_000):
             clock.now += 0.1
@@ -104,7 +104,7 @@ def test_accounts_of_the_quiet_are_forgotten(clock: Clock) -> None:
 
 def test_a_gate_lets_in_as_many_as_it_says() -> None:
     told: list[str] = []
-    gate = Gate("answers", places=2, retry_ms=70, refused=told.append)
+    gate = ConcurrencyLimit("answers", places=2, retry_ms=70, refused=told.append)
     with gate.place(), gate.place():
         assert gate.working == 2
         with pytest.raises(Busy) as caught, gate.place():
@@ -241,7 +241,7 @@ def test_silent_streams_of_one_device_take_its_own_calls_alone(
 
 
 def under_way(running: Running, device: Device, what: AtOnce = "calls") -> int:
-    account = running.server._accounts._accounts.get(device.identity)
+    account = running.server._rate_limiter._rate_limiter.get(device.identity)
     return account.held[what] if account else 0
 
 
@@ -275,8 +275,8 @@ class Short:
     def cancel(self) -> None:
         pass
 
-    def __iter__(self) -> Iterator[Piece]:
-        yield Piece("x", Finish.END, prompt_tokens=1, answer_tokens=1)
+    def __iter__(self) -> Iterator[Chunk]:
+        yield Chunk("x", Finish.END, prompt_tokens=1, answer_tokens=1)
 
 
 def test_an_answer_is_charged_for_what_was_made_of_it(run: Callable[..., Running]) -> None:
@@ -302,7 +302,7 @@ def test_tokens_a_minute(run: Callable[..., Running], artefact: Artefact) -> Non
         call()
         spent = failure(lambda c=call: [c() for _ in range(100)])  # type: ignore[misc]
         assert (spent[0], spent[1]["perfit-code"]) == ("RESOURCE_EXHAUSTED", "busy")
-        running.server._accounts._accounts.clear()
+        running.server._rate_limiter._rate_limiter.clear()
 
 
 def candidates() -> list[pb.Candidate]:
@@ -332,8 +332,9 @@ def test_bytes_in_flight(run: Callable[..., Running], artefact: Artefact) -> Non
     first = call.future(large, timeout=TIMEOUT)
     assert slow.entered.wait(TIMEOUT)
     assert failure(lambda: call(large))[:2] == (
-        "RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "500"},
-    )  # fmt: skip
+        "RESOURCE_EXHAUSTED",
+        {"perfit-code": "busy", "perfit-retry-ms": "500"},
+    )
     device.describe()
     slow.go.set()
     assert first.result() == call(large)

@@ -80,10 +80,15 @@ def test_what_belongs_to_the_decoder_and_has_no_place_is_refused(folder: Path, k
 
 
 def test_other_parts_of_a_checkpoint_are_listed_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    change(folder, lambda w: w.update({
-        "vision_tower.patch.weight": torch.zeros(3),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
-    }))  # fmt: skip
+    change(
+        folder,
+        lambda w: w.update(
+            {
+                "vision_tower.patch.weight": torch.zeros(3),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+            }
+        ),
+    )
     with caplog.at_level(logging.WARNING):
         load_base(str(folder))
     said = [record.message for record in caplog.records if "vision_tower" in record.message]
@@ -107,11 +112,14 @@ def test_the_fingerprint_is_of_what_is_loaded(folder: Path) -> None:
     assert fingerprint(folder) != before
 
 
-@pytest.mark.parametrize("command", [
-    ["serve", "--set", "hardening=off", "--state"],
-    ["collective", "train", "--task", "news_headline", "--data", "nowhere.jsonl", "--out"],
-    ["lamp", "run", "--task", "news_headline", "--data", "nowhere", "--out"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "--set", "hardening=off", "--state"],
+        ["collective", "train", "--task", "news_headline", "--data", "nowhere.jsonl", "--out"],
+        ["lamp", "run", "--task", "news_headline", "--data", "nowhere", "--out"],
+    ],
+)
 def test_every_command_refuses(command: list[str], folder: Path, tmp_path: Path) -> None:
     """They load in one place; data is made where a command reads it first."""
     change(folder, lambda weights: weights.pop(MLP) is None)

@@ -12,10 +12,10 @@ from tests.cloud.doubles import wait_for
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.guard import _Messages
+from perfit_cloud.service.catalog import Catalog
+from perfit_cloud.service.interceptor import _Messages
 from perfit_cloud.service.limits import Budget
 from perfit_cloud.service.memory import MemoryPlan, plan_memory, resident_bytes
-from perfit_cloud.service.served import Served
 from perfit_shared.errors import Busy, Cancelled, ConfigError
 
 MIB = 2**20
@@ -26,7 +26,7 @@ def planned(base: BaseModel, artefact: Artefact) -> Callable[..., MemoryPlan]:
     def plan(process: int = 200 * MIB, **change: int) -> MemoryPlan:
         config = CloudConfig(**change)
         return plan_memory(
-            config, Served.build(config, base, [artefact], "c0"), process=process, continuous=True
+            config, Catalog.build(config, base, [artefact], "c0"), process=process, continuous=True
         )
 
     return plan
@@ -81,7 +81,7 @@ def test_every_call_has_room_for_a_shift(
     planned: Callable[..., MemoryPlan], base: BaseModel, artefact: Artefact
 ) -> None:
     """A stream of questions keeps its shift when its message is not counted any more."""
-    served = Served.build(CloudConfig(), base, [artefact], "c0")
+    served = Catalog.build(CloudConfig(), base, [artefact], "c0")
     assert planned(calls=32).calls >= 32 * (served.limits.message_bytes + served.tensor_bytes + 2**19)
 
 

@@ -20,19 +20,30 @@ from tests.cloud.test_service_adapt import opening as adapt_opening
 from tests.cloud.test_service_ask import opening as ask_opening
 from tests.cloud.test_service_ask import question
 
-from perfit_cloud.engine.adaptation import Adaptation, AdaptationEngine, Step
-from perfit_cloud.engine.answers import Answer
-from perfit_cloud.engine.generation import GenerationEngine
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.kept import Kept
-from perfit_cloud.engine.serving import Request
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.types import Gradient, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationEngine
+from perfit_cloud.engine.generation.engine import GenerationRequest
+from perfit_cloud.engine.generation.stream import CompletionStream
+from perfit_cloud.engine.gradients.activation_cache import ActivationCache
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine, UpdateSession
+from perfit_cloud.engine.interface import Gradient, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.wire import personalization_pb2 as pb
 
-PERSONAL = (Message, Request, Answer, ShiftUse, ShiftTensors, Sampling, Step, Adaptation, Kept, Gradient)
+PERSONAL = (
+    Message,
+    GenerationRequest,
+    CompletionStream,
+    ShiftUse,
+    ShiftTensors,
+    Sampling,
+    GradientRequest,
+    UpdateSession,
+    ActivationCache,
+    Gradient,
+)
 
 
 def left() -> list[str]:
@@ -178,27 +189,47 @@ def broken(*_: object, **__: object) -> Any:
     raise ZeroDivisionError
 
 
-def idle(*_: object) -> dict[Request, int]:
+def idle(*_: object) -> dict[GenerationRequest, int]:
     time.sleep(0.01)
     return {}
 
 
 CHANGED: dict[Any, tuple[type, str, Callable[..., Any]]] = {
     gradient_failed: (GradientEngine, "_groups", broken),
-    adapt_failed: (AdaptationEngine, "_pass", broken),
+    adapt_failed: (UpdateEngine, "_pass", broken),
     generate_late: (GenerationEngine, "_plan", idle),
 }
 
 
-@pytest.mark.parametrize("call", [
-    generated, generate_cancelled, generate_refused, generate_late, scored, gradient_of, gradient_failed,
-    asked, ask_client_gone, ask_refused, adapted, adapt_refused, adapt_failed, adapt_client_gone,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        generated,
+        generate_cancelled,
+        generate_refused,
+        generate_late,
+        scored,
+        gradient_of,
+        gradient_failed,
+        asked,
+        ask_client_gone,
+        ask_refused,
+        adapted,
+        adapt_refused,
+        adapt_failed,
+        adapt_client_gone,
+    ],
+)
 def test_nobody_keeps_anything_of_a_call(
-    call: Callable[[Device, Artefact], None], run: Callable[..., Running], artefact: Artefact,
-    generation: GenerationEngine, step_queue: StepQueue, arrays: list[weakref.ref[Any]],
-    monkeypatch: pytest.MonkeyPatch, frozen: None,
-) -> None:  # fmt: skip
+    call: Callable[[Device, Artefact], None],
+    run: Callable[..., Running],
+    artefact: Artefact,
+    generation: GenerationEngine,
+    step_queue: GradientScheduler,
+    arrays: list[weakref.ref[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: None,
+) -> None:
     if call in CHANGED:
         monkeypatch.setattr(*CHANGED[call])
     running = run()
@@ -213,9 +244,12 @@ def test_nobody_keeps_anything_of_a_call(
 
 
 def test_nobody_keeps_anything_of_answers_that_failed(
-    run: Callable[..., Running], artefact: Artefact, generation: GenerationEngine,
-    monkeypatch: pytest.MonkeyPatch, frozen: None,
-) -> None:  # fmt: skip
+    run: Callable[..., Running],
+    artefact: Artefact,
+    generation: GenerationEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    frozen: None,
+) -> None:
     monkeypatch.setattr(generation, "_plan", broken)
     device = run().device()
     gc.collect()

@@ -55,9 +55,13 @@ def test_a_schedule_that_is_none() -> None:
 
 def schedule(lengths: list[int], *, batch_size: int = 4, seed: int = 0) -> PaperSchedule:
     return PaperSchedule(
-        epochs=2, learning_rate=1e-2, batch_size=batch_size, seed=seed, examples=len(lengths),
+        epochs=2,
+        learning_rate=1e-2,
+        batch_size=batch_size,
+        seed=seed,
+        examples=len(lengths),
         lengths=tuple(lengths),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(7, 4), (50, 4), (333, 4), (1000, 2)])

@@ -10,10 +10,10 @@ from tests.cloud.doubles import Drip, Slow, score, wait_for
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
 from tests.cloud.test_authority import csr_of, new_key
 from tests.cloud.test_fairness import running_line
-from tests.cloud.test_limits import Clock, accounts, under_way
+from tests.cloud.test_limits import Clock, rate_limiter, under_way
 
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.limits import Accounts, Payment
+from perfit_cloud.service.limits import Payment, RateLimiter
 from perfit_shared.errors import Busy
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -26,7 +26,7 @@ LEAST = {"prompt_tokens": 60, "new_tokens": 60, "call_tokens": 300, "adapt_token
 
 
 def test_a_text_is_paid_by_its_bytes_and_settled_by_its_tokens() -> None:
-    books = accounts(Clock())
+    books = rate_limiter(Clock())
     payment = Payment(books, "a", 1000)
     payment.charge(400)
     payment.charge(0)
@@ -45,14 +45,14 @@ def test_a_text_is_paid_by_its_bytes_and_settled_by_its_tokens() -> None:
     books.spend("a", "tokens", 4900)
 
 
-def left(books: Accounts, caller: str = "a") -> int:
+def left(books: RateLimiter, caller: str = "a") -> int:
     """Tokens that a caller may still take, of 6000."""
     found = next(n for n in range(6000, -1, -1) if not fails_to_spend(books, caller, n))
     books.settle(caller, "tokens", found, 0)
     return found
 
 
-def fails_to_spend(books: Accounts, caller: str, amount: int) -> bool:
+def fails_to_spend(books: RateLimiter, caller: str, amount: int) -> bool:
     try:
         books.spend(caller, "tokens", amount)
     except Busy:
@@ -62,7 +62,7 @@ def fails_to_spend(books: Accounts, caller: str, amount: int) -> bool:
 
 def test_what_looking_at_a_message_took_is_never_given_back() -> None:
     """A message of 400,000 fields that came to one token was walked for 0.3 s, for nothing."""
-    books = accounts(Clock())
+    books = rate_limiter(Clock())
     payment = Payment(books, "a", 1000)
     payment.charge(2000)
     payment.walked(2000)
@@ -81,7 +81,7 @@ def test_what_looking_at_a_message_took_is_never_given_back() -> None:
 
 def test_a_fine_is_a_debt_that_wears_off() -> None:
     clock = Clock()
-    books = accounts(clock)
+    books = rate_limiter(clock)
     books.spend("a", "tokens", 0)
     for _ in range(5):
         books.fine("a", "tokens", 5000)
@@ -222,7 +222,7 @@ def test_what_the_cloud_has_no_room_for_is_given_back(run: Callable[..., Running
 
 
 def test_who_cannot_pay_for_the_tokens_gets_nothing_back() -> None:
-    books = accounts(Clock())
+    books = rate_limiter(Clock())
     payment = Payment(books, "a", 1000)
     payment.charge(2000)
     paid = payment.take()

@@ -78,9 +78,11 @@ def test_written_as_pyreft_writes(folder: Path, shifts: Shifts) -> None:
     # As pyreft 0.1.0 with pyvene 0.1.8 saved the like; the slow test asks pyreft itself.
     config = json.loads((folder / "config.json").read_text())
     assert config["sorted_keys"] == [
-        "layer_1_comp_block_output_unit_pos_nunit_1#0", "layer_2_comp_block_output_unit_pos_nunit_1#0",
-        "layer_1_comp_block_output_unit_pos_nunit_1#1", "layer_2_comp_block_output_unit_pos_nunit_1#1",
-    ]  # fmt: skip
+        "layer_1_comp_block_output_unit_pos_nunit_1#0",
+        "layer_2_comp_block_output_unit_pos_nunit_1#0",
+        "layer_1_comp_block_output_unit_pos_nunit_1#1",
+        "layer_2_comp_block_output_unit_pos_nunit_1#1",
+    ]
     assert config["representations"][2] == [1, "block_output", "pos", 1, 3, *[None] * 9]
     assert config["intervention_types"] == ["<class 'pyreft.interventions.LoreftIntervention'>"] * 4
     assert config["intervention_dimensions"] == [32] * 4
@@ -200,9 +202,10 @@ def test_bad_configurations_are_refused(folder: Path, what: str) -> None:
 def test_ranks_that_differ_between_layers_are_refused(folder: Path) -> None:
     def halve(state: dict[str, Any]) -> None:
         state.update(
-            weight=state["weight"][:3].clone(), bias=state["bias"][:3].clone(),
+            weight=state["weight"][:3].clone(),
+            bias=state["bias"][:3].clone(),
             rotate_layer=state["rotate_layer"][:, :3].clone(),
-        )  # fmt: skip
+        )
 
     change_state(folder, FIRST, halve)
     change_config(folder, cell(0, 4, 3))

@@ -51,9 +51,21 @@ def test_import_then_export_and_back(
 ) -> None:
     run_app("export", "--format", "pyreft", "--artefact", tmp_path / "artefact", "--out", tmp_path / "a")
     told = run_app(
-        "import", "--format", "pyreft", "--checkpoint", tmp_path / "a", "--model", model_folder("llama"),
-        "--task", "news_headline", "--positions", "f3+l3", "--out", tmp_path / "made", "--json",
-    )  # fmt: skip
+        "import",
+        "--format",
+        "pyreft",
+        "--checkpoint",
+        tmp_path / "a",
+        "--model",
+        model_folder("llama"),
+        "--task",
+        "news_headline",
+        "--positions",
+        "f3+l3",
+        "--out",
+        tmp_path / "made",
+        "--json",
+    )
     made = Artefact.load(tmp_path / "made")
     assert (made.spec, made.fingerprint) == (artefact.spec, artefact.fingerprint)
     assert made.collective.digest() == artefact.collective.digest()
@@ -70,9 +82,20 @@ def test_one_shift_alone(tmp_path: Path, artefact: Artefact, model_folder: Calla
         run_app("export", "--artefact", tmp_path / "artefact", "--out", out, "--shift", which)
         assert [s.digest() for s in read_checkpoint(out).shifts] == [its.digest()]
         run_app(
-            "import", "--checkpoint", out, "--model", model_folder("llama"), "--task", "news_headline",
-            "--positions", "l2", "--shift", which, "--out", tmp_path / f"{which}.artefact",
-        )  # fmt: skip
+            "import",
+            "--checkpoint",
+            out,
+            "--model",
+            model_folder("llama"),
+            "--task",
+            "news_headline",
+            "--positions",
+            "l2",
+            "--shift",
+            which,
+            "--out",
+            tmp_path / f"{which}.artefact",
+        )
         made = Artefact.load(tmp_path / f"{which}.artefact")
         kept, lacking = (
             (made.collective, made.seed) if which == "collective" else (made.seed, made.collective)
@@ -99,9 +122,14 @@ def test_a_users_shift_to_pyreft_and_back(tmp_path: Path, artefact: Artefact) ->
     other.save(tmp_path / "other")
     with pytest.raises(PerfitError, match="another artefact"):
         run_app(
-            "export", "--artefact", tmp_path / "other", "--personal", tmp_path / "back",
-            "--out", tmp_path / "q",
-        )  # fmt: skip
+            "export",
+            "--artefact",
+            tmp_path / "other",
+            "--personal",
+            tmp_path / "back",
+            "--out",
+            tmp_path / "q",
+        )
 
 
 def test_a_users_shift_over_another_collective_shift_is_refused(
@@ -116,9 +144,18 @@ def test_a_users_shift_over_another_collective_shift_is_refused(
 def test_mending_is_told(tmp_path: Path, folder: Path, model_folder: Callable[[str], Path]) -> None:
     change_state(folder, FIRST, lambda s: s.update(rotate_layer=s["rotate_layer"].bfloat16()))
     told = run_app(
-        "import", "--checkpoint", folder, "--model", model_folder("llama"), "--task", "news_headline",
-        "--positions", "l2", "--out", tmp_path / "made",
-    )  # fmt: skip
+        "import",
+        "--checkpoint",
+        folder,
+        "--model",
+        model_folder("llama"),
+        "--task",
+        "news_headline",
+        "--positions",
+        "l2",
+        "--out",
+        tmp_path / "made",
+    )
     assert "replaced by the nearest orthonormal ones" in told
     assert Artefact.load(tmp_path / "made").card["imported"]["mended"] > 1e-4
 
@@ -139,9 +176,16 @@ def test_a_model_that_cannot_carry_it_is_refused(
 def test_positions_are_not_guessed(tmp_path: Path, folder: Path, model_folder: Callable[[str], Path]) -> None:
     with pytest.raises(InvalidInput, match="--positions"):
         run_app(
-            "import", "--checkpoint", folder, "--model", model_folder("llama"), "--task", "news_headline",
-            "--out", tmp_path / "made",
-        )  # fmt: skip
+            "import",
+            "--checkpoint",
+            folder,
+            "--model",
+            model_folder("llama"),
+            "--task",
+            "news_headline",
+            "--out",
+            tmp_path / "made",
+        )
     assert not (tmp_path / "made").exists()
 
 

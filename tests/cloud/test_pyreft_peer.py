@@ -15,8 +15,8 @@ from tests.cloud.test_pyreft import same_states, states
 from tests.conftest import random_shift
 
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.interventions import ShiftGroup, active_interventions, hooked, row_index, to_torch
 from perfit_cloud.model.pyreft import read_checkpoint, write_checkpoint
-from perfit_cloud.model.shifts import Group, hooked, open_book, row_index, to_torch
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 
@@ -48,8 +48,8 @@ def our_logits(
     if shifts:
         index, valid = row_index([Positions.parse(positions).indices(len(prompt))], base.device)
         first, *rest = (to_torch(shift, base.device) for shift in shifts)
-        groups = [Group(index, valid, first, rest[0] if rest else None)]
-    with torch.no_grad(), hooked(base.model, range(base.blocks)), open_book(groups):
+        groups = [ShiftGroup(index, valid, first, rest[0] if rest else None)]
+    with torch.no_grad(), hooked(base.model, range(base.blocks)), active_interventions(groups):
         return base.model(torch.tensor([prompt])).logits[0].float().numpy()
 
 
@@ -93,9 +93,22 @@ def test_a_checkpoint_that_pyreft_trained(
     folder, base, trained = model_folder("llama"), load("llama"), tmp_path / "trained"
     prompts = questions(base, "f7+l7", tmp_path / "input.json")
     peer(
-        "train", "--model", folder, "--input", tmp_path / "input.json", "--out", trained,
-        "--layers", "1", "2", "--ranks", "6", "3", "--dtype", dtype,
-    )  # fmt: skip
+        "train",
+        "--model",
+        folder,
+        "--input",
+        tmp_path / "input.json",
+        "--out",
+        trained,
+        "--layers",
+        "1",
+        "2",
+        "--ranks",
+        "6",
+        "3",
+        "--dtype",
+        dtype,
+    )
     read = read_checkpoint(trained)
     assert (read.ranks, read.mended) == ((6, 3), 0.0)
     again = tmp_path / "again"
@@ -110,9 +123,16 @@ def test_a_checkpoint_that_pyreft_trained(
         old, new = states(trained), states(again)
         assert all(torch.equal(old[name][key].float(), new[name][key]) for name in old for key in old[name])
     peer(
-        "logits", "--model", folder, "--checkpoint", trained, "--input", tmp_path / "input.json",
-        "--out", tmp_path / "theirs.npz",
-    )  # fmt: skip
+        "logits",
+        "--model",
+        folder,
+        "--checkpoint",
+        trained,
+        "--input",
+        tmp_path / "input.json",
+        "--out",
+        tmp_path / "theirs.npz",
+    )
     theirs = dict(np.load(tmp_path / "theirs.npz"))
     for i, prompt in enumerate(prompts):
         assert np.abs(our_logits(base, prompt, "f7+l7", read.shifts) - theirs[str(i)]).max() < 1e-4

@@ -20,13 +20,13 @@ from tests.cloud.test_service_cli import RUN
 from tests.conftest import random_shift
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.engine.generation import GenerationEngine
-from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.generation.continuous import GenerationEngine
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.statefolder import Addresses
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.state_folder import Addresses
 from perfit_shared.errors import Busy, Cancelled, PerfitError, TooSlow, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
@@ -51,9 +51,11 @@ class Caller:
         bias = np.full_like(layers[first].bias, value)
         layers[first] = LayerShift(layers[first].rotation, layers[first].source, bias)
         fields = {
-            "mode": pb.SHIFT_MODE_PERSONAL, "artefact": self.artefact.name,
-            "version": self.artefact.version, "personal": ShiftTensors(layers).to_bytes(),
-        }  # fmt: skip
+            "mode": pb.SHIFT_MODE_PERSONAL,
+            "artefact": self.artefact.name,
+            "version": self.artefact.version,
+            "personal": ShiftTensors(layers).to_bytes(),
+        }
         return pb.Shift(**fields | change)
 
     def generate(self, text: str = f"the cat {WORD}", **change: Any) -> list[pb.GenerateResponse]:
@@ -173,9 +175,11 @@ def test_what_is_refused(
         (invalid, lambda: c.adapt(shift=nan)),
         (mismatch, lambda: c.generate(shift=c.shift(version=WORD))),
         (mismatch, lambda: c.adapt(version=WORD)),
-        *((invalid, lambda method=method: c.raw(method, b"\xff" + WORD.encode())) for method in (
-            "Describe", "FetchSeed", "Generate", "Score", "ComputeGradient", "Ask", "Adapt")),
-    ]  # fmt: skip
+        *(
+            (invalid, lambda method=method: c.raw(method, b"\xff" + WORD.encode()))
+            for method in ("Describe", "FetchSeed", "Generate", "Score", "ComputeGradient", "Ask", "Adapt")
+        ),
+    ]
     for status, call in calls:
         assert heard.fails(call) == status
     (response,) = c.ask(c.question(temperature=1e6 * NUMBER))
@@ -240,9 +244,16 @@ class Failing:
     submit = score = gradient = open = _fail
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError(), Busy("busy", retry_ms=50), TooSlow("late"), Unavailable("gone"), Cancelled("left"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(),
+        Busy("busy", retry_ms=50),
+        TooSlow("late"),
+        Unavailable("gone"),
+        Cancelled("left"),
+    ],
+)
 def test_engines_that_fail(
     run: Callable[..., Running], artefact: Artefact, heard: Heard, error: Exception
 ) -> None:
@@ -265,8 +276,10 @@ def test_passes_that_fail(
 
     c, running = caller
     for engine, name in (
-        (GenerationEngine, "_forward"), (GradientEngine, "_groups"), (AdaptationEngine, "_pass"),
-    ):  # fmt: skip
+        (GenerationEngine, "_forward"),
+        (GradientEngine, "_groups"),
+        (UpdateEngine, "_pass"),
+    ):
         monkeypatch.setattr(engine, name, quote)
     assert heard.fails(c.generate) == "UNAVAILABLE"
     for call in (c.score, c.gradient, c.adapt):
@@ -289,8 +302,8 @@ def test_callers_who_leave_and_callers_who_wait(caller: tuple[Caller, Running], 
 # A server whose engines quote what they work on, in their errors and through libraries' logs and warnings.
 QUOTING = """
 import logging, warnings
-from perfit_cloud.engine.generation import GenerationEngine
-from perfit_cloud.engine.gradients import GradientEngine
+from perfit_cloud.engine.generation.continuous import GenerationEngine
+from perfit_cloud.engine.gradients.batch import GradientEngine
 def quote(self, *args, **_):
     for request in self._requests if isinstance(self, GenerationEngine) else ():
         logging.getLogger("transformers.generation").error("prompt %s", request.prompt)
@@ -309,10 +322,21 @@ def test_a_process_of_its_own(
     """Hardened, with its logs as an operator has them; and it says that it is hardened."""
     artefact.save(tmp_path / "artefact")
     words = [
-        "serve", "--model", str(model_folder("llama")), "--artefact", str(tmp_path / "artefact"), "--json",
-        "--state", str(tmp_path / "state"), "--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0",
-        "--set", "drain_seconds=1",
-    ]  # fmt: skip
+        "serve",
+        "--model",
+        str(model_folder("llama")),
+        "--artefact",
+        str(tmp_path / "artefact"),
+        "--json",
+        "--state",
+        str(tmp_path / "state"),
+        "--address",
+        "127.0.0.1:0",
+        "--enrol-address",
+        "127.0.0.1:0",
+        "--set",
+        "drain_seconds=1",
+    ]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", QUOTING, *words], **pipes) as process:
         try:

@@ -10,12 +10,19 @@ import torch
 from tests.cloud.asked import NEW, SMALL, alone, prompts, serve, uses
 from tests.conftest import FAMILIES, random_shift
 
-from perfit_cloud.engine.generation import GenerationEngine, engine_for
-from perfit_cloud.engine.gradients import GradientEngine, passes
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
+from perfit_cloud.engine.gradients.batch import GradientEngine, passes
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import load_base
 from perfit_cloud.model.capabilities import Batching
-from perfit_cloud.model.shifts import Group, hooked, open_book, phi, row_index, to_torch
+from perfit_cloud.model.interventions import (
+    ShiftGroup,
+    active_interventions,
+    hooked,
+    phi,
+    row_index,
+    to_torch,
+)
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
@@ -27,8 +34,11 @@ def test_served_tokens_equal_hooked_generate(family: Any) -> None:
     for (prompt, use, _), got in zip(wanted, served, strict=True):
         assert got == alone(base, prompt, use), (use.mode, len(prompt))
     base_answers = [alone(base, p, ShiftUse(Mode.BASE)) for p, _, _ in wanted]
-    changed = sum(g != b for g, b, (_, u, _) in zip(served, base_answers, wanted, strict=True)
-                  if u.mode is not Mode.BASE)  # fmt: skip
+    changed = sum(
+        g != b
+        for g, b, (_, u, _) in zip(served, base_answers, wanted, strict=True)
+        if u.mode is not Mode.BASE
+    )
     assert changed >= 5  # the shifts are on
 
 
@@ -54,12 +64,12 @@ def test_off_is_off_again(load: Any, make_artefact: Any) -> None:
     base, ids = load("llama"), torch.tensor([[0, 5, 6, 7, 8, 9]])
     artefact = make_artefact(base)
     index, valid = row_index([[0, 1, 4, 5]], base.device)
-    book = [Group(index, valid, to_torch(artefact.collective, base.device), None)]
+    book = [ShiftGroup(index, valid, to_torch(artefact.collective, base.device), None)]
     with torch.no_grad():
         before = base.model(ids).logits
         with hooked(base.model, artefact.spec.layers):
             assert torch.equal(base.model(ids).logits, before)  # no book is open
-            with open_book(book):
+            with active_interventions(book):
                 on = base.model(ids).logits
             assert torch.equal(base.model(ids).logits, before)
         assert torch.equal(base.model(ids).logits, before)
@@ -138,10 +148,10 @@ class Recorded:
         forward = engine._forward
 
         def recording(plan: Any) -> Any:
-            logits, speaking = forward(plan)
-            for request, row in zip(speaking, logits.clone(), strict=True):
+            logits, sampled = forward(plan)
+            for request, row in zip(sampled, logits.clone(), strict=True):
                 self.rows.setdefault(request.answer, []).append(row)
-            return logits, speaking
+            return logits, sampled
 
         monkeypatch.setattr(engine, "_forward", recording)
 

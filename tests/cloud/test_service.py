@@ -29,12 +29,12 @@ from tests.cloud.serving import (
     personal,
 )
 
-from perfit_cloud.engine.generation import GenerationEngine
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.types import Finish, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationEngine
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.statefolder import Addresses, only_server
+from perfit_cloud.service.state_folder import Addresses, only_server
 from perfit_shared.errors import ConfigError, InvalidTensors
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
@@ -128,17 +128,33 @@ def test_scores_and_gradients_are_the_engines(
         (lambda s, _: list(s.Generate(generate("cat " * 300))), INVALID, "invalid_prompt", "at most"),
         (lambda s, _: list(s.Generate(generate(max_new_tokens=0))), INVALID, "invalid_input", "1 to"),
         (lambda s, _: list(s.Generate(generate(shift=pb.Shift()))), INVALID, "invalid_input", "mode"),
-        (lambda s, p: list(s.Generate(generate(shift=pb.Shift(**{**p, "version": "0"})))),
-         "FAILED_PRECONDITION", "shift_mismatch", "perfit update"),
-        (lambda s, p: list(s.Generate(generate(shift=pb.Shift(**{**p, "personal": b"x"})))),
-         INVALID, "invalid_tensors", "safetensors"),
-        (lambda s, _: s.ComputeGradient(pb.ComputeGradientRequest(shift=BASE)),
-         INVALID, "invalid_input", "personal mode"),
-        (lambda s, p: s.ComputeGradient(pb.ComputeGradientRequest(shift=pb.Shift(**p))),
-         INVALID, "invalid_input", "no examples"),
+        (
+            lambda s, p: list(s.Generate(generate(shift=pb.Shift(**{**p, "version": "0"})))),
+            "FAILED_PRECONDITION",
+            "shift_mismatch",
+            "perfit update",
+        ),
+        (
+            lambda s, p: list(s.Generate(generate(shift=pb.Shift(**{**p, "personal": b"x"})))),
+            INVALID,
+            "invalid_tensors",
+            "safetensors",
+        ),
+        (
+            lambda s, _: s.ComputeGradient(pb.ComputeGradientRequest(shift=BASE)),
+            INVALID,
+            "invalid_input",
+            "personal mode",
+        ),
+        (
+            lambda s, p: s.ComputeGradient(pb.ComputeGradientRequest(shift=pb.Shift(**p))),
+            INVALID,
+            "invalid_input",
+            "no examples",
+        ),
         (lambda s, _: s.Score(pb.ScoreRequest(shift=BASE)), INVALID, "invalid_input", "no examples"),
     ],
-)  # fmt: skip
+)
 def test_refusals_carry_status_code_and_one_line(
     run: Callable[..., Running], artefact: Artefact, call: Any, status: str, code: str, says: str
 ) -> None:
@@ -170,8 +186,10 @@ def test_unknown_errors_tell_nothing(
 def test_errors_of_the_engine_keep_their_code(run: Callable[..., Running]) -> None:
     device = run(gradient_engine=Slow(InvalidTensors("they overflow"))).device()
     assert failure(lambda: device.stub.Score(score())) == (
-        "INVALID_ARGUMENT", {"perfit-code": "invalid_tensors"}, "they overflow"
-    )  # fmt: skip
+        "INVALID_ARGUMENT",
+        {"perfit-code": "invalid_tensors"},
+        "they overflow",
+    )
 
 
 def test_messages_are_bounded(run: Callable[..., Running]) -> None:

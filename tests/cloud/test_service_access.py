@@ -24,7 +24,7 @@ from tests.cloud.serving import (
 )
 from tests.cloud.test_authority import csr_of, new_key
 
-from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.identity.authority import Authority
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 
@@ -124,9 +124,11 @@ def test_expired_on_an_open_channel_then_renewed(run: Callable[..., Running]) ->
     nonce = stub.Challenge(enrol_pb.ChallengeRequest()).nonce
     csr = csr_of(device.key)
     request = enrol_pb.RenewLapsedRequest(
-        certificate=device.certificate, nonce=nonce, csr=csr,
+        certificate=device.certificate,
+        nonce=nonce,
+        csr=csr,
         signature=device.key.sign(b"perfit-renew-v1" + nonce + csr, ec.ECDSA(hashes.SHA256())),
-    )  # fmt: skip
+    )
     renewed = running.with_certificate(device.key, stub.RenewLapsed(request).certificate)
     assert renewed.identity == device.identity
     renewed.describe()

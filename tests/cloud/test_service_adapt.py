@@ -17,19 +17,22 @@ import pytest
 from tests.cloud.serving import TIMEOUT, Device, Running, failure
 from tests.conftest import random_shift
 
-from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.types import Gradient, Mode, ShiftUse
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
 
 EXAMPLES = [
-    ("the cat sat on the mat", " the dog"), ("the dog ran", " to the door"), ("a", " cat"),
-    ("the mat and the door and the cat and the dog", " ran"), ("to the door", " the cat sat"),
-]  # fmt: skip
+    ("the cat sat on the mat", " the dog"),
+    ("the dog ran", " to the door"),
+    ("a", " cat"),
+    ("the mat and the door and the cat and the dog", " ran"),
+    ("to the door", " the cat sat"),
+]
 
 
 def opening(artefact: Artefact, /, **change: str) -> pb.AdaptRequest:
@@ -90,7 +93,7 @@ def assert_is(got: pb.AdaptResponse, wanted: Gradient, artefact: Artefact, toler
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-7, name
 
 
-def freed(running: Running, steps: StepQueue) -> bool:
+def freed(running: Running, steps: GradientScheduler) -> bool:
     """Whether nothing of an update is left, once the server has had a moment."""
     engine, until = steps._engine, time.monotonic() + TIMEOUT
     while engine._open and time.monotonic() < until:
@@ -100,9 +103,12 @@ def freed(running: Running, steps: StepQueue) -> bool:
 
 
 def test_steps_equal_those_of_the_stateless_engine(
-    run: Callable[..., Running], artefact: Artefact, base: BaseModel, gradients: GradientEngine,
-    step_queue: StepQueue,
-) -> None:  # fmt: skip
+    run: Callable[..., Running],
+    artefact: Artefact,
+    base: BaseModel,
+    gradients: GradientEngine,
+    step_queue: GradientScheduler,
+) -> None:
     running = run()
     call = Stream(running.device(), opening(artefact), examples(EXAMPLES[:2]), examples(EXAMPLES[2:]))
     for seed, rows in enumerate([[3, 0], [4, 1, 2], [2], [0, 1, 2, 3, 4]]):
@@ -111,8 +117,10 @@ def test_steps_equal_those_of_the_stateless_engine(
         assert_is(call.ask(step(tensors, rows)), wanted, artefact)
         loss = call.ask(step(tensors, rows, loss_only=True))
         assert (loss.loss, loss.tokens, loss.gradient) == (
-            pytest.approx(wanted.loss, rel=1e-5), wanted.tokens, b"",
-        )  # fmt: skip
+            pytest.approx(wanted.loss, rel=1e-5),
+            wanted.tokens,
+            b"",
+        )
         rounded = call.ask(step(tensors.to_bytes(dtype="float16"), rows))
         assert b'"F16"' in rounded.gradient
         assert_is(rounded, wanted, artefact, tolerance=2e-2)
@@ -129,9 +137,12 @@ def test_describe_tells_the_limits_and_what_is_kept(run: Callable[..., Running])
 
 
 def test_streams_side_by_side_equal_each_alone(
-    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact, base: BaseModel,
+    run: Callable[..., Running],
+    stream: Callable[..., Stream],
+    artefact: Artefact,
+    base: BaseModel,
     gradients: GradientEngine,
-) -> None:  # fmt: skip
+) -> None:
     running = run()
     streams = [stream(running.device()) for _ in range(3)]
 
@@ -151,11 +162,15 @@ def test_streams_side_by_side_equal_each_alone(
 
 @pytest.mark.parametrize("moment", ["idle", "filling", "in line"])
 def test_a_caller_who_leaves_frees_everything(
-    moment: str, run: Callable[..., Running], base: BaseModel, stream: Callable[..., Stream],
-    artefact: Artefact, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    engine = AdaptationEngine(base, keep_bytes=2**26)
-    steps = StepQueue(engine)
+    moment: str,
+    run: Callable[..., Running],
+    base: BaseModel,
+    stream: Callable[..., Stream],
+    artefact: Artefact,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = UpdateEngine(base, keep_bytes=2**26)
+    steps = GradientScheduler(engine)
     there, go_on = threading.Event(), threading.Event()
 
     def slow(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,7 +184,7 @@ def test_a_caller_who_leaves_frees_everything(
     running = run(steps=steps)
     call, tensors = stream(running.device()), mine(artefact, 1)
     if moment == "filling":
-        monkeypatch.setattr("perfit_cloud.engine.kept._fill", slow(lambda *_: None))
+        monkeypatch.setattr("perfit_cloud.engine.gradients.activation_cache._fill", slow(lambda *_: None))
         call.send(step(tensors, [0]))
         assert there.wait(TIMEOUT)
     else:
@@ -188,12 +203,15 @@ def test_a_caller_who_leaves_frees_everything(
 
 
 def test_a_step_that_failed_leaves_nothing_behind(
-    run: Callable[..., Running], base: BaseModel, stream: Callable[..., Stream], artefact: Artefact,
+    run: Callable[..., Running],
+    base: BaseModel,
+    stream: Callable[..., Stream],
+    artefact: Artefact,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The tensors were held by the frames that its error went through, and those by its error."""
-    engine, gone = AdaptationEngine(base, keep_bytes=2**26), []
-    steps = StepQueue(engine)
+    engine, gone = UpdateEngine(base, keep_bytes=2**26), []
+    steps = GradientScheduler(engine)
 
     def broken(shares: Any, **_: Any) -> None:
         gone.append(weakref.ref(shares[0][0].personal))
@@ -204,8 +222,9 @@ def test_a_step_that_failed_leaves_nothing_behind(
     gc.disable()
     try:
         assert failure(lambda: call.ask(step(mine(artefact, 1), [0])))[:2] == (
-            "INTERNAL", {"perfit-code": "internal"},
-        )  # fmt: skip
+            "INTERNAL",
+            {"perfit-code": "internal"},
+        )
         end = time.monotonic() + TIMEOUT
         while gone[0]() is not None:
             assert time.monotonic() < end, "the tensors are still there"
@@ -216,7 +235,10 @@ def test_a_step_that_failed_leaves_nothing_behind(
 
 
 def test_a_revoked_device_gets_no_further_response(
-    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue
+    run: Callable[..., Running],
+    artefact: Artefact,
+    stream: Callable[..., Stream],
+    step_queue: GradientScheduler,
 ) -> None:
     running = run()
     device = running.device()
@@ -224,13 +246,17 @@ def test_a_revoked_device_gets_no_further_response(
     call.ask(step(mine(artefact, 1), [0]))
     running.authority.revoke(device.identity)
     assert failure(lambda: call.ask(step(mine(artefact, 1), [0])))[:2] == (
-        "PERMISSION_DENIED", {"perfit-code": "identity_revoked"},
-    )  # fmt: skip
+        "PERMISSION_DENIED",
+        {"perfit-code": "identity_revoked"},
+    )
     assert freed(running, step_queue)
 
 
 def test_a_server_that_stops_ends_its_streams(
-    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue
+    run: Callable[..., Running],
+    artefact: Artefact,
+    stream: Callable[..., Stream],
+    step_queue: GradientScheduler,
 ) -> None:
     running = run()
     call = stream(running.device())

@@ -11,9 +11,11 @@ import pytest
 from tests.cloud.serving import INVALID, TIMEOUT, Running, failure
 from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, freed, mine, opening, step
 
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.service import adapt, guard, server
+from perfit_cloud.service import interceptor as guard
+from perfit_cloud.service import server
+from perfit_cloud.service.streams import adapt
 from perfit_shared.wire import personalization_pb2 as pb
 
 Hostile = Callable[[Artefact], list[pb.AdaptRequest]]
@@ -24,62 +26,99 @@ HOSTILE: dict[str, tuple[str, str, str, Hostile]] = {
     "an empty message": (INVALID, "invalid_input", "one open", lambda a: [pb.AdaptRequest()]),
     "open twice": (INVALID, "invalid_input", "one open", lambda a: [opening(a), opening(a)]),
     "a step before examples": (
-        INVALID, "invalid_input", "then examples", lambda a: [opening(a), step(mine(a, 1), [0])],
+        INVALID,
+        "invalid_input",
+        "then examples",
+        lambda a: [opening(a), step(mine(a, 1), [0])],
     ),
     "half-closed before a step": (
-        INVALID, "invalid_input", "then steps", lambda a: [opening(a), examples(EXAMPLES)],
+        INVALID,
+        "invalid_input",
+        "then steps",
+        lambda a: [opening(a), examples(EXAMPLES)],
     ),
     "no examples": (INVALID, "invalid_input", "should hold some", lambda a: [opening(a), examples([])]),
     "examples after a step": (
-        INVALID, "invalid_input", "then steps",
+        INVALID,
+        "invalid_input",
+        "then steps",
         lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [0]), examples(EXAMPLES)],
     ),
     "another artefact": ("NOT_FOUND", "not_found", "there are", lambda a: [opening(a, artefact="other")]),
     "another version": (
-        "FAILED_PRECONDITION", "shift_mismatch", "perfit update", lambda a: [opening(a, version="0")],
+        "FAILED_PRECONDITION",
+        "shift_mismatch",
+        "perfit update",
+        lambda a: [opening(a, version="0")],
     ),
     "too many examples": (
-        INVALID, "invalid_input", "at most 6 examples",
+        INVALID,
+        "invalid_input",
+        "at most 6 examples",
         lambda a: [opening(a), *[examples(EXAMPLES)] * 2, step(mine(a, 1), [0])],
     ),
     "too many tokens": (
-        INVALID, "invalid_input", "300 tokens together",
+        INVALID,
+        "invalid_input",
+        "300 tokens together",
         lambda a: [opening(a), *[examples([("cat dog " * 30, " ran")] * 2)] * 3, step(mine(a, 1), [0])],
     ),
     "an example too long": (
-        INVALID, "invalid_prompt", "example 4: ",
+        INVALID,
+        "invalid_prompt",
+        "example 4: ",
         lambda a: [opening(a), examples(EXAMPLES[:2]), examples([EXAMPLES[2], ("cat " * 300, " ran")])],
     ),
     "an example without a target": (
-        INVALID, "invalid_prompt", "example 2: ", lambda a: [opening(a), examples([EXAMPLES[0], ("a", " ")])],
+        INVALID,
+        "invalid_prompt",
+        "example 2: ",
+        lambda a: [opening(a), examples([EXAMPLES[0], ("a", " ")])],
     ),
     "no rows": (
-        INVALID, "invalid_input", "0 to 4", lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [])],
+        INVALID,
+        "invalid_input",
+        "0 to 4",
+        lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [])],
     ),
     "rows out of range": (
-        INVALID, "invalid_input", "0 to 4",
+        INVALID,
+        "invalid_input",
+        "0 to 4",
         lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [4, 5])],
     ),
     "a row twice": (
-        INVALID, "invalid_input", "distinct",
+        INVALID,
+        "invalid_input",
+        "distinct",
         lambda a: [opening(a), examples(EXAMPLES), step(mine(a, 1), [1, 1])],
     ),
     "garbage for tensors": (
-        INVALID, "invalid_tensors", "safetensors",
+        INVALID,
+        "invalid_tensors",
+        "safetensors",
         lambda a: [opening(a), examples(EXAMPLES), step(b"\x08" + bytes(400), [0])],
     ),
     "no tensors": (
-        INVALID, "invalid_tensors", "safetensors", lambda a: [opening(a), examples(EXAMPLES), step(b"", [0])],
+        INVALID,
+        "invalid_tensors",
+        "safetensors",
+        lambda a: [opening(a), examples(EXAMPLES), step(b"", [0])],
     ),
     "tensors of another spec": (
-        INVALID, "invalid_tensors", "",
+        INVALID,
+        "invalid_tensors",
+        "",
         lambda a: [opening(a), examples(EXAMPLES), step(a.collective, [0])],
     ),
-}  # fmt: skip
+}
 
 
 def test_hostile_streams_get_their_one_clear_error(
-    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact, step_queue: StepQueue
+    run: Callable[..., Running],
+    stream: Callable[..., Stream],
+    artefact: Artefact,
+    step_queue: GradientScheduler,
 ) -> None:
     """And harm nobody: a stream that was there before goes on as if nothing had been."""
     running = run(adapt_examples=6, adapt_tokens=300)
@@ -104,8 +143,9 @@ def test_bytes_that_are_no_message_end_their_stream_alone(
     honest = stream(running.device())
     raw = running.device().channel.stream_stream("/perfit.v1.Personalization/Adapt")
     assert failure(lambda: list(raw(iter([b"\xff" * 50]), timeout=TIMEOUT)))[:2] == (
-        INVALID, {"perfit-code": "invalid_input"}
-    )  # fmt: skip
+        INVALID,
+        {"perfit-code": "invalid_input"},
+    )
     assert honest.ask(step(mine(artefact, 1), [0])).tokens > 0
 
 
@@ -118,8 +158,9 @@ def test_streams_beyond_the_places_come_back_later(
     first.ask(step(mine(artefact, 1), [0]))
     status, metadata, _ = failure(lambda: stream(device).ask())
     assert (status, metadata) == (
-        "RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"},
-    )  # fmt: skip
+        "RESOURCE_EXHAUSTED",
+        {"perfit-code": "busy", "perfit-retry-ms": "750"},
+    )
     first.end()
     assert list(first.call) == []
     assert stream(device).ask(step(mine(artefact, 1), [0])).tokens > 0
@@ -127,9 +168,13 @@ def test_streams_beyond_the_places_come_back_later(
 
 @pytest.mark.parametrize("silent", ["from the start", "after a step"])
 def test_a_silent_stream_does_not_hold_its_place(
-    silent: str, run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream],
-    step_queue: StepQueue, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    silent: str,
+    run: Callable[..., Running],
+    artefact: Artefact,
+    stream: Callable[..., Stream],
+    step_queue: GradientScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     submit = step_queue.submit
 
     def hurried(*args: Any, **how: Any) -> Any:
@@ -151,7 +196,10 @@ def test_a_silent_stream_does_not_hold_its_place(
 
 
 def test_no_stream_lasts_for_ever(
-    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue
+    run: Callable[..., Running],
+    artefact: Artefact,
+    stream: Callable[..., Stream],
+    step_queue: GradientScheduler,
 ) -> None:
     running = run(stream_seconds=1)
     call = stream(running.device())
@@ -168,9 +216,12 @@ def test_no_stream_lasts_for_ever(
 
 
 def test_a_caller_who_does_not_read_is_cut_off(
-    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], step_queue: StepQueue,
+    run: Callable[..., Running],
+    artefact: Artefact,
+    stream: Callable[..., Stream],
+    step_queue: GradientScheduler,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """gRPC's send held the call, its place and all that it kept, for as long as the caller liked."""
     sent = threading.Event()
 
@@ -202,8 +253,9 @@ def test_one_device_leaves_room_for_the_others(
         each.ask(step(mine(artefact, 1), [0]))
     status, metadata, text = failure(lambda: stream(device).ask())
     assert (status, metadata) == (
-        "RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"},
-    )  # fmt: skip
+        "RESOURCE_EXHAUSTED",
+        {"perfit-code": "busy", "perfit-retry-ms": "750"},
+    )
     assert "this device" in text
     assert stream(running.device()).ask(step(mine(artefact, 1), [0])).tokens > 0
     held[0].end()

@@ -14,7 +14,7 @@ import pytest
 from tests.cloud.doubles import Held
 from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate, personal
 
-from perfit_cloud.engine.generation import GenerationEngine
+from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -131,13 +131,20 @@ def test_more_questions_than_slots_and_a_conversation(run: Callable[..., Running
 def test_a_bad_question_fails_alone(run: Callable[..., Running], generation: GenerationEngine) -> None:
     device = run().device()
     responses = ask(
-        device, opening(), question(1), question(2, "cat " * 300), question(3, max_new_tokens=0),
-        question(4, ""), question(5),
-    )  # fmt: skip
+        device,
+        opening(),
+        question(1),
+        question(2, "cat " * 300),
+        question(3, max_new_tokens=0),
+        question(4, ""),
+        question(5),
+    )
     told = failures_of(responses)
     assert {n: f.code for n, f in told.items()} == {
-        2: "invalid_prompt", 3: "invalid_input", 4: "invalid_prompt"
-    }  # fmt: skip
+        2: "invalid_prompt",
+        3: "invalid_input",
+        4: "invalid_prompt",
+    }
     assert "at most" in told[2].message
     assert {r.number for r in responses if r.part.finish} == {1, 5}
     until(lambda: generation.in_flight == 0)

@@ -11,8 +11,9 @@ from tests.cloud.doubles import Held
 from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
 from tests.cloud.test_service_ask import Stream, failures_of, nothing_stays, opening, question, until  # noqa: F401 - a fixture
 
-from perfit_cloud.service import ask as ask_module
-from perfit_cloud.service import guard, server
+from perfit_cloud.service import interceptor as guard
+from perfit_cloud.service import server
+from perfit_cloud.service.streams import ask as ask_module
 from perfit_shared.wire import personalization_pb2 as pb
 
 

@@ -19,8 +19,8 @@ import pytest
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.statefolder import Addresses
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.state_folder import Addresses
 from perfit_shared.invites import Invite
 
 RUN = [sys.executable, "-c", "from perfit_cloud.cli.main import run; run()"]
@@ -42,9 +42,11 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_serve_invite_revoke_and_stop(
-    tmp_path: Path, model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
+    tmp_path: Path,
+    model_folder: Callable[[str], Path],
+    load: Callable[[str], BaseModel],
     make_artefact: Callable[..., Artefact],
-) -> None:  # fmt: skip
+) -> None:
     base, state = load("llama"), str(tmp_path / "state")
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, name in zip(folders, ("news_headline", "news_categorize"), strict=True):
@@ -52,11 +54,27 @@ def test_serve_invite_revoke_and_stop(
     with socket.create_server(("127.0.0.1", 0)) as free:
         metrics = f"127.0.0.1:{free.getsockname()[1]}"
     words = [
-        "serve", "--model", str(model_folder("llama")), "--state", state, "--json", "--threads", "1",
-        "--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", "--set", "drain_seconds=1",
-        "--set", f"metrics_address={metrics}",
-        "--artefact", str(folders[0]), "--artefact", str(folders[1]),
-    ]  # fmt: skip
+        "serve",
+        "--model",
+        str(model_folder("llama")),
+        "--state",
+        state,
+        "--json",
+        "--threads",
+        "1",
+        "--address",
+        "127.0.0.1:0",
+        "--enrol-address",
+        "127.0.0.1:0",
+        "--set",
+        "drain_seconds=1",
+        "--set",
+        f"metrics_address={metrics}",
+        "--artefact",
+        str(folders[0]),
+        "--artefact",
+        str(folders[1]),
+    ]
     with subprocess.Popen([*RUN, *words], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -115,18 +133,22 @@ def test_start_up_line_for_people(tmp_path: Path, model_folder: Callable[[str], 
 
 
 def test_artefact_of_another_model_is_not_served(
-    tmp_path: Path, model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
+    tmp_path: Path,
+    model_folder: Callable[[str], Path],
+    load: Callable[[str], BaseModel],
     make_artefact: Callable[..., Artefact],
-) -> None:  # fmt: skip
+) -> None:
     replace(make_artefact(load("llama")), fingerprint="0" * 64).save(tmp_path / "a")
     words = ["serve", "--model", str(model_folder("llama")), "--state", str(tmp_path / "state")]
     assert "trained on another model" in one_line(cloud(*words, "--artefact", str(tmp_path / "a")))
 
 
 def test_what_cannot_be_served_is_one_line(
-    tmp_path: Path, model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
+    tmp_path: Path,
+    model_folder: Callable[[str], Path],
+    load: Callable[[str], BaseModel],
     make_artefact: Callable[..., Artefact],
-) -> None:  # fmt: skip
+) -> None:
     good, short, artefact = model_folder("llama"), tmp_path / "short", tmp_path / "artefact"
     shutil.copytree(good, short)
     os.truncate(short / "model.safetensors", 1000)

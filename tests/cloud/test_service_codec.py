@@ -13,12 +13,12 @@ import safetensors.numpy
 from tests.conftest import random_shift
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.types import Finish, Gradient, Mode, Piece, Sampling, Score
+from perfit_cloud.engine.interface import Chunk, Finish, Gradient, Mode, Sampling, Score
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service import codec
+from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import Limits
-from perfit_cloud.service.served import Served
 from perfit_shared.errors import (
     ConfigError,
     InvalidInput,
@@ -73,9 +73,11 @@ def test_specs_go_and_come_back() -> None:
 def shift_message(artefact: Artefact, /, **change: Any) -> pb.Shift:
     spec = artefact.spec
     fields: dict[str, Any] = {
-        "mode": pb.SHIFT_MODE_PERSONAL, "artefact": artefact.name, "version": artefact.version,
+        "mode": pb.SHIFT_MODE_PERSONAL,
+        "artefact": artefact.name,
+        "version": artefact.version,
         "personal": random_shift(spec, spec.personal_rank, 1).to_bytes(),
-    }  # fmt: skip
+    }
     return pb.Shift(**{**fields, **change})
 
 
@@ -150,9 +152,20 @@ def hostile_tensors(spec: ShiftSpec) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["nan", "infinite", "huge", "not orthonormal", "shape", "transposed", "name", "another layer",
-     "float64", "integers", "missing"],
-)  # fmt: skip
+    [
+        "nan",
+        "infinite",
+        "huge",
+        "not orthonormal",
+        "shape",
+        "transposed",
+        "name",
+        "another layer",
+        "float64",
+        "integers",
+        "missing",
+    ],
+)
 def test_tensors_that_are_refused(artefact: Artefact, kind: str) -> None:
     message = shift_message(artefact, personal=hostile_tensors(artefact.spec)[kind])
     with pytest.raises(InvalidTensors):
@@ -294,11 +307,11 @@ def test_sampling_that_is_refused(change: dict[str, Any], says: str) -> None:
 
 
 def test_pieces_and_scores() -> None:
-    message = codec.encode_piece(Piece("ab"))
+    message = codec.encode_piece(Chunk("ab"))
     assert (message.text, message.finish) == ("ab", pb.FINISH_REASON_UNSPECIFIED)
-    message = codec.encode_piece(Piece("", Finish.LENGTH, 7, 9))
+    message = codec.encode_piece(Chunk("", Finish.LENGTH, 7, 9))
     assert (message.finish, message.prompt_tokens, message.answer_tokens) == (pb.FINISH_REASON_LENGTH, 7, 9)
-    assert codec.encode_piece(Piece("", Finish.END)).finish == pb.FINISH_REASON_END
+    assert codec.encode_piece(Chunk("", Finish.END)).finish == pb.FINISH_REASON_END
     scores = codec.encode_scores([Score(-1.5, 3), Score(-2.5, 4)]).scores
     assert [(s.log_likelihood, s.tokens) for s in scores] == [(-1.5, 3), (-2.5, 4)]
 
@@ -323,7 +336,7 @@ def test_gradients_go_out_whole_or_not_at_all(artefact: Artefact) -> None:
 
 def test_description_and_seed(base: BaseModel, artefact: Artefact) -> None:
     message = codec.encode_description(
-        Served(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, keeps=True
+        Catalog(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, keeps=True
     )
     assert (message.continuous, message.keeps) == (False, True)
     assert (message.base_model, message.fingerprint, message.cloud_id) == (base.name, base.fingerprint, "c0")
@@ -344,15 +357,15 @@ def test_description_and_seed(base: BaseModel, artefact: Artefact) -> None:
 
 def test_served_refuses_what_does_not_fit(base: BaseModel, artefact: Artefact) -> None:
     config = CloudConfig()
-    served = Served.build(config, base, [artefact], "c0")
+    served = Catalog.build(config, base, [artefact], "c0")
     assert served.artefacts == {artefact.name: artefact}
     assert served.limits.context == base.context
     assert served.limits.prompt_tokens == base.context - 1  # never more than the model allows
     with pytest.raises(ConfigError, match="two artefacts"):
-        Served.build(config, base, [artefact, artefact], "c0")
+        Catalog.build(config, base, [artefact, artefact], "c0")
     with pytest.raises(ShiftMismatch, match="trained on another model"):
-        Served.build(config, base, [replace(artefact, fingerprint="0" * 64)], "c0")
+        Catalog.build(config, base, [replace(artefact, fingerprint="0" * 64)], "c0")
     with pytest.raises(ShiftMismatch, match="layers or hidden size"):
-        Served.build(config, base, [replace(artefact, spec=replace(artefact.spec, layers=(99,)))], "c0")
+        Catalog.build(config, base, [replace(artefact, spec=replace(artefact.spec, layers=(99,)))], "c0")
     with pytest.raises(ConfigError, match="message_bytes"):
-        Served.build(replace(config, message_bytes=1000), base, [artefact], "c0")
+        Catalog.build(replace(config, message_bytes=1000), base, [artefact], "c0")

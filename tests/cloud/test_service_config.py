@@ -41,14 +41,28 @@ def test_unknown_keys_are_refused_wherever_they_stand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("calls", 0), ("calls", -1), ("calls", "many"), ("calls", True), ("calls", 1.5), ("model", 3),
-        ("artefacts", 3), ("artefacts", [1]), ("address", "nowhere"), ("address", "host:99999"),
-        ("address", "::1:80"), ("address", "0.0.0.0:80"), ("enrol_address", "[::]:80"),
-        ("public_address", "host:0"), ("public_address", "0.0.0.0:80"), ("invite_seconds", 0),
-        ("invite_seconds", "1y"), ("invite_seconds", ""), ("certificate_seconds", "400d"),
+        ("calls", 0),
+        ("calls", -1),
+        ("calls", "many"),
+        ("calls", True),
+        ("calls", 1.5),
+        ("model", 3),
+        ("artefacts", 3),
+        ("artefacts", [1]),
+        ("address", "nowhere"),
+        ("address", "host:99999"),
+        ("address", "::1:80"),
+        ("address", "0.0.0.0:80"),
+        ("enrol_address", "[::]:80"),
+        ("public_address", "host:0"),
+        ("public_address", "0.0.0.0:80"),
+        ("invite_seconds", 0),
+        ("invite_seconds", "1y"),
+        ("invite_seconds", ""),
+        ("certificate_seconds", "400d"),
         ("dtype", "float64"),
     ],
-)  # fmt: skip
+)
 def test_values_that_cannot_be_are_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=key):
         load_config(environment={}, flags={key: value})
@@ -79,5 +93,9 @@ def test_addresses_and_durations() -> None:
     assert parse_address("[::1]:80") == ("::1", 80)
     assert parse_address("host:0") == ("host", 0)
     assert [parse_duration(text) for text in ("90", "90s", "15m", "24h", "7d")] == [
-        90, 90, 900, 86400, 604800
-    ]  # fmt: skip
+        90,
+        90,
+        900,
+        86400,
+        604800,
+    ]

@@ -17,8 +17,8 @@ from tests.cloud.doubles import Drip
 from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
 from tests.cloud.test_authority import DAY, csr_of, new_key
 
-from perfit_cloud.service import certificates, identity_cache, store
-from perfit_cloud.service.authority import Authority
+from perfit_cloud.service.identity import certificates, identity_cache, store
+from perfit_cloud.service.identity.authority import Authority
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 
@@ -90,12 +90,15 @@ def test_a_certificate_that_holds_is_not_renewed_by_signature(run: Callable[...,
     stub = enrol_grpc.EnrollmentStub(running.enrolment())
     nonce, csr = stub.Challenge(enrol_pb.ChallengeRequest()).nonce, csr_of(new_key())
     request = enrol_pb.RenewLapsedRequest(
-        certificate=device.certificate, nonce=nonce, csr=csr,
+        certificate=device.certificate,
+        nonce=nonce,
+        csr=csr,
         signature=device.key.sign(b"perfit-renew-v1" + nonce + csr, ec.ECDSA(hashes.SHA256())),
-    )  # fmt: skip
+    )
     assert failure(lambda: stub.RenewLapsed(request))[:2] == (
-        "INVALID_ARGUMENT", {"perfit-code": "certificate_valid"}
-    )  # fmt: skip
+        "INVALID_ARGUMENT",
+        {"perfit-code": "certificate_valid"},
+    )
 
 
 def test_a_server_that_started_with_its_clock_ahead_is_trusted_once_it_is_right(

@@ -31,7 +31,7 @@ def make_sinks(base: BaseModel, places: list[int], block: int, times: float = 10
 @pytest.fixture
 def own(base: BaseModel) -> Iterator[BaseModel]:
     """With modules of its own, so that hooks of a test end with it."""
-    yield replace(base, model=base.twin())
+    yield replace(base, model=base.share_weights())
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_positions_pass_the_sink_unless_they_say_themselves(own: BaseModel) -> N
 def test_what_is_asked_fits_an_artefact_that_leaves_sinks_out(
     base: BaseModel, make_artefact: Any, tmp_path: Path
 ) -> None:
-    from perfit_cloud.evaluation.people import People
-    from perfit_cloud.evaluation.request import Request
-    from perfit_cloud.evaluation.stage1 import artefact_for
+    from perfit_cloud.lamp.people import People
+    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.stage1 import artefact_for
     from perfit_shared.lamp import Labels
 
     made = make_artefact(base, positions="s1+f2+l3", layers=(1, 2))
@@ -85,7 +85,7 @@ def test_what_is_asked_fits_an_artefact_that_leaves_sinks_out(
     nobody = People((), 0, 0, 0, 0, 0, (), Labels(), {}, 0)
 
     def found(positions: str | None) -> str:
-        request = Request("news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions)
+        request = LampRun("news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions)
         return artefact_for(request, made.task, base, nobody, lambda: False)[0].spec.positions
 
     for asked in (None, "f2+l3", "s1+f2+l3"):  # the model decides, unless the request says

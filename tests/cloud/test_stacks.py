@@ -16,16 +16,17 @@ from tests.cloud.test_audit_memory import looking
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
 from perfit_cloud.audit.search import Index
+from perfit_cloud.hardening import allocator
+from perfit_cloud.hardening import process as process_hardening
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service import freeing, hygiene
 
 PARTS = ("library", "ctypes", "nothing")  # what overwrites: stacks.c; without a compiler; not told to
 DEPTH = 200 << 10  # bytes
 POOL = """
 import ctypes, importlib.util, pathlib, sys, threading
-from perfit_cloud.service.freeing import take_kept
-from perfit_cloud.service.stacks import DeadStacks
+from perfit_cloud.hardening.allocator import take_kept
+from perfit_cloud.hardening.stacks import DeadStacks
 
 program = ctypes.CDLL(None)
 torch = pathlib.Path(importlib.util.find_spec("torch").origin)  # not all of it, which takes its time
@@ -97,7 +98,7 @@ show()
 def library() -> Iterator[int]:
     if shutil.which("cc") is None:
         pytest.skip("overwriting all stacks needs a C compiler")
-    held = freeing.build(os.environ)
+    held = allocator.build(os.environ)
     assert held is not None
     yield held
     os.close(held)
@@ -108,9 +109,11 @@ def left_by(code: str, *words: str, names: Sequence[str] = ("secret",), library:
     secrets = {name: np.random.default_rng(number).bytes(DEPTH) for number, name in enumerate(names)}
     with subprocess.Popen(
         [sys.executable, "-c", code, str(DEPTH), ",".join(names), *words],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=() if library is None else (library,),
-        env=hygiene._environment(os.environ, library) | {"OMP_WAIT_POLICY": "passive"},
-    ) as process:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=() if library is None else (library,),
+        env=process_hardening._environment(os.environ, library) | {"OMP_WAIT_POLICY": "passive"},
+    ) as process:
         assert process.stdin and process.stdout
         process.stdin.write(b"".join(secrets.values()))
         process.stdin.flush()
@@ -123,9 +126,14 @@ def left_by(code: str, *words: str, names: Sequence[str] = ("secret",), library:
 def said(code: str, library: int, by: str, *, through: Sequence[str] = ()) -> str:
     held = library if by == "library" else None
     done = subprocess.run(
-        [*through, sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60,
-        pass_fds=() if held is None else (held,), env=hygiene._environment(os.environ, held),
-    )  # fmt: skip
+        [*through, sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        pass_fds=() if held is None else (held,),
+        env=process_hardening._environment(os.environ, held),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
@@ -144,20 +152,20 @@ ENGINES = (
     + """
 import torch
 torch.set_num_threads(2)
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.generation import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients import GradientEngine
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.gradients.session import UpdateEngine, GradientRequest
+from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import load_base
-from perfit_cloud.service.sweeping import Sweeper
+from perfit_cloud.hardening.scrubber import MemoryScrubber
 
-base, artefact, turns = load_base(sys.argv[3]), Artefact.load(pathlib.Path(sys.argv[4])), Turns()
-sweeper = Sweeper(base.device, turns)
+base, artefact, device_lock = load_base(sys.argv[3]), Artefact.load(pathlib.Path(sys.argv[4])), DeviceLock()
+scrubber = MemoryScrubber(base.device, device_lock)
 if "nothing" not in sys.argv:
-    sweeper.start()
+    scrubber.start()
 
 def multiply(module, _given, output):
     # As deep as a kernel, in every thread of the pass, forward and backward.
@@ -181,14 +189,14 @@ def in_waiting_thread(name, do):
 
 def handle():
     leave("call")  # as a codec might, outside of any turn
-    sweeper.call_ended()
+    scrubber.call_ended()
 
-generation = engine_for(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=512), turns)
+generation = engine_for(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=512), device_lock)
 list(generation.submit([3, 4, 5, 6], use, Sampling(max_new_tokens=2)))
-steps = StepQueue(AdaptationEngine(base, keep_bytes=2**24, turns=turns))
-with steps.open(pairs, artefact) as adaptation:
-    steps.submit(Step(adaptation, range(2), artefact.seed)).result()
-in_waiting_thread("gradient", lambda: GradientEngine(base, turns).gradient(pairs, use))
+steps = GradientScheduler(UpdateEngine(base, keep_bytes=2**24, device_lock=device_lock))
+with steps.open(pairs, artefact) as session:
+    steps.submit(GradientRequest(session, range(2), artefact.seed)).result()
+in_waiting_thread("gradient", lambda: GradientEngine(base, device_lock).gradient(pairs, use))
 in_waiting_thread("call", handle)
 show()
 """
@@ -199,9 +207,13 @@ ALL = ("perfit-generation", "perfit-steps", "MainThread", "gradient", "call")
 @looking
 @pytest.mark.parametrize("by", ["library", "nothing"])
 def test_every_thread_that_computes_overwrites_what_it_left(
-    library: int, model_folder: Callable[[str], Path], base: BaseModel, artefact: Artefact, tmp_path: Path,
+    library: int,
+    model_folder: Callable[[str], Path],
+    base: BaseModel,
+    artefact: Artefact,
+    tmp_path: Path,
     by: str,
-) -> None:  # fmt: skip
+) -> None:
     """The engines' own, those of calls, and torch's for each of them; after answers, gradients and steps."""
     artefact.save(tmp_path)
     found = left_by(ENGINES, str(model_folder("llama")), str(tmp_path), by, names=ALL, library=library)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.cloud.test_authority import open_authority
 
-from perfit_cloud.service.authority import Authority
-from perfit_cloud.service.statefolder import Addresses, only_server
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.state_folder import Addresses, only_server
 from perfit_shared.errors import ConfigError
 
 SOMEBODY = 54321

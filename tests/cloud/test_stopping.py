@@ -32,7 +32,7 @@ PersonalizationService.Describe = stuck
 """
 STUCK_ENGINE = f"""
 import time
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.gradients.scheduler import StepQueue
 def stuck(self):
     print("stuck", flush=True)
     time.sleep({LONG})
@@ -116,7 +116,7 @@ def test_a_thread_that_never_lets_python_go_on_is_ended_by_the_system(
     program = f"""
 import ctypes
 from perfit_cloud.cli import serve
-from perfit_cloud.engine.steps import StepQueue
+from perfit_cloud.engine.gradients.scheduler import StepQueue
 serve._LAST_SECONDS = 2
 StepQueue.close = lambda self: ctypes.PyDLL(None).sleep({int(LONG)})
 """

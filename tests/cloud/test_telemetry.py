@@ -18,11 +18,11 @@ from tests.cloud.doubles import Drip, wait_for
 from tests.cloud.serving import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
 from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
 
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.generation import GenerationEngine
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.engine.turns import Turns
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse, Vital
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.generation.continuous import GenerationEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import EngineHealth, Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.telemetry import Engines
@@ -52,11 +52,11 @@ def value(text: str, series: str) -> float:
 
 @pytest.fixture
 def engines(base: BaseModel, artefact: Artefact) -> Iterator[Engines]:
-    turns = Turns()
-    generation = GenerationEngine(base, {artefact.name: artefact}, SETTINGS, turns)
-    adaptations = AdaptationEngine(base, keep_bytes=2**26, turns=turns)
-    steps = StepQueue(adaptations)
-    yield Engines(generation, steps, adaptations, turns)
+    device_lock = DeviceLock()
+    generation = GenerationEngine(base, {artefact.name: artefact}, SETTINGS, device_lock)
+    adaptations = UpdateEngine(base, keep_bytes=2**26, device_lock=device_lock)
+    steps = GradientScheduler(adaptations)
+    yield Engines(generation, steps, adaptations, device_lock)
     generation.stop()
     steps.close()
 
@@ -106,7 +106,7 @@ def test_what_happened_is_counted(run: Callable[..., Running], artefact: Artefac
     wait_for(lambda: value(page(running), 'perfit_kept_bytes{where="device"}') == 0)
     assert value(page(running), 'perfit_calls_in_flight{rpc="Adapt"}') == 0
     running.server.stop(0)
-    assert engines.vitals()["model"].is_alive
+    assert engines.engine_health()["model"].is_alive
     with pytest.raises(OSError):
         page(running)
 
@@ -144,9 +144,20 @@ def test_nothing_in_it_is_anybody_s(
         assert canary.lower() not in text.lower()
     labels = set(re.findall(r'(\w+)="', text)) - {"le"}
     assert labels == {
-        "rpc", "status", "kind", "line", "listener", "certificate", "engine", "state", "where",
-        "version", "fingerprint", "artefacts", "limit",
-    }  # fmt: skip
+        "rpc",
+        "status",
+        "kind",
+        "line",
+        "listener",
+        "certificate",
+        "engine",
+        "state",
+        "where",
+        "version",
+        "fingerprint",
+        "artefacts",
+        "limit",
+    }
     # A method that is none is counted, under no name of its caller's.
     assert value(text, 'perfit_calls_total{rpc="unknown",status="UNIMPLEMENTED"}') == 3
     assert value(text, 'perfit_refused_total{limit="method"}') == 3
@@ -175,20 +186,22 @@ class Played:
     """Engines that fare as a test says."""
 
     def __init__(self) -> None:
-        self.now = Vital(0, 0, 0.0, is_alive=True)
+        self.now = EngineHealth(0, 0, 0.0, is_alive=True)
         self.cache_tokens_held = 0
         self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
 
-    def vital(self) -> Vital:
+    def health(self) -> EngineHealth:
         return self.now
 
     def bytes_held(self) -> tuple[int, int]:
         return 0, 0
 
 
-@pytest.mark.parametrize("ill", [Vital(1, 3, 9.0, is_alive=True), Vital(0, 0, 0.0, is_alive=False)])
+@pytest.mark.parametrize(
+    "ill", [EngineHealth(1, 3, 9.0, is_alive=True), EngineHealth(0, 0, 0.0, is_alive=False)]
+)
 def test_health_follows_the_engines(
-    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, ill: Vital
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, ill: EngineHealth
 ) -> None:
     """A cloud whose engine hung went on saying SERVING."""
     well, other = Played(), Played()
@@ -202,7 +215,7 @@ def test_health_follows_the_engines(
         assert health_of(device, "perfit.v1.Identity") == SERVING
         assert "health says NOT_SERVING: updates (" in caplog.text
         assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 0
-        well.now = Vital(1, 0, 0.5, is_alive=True)
+        well.now = EngineHealth(1, 0, 0.5, is_alive=True)
         wait_for(lambda: health_of(device) == SERVING)
     assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 1
 
@@ -244,13 +257,16 @@ def test_a_pass_that_hangs_is_seen(
         answer = generation.submit(base.encode("the cat"), BASE_USE, Sampling(3))
         assert entered.wait(TIMEOUT)
         time.sleep(0.3)
-        vitals = engines.vitals()
-        assert vitals["answers"].running + vitals["answers"].waiting == 1
-        assert (vitals["answers"].still_seconds >= 0.3, vitals["model"].still_seconds >= 0.3) == (True, True)
-        assert vitals["updates"].still_seconds == 0
+        engine_health = engines.engine_health()
+        assert engine_health["answers"].running + engine_health["answers"].waiting == 1
+        assert (
+            engine_health["answers"].stalled_seconds >= 0.3,
+            engine_health["model"].stalled_seconds >= 0.3,
+        ) == (True, True)
+        assert engine_health["updates"].stalled_seconds == 0
     list(answer)
-    wait_for(lambda: engines.vitals()["model"].running == 0)
-    assert engines.vitals()["answers"] == Vital(0, 0, 0.0, is_alive=True)
+    wait_for(lambda: engines.engine_health()["model"].running == 0)
+    assert engines.engine_health()["answers"] == EngineHealth(0, 0, 0.0, is_alive=True)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -259,15 +275,15 @@ def test_an_update_that_hangs_and_a_worker_that_died_are_seen(
 ) -> None:
     steps: Any = engines.steps
     pairs = [(base.encode(prompt), base.encode_target(target)) for prompt, target in EXAMPLES]
-    adaptation = steps.open(pairs, artefact)
+    session = steps.open(pairs, artefact)
     with held_up(engines.adaptations, "_pass", monkeypatch) as entered:
-        future = steps.submit(Step(adaptation, [0], mine(artefact, 1)))
+        future = steps.submit(GradientRequest(session, [0], mine(artefact, 1)))
         assert entered.wait(TIMEOUT)
         time.sleep(0.3)
-        assert engines.vitals()["updates"].still_seconds >= 0.3
+        assert engines.engine_health()["updates"].stalled_seconds >= 0.3
     future.result(TIMEOUT)
-    wait_for(lambda: engines.vitals()["updates"] == Vital(0, 0, 0.0, is_alive=True))
-    adaptation.close()
+    wait_for(lambda: engines.engine_health()["updates"] == EngineHealth(0, 0, 0.0, is_alive=True))
+    session.close()
 
     def die() -> bool:
         raise MemoryError
@@ -275,5 +291,5 @@ def test_an_update_that_hangs_and_a_worker_that_died_are_seen(
     monkeypatch.setattr(steps, "_round", die)
     with pytest.raises(Unavailable):  # at once, or when the one round that had begun is over
         for _ in range(2):
-            steps.submit(Step(steps.open(pairs, artefact), [0], mine(artefact, 1))).result(TIMEOUT)
-    assert not engines.vitals()["updates"].is_alive
+            steps.submit(GradientRequest(steps.open(pairs, artefact), [0], mine(artefact, 1))).result(TIMEOUT)
+    assert not engines.engine_health()["updates"].is_alive

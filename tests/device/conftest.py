@@ -24,7 +24,7 @@ from cryptography.x509.oid import NameOID
 from tests.device.commands import Perfit
 
 from perfit_device.cli import common, prompts
-from perfit_device.sealing import KdfParams
+from perfit_device.vault.crypto import KdfParams
 from perfit_shared.errors import (
     InvalidPrompt,
     InviteRefused,
@@ -46,9 +46,14 @@ Key = ec.EllipticCurvePrivateKey
 
 
 def _certificate(
-    name: str, key: Key, issuer: tuple[str, Key], *, ca: bool = False, life: timedelta = timedelta(days=1),
+    name: str,
+    key: Key,
+    issuer: tuple[str, Key],
+    *,
+    ca: bool = False,
+    life: timedelta = timedelta(days=1),
     age: timedelta = timedelta(minutes=1),
-) -> x509.Certificate:  # fmt: skip
+) -> x509.Certificate:
     now = datetime.now(UTC)
     builder = (
         x509.CertificateBuilder()
@@ -186,8 +191,10 @@ def quadratic(tensors: ShiftTensors, pull: float) -> tuple[float, ShiftTensors]:
     loss, layers, size = 0.0, {}, SPEC.personal_parameters()
     for layer, shift in tensors.layers.items():
         parts = (
-            shift.rotation - goal.layers[layer].rotation, shift.source - pull, shift.bias - pull,
-        )  # fmt: skip
+            shift.rotation - goal.layers[layer].rotation,
+            shift.source - pull,
+            shift.bias - pull,
+        )
         loss += sum(float((part**2).sum()) for part in parts) / 2
         layers[layer] = LayerShift(*(np.asarray(part, np.float32) / np.float32(size) for part in parts))
     return loss / size, ShiftTensors(layers)
@@ -205,20 +212,30 @@ class Personalization(services.PersonalizationServicer):
         self.cloud.check("Describe", context)
         artefacts = [
             pb.Artefact(
-                name=name, version=self.cloud.version, task_json=TASKS[name].to_json(), learning_rate=0.01,
-                epochs=3, batch_size=4,
+                name=name,
+                version=self.cloud.version,
+                task_json=TASKS[name].to_json(),
+                learning_rate=0.01,
+                epochs=3,
+                batch_size=4,
                 spec=pb.ShiftSpec(
-                    layers=SPEC.layers, positions=SPEC.positions, collective_rank=SPEC.collective_rank,
-                    personal_rank=SPEC.personal_rank, hidden_size=SPEC.hidden_size,
+                    layers=SPEC.layers,
+                    positions=SPEC.positions,
+                    collective_rank=SPEC.collective_rank,
+                    personal_rank=SPEC.personal_rank,
+                    hidden_size=SPEC.hidden_size,
                 ),
             )
             for name in self.cloud.tasks
-        ]  # fmt: skip
+        ]
         limits = pb.Limits(prompt_tokens=512, new_tokens=64, examples=3, message_bytes=1 << 20, questions=4)
         return pb.DescribeResponse(
-            base_model="fake", fingerprint="f" * 64, artefacts=artefacts, limits=limits,
+            base_model="fake",
+            fingerprint="f" * 64,
+            artefacts=artefacts,
+            limits=limits,
             cloud_id=self.cloud.cloud_id,
-        )  # fmt: skip
+        )
 
     def FetchSeed(self, request: Any, context: Any) -> pb.FetchSeedResponse:  # noqa: N802
         self.cloud.check("FetchSeed", context)
@@ -336,7 +353,7 @@ def cloud() -> Iterator[FakeCloud]:
 @pytest.fixture
 def cheap_vaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """New vaults with a key derivation that tests can afford."""
-    from perfit_device import vault
+    from perfit_device.vault import store as vault
 
     monkeypatch.setattr(vault, "KdfParams", lambda: CHEAP)
 

@@ -12,14 +12,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from perfit_device import history, personal, updates
+from perfit_device import history, personal
 from perfit_device.cli.common import remember, write_enrolment
-from perfit_device.codec import Artefact, CloudInfo, Limits
+from perfit_device.cloud.codec import Artefact, CloudInfo, Limits
+from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_device.history import HistoryItem
-from perfit_device.identity import Enrolment, Identity
-from perfit_device.sealing import KdfParams
-from perfit_device.updates import Plan
-from perfit_device.vault import Vault
+from perfit_device.training import update as updates
+from perfit_device.training.update import Plan
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
 from perfit_shared.training import Training
@@ -31,7 +32,7 @@ PASSPHRASE = "a passphrase of format 1"
 CLOUD = "c0ffee"
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=2, hidden_size=8)
 ARTEFACT = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"], 0.01, 3, 4)
-PLACE = updates.place_of(CLOUD, "news_headline", "news_headline")
+PLACE = updates.row_name(CLOUD, "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
 STEPS = 2
 
@@ -39,17 +40,25 @@ STEPS = 2
 def items() -> list[HistoryItem]:
     return [
         HistoryItem.make(
-            ARTEFACT.task, {"text": f"The council met in room {n}, façade №{n}.", "title": f"Meeting {n}"},
-            date=f"2024-01-{n + 1:02}", part="test" if n > 9 else "",
+            ARTEFACT.task,
+            {"text": f"The council met in room {n}, façade №{n}.", "title": f"Meeting {n}"},
+            date=f"2024-01-{n + 1:02}",
+            part="test" if n > 9 else "",
         )
         for n in range(12)
-    ]  # fmt: skip
+    ]
 
 
 PLAN = Plan(
-    epochs=3, learning_rate=0.01, batch_size=4, seed=0, examples=8, fresh=False,
-    history=history.split(items()).digest(), version="v1",
-)  # fmt: skip
+    epochs=3,
+    learning_rate=0.01,
+    batch_size=4,
+    seed=0,
+    examples=8,
+    fresh=False,
+    history=history.split(items()).digest(),
+    version="v1",
+)
 
 
 def write(path: Path) -> None:
@@ -57,11 +66,16 @@ def write(path: Path) -> None:
     identity = Identity.create()
     name, start = x509.Name([]), datetime(2026, 1, 1, tzinfo=UTC)
     certificate = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .serial_number(1)
         .public_key(identity.key.public_key())
-        .not_valid_before(start).not_valid_after(start + timedelta(days=7))
-        .sign(identity.key, hashes.SHA256()).public_bytes(Encoding.DER)
-    )  # fmt: skip
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=7))
+        .sign(identity.key, hashes.SHA256())
+        .public_bytes(Encoding.DER)
+    )
     info = CloudInfo("a model", "f" * 64, CLOUD, (ARTEFACT,), Limits(512, 64, 3, 1 << 20, 4, 100))
     training = Training.start(PLAN, SEED)
     for _ in range(STEPS):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tests.device.conftest import FakeCloud, Perfit, Personalization
 
-from perfit_device import cloud as clouds
-from perfit_device import enrolment
 from perfit_device.cli import common
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Sampling, ShiftUse
-from perfit_device.identity import Identity
+from perfit_device.cloud import client as clouds
+from perfit_device.cloud import enrolment
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.identity import Identity
 from perfit_shared.errors import Busy, NotAuthenticated, PerfitError, TooSlow, Unavailable
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.wire import personalization_pb2 as pb
@@ -138,9 +138,17 @@ def test_every_call_has_a_deadline(cloud: FakeCloud, ready: Perfit) -> None:
     ready.ok("enroll", cloud.invite().encode(), "--replace")
     ready.ok("ask", "x")
     assert cloud.seconds.keys() >= {
-        "Describe", "FetchSeed", "Generate", "Ask", "Score", "ComputeGradient",
-        "Enroll", "Challenge", "RenewLapsed", "Renew",
-    }  # fmt: skip
+        "Describe",
+        "FetchSeed",
+        "Generate",
+        "Ask",
+        "Score",
+        "ComputeGradient",
+        "Enroll",
+        "Challenge",
+        "RenewLapsed",
+        "Renew",
+    }
     assert {name for name, seconds in cloud.seconds.items() if seconds is None or seconds > 601} == set()
 
 
@@ -205,8 +213,12 @@ def test_what_a_cloud_makes_of_losses_and_gradients_costs_no_step(
     cloud.start()
     before = 0
     lies: tuple[dict[str, Any], ...] = (
-        {"loss": float("nan")}, {"loss": -float("inf")}, {"tokens": 0}, {"gradient": b""}, {"gradient": nan},
-    )  # fmt: skip
+        {"loss": float("nan")},
+        {"loss": -float("inf")},
+        {"tokens": 0},
+        {"gradient": b""},
+        {"gradient": nan},
+    )
     for one in lies:
         lie, calls = one, 0
         code, says = (7, "no longer a number") if "loss" in one else (1, "tell its operator")

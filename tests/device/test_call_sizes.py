@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from perfit_device.codec import Artefact, Limits, Score, ShiftUse
+from perfit_device.cloud.codec import Artefact, Limits, Score, ShiftUse
 from perfit_device.evaluation import gradient_of, mean_loss
 from perfit_device.history import HistoryItem
 from perfit_shared.shifts import ShiftSpec, ShiftTensors

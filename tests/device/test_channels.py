@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from perfit_device.channels import address_of, translate
+from perfit_device.cloud.channels import address_of, translate
 from perfit_shared.errors import Busy, NotAuthenticated
 
 
@@ -24,10 +24,30 @@ def test_addresses(address: str, want: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "host", ":443", "host:", "host:0", "host:65536", "unix:///x:1", "host:²", "host:٤٤٣", "host:443\n",
-     "\x1b[2Jhost:443", "ho\u202est:443", "höst:443", "ho st:443", "host%0:443", "a@b:443",
-     "[]:443", "[:443", "[host]:443", "::1:443", "[[::1]]:443"],
-)  # fmt: skip
+    [
+        "",
+        "host",
+        ":443",
+        "host:",
+        "host:0",
+        "host:65536",
+        "unix:///x:1",
+        "host:²",
+        "host:٤٤٣",
+        "host:443\n",
+        "\x1b[2Jhost:443",
+        "ho\u202est:443",
+        "höst:443",
+        "ho st:443",
+        "host%0:443",
+        "a@b:443",
+        "[]:443",
+        "[:443",
+        "[host]:443",
+        "::1:443",
+        "[[::1]]:443",
+    ],
+)
 def test_addresses_that_cannot_be_dialled_or_steer_a_terminal(address: str) -> None:
     """Any host without a slash passed, escape sequences too, and ² as a port was a ValueError."""
     with pytest.raises(NotAuthenticated, match="host:port"):

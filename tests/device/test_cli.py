@@ -36,9 +36,17 @@ def test_enrol_ask_update_evaluate_export(ready: Perfit, tmp_path: Path, home: P
     assert "seed" in err
     updated = ready.json("update")
     assert set(updated) >= {
-        "task", "steps", "epochs", "examples", "loss_first", "loss_last", "gate", "seconds", "bytes_up",
+        "task",
+        "steps",
+        "epochs",
+        "examples",
+        "loss_first",
+        "loss_last",
+        "gate",
+        "seconds",
+        "bytes_up",
         "bytes_down",
-    }  # fmt: skip
+    }
     assert updated["gate"]["accepted"] and updated["loss_last"] < updated["loss_first"]
     assert (updated["epochs"], updated["examples"], updated["steps"]) == (38, 13, 152)
     assert updated["bytes_up"] > 1000 and updated["bytes_down"] > 1000
@@ -61,9 +69,12 @@ def test_enrol_ask_update_evaluate_export(ready: Perfit, tmp_path: Path, home: P
 
 def test_ask_modes_and_json(enrolled: Perfit, cloud: Any) -> None:
     assert enrolled.json("ask", "x", "--mode", "base") == {
-        "task": "news_headline", "mode": "base", "answer": "Hello world base", "prompt_tokens": 5,
+        "task": "news_headline",
+        "mode": "base",
+        "answer": "Hello world base",
+        "prompt_tokens": 5,
         "answer_tokens": 3,
-    }  # fmt: skip
+    }
     answers = enrolled.json("ask", "x", "--compare")["answers"]
     assert answers == {m: f"Hello world {m}" for m in ("base", "collective", "personal")}
     assert "collective: Hello world" in enrolled.ok("ask", "x", "--compare")
@@ -115,8 +126,10 @@ def test_status(ready: Perfit, cloud: Any) -> None:
 
 def test_history_commands(ready: Perfit, history_file: Path) -> None:
     assert ready.json("history", "import", str(history_file)) == {
-        "task": "news_headline", "added": 0, "known": 20,
-    }  # fmt: skip
+        "task": "news_headline",
+        "added": 0,
+        "known": 20,
+    }
     items = ready.json("history", "list")
     assert len(items) == 20 and items[0]["fields"]["title"] == "Meeting 0"
     assert ready.json("history", "forget", items[0]["name"][:8]) == {"forgotten": 1}
@@ -312,8 +325,11 @@ def test_ctrl_c_says_where_it_left_things(ready: Perfit, cloud: Any, home: Path)
     cloud.fail = slow
     process = subprocess.Popen(
         [sys.executable, "-m", "perfit_device.cli", "update", "--epochs", "50"],
-        env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert started.wait(20)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
@@ -331,8 +347,11 @@ def test_leaving_an_answer_cancels_it(enrolled: Perfit, cloud: Any) -> None:
     cloud.answer, cloud.pause = "word " * 200, 0.05
     process = subprocess.Popen(
         [sys.executable, "-m", "perfit_device.cli", "ask", "x", "--mode", "base"],
-        env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None and process.stdout.read(10)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

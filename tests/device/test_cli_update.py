@@ -17,7 +17,7 @@ import typer
 from tests.device.commands import Perfit
 
 from perfit_device import evaluation, history
-from perfit_device.vault import Vault
+from perfit_device.vault.store import Vault
 from perfit_shared.command_line import run_command
 from perfit_shared.errors import Busy, IdentityRevoked, Unavailable, VaultError
 

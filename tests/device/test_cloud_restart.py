@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from perfit_device.channels import enrolment_channel, translate
-from perfit_device.patience import Patience
+from perfit_device.cloud.channels import enrolment_channel, translate
+from perfit_device.cloud.retry import RetryPolicy
 
 SERVER = """
 import sys, grpc
@@ -41,10 +41,16 @@ def certificate(tmp_path: Path) -> bytes:
     now = datetime.datetime.now(datetime.UTC)
     address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(1))
-        .add_extension(address, critical=True).sign(key, hashes.SHA256())
-    )  # fmt: skip
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(1))
+        .add_extension(address, critical=True)
+        .sign(key, hashes.SHA256())
+    )
     (tmp_path / "certificate").write_bytes(made.public_bytes(serialization.Encoding.PEM))
     (tmp_path / "key").write_bytes(
         key.private_bytes(
@@ -101,7 +107,7 @@ def test_a_call_begun_while_the_cloud_restarts_is_answered_soon_after_it_is_back
                 raise translate(error, address, certificate) from error
 
         def patiently() -> None:
-            assert Patience(give_up=60, longest_wait=1).call(ask) == [b"question"] * 3
+            assert RetryPolicy(give_up=60, longest_wait=1).call(ask) == [b"question"] * 3
             answered.set()
 
         assert ask() == [b"question"] * 3

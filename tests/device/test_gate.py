@@ -13,8 +13,8 @@ from tests.device.test_updates import ARTEFACT, SEED, TASK, make_split, plan_for
 from perfit_device import history, personal
 from perfit_device.history import HistoryItem
 from perfit_device.personal import PersonalShift
-from perfit_device.sealing import KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import NotFound
 from perfit_shared.shifts import ShiftTensors
 
@@ -148,7 +148,7 @@ def test_export_needs_no_cloud(ready: Perfit, cloud: Any, tmp_path: Path) -> Non
 def _artefact(cloud: Any) -> Any:
     from tests.device.conftest import SPEC
 
-    from perfit_device.codec import Artefact
+    from perfit_device.cloud.codec import Artefact
     from perfit_shared.tasks import TASKS
 
     return Artefact("news_headline", cloud.version, SPEC, TASKS["news_headline"], 0.01, 3, 4)

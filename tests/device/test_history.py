@@ -13,8 +13,8 @@ import pytest
 from perfit_device import history
 from perfit_device.history import HistoryItem
 from perfit_device.history.importers import read_history
-from perfit_device.sealing import KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
 from perfit_shared.lamp import item_of
 from perfit_shared.tasks import TASKS, Example, load_task
@@ -77,8 +77,10 @@ def test_lamp_files(tmp_path: Path) -> None:
     path = write(tmp_path, "user_top_100_history.json", LAMP)
     items = read_history(path, TASK, user="8")
     assert [(i.fields["text"], i.part) for i in items] == [
-        ("old 8 0", ""), ("old 8 1", ""), ("new 8", "test"),
-    ]  # fmt: skip
+        ("old 8 0", ""),
+        ("old 8 1", ""),
+        ("new 8", "test"),
+    ]
     assert read_history(path, TASK, user="2")[0].fields["text"] == "old 900 0", "an index"
     with pytest.raises(InvalidData, match="3 users; say which with --user"):
         read_history(path, TASK)
@@ -93,28 +95,37 @@ OPPU: dict[str, tuple[dict[str, Any], str, str, str]] = {
         {"text": "old", "title": "t", "category": "sports"},
         "Which category does this article relate to among the following categories? Just answer with the "
         "category name without further explanation. categories: [sports, travel] article: ",
-        "travel", "category",
+        "travel",
+        "category",
     ),
     "movie_tagging": (
         {"description": "old", "tag": "comedy"},
         "Which tag does this movie relate to among the following tags? Just answer with the tag name without "
-        "further explanation. tags: [comedy, classic] description: ", "classic", "tag",
+        "further explanation. tags: [comedy, classic] description: ",
+        "classic",
+        "tag",
     ),
     "product_rating": (
         {"text": "old", "score": "4"},
         "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
-        "without further explanation. review: ", "2", "score",
+        "without further explanation. review: ",
+        "2",
+        "score",
     ),
     "news_headline": ({"text": "old", "title": "t"}, CUE, "g", "title"),
     "scholarly_title": (
         {"title": "t", "abstract": "old"},
-        "Generate a title for the following abstract of a paper: ", "g", "title",
+        "Generate a title for the following abstract of a paper: ",
+        "g",
+        "title",
     ),
     "tweet_paraphrase": (
         {"text": "old"},
-        "Paraphrase the following tweet without any explanation before or after it: ", "g", "text",
+        "Paraphrase the following tweet without any explanation before or after it: ",
+        "g",
+        "text",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPPU)

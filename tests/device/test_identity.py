@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from perfit_device import enrolment as enrolments
-from perfit_device.identity import Enrolment, Identity, identity_in, life_left
+from perfit_device.cloud import enrolment as enrolments
+from perfit_device.cloud.identity import Enrolment, Identity, identity_in, life_left
 from perfit_shared.errors import InvalidInvite, InviteRefused, NotAuthenticated, VaultDamaged
 from perfit_shared.invites import Invite
 
@@ -80,10 +80,14 @@ def test_expiry_is_seen_before_the_network() -> None:
 def certificate(identity: Identity, days: tuple[float, float]) -> bytes:
     now, name = datetime.now(UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "d")])
     builder = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .serial_number(1)
         .public_key(identity.key.public_key())
-        .not_valid_before(now + timedelta(days=days[0])).not_valid_after(now + timedelta(days=days[1]))
-    )  # fmt: skip
+        .not_valid_before(now + timedelta(days=days[0]))
+        .not_valid_after(now + timedelta(days=days[1]))
+    )
     return builder.sign(identity.key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 

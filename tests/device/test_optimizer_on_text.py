@@ -52,9 +52,9 @@ def test_at_most_2_percent_above_torch_on_authors(brief: Path) -> None:
 
 def losses(brief: Path, author: int) -> tuple[float, float]:
     """Training loss at the end of (our optimizer, torch's) on one author."""
-    from perfit_cloud.engine.gradients import group_all, make_batch, target_log_likelihoods
+    from perfit_cloud.engine.gradients.batch import group_all, make_batch, target_log_likelihoods
     from perfit_cloud.model.base import load_base
-    from perfit_cloud.model.shifts import Phi, hooked, to_torch
+    from perfit_cloud.model.interventions import Phi, hooked, to_torch
     from perfit_shared.positions import Positions
     from perfit_shared.shifts import LayerShift
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from tests.device.commands import Perfit
 
-from perfit_device import sealing
-from perfit_device.sealing import Header, KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault import crypto as sealing
+from perfit_device.vault.crypto import Header, KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import ConfigError, VaultError, WrongPassphrase
 
 CHEAP = KdfParams(memory_kib=32, iterations=1, lanes=4)

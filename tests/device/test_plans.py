@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from tests.device.test_updates import ARTEFACT, TASK, make_split, plan_for
 
-from perfit_device import history, updates
+from perfit_device import history
 from perfit_device.history import HistoryItem
+from perfit_device.training import update as updates
 from perfit_shared.errors import InvalidData, InvalidInput
 
 

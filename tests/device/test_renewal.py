@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tests.device.conftest import FakeCloud, Perfit
 
-from perfit_device import enrolment as enrolments
 from perfit_device.cli import common
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Sampling, ShiftUse
-from perfit_device.identity import Enrolment, Identity
-from perfit_device.vault import Vault
+from perfit_device.cloud import enrolment as enrolments
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.identity import Enrolment, Identity
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import Busy, CertificateSuperseded, CertificateValid, PerfitError, VaultError
 
 RETIRED = CertificateSuperseded("a newer certificate of this device is in use")

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perfit_device import history, personal, updates
-from perfit_device.codec import Artefact
+from perfit_device import history, personal
+from perfit_device.cloud.codec import Artefact
+from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.history import HistoryItem, Split
-from perfit_device.patience import Patience
-from perfit_device.sealing import KdfParams
-from perfit_device.updates import Plan, Result, Update
-from perfit_device.vault import Vault
+from perfit_device.training import update as updates
+from perfit_device.training.update import Plan, Result, Update
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import (
     Busy,
     InvalidData,
@@ -37,9 +38,9 @@ SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=3
 TASK = TASKS["news_headline"]
 ARTEFACT = Artefact("news_headline", "v1", SPEC, TASK, 0.02, 4, 4)
 Answer = tuple[float, int, ShiftTensors]
-PLACE = updates.place_of("cloud", "news_headline", "news_headline")
+PLACE = updates.row_name("cloud", "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 0)
-NO_WAIT = Patience(give_up=1.0, sleep=lambda seconds: None, clock=iter(np.arange(0, 1e6, 0.1)).__next__)
+NO_WAIT = RetryPolicy(give_up=1.0, sleep=lambda seconds: None, clock=iter(np.arange(0, 1e6, 0.1)).__next__)
 
 
 @pytest.fixture
@@ -78,17 +79,26 @@ def evaluate(tensors: ShiftTensors) -> Callable[[], float]:
 
 def plan_for(split: Split, **changes: Any) -> Plan:
     values: dict[str, Any] = {
-        "epochs": 4, "learning_rate": 0.02, "batch_size": 4, "seed": 0, "fresh": False,
-        "history": split.digest(), "version": "v1", "examples": len(split.train),
-    }  # fmt: skip
+        "epochs": 4,
+        "learning_rate": 0.02,
+        "batch_size": 4,
+        "seed": 0,
+        "fresh": False,
+        "history": split.digest(),
+        "version": "v1",
+        "examples": len(split.train),
+    }
     return Plan(**(values | changes))
 
 
 def prepared(vault: Vault, *, plan: Plan | None = None, **changes: Any) -> Update:
     options: dict[str, Any] = {
-        "start": SEED, "gradient": gradient, "evaluate": evaluate, "patience": NO_WAIT,
+        "start": SEED,
+        "gradient": gradient,
+        "evaluate": evaluate,
+        "retry_policy": NO_WAIT,
         "checkpoint_seconds": 0.0,
-    }  # fmt: skip
+    }
     return Update(vault, "cloud", ARTEFACT, plan or plan_for(make_split()), **(options | changes))
 
 
@@ -243,14 +253,29 @@ def test_the_next_request_is_out_before_the_bookkeeping(
     monkeypatch.setattr(vault, "reserve", lambda size: None)
     monkeypatch.setattr(vault, "put", kept)
     prepared(
-        vault, plan=plan_for(make_split(), epochs=1, batch_size=11), gradient=asking, evaluate=judged,
+        vault,
+        plan=plan_for(make_split(), epochs=1, batch_size=11),
+        gradient=asking,
+        evaluate=judged,
         progress=lambda *_: log.append("progress"),
-    ).run()  # fmt: skip
+    ).run()
     assert log == [
-        "ask", "answer", "ask", "progress", "checkpoint",
-        "answer", "ask judge", "progress", "checkpoint",
-        "judged", "checkpoint", "ask judge", "judged", "shift", "finished",
-    ]  # fmt: skip
+        "ask",
+        "answer",
+        "ask",
+        "progress",
+        "checkpoint",
+        "answer",
+        "ask judge",
+        "progress",
+        "checkpoint",
+        "judged",
+        "checkpoint",
+        "ask judge",
+        "judged",
+        "shift",
+        "finished",
+    ]
 
 
 def test_a_cloud_that_comes_back_is_waited_for(vault: Vault) -> None:
@@ -266,8 +291,8 @@ def test_a_cloud_that_comes_back_is_waited_for(vault: Vault) -> None:
 
         return answer
 
-    patience = Patience(give_up=60.0, sleep=waits.append)
-    assert prepared(vault, gradient=shaky, patience=patience).run().gate.accepted
+    retry_policy = RetryPolicy(give_up=60.0, sleep=waits.append)
+    assert prepared(vault, gradient=shaky, retry_policy=retry_policy).run().gate.accepted
     assert len(waits) == 3 and waits[1] >= 0.7 and all(0 < wait <= 8 for wait in waits)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from perfit_device.sealing import KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import (
     ConfigError,
     NotFound,
@@ -125,7 +125,7 @@ def test_closing_overwrites_the_key(filled: Path) -> None:
 
 def test_a_second_process_waits_and_is_told(filled: Path) -> None:
     script = (
-        "import sys, pathlib, time\nfrom perfit_device.vault import Vault\n"
+        "import sys, pathlib, time\nfrom perfit_device.vault.store import Vault\n"
         "with Vault.open(pathlib.Path(sys.argv[1]), 'open sesame') as v:\n"
         "    print('open', flush=True); sys.stdin.read()"
     )
@@ -177,7 +177,7 @@ def test_a_change_of_passphrase_rewraps_one_key(filled: Path) -> None:
 
 _WRITER = """
 import itertools, pathlib, sys
-from perfit_device.vault import Vault
+from perfit_device.vault.store import Vault
 with Vault.open(pathlib.Path(sys.argv[1]), "open sesame") as vault:
     for n in itertools.count(1):
         with vault.transaction():

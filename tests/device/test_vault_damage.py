@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from tests.device.test_vault import CHEAP, PASSPHRASE, contents, fill
 
-from perfit_device import sealing
-from perfit_device.sealing import Header, KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault import crypto as sealing
+from perfit_device.vault.crypto import Header, KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultBusy, VaultDamaged, VaultError, WrongPassphrase
 
 
@@ -155,14 +155,31 @@ def reworded(header: Header, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"memory_kib": 64 << 20}, {"memory_kib": 1}, {"memory_kib": 0}, {"memory_kib": -1},
-        {"memory_kib": 1e9}, {"memory_kib": "64"}, {"iterations": 1000}, {"iterations": 0},
-        {"lanes": 0}, {"lanes": 255},
-        {"salt": ""}, {"salt": "AAAA"}, {"wrapped": ""}, {"wrapped": "AAAA"}, {"lock": "none"}, {"lock": 5},
-        {"vault_id": "../../etc"}, {"vault_id": 7}, {"format": "x"}, {"format": None}, {"salt": None},
-        {"format": [[[]]]}, {"format": 1e400},
+        {"memory_kib": 64 << 20},
+        {"memory_kib": 1},
+        {"memory_kib": 0},
+        {"memory_kib": -1},
+        {"memory_kib": 1e9},
+        {"memory_kib": "64"},
+        {"iterations": 1000},
+        {"iterations": 0},
+        {"lanes": 0},
+        {"lanes": 255},
+        {"salt": ""},
+        {"salt": "AAAA"},
+        {"wrapped": ""},
+        {"wrapped": "AAAA"},
+        {"lock": "none"},
+        {"lock": 5},
+        {"vault_id": "../../etc"},
+        {"vault_id": 7},
+        {"format": "x"},
+        {"format": None},
+        {"salt": None},
+        {"format": [[[]]]},
+        {"format": 1e400},
     ],
-)  # fmt: skip
+)
 def test_what_a_header_asks_for_is_bounded_before_it_is_done(
     filled: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:

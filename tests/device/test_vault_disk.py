@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.device.test_vault import CHEAP, PASSPHRASE, contents
 
-from perfit_device.vault import Vault
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
 
 _SECTOR = 512
@@ -49,7 +49,7 @@ def change(path: Path) -> None:
 _LIMITED = """
 import json, os, resource, shutil, signal, sys
 from pathlib import Path
-from perfit_device.vault import Vault
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultError
 from tests.device.test_vault_disk import change
 
@@ -89,9 +89,10 @@ def test_writing_ends_at_any_byte(path: Path, tmp_path: Path, how: str) -> None:
     for name in ("vault.db", "vault.db.sum"):
         shutil.copy(path.with_name(name), source)
     subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(source), str(work), how, json.dumps(limits)], check=True,
+        [sys.executable, "-c", _LIMITED, str(source), str(work), how, json.dumps(limits)],
+        check=True,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     change(path)
     after = contents(path)
     olds = news = 0

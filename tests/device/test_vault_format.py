@@ -12,10 +12,11 @@ import pytest
 from tests.device import kept_vault
 from tests.device.kept_vault import ARTEFACT, CLOUD, KEPT, PASSPHRASE, PLACE, PLAN, SEED, STEPS
 
-from perfit_device import history, personal, updates
+from perfit_device import history, personal
 from perfit_device.cli.common import read_enrolment, recall
-from perfit_device.identity import identity_in
-from perfit_device.vault import Vault
+from perfit_device.cloud.identity import identity_in
+from perfit_device.training import update as updates
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultError, WrongPassphrase
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tests.device.test_vault import CHEAP, PASSPHRASE, contents, fill
 
-from perfit_device.sealing import Header
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import Header
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultDamaged
 
 
@@ -104,7 +104,7 @@ def test_a_kill_in_the_sweep_leaves_a_file_too_long(filled: Path, monkeypatch: p
 
 _FORGETTER = """
 import os, pathlib, signal, sys
-from perfit_device.vault import Vault
+from perfit_device.vault.store import Vault
 with Vault.open(pathlib.Path(sys.argv[1]), "open sesame") as vault:
     vault.change_passphrase("new")
     with vault.transaction():

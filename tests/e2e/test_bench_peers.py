@@ -23,8 +23,10 @@ def bench(place: Path, script: str, *flags: str) -> dict[str, Any]:
     file = place / "result.json"
     subprocess.run(
         [sys.executable, ROOT / "scripts" / "bench" / script, "--small", "--json", file, *flags],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
     result: dict[str, Any] = json.loads(file.read_text())
     assert result["machine"]["cpu"]
     return result

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from perfit_device.sealing import KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from soak.killing.changes import State, carved, kill_changes, pieces_of
 from soak.kills import run
 

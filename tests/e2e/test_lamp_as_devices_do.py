@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from local import LocalCloud
-from perfit_cloud.engine.adaptation import AdaptationEngine
-from perfit_cloud.evaluation import stage2
-from perfit_cloud.evaluation.people import Person
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.lamp import stage2
+from perfit_cloud.lamp.people import Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_device import enrolment
-from perfit_device.adapting import Adapting
-from perfit_device.cloud import Cloud
+from perfit_device.cloud import enrolment
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.identity import Identity
 from perfit_device.history import HistoryItem, Split
-from perfit_device.identity import Identity
+from perfit_device.training.gradients import Adapting
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Schedule, Training
@@ -25,7 +25,7 @@ from perfit_shared.training import Schedule, Training
 WORDS = ["cat", "dog", "mat", "door", "sat", "ran"]
 
 
-def over_grpc(cloud: Cloud, items: list[HistoryItem], settings: stage2.Settings) -> ShiftTensors:
+def over_grpc(cloud: Cloud, items: list[HistoryItem], settings: stage2.Stage2Settings) -> ShiftTensors:
     """What `perfit update` does without its vault and gate."""
     info = cloud.describe()
     (artefact,) = info.artefacts
@@ -39,9 +39,11 @@ def over_grpc(cloud: Cloud, items: list[HistoryItem], settings: stage2.Settings)
 
 
 def test_the_same_tensors_as_devices_over_grpc(
-    model_folder: Callable[[str], Path], load: Callable[[str], BaseModel],
-    make_artefact: Callable[..., Artefact], tmp_path: Path,
-) -> None:  # fmt: skip
+    model_folder: Callable[[str], Path],
+    load: Callable[[str], BaseModel],
+    make_artefact: Callable[..., Artefact],
+    tmp_path: Path,
+) -> None:
     base = load("llama")
     artefact = make_artefact(base)
     artefact.save(tmp_path / "artefact")
@@ -53,7 +55,7 @@ def test_the_same_tensors_as_devices_over_grpc(
         ]
         for count, word in ((13, "cat"), (6, "dog"), (9, "mat"))
     ]
-    settings = stage2.Settings(epochs=3, learning_rate=1e-2, batch_size=4, seed=0)
+    settings = stage2.Stage2Settings(epochs=3, learning_rate=1e-2, batch_size=4, seed=0)
     with LocalCloud(model_folder("llama"), [tmp_path / "artefact"], tmp_path / "cloud") as server:
         remote = []
         for items in histories:
@@ -66,12 +68,18 @@ def test_the_same_tensors_as_devices_over_grpc(
         pairs = [(base.encode(e.prompt), base.encode_target(e.target)) for e in examples]
         return Person(str(number), tuple(pairs), ())
 
-    engine = AdaptationEngine(base, keep_bytes=1 << 30)
+    engine = UpdateEngine(base, keep_bytes=1 << 30)
     people = [person(n, items) for n, items in enumerate(histories)]
     trainings = stage2.train(
-        engine, people, artefact, settings, checkpoint=tmp_path / "c.bin",
-        resumed=lambda examples: None, progress=lambda examples, finished: None, stop=lambda: None,
-    )  # fmt: skip
+        engine,
+        people,
+        artefact,
+        settings,
+        checkpoint=tmp_path / "c.bin",
+        resumed=lambda examples: None,
+        progress=lambda examples, finished: None,
+        stop=lambda: None,
+    )
     engine.close()
     for over_the_wire, training in zip(remote, trainings, strict=True):
         moved = 0.0

@@ -30,12 +30,40 @@ def test_killed_at_three_random_moments(model_folder: Callable[[str], Path], tmp
 
     def command(out: Path) -> list[str]:
         return [
-            str(BIN / "perfit-cloud"), "lamp", "run", "--task", TASK, "--model", str(model_folder("llama")),
-            "--data", str(data), "--out", str(out), "--layers", "1;2", "--positions", "f2+l3",
-            "--collective-rank", "4", "--personal-rank", "2", "--batch-size", "2",
-            "--collective-epochs", "6", "--collective-lr", "5e-3", "--epochs", "30", "--lr", "1e-2",
-            "--users-together", "2", "--threads", "1",
-        ]  # fmt: skip
+            str(BIN / "perfit-cloud"),
+            "lamp",
+            "run",
+            "--task",
+            TASK,
+            "--model",
+            str(model_folder("llama")),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--layers",
+            "1;2",
+            "--positions",
+            "f2+l3",
+            "--collective-rank",
+            "4",
+            "--personal-rank",
+            "2",
+            "--batch-size",
+            "2",
+            "--collective-epochs",
+            "6",
+            "--collective-lr",
+            "5e-3",
+            "--epochs",
+            "30",
+            "--lr",
+            "1e-2",
+            "--users-together",
+            "2",
+            "--threads",
+            "1",
+        ]
 
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.monotonic()

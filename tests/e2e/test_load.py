@@ -52,10 +52,14 @@ def moved(by: float) -> ShiftTensors:
 def device() -> Device:
     made = Device.__new__(Device)
     made.number, made.tally = 0, Tally()
-    made._references = {("seed", 0): ShiftTensors({
-        layer: LayerShift(*(np.zeros_like(array) for array in shift))
-        for layer, shift in TENSORS[1].layers.items()
-    })}  # fmt: skip
+    made._references = {
+        ("seed", 0): ShiftTensors(
+            {
+                layer: LayerShift(*(np.zeros_like(array) for array in shift))
+                for layer, shift in TENSORS[1].layers.items()
+            }
+        )
+    }
     return made
 
 

@@ -260,8 +260,16 @@ def test_help_is_fast_and_light() -> None:
     best = min(
         float(out.rsplit(" ", 1)[1])
         for _ in range(5)
-        if (out := subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                                  env={**os.environ, "NO_COLOR": "1"}).stdout.strip().splitlines()[-1])
-        .startswith("HEAVY []")
-    )  # fmt: skip
+        if (
+            out := subprocess.run(
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, "NO_COLOR": "1"},
+            )
+            .stdout.strip()
+            .splitlines()[-1]
+        ).startswith("HEAVY []")
+    )
     assert best < 0.3

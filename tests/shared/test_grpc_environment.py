@@ -30,9 +30,13 @@ def test_a_failed_handshake_is_told_once_and_by_us() -> None:
 
     def said(**environment: str) -> tuple[str, str]:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=unset | environment,
-            capture_output=True, text=True, check=True, timeout=60,
-        )  # fmt: skip
+            [sys.executable, "-c", PROGRAM],
+            env=unset | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
         return done.stdout, done.stderr
 
     assert said() == ("UNAVAILABLE\n", "")

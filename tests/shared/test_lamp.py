@@ -48,8 +48,9 @@ def test_an_oppu_file(tmp_path: Path) -> None:
     assert [u.user_id for u in found.users] == ["7", "8"]
     first = found.users[0]
     assert [entry.item for entry in first.profile] == [
-        {"text": "first", "title": "f"}, {"text": "later", "title": "l"},
-    ]  # fmt: skip
+        {"text": "first", "title": "f"},
+        {"text": "later", "title": "l"},
+    ]
     assert first.profile[1] == Entry("71", "2020-02-02", {"text": "later", "title": "l"}, {"source": "x"})
     assert first.query == (Entry("q7", "", {"text": "now", "title": "n"}, {"input": f"{ASK}now"}),)
     assert found.users[1].query[0].id == "9" and found.users[1].dated

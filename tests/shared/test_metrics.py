@@ -19,11 +19,17 @@ def test_labels_match_after_stripping_and_not_otherwise() -> None:
 @pytest.mark.parametrize(
     ("answer", "gold", "error"),
     [
-        ("4", "5", -1), (" 4.0 ", "5", -1), ("7", "5", 2),
-        ("four", "1", 4), ("", "2", 3), ("4 stars", "5", -4), ("nan", "4", -3), ("inf", "2", 3),
+        ("4", "5", -1),
+        (" 4.0 ", "5", -1),
+        ("7", "5", 2),
+        ("four", "1", 4),
+        ("", "2", 3),
+        ("4 stars", "5", -4),
+        ("nan", "4", -3),
+        ("inf", "2", 3),
         ("x", "3", 2),  # as far from 1 as from 5: 5, as in LaMP
     ],
-)  # fmt: skip
+)
 def test_unreadable_ratings_count_as_the_farther_end(answer: str, gold: str, error: float) -> None:
     assert rating_errors([answer], [gold]) == [error]
 

@@ -310,8 +310,14 @@ def test_identity_is_one() -> None:
 
 
 def test_a_spec_of_nonsense_is_refused() -> None:
-    for wrong in ({"layers": (3, 1)}, {"layers": ()}, {"layers": (-1,)}, {"personal_rank": 0},
-                  {"collective_rank": 17}, {"positions": "f7l7"}):  # fmt: skip
+    for wrong in (
+        {"layers": (3, 1)},
+        {"layers": ()},
+        {"layers": (-1,)},
+        {"personal_rank": 0},
+        {"collective_rank": 17},
+        {"positions": "f7l7"},
+    ):
         with pytest.raises(InvalidInput):
             ShiftSpec(**{**SPEC.to_json(), "layers": SPEC.layers, **wrong})
     assert ShiftSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC

@@ -133,9 +133,14 @@ def test_presets_say_what_cannot_be() -> None:
 
 
 def test_tasks_read_lamp_queries_back_into_the_form_of_the_history() -> None:
-    gold = {"news_categorize": ("category", "sports"), "news_headline": ("title", "A Title"),
-            "movie_tagging": ("tag", "comedy"), "product_rating": ("score", "4"),
-            "scholarly_title": ("title", "On X"), "tweet_paraphrase": ("text", "hi")}  # fmt: skip
+    gold = {
+        "news_categorize": ("category", "sports"),
+        "news_headline": ("title", "A Title"),
+        "movie_tagging": ("tag", "comedy"),
+        "product_rating": ("score", "4"),
+        "scholarly_title": ("title", "On X"),
+        "tweet_paraphrase": ("text", "hi"),
+    }
     for name, (field, answer) in gold.items():
         task = task_named(name)
         item = {task.text_field: "Some text: with a colon.", field: answer}
@@ -245,9 +250,18 @@ def test_items_without_their_fields(item: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ['{"template": "no field"}', '{"answer": "{a} {b}"}', '{"colour": 1}', "[1]", "<html>",
-     '{"task": "chat"}', '{"template": "{0}"}', '{"template": "{text!r.__class__}{"}', '{"name": "x"}'],
-)  # fmt: skip
+    [
+        '{"template": "no field"}',
+        '{"answer": "{a} {b}"}',
+        '{"colour": 1}',
+        "[1]",
+        "<html>",
+        '{"task": "chat"}',
+        '{"template": "{0}"}',
+        '{"template": "{text!r.__class__}{"}',
+        '{"name": "x"}',
+    ],
+)
 def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "task.json").write_text(wrong)
     with pytest.raises(InvalidData, match=r"task\.json"):
@@ -257,24 +271,61 @@ def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"template": "{text:>300000000}"}, {"template": "{text!r}"}, {"template": "{text:{text}}"},
-        {"answer": "{title:>9}"}, {"answer": "{title!s}"}, {"template": "{}"},
-        {"template": "x" * 16_385 + "{text}"}, {"template": "{text}" * 17}, {"template": None},
-        {"template": 5}, {"template": "{text} \ud800"}, {"answer": ["{title}"]},
+        {"template": "{text:>300000000}"},
+        {"template": "{text!r}"},
+        {"template": "{text:{text}}"},
+        {"answer": "{title:>9}"},
+        {"answer": "{title!s}"},
+        {"template": "{}"},
+        {"template": "x" * 16_385 + "{text}"},
+        {"template": "{text}" * 17},
+        {"template": None},
+        {"template": 5},
+        {"template": "{text} \ud800"},
+        {"answer": ["{title}"]},
         {"answer": "{title}" + "x" * 16_385},
-        {"marker": None}, {"marker": 1}, {"lamp": 4}, {"lamp": None}, {"metric": None}, {"metric": ["mae"]},
-        {"labels": "abc"}, {"labels": [1]}, {"labels": None}, {"labels": [""]}, {"labels": {"a": 1}},
-        {"stop": "\n"}, {"stop": [""]}, {"stop": [1]}, {"stop": None}, {"stop": ["a"] * 9},
-        {"stop": ["é" * 33]}, {"stop": ["\ud800"]}, {"answer_tokens": 0}, {"answer_tokens": -1},
-        {"answer_tokens": 4097}, {"answer_tokens": True}, {"answer_tokens": 4.0},
-        {"answer_tokens": "4"}, {"answer_tokens": None},
-        {"history_template": None}, {"history_template": 1}, {"history_template": "{text} {title}"},
-        {"history_template": "{text}"}, {"history_template": "{other}:"}, {"history_template": "{"},
-        {"history_template": "x" * 16_385}, {"history_template": "{title:>9}"},
-        {"chat": 1}, {"chat": "yes"}, {"chat": None}, {"name": None}, {"name": 5}, {"name": "news\n"},
+        {"marker": None},
+        {"marker": 1},
+        {"lamp": 4},
+        {"lamp": None},
+        {"metric": None},
+        {"metric": ["mae"]},
+        {"labels": "abc"},
+        {"labels": [1]},
+        {"labels": None},
+        {"labels": [""]},
+        {"labels": {"a": 1}},
+        {"stop": "\n"},
+        {"stop": [""]},
+        {"stop": [1]},
+        {"stop": None},
+        {"stop": ["a"] * 9},
+        {"stop": ["é" * 33]},
+        {"stop": ["\ud800"]},
+        {"answer_tokens": 0},
+        {"answer_tokens": -1},
+        {"answer_tokens": 4097},
+        {"answer_tokens": True},
+        {"answer_tokens": 4.0},
+        {"answer_tokens": "4"},
+        {"answer_tokens": None},
+        {"history_template": None},
+        {"history_template": 1},
+        {"history_template": "{text} {title}"},
+        {"history_template": "{text}"},
+        {"history_template": "{other}:"},
+        {"history_template": "{"},
+        {"history_template": "x" * 16_385},
+        {"history_template": "{title:>9}"},
+        {"chat": 1},
+        {"chat": "yes"},
+        {"chat": None},
+        {"name": None},
+        {"name": 5},
+        {"name": "news\n"},
     ],
     ids=lambda wrong: json.dumps(wrong)[:40],
-)  # fmt: skip
+)
 def test_tasks_of_a_hostile_cloud_are_invalid_data(wrong: dict[str, Any]) -> None:
     """{text:>300000000} made a prompt of 300 MB, and answer_tokens "4" a TypeError in `ask`."""
     values = json.loads(TASKS["news_headline"].to_json()) | wrong

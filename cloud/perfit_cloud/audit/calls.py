@@ -25,7 +25,7 @@ from perfit_cloud.audit.needles import (
     text,
     token_ids,
 )
-from perfit_cloud.engine.types import Sampling
+from perfit_cloud.engine.interface import Sampling
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -313,9 +313,10 @@ class _Question:
     def sampling(self, temperature: float | None = None) -> pb.Sampling:
         settings = self._settings
         return pb.Sampling(
-            max_new_tokens=settings.max_new_tokens, seed=settings.seed,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
             temperature=settings.temperature if temperature is None else temperature,
-        )  # fmt: skip
+        )
 
 
 def _windows(answer: str, foresight: Foresight, ids: list[int]) -> list[str]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from perfit_cloud.engine.adaptation import AdaptationEngine, Step
-from perfit_cloud.engine.generation import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients import GradientEngine, Pair
-from perfit_cloud.engine.types import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+from perfit_cloud.engine.gradients.batch import GradientEngine, Pair
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors
@@ -31,7 +31,7 @@ class Foresight:
         self.base, self.artefact = base, artefact
         self._generation = engine_for(base, {artefact.name: artefact}, GenerationSettings())
         self._gradients = GradientEngine(base)
-        self._adaptations = AdaptationEngine(base, keep_bytes=_KEEP_BYTES)
+        self._adaptations = UpdateEngine(base, keep_bytes=_KEEP_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -59,8 +59,8 @@ class Foresight:
 
     def step(self, pairs: Sequence[tuple[str, str]], personal: ShiftTensors) -> ShiftTensors:
         """What a step of Adapt over all these pairs finds."""
-        with self._adaptations.open(self.ids(pairs), self.artefact) as adaptation:
-            step = Step(adaptation, range(len(pairs)), personal)
+        with self._adaptations.open(self.ids(pairs), self.artefact) as session:
+            step = GradientRequest(session, range(len(pairs)), personal)
             return self._adaptations.gradients([step])[0].tensors
 
     def ids(self, pairs: Sequence[tuple[str, str]]) -> list[Pair]:

@@ -18,9 +18,16 @@ import safetensors.numpy
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 
 __all__ = [
-    "LETTERS", "Needle",
-    "canary_words", "gradient_forms", "gradient_sent", "raw", "tensor_forms", "text", "token_ids",
-]  # fmt: skip
+    "LETTERS",
+    "Needle",
+    "canary_words",
+    "gradient_forms",
+    "gradient_sent",
+    "raw",
+    "tensor_forms",
+    "text",
+    "token_ids",
+]
 
 LETTERS = 8  # of a canary word, and of a run of a text that counts
 _IDS = 4  # in a run that counts

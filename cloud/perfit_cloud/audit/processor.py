@@ -54,13 +54,19 @@ def processor() -> Processor:
     about = torch.cpu.get_capabilities()
     kernels = {"torch": torch.backends.cpu.get_cpu_capability()}
     said = subprocess.run(
-        [sys.executable, "-c", _PRODUCTS], capture_output=True, text=True, check=False, timeout=_SECONDS,
+        [sys.executable, "-c", _PRODUCTS],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_SECONDS,
         env={**os.environ, **_VERBOSE},
-    ).stdout  # fmt: skip
+    ).stdout
     for library, line in _SAID.items():
         chosen = line.search(said)
         kernels[library] = chosen[1].strip() if chosen else "not said"
     return Processor(
-        name=str(about.get("cpu_name", "unknown")), cores=os.cpu_count() or 1,
-        features=tuple(name for name in _FEATURES if about.get(name)), kernels=kernels,
-    )  # fmt: skip
+        name=str(about.get("cpu_name", "unknown")),
+        cores=os.cpu_count() or 1,
+        features=tuple(name for name in _FEATURES if about.get(name)),
+        kernels=kernels,
+    )

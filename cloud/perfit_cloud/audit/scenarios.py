@@ -74,9 +74,12 @@ def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> li
     for hardening in ("off", "on"):
         of_mode = _of_mode(plan, hardening)
         server = AuditedServer(
-            plan.folder / f"hardening-{hardening}", model=plan.model, artefact=plan.artefact,
-            hardening=hardening, flags=plan.flags,
-        )  # fmt: skip
+            plan.folder / f"hardening-{hardening}",
+            model=plan.model,
+            artefact=plan.artefact,
+            hardening=hardening,
+            flags=plan.flags,
+        )
         with server:
             for row in _Auditor(of_mode, server, foresight, hardening).rows():
                 rows.append(row)
@@ -310,11 +313,15 @@ class _Watch:
         for found in look.found:
             places.setdefault(needles[found.needle].kind, {})[found.where] = None
         return Row(
-            self._hardening, self._rpc, self._ending, moment,
+            self._hardening,
+            self._rpc,
+            self._ending,
+            moment,
             found={kind: tuple(of_kind) for kind, of_kind in places.items()},
             sought=tuple(dict.fromkeys(needle.kind for needle in needles)),
-            searched=look.searched, unreadable=look.unreadable,
-        )  # fmt: skip
+            searched=look.searched,
+            unreadable=look.unreadable,
+        )
 
 
 def _end(running: Running, ending: str, connection: Connection, seconds: float) -> None:

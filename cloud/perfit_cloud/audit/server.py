@@ -65,7 +65,7 @@ class AuditedServer:
 
     def __init__(
         self, folder: Path, *, model: str, artefact: Path, hardening: str, flags: Sequence[str] = ()
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self._state = folder, folder / "state"
         self._unused: list[Invite] = []
         command = Path(sys.executable).with_name("perfit-cloud")
@@ -73,10 +73,22 @@ class AuditedServer:
             raise ConfigError(f"no perfit-cloud beside {sys.executable}; run the one of a whole installation")
         self._command = str(command)
         self._arguments = [
-            "serve", "--json", "--model", str(Path(model).resolve() if Path(model).exists() else model),
-            "--artefact", str(artefact.resolve()), "--state", str(self._state), "--address", "127.0.0.1:0",
-            "--enrol-address", "127.0.0.1:0", "--set", f"hardening={hardening}", *flags,
-        ]  # fmt: skip
+            "serve",
+            "--json",
+            "--model",
+            str(Path(model).resolve() if Path(model).exists() else model),
+            "--artefact",
+            str(artefact.resolve()),
+            "--state",
+            str(self._state),
+            "--address",
+            "127.0.0.1:0",
+            "--enrol-address",
+            "127.0.0.1:0",
+            "--set",
+            f"hardening={hardening}",
+            *flags,
+        ]
 
     def __enter__(self) -> Self:
         """Raises PerfitError with what the server said when it does not start."""
@@ -85,9 +97,14 @@ class AuditedServer:
         log = self.folder / "server.log"
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [self._command, *self._arguments], cwd=work, env={**os.environ, "TMPDIR": str(work)},
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
+                [self._command, *self._arguments],
+                cwd=work,
+                env={**os.environ, "TMPDIR": str(work)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line.strip():
             self._process.wait(_SECONDS)
@@ -116,8 +133,10 @@ class AuditedServer:
             made = max(count, _INVITES)
             done = subprocess.run(
                 [self._command, "invite", "--state", str(self._state), "--count", str(made)],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             if done.returncode:
                 raise PerfitError(f"cannot make invites: {done.stderr.strip()[-500:]}")
             self._unused += [Invite.decode(line) for line in done.stdout.split()]

@@ -66,9 +66,10 @@ def export_(
     loaded = Artefact.load(artefact)
     second = loaded.seed if personal is None else read_personal(personal, loaded)
     shifts = {
-        Which.COLLECTIVE: [loaded.collective], Which.PERSONAL: [second],
+        Which.COLLECTIVE: [loaded.collective],
+        Which.PERSONAL: [second],
         Which.BOTH: [loaded.collective, second],
-    }[shift]  # fmt: skip
+    }[shift]
     # A personal shift is its owner's alone.
     _empty_folder(out, private=personal is not None)
     write_checkpoint(out, shifts)
@@ -120,9 +121,16 @@ def import_(  # noqa: PLR0917 - typer's way; all are options
 
     read = read_checkpoint(checkpoint)
     if artefact is not None:
-        new = [("model", model), ("task", task), ("positions", positions), ("shift", shift), ("data", data),
-               ("personal-rank", personal_rank), ("device-epochs", device_epochs),
-               ("device-lr", device_lr)]  # fmt: skip
+        new = [
+            ("model", model),
+            ("task", task),
+            ("positions", positions),
+            ("shift", shift),
+            ("data", data),
+            ("personal-rank", personal_rank),
+            ("device-epochs", device_epochs),
+            ("device-lr", device_lr),
+        ]
         if given := [f"--{name}" for name, value in new if value is not None]:
             raise InvalidInput(f"{given[0]} makes an artefact; leave it out, or --artefact")
         result = _import_personal(read, artefact, out)
@@ -131,9 +139,17 @@ def import_(  # noqa: PLR0917 - typer's way; all are options
         raise InvalidInput("give --model, --task and --positions for an artefact, or --artefact for a shift")
     else:
         result = _import_artefact(
-            read, out, model=model, task=task, positions=positions, shift=shift, data=data,
-            personal_rank=personal_rank, epochs=device_epochs, learning_rate=device_lr,
-        )  # fmt: skip
+            read,
+            out,
+            model=model,
+            task=task,
+            positions=positions,
+            shift=shift,
+            data=data,
+            personal_rank=personal_rank,
+            epochs=device_epochs,
+            learning_rate=device_lr,
+        )
     if read.mended:
         typer.echo(
             f"perfit-cloud: rotations were orthonormal to {read.mended:.1e} (Frobenius) only; "
@@ -155,31 +171,55 @@ def _import_personal(read: Checkpoint, artefact: Path, out: Path) -> dict[str, A
     out.touch(mode=0o600)
     out.write_bytes(payload)
     return {
-        "out": str(out), "name": loaded.name, "version": loaded.version,
-        "layers": list(loaded.spec.layers), "rank": loaded.spec.personal_rank, "mended": read.mended,
-    }  # fmt: skip
+        "out": str(out),
+        "name": loaded.name,
+        "version": loaded.version,
+        "layers": list(loaded.spec.layers),
+        "rank": loaded.spec.personal_rank,
+        "mended": read.mended,
+    }
 
 
 def _import_artefact(
-    read: Checkpoint, out: Path, *, model: str, task: str, positions: str, shift: Which | None,
-    data: Path | None, personal_rank: int | None, epochs: int | None, learning_rate: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    read: Checkpoint,
+    out: Path,
+    *,
+    model: str,
+    task: str,
+    positions: str,
+    shift: Which | None,
+    data: Path | None,
+    personal_rank: int | None,
+    epochs: int | None,
+    learning_rate: float | None,
+) -> dict[str, Any]:
     from perfit_cloud.model.pyreft import describe_model, to_artefact
     from perfit_shared.tasks import load_task, task_named
 
     known = task_named(task) if data is None else load_task(data, task)
     made = to_artefact(
-        read, model=describe_model(model), task=known, positions=positions, which=shift and shift.value,
-        personal_rank=personal_rank, epochs=epochs, learning_rate=learning_rate,
-    )  # fmt: skip
+        read,
+        model=describe_model(model),
+        task=known,
+        positions=positions,
+        which=shift and shift.value,
+        personal_rank=personal_rank,
+        epochs=epochs,
+        learning_rate=learning_rate,
+    )
     _empty_folder(out)
     made.save(out)
     return {
-        "out": str(out), "name": made.name, "version": made.version, "layers": list(made.spec.layers),
-        "positions": made.spec.positions, "collective_rank": made.spec.collective_rank,
-        "personal_rank": made.spec.personal_rank, "device_learning_rate": made.learning_rate,
+        "out": str(out),
+        "name": made.name,
+        "version": made.version,
+        "layers": list(made.spec.layers),
+        "positions": made.spec.positions,
+        "collective_rank": made.spec.collective_rank,
+        "personal_rank": made.spec.personal_rank,
+        "device_learning_rate": made.learning_rate,
         "mended": read.mended,
-    }  # fmt: skip
+    }
 
 
 def _empty_folder(out: Path, *, private: bool = False) -> None:

@@ -75,18 +75,30 @@ def audit(  # noqa: PLR0917 - options of a command
     made_on, dtype = processor(), str(base.model.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="perfit-audit-") as folder:
         plan = Plan(
-            model=model, artefact=artefact, folder=Path(folder), rpcs=rpcs, endings=endings,
-            devices=devices, seed=seed, is_quick=quick, flags=("--threads", str(threads), "--dtype", dtype),
-        )  # fmt: skip
+            model=model,
+            artefact=artefact,
+            folder=Path(folder),
+            rpcs=rpcs,
+            endings=endings,
+            devices=devices,
+            seed=seed,
+            is_quick=quick,
+            flags=("--threads", str(threads), "--dtype", dtype),
+        )
         with Foresight(base, Artefact.load(artefact)) as foresight:
             rows = run(plan, foresight, _tell)
     if as_json is not None:
         written = {
-            "kept": is_kept(rows), "seed": seed, "devices": 0 if quick else devices,
-            "processor": asdict(made_on), "dtype": dtype, "threads": threads,
-            "forms_found": forms_seen(rows), "never_found": unseen(rows),
+            "kept": is_kept(rows),
+            "seed": seed,
+            "devices": 0 if quick else devices,
+            "processor": asdict(made_on),
+            "dtype": dtype,
+            "threads": threads,
+            "forms_found": forms_seen(rows),
+            "never_found": unseen(rows),
             "rows": [_written(row) for row in rows],
-        }  # fmt: skip
+        }
         as_json.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
     print(f"{dtype}, {threads} thread{'s' * (threads > 1)} a pass, on {made_on}\n")
     for line in [*_table(rows), *_forms(forms_seen(rows))]:

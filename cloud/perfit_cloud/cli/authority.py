@@ -15,7 +15,7 @@ from perfit_cloud.config import CloudConfig, load_config, parse_duration
 from perfit_shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from perfit_cloud.service.authority import Authority
+    from perfit_cloud.service.identity.authority import Authority
 
 __all__ = ["devices", "invite", "prune", "revoke"]
 
@@ -37,7 +37,7 @@ def invite(
 
     perfit-cloud invite --count 20 --life 7d --json
     """
-    from perfit_cloud.service.statefolder import Addresses
+    from perfit_cloud.service.state_folder import Addresses
     from perfit_shared.invites import Invite
 
     settings = load_config(file=config, flags={"state": state})
@@ -108,7 +108,7 @@ def prune(
 
 
 def _open(config: CloudConfig) -> Authority:
-    from perfit_cloud.service.authority import Authority
+    from perfit_cloud.service.identity.authority import Authority
 
     if not Path(config.state).is_dir():
         raise ConfigError(f"no state folder {config.state}; name the server's with --state")

@@ -104,18 +104,35 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     accelerate launch --num_processes 4 $(which perfit-cloud) collective train --task chat --data chats.jsonl --model llama --out artefacts/chat
     """  # noqa: E501 - \b keeps an example on one line
     from perfit_cloud.collective.processes import Processes, leave
-    from perfit_cloud.collective.run import Request, train_collective
+    from perfit_cloud.collective.run import CollectiveRun, train_collective
 
-    request = Request(
-        task=task, data=data, model=model, out=out, preset=preset, prompts=prompts,
-        layers=layers_of(layers), positions=positions, collective_rank=collective_rank,
-        personal_rank=personal_rank, epochs=epochs, validation=validation,
+    request = CollectiveRun(
+        task=task,
+        data=data,
+        model=model,
+        out=out,
+        preset=preset,
+        prompts=prompts,
+        layers=layers_of(layers),
+        positions=positions,
+        collective_rank=collective_rank,
+        personal_rank=personal_rank,
+        epochs=epochs,
+        validation=validation,
         budget=_budget(epsilon, delta, clip_norm, people_per_step),
-        learning_rate=lr, batch_size=batch_size, accumulate=accumulate,
-        gradient_checkpointing=gradient_checkpointing, users=users, device_epochs=device_epochs,
-        device_learning_rate=device_lr, seed=seed, force=force, dtype=dtype, device=device,
+        learning_rate=lr,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        users=users,
+        device_epochs=device_epochs,
+        device_learning_rate=device_lr,
+        seed=seed,
+        force=force,
+        dtype=dtype,
+        device=device,
         threads=threads,
-    )  # fmt: skip
+    )
     main = Processes().main
     try:
         with stopping() as stop:
@@ -148,11 +165,15 @@ def _budget(
 def _result(artefact: Artefact, out: Path) -> dict[str, Any]:
     card = artefact.card
     return {
-        "out": str(out), "name": artefact.name, "version": artefact.version,
+        "out": str(out),
+        "name": artefact.name,
+        "version": artefact.version,
         "validation_loss": card["losses"]["validation"],
         "learning_rate": card["hyper_parameters"]["learning_rate"],
-        "device_learning_rate": artefact.learning_rate, "seconds": card["seconds"], "speed": card["speed"],
-    }  # fmt: skip
+        "device_learning_rate": artefact.learning_rate,
+        "seconds": card["seconds"],
+        "speed": card["speed"],
+    }
 
 
 def _line(artefact: Artefact, out: Path) -> str:

@@ -23,13 +23,13 @@ from perfit_shared.errors import ConfigError
 from perfit_shared.grpc_environment import prepare_grpc
 
 if TYPE_CHECKING:
-    from perfit_cloud.service.authority import Authority
-    from perfit_cloud.service.hygiene import Hardening
+    from perfit_cloud.hardening.process import Hardening
+    from perfit_cloud.hardening.scrubber import MemoryScrubber
+    from perfit_cloud.service.catalog import Catalog
+    from perfit_cloud.service.identity.authority import Authority
     from perfit_cloud.service.memory import MemoryPlan
-    from perfit_cloud.service.served import Served
     from perfit_cloud.service.server import CloudServer
-    from perfit_cloud.service.statefolder import Addresses
-    from perfit_cloud.service.sweeping import Sweeper
+    from perfit_cloud.service.state_folder import Addresses
 
 __all__ = ["ConfigFile", "StateFolder", "serve"]
 
@@ -86,10 +86,17 @@ def serve(  # noqa: PLR0917 - options of a command
         perfit-cloud serve --config perfit-cloud.toml --set new_tokens=256
     """
     flags: dict[str, Any] = {
-        "model": model, "artefacts": artefact, "state": state, "address": address,
-        "enrol_address": enrol_address, "public_address": public_address,
-        "public_enrol_address": public_enrol_address, "names": name, "dtype": dtype, "threads": threads,
-    }  # fmt: skip
+        "model": model,
+        "artefacts": artefact,
+        "state": state,
+        "address": address,
+        "enrol_address": enrol_address,
+        "public_address": public_address,
+        "public_enrol_address": public_enrol_address,
+        "names": name,
+        "dtype": dtype,
+        "threads": threads,
+    }
     given = {key: value for key, value in flags.items() if value is not None and value != []}
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     prepare_grpc()
@@ -111,7 +118,7 @@ def _settings(pairs: list[str]) -> dict[str, str]:
 
 def _hardened(config: CloudConfig) -> Hardening:
     """Harden the process as it is set. The first time this starts the program anew and does not return."""
-    from perfit_cloud.service.hygiene import UNHARDENED, harden, restart_hardened
+    from perfit_cloud.hardening.process import UNHARDENED, harden, restart_hardened
 
     if config.hardening == "off":
         _log.warning("hardening is off: this process keeps traces of calls, and others can read them")
@@ -124,8 +131,8 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
     if not config.model:
         raise ConfigError("name the base model: --model FOLDER_OR_HUB_NAME")
 
-    from perfit_cloud.service.authority import Authority
-    from perfit_cloud.service.statefolder import only_server
+    from perfit_cloud.service.identity.authority import Authority
+    from perfit_cloud.service.state_folder import only_server
 
     authority = Authority(
         config.state,
@@ -144,19 +151,19 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     """Load everything, then answer until told to stop."""
     import torch
 
-    from perfit_cloud.engine.adaptation import AdaptationEngine
-    from perfit_cloud.engine.generation import GenerationSettings, can_share, engine_for
-    from perfit_cloud.engine.gradients import GradientEngine
-    from perfit_cloud.engine.steps import StepQueue
-    from perfit_cloud.engine.turns import Turns
+    from perfit_cloud.engine.device_lock import DeviceLock
+    from perfit_cloud.engine.generation.continuous import GenerationSettings, can_share, engine_for
+    from perfit_cloud.engine.gradients.batch import GradientEngine
+    from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+    from perfit_cloud.engine.gradients.session import UpdateEngine
+    from perfit_cloud.hardening.allocator import keep_at_most
+    from perfit_cloud.hardening.scrubber import MemoryScrubber
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
+    from perfit_cloud.service.catalog import Catalog
     from perfit_cloud.service.descriptors import raise_descriptor_limit
-    from perfit_cloud.service.freeing import keep_at_most
     from perfit_cloud.service.memory import plan_memory, resident_bytes
-    from perfit_cloud.service.served import Served
     from perfit_cloud.service.server import CloudServer
-    from perfit_cloud.service.sweeping import Sweeper
     from perfit_cloud.service.telemetry import Engines
 
     if config.threads:
@@ -165,7 +172,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     base = load_base(config.model, dtype=config.dtype, device=config.device)
     for name in _LOOSE_TONGUES:  # after loading, which sets a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    served = Served.build(config, base, artefacts, authority.cloud_id)
+    served = Catalog.build(config, base, artefacts, authority.cloud_id)
     memory = plan_memory(config, served, process=resident_bytes(), continuous=can_share(base))
     keep_at_most(memory.freed)
     settings = GenerationSettings(
@@ -174,34 +181,40 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         max_requests=config.max_requests,
         alone=config.apart == "bits",
     )
-    turns = Turns()
-    generation = engine_for(base, served.artefacts, settings, turns)
+    device_lock = DeviceLock()
+    generation = engine_for(base, served.artefacts, settings, device_lock)
     # Where the model is on the host, spilling would be keeping by another name.
     is_host = base.device.type == "cpu"
-    adaptations = AdaptationEngine(
+    adaptations = UpdateEngine(
         base,
         keep_bytes=memory.kept if is_host else config.keep_bytes,
         spill_bytes=0 if is_host else memory.kept,
-        turns=turns,
+        device_lock=device_lock,
         pass_tokens=memory.pass_tokens,
         parts=config.adaptations if config.apart == "bits" else 0,
     )
-    steps = StepQueue(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
-    sweeper = Sweeper(base.device, turns)
+    steps = GradientScheduler(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
+    scrubber = MemoryScrubber(base.device, device_lock)
     raise_descriptor_limit()
     server = CloudServer(
-        config, authority=authority, served=served, generation=generation,
-        gradients=GradientEngine(base, turns, pass_tokens=memory.pass_tokens), steps=steps, memory=memory,
-        engines=Engines(generation, steps, adaptations, turns), ended=sweeper.call_ended,
-    )  # fmt: skip
+        config,
+        authority=authority,
+        served=served,
+        generation=generation,
+        gradients=GradientEngine(base, device_lock, pass_tokens=memory.pass_tokens),
+        steps=steps,
+        memory=memory,
+        engines=Engines(generation, steps, adaptations, device_lock),
+        ended=scrubber.call_ended,
+    )
     stops = _stops()
     generation.start()
     if config.hardening == "on":
-        sweeper.start()
-        hardening = _with_torch(hardening, sweeper)
+        scrubber.start()
+        hardening = _with_torch(hardening, scrubber)
     server.start()
     print(_line(served, server.addresses, hardening, memory, as_json=as_json), flush=True)
-    _answer(config, server, stops, generation.stop, steps.close, sweeper.close)
+    _answer(config, server, stops, generation.stop, steps.close, scrubber.close)
 
 
 def _stops() -> queue.SimpleQueue[None]:
@@ -245,15 +258,15 @@ def _leave() -> NoReturn:
     os._exit(0)
 
 
-def _with_torch(hardening: Hardening, sweeper: Sweeper) -> Hardening:
+def _with_torch(hardening: Hardening, scrubber: MemoryScrubber) -> Hardening:
     """What holds now that torch is there; logs what does not, and the help."""
-    held = replace(hardening, overwrites_stacks=sweeper.overwrites_stacks())
+    held = replace(hardening, overwrites_stacks=scrubber.overwrites_stacks())
     if not held.overwrites_stacks:
         _log.warning(
             "threads that multiply matrices keep copies of them on their stacks until those are used again; "
             "serve with a C compiler at hand, or with one thread (--threads 1)"
         )
-    if held.overwrites_freed and not sweeper.overwrites_tensors():
+    if held.overwrites_freed and not scrubber.overwrites_tensors():
         held = replace(held, overwrites_freed=False)
         _log.warning(
             "this build of torch has an allocator of its own, so traces of tensors stay in memory until it "
@@ -263,20 +276,22 @@ def _with_torch(hardening: Hardening, sweeper: Sweeper) -> Hardening:
 
 
 def _line(
-    served: Served, addresses: Addresses, hardening: Hardening, memory: MemoryPlan, *, as_json: bool
+    served: Catalog, addresses: Addresses, hardening: Hardening, memory: MemoryPlan, *, as_json: bool
 ) -> str:
     """What is served, where, and how."""
     names = list(served.artefacts)
     if as_json:
-        return json.dumps({
-            "address": addresses.address,
-            "enrol_address": addresses.enrol_address,
-            "model": served.base.name,
-            "fingerprint": served.base.fingerprint,
-            "artefacts": names,
-            "hardening": asdict(hardening),
-            "memory": {**asdict(memory), "total": memory.total},
-        })  # fmt: skip
+        return json.dumps(
+            {
+                "address": addresses.address,
+                "enrol_address": addresses.enrol_address,
+                "model": served.base.name,
+                "fingerprint": served.base.fingerprint,
+                "artefacts": names,
+                "hardening": asdict(hardening),
+                "memory": {**asdict(memory), "total": memory.total},
+            }
+        )
     return (
         f"serving {served.base.name} ({served.base.fingerprint[:12]}) with "
         f"{', '.join(names) or 'no artefacts'} on {addresses.address}, enrolment on {addresses.enrol_address}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
-from perfit_cloud.collective.training import Training
+from perfit_cloud.collective.training import Stage1Training
 from perfit_cloud.collective.trials import telling, trial_steps
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec
@@ -22,7 +22,7 @@ __all__ = ["draw_losses", "make_card", "write_card"]
 
 
 def make_card(
-    training: Training, *, preset: str, device_rate: float, losses: Mapping[str, float]
+    training: Stage1Training, *, preset: str, device_rate: float, losses: Mapping[str, float]
 ) -> dict[str, Any]:
     """The card, plain JSON values without a path. `losses`: validation loss of base, collective, seed."""
     record, settings, privacy = training.record, training.settings, training.privacy
@@ -32,18 +32,28 @@ def make_card(
         "model": training.base.name,
         "data": training.corpus.summary() if privacy is None else training.corpus.private_summary(),
         "hyper_parameters": {
-            "preset": preset, "prompts": prompts_of(training.task),
-            **settings.spec.to_json(), "blocks": training.base.blocks,
-            "epochs": settings.epochs, "steps": record.step, "batch_size": settings.batch_size,
-            "learning_rate": record.learning_rate, "warm_up": WARM_UP, "schedule": "linear",
-            "gradient_clipping": CLIP if privacy is None else None, "weight_decay": 0, "seed": settings.seed,
+            "preset": preset,
+            "prompts": prompts_of(training.task),
+            **settings.spec.to_json(),
+            "blocks": training.base.blocks,
+            "epochs": settings.epochs,
+            "steps": record.step,
+            "batch_size": settings.batch_size,
+            "learning_rate": record.learning_rate,
+            "warm_up": WARM_UP,
+            "schedule": "linear",
+            "gradient_clipping": CLIP if privacy is None else None,
+            "weight_decay": 0,
+            "seed": settings.seed,
             "dtype": str(training.base.model.dtype).removeprefix("torch."),
-            "processes": training.processes.count, "accumulate": settings.accumulate,
+            "processes": training.processes.count,
+            "accumulate": settings.accumulate,
             "gradient_checkpointing": settings.gradient_checkpointing,
             "optimizer": "Adam, rotations on the Stiefel manifold by QR retraction",
             "collective_parameters": _parameters(settings.spec, settings.spec.collective_rank),
             "personal_parameters": settings.spec.personal_parameters(),
-            "device_learning_rate": device_rate, "device_epochs": settings.device_epochs,
+            "device_learning_rate": device_rate,
+            "device_epochs": settings.device_epochs,
         },
         "trials": record.trials,
         "trials_note": _trials_note(training),
@@ -60,11 +70,12 @@ def make_card(
         },
         "seconds": round(record.seconds, 1),
         "speed": {
-            "steps_per_second": record.step / seconds, "tokens_per_second": record.tokens / seconds,
+            "steps_per_second": record.step / seconds,
+            "tokens_per_second": record.tokens / seconds,
         },
         "privacy": {"note": _privacy_note(training), "mechanism": privacy and privacy.to_json()},
         "libraries": _libraries(),
-    }  # fmt: skip
+    }
     return dict(_plain(card))
 
 
@@ -72,7 +83,7 @@ def _parameters(spec: ShiftSpec, rank: int) -> int:
     return len(spec.layers) * rank * (2 * spec.hidden_size + 1)
 
 
-def _privacy_note(training: Training) -> str:
+def _privacy_note(training: Stage1Training) -> str:
     """Who can hold φ₁, and what it may tell of whom it was learned from."""
     holders = (
         "Every enrolled device can recover φ₁ from about as many gradient calls as a hidden state has "
@@ -94,7 +105,7 @@ def _privacy_note(training: Training) -> str:
     )
 
 
-def _trials_note(training: Training) -> str:
+def _trials_note(training: Stage1Training) -> str:
     if training.settings.learning_rate is not None:
         return "It was given"
     return (
@@ -104,7 +115,7 @@ def _trials_note(training: Training) -> str:
     )
 
 
-def _device_note(training: Training) -> str:
+def _device_note(training: Stage1Training) -> str:
     if training.settings.device_learning_rate is not None:
         return "It was given"
     trials = training.record.device_trials
@@ -234,7 +245,7 @@ def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
     return head + ["| " + " | ".join(row) + " |" for row in cells]
 
 
-def draw_losses(path: Path, training: Training, *, base: float) -> None:
+def draw_losses(path: Path, training: Stage1Training, *, base: float) -> None:
     """A PNG of training loss (thin: every step, thick: running mean) and validation points."""
     import matplotlib as mpl
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from perfit_cloud.collective.streaming import stream_users
-from perfit_cloud.engine.gradients import Pair
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.lamp import at, id_of, item_of, parse_json, read_text, read_users
@@ -104,9 +104,13 @@ class Corpus:
     def private_summary(self) -> dict[str, Any]:
         """What the card may tell of data that nobody else may learn of: how many people there are."""
         return {
-            "source": self.source, "rows": self.kind, "users": len(self.train), "token_cap": self.token_cap,
-            "validation_users": self.validation_users, "validation_examples": len(self.validation),
-        }  # fmt: skip
+            "source": self.source,
+            "rows": self.kind,
+            "users": len(self.train),
+            "token_cap": self.token_cap,
+            "validation_users": self.validation_users,
+            "validation_examples": len(self.validation),
+        }
 
     def summary(self) -> dict[str, Any]:
         """Statistics for the card."""
@@ -163,9 +167,14 @@ def _read_users(path: Path, task: Task) -> Items:
     if path.stat().st_size > _WHOLE_BYTES:
         some = stream_users(path, task, latest=_TRIAL_MOST)
         return Items(
-            f"{path.resolve().parent.name}/{path.name}", some.kind, some.users, some.dropped_empty,
-            some.profiles, some.only_profiles, some.unnamed,
-        )  # fmt: skip
+            f"{path.resolve().parent.name}/{path.name}",
+            some.kind,
+            some.users,
+            some.dropped_empty,
+            some.profiles,
+            some.only_profiles,
+            some.unnamed,
+        )
     found = read_users(path, task)
     kind, entries = found.to_train_on()
     users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}
@@ -178,10 +187,14 @@ def _read_users(path: Path, task: Task) -> Items:
         if user.query
     }
     return Items(
-        found.source, kind, users, found.dropped_empty, profiles,
+        found.source,
+        kind,
+        users,
+        found.dropped_empty,
+        profiles,
         only_profiles=0 if found.questions else len(with_profiles) - len(profiles),
         unnamed=len(users) if found.questions else 0,
-    )  # fmt: skip
+    )
 
 
 def _read_lines(path: Path, task: Task) -> Items:
@@ -238,30 +251,50 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: It
         train, validation = {user: pairs[:cut]}, pairs[cut:]
     histories = _histories(items, set(users), held_out, encode)
     return Corpus(
-        source=items.source, kind=items.kind, train=train, validation=validation,
-        validation_users=len(held_out), histories=histories,
-        held_out_histories=len(held_out & set(histories)), dropped_empty=items.dropped_empty,
-        dropped_long=dropped, shortened=shortened, token_cap=cap,
+        source=items.source,
+        kind=items.kind,
+        train=train,
+        validation=validation,
+        validation_users=len(held_out),
+        histories=histories,
+        held_out_histories=len(held_out & set(histories)),
+        dropped_empty=items.dropped_empty,
+        dropped_long=dropped,
+        shortened=shortened,
+        token_cap=cap,
         only_profiles=items.only_profiles,
-    )  # fmt: skip
+    )
 
 
 def _validated_on(
-    others: Items, items: Items, users: dict[str, list[Pair]], encode: _Encode,
-    *, dropped: int, shortened: int, cap: int,
-) -> Corpus:  # fmt: skip
+    others: Items,
+    items: Items,
+    users: dict[str, list[Pair]],
+    encode: _Encode,
+    *,
+    dropped: int,
+    shortened: int,
+    cap: int,
+) -> Corpus:
     theirs, _, _ = _by_user(others, encode)
     if not theirs:
         raise InvalidData(f"{others.source}: no example fits {cap} tokens, nothing to validate on")
     everything = [pair for pairs in theirs.values() for pair in pairs]
     histories = _histories(others, set(theirs), set(theirs), encode)
     return Corpus(
-        source=items.source, kind=items.kind, train=users,
+        source=items.source,
+        kind=items.kind,
+        train=users,
         validation=everything[:: -(-len(everything) // _VALIDATION_MAX)],  # of everybody alike
-        validation_users=len(theirs), histories=histories, held_out_histories=len(histories),
-        dropped_empty=items.dropped_empty, dropped_long=dropped, shortened=shortened, token_cap=cap,
+        validation_users=len(theirs),
+        histories=histories,
+        held_out_histories=len(histories),
+        dropped_empty=items.dropped_empty,
+        dropped_long=dropped,
+        shortened=shortened,
+        token_cap=cap,
         only_profiles=items.only_profiles,
-    )  # fmt: skip
+    )
 
 
 def _by_user(items: Items, encode: _Encode) -> tuple[dict[str, list[Pair]], int, int]:

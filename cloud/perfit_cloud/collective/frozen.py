@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from perfit_cloud.engine.gradients import Batch, Pair, make_batch, passes, target_log_likelihoods
+from perfit_cloud.engine.gradients.batch import Batch, Pair, make_batch, passes, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel, block_list
 from perfit_cloud.model.blocks import hidden_of, with_hidden
 from perfit_cloud.model.capabilities import Batching
 from perfit_cloud.model.forward import replaced
-from perfit_cloud.model.shifts import Group
+from perfit_cloud.model.interventions import ShiftGroup
 from perfit_shared.errors import InvalidData
 from perfit_shared.positions import Positions
 
@@ -64,7 +64,7 @@ class FrozenBase:
         """Which examples may share a pass."""
         return self._base.capabilities.passes
 
-    def log_likelihoods(self, pairs: Sequence[Pair], batch: Batch, groups: Sequence[Group]) -> Tensor:
+    def log_likelihoods(self, pairs: Sequence[Pair], batch: Batch, groups: Sequence[ShiftGroup]) -> Tensor:
         """Of all N target tokens of the batch made from `pairs`: (N,), in the order of its labels."""
         with contextlib.ExitStack() as stack:
             if all(_ids(pair) in self._kept for pair in pairs):

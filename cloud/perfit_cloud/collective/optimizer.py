@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfit_cloud.model.shifts import Phi, Shift
+from perfit_cloud.model.interventions import Phi, Shift
 
 __all__ = ["CLIP", "StiefelAdam", "retract", "tangent"]
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.steps import Losses
-from perfit_cloud.engine.gradients import Pair
-from perfit_cloud.model.shifts import Shift
+from perfit_cloud.engine.gradients.batch import Pair
+from perfit_cloud.model.interventions import Shift
 from perfit_shared.errors import ConfigError, InvalidInput
 
 __all__ = ["Budget", "Privacy", "PrivateSteps", "clip", "draw", "epsilon_spent", "noise_for"]
@@ -102,10 +102,11 @@ class Privacy:
         """For the card; what was promised, and what the steps cost by the accountant."""
         spent = epsilon_spent(self.noise_multiplier, self.delta, rate=self.sampling_rate, steps=self.steps)
         return asdict(self) | {
-            "unit": "person, added or removed", "epsilon_spent": spent,
+            "unit": "person, added or removed",
+            "epsilon_spent": spent,
             "trained": "W and b of φ₁ and the seed; R drawn at random from the public seed",
             "accountant": "dp-accounting, PLD, Poisson-sampled Gaussian",
-        }  # fmt: skip
+        }
 
 
 # -- accounting --------------------------------------------------------------------------------------
@@ -131,10 +132,16 @@ def noise_for(epsilon: float, delta: float, *, rate: float, steps: int) -> float
         least *= 2
     while not spends(least):
         least /= 2
-    return float(accounting.calibrate_dp_mechanism(
-        _accountant, lambda noise: _event(noise, rate, steps), epsilon, delta,
-        accounting.ExplicitBracketInterval(least, 2 * least), tol=_NOISE_STEP * least,
-    ))  # fmt: skip
+    return float(
+        accounting.calibrate_dp_mechanism(
+            _accountant,
+            lambda noise: _event(noise, rate, steps),
+            epsilon,
+            delta,
+            accounting.ExplicitBracketInterval(least, 2 * least),
+            tol=_NOISE_STEP * least,
+        )
+    )
 
 
 def _event(noise_multiplier: float, rate: float, steps: int) -> Any:
@@ -184,9 +191,13 @@ class PrivateSteps:
     """Takes the steps of a private run; `people` are everybody's training pairs."""
 
     def __init__(
-        self, losses: Losses, people: Mapping[str, Sequence[Pair]], privacy: Privacy, *,
+        self,
+        losses: Losses,
+        people: Mapping[str, Sequence[Pair]],
+        privacy: Privacy,
+        *,
         rng: np.random.Generator | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`rng`: for tests. Who is drawn and the noise come from the system's entropy otherwise, never from
         the run's seed: the card tells that, and noise that can be drawn again protects nobody.
         """

@@ -15,7 +15,7 @@ from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import from_torch
-from perfit_cloud.collective.training import FORWARD, Settings, Training
+from perfit_cloud.collective.training import FORWARD, Stage1Settings, Stage1Training
 from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
@@ -27,11 +27,11 @@ from perfit_shared.prompts import load_prompts
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
 
-__all__ = ["Request", "train_collective"]
+__all__ = ["CollectiveRun", "train_collective"]
 
 
 @dataclass(frozen=True)
-class Request:
+class CollectiveRun:
     """What an operator asks for; None stands for the preset's value, or a choice on the data."""
 
     task: str
@@ -62,9 +62,12 @@ class Request:
 
 
 def train_collective(
-    request: Request, *, base: BaseModel | None = None, progress: Progress | None = None,
+    request: CollectiveRun,
+    *,
+    base: BaseModel | None = None,
+    progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Artefact:  # fmt: skip
+) -> Artefact:
     """Train and write the artefact, or go on with an interrupted run of the same request.
 
     `base`: what `request.model` names, where it is loaded already; the request's dtype and device
@@ -98,9 +101,12 @@ def train_collective(
 
 
 def _begin(
-    request: Request, base: BaseModel | None, processes: Processes, progress: Progress,
+    request: CollectiveRun,
+    base: BaseModel | None,
+    processes: Processes,
+    progress: Progress,
     stop: Callable[[], bool],
-) -> Training:  # fmt: skip
+) -> Stage1Training:
     """Everything read and checked, at the step where an interrupted run stopped."""
     task_named(request.task)
     file = find_data(request.data)
@@ -116,7 +122,7 @@ def _begin(
         with processes.one_first():
             base = load_base(request.model, dtype=dtype, device=device)
     else:
-        base = replace(base, model=base.twin())  # hooks that the caller has on it would shift twice
+        base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
     spec = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
     # Where the sinks are is told as well, so private prompts do not decide it.
@@ -131,7 +137,7 @@ def _begin(
         progress.say(skipped)
     _report(corpus, progress)
     processes.from_main(lambda: _make_out(request.out))
-    training = Training(
+    training = Stage1Training(
         base, corpus, task, settings, out=request.out, progress=progress, processes=processes, stop=stop
     )
     if (privacy := training.privacy) is not None:
@@ -143,7 +149,7 @@ def _begin(
     return training
 
 
-def _check_private(request: Request, items: Items) -> None:
+def _check_private(request: CollectiveRun, items: Items) -> None:
     """Raises InvalidInput where one person could stand as several, or decide what others' data do."""
     if request.validation is None:
         raise InvalidInput(
@@ -166,18 +172,25 @@ def _check_private(request: Request, items: Items) -> None:
 
 
 def _artefact(
-    training: Training, request: Request, device_rate: float, losses: Mapping[str, float]
+    training: Stage1Training, request: CollectiveRun, device_rate: float, losses: Mapping[str, float]
 ) -> Artefact:
     settings, task = training.settings, training.task
     card = make_card(training, preset=request.preset or task.name, device_rate=device_rate, losses=losses)
     return Artefact(
-        name=task.name, spec=settings.spec, task=task, fingerprint=training.base.fingerprint,
-        collective=from_torch(training.collective), seed=from_torch(training.personal),
-        learning_rate=device_rate, epochs=settings.device_epochs, batch_size=settings.batch_size, card=card,
-    )  # fmt: skip
+        name=task.name,
+        spec=settings.spec,
+        task=task,
+        fingerprint=training.base.fingerprint,
+        collective=from_torch(training.collective),
+        seed=from_torch(training.personal),
+        learning_rate=device_rate,
+        epochs=settings.device_epochs,
+        batch_size=settings.batch_size,
+        card=card,
+    )
 
 
-def _write(artefact: Artefact, training: Training, out: Path, *, base_loss: float) -> None:
+def _write(artefact: Artefact, training: Stage1Training, out: Path, *, base_loss: float) -> None:
     """The artefact with its card and picture; the checkpoint is not needed any more."""
     draw_losses(out / "loss.png", training, base=base_loss)
     write_card(out / "CARD.md", artefact.name, artefact.card)
@@ -185,7 +198,7 @@ def _write(artefact: Artefact, training: Training, out: Path, *, base_loss: floa
     (out / checkpoint.FILE).unlink(missing_ok=True)
 
 
-def _check_out(request: Request) -> None:
+def _check_out(request: CollectiveRun) -> None:
     out = request.out
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"{out} is a file; --out should be a folder")
@@ -200,17 +213,21 @@ def _make_out(out: Path) -> None:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _spec(request: Request, base: BaseModel) -> ShiftSpec:
+def _spec(request: CollectiveRun, base: BaseModel) -> ShiftSpec:
     """The preset's with what the request overrides."""
     return preset_for(request.preset or request.task).spec(
-        blocks=base.blocks, hidden_size=base.hidden_size, layers=request.layers, positions=request.positions,
-        collective_rank=request.collective_rank, personal_rank=request.personal_rank,
-    )  # fmt: skip
+        blocks=base.blocks,
+        hidden_size=base.hidden_size,
+        layers=request.layers,
+        positions=request.positions,
+        collective_rank=request.collective_rank,
+        personal_rank=request.personal_rank,
+    )
 
 
-def _settings(request: Request, spec: ShiftSpec) -> Settings:
+def _settings(request: CollectiveRun, spec: ShiftSpec) -> Stage1Settings:
     preset = preset_for(request.preset or request.task)
-    return Settings(
+    return Stage1Settings(
         spec=spec,
         epochs=_or(request.epochs, preset.collective_epochs),
         batch_size=_or(request.batch_size, preset.batch_size),
@@ -250,7 +267,7 @@ def _report(corpus: Corpus, progress: Progress) -> None:
         )
 
 
-def _plan_work(training: Training, progress: Progress) -> None:
+def _plan_work(training: Stage1Training, progress: Progress) -> None:
     """Add up the units of all phases, so that the remaining time counts what is still to come."""
     settings, validation = training.settings, FORWARD * len(training.corpus.validation)
     units = len(training.examples) * settings.epochs + validation * (

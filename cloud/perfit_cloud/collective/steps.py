@@ -11,8 +11,8 @@ from torch import Tensor
 from perfit_cloud.collective.frozen import FrozenBase
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.processes import Processes
-from perfit_cloud.engine.gradients import Pair, group_all, make_batch, passes
-from perfit_cloud.model.shifts import Phi, Shift, to_torch
+from perfit_cloud.engine.gradients.batch import Pair, group_all, make_batch, passes
+from perfit_cloud.model.interventions import Phi, Shift, to_torch
 from perfit_shared.optimizer import OptimizerConfig, learning_rate_at
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -34,10 +34,12 @@ def trainable(tensors: ShiftTensors, device: torch.device, *, rotations: bool = 
 
 def from_torch(shift: Shift) -> ShiftTensors:
     """Back to numpy, a copy."""
-    return ShiftTensors({
-        layer: LayerShift(*(t.detach()[0].float().cpu().numpy().copy() for t in phi))
-        for layer, phi in sorted(shift.items())
-    })  # fmt: skip
+    return ShiftTensors(
+        {
+            layer: LayerShift(*(t.detach()[0].float().cpu().numpy().copy() for t in phi))
+            for layer, phi in sorted(shift.items())
+        }
+    )
 
 
 def rate_at(index: int, total: int, peak: float, *, schedule: str = "device") -> float:
@@ -68,16 +70,26 @@ class Losses:
     """
 
     def __init__(
-        self, frozen: FrozenBase, positions: Positions, device: torch.device, *,
-        processes: Processes, accumulate: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        frozen: FrozenBase,
+        positions: Positions,
+        device: torch.device,
+        *,
+        processes: Processes,
+        accumulate: int = 1,
+    ) -> None:
         self._frozen, self._positions, self._device = frozen, positions, device
         self._processes, self._accumulate = processes, accumulate
 
     def step(
-        self, pairs: Sequence[Pair], *,
-        collective: Shift, personal: Shift, optimizer: StiefelAdam, rate: float,
-    ) -> float:  # fmt: skip
+        self,
+        pairs: Sequence[Pair],
+        *,
+        collective: Shift,
+        personal: Shift,
+        optimizer: StiefelAdam,
+        rate: float,
+    ) -> float:
         """One step on a batch; returns its loss before the step, nats a target token.
 
         Each process adds up the gradient of its pairs, weighted by their share of all target tokens,

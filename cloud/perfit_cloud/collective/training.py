@@ -28,15 +28,15 @@ from perfit_cloud.collective.privacy import Budget, Privacy, PrivateSteps
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import Losses, batches, rate_at, trainable
-from perfit_cloud.engine.gradients import Pair
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.shifts import Phi, hooked
+from perfit_cloud.model.interventions import Phi, hooked
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 
-__all__ = ["FORWARD", "Settings", "Training"]
+__all__ = ["FORWARD", "Stage1Settings", "Stage1Training"]
 
 FORWARD = 0.4  # cost of a forward pass alone, in units of one forward and backward
 _CHECKPOINT_SECONDS = 60.0
@@ -46,7 +46,7 @@ _PATIENCE = 3  # checks without a lower validation loss that end the training
 
 
 @dataclass(frozen=True)
-class Settings:
+class Stage1Settings:
     """How to train. Raises InvalidInput when built with values that cannot be."""
 
     spec: ShiftSpec
@@ -77,7 +77,7 @@ class Settings:
             raise InvalidInput("private training takes people one by one; leave out --accumulate")
 
 
-class Training:
+class Stage1Training:
     """One run: its data, its two shifts and its record. It works inside `prepared()`.
 
     `stop` is asked after every step; when any process says yes the run is saved and Cancelled is
@@ -85,16 +85,27 @@ class Training:
     """
 
     def __init__(
-        self, base: BaseModel, corpus: Corpus, task: Task, settings: Settings, *,
-        out: Path, progress: Progress, processes: Processes, stop: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
+        self,
+        base: BaseModel,
+        corpus: Corpus,
+        task: Task,
+        settings: Stage1Settings,
+        *,
+        out: Path,
+        progress: Progress,
+        processes: Processes,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.base, self.corpus, self.task, self.settings = base, corpus, task, settings
         self.processes = processes
         self._frozen = FrozenBase(base, settings.spec.layers[0])
         self.losses = Losses(
-            self._frozen, Positions.parse(settings.spec.positions), base.device,
-            processes=processes, accumulate=settings.accumulate,
-        )  # fmt: skip
+            self._frozen,
+            Positions.parse(settings.spec.positions),
+            base.device,
+            processes=processes,
+            accumulate=settings.accumulate,
+        )
         self.examples = corpus.examples()
         self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
         self.progress, self._stop, self._out = progress, stop, out
@@ -322,7 +333,7 @@ class Training:
         self.progress.say(f"going on after step {self.record.step} of {self.steps}")
 
 
-def _arguments(base: BaseModel, corpus: Corpus, task: Task, settings: Settings) -> dict[str, Any]:
+def _arguments(base: BaseModel, corpus: Corpus, task: Task, settings: Stage1Settings) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from; keys are words for a message.
 
     Processes, micro-batches and recomputed activations are not among it: the steps are the same.

@@ -16,12 +16,18 @@ import numpy as np
 
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.steps import batches, from_torch, rate_at, trainable
-from perfit_cloud.collective.training import FORWARD, Training
-from perfit_cloud.engine.gradients import Pair
+from perfit_cloud.collective.training import FORWARD, Stage1Training
+from perfit_cloud.engine.gradients.batch import Pair
 
 __all__ = [
-    "Search", "choose_device_rate", "choose_rate", "device_work", "telling", "trial_steps", "trial_work",
-]  # fmt: skip
+    "Search",
+    "choose_device_rate",
+    "choose_rate",
+    "device_work",
+    "telling",
+    "trial_steps",
+    "trial_work",
+]
 
 # From below what suits billions of parameters (PerFit: 1e-4) past what suits millions (1e-3 at 8M).
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -67,18 +73,18 @@ class Search:
 # -- stage 1 -----------------------------------------------------------------------------------------
 
 
-def trial_steps(training: Training) -> int:
+def trial_steps(training: Stage1Training) -> int:
     """Steps of one trial."""
     return min(max(_LEAST, min(_MOST, round(_SHARE * training.steps))), training.steps)
 
 
-def trial_work(training: Training) -> float:
+def trial_work(training: Stage1Training) -> float:
     """Units of all trials, about."""
     step = trial_steps(training) * training.settings.batch_size
     return _TRIED * (step + 2 * FORWARD * len(training.corpus.validation))
 
 
-def choose_rate(training: Training) -> None:
+def choose_rate(training: Stage1Training) -> None:
     """Set `record.learning_rate` and `record.trials`: short runs from the start over the same batches.
 
     Trials that an interrupted run has done are not repeated. Ends with a checkpoint.
@@ -93,7 +99,7 @@ def choose_rate(training: Training) -> None:
     training.save()
 
 
-def _trial(training: Training, rate: float) -> float:
+def _trial(training: Stage1Training, rate: float) -> float:
     record = training.record
     for done in record.trials:
         if done["learning_rate"] == rate:
@@ -104,9 +110,12 @@ def _trial(training: Training, rate: float) -> float:
     for index in range(steps):
         pairs = training.batch(index)
         training.losses.step(
-            pairs, collective=collective, personal=personal, optimizer=optimizer,
+            pairs,
+            collective=collective,
+            personal=personal,
+            optimizer=optimizer,
             rate=rate_at(index, steps, rate),
-        )  # fmt: skip
+        )
         taken += 1
         training.progress.advance(len(pairs), f"trying learning rate {rate:g}: step {taken}/{steps}")
         training.pause()
@@ -125,7 +134,7 @@ def _trial(training: Training, rate: float) -> float:
 # -- devices -----------------------------------------------------------------------------------------
 
 
-def device_users(training: Training) -> list[list[Pair]]:
+def device_users(training: Stage1Training) -> list[list[Pair]]:
     """Histories whose updates are simulated: as many as one rate may cost, at least two if there are.
 
     All of them in a private run: how many examples were trained on may decide nothing that is told.
@@ -142,13 +151,13 @@ def device_users(training: Training) -> list[list[Pair]]:
     return chosen
 
 
-def device_work(training: Training) -> float:
+def device_work(training: Stage1Training) -> float:
     """Units of all trial updates, about."""
     examples = sum(len(pairs) * 3 // 4 for pairs in device_users(training))
     return _TRIED * examples * training.settings.device_epochs
 
 
-def choose_device_rate(training: Training) -> float:
+def choose_device_rate(training: Stage1Training) -> float:
     """The devices' learning rate: given, else the one with the lowest mean held-out loss, or near it.
 
     Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each history and
@@ -172,7 +181,7 @@ def telling(device_trials: Sequence[Mapping[str, Any]]) -> bool:
     return any(done["after"] < (1 - _TELLING) * done["before"] for done in device_trials)
 
 
-def _seed_loss(training: Training, users: Sequence[Sequence[Pair]]) -> float:
+def _seed_loss(training: Stage1Training, users: Sequence[Sequence[Pair]]) -> float:
     """Mean held-out loss before an update."""
     if training.record.device_trials:  # of an interrupted run
         return training.record.device_trials[0]["before"]
@@ -184,7 +193,7 @@ def _seed_loss(training: Training, users: Sequence[Sequence[Pair]]) -> float:
 
 
 def _device_trial(
-    training: Training, users: Sequence[Sequence[Pair]], rate: float, *, before: float
+    training: Stage1Training, users: Sequence[Sequence[Pair]], rate: float, *, before: float
 ) -> float:
     record = training.record
     for done in record.device_trials:
@@ -193,9 +202,14 @@ def _device_trial(
     after = float(np.mean([_update(training, pairs, rate) for pairs in users]))
     after = after if math.isfinite(after) else math.inf  # it diverged
     training.progress.say(f"device learning rate {rate:g}: held-out loss {before:.4f} -> {after:.4f}")
-    record.device_trials.append({
-        "learning_rate": rate, "before": before, "after": after, "users": len(users),
-    })  # fmt: skip
+    record.device_trials.append(
+        {
+            "learning_rate": rate,
+            "before": before,
+            "after": after,
+            "users": len(users),
+        }
+    )
     training.save()
     return after
 
@@ -206,7 +220,7 @@ def _split(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
     return pairs[:cut], pairs[cut:]
 
 
-def _update(training: Training, pairs: Sequence[Pair], rate: float) -> float:
+def _update(training: Stage1Training, pairs: Sequence[Pair], rate: float) -> float:
     """The held-out loss of one user after an update."""
     settings = training.settings
     past, latest = _split(pairs)
@@ -223,9 +237,12 @@ def _update(training: Training, pairs: Sequence[Pair], rate: float) -> float:
     ]
     for index, batch in enumerate(plan):
         training.losses.step(
-            [past[i] for i in batch], collective=collective, personal=personal, optimizer=optimizer,
+            [past[i] for i in batch],
+            collective=collective,
+            personal=personal,
+            optimizer=optimizer,
             rate=rate_at(index, len(plan), rate),
-        )  # fmt: skip
+        )
         training.progress.advance(len(batch), f"trying device learning rate {rate:g}")
         training.pause()
     return training.losses.mean(latest, collective=collective, personal=personal)

@@ -69,10 +69,10 @@ class Reading:
         self._ahead: dict[str, float] = {}  # seconds that its prompts took and others' answers had not yet
         self._speaking_seconds = 0.0  # the last pass without a prompt
 
-    def order(self, prompts: Sequence[_Item], speaking: AbstractSet[str]) -> list[_Item]:
+    def order(self, prompts: Sequence[_Item], sampled: AbstractSet[str]) -> list[_Item]:
         """Those that may be read now, in the order in which they share a pass; `speaking` own answers."""
         self._share.wanted_by(prompt.owner for prompt in prompts)
-        may = [p for p in prompts if self._ahead.get(p.owner, 0.0) <= 0 or not speaking - {p.owner}]
+        may = [p for p in prompts if self._ahead.get(p.owner, 0.0) <= 0 or not sampled - {p.owner}]
         return in_turns(may, self._share)
 
     def rest(self) -> None:

@@ -39,10 +39,15 @@ class Artefact:
     @property
     def version(self) -> str:
         """16 hex digits that change with tensors, spec or base model."""
-        text = json.dumps([
-            self.name, self.spec.to_json(), self.fingerprint,
-            self.collective.digest(), self.seed.digest(),
-        ])  # fmt: skip
+        text = json.dumps(
+            [
+                self.name,
+                self.spec.to_json(),
+                self.fingerprint,
+                self.collective.digest(),
+                self.seed.digest(),
+            ]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
@@ -51,11 +56,17 @@ class Artefact:
         (folder / "collective.safetensors").write_bytes(self.collective.to_bytes())
         (folder / "seed.safetensors").write_bytes(self.seed.to_bytes())
         data = {
-            "format": _FORMAT, "name": self.name, "version": self.version, "spec": self.spec.to_json(),
-            "task": json.loads(self.task.to_json()), "fingerprint": self.fingerprint,
-            "learning_rate": self.learning_rate, "epochs": self.epochs,
-            "batch_size": self.batch_size, "card": self.card,
-        }  # fmt: skip
+            "format": _FORMAT,
+            "name": self.name,
+            "version": self.version,
+            "spec": self.spec.to_json(),
+            "task": json.loads(self.task.to_json()),
+            "fingerprint": self.fingerprint,
+            "learning_rate": self.learning_rate,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "card": self.card,
+        }
         new = folder / "artefact.json.new"
         new.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
         new.replace(folder / "artefact.json")
@@ -91,7 +102,13 @@ class Artefact:
             if not (0 < artefact.epochs < 2**32 and 0 < artefact.batch_size < 2**32):
                 raise InvalidData("its epochs and batch_size should be 1 or more")
         except (
-            OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, PerfitError,
-        ) as error:  # fmt: skip
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+            PerfitError,
+        ) as error:
             raise InvalidData(f"{folder} is not a usable artefact: {error}") from error
         return artefact

@@ -24,9 +24,15 @@ __all__ = ["BaseModel", "block_list", "depends_on_length", "fingerprint", "load_
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 # Keys of config.json that do not change what the model computes.
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
@@ -122,7 +128,7 @@ class BaseModel:
             raise InvalidData("this model was loaded without a tokenizer")
         return self._codec
 
-    def twin(self) -> Any:
+    def share_weights(self) -> Any:
         """Another module tree over the very same tensors.
 
         Continuous batching may switch a model's attention implementation, and hooks differ; a twin
@@ -182,8 +188,9 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     if not base.end_ids:
         _log.warning(
             "%s has no end of sequence: targets are learned without an end, and answers go on to their "
-            "limit; set eos_token_id in generation_config.json", name,
-        )  # fmt: skip
+            "limit; set eos_token_id in generation_config.json",
+            name,
+        )
     return base
 
 

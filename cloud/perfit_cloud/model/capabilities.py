@@ -255,10 +255,15 @@ class _Trial:
         self._model.generation_config = GenerationConfig()
         try:
             logits = self._model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=_NEW, do_sample=False, use_cache=caches,
-                output_logits=True, return_dict_in_generate=True,
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=_NEW,
+                do_sample=False,
+                use_cache=caches,
+                output_logits=True,
+                return_dict_in_generate=True,
                 logits_processor=LogitsProcessorList([_Forced(ids.shape[1], self._forced)]),
-            ).logits  # fmt: skip
+            ).logits
         finally:
             self._model.generation_config = own
         return list(torch.stack(logits, 1))

@@ -49,9 +49,15 @@ def slice_rows(vocabulary: int) -> int:
 
 
 def token_losses(
-    model: Any, arguments: frozenset[str], ids: Tensor, *,
-    rows: tuple[Tensor, Tensor], labels: Tensor, in_slices: bool, **more: Any,
-) -> Tensor:  # fmt: skip
+    model: Any,
+    arguments: frozenset[str],
+    ids: Tensor,
+    *,
+    rows: tuple[Tensor, Tensor],
+    labels: Tensor,
+    in_slices: bool,
+    **more: Any,
+) -> Tensor:
     """−log p of labels (N,) after the positions `rows` (two (N,)) of ids (B, T): (N,), float32.
 
     `in_slices`: whether the family's head can be run apart (`capabilities`). Logits of a slice are
@@ -70,10 +76,12 @@ def token_losses(
 
     if len(hidden) <= size:
         return of_slice(hidden, labels)
-    return torch.cat([
-        checkpoint(of_slice, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            checkpoint(of_slice, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+        ]
+    )
 
 
 def decoder_output(model: Any, arguments: frozenset[str], ids: Tensor, **more: Any) -> Any:

@@ -46,10 +46,21 @@ _CONFIG = "config.json"
 _LOREFT = "<class 'pyreft.interventions.LoreftIntervention'>"
 # A representation in config.json is a list, its names those of pyvene's RepresentationConfig.
 _FIELDS = (
-    "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type",
-    "intervention", "subspace_partition", "group_key", "intervention_link_key", "moe_key",
-    "source_representation", "hidden_source_representation", "latent_dim",
-)  # fmt: skip
+    "layer",
+    "component",
+    "unit",
+    "max_number_of_units",
+    "low_rank_dimension",
+    "intervention_type",
+    "intervention",
+    "subspace_partition",
+    "group_key",
+    "intervention_link_key",
+    "moe_key",
+    "source_representation",
+    "hidden_source_representation",
+    "latent_dim",
+)
 _FIXED = {"component": "block_output", "unit": "pos", "max_number_of_units": 1}  # of any φ of ours
 _FREE = ("layer", "low_rank_dimension", *_FIXED)
 _MOST = 2  # interventions of one layer: φ₁ and φ₂
@@ -137,7 +148,7 @@ def write_checkpoint(folder: Path, shifts: Sequence[ShiftTensors]) -> None:
         "representations": representations,
         "sorted_keys": keys,
         "transformers_version": "4.45.1",
-    }  # fmt: skip
+    }
     new = folder / f"{_CONFIG}.new"
     new.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     new.replace(folder / _CONFIG)
@@ -300,10 +311,16 @@ def _orthonormal(tensors: LayerShift, path: Path) -> tuple[LayerShift, float]:
 
 
 def to_artefact(
-    read: Checkpoint, *, model: ModelFacts, task: Task, positions: str,
-    which: str | None = None, personal_rank: int | None = None, epochs: int | None = None,
+    read: Checkpoint,
+    *,
+    model: ModelFacts,
+    task: Task,
+    positions: str,
+    which: str | None = None,
+    personal_rank: int | None = None,
+    epochs: int | None = None,
     learning_rate: float | None = None,
-) -> Artefact:  # fmt: skip
+) -> Artefact:
     """An artefact of the checkpoint, with the task's preset for what None is given for.
 
     `which`: "collective", "personal" or "both"; a shift that the checkpoint lacks is the identity.
@@ -317,22 +334,30 @@ def to_artefact(
         )
     preset = preset_for(task.name)
     spec = preset.spec(
-        blocks=model.blocks, hidden_size=model.hidden_size, layers=read.layers, positions=positions,
+        blocks=model.blocks,
+        hidden_size=model.hidden_size,
+        layers=read.layers,
+        positions=positions,
         collective_rank=None if which == "personal" else read.ranks[0],
         personal_rank=personal_rank if which == "collective" else read.ranks[-1],
-    )  # fmt: skip
+    )
     collective, seed = read.shifts[0], read.shifts[-1]
     if which == "personal":
         collective = ShiftTensors.identity(spec, spec.collective_rank)
     if which == "collective":
         seed = ShiftTensors.identity(spec, spec.personal_rank)
     return Artefact(
-        name=task.name, spec=spec, task=task, fingerprint=model.fingerprint, collective=collective,
-        seed=seed, batch_size=preset.batch_size,
+        name=task.name,
+        spec=spec,
+        task=task,
+        fingerprint=model.fingerprint,
+        collective=collective,
+        seed=seed,
+        batch_size=preset.batch_size,
         learning_rate=preset.learning_rate if learning_rate is None else learning_rate,
         epochs=preset.epochs if epochs is None else epochs,
         card={"model": model.name, "imported": {"format": "pyreft", "shift": which, "mended": read.mended}},
-    )  # fmt: skip
+    )
 
 
 def personal_file(read: Checkpoint, artefact: Artefact) -> bytes:

@@ -7,28 +7,30 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, Self
 
-from perfit_cloud.engine.gradients import Pair
-from perfit_cloud.engine.types import Gradient, Piece, Sampling, Score, ShiftUse
+from perfit_cloud.engine.gradients.batch import Pair
+from perfit_cloud.engine.interface import Chunk, Gradient, Sampling, Score, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
-from perfit_cloud.service.limits import Accounts, Gate, Limits, Paid
+from perfit_cloud.service.limits import ConcurrencyLimit, Limits, Paid, RateLimiter
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
 
-__all__ = ["Answer", "Answers", "Generation", "Gradients"]
+__all__ = ["Answers", "CompletionStream", "Generation", "Gradients"]
 
 
-class Answer(Protocol):
+class CompletionStream(Protocol):
     """An answer as it is made: blocks in `next`; `cancel` frees its place at once, from any thread."""
 
-    def __iter__(self) -> Iterator[Piece]: ...
+    def __iter__(self) -> Iterator[Chunk]: ...
     def cancel(self) -> None: ...
 
 
 class Generation(Protocol):
     continuous: bool  # whether a request joins the batch at once, or when the one before is over
 
-    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str, /) -> Answer: ...
+    def submit(
+        self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str, /
+    ) -> CompletionStream: ...
 
 
 class Gradients(Protocol):
@@ -46,25 +48,37 @@ class Answers:
     """The answers of Generate and of Ask: no more at once than there are places, none without end."""
 
     def __init__(
-        self, generation: Generation, reader: PromptReader, limits: Limits, *,
-        places: Gate, accounts: Accounts, telemetry: Telemetry, seconds: float,
-    ) -> None:  # fmt: skip
+        self,
+        generation: Generation,
+        reader: PromptReader,
+        limits: Limits,
+        *,
+        places: ConcurrencyLimit,
+        rate_limiter: RateLimiter,
+        telemetry: Telemetry,
+        seconds: float,
+    ) -> None:
         self._generation = generation
         self._reader = reader
         self._limits = limits
         self._places = places
-        self._accounts = accounts
+        self._rate_limiter = rate_limiter
         self._telemetry = telemetry
         self._seconds = seconds
 
     def refused(self, device: str) -> None:
         """A question that came to nothing costs as much as a call. Raises Busy."""
-        self._accounts.spend(device, "requests")
+        self._rate_limiter.spend(device, "requests")
 
     def pieces(
-        self, request: pb.GenerateRequest | pb.Question, shift: ShiftUse, device: str,
-        at_end: Callable[[Callable[[], None]], bool], *, paid: Paid,
-    ) -> Iterator[Piece]:  # fmt: skip
+        self,
+        request: pb.GenerateRequest | pb.Question,
+        shift: ShiftUse,
+        device: str,
+        at_end: Callable[[Callable[[], None]], bool],
+        *,
+        paid: Paid,
+    ) -> Iterator[Chunk]:
         """The pieces of one answer; what it asks for is checked when it has a place, and paid for.
 
         `paid`: for its message already, most of which is given back when there is no room. `at_end(cancel)`
@@ -74,7 +88,7 @@ class Answers:
         last = None
         with (
             paid.refunded(),
-            _Held(self._accounts.hold(device, "answers"), self._places.place()) as held,
+            _Held(self._rate_limiter.hold(device, "answers"), self._places.place()) as held,
         ):
             prompt = self._reader.prompt(request.prompt)
             sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from perfit_cloud.engine.types import Finish, Gradient, Mode, Piece, Sampling, Score, ShiftUse
+from perfit_cloud.engine.interface import Chunk, Finish, Gradient, Mode, Sampling, Score, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.bounds import CHARACTERS_A_TOKEN, STOP_BYTES, STOP_TEXTS
+from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import Limits
-from perfit_cloud.service.served import Served
 from perfit_shared.errors import InvalidInput, InvalidPrompt, InvalidTensors, NotFound, ShiftMismatch
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_to_bytes, wire_dtype
 from perfit_shared.wire import personalization_pb2 as pb
@@ -286,7 +286,7 @@ def decode_sampling(message: pb.Sampling, *, prompt_tokens: int, limits: Limits)
 # -- answers -------------------------------------------------------------------------------------
 
 
-def encode_piece(piece: Piece) -> pb.GenerateResponse:
+def encode_piece(piece: Chunk) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         text=piece.text,
         finish=_FINISHES[piece.finish],
@@ -334,7 +334,7 @@ def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
     return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
 
 
-def encode_description(served: Served, *, continuous: bool, keeps: bool) -> pb.DescribeResponse:
+def encode_description(served: Catalog, *, continuous: bool, keeps: bool) -> pb.DescribeResponse:
     limits = served.limits
     return pb.DescribeResponse(
         base_model=served.base.name,

@@ -47,8 +47,10 @@ class Connections(NamedTuple):
             "this process may have %d files and connections open, too few for the %d and %d connections "
             "that are set; it takes %d of devices and %d for enrolment; raise the limit (ulimit -n, "
             "LimitNOFILE)",
-            descriptors, *self, *fitting,
-        )  # fmt: skip
+            descriptors,
+            *self,
+            *fitting,
+        )
         return fitting
 
 

@@ -1,6 +1,6 @@
 """What one request may ask for, what one caller may take, and how many may be at it.
 
-A Gate counts what all callers have under way, Accounts what each of them has and took of late. Both refuse
+A Gate counts what all callers have under way, RateLimiter what each of them has and took of late. Both refuse
 with Busy, which says when to come back, and tell why they did, but not whom.
 """
 
@@ -23,14 +23,14 @@ __all__ = [
     "MESSAGE_COPIES",
     "UPDATE_TOKEN_BYTES",
     "AMinute",
-    "Accounts",
     "AtOnce",
     "Budget",
-    "Gate",
+    "ConcurrencyLimit",
     "Limits",
     "Paid",
     "Payment",
-    "Share",
+    "Quota",
+    "RateLimiter",
 ]
 
 AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
@@ -64,14 +64,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Share:
+class Quota:
     """What one caller may take, over all its connections together. What is not named it may not take."""
 
     at_once: Mapping[AtOnce, int]
     a_minute: Mapping[AMinute, int]  # as many at once, after a quiet minute
 
 
-class Gate:
+class ConcurrencyLimit:
     """Lets `places` callers work at once; the rest come back later."""
 
     def __init__(self, name: str, *, places: int, retry_ms: int, refused: Refused) -> None:
@@ -146,7 +146,7 @@ class Budget:
             set_held(0)
 
 
-class Accounts:
+class RateLimiter:
     """What every caller has under way and took of late. Thread-safe.
 
     A caller is a text: a device's identity, or an address where there is none. An account is made by
@@ -154,15 +154,15 @@ class Accounts:
     """
 
     def __init__(
-        self, share: Share, *, retry_ms: int, refused: Refused, clock: Callable[[], float] = time.monotonic
+        self, share: Quota, *, retry_ms: int, refused: Refused, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._share, self._retry_ms, self._refused, self._clock = share, retry_ms, refused, clock
         self._lock = threading.Lock()
-        self._accounts: dict[str, _Account] = {}
+        self._rate_limiter: dict[str, _TokenBucket] = {}
         self._swept = clock()
 
     def __len__(self) -> int:
-        return len(self._accounts)
+        return len(self._rate_limiter)
 
     @contextmanager
     def hold(self, caller: str, what: AtOnce, amount: int = 1) -> Iterator[None]:
@@ -212,18 +212,18 @@ class Accounts:
         if amount > paid:
             self.spend(caller, what, amount - paid)
         with self._lock:
-            account = self._accounts.get(caller)
+            account = self._rate_limiter.get(caller)
             if account is not None and what in account.spent and amount < paid:
                 spent, at = account.spent[what]
                 account.spent[what] = (max(0.0, spent - (paid - amount)), at)
 
-    def _account(self, caller: str) -> _Account:
+    def _account(self, caller: str) -> _TokenBucket:
         """Called under the lock; now and then it forgets whoever is quiet."""
         now = self._clock()
         if now - self._swept >= _SWEEP_SECONDS:
             self._swept = now
-            self._accounts = {c: a for c, a in self._accounts.items() if not a.is_quiet(now)}
-        return self._accounts.setdefault(caller, _Account())
+            self._rate_limiter = {c: a for c, a in self._rate_limiter.items() if not a.is_quiet(now)}
+        return self._rate_limiter.setdefault(caller, _TokenBucket())
 
 
 class Payment:
@@ -233,9 +233,9 @@ class Payment:
     `take`s it and settles. What nobody takes, of a message that was refused, is not given back.
     """
 
-    def __init__(self, accounts: Accounts, caller: str, most: int) -> None:
+    def __init__(self, rate_limiter: RateLimiter, caller: str, most: int) -> None:
         """`most`: tokens that may be in what is settled together."""
-        self._accounts, self._caller, self._most = accounts, caller, most
+        self._rate_limiter, self._caller, self._most = rate_limiter, caller, most
         self._lock = threading.Lock()
         self._paid = self._fields = 0
 
@@ -244,7 +244,7 @@ class Payment:
         with self._lock:
             tokens = min(1 + size // BYTES_A_TOKEN, self._most - self._paid)
             if tokens > 0:
-                self._accounts.spend(self._caller, "tokens", tokens)
+                self._rate_limiter.spend(self._caller, "tokens", tokens)
                 self._paid += tokens
 
     def walked(self, fields: int) -> None:
@@ -255,7 +255,7 @@ class Payment:
     def take(self) -> Paid:
         """What was paid since this was called last."""
         with self._lock:
-            paid = Paid(self._accounts, self._caller, self._paid, self._fields // FIELDS_A_TOKEN)
+            paid = Paid(self._rate_limiter, self._caller, self._paid, self._fields // FIELDS_A_TOKEN)
             self._paid = self._fields = 0
             return paid
 
@@ -263,16 +263,16 @@ class Payment:
 class Paid:
     """What was paid for one request so far, and what is never given back of it. Not thread-safe."""
 
-    def __init__(self, accounts: Accounts, caller: str, tokens: int, least: int) -> None:
+    def __init__(self, rate_limiter: RateLimiter, caller: str, tokens: int, least: int) -> None:
         """`least`: tokens that reading the message is worth."""
-        self._accounts, self._caller, self._least = accounts, caller, least
+        self._rate_limiter, self._caller, self._least = rate_limiter, caller, least
         self.tokens = tokens
 
     def settle(self, tokens: int) -> None:
         """Take the rest of `tokens`, or give back what is too much. Raises Busy, and gives nothing back."""
         paid, self.tokens = self.tokens, 0
         tokens = max(tokens, self._least)
-        self._accounts.settle(self._caller, "tokens", paid, tokens)
+        self._rate_limiter.settle(self._caller, "tokens", paid, tokens)
         self.tokens = tokens
 
     @contextmanager
@@ -286,7 +286,7 @@ class Paid:
             raise
 
 
-class _Account:
+class _TokenBucket:
     def __init__(self) -> None:
         self.held: Counter[AtOnce] = Counter()
         self.spent: dict[AMinute, tuple[float, float]] = {}  # how much, when; it wears off evenly

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.gradients import PASS_TOKENS, most_pass_tokens
-from perfit_cloud.engine.kept import Caps
+from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.batch import PASS_TOKENS, most_pass_tokens
+from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
-from perfit_cloud.service.served import Served
 from perfit_shared.errors import ConfigError
 
 __all__ = ["MemoryPlan", "plan_memory", "resident_bytes"]
@@ -69,7 +69,7 @@ def resident_bytes() -> int:
         return 0
 
 
-def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous: bool) -> MemoryPlan:
+def plan_memory(config: CloudConfig, served: Catalog, *, process: int, continuous: bool) -> MemoryPlan:
     """`process`: bytes that it has before it serves. `continuous`: whether long prompts are read in pieces.
 
     Raises ConfigError that names the parts when they cannot fit the ceiling.
@@ -94,7 +94,7 @@ def plan_memory(config: CloudConfig, served: Served, *, process: int, continuous
         parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
         least = max(limits.context, 64)
         # No engine takes on more.
-        most = max(least, most_pass_tokens(served.base.device), Caps.of(served.base.device).rows)
+        most = max(least, most_pass_tokens(served.base.device), BatchBudget.of(served.base.device).rows)
         parts["gradients"] = _Part(*(tokens * shapes.differentiated for tokens in (least, most)))
         parts["kept"] = _Part(0, config.keep_bytes)
     else:
@@ -127,7 +127,7 @@ def _shared(parts: dict[str, _Part], room: int, fixed: dict[str, int]) -> dict[s
 class _Shapes:
     """Bytes that one token takes, by the model's configuration."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Catalog) -> None:
         config = served.base.model.config.get_text_config()
         hidden, size = int(config.hidden_size), served.base.model.dtype.itemsize
         heads = int(getattr(config, "num_attention_heads", None) or 1)

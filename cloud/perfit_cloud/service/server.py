@@ -1,6 +1,6 @@
 """The two listeners: enrolment with server TLS only, everything else over mutual TLS.
 
-A call holds a thread from its headers on, and is counted by device (`Accounts`) as soon as it has one: a
+A call holds a thread from its headers on, and is counted by device (`RateLimiter`) as soon as it has one: a
 device has few calls at once over all its connections, none of them without end, whether it sends nothing or
 reads nothing, and what is over its share is refused before its message is taken. On the enrolment listener,
 which anybody may open, the same is counted by network address. A connection has few calls at once and a
@@ -27,23 +27,31 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from perfit_cloud.config import CloudConfig, parse_address
-from perfit_cloud.engine.steps import StepQueue
-from perfit_cloud.service.adapt import Adapting
-from perfit_cloud.service.ask import Asking
-from perfit_cloud.service.authority import Authority, ServerIdentity
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.calls import Answers, Generation, Gradients
+from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.descriptors import Connections, descriptor_limit, open_descriptors
 from perfit_cloud.service.drain import Drain
-from perfit_cloud.service.guard import Guard
-from perfit_cloud.service.limits import MESSAGE_COPIES, Accounts, AMinute, AtOnce, Budget, Gate, Share
+from perfit_cloud.service.health import HealthMonitor
+from perfit_cloud.service.identity.authority import Authority, ServerIdentity
+from perfit_cloud.service.interceptor import CallInterceptor
+from perfit_cloud.service.limits import (
+    MESSAGE_COPIES,
+    AMinute,
+    AtOnce,
+    Budget,
+    ConcurrencyLimit,
+    Quota,
+    RateLimiter,
+)
 from perfit_cloud.service.memory import MemoryPlan
-from perfit_cloud.service.served import Served
 from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
-from perfit_cloud.service.statefolder import Addresses
+from perfit_cloud.service.state_folder import Addresses
+from perfit_cloud.service.streams.adapt import Adapting
+from perfit_cloud.service.streams.ask import Asking
 from perfit_cloud.service.telemetry import Engines, Telemetry
-from perfit_cloud.service.watch import Watch
 from perfit_shared.errors import ConfigError
 from perfit_shared.wire import enrollment_pb2_grpc, personalization_pb2_grpc
 
@@ -81,10 +89,10 @@ class CloudServer:
         config: CloudConfig,
         *,
         authority: Authority,
-        served: Served,
+        served: Catalog,
         generation: Generation,
         gradients: Gradients,
-        steps: StepQueue,
+        steps: GradientScheduler,
         memory: MemoryPlan,
         engines: Engines | None = None,
         ended: Callable[[], None] = lambda: None,
@@ -99,26 +107,39 @@ class CloudServer:
         self.telemetry = Telemetry()
         self._drain = Drain()
         self._ended = ended
-        self._watch = Watch(engines, self.telemetry, stuck_seconds=config.stuck_seconds)
-        self._accounts = self._shared("devices", {
-            "calls": config.calls_each, "answers": config.answers_each,
-            "adaptations": config.adaptations_each, "gradients": config.gradients_each,
-            "bytes": max(served.limits.message_bytes, min(config.bytes_each, memory.messages_each)),
-        }, {"requests": config.requests_minute, "tokens": config.tokens_minute})  # fmt: skip
+        self._watch = HealthMonitor(engines, self.telemetry, stuck_seconds=config.stuck_seconds)
+        self._rate_limiter = self._shared(
+            "devices",
+            {
+                "calls": config.calls_each,
+                "answers": config.answers_each,
+                "adaptations": config.adaptations_each,
+                "gradients": config.gradients_each,
+                "bytes": max(served.limits.message_bytes, min(config.bytes_each, memory.messages_each)),
+            },
+            {"requests": config.requests_minute, "tokens": config.tokens_minute},
+        )
         enrol_accounts = self._shared(
-            "enrolment", {"calls": _ENROL_CALLS_EACH, "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES},
+            "enrolment",
+            {"calls": _ENROL_CALLS_EACH, "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES},
             {"requests": config.enrol_requests_minute},
-        )  # fmt: skip
+        )
         threads = config.calls + _SPARE_THREADS
         limits = served.limits
         device_guard = self._guard(
-            self._accounts, self._gate("calls", config.calls), self._budget("messages", memory.messages),
-            MessageBounds.of_devices(limits, served.tensor_bytes), authority=authority,
+            self._rate_limiter,
+            self._gate("calls", config.calls),
+            self._budget("messages", memory.messages),
+            MessageBounds.of_devices(limits, served.tensor_bytes),
+            authority=authority,
             tokens={
-                "Generate": limits.prompt_tokens, "Ask": limits.prompt_tokens, "Score": limits.call_tokens,
-                "ComputeGradient": limits.call_tokens, "Adapt": limits.adapt_tokens,
+                "Generate": limits.prompt_tokens,
+                "Ask": limits.prompt_tokens,
+                "Score": limits.call_tokens,
+                "ComputeGradient": limits.call_tokens,
+                "Adapt": limits.adapt_tokens,
             },
-        )  # fmt: skip
+        )
         enrol_guard = self._guard(
             enrol_accounts,
             self._gate("enrol_calls", _ENROL_CALLS),
@@ -192,7 +213,7 @@ class CloudServer:
     # -- building --------------------------------------------------------------------------------
 
     def _make(
-        self, guard: Guard, *, threads: int, message_bytes: int, connection: _Connection
+        self, guard: CallInterceptor, *, threads: int, message_bytes: int, connection: _Connection
     ) -> grpc.Server:
         return grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="perfit-rpc"),
@@ -217,14 +238,20 @@ class CloudServer:
         )
 
     def _guard(
-        self, accounts: Accounts, gate: Gate, room: Budget, bounds: MessageBounds, *,
-        authority: Authority | None = None, tokens: Mapping[str, int] = MappingProxyType({}),
-    ) -> Guard:  # fmt: skip
+        self,
+        rate_limiter: RateLimiter,
+        gate: ConcurrencyLimit,
+        room: Budget,
+        bounds: MessageBounds,
+        *,
+        authority: Authority | None = None,
+        tokens: Mapping[str, int] = MappingProxyType({}),
+    ) -> CallInterceptor:
         config = self._config
         prefix = "enrol_" if authority is None else ""
-        return Guard(
+        return CallInterceptor(
             authority=authority,
-            accounts=accounts,
+            rate_limiter=rate_limiter,
             gate=gate,
             room=room,
             bounds=bounds,
@@ -237,24 +264,24 @@ class CloudServer:
             stream_seconds=config.stream_seconds,
         )
 
-    def _gate(self, name: str, places: int) -> Gate:
+    def _gate(self, name: str, places: int) -> ConcurrencyLimit:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
-        return Gate(name, places=places, retry_ms=retry_ms, refused=refused)
+        return ConcurrencyLimit(name, places=places, retry_ms=retry_ms, refused=refused)
 
     def _budget(self, name: str, size: int) -> Budget:
         return Budget(name, size, retry_ms=self._config.retry_ms, refused=self.telemetry.refused)
 
-    def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> Accounts:
+    def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> RateLimiter:
         prefix = "" if listener == "devices" else "enrol_"
-        accounts = Accounts(
-            Share(at_once, a_minute),
+        rate_limiter = RateLimiter(
+            Quota(at_once, a_minute),
             retry_ms=self._config.retry_ms,
             refused=lambda limit: self.telemetry.refused(prefix + limit),
         )
-        self.telemetry.callers(listener, lambda: len(accounts))
-        return accounts
+        self.telemetry.callers(listener, lambda: len(rate_limiter))
+        return rate_limiter
 
-    def _measure(self, served: Served, engines: Engines | None) -> None:
+    def _measure(self, served: Catalog, engines: Engines | None) -> None:
         if engines is not None:
             self.telemetry.watch(engines)
         self.telemetry.describe(
@@ -288,7 +315,12 @@ class CloudServer:
         return [*dialled, *config.names, "localhost", "127.0.0.1", "::1"]
 
     def _register(
-        self, served: Served, generation: Generation, gradients: Gradients, steps: StepQueue, room: Budget
+        self,
+        served: Catalog,
+        generation: Generation,
+        gradients: Gradients,
+        steps: GradientScheduler,
+        room: Budget,
     ) -> None:
         config = self._config
         passes = self._gate("gradients", 1 + config.gradient_waiting)
@@ -299,7 +331,7 @@ class CloudServer:
             reader,
             served.limits,
             places=self._gate("answers", config.streams),
-            accounts=self._accounts,
+            rate_limiter=self._rate_limiter,
             telemetry=self.telemetry,
             seconds=config.call_seconds,
         )
@@ -310,7 +342,7 @@ class CloudServer:
             answers=answers,
             gradients=gradients,
             passes=passes,
-            accounts=self._accounts,
+            rate_limiter=self._rate_limiter,
             telemetry=self.telemetry,
             asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(
@@ -319,7 +351,7 @@ class CloudServer:
                 queue=steps,
                 streams=self._gate("adaptations", config.adaptations),
                 room=room,
-                accounts=self._accounts,
+                rate_limiter=self._rate_limiter,
                 drain=self._drain,
                 telemetry=self.telemetry,
                 stream_seconds=config.stream_seconds,

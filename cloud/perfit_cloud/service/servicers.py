@@ -10,11 +10,9 @@ from contextlib import contextmanager
 
 import grpc
 
-from perfit_cloud.engine.types import Mode
-from perfit_cloud.service.adapt import Adapting
-from perfit_cloud.service.ask import Asking
-from perfit_cloud.service.authority import Authority
+from perfit_cloud.engine.interface import Mode
 from perfit_cloud.service.calls import Answers, Gradients
+from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import (
     PromptReader,
     decode_shift,
@@ -24,9 +22,11 @@ from perfit_cloud.service.codec import (
     encode_seed,
     find_artefact,
 )
-from perfit_cloud.service.guard import Call, caller
-from perfit_cloud.service.limits import Accounts, Gate, Paid
-from perfit_cloud.service.served import Served
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.interceptor import Call, caller
+from perfit_cloud.service.limits import ConcurrencyLimit, Paid, RateLimiter
+from perfit_cloud.service.streams.adapt import Adapting
+from perfit_cloud.service.streams.ask import Asking
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
@@ -40,14 +40,14 @@ __all__ = ["EnrollmentService", "IdentityService", "PersonalizationService"]
 class PersonalizationService(pb_grpc.PersonalizationServicer):
     def __init__(
         self,
-        served: Served,
+        served: Catalog,
         reader: PromptReader,
         *,
         description: pb.DescribeResponse,
         answers: Answers,
         gradients: Gradients,
-        passes: Gate,
-        accounts: Accounts,
+        passes: ConcurrencyLimit,
+        rate_limiter: RateLimiter,
         telemetry: Telemetry,
         asking: Asking,
         adapting: Adapting,
@@ -59,7 +59,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self._answers = answers
         self._gradients = gradients
         self._passes = passes
-        self._accounts = accounts
+        self._rate_limiter = rate_limiter
         self._telemetry = telemetry
         self._asking = asking
         self._adapting = adapting
@@ -115,7 +115,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
             if time.monotonic() >= end:
                 raise TooSlow("the cloud did not get to this call before its deadline; try again")
 
-        with self._accounts.hold(call.device, "gradients"):
+        with self._rate_limiter.hold(call.device, "gradients"):
             if not call.add_callback(left.set):
                 raise Cancelled("the caller left")
             with self._passes.place():

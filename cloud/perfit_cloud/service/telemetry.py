@@ -26,23 +26,23 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from perfit_cloud.config import parse_address
-from perfit_cloud.engine.types import Vital
+from perfit_cloud.engine.interface import EngineHealth
 from perfit_shared.errors import ConfigError
 
-__all__ = ["Engines", "Outcome", "Telemetry"]
+__all__ = ["CallOutcome", "Engines", "Telemetry"]
 
 _CALL_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600, 3600)
 _PASS_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 120)
 
 
 class _Generation(Protocol):
-    def vital(self) -> Vital: ...
+    def health(self) -> EngineHealth: ...
     @property
     def cache_tokens_held(self) -> int: ...
 
 
 class _Steps(Protocol):
-    def vital(self) -> Vital: ...
+    def health(self) -> EngineHealth: ...
 
 
 class _Adaptations(Protocol):
@@ -52,7 +52,7 @@ class _Adaptations(Protocol):
 class _Turns(Protocol):
     on_pass: Callable[[str, float], None]
 
-    def vital(self) -> Vital: ...
+    def health(self) -> EngineHealth: ...
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,17 @@ class Engines:
     generation: _Generation
     steps: _Steps
     adaptations: _Adaptations
-    turns: _Turns
+    device_lock: _Turns
 
-    def vitals(self) -> dict[str, Vital]:
+    def engine_health(self) -> dict[str, EngineHealth]:
         return {
-            "answers": self.generation.vital(), "updates": self.steps.vital(), "model": self.turns.vital(),
-        }  # fmt: skip
+            "answers": self.generation.health(),
+            "updates": self.steps.health(),
+            "model": self.device_lock.health(),
+        }
 
 
-class Outcome:
+class CallOutcome:
     """How a call ended: the name of its gRPC status."""
 
     status = "CANCELLED"  # what is never told otherwise ended with its caller
@@ -122,9 +124,9 @@ class Telemetry:
     # -- what happens --------------------------------------------------------------------------
 
     @contextmanager
-    def call(self, rpc: str) -> Iterator[Outcome]:
+    def call(self, rpc: str) -> Iterator[CallOutcome]:
         """A call under way; whoever handles it says how it ended."""
-        outcome, begun = Outcome(), time.monotonic()
+        outcome, begun = CallOutcome(), time.monotonic()
         in_flight = self._in_flight.labels(rpc)
         in_flight.inc()
         try:
@@ -174,7 +176,7 @@ class Telemetry:
         self._waiting.labels(name).set_function(waiting)
 
     def watch(self, engines: Engines) -> None:
-        engines.turns.on_pass = self.pass_done
+        engines.device_lock.on_pass = self.pass_done
         self.registry.register(_OfEngines(engines))
 
     def serve(self, address: str) -> Callable[[], None]:
@@ -212,18 +214,19 @@ class _OfEngines(Collector):
             "perfit_engine_still_seconds", "Without progress while there is work", labels=["engine"]
         )
         alive = GaugeMetricFamily("perfit_engine_alive", "0: its thread is gone", labels=["engine"])
-        for name, vital in engines.vitals().items():
-            work.add_metric([name, "waiting"], vital.waiting)
-            work.add_metric([name, "running"], vital.running)
-            still.add_metric([name], vital.still_seconds)
-            alive.add_metric([name], vital.is_alive)
+        for name, health in engines.engine_health().items():
+            work.add_metric([name, "waiting"], health.waiting)
+            work.add_metric([name, "running"], health.running)
+            still.add_metric([name], health.stalled_seconds)
+            alive.add_metric([name], health.is_alive)
         kept = GaugeMetricFamily(
             "perfit_kept_bytes", "Kept of the examples of updates under way", labels=["where"]
         )
         for where, taken in zip(("device", "host"), engines.adaptations.bytes_held(), strict=True):
             kept.add_metric([where], taken)
         cache = GaugeMetricFamily(
-            "perfit_cache_tokens", "Tokens of keys and values set aside for answers under way",
+            "perfit_cache_tokens",
+            "Tokens of keys and values set aside for answers under way",
             value=engines.generation.cache_tokens_held,
-        )  # fmt: skip
+        )
         return (work, still, alive, kept, cache)

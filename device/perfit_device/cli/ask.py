@@ -13,9 +13,9 @@ from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.terminal import clean, read_stdin
 
 if TYPE_CHECKING:
-    from perfit_device.cloud import Cloud
-    from perfit_device.codec import Artefact, Piece, Prompt, Sampling, ShiftUse
-    from perfit_device.vault import Vault
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.codec import Artefact, Chunk, Prompt, Sampling, ShiftUse
+    from perfit_device.vault.store import Vault
 
 
 _LARGEST_TEXT = 1 << 22  # bytes of a text on stdin
@@ -59,7 +59,7 @@ def ask(
     perfit ask -- "-5 degrees on Monday"       a text that begins with a dash
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.codec import Sampling
+    from perfit_device.cloud.codec import Sampling
 
     text = (read_stdin(_LARGEST_TEXT) if text == "-" else text).strip()
     if not text:
@@ -71,9 +71,13 @@ def ask(
         if max_tokens is not None and max_tokens > info.limits.new_tokens:
             raise InvalidInput(f"this cloud answers with at most {info.limits.new_tokens} tokens")
         sampling = Sampling(
-            max_new_tokens=min(longest, info.limits.new_tokens), temperature=temperature, top_k=top_k,
-            top_p=top_p, seed=secrets.randbits(32) if seed is None else seed, stop=artefact.task.stop,
-        )  # fmt: skip
+            max_new_tokens=min(longest, info.limits.new_tokens),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=secrets.randbits(32) if seed is None else seed,
+            stop=artefact.task.stop,
+        )
         uses = {m: _use(vault, cloud, artefact, m) for m in (Mode if compare else [mode])}
         vault.close()
         if compare:
@@ -82,10 +86,15 @@ def ask(
         use = uses[mode]
         answer, last = _answer(cloud, prompt, use, sampling, show=not session.json)
         if session.json:
-            session.emit({
-                "task": artefact.name, "mode": mode.value, "answer": artefact.task.parse(answer),
-                "prompt_tokens": last.prompt_tokens, "answer_tokens": last.answer_tokens,
-            })  # fmt: skip
+            session.emit(
+                {
+                    "task": artefact.name,
+                    "mode": mode.value,
+                    "answer": artefact.task.parse(answer),
+                    "prompt_tokens": last.prompt_tokens,
+                    "answer_tokens": last.answer_tokens,
+                }
+            )
 
 
 def _prompt(artefact: Artefact, text: str) -> Prompt:
@@ -103,7 +112,7 @@ def _prompt(artefact: Artefact, text: str) -> Prompt:
 def _use(vault: Vault, cloud: Cloud, artefact: Artefact, mode: Mode) -> ShiftUse:
     """Which shift answers. A user without one of their own has the seed, and is told so."""
     from perfit_device import personal
-    from perfit_device.codec import ShiftUse
+    from perfit_device.cloud.codec import ShiftUse
 
     if mode is Mode.base:
         return ShiftUse()
@@ -118,14 +127,14 @@ def _use(vault: Vault, cloud: Cloud, artefact: Artefact, mode: Mode) -> ShiftUse
 
 def _answer(
     cloud: Cloud, prompt: Prompt, use: ShiftUse, sampling: Sampling, *, show: bool
-) -> tuple[str, Piece]:
+) -> tuple[str, Chunk]:
     """(the whole answer, its last piece); written to stdout as it comes if `show`."""
-    from perfit_device.codec import Piece
-    from perfit_device.patience import Patience
+    from perfit_device.cloud.codec import Chunk
+    from perfit_device.cloud.retry import RetryPolicy
 
     pieces: list[str] = []
-    last = Piece("")
-    for last in Patience(tell=say).stream(lambda: cloud.generate(prompt, use, sampling)):
+    last = Chunk("")
+    for last in RetryPolicy(tell=say).stream(lambda: cloud.generate(prompt, use, sampling)):
         # The cue's space belongs to the prompt's form, not to what a person reads.
         text = last.text if any(pieces) else last.text.lstrip()
         pieces.append(text)

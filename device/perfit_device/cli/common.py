@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_device.cli.prompts import ask_passphrase
-from perfit_device.settings import Settings
+from perfit_device.settings import DeviceSettings
 from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
-    from perfit_device.cloud import Cloud
-    from perfit_device.codec import Artefact, CloudInfo
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.codec import Artefact, CloudInfo
+    from perfit_device.cloud.identity import Enrolment
+    from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.history import HistoryItem
-    from perfit_device.identity import Enrolment
-    from perfit_device.patience import Patience
-    from perfit_device.vault import Vault
+    from perfit_device.vault.store import Vault
     from perfit_shared.tasks import Task
 
 __all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "say", "while_opening"]
@@ -70,8 +70,8 @@ class Session:
         return cls(profile=profile or above.profile, json=json or above.json)
 
     @property
-    def settings(self) -> Settings:
-        return Settings.from_environment(self.profile)
+    def settings(self) -> DeviceSettings:
+        return DeviceSettings.from_environment(self.profile)
 
     def emit(self, value: Any) -> None:
         """JSON on stdout; ASCII, so that no character of it steers a terminal."""
@@ -88,7 +88,7 @@ class Session:
 
     def open_vault(self) -> Vault:
         """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged."""
-        from perfit_device.vault import Vault
+        from perfit_device.vault.store import Vault
 
         path = self.settings.vault_path
         if not path.exists():
@@ -107,13 +107,15 @@ class Session:
     # -- the cloud -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def open_cloud(self, vault: Vault, patience: Patience | None = None) -> Iterator[tuple[Cloud, CloudInfo]]:
+    def open_cloud(
+        self, vault: Vault, retry_policy: RetryPolicy | None = None
+    ) -> Iterator[tuple[Cloud, CloudInfo]]:
         """The profile's cloud, described. Raises NotAuthenticated when it is not enrolled.
 
         `patience` is `while_opening` unless said otherwise. A long call may close the vault first, so
         that other commands of the profile can run.
         """
-        from perfit_device.cloud import Cloud
+        from perfit_device.cloud.client import Cloud
 
         enrolment = read_enrolment(vault)
         if enrolment is None:
@@ -139,7 +141,7 @@ class Session:
                 cloud.close()
                 raise
 
-        cloud, info = (patience or while_opening()).call(connect)
+        cloud, info = (retry_policy or while_opening()).call(connect)
         with cloud:
             if info.cloud_id != enrolment.cloud_id:
                 raise NotAuthenticated(
@@ -196,7 +198,7 @@ class Session:
             raise NotFound("the cloud serves no artefact; ask its operator")
         from perfit_device import personal
 
-        mine = [name for name in names if vault.has("shift", personal.place_of(cloud_id, name))]
+        mine = [name for name in names if vault.has("shift", personal.row_name(cloud_id, name))]
         if len(mine) != 1:
             raise NotFound(f"the cloud has several tasks; choose one with --task: {listed(names)}")
         return mine[0]
@@ -212,15 +214,15 @@ def usable_items(items: Sequence[HistoryItem], task: Task) -> list[HistoryItem]:
     return usable
 
 
-def while_opening() -> Patience:
+def while_opening() -> RetryPolicy:
     """For the first calls of a command: somebody waits for it, and is told why it takes longer."""
-    from perfit_device.patience import Patience
+    from perfit_device.cloud.retry import RetryPolicy
 
-    return Patience(give_up=_OPENING_SECONDS, tell=say)
+    return RetryPolicy(give_up=_OPENING_SECONDS, tell=say)
 
 
 def read_enrolment(vault: Vault) -> Enrolment | None:
-    from perfit_device.identity import Enrolment
+    from perfit_device.cloud.identity import Enrolment
 
     data = vault.get(*_ENROLMENT_PLACE)
     return None if data is None else Enrolment.from_bytes(data)
@@ -253,13 +255,15 @@ class Known:
 
 def remember(vault: Vault, info: CloudInfo) -> None:
     """Keep what the cloud serves, so that history can be sorted offline."""
-    data = json.dumps({
-        "cloud_id": info.cloud_id,
-        "base_model": info.base_model,
-        "tasks": {artefact.name: artefact.task.to_json() for artefact in info.artefacts},
-        "prompt_tokens": info.limits.prompt_tokens,
-        "new_tokens": info.limits.new_tokens,
-    }).encode()  # fmt: skip
+    data = json.dumps(
+        {
+            "cloud_id": info.cloud_id,
+            "base_model": info.base_model,
+            "tasks": {artefact.name: artefact.task.to_json() for artefact in info.artefacts},
+            "prompt_tokens": info.limits.prompt_tokens,
+            "new_tokens": info.limits.new_tokens,
+        }
+    ).encode()
     if vault.get(*_INFO_PLACE) != data:
         vault.put(*_INFO_PLACE, data)
 

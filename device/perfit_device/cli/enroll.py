@@ -20,7 +20,7 @@ from perfit_shared.errors import InvalidInvite, PerfitError
 from perfit_shared.terminal import read_stdin
 
 if TYPE_CHECKING:
-    from perfit_device.vault import Vault
+    from perfit_device.vault.store import Vault
     from perfit_shared.invites import Invite
 
 _PENDING = ("identity", "pending")
@@ -48,8 +48,8 @@ def enroll(
     pbpaste | perfit enroll -
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device import enrolment as enrolments
-    from perfit_device.vault import Vault
+    from perfit_device.cloud import enrolment as enrolments
+    from perfit_device.vault.store import Vault
     from perfit_shared.invites import Invite
 
     opened = Invite.decode(_read(invite))
@@ -80,9 +80,9 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
     import hashlib
     import hmac
 
-    from perfit_device import enrolment as enrolments
-    from perfit_device.cloud import Cloud
-    from perfit_device.identity import Identity
+    from perfit_device.cloud import enrolment as enrolments
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.identity import Identity
 
     used = hashlib.sha256(invite.secret).digest()
     pending = vault.get(*_PENDING)
@@ -113,9 +113,13 @@ def _enroll(session: Session, vault: Vault, invite: Invite, *, replace: bool) ->
     except PerfitError as error:
         say(f"enrolled, but the cloud cannot be asked yet: {error}")
     if session.json:
-        session.emit({
-            "profile": session.settings.profile, "address": enrolment.address,
-            "cloud_id": enrolment.cloud_id, "tasks": tasks,
-        })  # fmt: skip
+        session.emit(
+            {
+                "profile": session.settings.profile,
+                "address": enrolment.address,
+                "cloud_id": enrolment.cloud_id,
+                "tasks": tasks,
+            }
+        )
     else:
         say(f"enrolled with {enrolment.address}" + (f"; its tasks: {', '.join(tasks)}" if tasks else ""))

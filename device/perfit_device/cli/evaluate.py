@@ -16,12 +16,12 @@ from perfit_shared.errors import InvalidData, PerfitError
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
-    from perfit_device.cloud import Cloud
-    from perfit_device.codec import Artefact, CloudInfo, ShiftUse
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.codec import Artefact, CloudInfo, ShiftUse
+    from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.evaluation import Judged
     from perfit_device.history import HistoryItem
-    from perfit_device.patience import Patience
-    from perfit_device.vault import Vault
+    from perfit_device.vault.store import Vault
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
     """
     session = Session.of(context, profile=profile, json=json)
     from perfit_device import history
-    from perfit_device.patience import Patience
+    from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.refusals import Refusals
 
     with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
@@ -61,12 +61,14 @@ def evaluate(
         refused = Refusals.read(vault, info, artefact).names
         usable = [item for item in usable_items(items, artefact.task) if item.name not in refused]
         test = history.split(usable).test
-        patience = Patience(tell=say)
-        uses = _uses(vault, cloud, info, artefact, patience=patience, with_seed=with_seed, shift=shift)
+        retry_policy = RetryPolicy(tell=say)
+        uses = _uses(
+            vault, cloud, info, artefact, retry_policy=retry_policy, with_seed=with_seed, shift=shift
+        )
         vault.close()
         found = _Found(artefact, test, left_out=len(items) - len(usable))
         try:
-            _judge(found, cloud, info, uses, patience)
+            _judge(found, cloud, info, uses, retry_policy)
         except (KeyboardInterrupt, PerfitError) as error:
             if found.judged:
                 say(f"stopped; {', '.join(found.judged)} of {', '.join(uses)} are measured")
@@ -84,19 +86,19 @@ def _uses(
     info: CloudInfo,
     artefact: Artefact,
     *,
-    patience: Patience,
+    retry_policy: RetryPolicy,
     with_seed: bool,
     shift: Path | None,
 ) -> dict[str, ShiftUse]:
     from perfit_device import personal
-    from perfit_device.codec import ShiftUse
+    from perfit_device.cloud.codec import ShiftUse
 
     mine = personal.load(vault, info.cloud_id, artefact)
     if mine is None:
         say("no personal shift yet, so personal is the seed; `perfit update` trains one")
     uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
     if with_seed or mine is None:
-        uses["seed"] = ShiftUse(artefact, patience.call(lambda: cloud.fetch_seed(artefact)))
+        uses["seed"] = ShiftUse(artefact, retry_policy.call(lambda: cloud.fetch_seed(artefact)))
     uses["personal"] = ShiftUse(artefact, mine.tensors) if mine else uses["seed"]
     if shift is not None:
         uses["other"] = ShiftUse(artefact, personal.read_file(shift, artefact))
@@ -123,7 +125,7 @@ class _Found:
 
 
 def _judge(
-    found: _Found, cloud: Cloud, info: CloudInfo, uses: dict[str, ShiftUse], patience: Patience
+    found: _Found, cloud: Cloud, info: CloudInfo, uses: dict[str, ShiftUse], retry_policy: RetryPolicy
 ) -> None:
     """Fill `found`; shifts that are the same are measured once."""
     from perfit_device import evaluation
@@ -141,7 +143,7 @@ def _judge(
                     found.test,
                     use,
                     info.limits,
-                    patience=patience,
+                    retry_policy=retry_policy,
                     progress=lambda done, name=name: progress.count(  # type: ignore[misc]
                         name, done, 2 * len(found.test)
                     ),

@@ -25,7 +25,7 @@ from perfit_shared.terminal import one_line, read_stdin_bytes
 if TYPE_CHECKING:
     from perfit_device.history import HistoryItem
     from perfit_device.history.importers import Found
-    from perfit_device.vault import Vault
+    from perfit_device.vault.store import Vault
 
 _WARNINGS = 5  # about single examples
 
@@ -154,10 +154,12 @@ def list_(
     with session.open_vault() as vault:
         items = _load(vault, task)
     if session.json:
-        session.emit([
-            {"name": i.name, "task": i.task, "date": i.date, "part": i.part, "fields": dict(i.fields)}
-            for i in items
-        ])  # fmt: skip
+        session.emit(
+            [
+                {"name": i.name, "task": i.task, "date": i.date, "part": i.part, "fields": dict(i.fields)}
+                for i in items
+            ]
+        )
         return
     for item in items:
         shown = one_line(" | ".join(item.fields.values()))

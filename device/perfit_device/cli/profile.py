@@ -22,7 +22,7 @@ from perfit_shared.errors import CertificateSuperseded, ConfigError, NotFound, P
 from perfit_shared.terminal import clean, one_line
 
 if TYPE_CHECKING:
-    from perfit_device.vault import Vault
+    from perfit_device.vault.store import Vault
 
 
 def export(
@@ -65,13 +65,14 @@ def undo(
     the version that is taken back. The cloud is not asked.
     """
     session = Session.of(context, profile=profile, json=json_)
-    from perfit_device import personal, updates
+    from perfit_device import personal
+    from perfit_device.training import update as updates
 
     with session.open_vault() as vault:
         cloud_id, name = _trained(vault, task)
         with vault.transaction():
             count = personal.undo(vault, cloud_id, name)
-            place = updates.place_of(cloud_id, name, recall(vault).task_of(name))
+            place = updates.row_name(cloud_id, name, recall(vault).task_of(name))
             updates.forget_checkpoint(vault, place)
             updates.forget_finished(vault, place)
     if session.json:
@@ -157,18 +158,19 @@ def _print_status(report: dict[str, Any]) -> None:
 
 def _trouble(session: Session, vault: Vault) -> PerfitError | None:
     """Why the cloud does not serve this device; None when it does."""
-    from perfit_device.patience import IMPATIENT
+    from perfit_device.cloud.retry import NO_RETRIES
 
     try:
-        with session.open_cloud(vault, IMPATIENT):
+        with session.open_cloud(vault, NO_RETRIES):
             return None
     except PerfitError as error:
         return error
 
 
 def _status(session: Session, vault: Vault) -> dict[str, Any]:
-    from perfit_device import history, personal, updates
-    from perfit_device.identity import certificate_life, identity_in
+    from perfit_device import history, personal
+    from perfit_device.cloud.identity import certificate_life, identity_in
+    from perfit_device.training import update as updates
 
     enrolment = read_enrolment(vault)
     known = recall(vault)
@@ -180,7 +182,7 @@ def _status(session: Session, vault: Vault) -> dict[str, Any]:
     by_task |= {item.task: item.task for item in items if item.task not in by_task.values()}
     for name, task in sorted(by_task.items()):
         summary = personal.summary(vault, cloud_id, name)
-        kept = updates.read_checkpoint(vault, updates.place_of(cloud_id, name, task))
+        kept = updates.read_checkpoint(vault, updates.row_name(cloud_id, name, task))
         tasks[name] = {
             "examples": sum(item.task == task for item in items),
             "updates": int((summary or {}).get("updates", "0")),

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_device import footprint
+from perfit_device import process_limits
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, usable_items
 from perfit_device.cli.progress import Progress
 from perfit_shared.errors import KEPT_OUT, ExamplesRefused, InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_device.cloud import Cloud
-    from perfit_device.codec import Artefact, CloudInfo
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.codec import Artefact, CloudInfo
+    from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.history import Split
-    from perfit_device.patience import Patience
-    from perfit_device.updates import Plan, Result
-    from perfit_device.vault import Vault
+    from perfit_device.training.update import Plan, Result
+    from perfit_device.vault.store import Vault
 
 
 def update(
@@ -54,7 +54,7 @@ def update(
     checkpoint: Annotated[
         float, typer.Option("--checkpoint", help="Seconds between checkpoints.", show_default=True)
     ] = 30.0,
-    patience: Annotated[
+    retry_policy: Annotated[
         float, typer.Option("--patience", help="Seconds to wait for a cloud that is gone.", show_default=True)
     ] = 60.0,
     profile: ProfileOption = None,
@@ -73,9 +73,9 @@ def update(
     """
     session = Session.of(context, profile=profile, json=json)
     _check_seconds("--checkpoint", checkpoint)
-    _check_seconds("--patience", patience)
-    footprint.stay_small()
-    from perfit_device.patience import Patience
+    _check_seconds("--patience", retry_policy)
+    process_limits.stay_small()
+    from perfit_device.cloud.retry import RetryPolicy
 
     wanted = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
     asked = _Asked(
@@ -84,9 +84,9 @@ def update(
         again=again,
         anyway=anyway,
         checkpoint_seconds=checkpoint,
-        patience=Patience(give_up=patience, tell=say),
+        retry_policy=RetryPolicy(give_up=retry_policy, tell=say),
     )
-    with session.open_vault() as vault, session.open_cloud(vault, asked.patience) as (cloud, info):
+    with session.open_vault() as vault, session.open_cloud(vault, asked.retry_policy) as (cloud, info):
         artefact = session.artefact(info, vault, task)
         done = _train(asked, vault, cloud, info, artefact)
     if session.json:
@@ -116,7 +116,7 @@ class _Asked:
     again: bool
     anyway: bool
     checkpoint_seconds: float
-    patience: Patience
+    retry_policy: RetryPolicy
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ class _Done:
 
 def _train(asked: _Asked, vault: Vault, cloud: Cloud, info: CloudInfo, artefact: Artefact) -> _Done:
     """Plan and train, once more without the examples that the cloud turns out to refuse."""
-    from perfit_device import history, updates
+    from perfit_device import history
     from perfit_device.evaluation import refused_among
     from perfit_device.refusals import Refusals
+    from perfit_device.training import update as updates
 
     refusals = Refusals.read(vault, info, artefact)
     items = history.load(vault, artefact.task.name)
@@ -154,7 +155,7 @@ def _train(asked: _Asked, vault: Vault, cloud: Cloud, info: CloudInfo, artefact:
             )
         except ExamplesRefused as error:
             rest = [item for item in fitting if item.name not in error.names]
-            more = refused_among(cloud, artefact.task, rest, patience=asked.patience)
+            more = refused_among(cloud, artefact.task, rest, retry_policy=asked.retry_policy)
             refusals = refusals.with_names(vault, [*error.names, *(item.name for item in more)])
             updates.forget_checkpoint(vault, refusals.place)  # of a plan with these examples
 
@@ -169,11 +170,12 @@ def _train_on(
     split: Split,
     skipped: list[str],
 ) -> _Done:
-    from perfit_device import history, personal, updates
-    from perfit_device.adapting import Adapting
+    from perfit_device import history, personal
+    from perfit_device.training import update as updates
+    from perfit_device.training.gradients import Adapting
     from perfit_shared.errors import ShiftMismatch
 
-    place = updates.place_of(info.cloud_id, artefact.name, artefact.task.name)
+    place = updates.row_name(info.cloud_id, artefact.name, artefact.task.name)
     plan = _plan(vault, place, artefact, split, asked)
     last = updates.read_finished(vault, place)
     wants_it = asked.again or (asked.anyway and last is not None and not last.accepted)
@@ -190,7 +192,7 @@ def _train_on(
         if current is not None and not plan.fresh:
             start = current.tensors
         else:
-            start = asked.patience.call(lambda: cloud.fetch_seed(artefact))
+            start = asked.retry_policy.call(lambda: cloud.fetch_seed(artefact))
         run = updates.Update(
             vault,
             info.cloud_id,
@@ -203,7 +205,7 @@ def _train_on(
             anyway=asked.anyway,
             gradient=source.gradient,
             evaluate=source.loss,
-            patience=asked.patience,
+            retry_policy=asked.retry_policy,
             checkpoint_seconds=asked.checkpoint_seconds,
             progress=progress.step,
         )
@@ -225,7 +227,7 @@ def _plan(vault: Vault, place: str, artefact: Artefact, split: Split, asked: _As
     """The half-done plan if it still holds and nothing else is asked for, else a new one."""
     from dataclasses import asdict, replace
 
-    from perfit_device import updates
+    from perfit_device.training import update as updates
 
     wanted = asked.settings
     now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
@@ -263,14 +265,23 @@ def _as_json(artefact: Artefact, done: _Done, cloud: Cloud) -> dict[str, object]
     if result is None:
         return {"task": artefact.name, "steps": 0, "nothing_new": True, "skipped": len(done.skipped)}
     return {
-        "task": artefact.name, "steps": result.steps, "epochs": result.epochs,
-        "examples": result.examples, "loss_first": result.loss_first, "loss_last": result.loss_last,
+        "task": artefact.name,
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "examples": result.examples,
+        "loss_first": result.loss_first,
+        "loss_last": result.loss_last,
         "gate": {
-            "before": result.gate.before, "after": result.gate.after, "accepted": result.gate.accepted,
+            "before": result.gate.before,
+            "after": result.gate.after,
+            "accepted": result.gate.accepted,
         },
-        "seconds": result.seconds, "bytes_up": cloud.bytes_up, "bytes_down": cloud.bytes_down,
-        "resumed_from": result.resumed_from, "skipped": len(done.skipped),
-    }  # fmt: skip
+        "seconds": result.seconds,
+        "bytes_up": cloud.bytes_up,
+        "bytes_down": cloud.bytes_down,
+        "resumed_from": result.resumed_from,
+        "skipped": len(done.skipped),
+    }
 
 
 def _report(result: Result, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from perfit_device.vault import Vault
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamaged
 from perfit_shared.lamp import as_text
 from perfit_shared.tasks import Task

@@ -23,7 +23,7 @@ class Static:
     """`generate` of a batch. Called, it gives new tokens a second."""
 
     def __init__(self, base: BaseModel, prompts: Sequence[list[int]], new_tokens: int) -> None:
-        self._model: Any = base.twin()
+        self._model: Any = base.share_weights()
         self._model.generation_config = GenerationConfig(pad_token_id=0)  # no end of sequence
         width = max(map(len, prompts))
         pads = [width - len(prompt) for prompt in prompts]
@@ -55,9 +55,12 @@ class Lora(Static):
 
         super().__init__(base, prompts, new_tokens)
         config = LoraConfig(
-            r=_RANK, lora_alpha=_RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+            r=_RANK,
+            lora_alpha=_RANK,
+            target_modules=["q_proj", "v_proj"],
+            init_lora_weights=False,
             task_type="CAUSAL_LM",
-        )  # fmt: skip
+        )
         self._names = [f"user{i}" for i in range(len(prompts))]
         torch.manual_seed(0)
         self._model = get_peft_model(self._model, config, adapter_name=self._names[0])

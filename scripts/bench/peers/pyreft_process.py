@@ -47,11 +47,22 @@ class PyreftProcess:
         self._answers = os.fdopen(end)
         self._process = subprocess.Popen(
             [
-                str(_PYTHON), "-W", "ignore", str(_WORKER), "--model", str(model),
-                "--threads", str(torch.get_num_threads()), "--answers", str(theirs),
+                str(_PYTHON),
+                "-W",
+                "ignore",
+                str(_WORKER),
+                "--model",
+                str(model),
+                "--threads",
+                str(torch.get_num_threads()),
+                "--answers",
+                str(theirs),
             ],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[theirs], text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs],
+            text=True,
+        )
         os.close(theirs)
         self._answer()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from perfit_device.identity import Identity
+from perfit_device.cloud.identity import Identity
 from perfit_shared.wire import enrollment_pb2
 from soak.attacking.common import Attack, Attacker, main
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Artefact
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Artefact
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.attacking.common import Attack, Attacker, main

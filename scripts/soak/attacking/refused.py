@@ -9,7 +9,7 @@ import sys
 import time
 
 from local import LocalCloud
-from perfit_device.identity import Enrolment, identity_in
+from perfit_device.cloud.identity import Enrolment, identity_in
 from soak.attacking.common import Attack, Attacker, main
 
 __all__ = ["ATTACKS"]

@@ -17,8 +17,8 @@ from contextlib import suppress
 
 import grpc
 
-from perfit_device.channels import mutual_channel
-from perfit_device.cloud import Cloud
+from perfit_device.cloud.channels import mutual_channel
+from perfit_device.cloud.client import Cloud
 from perfit_shared.errors import Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire.personalization_pb2_grpc import PersonalizationStub

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import finish, table
-from perfit_device.cloud import Cloud
-from perfit_device.codec import Sampling, ShiftUse
-from perfit_device.enrolment import enroll
-from perfit_device.identity import Enrolment, Identity
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.enrolment import enroll
+from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
 from soak.attacking.common import Attacker, serving

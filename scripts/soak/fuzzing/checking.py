@@ -88,9 +88,13 @@ def _chunk(target: Target, tally: Tally, count: int, number: int) -> dict[str, s
     # Not given a database: a run is a function of its seed alone.
     @seed(number)
     @settings(
-        max_examples=count, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-    )  # fmt: skip
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
     @given(target.inputs)
     def run(value: Any) -> None:
         try:

@@ -16,13 +16,7 @@ from hypothesis import strategies as st
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_cloud.service.certificates import (
-    CertificateAuthority,
-    generation_of,
-    identity_of,
-    read_certificate,
-    read_csr,
-)
+from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import (
     PromptReader,
     decode_sampling,
@@ -31,9 +25,15 @@ from perfit_cloud.service.codec import (
     decode_step,
     find_version,
 )
+from perfit_cloud.service.identity.certificates import (
+    CertificateAuthority,
+    generation_of,
+    identity_of,
+    read_certificate,
+    read_csr,
+)
 from perfit_cloud.service.limits import Limits
-from perfit_cloud.service.served import Served
-from perfit_device.identity import Identity
+from perfit_device.cloud.identity import Identity
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.fuzzing import counts
 from soak.fuzzing.checking import Target, Unsound
@@ -49,7 +49,7 @@ _FILES = ("artefact.json", "collective.safetensors", "seed.safetensors")
 def targets(tiny: Tiny, work: Path) -> list[Target]:
     base = load_base(str(tiny.model))
     artefacts = [Artefact.load(folder) for folder in tiny.artefacts]
-    served = Served.build(CloudConfig(model="tiny", new_tokens=16, examples=8), base, artefacts, "0" * 32)
+    served = Catalog.build(CloudConfig(model="tiny", new_tokens=16, examples=8), base, artefacts, "0" * 32)
     codec = _Codec(served)
     known = Known.of(artefacts[0].name, artefacts[0].version, artefacts[0].spec)
     hints = hints_for(known)
@@ -69,7 +69,7 @@ def targets(tiny: Tiny, work: Path) -> list[Target]:
 
 
 class _Codec:
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Catalog) -> None:
         self._served = served
         self._limits: Limits = served.limits
         self._base: BaseModel = served.base
@@ -83,9 +83,12 @@ class _Codec:
         sound = (
             1 <= sampling.max_new_tokens <= self._limits.new_tokens
             and len(prompt) + sampling.max_new_tokens <= self._limits.context
-            and math.isfinite(sampling.temperature) and sampling.temperature >= 0
-            and 0 < sampling.top_p <= 1 and sampling.top_k >= 0 and all(sampling.stop)
-        )  # fmt: skip
+            and math.isfinite(sampling.temperature)
+            and sampling.temperature >= 0
+            and 0 < sampling.top_p <= 1
+            and sampling.top_k >= 0
+            and all(sampling.stop)
+        )
         if not sound:
             raise Unsound("sampling out of bounds")
 
@@ -146,9 +149,11 @@ def _folders(tiny: Tiny) -> st.SearchStrategy[Mapping[str, bytes]]:
     )
     tensors = tensor_bytes([data["collective.safetensors"], data["seed.safetensors"]])
     return mostly(
-        card, st.builds(lambda name, bad: {name: bad}, st.sampled_from(_FILES[1:]), tensors),
-        edited([data["artefact.json"]]).map(lambda bad: {"artefact.json": bad}), TEXT.map(lambda _: {}),
-    )  # fmt: skip
+        card,
+        st.builds(lambda name, bad: {name: bad}, st.sampled_from(_FILES[1:]), tensors),
+        edited([data["artefact.json"]]).map(lambda bad: {"artefact.json": bad}),
+        TEXT.map(lambda _: {}),
+    )
 
 
 class _Folder:

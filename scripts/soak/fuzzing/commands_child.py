@@ -159,15 +159,15 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
 
     import perfit_cloud.cli.main as cloud
     import perfit_cloud.collective.run
-    import perfit_cloud.evaluation.run
-    import perfit_cloud.evaluation.sweep
+    import perfit_cloud.lamp.run
+    import perfit_cloud.lamp.sweep
     import perfit_cloud.model.base
     import perfit_cloud.service.server  # noqa: F401
     import perfit_device.cli.main as device
     from perfit_device import history, personal
     from perfit_device.cli import common
-    from perfit_device.sealing import KdfParams
-    from perfit_device.vault import Vault
+    from perfit_device.vault.crypto import KdfParams
+    from perfit_device.vault.store import Vault
     from perfit_shared.tasks import TASKS
 
     info = _info()
@@ -182,7 +182,7 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
         personal.store(vault, info.cloud_id, info.artefacts[0], personal.PersonalShift(seed, 1))
 
     @contextmanager
-    def open_cloud(session: Any, vault: Any, patience: Any = None) -> Iterator[tuple[Any, Any]]:
+    def open_cloud(session: Any, vault: Any, retry_policy: Any = None) -> Iterator[tuple[Any, Any]]:
         yield _Cloud(), info
 
     common.Session.open_cloud = open_cloud  # type: ignore[method-assign, assignment]
@@ -190,7 +190,7 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
 
 
 def _info() -> Any:
-    from perfit_device.codec import Artefact, CloudInfo, Limits
+    from perfit_device.cloud.codec import Artefact, CloudInfo, Limits
     from perfit_shared.tasks import TASKS
     from soak.fuzzing.shared import SPEC
 
@@ -210,13 +210,13 @@ class _Cloud:
         return TENSORS[0]
 
     def generate(self, prompt: Any, use: Any, sampling: Any) -> Iterator[Any]:
-        from perfit_device.codec import Piece
+        from perfit_device.cloud.codec import Chunk
 
-        yield Piece(" Türe … 🙂 \x1b[2J")
-        yield Piece("", "end", 3, 4)
+        yield Chunk(" Türe … 🙂 \x1b[2J")
+        yield Chunk("", "end", 3, 4)
 
     def score(self, pairs: Any, use: Any) -> Any:
-        from perfit_device.codec import Score
+        from perfit_device.cloud.codec import Score
 
         return [Score(-4.0, 4) for _ in pairs]
 

@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
 from perfit_cloud.service.bounds import Bound, MessageBounds, request_types
-from perfit_cloud.service.served import Served
+from perfit_cloud.service.catalog import Catalog
 from soak.attacking.counts import wrapped
 from soak.fuzzing.checking import Target, Unsound
 
@@ -77,7 +77,7 @@ def _reached(kind: Descriptor) -> list[tuple[tuple[int, ...], Descriptor]]:
     return found
 
 
-def targets(served: Served) -> list[Target]:
+def targets(served: Catalog) -> list[Target]:
     devices, strangers = (
         MessageBounds.of_devices(served.limits, served.tensor_bytes),
         MessageBounds.of_enrolment(),

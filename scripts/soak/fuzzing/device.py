@@ -12,21 +12,19 @@ import grpc
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import strategies as st
 
-from perfit_cloud.service.certificates import CertificateAuthority, read_csr
+from perfit_cloud.service.identity.certificates import CertificateAuthority, read_csr
 from perfit_device import personal
-from perfit_device.channels import MESSAGE_BYTES, address_of, readable, translate
-from perfit_device.cloud import tensors_from_wire
-from perfit_device.codec import (
+from perfit_device.cloud.channels import MESSAGE_BYTES, address_of, readable, translate
+from perfit_device.cloud.client import tensors_from_wire
+from perfit_device.cloud.codec import (
     Artefact,
     cloud_info_from_wire,
     part_from_wire,
     piece_from_wire,
     scores_from_wire,
 )
-from perfit_device.enrolment import check_expiry, wants_renewal
-from perfit_device.history import HistoryItem
-from perfit_device.history.importers import read_history
-from perfit_device.identity import (
+from perfit_device.cloud.enrolment import check_expiry, wants_renewal
+from perfit_device.cloud.identity import (
     Enrolment,
     Identity,
     certificate_life,
@@ -34,6 +32,8 @@ from perfit_device.identity import (
     life_left,
     pem,
 )
+from perfit_device.history import HistoryItem
+from perfit_device.history.importers import read_history
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import gradient_from_bytes
@@ -48,10 +48,15 @@ __all__ = ["targets"]
 _TASK = TASKS["news_headline"]
 _ARTEFACT = Artefact("news_headline", "v1", SPEC, _TASK, 5e-3, 1, 4)
 _EXAMPLES = [{"text": f"words {i}", "title": "a title", "date": "2024-05-01", "part": ""} for i in range(3)]
-_LAMP = [{
-    "user_id": "7", "profile": [{"id": "p0", "text": "words", "title": "a title", "date": "2024-05-01"}],
-    "query": [{"id": "q0", "input": "Generate a headline for the following article: words", "gold": "gold"}],
-}]  # fmt: skip
+_LAMP = [
+    {
+        "user_id": "7",
+        "profile": [{"id": "p0", "text": "words", "title": "a title", "date": "2024-05-01"}],
+        "query": [
+            {"id": "q0", "input": "Generate a headline for the following article: words", "gold": "gold"}
+        ],
+    }
+]
 
 
 def targets(work: Path) -> list[Target]:
@@ -59,9 +64,13 @@ def targets(work: Path) -> list[Target]:
     history, exported = _History(work), _Exported(work)
     enrolment = _enrolment(work)
     values = json.loads(enrolment.to_bytes())
-    described = {"task_json": st.just(_TASK.to_json()) | edited_json([json.loads(_TASK.to_json())]),
-                 "name": st.just("news_headline"), "positions": st.just("l7"),
-                 "layers": st.integers(0, 30), "hidden_size": st.just(64)}  # fmt: skip
+    described = {
+        "task_json": st.just(_TASK.to_json()) | edited_json([json.loads(_TASK.to_json())]),
+        "name": st.just("news_headline"),
+        "positions": st.just("l7"),
+        "layers": st.integers(0, 30),
+        "hidden_size": st.just(64),
+    }
     shifts = [TENSORS[0].to_bytes(metadata={"artefact": "news_headline", "version": "v1"})]
     return [
         Target("device: what a cloud serves", 6, messages(pb.DescribeResponse, described), _described),
@@ -71,12 +80,16 @@ def targets(work: Path) -> list[Target]:
         Target("device: errors of a cloud", 3, _errors(), lambda e: _error(e, enrolment)),
         Target("device: enrolments", 4, edited_json([values]).map(_utf8), _enrolled),
         Target("device: keys", 2, edited([enrolment.identity.to_der()]), _key),
-        Target("device: certificates", 4, edited([enrolment.certificate, enrolment.server_ca]),
-               lambda data: _certificate(data, enrolment.identity)),
+        Target(
+            "device: certificates",
+            4,
+            edited([enrolment.certificate, enrolment.server_ca]),
+            lambda data: _certificate(data, enrolment.identity),
+        ),
         Target("device: addresses", 2, TEXT | st.from_regex(r"[a-z.\[\]:0-9]{1,20}:[0-9]{0,6}"), _address),
         Target("history files", 8, _files(), history.check),
         Target("shift files", 4, tensor_bytes(shifts), exported.check),
-    ]  # fmt: skip
+    ]
 
 
 def _utf8(text: str) -> bytes:
@@ -178,9 +191,13 @@ def _enrolment(work: Path) -> Enrolment:
         read_csr(identity.csr()), "ab" * 16, datetime.timedelta(days=7), generation=2
     )
     return Enrolment(
-        identity, certificate.public_bytes(Encoding.DER), authority.der, "127.0.0.1:7443", "127.0.0.1:7444",
+        identity,
+        certificate.public_bytes(Encoding.DER),
+        authority.der,
+        "127.0.0.1:7443",
+        "127.0.0.1:7444",
         "0" * 32,
-    )  # fmt: skip
+    )
 
 
 def _enrolled(data: bytes) -> None:

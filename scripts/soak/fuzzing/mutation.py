@@ -22,14 +22,63 @@ __all__ = ["TEXT", "edited", "edited_json", "forms_of", "messages", "mostly", "s
 
 Bytes = st.SearchStrategy[bytes]
 # What UTF-8 can carry: protobuf takes no lone surrogates.
-TEXT = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from([
-    "", " ", "\0", "{", "{}", "{0}", "{text", "{text!r:>9999999}", "\u2028", "\u202e", "<s>", "</s>",
-    "the cat sat on the mat", "<|endoftext|>", "../../etc", "f7+l7",
-]) | st.builds(mul, st.sampled_from("aé𝔘\n "), st.sampled_from([63, 64, 65, 200, 5000]))  # fmt: skip
+TEXT = (
+    st.text(st.characters(codec="utf-8"), max_size=40)
+    | st.sampled_from(
+        [
+            "",
+            " ",
+            "\0",
+            "{",
+            "{}",
+            "{0}",
+            "{text",
+            "{text!r:>9999999}",
+            "\u2028",
+            "\u202e",
+            "<s>",
+            "</s>",
+            "the cat sat on the mat",
+            "<|endoftext|>",
+            "../../etc",
+            "f7+l7",
+        ]
+    )
+    | st.builds(mul, st.sampled_from("aé𝔘\n "), st.sampled_from([63, 64, 65, 200, 5000]))
+)
 _ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 7, 1.5, -0.0, 1e308, float("nan"), float("inf"), -(2**63), 2**31, 2**32,
-    2**63, 2**200, "", " ", "a", "7", "1e999", "\ud800", "\0", [], {}, [[]], [None], {"": ""}, "f7+l7",
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    1.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -(2**63),
+    2**31,
+    2**32,
+    2**63,
+    2**200,
+    "",
+    " ",
+    "a",
+    "7",
+    "1e999",
+    "\ud800",
+    "\0",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": ""},
+    "f7+l7",
+]
 _SCALARS = st.sampled_from(_ODD) | st.integers() | st.floats() | TEXT | st.just("x").map(lambda x: x * 70_000)
 _JSON = st.recursive(
     _SCALARS,
@@ -44,11 +93,15 @@ _NUMBERS = [
 ] + [b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\xff" * 7 + b"\x7f", b"\xff" * 4]
 _EDITS = st.lists(
     st.tuples(
-        st.sampled_from(_KINDS), st.integers(0, 2**20), st.integers(0, 255), st.binary(max_size=12),
+        st.sampled_from(_KINDS),
+        st.integers(0, 2**20),
+        st.integers(0, 255),
+        st.binary(max_size=12),
         st.sampled_from(_NUMBERS),
     ),
-    min_size=1, max_size=5,
-)  # fmt: skip
+    min_size=1,
+    max_size=5,
+)
 
 
 def mostly(often: st.SearchStrategy[Any], *seldom: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

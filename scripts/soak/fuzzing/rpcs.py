@@ -25,9 +25,9 @@ from google.protobuf.message import Message
 from hypothesis import strategies as st
 
 from local import LocalCloud
-from perfit_device.channels import enrolment_channel, mutual_channel
-from perfit_device.enrolment import enroll
-from perfit_device.identity import Enrolment, Identity
+from perfit_device.cloud.channels import enrolment_channel, mutual_channel
+from perfit_device.cloud.enrolment import enroll
+from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_shared.errors import from_code, to_status
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftSpec
@@ -55,9 +55,15 @@ _PROBE_EVERY = 40  # calls
 _LARGEST = 1 << 20  # bytes of a message, as this cloud is configured
 # Small answers, and no rate that would keep inputs from being looked at.
 _FLAGS = {
-    "new_tokens": 8, "message_bytes": _LARGEST, "examples": 8, "adapt_examples": 40, "threads": 1,
-    "requests_minute": 10**6, "tokens_minute": 10**9, "enrol_requests_minute": 10**6,
-}  # fmt: skip
+    "new_tokens": 8,
+    "message_bytes": _LARGEST,
+    "examples": 8,
+    "adapt_examples": 40,
+    "threads": 1,
+    "requests_minute": 10**6,
+    "tokens_minute": 10**9,
+    "enrol_requests_minute": 10**6,
+}
 _PERSONALIZATION, _ENROLMENT = "perfit.v1.Personalization", "perfit.v1.Enrollment"
 _UNARY: dict[str, tuple[type[Message], type[Message]]] = {
     f"/{_PERSONALIZATION}/Describe": (pb.DescribeRequest, pb.DescribeResponse),
@@ -68,8 +74,9 @@ _UNARY: dict[str, tuple[type[Message], type[Message]]] = {
 }
 _GENERATE = f"/{_PERSONALIZATION}/Generate"
 _STREAMS: dict[str, type[Message]] = {
-    f"/{_PERSONALIZATION}/Ask": pb.AskResponse, f"/{_PERSONALIZATION}/Adapt": pb.AdaptResponse,
-}  # fmt: skip
+    f"/{_PERSONALIZATION}/Ask": pb.AskResponse,
+    f"/{_PERSONALIZATION}/Adapt": pb.AdaptResponse,
+}
 _ENROL: dict[str, tuple[type[Message], type[Message]]] = {
     f"/{_ENROLMENT}/Enroll": (epb.EnrollRequest, epb.Credentials),
     f"/{_ENROLMENT}/Challenge": (epb.ChallengeRequest, epb.ChallengeResponse),
@@ -112,9 +119,12 @@ class Live:
         )
         artefact = described.artefacts[0]
         spec = ShiftSpec(
-            tuple(artefact.spec.layers), artefact.spec.positions, artefact.spec.collective_rank,
-            artefact.spec.personal_rank, artefact.spec.hidden_size,
-        )  # fmt: skip
+            tuple(artefact.spec.layers),
+            artefact.spec.positions,
+            artefact.spec.collective_rank,
+            artefact.spec.personal_rank,
+            artefact.spec.hidden_size,
+        )
         self._known = Known.of(artefact.name, artefact.version, spec)
         self._first = self._asked()
         self._process = psutil.Process(cloud.process.pid)
@@ -148,23 +158,27 @@ class Live:
         kinds = {**{method: kinds[0] for method, kinds in _UNARY.items()}, _GENERATE: pb.GenerateRequest}
         # Describe and Renew take next to nothing, so three kinds of five would be all but empty.
         wanted = [_GENERATE, *(m for m in _UNARY if not m.endswith("Describe"))]
-        return st.one_of([
-            st.tuples(st.just(method), messages(kinds[method], hints).map(_serialized)) for method in wanted
-        ])  # fmt: skip
+        return st.one_of(
+            [st.tuples(st.just(method), messages(kinds[method], hints).map(_serialized)) for method in wanted]
+        )
 
     def _conversations(self, hints: dict[str, Any]) -> st.SearchStrategy[tuple[str, list[bytes], int]]:
         """(method, messages in any order, after how many answers to leave; many: never)."""
         shift = st.just(self._known.shift) | messages(pb.Shift, hints)
         ask = mostly(
             messages(pb.Question, hints).map(lambda q: pb.AskRequest(question=q)),
-            shift.map(lambda s: pb.AskRequest(shift=s)), messages(pb.AskRequest, hints),
-        )  # fmt: skip
+            shift.map(lambda s: pb.AskRequest(shift=s)),
+            messages(pb.AskRequest, hints),
+        )
         sound, pairs, step = self._update()
         adapt = st.one_of(
-            st.just(sound), st.just(pairs), st.just(step), messages(pb.AdaptRequest, hints),
+            st.just(sound),
+            st.just(pairs),
+            st.just(step),
+            messages(pb.AdaptRequest, hints),
             messages(pb.AdaptStep, hints).map(lambda s: pb.AdaptRequest(step=s)),
             messages(pb.AdaptExamples, hints).map(lambda e: pb.AdaptRequest(examples=e)),
-        )  # fmt: skip
+        )
         bad = edited(self._samples())
         leave = st.sampled_from([0, 1, 2, 99, 99, 99])
 
@@ -186,13 +200,16 @@ class Live:
     def _enrolments(self) -> st.SearchStrategy[tuple[str, bytes]]:
         csr, certificate = Identity.create().csr(), self._hostile_enrolment.certificate
         hints = {
-            "secret": st.just(self._spare.secret), "csr": st.just(csr) | edited([csr]),
+            "secret": st.just(self._spare.secret),
+            "csr": st.just(csr) | edited([csr]),
             "certificate": st.just(certificate) | edited([certificate]),
-        }  # fmt: skip
-        return st.one_of([
-            st.tuples(st.just(method), messages(kinds[0], hints).map(_serialized))
-            for method, kinds in _ENROL.items()
-        ])  # fmt: skip
+        }
+        return st.one_of(
+            [
+                st.tuples(st.just(method), messages(kinds[0], hints).map(_serialized))
+                for method, kinds in _ENROL.items()
+            ]
+        )
 
     def _update(self) -> tuple[pb.AdaptRequest, pb.AdaptRequest, pb.AdaptRequest]:
         known = self._known
@@ -207,9 +224,14 @@ class Live:
         generate, gradient, score = self._questions()
         question = pb.Question(number=1, prompt=generate.prompt, sampling=generate.sampling)
         made: list[Message] = [
-            generate, gradient, score, *self._update(), pb.FetchSeedRequest(artefact=self._known.artefact),
-            pb.AskRequest(shift=self._known.shift), pb.AskRequest(question=question),
-        ]  # fmt: skip
+            generate,
+            gradient,
+            score,
+            *self._update(),
+            pb.FetchSeedRequest(artefact=self._known.artefact),
+            pb.AskRequest(shift=self._known.shift),
+            pb.AskRequest(question=question),
+        ]
         return [_serialized(message) for message in made]
 
     def _questions(self) -> tuple[pb.GenerateRequest, pb.ComputeGradientRequest, pb.ScoreRequest]:

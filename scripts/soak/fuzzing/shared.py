@@ -77,8 +77,13 @@ def _header(data: bytes) -> str:
 
 def _positions_texts() -> st.SearchStrategy[str]:
     number = st.integers(-1, 2000).map(str)
-    built = st.builds(lambda a, n, b, m: f"{a}{n}{b}{m}", st.sampled_from("fl+ "), number, st.sampled_from(
-        ["+l", "l", "+f", "+", "", "\n", "+l7+l"]), number)  # fmt: skip
+    built = st.builds(
+        lambda a, n, b, m: f"{a}{n}{b}{m}",
+        st.sampled_from("fl+ "),
+        number,
+        st.sampled_from(["+l", "l", "+f", "+", "", "\n", "+l7+l"]),
+        number,
+    )
     return built | TEXT | st.text("fl+0123456789７ \n", max_size=9)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from perfit_device.sealing import Header, KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import Header, KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import PerfitError
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.mutation import edited, edited_json

@@ -11,8 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from perfit_device.sealing import Header, KdfParams
-from perfit_device.vault import Vault
+from perfit_device.vault.crypto import Header, KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import WrongPassphrase
 from soak.killing.child import start
 

@@ -27,14 +27,16 @@ def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.P
     return subprocess.Popen(
         [sys.executable, "-m", "soak.killing.child", *arguments],
         env={**os.environ, **(env or {}), "PYTHONPATH": str(_SCRIPTS)},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def command(arguments: list[str]) -> None:
-    from perfit_device import updates
     from perfit_device.cli import main, progress
-    from perfit_device.vault import Vault
+    from perfit_device.training import update as updates
+    from perfit_device.vault.store import Vault
     from perfit_shared.errors import KEPT_OUT
 
     def tell_opened(method: Any) -> Any:
@@ -68,7 +70,7 @@ def _tell_step(step: int) -> None:
 
 
 def changes(path: Path, seed: int) -> None:
-    from perfit_device.vault import Vault
+    from perfit_device.vault.store import Vault
     from soak.killing.changes import State, pieces_through
 
     state, told = State.start(seed), set[bytes]()

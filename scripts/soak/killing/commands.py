@@ -21,8 +21,8 @@ import safetensors.numpy
 from local import PASSPHRASE, Device, LocalCloud
 from perfit_device import history
 from perfit_device.cli.common import read_enrolment
-from perfit_device.updates import read_checkpoint
-from perfit_device.vault import Vault
+from perfit_device.training.update import read_checkpoint
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import PerfitError, WrongPassphrase
 from perfit_shared.shifts import ShiftTensors
 from soak.killing.changes import carved, pieces_of

@@ -23,12 +23,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from perfit_device import history, personal, updates
-from perfit_device.adapting import Adapting
-from perfit_device.asking import ask_all
-from perfit_device.channels import mutual_channel
-from perfit_device.cloud import Cloud
-from perfit_device.codec import (
+from perfit_device import history, personal
+from perfit_device.cloud.channels import mutual_channel
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import (
     ANSWER_DTYPE,
     CloudInfo,
     Sampling,
@@ -37,12 +35,15 @@ from perfit_device.codec import (
     sampling_to_wire,
     shift_to_wire,
 )
-from perfit_device.enrolment import enroll
+from perfit_device.cloud.enrolment import enroll
+from perfit_device.cloud.identity import Enrolment, Identity
+from perfit_device.cloud.questions import ask_all
+from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
 from perfit_device.history import HistoryItem
-from perfit_device.identity import Enrolment, Identity
-from perfit_device.patience import PASSING, Patience
-from perfit_device.sealing import KdfParams
-from perfit_device.vault import Vault
+from perfit_device.training import update as updates
+from perfit_device.training.gradients import Adapting
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
 from perfit_shared.errors import Cancelled, PerfitError, UpdateFailed
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
@@ -57,9 +58,16 @@ GRADIENT = 2.0**-9  # of the largest entry of the tensor: two steps of float16 t
 UPDATE = 0.05  # of the largest move of the tensor's entries
 # What is asked, and how often in a hundred.
 KINDS = {
-    "generate_base": 18, "generate_collective": 14, "generate_personal": 26, "ask": 8, "score": 10,
-    "gradient": 12, "describe": 6, "cancelled": 4, "deadline": 2,
-}  # fmt: skip
+    "generate_base": 18,
+    "generate_collective": 14,
+    "generate_personal": 26,
+    "ask": 8,
+    "score": 10,
+    "gradient": 12,
+    "describe": 6,
+    "cancelled": 4,
+    "deadline": 2,
+}
 _WORDS = ["the", "cat", "dog", "mat", "door", "sat", "ran", "to", "on", "and", "a", "red", "old", "big"]
 _PASSPHRASE = "a passphrase for this run only"  # noqa: S105 - protects nothing
 _CHEAP = KdfParams(memory_kib=32, iterations=1, lanes=1)
@@ -68,7 +76,7 @@ _VARIANTS = 3  # of every kind of question
 _NEW_TOKENS = 6
 _PATIENCE = 300.0  # seconds, with every call: a restart takes seconds, on a busy machine many
 _SHORT_PATIENCE = 3.0  # of an update, so that some give up and resume
-_PERSONAL_ERRORS = (*PASSING, Cancelled)
+_PERSONAL_ERRORS = (*TRANSIENT, Cancelled)
 
 
 class Wrong(Exception):
@@ -89,9 +97,12 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "answered": dict(self.answered.most_common()), "faults": dict(self.faults.most_common()),
-            "updates": self.updates, "resumed": self.resumed, "furthest": self.furthest,
-        }  # fmt: skip
+            "answered": dict(self.answered.most_common()),
+            "faults": dict(self.faults.most_common()),
+            "updates": self.updates,
+            "resumed": self.resumed,
+            "furthest": self.furthest,
+        }
 
     def add(self, other: Tally) -> None:
         self.answered += other.answered
@@ -140,7 +151,7 @@ class Device:
         for kind in ("generate_base", "generate_collective", "generate_personal", "ask", "score", "gradient"):
             for variant in range(_VARIANTS):
                 self._references[kind, variant] = self._ask(kind, variant)
-        self._references["update", 0] = self._updated(Patience(give_up=_PATIENCE))
+        self._references["update", 0] = self._updated(RetryPolicy(give_up=_PATIENCE))
 
     def call(self) -> None:
         """One call, of a kind and a variant that the seed chooses. Raises Wrong."""
@@ -160,7 +171,7 @@ class Device:
         found = None
         while found is None:
             try:
-                found = self._updated(Patience(give_up=_SHORT_PATIENCE))
+                found = self._updated(RetryPolicy(give_up=_SHORT_PATIENCE))
             except UpdateFailed:
                 self.tally.resumed += 1
             except _PERSONAL_ERRORS as error:  # before its first step
@@ -190,9 +201,10 @@ class Device:
         prompt = self._questions[variant][0][0]
         use = ShiftUse(self._artefact, self._shift)
         request = pb.GenerateRequest(
-            prompt=prompt_to_wire(prompt), shift=shift_to_wire(use, ANSWER_DTYPE),
+            prompt=prompt_to_wire(prompt),
+            shift=shift_to_wire(use, ANSWER_DTYPE),
             sampling=sampling_to_wire(Sampling(_NEW_TOKENS)),
-        )  # fmt: skip
+        )
         seconds = _PATIENCE if kind == "cancelled" else self._random.uniform(0.001, 0.03)
         call = self._stub.Generate(request, timeout=seconds)
         try:
@@ -221,30 +233,43 @@ class Device:
 
         while True:
             try:
-                return Patience(give_up=_PATIENCE).call(once)
+                return RetryPolicy(give_up=_PATIENCE).call(once)
             except Cancelled:  # a connection that was cut; the device did not do it
                 continue
-            except PASSING as error:
+            except TRANSIENT as error:
                 raise Wrong(f"no answer within {_PATIENCE:g} s: {error}") from error
 
     def _met(self, error: PerfitError) -> None:
         self.tally.faults[type(error).__name__] += 1
 
-    def _updated(self, patience: Patience) -> tuple[float, ShiftTensors]:
+    def _updated(self, retry_policy: RetryPolicy) -> tuple[float, ShiftTensors]:
         """(loss of the gate's part, the tensors) after training anew from the seed."""
         info, artefact, vault = self._info, self._artefact, self._vault
         split = history.split(history.load(vault, artefact.task.name))
         epochs, batch = 2, 4
         plan = updates.Plan(
-            epochs=epochs, learning_rate=artefact.learning_rate, batch_size=batch, seed=self.number,
-            examples=len(split.train), fresh=True, history=split.digest(), version=artefact.version,
-        )  # fmt: skip
+            epochs=epochs,
+            learning_rate=artefact.learning_rate,
+            batch_size=batch,
+            seed=self.number,
+            examples=len(split.train),
+            fresh=True,
+            history=split.digest(),
+            version=artefact.version,
+        )
         start = self._patiently(lambda: self._cloud.fetch_seed(artefact))
         with Adapting(self._cloud, artefact, info.limits, split) as source:
             run = updates.Update(
-                vault, info.cloud_id, artefact, plan, start=start,
-                gradient=source.gradient, evaluate=source.loss, patience=patience, checkpoint_seconds=0.5,
-            )  # fmt: skip
+                vault,
+                info.cloud_id,
+                artefact,
+                plan,
+                start=start,
+                gradient=source.gradient,
+                evaluate=source.loss,
+                retry_policy=retry_policy,
+                checkpoint_seconds=0.5,
+            )
             result = run.run()
         kept = personal.load(vault, info.cloud_id, artefact)
         if not result.gate.accepted or kept is None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from perfit_cloud.evaluation.compare import Comparison
-    from perfit_cloud.evaluation.statistics import Paired
+    from perfit_cloud.lamp.compare import Comparison
+    from perfit_cloud.lamp.statistics import Paired
 
 _HEAD = ("", "A", "B", "A - B", "95 % interval", "p", "A better", "A worse")
 
@@ -29,8 +29,8 @@ def compare(
     perfit-cloud lamp compare runs/full runs/stage2
     perfit-cloud lamp compare runs/full:personal runs/full:collective --json
     """
-    from perfit_cloud.evaluation.compare import Side
-    from perfit_cloud.evaluation.compare import compare as compare_sides
+    from perfit_cloud.lamp.compare import Side
+    from perfit_cloud.lamp.compare import compare as compare_sides
 
     comparison = compare_sides(Side.parse(a), Side.parse(b))
     for line in _warnings(comparison):
@@ -81,7 +81,12 @@ def _table(comparison: Comparison) -> list[str]:
 def _row(name: str, paired: Paired) -> tuple[str, ...]:
     bounds = "-" if paired.interval is None else f"[{paired.interval[0]:.4f}, {paired.interval[1]:.4f}]"
     return (
-        name, f"{paired.a:.4f}", f"{paired.b:.4f}", f"{paired.difference:+.4f}", bounds,
+        name,
+        f"{paired.a:.4f}",
+        f"{paired.b:.4f}",
+        f"{paired.difference:+.4f}",
+        bounds,
         "-" if paired.p is None else f"{paired.p:.4f}",
-        f"{paired.better} of {paired.of}", f"{paired.worse} of {paired.of}",
-    )  # fmt: skip
+        f"{paired.better} of {paired.of}",
+        f"{paired.worse} of {paired.of}",
+    )

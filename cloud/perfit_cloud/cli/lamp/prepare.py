@@ -11,7 +11,7 @@ import typer
 from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_cloud.evaluation.prepare_files import Prepared
+    from perfit_cloud.lamp.prepare_files import Prepared
 
 
 def prepare(  # noqa: PLR0917 - typer's way; all are options
@@ -55,8 +55,8 @@ def prepare(  # noqa: PLR0917 - typer's way; all are options
     perfit-cloud lamp prepare --task tweet_paraphrase --questions dev_questions.json --outputs dev_outputs.json --out data/tweet_paraphrase
     perfit-cloud lamp prepare --news-category News_Category_Dataset_v3.json --users 24 --out data/news
     """  # noqa: E501 - \b keeps an example on one line
-    from perfit_cloud.evaluation.prepare import find_questions, prepare_lamp
-    from perfit_cloud.evaluation.prepare_news import prepare_news
+    from perfit_cloud.lamp.prepare import find_questions, prepare_lamp
+    from perfit_cloud.lamp.prepare_news import prepare_news
     from perfit_shared.tasks import task_named
 
     pairs = list(zip(questions or [], outputs or [], strict=False))
@@ -68,9 +68,14 @@ def prepare(  # noqa: PLR0917 - typer's way; all are options
         if task is not None:
             raise InvalidInput("--news-category makes news_headline and news_categorize; leave --task out")
         made = prepare_news(
-            news_category, out, users=users, least=min_history or 30, lamp_labels=lamp_labels, force=force,
+            news_category,
+            out,
+            users=users,
+            least=min_history or 30,
+            lamp_labels=lamp_labels,
+            force=force,
             tell=_tell,
-        )  # fmt: skip
+        )
     else:
         if task is None:
             raise InvalidInput("say which task the questions are of: --task")

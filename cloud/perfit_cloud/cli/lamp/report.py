@@ -20,6 +20,6 @@ def report(
     \b
     perfit-cloud lamp report runs/* --out report
     """
-    from perfit_cloud.evaluation.report import write_report
+    from perfit_cloud.lamp.report import write_report
 
     typer.echo(write_report(runs, out))

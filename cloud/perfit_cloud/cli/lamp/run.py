@@ -13,7 +13,7 @@ from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
 from perfit_shared.errors import Cancelled, InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_cloud.evaluation.results import Run
+    from perfit_cloud.lamp.results import Run
 
 _GIB, _MOST_GIB = 1 << 30, 1 << 20
 
@@ -87,23 +87,43 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/sweep --sweep layers
     perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/few --collective-users 10
     """  # noqa: E501 - \b keeps an example on one line
-    from perfit_cloud.evaluation.measure import Decoding
-    from perfit_cloud.evaluation.request import Request
-    from perfit_cloud.evaluation.run import run_lamp
-    from perfit_cloud.evaluation.sweep import run_sweep
+    from perfit_cloud.lamp.measure import Decoding
+    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.run import run_lamp
+    from perfit_cloud.lamp.sweep import run_sweep
 
     if not 0 <= keep_gib <= _MOST_GIB:
         raise InvalidInput(f"--keep-gib should be from 0 to {_MOST_GIB}")
-    request = Request(
-        task=task, model=model, data=data, out=out, artefact=artefact, preset=preset, prompts=prompts,
-        schedule=schedule, users=users,
-        collective_users=collective_users, ablation=ablation, histories=histories, layers=layers_of(layers),
-        positions=positions, collective_rank=collective_rank, personal_rank=personal_rank,
-        batch_size=batch_size, collective_epochs=collective_epochs, collective_learning_rate=collective_lr,
-        epochs=epochs, learning_rate=lr, seed=seed,
-        decoding=Decoding(temperature=temperature, seed=seed), users_together=users_together,
-        keep_bytes=int(keep_gib * _GIB), threads=threads, dtype=dtype, device=device,
-    )  # fmt: skip
+    request = LampRun(
+        task=task,
+        model=model,
+        data=data,
+        out=out,
+        artefact=artefact,
+        preset=preset,
+        prompts=prompts,
+        schedule=schedule,
+        users=users,
+        collective_users=collective_users,
+        ablation=ablation,
+        histories=histories,
+        layers=layers_of(layers),
+        positions=positions,
+        collective_rank=collective_rank,
+        personal_rank=personal_rank,
+        batch_size=batch_size,
+        collective_epochs=collective_epochs,
+        collective_learning_rate=collective_lr,
+        epochs=epochs,
+        learning_rate=lr,
+        seed=seed,
+        decoding=Decoding(temperature=temperature, seed=seed),
+        users_together=users_together,
+        keep_bytes=int(keep_gib * _GIB),
+        threads=threads,
+        dtype=dtype,
+        device=device,
+    )
     try:
         with stopping() as stop:
             runs = [run_lamp(request, stop=stop)] if sweep is None else run_sweep(request, sweep, stop=stop)

@@ -1,0 +1,262 @@
+"""Answers for many devices from one continuous batch, each with its own shift.
+
+Every pass takes one token of each answer under way and pieces of the prompts that are still to be
+read, packed without padding. Before it a book says which rows belong to whose intervened prompt
+positions; decoded tokens are never intervened on, so a pass without prompts opens none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.fairness import Reading, in_turns
+from perfit_cloud.engine.generation.engine import Engine, GenerationRequest, GenerationSettings
+from perfit_cloud.engine.generation.sampling import draw
+from perfit_cloud.engine.generation.static import BatchedEngine
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.forward import forward
+from perfit_cloud.model.interventions import active_interventions
+from perfit_cloud.model.kv_cache import BatchMetadata, KVCache, Slot, attend_over_cache
+
+__all__ = ["Engine", "GenerationEngine", "GenerationSettings", "can_share", "engine_for"]
+
+_SHARERS = 4  # prompts that a pass is split between, where there are as many
+
+
+def engine_for(
+    base: BaseModel,
+    artefacts: Mapping[str, Artefact],
+    settings: GenerationSettings,
+    device_lock: DeviceLock | None = None,
+) -> Engine:
+    """The continuous batch where the model's family can share one, else answers in batches."""
+    kind = GenerationEngine if can_share(base) else BatchedEngine
+    return kind(base, artefacts, settings, device_lock)
+
+
+class GenerationEngine(Engine):
+    """Continuous batching. The model must be one that `can_share`."""
+
+    continuous = True
+
+    def __init__(
+        self,
+        base: BaseModel,
+        artefacts: Mapping[str, Artefact],
+        settings: GenerationSettings,
+        device_lock: DeviceLock | None = None,
+    ) -> None:
+        super().__init__(base, artefacts, settings, device_lock)
+        attend_over_cache(self._model)
+        self._kv_cache = KVCache(settings.cache_tokens)
+        self._places: dict[GenerationRequest, Slot] = {}  # of those in the batch, in the order they came
+        self._reading = Reading()
+        # `_share` is of the time of passes for one; where passes are shared, nobody asks it.
+        self._newest: dict[GenerationRequest, int] = {}  # token that the next pass reads, by answer under way
+
+    @property
+    def cache_tokens_held(self) -> int:
+        return self._kv_cache.held
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._places)
+
+    def _round(self) -> None:
+        self._admit()
+        plan = self._plan()
+        if not plan:
+            return
+        reading = {request: count for request, count in plan.items() if request not in self._newest}
+        begun = time.monotonic()
+        logits, sampled = self._forward(plan)
+        tokens = draw(logits, [request.sampler for request in sampled])
+        seconds = time.monotonic() - begun
+        read = Counter[str]()
+        for request, count in reading.items():
+            read[request.owner] += count
+        owners = {request.owner for request in self._places}
+        self._reading.done(read, seconds, speaks=len(reading) < len(plan), owners=owners)
+        if self.settings.alone:
+            for owner in {request.owner for request in plan}:
+                self._share.charge(owner, seconds)
+        for request, token in zip(sampled, tokens, strict=True):
+            self._newest[request] = token
+            self._produced(request, token)
+
+    def _rest(self) -> None:
+        super()._rest()
+        self._reading.rest()
+
+    def _drop(self) -> None:
+        self._places.clear()
+        self._newest.clear()
+        self._kv_cache.clear()
+
+    def _end(self, request: GenerationRequest) -> None:
+        self._release(request)
+        super()._end(request)
+
+    def _release(self, request: GenerationRequest) -> None:
+        self._newest.pop(request, None)
+        self._kv_cache.free(self._places.pop(request))
+
+    def _admit(self) -> None:
+        """Let go of those who left, and take in who waits, as far as there is room.
+
+        Next is the first of the owner who holds least of the cache, and nobody goes before it.
+        """
+        for request in [r for r in self._places if r.has_left]:
+            self._release(request)
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    return
+                held = Counter[str]()
+                for placed in self._places:
+                    held[placed.owner] += len(placed.prompt) + placed.sampling.max_new_tokens
+                request = min(self._waiting, key=lambda waiting: held[waiting.owner])
+            # Not under the condition: a shelf that grows takes its time, and callers would stand still.
+            place = self._kv_cache.allocate(len(request.prompt) + request.sampling.max_new_tokens)
+            if place is None:
+                return
+            self._places[request] = place
+            with self._changed:
+                if request in self._waiting:
+                    self._waiting.remove(request)
+            if request.has_left:
+                self._release(request)
+
+    def _plan(self) -> dict[GenerationRequest, int]:
+        """How many tokens of each request the next pass takes.
+
+        A token of every answer under way; the rest of the pass is shared by the prompts whose turn it is,
+        so that behind a long one a short one does not wait, and nobody keeps the long one.
+        """
+        if self.settings.alone:
+            return self._plan_for_one()
+        plan = dict.fromkeys(self._newest, 1)
+        room = max(1, self.settings.batch_tokens - len(plan))
+        least = max(1, room // _SHARERS)
+        sampled = {request.owner for request in plan}
+        prompts = [request for request in self._places if request not in plan]
+        reading = self._reading.order(prompts, sampled)
+        for number, request in enumerate(reading):
+            share = max(least, room // (len(reading) - number))
+            count = min(len(request.prompt) - self._places[request].length, share, room)
+            plan[request] = count
+            room -= count
+            if not room:
+                break
+        return plan
+
+    def _plan_for_one(self) -> dict[GenerationRequest, int]:
+        """A pass of one request's next tokens, as many as if there were no other."""
+        self._share.wanted_by(request.owner for request in self._places)
+        for request in in_turns(self._places, self._share)[:1]:
+            self._places[request] = self._places.pop(request)  # to the end of its owner's line
+            if request in self._newest:
+                return {request: 1}
+            left = len(request.prompt) - self._places[request].length
+            return {request: min(left, self.settings.batch_tokens)}
+        return {}
+
+    @torch.no_grad()
+    def _forward(self, plan: dict[GenerationRequest, int]) -> tuple[torch.Tensor, list[GenerationRequest]]:
+        """One pass: logits (n, V) of the n requests whose prompts are read, and those."""
+        requests, device = list(plan), self._base.device
+        kv_cache = BatchMetadata(
+            [self._places[r] for r in requests], list(plan.values()), device, alone=self.settings.alone
+        )
+        ids: list[int] = []
+        marks: dict[GenerationRequest, list[int]] = {}
+        sampled: list[tuple[GenerationRequest, int]] = []  # and the place in the pass's order
+        for at, number in enumerate(kv_cache.order):
+            request, count = requests[number], plan[requests[number]]
+            start, row = self._places[request].length, len(ids)
+            if request in self._newest:
+                ids.append(self._newest[request])
+                sampled.append((request, at))
+                continue
+            ids += request.prompt[start : start + count]
+            marks[request] = [row + p - start for p in request.positions if start <= p < start + count]
+            if start + count == len(request.prompt):
+                sampled.append((request, at))
+        input_ids = torch.tensor([ids], device=device)
+        rows = kv_cache.last[torch.tensor([at for _, at in sampled], dtype=torch.long, device=device)]
+        with active_interventions(self._groups(marks)):
+            logits = self._model(
+                input_ids=input_ids,
+                position_ids=kv_cache.position_ids,
+                use_cache=False,
+                logits_to_keep=rows,
+                kv_cache=kv_cache,
+            ).logits[0]
+        kv_cache.done()
+        input_ids.zero_()
+        return logits, [request for request, _ in sampled]
+
+
+def can_share(base: BaseModel) -> bool:
+    """Whether packed requests get from this model what each would get alone.
+
+    Tried, not looked up: two prompts in pieces, then a token more, against the model as it is. What
+    so short a trial cannot see, windows of attention, every block has to hand to the attention.
+    """
+    config = base.model.config.get_text_config()
+    if not getattr(base.model, "_supports_attention_backend", False) or depends_on_length(base.model):
+        return False
+    prompts = [[(7 * i + k) % config.vocab_size for i in range(n)] for k, n in ((3, 24), (5, 9))]
+    with torch.no_grad(), suppress(Exception):
+        model, kv_cache = base.share_weights(), KVCache(128)
+        attend_over_cache(model)
+        places = [kv_cache.allocate(len(prompt)) for prompt in prompts]
+        found: list[torch.Tensor] = []
+        for cut in (slice(None, -1), slice(-1, None)):
+            parts = [prompt[cut] for prompt in prompts]
+            step = BatchMetadata([p for p in places if p is not None], list(map(len, parts)), base.device)
+            packed = [i for number in step.order for i in parts[number]]
+            logits = model(
+                input_ids=torch.tensor([packed], device=base.device),
+                position_ids=step.position_ids,
+                use_cache=False,
+                logits_to_keep=step.last,
+                kv_cache=step,
+            ).logits[0]
+            step.done()
+            found = [logits[step.order.index(number)].float() for number in range(len(prompts))]
+        if step.windows != _windows(config):
+            return False
+        for prompt, got in zip(prompts, found, strict=True):
+            ids = torch.tensor([prompt], device=base.device)
+            want = forward(base.model, base.capabilities.arguments, ids).logits[0, -1].float()
+            tolerance = 1e-3 if base.model.dtype == torch.float32 else 3e-2
+            if not torch.allclose(got, want, rtol=0, atol=tolerance * float(want.abs().max())):
+                return False
+        return True
+    return False
+
+
+def _windows(config: Any) -> dict[int, int | None]:
+    """Tokens that each block's attention looks back over, as the configuration has it; None: all.
+
+    Raises ValueError on attention of another kind.
+    """
+    window = getattr(config, "sliding_window", None)
+    blocks = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * blocks
+    if getattr(config, "attention_chunk_size", None) or not {*kinds} <= {
+        "full_attention",
+        "sliding_attention",
+    }:
+        raise ValueError("neither full nor sliding attention")
+    return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds)}

@@ -1,0 +1,1 @@
+"""Gradients of personal shifts: cached activations, batches of several users, one scheduler."""

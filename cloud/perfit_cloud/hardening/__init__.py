@@ -1,0 +1,1 @@
+"""Memory that forgets: the process, its allocator, its stacks and its free blocks."""

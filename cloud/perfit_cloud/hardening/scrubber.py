@@ -1,0 +1,184 @@
+"""What a call leaves where no allocator hears of it, taken away shortly after its end.
+
+- Objects that keep each other: an error keeps the frames that it went through, and gRPC keeps the error
+  that tells of a caller who left. Python's collector comes by only after many more calls.
+- numpy keeps the memory of small arrays to itself, unchanged.
+- So does MKL with the buffers that it copies matrices to: `MKL_DISABLE_FAST_MM` would keep it from that,
+  and make a gradient a third slower.
+- So does torch with all memory of a CUDA device.
+- So does our own free() with what tensors had.
+
+And what functions that have returned left on stacks: each thread overwrites that itself, at the end of its
+turn on the device and of its call, for no other thread may (`hardening/stacks.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.hardening.allocator import take_kept
+from perfit_cloud.hardening.stacks import DeadStacks
+
+__all__ = ["MemoryScrubber", "overwrite_small_arrays"]
+
+_log = logging.getLogger(__name__)
+
+_QUIET_SECONDS = 0.5  # without another call's end, after which there is a sweep
+_LATEST_SECONDS = 2.0  # from a call's end to a sweep, however many end meanwhile
+_AGAIN_SECONDS = (1.0, 3.0)  # to the next ones, for threads of the call that end a little later
+# numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
+_SMALL_BLOCKS, _NOT_SMALL = 7, 1024
+_TENSOR_BYTES = 1 << 22  # more than small things of other threads could overwrite
+_SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
+
+
+class MemoryScrubber:
+    """A thread that sweeps after calls; `call_ended` says that one did."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        device_lock: DeviceLock,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        ended: threading.Event | None = None,
+    ) -> None:
+        """`turns`: of all engines on the device. `ended` is set when a call has ended."""
+        self._device, self._device_lock = device, device_lock
+        self._free_buffers = _of_mkl()
+        self._stacks = DeadStacks(torch.get_num_threads())
+        self._clock, self._ended = clock, ended or threading.Event()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="perfit-scrubber", daemon=True)
+
+    def start(self) -> None:
+        """What exists now is not looked through again: it is the model and the libraries, and stays."""
+        self._device_lock.before_release = self._stacks.overwrite_all
+        self.sweep()
+        gc.freeze()
+        self._thread.start()
+
+    def call_ended(self) -> None:
+        """Overwrite what the call left on the stack of this thread, and sweep in a moment."""
+        if self._thread.is_alive():
+            self._stacks.overwrite()
+            self._ended.set()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def sweep(self) -> None:
+        gc.collect()
+        overwrite_small_arrays()
+        # In its turn no pass has a buffer or a tensor, or finds no free memory and asks for more.
+        with ExitStack() as after, self._device_lock.hold("sweep"):
+            self._free_buffers()
+            after.callback(take_kept())
+            if self._device.type == "cuda":
+                _overwrite_free_blocks(self._device)
+        self._stacks.sweep()
+
+    def overwrites_stacks(self) -> bool:
+        """Tried, in threads of all kinds that compute."""
+        return self._stacks.overwrites()
+
+    def overwrites_tensors(self) -> bool:
+        """Tried: builds of torch may bring an allocator of their own, which no setting of ours reaches."""
+        secret = os.urandom(_TENSOR_BYTES)
+        found = bytearray(len(secret))  # now: it would be given the tensor's memory
+        tensor = torch.frombuffer(bytearray(secret), dtype=torch.uint8).clone()
+        address = tensor.data_ptr()
+        del tensor
+        self.sweep()
+        _read(address, found)
+        return not any(found[at : at + 16] == secret[at : at + 16] for at in range(0, len(secret), 16))
+
+    def _run(self) -> None:
+        again: tuple[float, ...] = ()
+        while not self._is_closed:
+            if self._ended.wait(again[0] if again else None):
+                latest = self._clock() + _LATEST_SECONDS
+                while self._ended.wait(min(_QUIET_SECONDS, max(0.0, latest - self._clock()))):
+                    self._ended.clear()
+                    if self._is_closed or self._clock() >= latest:
+                        break
+                again = _AGAIN_SECONDS
+            else:
+                again = again[1:]
+            try:
+                self.sweep()
+            except Exception as error:  # a device out of memory: the next sweep tries again
+                _log.error("what calls left could not be swept: %s", type(error).__name__)
+
+
+def _of_mkl() -> Callable[[], object]:
+    """MKL's `mkl_free_buffers`, by its name inside torch: the allocator overwrites what it lets go of."""
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return lambda: None
+    for library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
+        free: Callable[[], object] | None = getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None)
+        if free is not None:
+            return free
+    _log.warning(
+        "this build of torch does not let go of the buffers of its MKL, so traces of calls may stay in "
+        "memory; serve with the version of torch in constraints.txt"
+    )
+    return lambda: None
+
+
+def _read(address: int, into: bytearray) -> None:
+    """Memory that may be there no more: then `into` stays as it is."""
+
+    class Part(ctypes.Structure):  # struct iovec
+        _fields_ = (("start", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+    here = Part(ctypes.addressof(ctypes.c_char.from_buffer(into)), len(into))
+    there = Part(address, len(into))
+    count, none = ctypes.c_ulong(1), ctypes.c_ulong(0)
+    read = ctypes.CDLL(None, use_errno=True).process_vm_readv  # process_vm_readv(2)
+    got = read(os.getpid(), ctypes.byref(here), count, ctypes.byref(there), count, none)
+    if got < 0 and ctypes.get_errno() != errno.EFAULT:  # a container may forbid it
+        ctypes.memmove(here.start, there.start, len(into))
+
+
+def overwrite_small_arrays() -> None:
+    """Overwrite the memory of freed small arrays: numpy gives all of it out again, filled with zeros."""
+    for size in range(1, _NOT_SMALL):
+        taken = [np.zeros(size, np.uint8) for _ in range(_SMALL_BLOCKS)]
+        del taken  # all at once, or the same one would have come again
+
+
+def _overwrite_free_blocks(device: torch.device) -> None:
+    """Overwrite the free memory of torch's store on a CUDA device: take every block of it, and fill it.
+
+    The store gives the smallest block that suffices, so the largest are asked for first. It gives nothing
+    larger than _SMALL_CUDA of its segments for small things, whose free blocks may be larger: those are
+    taken in pieces.
+    """
+    torch.cuda.synchronize(device)
+    sizes: list[int] = []
+    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+        if segment["device"] == (device.index or 0):
+            free = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
+            most = _SMALL_CUDA if segment["segment_type"] == "small" else max(free, default=1)
+            sizes += [min(most, size - at) for size in free for at in range(0, size, most)]
+    taken = [torch.empty(size, dtype=torch.uint8, device=device) for size in sorted(sizes, reverse=True)]
+    for block in taken:
+        block.zero_()
+    torch.cuda.synchronize(device)

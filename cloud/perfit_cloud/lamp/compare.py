@@ -1,0 +1,144 @@
+"""Two runs, or two modes of one, query by query: which is better, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserResult
+from perfit_cloud.lamp.summary import Measured, as_json, measure_users
+from perfit_shared.errors import InvalidData, InvalidInput
+
+__all__ = ["Comparison", "Side", "compare"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A mode of a run."""
+
+    run: Run
+    mode: str
+
+    @classmethod
+    def parse(cls, text: str) -> Side:
+        """From "DIR" (the personal mode) or "DIR:MODE".
+
+        Raises InvalidInput on a mode that is none or was not measured, InvalidData without a run.
+        """
+        head, colon, tail = text.rpartition(":")
+        folder, mode = Path(text), "personal"
+        if colon and tail in MODES:
+            folder, mode = Path(head), tail
+        elif colon and not folder.is_dir() and Path(head).is_dir():
+            raise InvalidInput(f'no mode "{tail}"; there are {", ".join(MODES)}')
+        run = Run.load(folder)
+        if mode not in run.modes:
+            raise InvalidInput(f"{folder} did not measure {mode}; it has {', '.join(run.modes)}")
+        return cls(run, mode)
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.folder}:{self.mode}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`against` nests `statistics.Paired` (a − b) as `Measured.against` does."""
+
+    a: Side
+    b: Side
+    users: int  # paired
+    queries: int  # paired
+    unpaired: Mapping[str, Mapping[str, int]]  # "users" (with their queries) and "queries" (of paired users)
+    same_tokens: bool  # else the two count different tokens, and their losses cannot be compared
+    differing: Mapping[str, tuple[str, str]]  # prompts and decoding, where the two runs' differ: a's, b's
+    against: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        sides = {
+            side: {"run": str(s.run.folder), "mode": s.mode} for side, s in (("a", self.a), ("b", self.b))
+        }
+        return {
+            "task": self.a.run.task.name,
+            **sides,
+            "users": self.users,
+            "queries": self.queries,
+            "unpaired": self.unpaired,
+            "same_tokens": self.same_tokens,
+            "differing": {name: list(both) for name, both in self.differing.items()},
+            **as_json(self.against),
+        }
+
+
+def compare(a: Side, b: Side) -> Comparison:
+    """Pair by user id and query id; a query or user of one side alone is left out and counted.
+
+    Raises InvalidInput when the tasks differ or nothing pairs, InvalidData when a pair's golds differ.
+    """
+    one, two = a.run.task, b.run.task
+    if one.name != two.name:
+        raise InvalidInput(
+            f"{a.name} is of task {one.name}, {b.name} of {two.name}; compare runs of one task"
+        )
+    if (one.metric, one.labels) != (two.metric, two.labels):
+        raise InvalidInput(f"the two runs' task {one.name} differs in its metric or labels")
+    theirs = {user.user_id: user for user in b.run.users}
+    pairs = [_shared(user, theirs[user.user_id]) for user in a.run.users if user.user_id in theirs]
+    users = [(x, y) for x, y in pairs if x.queries]
+    if not users:
+        raise InvalidInput(
+            f"{a.name} and {b.name} share no user with a common query; were they of the same data?"
+        )
+    left, right = zip(*users, strict=True)
+    measured: list[Measured] = [measure_users(one, left, a.mode), measure_users(two, right, b.mode)]
+    return Comparison(
+        a=a,
+        b=b,
+        users=len(users),
+        queries=_count(left),
+        unpaired=_unpaired(a.run.users, b.run.users, left),
+        same_tokens=all(
+            q.tokens == r.tokens for x, y in users for q, r in zip(x.queries, y.queries, strict=True)
+        ),
+        differing=_differing(a.run, b.run),
+        against=measured[0].against(measured[1]),
+    )
+
+
+def _differing(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+    both = {"prompts": (a.prompts, b.prompts), "decoding": (a.decoding, b.decoding)}
+    return {name: (one, two) for name, (one, two) in both.items() if one != two}
+
+
+def _shared(one: UserResult, two: UserResult) -> tuple[UserResult, UserResult]:
+    """The same user with the queries that both have, in one order."""
+    theirs: dict[str, QueryResult] = {query.id: query for query in two.queries}
+    kept = [(query, theirs[query.id]) for query in one.queries if query.id in theirs]
+    for query, other in kept:
+        if query.gold.strip() != other.gold.strip():
+            raise InvalidData(
+                f"query {query.id} of user {one.user_id} has different golds in the two runs; "
+                "compare runs of the same data"
+            )
+    return (
+        replace(one, queries=tuple(query for query, _ in kept)),
+        replace(two, queries=tuple(other for _, other in kept)),
+    )
+
+
+def _count(users: Sequence[UserResult]) -> int:
+    return sum(len(user.queries) for user in users)
+
+
+def _unpaired(
+    a: Sequence[UserResult], b: Sequence[UserResult], kept: Sequence[UserResult]
+) -> dict[str, dict[str, int]]:
+    """How many users, and how many queries of the users that are paired, one side has alone."""
+    ids = {user.user_id for user in kept}
+    of = {"a": [u for u in a if u.user_id in ids], "b": [u for u in b if u.user_id in ids]}
+    return {
+        "users": {"a": len(a) - len(ids), "b": len(b) - len(ids)},
+        "queries": {side: _count(users) - _count(kept) for side, users in of.items()},
+    }

@@ -1,0 +1,129 @@
+"""PNGs of the report: points with their spread, and heat maps. They know numbers, not runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from perfit_cloud.lamp.groups import Cell
+
+__all__ = ["UNITS", "Heat", "Points", "draw_heat", "draw_points"]
+
+UNITS: Mapping[str, str] = {
+    "loss": "held-out loss\n(nats a target token)",
+    "accuracy": "accuracy\n(share of queries)",
+    "macro_f1": "macro-F1\n(0 to 1)",
+    "mae": "MAE\n(rating points)",
+    "rmse": "RMSE\n(rating points)",
+    "rouge_1": "ROUGE-1\n(F-measure)",
+    "rouge_l": "ROUGE-L\n(F-measure)",
+}
+_Panel = TypeVar("_Panel", "Points", "Heat")
+_DPI = 120
+_MARKERS = ("o", "s", "^", "D")
+
+
+@dataclass(frozen=True)
+class Points:
+    """One panel: for each series a cell a tick; None is left out."""
+
+    title: str
+    x_label: str
+    y_label: str
+    ticks: Sequence[str]
+    series: Mapping[str, Sequence[Cell | None]]
+    joined: int = 0  # so many first ticks are a scale: a line joins them
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One panel: `values[row][column]`, None where there was no run."""
+
+    title: str
+    x_label: str
+    y_label: str
+    unit: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+
+
+def draw_points(path: Path, panels: Sequence[Sequence[Points]]) -> None:
+    """A grid of panels, one row each."""
+    figure, grid = _grid(panels, height=2.8)
+    for axes, panel in grid:
+        for number, (name, cells) in enumerate(panel.series.items()):
+            # Series side by side, so that error bars do not cover each other.
+            shift = 0.12 * (number - (len(panel.series) - 1) / 2)
+            drawn = [(at + shift, cell) for at, cell in enumerate(cells) if cell is not None]
+            x, y = [at for at, _ in drawn], [cell.value for _, cell in drawn]
+            below = [0.0 if cell.low is None else cell.value - cell.low for _, cell in drawn]
+            above = [0.0 if cell.high is None else cell.high - cell.value for _, cell in drawn]
+            axes.errorbar(
+                x,
+                y,
+                yerr=np.maximum([below, above], 0.0),
+                label=name,
+                color=f"C{number}",
+                capsize=3,
+                marker=_MARKERS[number % len(_MARKERS)],
+                linestyle="none",
+                markersize=5,
+            )
+            line = [(at, value) for at, value in zip(x, y, strict=True) if at < panel.joined - 0.5]
+            if line:
+                axes.plot(*zip(*line, strict=True), color=f"C{number}", linewidth=1)
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+        axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
+        axes.grid(axis="y", alpha=0.3)
+        _name(axes, panel)
+        if len(panel.series) > 1:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=_DPI)
+
+
+def draw_heat(path: Path, panels: Sequence[Heat]) -> None:
+    """Heat maps side by side, each cell with its number."""
+    figure, grid = _grid([panels], height=3.4)
+    for axes, panel in grid:
+        table = np.array([[np.nan if v is None else v for v in row] for row in panel.values], float)
+        image = axes.imshow(table, cmap="viridis", aspect="auto")
+        known = [value for row in panel.values for value in row if value is not None]
+        middle = (min(known, default=0.0) + max(known, default=0.0)) / 2
+        for (row, column), value in np.ndenumerate(table):
+            if not np.isnan(value):
+                ink = "white" if value < middle else "black"  # viridis is dark below its middle
+                axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink)
+        axes.set_xticks(range(len(panel.columns)), panel.columns)
+        axes.set_yticks(range(len(panel.rows)), panel.rows)
+        _name(axes, panel)
+        figure.colorbar(image, ax=axes, label=panel.unit.replace("\n", " "))
+    figure.savefig(path, dpi=_DPI)
+
+
+def _name(axes: Axes, panel: Points | Heat) -> None:
+    axes.set_title(panel.title, fontsize="medium")
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+
+
+def _grid(panels: Sequence[Sequence[_Panel]], height: float) -> tuple[Figure, list[tuple[Axes, _Panel]]]:
+    """A figure and its axes with their panels; `height` of a row in inches."""
+    columns = max(len(row) for row in panels)
+    # Figure without pyplot: no window, no process-wide state, and PNG by Agg.
+    figure = Figure(figsize=(4.4 * columns, height * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), columns, squeeze=False)
+    placed = []
+    for row, row_panels in enumerate(panels):
+        for column in range(columns):
+            if column < len(row_panels):
+                placed.append((grid[row][column], row_panels[column]))
+            else:
+                grid[row][column].set_visible(False)
+    return figure, placed

@@ -1,0 +1,216 @@
+"""Which runs belong together: seeds of one setting, and the sweeps and variants around it.
+
+All is decided from `run.settings`, the keys of which run.py writes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perfit_cloud.lamp.results import MODES, Run
+from perfit_cloud.lamp.scores import metric_names
+from perfit_cloud.lamp.summary import summarise
+from perfit_shared.errors import InvalidInput
+from perfit_shared.tasks import TASKS, Task
+
+__all__ = ["Cell", "RunGroup", "families", "group_runs", "main_groups", "nearest", "rank_grids", "sweeps"]
+
+# What another seed changes besides: the artefact of stage 1 that it trained.
+_OF_THE_SEED = ("seed", "artefact")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number with its spread: one standard deviation over seeds, or the 95 % interval of one run."""
+
+    value: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        if self.seeds > 1:
+            return f"{self.value:.3f} ± {self.high - self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seed alone, by seed."""
+
+    task: Task
+    settings: Mapping[str, Any]  # of the first run
+    runs: tuple[Run, ...]
+    summaries: tuple[Mapping[str, Any], ...]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.settings.get(key, default)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [_seed(run) for run in self.runs]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return tuple(mode for mode in MODES if mode in self.summaries[0]["loss"])
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """ "loss", then the task's metrics."""
+        return ("loss", *metric_names(self.task))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.get("layers", ()))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(collective, personal)"""
+        return self.get("collective_rank", 0), self.get("personal_rank", 0)
+
+    @property
+    def plain(self) -> bool:
+        """The whole method, as the paper's main table has it."""
+        return (
+            self.get("ablation", "full") == "full"
+            and self.get("histories", "own") == "own"
+            and self.get("collective_users") is None
+            and self.get("artefact_prompts") == self.get("prompts")
+            and not self.foreign
+        )
+
+    @property
+    def decoding(self) -> str:
+        return self.runs[0].decoding
+
+    @property
+    def foreign(self) -> bool:
+        """With another task's collective shift."""
+        return self.get("artefact_task") not in (None, self.task.name)
+
+    def values(self, measure: str, mode: str) -> list[float | None]:
+        """By seed."""
+        return [_look_up(summary, measure, mode) for summary in self.summaries]
+
+    def cell(self, measure: str, mode: str) -> Cell | None:
+        """None where the mode was not measured, or a seed's number is none."""
+        values = [value for value in self.values(measure, mode) if value is not None]
+        if not values or len(values) < len(self.summaries):
+            return None
+        mean = statistics.fmean(values)
+        if len(values) > 1:
+            spread = statistics.stdev(values)
+            return Cell(mean, mean - spread, mean + spread, len(values))
+        low, high = _look_up(self.summaries[0]["intervals"], measure, mode) or (None, None)
+        return Cell(mean, low, high, 1)
+
+
+def _look_up(nest: Mapping[str, Any], measure: str, mode: str) -> Any:
+    by_mode = nest["loss"] if measure == "loss" else nest["metrics"][measure]
+    return by_mode.get(mode)
+
+
+def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
+    """Groups by task, the whole method first. Raises InvalidInput when a run comes twice."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        key = _key(run.settings)
+        twins = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
+        if any(twin.settings.get("artefact") == run.settings.get("artefact") for twin in twins):
+            raise InvalidInput(f"{run.folder} and {twins[0].folder} are the same run; give one of them")
+        # Of one seed and yet another artefact: not a seed more, but another collective shift.
+        found.setdefault(f"{key} {run.settings.get('artefact')}" if twins else key, []).append(run)
+    return sorted((_group(sorted(members, key=_seed)) for members in found.values()), key=_order)
+
+
+def _seed(run: Run) -> int:
+    return int(run.settings.get("seed", 0))
+
+
+def _group(members: Sequence[Run]) -> RunGroup:
+    first = members[0]
+    return RunGroup(first.task, first.settings, tuple(members), tuple(summarise(run) for run in members))
+
+
+def _order(group: RunGroup) -> tuple[Any, ...]:
+    """By task and model, the whole method first, many users first, then layers and ranks."""
+    names = list(TASKS)
+    task = names.index(group.task.name) if group.task.name in names else len(names)
+    return task, group.get("model", ""), not group.plain, -group.get("users", 0), group.layers, group.ranks
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    decoding = {key: value for key, value in settings.get("decoding", {}).items() if key != "seed"}
+    rest = {key: value for key, value in settings.items() if key not in _OF_THE_SEED}
+    return json.dumps(rest | {"decoding": decoding}, sort_keys=True)
+
+
+def families(groups: Sequence[RunGroup], *varied: str) -> list[list[RunGroup]]:
+    """Groups whose settings differ in `varied` alone, two or more together.
+
+    And in what follows from that: the number of parameters, and the learning rate, which trials choose.
+    """
+    found: dict[str, list[RunGroup]] = {}
+    for group in groups:
+        free = (*varied, "personal_parameters", "learning_rate")
+        found.setdefault(_key({k: v for k, v in group.settings.items() if k not in free}), []).append(group)
+    return [family for family in found.values() if len(family) > 1]
+
+
+def sweeps(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
+    """Three or more plain groups that differ in their layers alone, single layers first, ascending."""
+    found = families([group for group in groups if group.plain], "layers")
+    return [sorted(f, key=lambda g: (len(g.layers), g.layers)) for f in found if len(f) > 2]
+
+
+def rank_grids(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
+    """Plain groups that differ in their ranks alone, with at least two of each rank."""
+    found = families([group for group in groups if group.plain], "collective_rank", "personal_rank")
+    return [
+        sorted(family, key=lambda group: group.ranks)
+        for family in found
+        if all(len({group.ranks[axis] for group in family}) > 1 for axis in (0, 1))
+    ]
+
+
+def main_groups(groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """The groups of the main table: the plain ones that are no member of a sweep or a grid.
+
+    Where a task and model has no other, the member of most users, then of most seeds, stands in.
+    """
+    explored = {id(group) for family in (*sweeps(groups), *rank_grids(groups)) for group in family}
+    found: dict[tuple[Any, ...], list[RunGroup]] = {}
+    for group in groups:
+        if group.plain:
+            found.setdefault((group.task, group.get("fingerprint")), []).append(group)
+    chosen = []
+    for candidates in found.values():
+        own = [group for group in candidates if id(group) not in explored]
+        chosen += own or [max(candidates, key=lambda g: (g.get("users", 0), len(g.summaries)))]
+    return chosen
+
+
+def nearest(
+    group: RunGroup, groups: Sequence[RunGroup], also: Callable[[RunGroup], int] = lambda _: 0
+) -> RunGroup | None:
+    """The plain group of the same task, model, test users, prompts and decoding that shares most settings.
+
+    `also` counts before the settings.
+    """
+    candidates = [
+        other
+        for other in groups
+        if other.plain
+        and other.task.name == group.task.name
+        and all(other.get(key) == group.get(key) for key in ("fingerprint", "users", "data", "prompts"))
+        and other.decoding == group.decoding
+    ]
+    if not candidates:
+        return None
+    return max(candidates, key=lambda o: (also(o), sum(o.get(k) == v for k, v in group.settings.items())))

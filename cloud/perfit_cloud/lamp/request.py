@@ -1,0 +1,91 @@
+"""What a researcher may ask a LaMP run for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perfit_cloud.lamp.measure import Decoding
+from perfit_shared.errors import InvalidInput
+from perfit_shared.optimizer import OptimizerConfig
+from perfit_shared.training import Schedule
+
+__all__ = ["ABLATIONS", "HISTORIES", "LampRun"]
+
+# full; φ₁ alone; φ₂ alone from the identity, at the personal rank or at the sum of both (Table 4)
+ABLATIONS = ("full", "stage1", "stage2", "stage2_sum")
+HISTORIES = ("own", "other")  # whose history a user's shift is trained on (Table 15)
+
+
+@dataclass(frozen=True)
+class LampRun:
+    """What a researcher asks for; None stands for the preset's value, or a choice on the data."""
+
+    task: str
+    model: str  # folder or hub name
+    data: Path  # folder with one task's files
+    out: Path
+    artefact: Path | None = None  # a collective shift that is there already, perhaps of another task
+    preset: str | None = None  # the task's own
+    prompts: str | None = None  # of perfit_shared.prompts; task.json's, else LaMP's
+    schedule: str = "paper"  # of stage 2: as the paper trains, or as devices do
+    users: int | None = None  # the first N of the test cohort
+    collective_users: int | None = None  # so many of user_others.json, chosen by the seed
+    ablation: str = "full"
+    histories: str = "own"
+    layers: tuple[int, ...] | None = None
+    positions: str | None = None
+    collective_rank: int | None = None
+    personal_rank: int | None = None
+    batch_size: int | None = None  # examples a step, both stages
+    collective_epochs: int | None = None
+    collective_learning_rate: float | None = None
+    epochs: int | None = None  # of stage 2
+    learning_rate: float | None = None  # of stage 2
+    seed: int = 0
+    decoding: Decoding = field(default_factory=Decoding)
+    users_together: int = 8  # a cohort of stage 2
+    keep_bytes: int = 4 << 30  # for activations that no user's tensors change
+    threads: int = 0  # of the CPU; 0: torch's own choice
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.ablation not in ABLATIONS:
+            raise InvalidInput(f'no ablation "{self.ablation[:20]}"; there are {", ".join(ABLATIONS)}')
+        if self.histories not in HISTORIES:
+            raise InvalidInput(f"histories should be {' or '.join(HISTORIES)}")
+        for name in ("users", "collective_users", "users_together", "collective_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")
+        if self.keep_bytes < 0:
+            raise InvalidInput("the memory for activations should not be negative")
+        # Raises on what no schedule can have, before anything is trained or written.
+        Schedule(
+            epochs=1 if self.epochs is None else self.epochs,
+            seed=self.seed,
+            examples=1,
+            batch_size=1 if self.batch_size is None else self.batch_size,
+            learning_rate=1e-4 if self.learning_rate is None else self.learning_rate,
+        )
+        OptimizerConfig(1.0, 1, schedule=self.schedule)
+        self._check_stage1()
+
+    def _check_stage1(self) -> None:
+        """No flag that would change nothing."""
+        if self.alone and self.artefact is not None:
+            raise InvalidInput(f"{self.ablation} uses no collective shift, so it takes no --artefact")
+        idle = {
+            "--collective-users": self.collective_users,
+            "--collective-epochs": self.collective_epochs,
+            "--collective-lr": self.collective_learning_rate,
+        }
+        given = ", ".join(flag for flag, value in idle.items() if value is not None)
+        if given and (self.artefact is not None or self.alone):
+            raise InvalidInput(f"{given}: there is no stage 1 to train in this run")
+
+    @property
+    def alone(self) -> bool:
+        """Whether stage 2 stands without a collective shift."""
+        return self.ablation in ("stage2", "stage2_sum")

@@ -1,0 +1,189 @@
+"""What a LaMP run leaves behind: its settings, and for each user the losses and answers of every query.
+
+    OUT/run.json                      settings of the run and how long it took
+    OUT/users/{user_id}/result.json   one `UserResult`
+    OUT/users/{user_id}/personal.safetensors
+
+Everything that is reported (summary.json, comparisons, tables, figures) is computed from these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perfit_shared.errors import InvalidData
+from perfit_shared.prompts import prompts_of
+from perfit_shared.tasks import Task
+
+__all__ = [
+    "MODES",
+    "QueryResult",
+    "Run",
+    "UserResult",
+    "completed",
+    "user_folder",
+    "write_bytes",
+    "write_json",
+]
+
+# φ₁ alone is "collective"; stage 1 trained φ₂∘φ₁, which is "seed", where every user starts.
+MODES = ("base", "collective", "seed", "personal", "other")
+_DRAWN = ("temperature", "top_k", "top_p")
+_FORMAT = 1
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+_LONGEST_NAME = 100  # characters of a folder, before a hash
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """One held-out query. A mode that the run did not measure is missing from `loss` and `answers`."""
+
+    id: str
+    gold: str  # what answers are compared with
+    tokens: int  # of the target, end of sequence included
+    loss: Mapping[str, float]  # by mode, mean nats a target token of this query
+    answers: Mapping[str, str]  # by mode, parsed
+
+
+@dataclass(frozen=True)
+class UserResult:
+    user_id: str
+    examples: int  # of the history, trained on
+    steps: int  # of stage 2
+    queries: tuple[QueryResult, ...]
+
+    def loss(self, mode: str) -> float:
+        """Mean nats over all target tokens of this user's queries."""
+        tokens = sum(q.tokens for q in self.queries)
+        return sum(q.loss[mode] * q.tokens for q in self.queries) / tokens
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those measured, in MODES' order."""
+        return tuple(mode for mode in MODES if mode in self.queries[0].loss)
+
+    def with_modes(self, queries: Sequence[QueryResult]) -> UserResult:
+        """With what these, the same queries in the same order, say of other modes."""
+        merged = tuple(
+            replace(old, loss={**old.loss, **new.loss}, answers={**old.answers, **new.answers})
+            for old, new in zip(self.queries, queries, strict=True)
+        )
+        return replace(self, queries=merged)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "result.json", asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> UserResult:
+        """Raises InvalidData naming the file."""
+        path = folder / "result.json"
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            return cls(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InvalidData(f"{path} is not a user's result; remove it and run again") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `settings`: plain JSON values, the keys of `run.Settings`."""
+
+    folder: Path
+    task: Task
+    settings: Mapping[str, Any]
+    seconds: Mapping[str, float]  # stage1, stage2, evaluation
+    users: tuple[UserResult, ...]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes measured, in MODES' order."""
+        return self.users[0].modes
+
+    @property
+    def prompts(self) -> str:
+        """Of `perfit_shared.prompts`."""
+        return str(self.settings["prompts"])
+
+    @property
+    def decoding(self) -> str:
+        """How answers are drawn, in words, seed aside."""
+        drawn = self.settings.get("decoding", {})
+        told = [f"{name.replace('_', '-')} {drawn[name]}" for name in _DRAWN if name in drawn]
+        stops = " or ".join(map(json.dumps, self.settings["stop"]))
+        stop = f"to {stops}" if stops else "no stop"
+        told = ["greedy"] if drawn.get("temperature") == 0 else told
+        return ", ".join([*told, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
+
+    def save(self) -> None:
+        """Write run.json; the users' files are there already."""
+        write_json(
+            self.folder / "run.json",
+            {
+                "format": _FORMAT,
+                "task": json.loads(self.task.to_json()),
+                "settings": dict(self.settings),
+                "seconds": dict(self.seconds),
+                "users": [user.user_id for user in self.users],
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Raises InvalidData naming the folder when it holds no finished run."""
+        try:
+            data = json.loads((folder / "run.json").read_text("utf-8"))
+            if data["format"] != _FORMAT:
+                raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
+            task = Task.from_json(json.dumps(data["task"]))
+            return cls(
+                folder=folder,
+                task=task,
+                settings=completed(data["settings"], task),
+                seconds=data["seconds"],
+                users=tuple(UserResult.load(user_folder(folder, user)) for user in data["users"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
+
+
+def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Settings of a run with what older versions did not write: how they trained and asked."""
+    prompts = prompts_of(task)
+    return {
+        "schedule": "device",
+        "prompts": prompts,
+        "artefact_prompts": prompts,
+        "answer_tokens": task.answer_tokens,
+        "stop": list(task.stop),
+        **settings,
+    }
+
+
+def user_folder(run: Path, user_id: str) -> Path:
+    """Where a user's files lie. Ids come from data files, so whatever a file name may not hold is escaped."""
+    # Capitals too: some file systems hold "Ann" and "ann" for the same.
+    safe = "".join(c if c in _PLAIN else "".join(f"%{b:02x}" for b in c.encode()) for c in user_id)
+    if len(safe) > _LONGEST_NAME:
+        safe = f"{safe[:_LONGEST_NAME]}~{hashlib.sha256(user_id.encode()).hexdigest()[:16]}"
+    return run / "users" / (safe or "%")
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_bytes(path, json.dumps(data, ensure_ascii=False, indent=1).encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Whole or not at all: to a temporary file that then takes the old one's place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)

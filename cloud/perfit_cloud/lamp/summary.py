@@ -1,0 +1,148 @@
+"""summary.json: what a run measured, with how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from perfit_cloud.lamp import scores
+from perfit_cloud.lamp.results import Run, UserResult
+from perfit_cloud.lamp.statistics import Paired, Statistic, interval, paired
+from perfit_shared.errors import InvalidData
+from perfit_shared.tasks import Task
+
+__all__ = ["Measured", "as_json", "measure_users", "summarise"]
+
+_COMPARED = (("personal", "collective"), ("personal", "seed"), ("personal", "other"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one mode did for some users; row u of every statistic is the u-th user."""
+
+    loss: Statistic  # mean over users of the user's mean nats a target token
+    metrics: Mapping[str, Statistic]  # over all queries, as LaMP's scripts count
+    mean_over_users: Mapping[str, Statistic]  # of each user's own metric
+
+    def each(self, of: Callable[[Statistic], Any]) -> dict[str, Any]:
+        """{"loss", "metrics": {name}, "mean_over_users": {name}} of what `of` gives."""
+        return {
+            "loss": of(self.loss),
+            "metrics": {name: of(statistic) for name, statistic in self.metrics.items()},
+            "mean_over_users": {name: of(statistic) for name, statistic in self.mean_over_users.items()},
+        }
+
+    def against(self, other: Measured) -> dict[str, Any]:
+        """The same nest of `Paired`, self − other."""
+        return {
+            "loss": paired(self.loss, other.loss),
+            "metrics": {n: paired(s, other.metrics[n]) for n, s in self.metrics.items()},
+            "mean_over_users": {
+                n: paired(s, other.mean_over_users[n]) for n, s in self.mean_over_users.items()
+            },
+        }
+
+
+def measure_users(task: Task, users: Sequence[UserResult], mode: str) -> Measured:
+    """Raises InvalidData naming a user who has no queries."""
+    queries = [query for user in users for query in user.queries]
+    counts = [len(user.queries) for user in users]
+    if not queries or 0 in counts:
+        names = ", ".join(user.user_id for user in users if not user.queries) or "nobody"
+        raise InvalidData(f"no held-out queries to measure on: {names}; every user needs one")
+    parts = scores.parts(task, [q.answers[mode] for q in queries], [q.gold for q in queries])
+    starts = np.cumsum([0, *counts[:-1]])
+    metrics = {
+        name: Statistic(
+            np.add.reduceat(table, starts, axis=0),
+            partial(scores.combine, name),
+            scores.HIGHER_IS_BETTER[name],
+        )
+        for name, table in parts.items()
+    }
+    return Measured(
+        loss=Statistic.mean([user.loss(mode) for user in users], higher_is_better=False),
+        metrics=metrics,
+        mean_over_users={
+            name: Statistic.mean(s.by_user, higher_is_better=s.higher_is_better)
+            for name, s in metrics.items()
+        },
+    )
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """summary.json, plain JSON values; a mode that was not measured is missing.
+
+    `loss` is in nats a target token. `metrics` counts all queries alike, `mean_over_users` all users.
+    Intervals are 95 %; `paired` is personal minus the other mode.
+    """
+    if not run.users:
+        raise InvalidData(f"{run.folder} has no users")
+    measured = {mode: measure_users(run.task, run.users, mode) for mode in run.modes}
+    queries = [query for user in run.users for query in user.queries]
+    golds = [query.gold for query in queries]
+    summary = _by_mode(measured, lambda statistic: statistic.value)
+    # What is reported first comes straight from the libraries that LaMP's scripts use.
+    for mode in measured:
+        for name, value in scores.score(run.task, [q.answers[mode] for q in queries], golds).items():
+            summary["metrics"][name][mode] = value
+    return dict(
+        as_json(
+            {
+                "task": run.task.name,
+                **summary,
+                "users": [_user(user, index, measured) for index, user in enumerate(run.users)],
+                "seconds": run.seconds,
+                "settings": run.settings,
+                "intervals": _by_mode(measured, interval),
+                "paired": {
+                    f"{one}_vs_{two}": measured[one].against(measured[two])
+                    for one, two in _COMPARED
+                    if one in measured and two in measured
+                },
+            }
+        )
+    )
+
+
+def _by_mode(measured: Mapping[str, Measured], of: Callable[[Statistic], Any]) -> dict[str, Any]:
+    """{"loss": {mode}, "metrics": {name: {mode}}, "mean_over_users": {name: {mode}}}"""
+    each = {mode: one.each(of) for mode, one in measured.items()}
+    names = next(iter(measured.values())).metrics
+    return {
+        "loss": {mode: one["loss"] for mode, one in each.items()},
+        **{
+            kind: {name: {mode: one[kind][name] for mode, one in each.items()} for name in names}
+            for kind in ("metrics", "mean_over_users")
+        },
+    }
+
+
+def _user(user: UserResult, index: int, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    own = _by_mode(measured, lambda statistic: statistic.by_user[index])
+    return {
+        "user_id": user.user_id,
+        "loss": own["loss"],
+        "metrics": own["metrics"],
+        "queries": len(user.queries),
+        "tokens": sum(q.tokens for q in user.queries),
+        "examples": user.examples,
+    }
+
+
+def as_json(value: Any) -> Any:
+    """Plain JSON values: tuples to lists, and None for what JSON lacks (NaN, ∞)."""
+    if isinstance(value, Paired):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, float):  # NumPy's too
+        return float(value) if math.isfinite(value) else None
+    return value

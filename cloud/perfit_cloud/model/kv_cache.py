@@ -1,0 +1,331 @@
+"""Keys and values of requests in flight, and an attention that reads them where they lie.
+
+Requests of like size stand on one *shelf*: for every block, keys and values (slots, heads, size, D).
+The occupied slots are always the first ones, so a decoding step attends over all requests of a shelf
+with one call, copies nothing and pads to the longest of them alone. A packed batch (1, N) holds any
+mix of decoding rows and pieces of prompts; everything but attention sees plain rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from perfit_cloud.model.attention import attend, hiding
+
+__all__ = ["BatchMetadata", "KVCache", "Slot", "attend_over_cache"]
+
+_ATTENTION = "perfit_shelves"
+_SMALLEST = 32  # tokens of a slot
+_FEWEST = 4  # slots of a new shelf, where there is room
+
+
+class Slot:
+    """Where one request's keys and values lie, and how many tokens of them there are."""
+
+    __slots__ = ("length", "shelf", "slot")
+
+    def __init__(self, shelf: _SlotPool, slot: int) -> None:
+        self.shelf, self.slot, self.length = shelf, slot, 0
+
+
+class KVCache:
+    """All shelves of one model; not thread-safe. `tokens`: what all slots together may hold."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._kv_cache: dict[int, _SlotPool] = {}
+
+    @property
+    def held(self) -> int:
+        """Tokens of the slots that are taken. May be read from another thread."""
+        return sum(len(shelf.places) * shelf.size for shelf in list(self._kv_cache.values()))
+
+    def allocate(self, tokens: int) -> Slot | None:
+        """A place for a request that will never have more than `tokens`; None when there is no room now.
+
+        On empty shelves there is room for any request of up to half of all tokens.
+        """
+        size = max(min(_SMALLEST, self._tokens), 1 << (tokens - 1).bit_length())
+        shelf = self._kv_cache.setdefault(size, _SlotPool(size))
+        if len(shelf.places) == shelf.slots:
+            free = self._tokens - sum(s.slots * s.size for s in self._kv_cache.values())
+            if free < size:
+                for other in self._kv_cache.values():
+                    free += (other.slots - len(other.places)) * other.size
+                    other.resize(len(other.places))
+            more = min(free // size, max(_FEWEST, shelf.slots))
+            if not more:
+                return None
+            shelf.resize(shelf.slots + more)
+        place = Slot(shelf, len(shelf.places))
+        shelf.places.append(place)
+        return place
+
+    def free(self, place: Slot) -> None:
+        """Overwrite what lies there, and give the place back; the shelf's last request moves into it."""
+        shelf = place.shelf
+        last = shelf.places.pop()
+        if last is not place:
+            shelf.move(last, place.slot, overwritten=place.length)
+            shelf.places[place.slot] = last
+        shelf.erase(len(shelf.places), max(place.length, last.length))
+
+    def clear(self) -> None:
+        """Overwrite and drop everything."""
+        for shelf in self._kv_cache.values():
+            shelf.places.clear()
+            shelf.resize(0)
+        self._kv_cache.clear()
+
+
+class _SlotPool:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.slots = 0
+        self.places: list[Slot] = []  # by slot; the rest of the slots is free
+        self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # by block, made when first written to
+
+    def stores(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (slots, heads, size, D) of a block whose packed keys are `like` (N, heads, D)."""
+        if layer not in self._stores:
+            shape = (self.slots, like.shape[1], self.size, like.shape[2])
+            self._stores[layer] = like.new_zeros(shape), like.new_zeros(shape)
+        return self._stores[layer]
+
+    def resize(self, slots: int) -> None:
+        """To this many slots, at least as many as are taken."""
+        if slots != self.slots:
+            kept = len(self.places)
+            for layer, old in self._stores.items():
+                new = tuple(t.new_zeros(slots, *t.shape[1:]) for t in old)
+                for to, of in zip(new, old, strict=True):
+                    to[:kept] = of[:kept]
+                    of.zero_()
+                self._stores[layer] = new[0], new[1]
+            self.slots = slots
+        if not slots:
+            self._stores.clear()
+
+    def move(self, place: Slot, slot: int, *, overwritten: int) -> None:
+        """`place` to a slot that held `overwritten` tokens."""
+        length = max(place.length, overwritten)  # behind its own tokens lie zeros
+        for store in self._stores.values():
+            for tensor in store:
+                tensor[slot, :, :length] = tensor[place.slot, :, :length]
+        place.slot = slot
+
+    def erase(self, slot: int, length: int) -> None:
+        for store in self._stores.values():
+            for tensor in store:
+                tensor[slot, :, :length] = 0
+
+
+class _Singles(NamedTuple):
+    """Rows of one shelf with a single token each."""
+
+    shelf: _SlotPool
+    rows: slice  # of the packed batch, by slot
+    slots: Tensor  # (rows,)
+    positions: Tensor  # (rows,)
+    view: int  # slots looked at: up to the last one with a row
+    keys: int  # tokens looked at: up to the longest
+
+
+class _PromptChunk(NamedTuple):
+    """Rows of one request: several tokens of its prompt, or a token that is looked at alone."""
+
+    place: Slot
+    rows: slice
+    start: int  # tokens that lie on the shelf already
+
+
+class BatchMetadata:
+    """One forward pass over a packed batch: `counts` next tokens of each of `places`.
+
+    Rows are in the order of `order`, an order of the arguments; `position_ids` (1, N) and `last`, the
+    row of each request's last token, (requests), follow it. Give the pass to the model as `shelves=`.
+    """
+
+    def __init__(
+        self, places: Sequence[Slot], counts: Sequence[int], device: torch.device, *, alone: bool = False
+    ) -> None:
+        """`alone`: no slot beside its own is looked at for a request's single token."""
+        self.order = sorted(
+            range(len(places)),
+            key=lambda i: (counts[i] > 1, places[i].shelf.size, places[i].slot),
+        )
+        self._device = device
+        self._members = [(places[i], counts[i]) for i in self.order]
+        self._pieces: list[_PromptChunk] = []
+        self._masks: dict[tuple[int, int | None], Tensor] = {}  # by number of singles or piece, and window
+        positions: list[int] = []
+        last, singles = [], dict[int, list[Slot]]()
+        for place, count in self._members:
+            if count == 1 and not alone:
+                singles.setdefault(place.shelf.size, []).append(place)
+            else:
+                rows = slice(len(positions), len(positions) + count)
+                self._pieces.append(_PromptChunk(place, rows, place.length))
+            positions += range(place.length, place.length + count)
+            last.append(len(positions) - 1)
+        self._singles, row = [], 0
+        for of_shelf in singles.values():
+            self._singles.append(
+                _Singles(
+                    of_shelf[0].shelf,
+                    slice(row, row + len(of_shelf)),
+                    torch.tensor([p.slot for p in of_shelf], device=device),
+                    torch.tensor([p.length for p in of_shelf], device=device),
+                    of_shelf[-1].slot + 1,
+                    max(p.length for p in of_shelf) + 1,
+                )
+            )
+            row += len(of_shelf)
+        self.windows: dict[int, int | None] = {}  # that each block has asked for
+        self.position_ids = torch.tensor([positions], device=device)
+        self.last = torch.tensor(last, device=device)
+
+    def done(self) -> None:
+        """The pass is over: its tokens lie on the shelves."""
+        for place, count in self._members:
+            place.length += count
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of query (N, H, D) over key and value (N, K, D) and what came before: (N, H, D)."""
+        self.windows[layer] = window
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        groups = query.shape[1] // key.shape[1]
+        for number, single in enumerate(self._singles):
+            keys, values = single.shelf.stores(layer, key)
+            keys[single.slots, :, single.positions] = key[single.rows]
+            values[single.slots, :, single.positions] = value[single.rows]
+            keys, values = (t[: single.view, :, : single.keys] for t in (keys, values))
+            is_full = len(single.slots) == single.view
+            rows = query[single.rows]
+            if not is_full:  # other slots of the shelf are asked as well, and nobody reads the answers
+                rows = rows.new_zeros(single.view, *rows.shape[1:]).index_copy_(0, single.slots, rows)
+            found = attend(
+                rows.reshape(single.view, -1, groups, rows.shape[2]),
+                keys,
+                values,
+                self._single_mask(number, window, query.dtype),
+                scale=scale,
+                softcap=softcap,
+            ).reshape(rows.shape)
+            out[single.rows] = found if is_full else found[single.slots]
+        for number, piece in enumerate(self._pieces, len(self._singles)):
+            keys, values = (
+                t[piece.place.slot, :, : piece.start + piece.rows.stop - piece.rows.start]
+                for t in piece.place.shelf.stores(layer, key)
+            )
+            keys[:, piece.start :] = key[piece.rows].transpose(0, 1)
+            values[:, piece.start :] = value[piece.rows].transpose(0, 1)
+            out[piece.rows] = self._attend_piece(
+                number, piece, query[piece.rows], keys, values, scale=scale, softcap=softcap, window=window
+            )
+        return out
+
+    def _attend_piece(
+        self,
+        number: int,
+        piece: _PromptChunk,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """query (n, H, D) over keys and values (K, S, D) of the same request: (n, H, D)."""
+        groups, count, total = query.shape[1] // keys.shape[0], len(query), keys.shape[1]
+        if softcap is None and not piece.start and (window is None or window >= total):
+            found = F.scaled_dot_product_attention(
+                query.transpose(0, 1).unsqueeze(0),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=groups > 1,
+            )
+            return found[0].transpose(0, 1)
+        mask = self._piece_mask(number, piece, window, query.dtype)
+        # Heads that share keys become one long query, so that no key is repeated.
+        rows = (
+            query.reshape(count, -1, groups, query.shape[2])
+            .permute(1, 2, 0, 3)
+            .reshape(1, len(keys), groups * count, -1)
+        )
+        found = attend(
+            rows, keys.unsqueeze(0), values.unsqueeze(0), mask.repeat(groups, 1), scale=scale, softcap=softcap
+        )
+        return found.view(len(keys), groups, count, -1).permute(2, 0, 1, 3).reshape(query.shape)
+
+    def _single_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(view, 1, 1, keys): 0 where the slot's row sees the key, −∞ elsewhere."""
+        if (number, window) not in self._masks:
+            single = self._singles[number]
+            # A slot without a row sees its first key: a row that saw none would be no number.
+            positions = single.slots.new_zeros(single.view).index_copy_(0, single.slots, single.positions)
+            keys = torch.arange(single.keys, device=self._device)
+            hidden = _hidden(positions[:, None], keys, window)
+            self._masks[number, window] = hiding(hidden[:, None, None], dtype)
+        return self._masks[number, window]
+
+    def _piece_mask(self, number: int, piece: _PromptChunk, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(n, S) of a piece."""
+        if (number, window) not in self._masks:
+            keys = torch.arange(piece.start + piece.rows.stop - piece.rows.start, device=self._device)
+            self._masks[number, window] = hiding(_hidden(keys[piece.start :, None], keys, window), dtype)
+        return self._masks[number, window]
+
+
+def _hidden(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys (S,) are hidden from queries at positions (…, 1): those outside (p − window, p]."""
+    hidden = keys > positions
+    return hidden if window is None else hidden | (keys <= positions - window)
+
+
+def _packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: None,
+    *,
+    kv_cache: BatchMetadata,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    out = kv_cache.attend(
+        module.layer_idx, query, key, value, scale=scaling, softcap=softcap, window=sliding_window
+    )
+    return out.unsqueeze(0), None
+
+
+def attend_over_cache(model: Any) -> None:
+    """Make a model of the library's attention interface read and write shelves: give it a twin.
+
+    Afterwards it takes (1, N) packed ids with `position_ids` and `shelves=Pass(…)`, and nothing else.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _packed_attention)
+    model.set_attn_implementation(_ATTENTION)

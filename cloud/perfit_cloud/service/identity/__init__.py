@@ -1,0 +1,1 @@
+"""Who may call: invites, certificates, revocations, and the store that remembers them."""

@@ -1,0 +1,258 @@
+"""X.509 for perfit: two certificate authorities, server certificates, device certificates.
+
+Everything is P-256 with SHA-256: gRPC's handshake refuses Ed25519. One CA signs servers, another
+devices, and every leaf has exactly one extended key usage, so that neither can pose as the other (a
+device certificate with a host name and no key usage was accepted as a server in a trial).
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from perfit_shared.errors import ConfigError, InvalidInput, NotAuthenticated
+
+__all__ = [
+    "CertificateAuthority",
+    "fresh_identity",
+    "generation_of",
+    "identity_of",
+    "private_pem",
+    "read_certificate",
+    "read_csr",
+]
+
+_CA_LIFE = datetime.timedelta(days=3650)
+_CLOCK_SKEW = datetime.timedelta(minutes=5)  # a new certificate is valid for clocks that lag this much
+_CSR_CAP = 8192  # bytes; a P-256 request needs 250
+_IDENTITY_BYTES = 16
+
+
+@dataclass(frozen=True)
+class CertificateAuthority:
+    """A root key and its certificate."""
+
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+    @classmethod
+    def open(cls, path: Path, common_name: str, *, trusts_group: bool = False) -> CertificateAuthority:
+        """Load the authority in `path`, or make one there (key and certificate in one file, 0600).
+
+        `trusts_group`: the file's group may read it. Raises ConfigError when the file is damaged or
+        readable by others; it is never replaced.
+        """
+        if not path.exists():
+            _write_once(path, _new_authority(common_name))
+        if stat.S_IMODE(path.stat().st_mode) & (0o007 if trusts_group else 0o077):
+            raise ConfigError(f"{path} holds a private key and others may read it; run chmod 600 {path}")
+        data = path.read_bytes()
+        try:
+            key = serialization.load_pem_private_key(data, password=None)
+            certificate = x509.load_pem_x509_certificate(data)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise ConfigError(f"{path} is damaged; restore it from a backup") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
+            raise ConfigError(f"{path} is damaged: its key and certificate differ; restore a backup")
+        return cls(key, certificate)
+
+    @property
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(serialization.Encoding.DER)
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(serialization.Encoding.PEM)
+
+    def issue_server(
+        self, key: ec.EllipticCurvePublicKey, names: Iterable[str], life: datetime.timedelta
+    ) -> x509.Certificate:
+        """A certificate for servers that are dialled by any of `names` (host names and IPs)."""
+        alternatives = x509.SubjectAlternativeName([_general_name(name) for name in dict.fromkeys(names)])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "perfit cloud")])
+        builder = self._leaf(subject, key, ExtendedKeyUsageOID.SERVER_AUTH, life)
+        return builder.add_extension(alternatives, critical=False).sign(self.key, hashes.SHA256())
+
+    def issue_device(
+        self, key: ec.EllipticCurvePublicKey, identity: str, life: datetime.timedelta, *, generation: int
+    ) -> x509.Certificate:
+        """A client certificate whose only content is a random identity, and the how many-th of it this is."""
+        subject = x509.Name(
+            [
+                x509.NameAttribute(NameOID.COMMON_NAME, identity),
+                x509.NameAttribute(NameOID.DN_QUALIFIER, str(generation)),
+            ]
+        )
+        builder = self._leaf(subject, key, ExtendedKeyUsageOID.CLIENT_AUTH, life)
+        return builder.sign(self.key, hashes.SHA256())
+
+    def issued(self, certificate: x509.Certificate) -> bool:
+        """Whether this authority signed it (its time and revocation are other questions)."""
+        try:
+            certificate.verify_directly_issued_by(self.certificate)
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+            return False
+        return True
+
+    def _leaf(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        usage: x509.ObjectIdentifier,
+        life: datetime.timedelta,
+    ) -> x509.CertificateBuilder:
+        now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.certificate.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _CLOCK_SKEW)
+            .not_valid_after(now + life)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(digital_signature=True), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False
+            )
+        )
+
+
+def read_csr(data: bytes) -> ec.EllipticCurvePublicKey:
+    """The key of a PKCS#10 request in DER. Subject and extensions are not looked at.
+
+    Raises InvalidInput unless it is a P-256 key and the request is signed by it.
+    """
+    if len(data) > _CSR_CAP:
+        raise InvalidInput("the certificate request is too large")
+    try:
+        request = x509.load_der_x509_csr(data)
+        key = request.public_key()
+        signed = request.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        raise InvalidInput("not a certificate request in DER") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise InvalidInput("a device's key should be P-256")
+    if not signed:
+        raise InvalidInput("the certificate request is not signed by its own key")
+    return key
+
+
+def read_certificate(data: bytes, *, pem: bool = False) -> x509.Certificate:
+    """Raises NotAuthenticated on anything that is no certificate."""
+    try:
+        certificate = x509.load_pem_x509_certificate(data) if pem else x509.load_der_x509_certificate(data)
+        _ = certificate.subject  # read when it is asked for, and not before
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        raise NotAuthenticated("not a certificate; enrol with `perfit enroll`") from error
+    return certificate
+
+
+def identity_of(certificate: x509.Certificate) -> str:
+    """The identity in a device's certificate. Raises NotAuthenticated when it has none."""
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    if len(names) != 1 or not isinstance(names[0].value, str):
+        raise NotAuthenticated("this certificate names no device; enrol with `perfit enroll`")
+    return names[0].value
+
+
+def generation_of(certificate: x509.Certificate) -> int:
+    """The how many-th of its identity it is: 1, 2, …; 0 for those of before there were numbers.
+
+    Raises NotAuthenticated when it is no number.
+    """
+    numbers = certificate.subject.get_attributes_for_oid(NameOID.DN_QUALIFIER)
+    if not numbers:
+        return 0
+    number = numbers[0].value
+    if len(numbers) != 1 or not isinstance(number, str) or not number.isdecimal() or len(number) > 18:
+        raise NotAuthenticated("this certificate's number cannot be read; enrol with `perfit enroll`")
+    return int(number)
+
+
+def fresh_identity() -> str:
+    """A new random identity, 32 hex digits."""
+    return secrets.token_hex(_IDENTITY_BYTES)
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _key_usage(*, digital_signature: bool = False, key_cert_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        key_cert_sign=key_cert_sign,
+        crl_sign=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(name)
+    except ValueError as error:
+        raise ConfigError(f'"{name[:60]}" is no host name; write it in ASCII (xn--…)') from error
+
+
+def _new_authority(common_name: str) -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    # A random part: roots of two clouds have different names, so no chain is built to the wrong one.
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{common_name} {secrets.token_hex(4)}")])
+    now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CA_LIFE)  # made while the clock was ahead, it holds all the same
+        .not_valid_after(now + _CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(key_cert_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    """Create `path` with `data`, whole or not at all; the file of whoever came first stays."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return
+    finally:
+        new.unlink()

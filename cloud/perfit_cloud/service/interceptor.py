@@ -1,0 +1,342 @@
+"""What stands in front of every RPC: who calls, how many, and how an error is told.
+
+gRPC looks at a certificate once, at the handshake, and knows no revocation list; here both its time and
+its identity are checked on every call and before every message of a stream.
+
+Whatever a method's kind, gRPC is told that it streams both ways, and hands on bytes. So the guard runs as
+soon as a call's headers are there, not when its message is (until when it would hold a thread and nobody
+could count or end it); it sees how large a message is before it is read; and a reply counts as under way
+until it is sent. On the wire both are the same.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, cast
+
+import grpc
+from cryptography import x509
+
+from perfit_cloud.engine.errors import error_location
+from perfit_cloud.service.bounds import MessageBounds
+from perfit_cloud.service.deadlines import Deadlines
+from perfit_cloud.service.drain import Drain
+from perfit_cloud.service.identity.authority import Authority
+from perfit_cloud.service.identity.certificates import identity_of, read_certificate
+from perfit_cloud.service.limits import (
+    BYTES_A_TOKEN,
+    MESSAGE_COPIES,
+    Budget,
+    ConcurrencyLimit,
+    Payment,
+    RateLimiter,
+)
+from perfit_cloud.service.telemetry import CallOutcome, Telemetry
+from perfit_shared.errors import Cancelled, InvalidInput, NotAuthenticated, PerfitError, to_status
+
+__all__ = ["Call", "CallInterceptor", "caller", "public_error"]
+
+_log = logging.getLogger(__name__)
+# Answered also when there is no room for calls and when the cloud is stopping: that is what it tells.
+_HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+# Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls;
+# the library has no list.
+_NOT_SERVED = ("/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/List")
+_MESSAGE_SECONDS = 60.0  # for the one message of a call: the largest there may be, at 3 Mbit/s
+_ROOM_SECONDS = 30.0  # that a message may wait for others to be dealt with
+_LATE_SECONDS = 5.0  # after its time a call is cut off; until then it ends by itself, and says why
+
+
+def caller(context: grpc.ServicerContext) -> x509.Certificate:
+    """The certificate that the caller's channel was opened with. Raises NotAuthenticated without one."""
+    pem = context.auth_context().get("x509_pem_cert")
+    if not pem:
+        raise NotAuthenticated("this call needs a device certificate; enrol with `perfit enroll`")
+    return read_certificate(bytes(list(pem)[0]), pem=True)  # noqa: RUF015
+
+
+def network_of(context: grpc.ServicerContext) -> str:
+    """Where a caller without a certificate calls from: an IPv4 address, or the /64 of an IPv6 one."""
+    kind, _, rest = urllib.parse.unquote(context.peer()).partition(":")
+    host = rest.rpartition(":")[0].strip("[]")
+    if kind != "ipv6":
+        return host
+    address = ipaddress.IPv6Address(host)
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+
+
+class Call:
+    """A call that was let in: gRPC's context, whose it is, and what was paid for its messages so far."""
+
+    def __init__(self, context: grpc.ServicerContext, device: str, payment: Payment) -> None:
+        self.device = device  # identity, or network address where there is none
+        self.payment = payment
+        self._context = context
+
+    def seconds_left(self, cap: float) -> float:
+        """Until the call's deadline, at most `cap`."""
+        remaining = self.time_remaining()
+        return cap if remaining is None else min(cap, max(0.0, remaining))
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is gRPC's."""
+        return getattr(self._context, name)
+
+
+class _Method(NamedTuple):
+    """An RPC as its service made it."""
+
+    path: str  # "/perfit.v1.Personalization/Generate"
+    name: str  # "Generate"
+    behaviour: Callable[[Any, grpc.ServicerContext], Any]
+    read: Callable[[bytes], Any]
+    is_streamed_to: bool
+    is_streamed_from: bool
+    is_health: bool
+
+    @property
+    def is_session(self) -> bool:
+        return self.is_streamed_to and self.is_streamed_from
+
+
+class CallInterceptor(grpc.ServerInterceptor):
+    """Wraps every method of a server. Without an authority (enrolment) anybody may call."""
+
+    def __init__(
+        self,
+        *,
+        authority: Authority | None,
+        rate_limiter: RateLimiter,
+        gate: ConcurrencyLimit,
+        bounds: MessageBounds,
+        tokens: Mapping[str, int],
+        room: Budget,
+        refused: Callable[[str], None],
+        drain: Drain,
+        telemetry: Telemetry,
+        ended: Callable[[], None],
+        call_seconds: float,
+        stream_seconds: float,
+    ) -> None:
+        """`ended` is called at the end of every call, `refused` with the reason of every refusal here.
+
+        `room`: bytes that all messages that are worked on may take.
+        `tokens`: the most of a message's texts, by the name of the method; none where tokens are not counted.
+        `call_seconds`, `stream_seconds`: the most time of a call, and of one that streams both ways.
+        """
+        self._authority = authority
+        self._rate_limiter = rate_limiter
+        self._gate = gate
+        self._bounds = bounds
+        self._tokens = tokens
+        self._room = room
+        self._refused = refused
+        self._drain = drain
+        self._telemetry = telemetry
+        self._ended = ended
+        self._call_seconds = call_seconds
+        self._stream_seconds = stream_seconds
+        self._deadlines = Deadlines()
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = continuation(handler_call_details)
+        path = handler_call_details.method
+        if handler is None or path in _NOT_SERVED:
+            return grpc.stream_stream_rpc_method_handler(self._unknown)
+        behaviours: tuple[Any, ...] = (
+            handler.unary_unary,
+            handler.unary_stream,
+            handler.stream_unary,
+            handler.stream_stream,
+        )
+        method = _Method(
+            path=path,
+            name=path.rpartition("/")[2],
+            behaviour=next(behaviour for behaviour in behaviours if behaviour is not None),
+            read=handler.request_deserializer or bytes,
+            is_streamed_to=bool(handler.request_streaming),
+            is_streamed_from=bool(handler.response_streaming),
+            is_health=path == _HEALTH_CHECK,
+        )
+
+        def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._telemetry.call(method.name) as outcome, translated(context, path, outcome):
+                yield from self._responses(method, requests, context)
+
+        return grpc.stream_stream_rpc_method_handler(guarded, None, handler.response_serializer)
+
+    def _unknown(self, _: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """A method that is none. It is counted as a call, and told as gRPC would tell it."""
+        with self._telemetry.call("unknown") as outcome:
+            with translated(context, "unknown", outcome), self._admitted(context, self._certificate(context)):
+                self._refused("method")
+            outcome.status = grpc.StatusCode.UNIMPLEMENTED.name
+        yield from ()
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+    def _certificate(self, context: grpc.ServicerContext) -> x509.Certificate | None:
+        """The caller's; None where anybody may call. Raises NotAuthenticated."""
+        return None if self._authority is None else caller(context)
+
+    @contextmanager
+    def _admitted(self, context: grpc.ServicerContext, certificate: x509.Certificate | None) -> Iterator[str]:
+        """The identity that calls, or its network: whoever it is pays for the call, also for a refusal.
+
+        A refusal is not paid of the identity's own share: whoever has a key of it that is retired would
+        use that up.
+        """
+        who = network_of(context) if certificate is None else identity_of(certificate)
+        try:
+            if certificate is not None and self._authority is not None:
+                self._authority.check(certificate)
+        except PerfitError as error:
+            self._rate_limiter.spend(f"{who} refused", "requests")
+            self._refused(error.code)
+            raise
+        with self._rate_limiter.hold(who, "calls"):
+            self._rate_limiter.spend(who, "requests")
+            yield who
+
+    def _recheck(self, certificate: x509.Certificate | None) -> None:
+        """Raises what the authority says of a caller who may not go on; counts it."""
+        if certificate is None or self._authority is None:
+            return
+        try:
+            self._authority.recheck(certificate)
+        except PerfitError as error:
+            self._refused(error.code)
+            raise
+
+    def _responses(
+        self, method: _Method, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        certificate = self._certificate(context)
+        with ExitStack() as held:
+            held.callback(self._ended)
+            who = held.enter_context(self._admitted(context, certificate))
+            if not method.is_health:
+                held.enter_context(self._drain.call())
+                held.enter_context(self._gate.place())
+            payment = Payment(self._rate_limiter, who, self._tokens.get(method.name, 0))
+
+            @contextmanager
+            def arrive(data: bytes) -> Iterator[None]:
+                self._recheck(certificate)
+                taken = 0 if method.is_health else MESSAGE_COPIES * len(data)
+                with self._rate_limiter.hold(who, "bytes", len(data)), self._room.hold(taken, _ROOM_SECONDS):
+                    yield
+
+            def read(data: bytes) -> Any:
+                try:
+                    payment.walked(self._bounds.check(method.path, data, payment.charge))
+                    return _parsed(method.read, data)
+                except InvalidInput:
+                    self._refused("message")
+                    if self._tokens:
+                        self._rate_limiter.fine(who, "tokens", len(data) // BYTES_A_TOKEN)
+                    raise
+
+            if self._tokens:
+                self._rate_limiter.spend(who, "tokens", 0)  # who owes sends nothing more
+            messages = _Messages(requests, read, arrive)
+            held.callback(messages.close)
+            request: Any = messages
+            if not method.is_streamed_to:
+                with self._deadlines.after(_MESSAGE_SECONDS, context.cancel):
+                    request = messages.only()
+            seconds = self._stream_seconds if method.is_session else self._call_seconds
+            # A caller who does not read holds the call in gRPC's send.
+            held.enter_context(self._deadlines.after(seconds + _LATE_SECONDS, context.cancel))
+            responses = method.behaviour(request, cast("grpc.ServicerContext", Call(context, who, payment)))
+            for response in responses if method.is_streamed_from else (responses,):
+                self._recheck(certificate)
+                yield response
+
+
+class _Messages(Iterator[Any]):
+    """What a caller sends, as messages; each counts as in flight until the next is wanted."""
+
+    def __init__(
+        self,
+        requests: Iterator[bytes],
+        read: Callable[[bytes], Any],
+        arrive: Callable[[bytes], AbstractContextManager[None]],
+    ) -> None:
+        """`arrive` is entered when a message has come, and left when it was dealt with."""
+        self._requests, self._read, self._arrive = requests, read, arrive
+        self._lock = threading.Lock()  # it is read in another thread than the one that closes it
+        self._held = ExitStack()
+        self._is_closed = False
+
+    def __next__(self) -> Any:
+        """Raises Cancelled, and what `arrive` and `read` raise."""
+        with self._lock:
+            self._held.close()
+        try:
+            data = next(self._requests)
+        except grpc.RpcError as error:  # gRPC's word for it, with no code
+            error.with_traceback(None)  # gRPC keeps the error, and that all frames it came through
+            raise Cancelled("the caller left") from None
+        arrived = ExitStack()
+        arrived.enter_context(self._arrive(data))  # not under the lock: it may wait for room
+        with self._lock:
+            if self._is_closed:
+                arrived.close()
+                raise Cancelled("the caller left")
+            self._held = arrived
+        return self._read(data)
+
+    def only(self) -> Any:
+        """The first. Raises InvalidInput when there is none."""
+        for message in self:
+            return message
+        raise InvalidInput("the call holds no message")
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            self._held.close()
+
+
+def _parsed(read: Callable[[bytes], Any], data: bytes) -> Any:
+    """Raises InvalidInput on bytes that are no message."""
+    try:
+        return read(data)
+    except Exception:
+        raise InvalidInput("the cloud cannot read this message; update perfit") from None
+
+
+@contextmanager
+def translated(context: grpc.ServicerContext, method: str, outcome: CallOutcome) -> Iterator[None]:
+    """Tell any error in the one way there is: status, public message, code word, retry delay."""
+    try:
+        yield
+        outcome.status = "OK"
+    except Exception as error:
+        status, code, message, retry_ms = public_error(error, method)
+        outcome.status = status
+        metadata = [("perfit-code", code)]
+        if retry_ms:
+            metadata.append(("perfit-retry-ms", str(retry_ms)))
+        context.set_trailing_metadata(tuple(metadata))
+        context.abort(grpc.StatusCode[status], message)
+
+
+def public_error(error: Exception, method: str) -> tuple[str, str, str, int]:
+    """What a caller is told of an error (`to_status`); the log gets what no caller should see."""
+    status = to_status(error)
+    if status[0] == "INTERNAL":
+        # Made of a type and a place where it was raised anew; a message of any other may quote a prompt.
+        where = str(error) if type(error) is PerfitError else error_location(error)
+        _log.error("%s failed: %s", method, where)
+    return status

@@ -1,0 +1,109 @@
+"""The state folder: whose it is, where its server is reached, and that it is the one.
+
+It knows no model, so that `perfit-cloud invite`, and a second `serve`, say at once what they have to say.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from perfit_shared.errors import ConfigError
+from perfit_shared.ownership import check_ownership
+
+__all__ = ["Addresses", "check_state", "only_server"]
+
+_ADDRESSES = "addresses.json"
+_LOCK = "serve.lock"
+_DATABASE = "authority.db"
+_FILES = (
+    "server_ca.pem",
+    "device_ca.pem",
+    _DATABASE,
+    f"{_DATABASE}-journal",
+    f"{_DATABASE}-wal",
+    f"{_DATABASE}-shm",
+    _ADDRESSES,
+    _LOCK,
+)
+
+
+def check_state(state: Path, *, trusts_group: bool) -> None:
+    """Raises ConfigError when others could change or swap the folder, or a file of ours in it.
+
+    Whoever could would issue certificates, or put an authority of theirs in its place.
+    """
+    try:
+        _check(state, trusts_group=trusts_group)
+    except ConfigError as error:
+        if not trusts_group and _is_fine_for_group(state):
+            raise ConfigError(
+                f"{error}; or set state_writers=group, if only cloud processes are in it"
+            ) from None
+        raise
+
+
+def _check(state: Path, *, trusts_group: bool) -> None:
+    check_ownership(state, trusts_group=trusts_group)
+    for name in _FILES:
+        check_ownership(state / name, trusts_group=trusts_group)
+
+
+def _is_fine_for_group(state: Path) -> bool:
+    try:
+        _check(state, trusts_group=True)
+    except ConfigError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """host:port that devices dial."""
+
+    address: str  # mutual TLS
+    enrol_address: str  # enrolment
+
+    def save(self, state: Path) -> None:
+        new = state / f"{_ADDRESSES}.new"
+        with _made(new) as file:
+            file.write(json.dumps(asdict(self)).encode())
+        new.replace(state / _ADDRESSES)
+
+    @classmethod
+    def load(cls, state: Path) -> Addresses:
+        """Where the server of this state folder was last reached. Raises ConfigError if none ran."""
+        try:
+            return cls(**json.loads((state / _ADDRESSES).read_text("utf-8")))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"no server has run with the state folder {state}; start `perfit-cloud serve` first, or "
+                "name its folder with --state"
+            ) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{state / _ADDRESSES} is damaged; start `perfit-cloud serve` again") from error
+
+
+def _made(path: Path) -> BinaryIO:
+    """Opened for writing; 0600 where it is new, whatever the umask."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+
+
+@contextmanager
+def only_server(state: Path) -> Iterator[None]:
+    """Hold the state folder as its only server; the lock ends with the process, however that ends.
+
+    Raises ConfigError when another server holds it.
+    """
+    with _made(state / _LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another perfit-cloud serves from {state}; stop it, or give --state") from None
+        yield

@@ -1,0 +1,1 @@
+"""The two calls that hold state for the length of one stream: Ask and Adapt."""

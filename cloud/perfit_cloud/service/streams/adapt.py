@@ -1,0 +1,176 @@
+"""Adapt: one update over one stream, its examples sent once."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest
+from perfit_cloud.engine.interface import Gradient
+from perfit_cloud.service.catalog import Catalog
+from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
+from perfit_cloud.service.drain import Drain, stopping
+from perfit_cloud.service.interceptor import Call
+from perfit_cloud.service.limits import UPDATE_TOKEN_BYTES, Budget, ConcurrencyLimit, RateLimiter
+from perfit_cloud.service.telemetry import Telemetry
+from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
+from perfit_shared.wire import personalization_pb2 as pb
+
+__all__ = ["Adapting"]
+
+_ROOM_SECONDS = 10.0  # that an update may wait for others to be read
+_IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is given up
+
+
+class Adapting:
+    def __init__(
+        self,
+        served: Catalog,
+        reader: PromptReader,
+        *,
+        queue: GradientScheduler,
+        streams: ConcurrencyLimit,
+        room: Budget,
+        rate_limiter: RateLimiter,
+        drain: Drain,
+        telemetry: Telemetry,
+        stream_seconds: float,
+    ) -> None:
+        self._served = served
+        self._reader = reader
+        self._queue = queue
+        self._streams = streams
+        self._room = room  # bytes of the tokens of all updates
+        self._rate_limiter = rate_limiter
+        self._drain = drain
+        self._telemetry = telemetry
+        self._stream_seconds = stream_seconds
+
+    def steps(self, requests: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
+        """Answers to the steps, one after the other, until the caller wants no more.
+
+        Raises InvalidInput and its kin on what a message should not hold, NotFound, ShiftMismatch,
+        Busy, TooSlow when nothing comes for long or the stream's time is over, and Unavailable between two
+        messages when the cloud stops.
+        """
+        with (
+            self._rate_limiter.hold(call.device, "adaptations"),
+            self._streams.place(),
+            # Until its tokens are known it has room for as many as there may be.
+            self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
+            _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,
+            self._drain.listening(stream.stop),
+        ):
+            opening = stream.next("open").open
+            artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
+            pairs = self._reader.update(stream.examples())
+            tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
+            call.payment.take().settle(tokens)
+            self._telemetry.tokens("example", tokens)
+            shrink(UPDATE_TOKEN_BYTES * tokens)
+            with self._queue.open(pairs, artefact, left=stream.left, owner=call.device) as session:
+                del pairs
+                while (step := stream.step()) is not None:
+                    rows, personal = decode_step(step, artefact.spec, session.examples)
+                    found = stream.wait(
+                        self._queue.submit(GradientRequest(session, rows, personal), loss_only=step.loss_only)
+                    )
+                    yield encode_step(found, step.personal, loss_only=step.loss_only)
+
+
+class _Stream:
+    """The messages of one call, in the order that there is, and an end to every wait."""
+
+    def __init__(self, requests: Iterator[pb.AdaptRequest], call: Call, seconds: float) -> None:
+        self.left = threading.Event()  # set when nobody waits for answers any more
+        self._requests = requests
+        self._ends = time.monotonic() + seconds
+        self._future: Future[Gradient] | None = None
+        self._ahead: pb.AdaptRequest | None = None  # the first step, which ended the examples
+        # One message at a time, when it is wanted: gRPC has no reading within a time.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="perfit-adapt")
+        # What comes next: the message that was wanted, or an error that ends the stream.
+        self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()
+        # Called when the RPC ends, however it does: the caller left, or its deadline passed.
+        if not call.add_callback(self._leave):
+            raise Cancelled("the caller left")
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+        self._reader.shutdown(wait=False)
+
+    def _leave(self) -> None:
+        self.left.set()
+        if self._future is not None:
+            self._future.cancel()
+
+    def stop(self) -> None:
+        """End the stream where the next message would be read; from any thread."""
+        self._events.put(stopping())
+
+    def next(self, *kinds: str | None) -> pb.AdaptRequest:
+        """The next message, which should be of one of these kinds; of kind None when there is no more."""
+        seconds = min(_IDLE_SECONDS, self._ends - time.monotonic())
+        self._reader.submit(self._read)
+        try:
+            message = self._events.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            if seconds < _IDLE_SECONDS:
+                raise self._over() from None
+            raise TooSlow("no message came for long; open another stream with the next step") from None
+        if isinstance(message, Exception):
+            raise message
+        if message.WhichOneof("body") not in kinds:
+            raise InvalidInput("a stream should hold one open, then examples, then steps")
+        return message
+
+    def _read(self) -> None:
+        try:
+            self._events.put(next(self._requests, pb.AdaptRequest()))
+        except Exception as error:
+            self._events.put(error)
+
+    def examples(self) -> Iterator[pb.Example]:
+        """Those of all messages up to the first step, one at least."""
+        message = self.next("examples")
+        while message.HasField("examples"):
+            if not message.examples.examples:
+                raise InvalidInput("a message of examples should hold some")
+            yield from message.examples.examples
+            message = self.next("examples", "step")
+        self._ahead = message
+
+    def step(self) -> pb.AdaptStep | None:
+        """The next one, None when there is no more."""
+        message, self._ahead = self._ahead or self.next("step", None), None
+        return message.step if message.HasField("step") else None
+
+    def wait(self, future: Future[Gradient]) -> Gradient:
+        """What the step found, unless the stream ends first.
+
+        No caller should keep the future: its error's frames, and what they hold, would keep each other.
+        """
+        self._future = future
+        try:
+            if self.left.is_set():  # before the future was there to be cancelled
+                future.cancel()
+            return future.result(max(0.0, self._ends - time.monotonic()))
+        except TimeoutError:
+            future.cancel()
+            raise self._over() from None
+        except CancelledError:
+            raise Cancelled("the caller left") from None
+        finally:
+            self._future = None
+            del future
+
+    @staticmethod
+    def _over() -> TooSlow:
+        return TooSlow("the stream is over its time; open another")

@@ -1,0 +1,1 @@
+"""The cloud as the device sees it: channels, identity, and calls that are retried."""

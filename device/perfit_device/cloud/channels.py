@@ -1,0 +1,140 @@
+"""gRPC channels to a cloud, and its errors as ours. Never fork after a channel exists.
+
+gRPC itself calls again only what a cloud never saw. A retry policy of its own would not read when the
+cloud wants to be called again, which is for `Patience` to do.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+
+from perfit_device.cloud.identity import Enrolment, pem
+from perfit_shared.errors import BrokenOff, NotAuthenticated, PerfitError, Unavailable, from_code
+
+__all__ = ["MESSAGE_BYTES", "address_of", "enrolment_channel", "mutual_channel", "readable", "translate"]
+
+MESSAGE_BYTES = 32 * 1024 * 1024  # largest message in either direction
+_MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
+_PROBE_SECONDS = 3.0
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+_NOT_THE_TIME = (9, 10)
+# Addresses are shown on terminals, and a cloud says its own: nothing that could steer one.
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f.:]+)\]|([A-Za-z0-9.\-_]+)):([0-9]{1,5})")
+
+
+def address_of(address: str) -> tuple[str, int]:
+    """(host, port). Raises NotAuthenticated on an address that cannot be dialled."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise NotAuthenticated("the cloud's address should read host:port; enrol again with a new invite")
+    return match[1] or match[2], int(match[3])
+
+
+def enrolment_channel(address: str, server_ca: bytes) -> grpc.Channel:
+    """Server TLS with `server_ca` (DER) as the only root."""
+    return _channel(address, grpc.ssl_channel_credentials(root_certificates=pem(server_ca)))
+
+
+def mutual_channel(enrolment: Enrolment) -> grpc.Channel:
+    """Mutual TLS with the device's certificate."""
+    return _channel(
+        enrolment.address,
+        grpc.ssl_channel_credentials(
+            root_certificates=pem(enrolment.server_ca),
+            private_key=enrolment.identity.to_pem(),
+            certificate_chain=pem(enrolment.certificate),
+        ),
+    )
+
+
+def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:
+    host, _ = address_of(address)
+    options: list[tuple[str, int | str]] = [
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        # A cloud that restarts should be found again within seconds, not gRPC's two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 250),
+        ("grpc.max_reconnect_backoff_ms", 3000),
+        # A network that goes away under a call that waits is noticed, however long the call may wait.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),  # or it would look twice and no more
+    ]
+    if host in ("localhost", "127.0.0.1", "::1"):
+        options.append(("grpc.enable_http_proxy", 0))
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def translate(error: grpc.RpcError, address: str, server_ca: bytes) -> PerfitError:
+    """One RPC's failure as an exception of the shared tree."""
+    call = error if isinstance(error, grpc.Call) else None
+    status = call.code() if call else grpc.StatusCode.UNKNOWN
+    trailing: dict[str, str] = {}
+    metadata: Any = call.trailing_metadata() if call else None
+    for key, value in metadata or ():
+        trailing[str(key)] = str(value)
+    code, delay = trailing.get("perfit-code"), trailing.get("perfit-retry-ms", "0")
+    if code is not None:
+        message = readable(str(call.details() if call else ""))
+        return from_code(
+            status.name,
+            code,
+            message,
+            int(delay) if delay.isdecimal() and len(delay) < 9 else 0,
+        )
+    # gRPC made this status itself, so its text is for programmers.
+    return _transport_error(status, address, server_ca)
+
+
+def _transport_error(status: grpc.StatusCode, address: str, server_ca: bytes) -> PerfitError:
+    messages = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: f"the cloud at {address} took too long; try again later",
+        grpc.StatusCode.RESOURCE_EXHAUSTED: (
+            f"the cloud at {address} is too busy, or the message is larger than it takes; try again"
+        ),
+        grpc.StatusCode.CANCELLED: "the call was cancelled",
+        grpc.StatusCode.UNIMPLEMENTED: f"the cloud at {address} is of another version; update perfit",
+        grpc.StatusCode.UNAUTHENTICATED: f"the cloud at {address} does not know this device; enrol again",
+        grpc.StatusCode.INTERNAL: f"the cloud at {address} failed; try again, or tell its operator",
+    }
+    if status is grpc.StatusCode.UNAVAILABLE:
+        return _why_unreachable(address, server_ca)
+    message = messages.get(status, f"the cloud at {address} failed ({status.name}); tell its operator")
+    return from_code(status.name, None, message)
+
+
+def _why_unreachable(address: str, server_ca: bytes) -> PerfitError:
+    """gRPC tells "nobody there" and "not to be trusted" apart in free text alone, so look again."""
+    context = ssl.create_default_context(cadata=pem(server_ca).decode())
+    host, port = address_of(address)
+    gone = Unavailable(f"cannot reach the cloud at {address}; is it running, and is the network up?")
+    try:
+        with socket.create_connection((host, port), timeout=_PROBE_SECONDS) as plain:
+            context.wrap_socket(plain, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in _NOT_THE_TIME:
+            return NotAuthenticated(
+                f"by this device's clock, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, the certificate of the "
+                f"server at {address} is not valid; set the clock, or tell the cloud's operator"
+            )
+        return NotAuthenticated(
+            f"the server at {address} is not the cloud that this device trusts: its certificate comes "
+            "from someone else; check the address, or ask the operator for a new invite"
+        )
+    except OSError:  # covers timeouts and ssl.SSLError
+        return gone
+    return BrokenOff(f"the cloud at {address} broke off the call; try again, and if it stays so, enrol again")
+
+
+def readable(text: str) -> str:
+    """A cloud's message, harmless on a terminal."""
+    return (
+        "".join(c if c.isprintable() else " " for c in text)[:_MESSAGE_CHARACTERS].strip()
+        or "the cloud gave no reason"
+    )

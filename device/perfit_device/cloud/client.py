@@ -1,0 +1,295 @@
+"""The cloud as plain methods: values in and out, every failure an exception of the shared tree."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from itertools import chain, islice
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+
+from perfit_device.cloud import enrolment as enrolments
+from perfit_device.cloud.channels import mutual_channel, translate
+from perfit_device.cloud.codec import (
+    ANSWER_DTYPE,
+    LOSS_DTYPE,
+    Artefact,
+    Chunk,
+    CloudInfo,
+    Prompt,
+    Sampling,
+    Score,
+    ShiftUse,
+    cloud_info_from_wire,
+    piece_from_wire,
+    prompt_to_wire,
+    sampling_to_wire,
+    scores_from_wire,
+    shift_to_wire,
+)
+from perfit_device.cloud.identity import Enrolment, identity_in, life_left
+from perfit_device.cloud.retry import TRANSIENT
+from perfit_shared.errors import (
+    BrokenOff,
+    CertificateExpired,
+    CertificateSuperseded,
+    CertificateValid,
+    InvalidTensors,
+    PerfitError,
+    ShiftMismatch,
+)
+from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes
+from perfit_shared.wire import personalization_pb2 as pb
+from perfit_shared.wire import personalization_pb2_grpc as services
+
+__all__ = ["ANSWER_CHARACTERS", "Cloud", "Stream", "tensors_from_wire"]
+
+_T = TypeVar("_T")
+# Deadlines in seconds. The long ones leave room for a queue in front of a busy CPU cloud.
+_DEADLINES = {"Describe": 20.0, "FetchSeed": 60.0, "Score": 300.0, "ComputeGradient": 300.0}
+_GENERATE_SECONDS = 600.0
+ANSWER_CHARACTERS = 1 << 20  # no honest answer is longer
+_LAPSING = 0.001  # share of life left below which a certificate counts as lapsed
+
+
+class Cloud:
+    """One cloud, over mutual TLS. Use `with`; safe for several threads at once.
+
+    `on_renewed` is told of a new certificate before it is used, so that it is kept: its first use retires
+    the old one. When it raises, the old one stays. `read_anew` is asked, when the cloud says that this one
+    is retired, whether another process of the device has renewed it. `bytes_up` and `bytes_down` count the
+    messages sent and received, without TLS and HTTP/2.
+    """
+
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        on_renewed: Callable[[Enrolment], None] | None = None,
+        read_anew: Callable[[], Enrolment | None] | None = None,
+    ) -> None:
+        self.enrolment = enrolment
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._on_renewed = on_renewed
+        self._read_anew = read_anew
+        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        """A channel for a certificate that holds, renewed first where that is due."""
+        if life_left(self.enrolment.certificate) <= _LAPSING:
+            with suppress(CertificateValid):  # by the cloud's clock
+                self.enrolment = self._renewed_lapsed()
+        self._connect()
+        if enrolments.wants_renewal(self.enrolment):
+            try:
+                self._keep(enrolments.renew(self._channel, self.enrolment))
+            except PerfitError:
+                return  # the old one still holds; the call that follows says what is wrong
+            self._channel.close()
+            self._connect()
+
+    def _connect(self) -> None:
+        self._channel = mutual_channel(self.enrolment)
+        self._stub: Any = services.PersonalizationStub(self._channel)
+
+    def _keep(self, enrolment: Enrolment) -> None:
+        if self._on_renewed is not None:
+            self._on_renewed(enrolment)  # before it can be used
+        self.enrolment = enrolment
+
+    def close(self) -> None:
+        """Ends every call in flight."""
+        self._channel.close()
+
+    def __enter__(self) -> Cloud:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        return self.enrolment.address
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def describe(self) -> CloudInfo:
+        return cloud_info_from_wire(self._call("Describe", pb.DescribeRequest()))
+
+    def fetch_seed(self, artefact: Artefact) -> ShiftTensors:
+        """Raises ShiftMismatch when the cloud has replaced the artefact since it was described."""
+        response = self._call("FetchSeed", pb.FetchSeedRequest(artefact=artefact.name))
+        if response.version != artefact.version:
+            raise ShiftMismatch(f"the cloud replaced {artefact.name} just now; try again")
+        return tensors_from_wire(ShiftTensors.from_bytes, response.seed, artefact, "a seed")
+
+    def generate(self, prompt: Prompt, use: ShiftUse, sampling: Sampling) -> Iterator[Chunk]:
+        """Pieces of an answer as they come. Closing the iterator cancels the call."""
+        request = pb.GenerateRequest(
+            prompt=prompt_to_wire(prompt),
+            shift=shift_to_wire(use, ANSWER_DTYPE),
+            sampling=sampling_to_wire(sampling),
+        )
+
+        def begin() -> tuple[Stream, list[Any]]:
+            self._count(up=request.ByteSize())
+            responses = self._received(self._stub.Generate(request, timeout=_GENERATE_SECONDS))
+            try:
+                return responses, list(islice(responses, 1))
+            except BaseException:
+                responses.close()
+                raise
+
+        responses, first = self.renewing(begin)
+        length = 0
+        with closing(responses):
+            for response in chain(first, responses):
+                length += max(1, len(response.text))  # pieces without text have an end, too
+                if length > ANSWER_CHARACTERS:
+                    raise PerfitError("the cloud sends without end; the answer was cut off")
+                yield piece_from_wire(response)
+
+    def score(self, candidates: Sequence[tuple[Prompt, str]], use: ShiftUse) -> list[Score]:
+        """Log-likelihoods of (prompt, answer) pairs, in their order."""
+        request = pb.ScoreRequest(shift=shift_to_wire(use, LOSS_DTYPE))
+        for prompt, answer in candidates:
+            request.candidates.add(prompt=prompt_to_wire(prompt), answer=answer)
+        return scores_from_wire(self._call("Score", request), len(candidates))
+
+    def compute_gradient(
+        self, examples: Sequence[tuple[Prompt, str]], artefact: Artefact, tensors: ShiftTensors
+    ) -> tuple[float, int, ShiftTensors]:
+        """(loss in nats a token, target tokens, d loss / d tensors) of one batch."""
+        shift = shift_to_wire(ShiftUse(artefact, tensors), LOSS_DTYPE)
+        request = pb.ComputeGradientRequest(shift=shift)
+        for prompt, target in examples:
+            request.examples.add(prompt=prompt_to_wire(prompt), target=target)
+        response = self._call("ComputeGradient", request)
+        gradient = tensors_from_wire(gradient_from_bytes, response.gradient, artefact, "a gradient")
+        return response.loss, response.tokens, gradient
+
+    def stream(self, method: str, requests: Iterator[Any], seconds: float) -> Stream:
+        """A call that streams both ways, for at most `seconds`; gRPC reads `requests` in its own thread."""
+
+        def counted() -> Iterator[Any]:
+            for request in requests:
+                self._count(up=request.ByteSize())
+                yield request
+
+        return self._received(getattr(self._stub, method)(counted(), timeout=seconds))
+
+    def renewing(self, call: Callable[[], _T]) -> _T:
+        """The call's value; called once more, with a new certificate, when the old one ran out meanwhile.
+
+        Or when another process of this device renewed it. Raises CertificateSuperseded when somebody else
+        did. A cloud says so on a channel that is open, and opens none for a certificate that is over: then
+        all that comes is `BrokenOff`, for which a cloud that is stopping is a reason too.
+        """
+        used = self.enrolment
+        try:
+            return call()
+        except CertificateSuperseded:
+            self._replace(used, self._kept_anew)
+        except CertificateExpired:
+            self._replace(used, self._renewed_lapsed)
+        except BrokenOff as broken:
+            try:
+                self._replace(used, self._renewed_lapsed)
+            except (*TRANSIENT, CertificateValid):
+                raise broken from None
+        return call()
+
+    def _replace(self, used: Enrolment, other: Callable[[], Enrolment]) -> None:
+        """Another certificate than that one, and a channel with it."""
+        with self._lock:
+            if self.enrolment is used:
+                self.enrolment = other()
+                self._channel.close()
+                self._connect()
+
+    def _renewed_lapsed(self) -> Enrolment:
+        try:
+            self._keep(enrolments.renew_lapsed(self.enrolment))
+        except CertificateSuperseded:
+            return self._kept_anew()
+        return self.enrolment
+
+    def _kept_anew(self) -> Enrolment:
+        """What another process of this device has kept. Raises CertificateSuperseded when none did."""
+        kept = self._read_anew() if self._read_anew is not None else None
+        if kept is None or kept.certificate == self.enrolment.certificate:
+            raise CertificateSuperseded(
+                "this identity was renewed elsewhere: the cloud knows a newer certificate than this device. "
+                "Unless its vault is an old copy, somebody has its key: let the operator revoke "
+                f"{identity_in(self.enrolment.certificate)[:32]}, and enrol anew with --replace"
+            )
+        return kept
+
+    # -- plumbing ------------------------------------------------------------------------------
+
+    def _call(self, method: str, request: Any) -> Any:
+        return self.renewing(lambda: self._call_once(method, request))
+
+    def _call_once(self, method: str, request: Any) -> Any:
+        self._count(up=request.ByteSize())
+        try:
+            response = getattr(self._stub, method)(request, timeout=_DEADLINES[method])
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        self._count(down=response.ByteSize())
+        return response
+
+    def _received(self, call: Any) -> Stream:
+        return Stream(call, lambda size: self._count(down=size), self._translated)
+
+    def _translated(self, error: grpc.RpcError) -> PerfitError:
+        return translate(error, self.enrolment.address, self.enrolment.server_ca)
+
+    def _count(self, *, up: int = 0, down: int = 0) -> None:
+        with self._lock:
+            self.bytes_up += up
+            self.bytes_down += down
+
+
+class Stream:
+    """The responses of a call that streams them, as they come."""
+
+    def __init__(
+        self, call: Any, count: Callable[[int], None], translated: Callable[[grpc.RpcError], PerfitError]
+    ) -> None:
+        self._call = call
+        self._count = count
+        self._translated = translated
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            response = next(self._call)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        self._count(response.ByteSize())
+        return response
+
+    def close(self) -> None:
+        """Cancel the call. From any thread, also while another waits for a response."""
+        self._call.cancel()
+
+
+def tensors_from_wire(
+    decode: Callable[[bytes, ShiftSpec, int], ShiftTensors], data: bytes, artefact: Artefact, what: str
+) -> ShiftTensors:
+    """Decoded and checked. Raises PerfitError: what is wrong here is the cloud's doing, not the user's."""
+    try:
+        return decode(data, artefact.spec, artefact.spec.personal_rank)
+    except InvalidTensors as error:
+        raise PerfitError(
+            f"the cloud sent {what} that cannot be used ({error}); tell its operator"
+        ) from error

@@ -1,0 +1,267 @@
+"""Between the device's values and protobuf. Protobuf types stop here and in `cloud.py`.
+
+What comes from a cloud is checked: a hostile one may answer anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from perfit_device.cloud.channels import readable
+from perfit_shared.errors import InvalidInput, PerfitError, from_code
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.tasks import Task
+from perfit_shared.wire import personalization_pb2 as pb
+
+__all__ = [
+    "ANSWER_DTYPE",
+    "LOSS_DTYPE",
+    "Artefact",
+    "Chunk",
+    "CloudInfo",
+    "Limits",
+    "Message",
+    "Sampling",
+    "Score",
+    "ShiftUse",
+    "adapt_examples_to_wire",
+    "adapt_open_to_wire",
+    "adapt_step_to_wire",
+    "cloud_info_from_wire",
+    "opening_to_wire",
+    "part_from_wire",
+    "piece_from_wire",
+    "prompt_to_wire",
+    "question_to_wire",
+    "sampling_to_wire",
+    "scores_from_wire",
+    "shift_to_wire",
+]
+
+# Forms of personal tensors (perfit_shared.shifts; docs/wire.md has what rounding costs). A loss decides
+# about a shift, and a gradient is added up over steps: both want more than an answer does.
+ANSWER_DTYPE = "int8"
+LOSS_DTYPE = "float16"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a cloud says of one artefact."""
+
+    name: str
+    version: str
+    spec: ShiftSpec
+    task: Task
+    learning_rate: float  # peak
+    epochs: int
+    batch_size: int  # examples a step
+
+
+@dataclass(frozen=True)
+class Limits:
+    prompt_tokens: int
+    new_tokens: int
+    examples: int  # a ComputeGradient, or candidates a Score
+    message_bytes: int
+    questions: int  # of one Ask at a time; 0: a cloud without Ask
+    adapt_examples: int  # of one update; 0: a cloud without Adapt
+    call_tokens: int = 0  # of one ComputeGradient or Score together; 0: the cloud does not say
+
+
+@dataclass(frozen=True)
+class CloudInfo:
+    """What a cloud serves."""
+
+    base_model: str
+    fingerprint: str  # sha-256, hex
+    cloud_id: str  # hex
+    artefacts: tuple[Artefact, ...]
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class ShiftUse:
+    """Which shift a request goes through. `artefact` is None for the untouched base model,
+    `personal` None for the collective shift alone."""
+
+    artefact: Artefact | None = None
+    personal: ShiftTensors | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Raises InvalidInput on what no cloud takes."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # 1: all tokens
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidInput("an answer needs at least 1 token; try --max-tokens 48")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
+            raise InvalidInput("a temperature should be from 0 (greedy) to 100")
+        if not 0 <= self.top_k < 2**32 or not 0 <= self.top_p <= 1 or not 0 <= self.seed < 2**64:
+            raise InvalidInput("top-k and seed should not be negative, and top-p should be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of an answer; `finish` ("end" or "length") and the counts on the last one."""
+
+    text: str
+    finish: str = ""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    log_likelihood: float  # nats, summed over answer and end of sequence
+    tokens: int
+
+
+def prompt_to_wire(prompt: Prompt) -> pb.Prompt:
+    if isinstance(prompt, str):
+        return pb.Prompt(text=prompt)
+    messages = [pb.ChatMessage(role=m.role, content=m.content) for m in prompt]
+    return pb.Prompt(chat=pb.Chat(messages=messages))
+
+
+def shift_to_wire(use: ShiftUse, dtype: str) -> pb.Shift:
+    """Personal tensors in the form `dtype` of perfit_shared.shifts."""
+    if use.artefact is None:
+        return pb.Shift(mode=pb.SHIFT_MODE_BASE)
+    shift = pb.Shift(mode=pb.SHIFT_MODE_COLLECTIVE, artefact=use.artefact.name, version=use.artefact.version)
+    if use.personal is not None:
+        shift.mode = pb.SHIFT_MODE_PERSONAL
+        shift.personal = use.personal.to_bytes(dtype=dtype)
+    return shift
+
+
+def sampling_to_wire(sampling: Sampling) -> pb.Sampling:
+    return pb.Sampling(
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=sampling.stop,
+    )
+
+
+def piece_from_wire(response: pb.GenerateResponse) -> Chunk:
+    finish = {pb.FINISH_REASON_END: "end", pb.FINISH_REASON_LENGTH: "length"}.get(response.finish, "")
+    return Chunk(response.text, finish, response.prompt_tokens, response.answer_tokens)
+
+
+def scores_from_wire(response: pb.ScoreResponse, count: int) -> list[Score]:
+    """Raises PerfitError unless there are `count` finite scores."""
+    scores = [Score(s.log_likelihood, s.tokens) for s in response.scores]
+    if len(scores) != count or not all(math.isfinite(s.log_likelihood) and s.tokens > 0 for s in scores):
+        raise PerfitError("the cloud answered with scores that cannot be; tell its operator")
+    return scores
+
+
+def opening_to_wire(use: ShiftUse) -> pb.AskRequest:
+    """The first message of an Ask stream."""
+    return pb.AskRequest(shift=shift_to_wire(use, ANSWER_DTYPE))
+
+
+def question_to_wire(number: int, prompt: Prompt, sampling: Sampling) -> pb.AskRequest:
+    question = pb.Question(number=number, prompt=prompt_to_wire(prompt), sampling=sampling_to_wire(sampling))
+    return pb.AskRequest(question=question)
+
+
+def part_from_wire(response: pb.AskResponse) -> tuple[int, Chunk | PerfitError]:
+    """A question's number, and part of its answer or why there is none."""
+    if response.WhichOneof("body") == "part":
+        return response.number, piece_from_wire(response.part)
+    failure = response.failure
+    return response.number, from_code("", failure.code, readable(failure.message), failure.retry_ms)
+
+
+def adapt_open_to_wire(artefact: Artefact) -> pb.AdaptRequest:
+    """The first message of an Adapt stream."""
+    return pb.AdaptRequest(open=pb.AdaptOpen(artefact=artefact.name, version=artefact.version))
+
+
+def adapt_examples_to_wire(
+    pairs: Iterable[tuple[Prompt, str]], message_bytes: int
+) -> Iterator[pb.AdaptRequest]:
+    """The messages that hold these examples, of about `message_bytes` each, made as they are sent."""
+    message, size = pb.AdaptRequest(), 0
+    for prompt, target in pairs:
+        example = pb.Example(prompt=prompt_to_wire(prompt), target=target)
+        if size and size + example.ByteSize() > message_bytes:
+            yield message
+            message, size = pb.AdaptRequest(), 0
+        message.examples.examples.append(example)
+        size += example.ByteSize()
+    yield message
+
+
+def adapt_step_to_wire(tensors: ShiftTensors, rows: Sequence[int], *, loss_only: bool) -> pb.AdaptRequest:
+    personal = tensors.to_bytes(dtype=LOSS_DTYPE)
+    return pb.AdaptRequest(step=pb.AdaptStep(personal=personal, rows=rows, loss_only=loss_only))
+
+
+def cloud_info_from_wire(response: pb.DescribeResponse) -> CloudInfo:
+    """Raises PerfitError when the cloud says what this version cannot work with."""
+    limits = response.limits
+    return CloudInfo(
+        base_model=response.base_model,
+        fingerprint=response.fingerprint,
+        cloud_id=response.cloud_id,
+        artefacts=tuple(_artefact_from_wire(artefact) for artefact in response.artefacts),
+        limits=Limits(
+            prompt_tokens=limits.prompt_tokens,
+            new_tokens=max(1, limits.new_tokens),
+            examples=max(1, limits.examples),
+            message_bytes=limits.message_bytes,
+            questions=limits.questions,
+            adapt_examples=limits.adapt_examples,
+            call_tokens=limits.call_tokens,
+        ),
+    )
+
+
+def _artefact_from_wire(artefact: pb.Artefact) -> Artefact:
+    try:
+        if not artefact.name.isidentifier() or not math.isfinite(artefact.learning_rate):
+            raise InvalidInput("name or learning rate")
+        return Artefact(
+            name=artefact.name,
+            version=artefact.version,
+            spec=ShiftSpec(
+                layers=tuple(artefact.spec.layers),
+                positions=artefact.spec.positions,
+                collective_rank=artefact.spec.collective_rank,
+                personal_rank=artefact.spec.personal_rank,
+                hidden_size=artefact.spec.hidden_size,
+            ),
+            task=Task.from_json(artefact.task_json),
+            learning_rate=artefact.learning_rate,
+            epochs=max(1, artefact.epochs),
+            batch_size=max(1, artefact.batch_size),
+        )
+    except PerfitError as error:
+        raise PerfitError(
+            f"the cloud serves an artefact that this version cannot use ({error}); update perfit"
+        ) from error

@@ -1,0 +1,60 @@
+"""Waiting for a cloud that is busy or away, instead of losing work half-way."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from perfit_shared.errors import Busy, TooSlow, Unavailable
+
+__all__ = ["NO_RETRIES", "TRANSIENT", "RetryPolicy"]
+
+_T = TypeVar("_T")
+TRANSIENT = (Unavailable, TooSlow, Busy)  # what may be over in a while
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a call waits for a cloud that is busy or gone, in seconds."""
+
+    give_up: float = 60.0  # after this long without an answer
+    first_wait: float = 0.5
+    longest_wait: float = 8.0
+    sleep: Callable[[float], object] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    tell: Callable[[str], None] | None = None  # of the first wait, why
+
+    def call(self, call: Callable[[], _T]) -> _T:
+        """The call's value; while the cloud is busy or away, again with growing, jittered waits."""
+        since, wait, told = self.clock(), self.first_wait, self.tell is None
+        while True:
+            try:
+                return call()
+            except TRANSIENT as error:
+                # Full jitter: devices that lost a cloud together should not come back together.
+                pause = max(random.uniform(wait / 2, wait), error.retry_ms / 1000)  # noqa: S311
+                if self.clock() - since + pause > self.give_up:
+                    raise
+                if self.tell is not None and not told:
+                    self.tell(f"{error}; waiting, for {self.give_up:.0f} s at most")
+                    told = True
+                self.sleep(pause)
+                wait = min(2 * wait, self.longest_wait)
+
+    def stream(self, call: Callable[[], Iterator[_T]]) -> Iterator[_T]:
+        """The call's values. It waits before the first alone: what has come already would come twice."""
+
+        def start() -> tuple[list[_T], Iterator[_T]]:
+            values = call()
+            return list(islice(values, 1)), values
+
+        first, rest = self.call(start)
+        yield from first
+        yield from rest
+
+
+NO_RETRIES = RetryPolicy(give_up=0.0)  # the first failure ends it

@@ -1,0 +1,1 @@
+"""Personal training: the update, and where its gradients come from."""

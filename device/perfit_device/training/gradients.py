@@ -1,0 +1,180 @@
+"""Gradients and losses of one update: over one Adapt stream, and call by call where there is none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from perfit_device.cloud.client import Cloud, tensors_from_wire
+from perfit_device.cloud.codec import (
+    Artefact,
+    Limits,
+    ShiftUse,
+    adapt_examples_to_wire,
+    adapt_open_to_wire,
+    adapt_step_to_wire,
+)
+from perfit_device.cloud.retry import TRANSIENT
+from perfit_device.evaluation import gradient_of, mean_loss, pair_of, refusal, refused_among
+from perfit_device.history import Split
+from perfit_shared.errors import Cancelled, CertificateExpired, InvalidPrompt, PerfitError
+from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
+
+__all__ = ["Adapting"]
+
+_T = TypeVar("_T")
+_STREAM_SECONDS = 86400.0  # clouds end it earlier
+_FIRST_SECONDS = 1800.0  # without the first response, after which no stream is tried any more
+_STEP_SECONDS = 300.0  # without one of the others, after which the stream is given up
+_MESSAGE_BYTES = 1 << 20  # of examples; the cloud's limit may be lower
+_PASSING = (*TRANSIENT, Cancelled, CertificateExpired)  # after which another stream may be had
+
+
+class Adapting:
+    """What an `Update` asks a cloud. Use `with`.
+
+    Where a stream cannot be had, or breaks, it goes on call by call; and when an epoch is judged it
+    tries another stream, unless the cloud refused this one for good, or took too long to open it: the
+    cloud works through all examples before its first response, and would have to again.
+    """
+
+    def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
+        self._cloud, self._artefact, self._limits, self._split = cloud, artefact, limits, split
+        self._gradient_of = gradient_of(cloud, artefact, limits)
+        self._stream: _Stream | None = None
+        self._is_welcome = len(split.train) + len(split.gate) <= limits.adapt_examples
+        self._may_open = self._is_welcome
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def gradient(
+        self, rows: Sequence[int], tensors: ShiftTensors
+    ) -> Callable[[], tuple[float, int, ShiftTensors]]:
+        """Ask for (nats a token, target tokens, d loss / d tensors) of rows of the training part.
+
+        What it gives waits for the answer; called again, after an error, it asks again.
+        """
+        items = [self._split.train[row] for row in rows]
+        return self._ask(rows, tensors, self._decoded, partial(self._gradient_of, items, tensors))
+
+    def loss(self, tensors: ShiftTensors) -> Callable[[], float]:
+        """Ask for the mean nats a token of the gate's part. As `gradient`."""
+        self._may_open = self._is_welcome
+        first = len(self._split.train)
+        use = ShiftUse(self._artefact, tensors)
+        alone = partial(
+            mean_loss, self._cloud, self._artefact.task, self._split.gate, use, self._limits, cut=True
+        )
+        rows = range(first, first + len(self._split.gate))
+        return self._ask(rows, tensors, _finite_loss, alone, loss_only=True)
+
+    def _ask(
+        self,
+        rows: Sequence[int],
+        tensors: ShiftTensors,
+        decode: Callable[[Any], _T],
+        alone: Callable[[], _T],
+        *,
+        loss_only: bool = False,
+    ) -> Callable[[], _T]:
+        if self._stream is None and self._may_open:
+            self._stream = _Stream(self._cloud, self._artefact, self._limits, self._split)
+        asked = self._stream
+        if asked is not None:
+            asked.send(adapt_step_to_wire(tensors, rows, loss_only=loss_only))
+
+        def answer() -> _T:
+            nonlocal asked
+            stream, asked = asked, None
+            if stream is not None:
+                try:
+                    return decode(stream.receive())
+                except PerfitError as error:
+                    self._is_welcome = isinstance(error, _PASSING) and not stream.opens_too_slowly
+                    self._close()
+                    if isinstance(error, InvalidPrompt):
+                        self._name_the_refused(error)
+            return alone()
+
+        return answer
+
+    def _name_the_refused(self, reason: InvalidPrompt) -> None:
+        """Raises ExamplesRefused before a step is lost to them: the stream takes all examples, or none."""
+        task, items = self._artefact.task, [*self._split.train, *self._split.gate]
+        refused = refused_among(self._cloud, task, items)
+        if refused:
+            raise refusal(refused, reason) from reason
+
+    def _decoded(self, response: Any) -> tuple[float, int, ShiftTensors]:
+        if response.tokens < 1:
+            raise PerfitError("the cloud computed a gradient over no tokens; tell its operator")
+        gradient = tensors_from_wire(gradient_from_bytes, response.gradient, self._artefact, "a gradient")
+        return response.loss, response.tokens, gradient
+
+    def _close(self) -> None:
+        self._may_open = False
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _finite_loss(response: Any) -> float:
+    if not math.isfinite(response.loss):
+        raise PerfitError("the cloud sent a loss that is no number; tell its operator")
+    return float(response.loss)
+
+
+class _Stream:
+    """One Adapt call. Opening it sends the examples, gate's behind training's."""
+
+    def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
+        self._artefact, self._split = artefact, split
+        self._message_bytes = min(_MESSAGE_BYTES, limits.message_bytes // 2)
+        self._steps: SimpleQueue[Any] = SimpleQueue()  # None: no more
+        self._has_answered = False
+        self.opens_too_slowly = False
+        self._responses = cloud.stream("Adapt", self._messages(), _STREAM_SECONDS)
+
+    def _messages(self) -> Iterator[Any]:
+        yield adapt_open_to_wire(self._artefact)
+        items = itertools.chain(self._split.train, self._split.gate)
+        pairs = (pair_of(self._artefact.task, item) for item in items)
+        yield from adapt_examples_to_wire(pairs, self._message_bytes)
+        yield from iter(self._steps.get, None)
+
+    def send(self, step: Any) -> None:
+        self._steps.put(step)
+
+    def receive(self) -> Any:
+        """The response to the next step that was sent. Raises PerfitError."""
+        timer = threading.Timer(_STEP_SECONDS if self._has_answered else _FIRST_SECONDS, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            response = next(self._responses)
+            self._has_answered = True
+            return response
+        except StopIteration:
+            raise Cancelled("the cloud ended the stream") from None
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        self.opens_too_slowly = not self._has_answered
+        self._responses.close()
+
+    def close(self) -> None:
+        self._steps.put(None)  # gRPC's thread waits there
+        self._responses.close()

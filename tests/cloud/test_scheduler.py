@@ -1,0 +1,307 @@
+"""Steps that wait together run together, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+from tests.cloud.test_adaptation import PLENTY, RAGGED, assert_equal, make_pairs, person
+from tests.cloud.test_partial import build
+
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_shared.errors import Busy, InvalidInput, InvalidTensors, Unavailable
+from perfit_shared.shifts import LayerShift, ShiftTensors
+
+WAIT = 20
+
+
+class Held(UpdateEngine):
+    """An engine whose next pass begins when a test says so, and that tells which steps ran together."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self.go, self.began = threading.Semaphore(10**6), threading.Semaphore(0)
+        self.runs: list[list[GradientRequest]] = []
+
+    def hold(self) -> None:
+        self.go, self.began = threading.Semaphore(0), threading.Semaphore(0)
+
+    def _run(self, steps: Any, *, differentiate: bool) -> Any:
+        self.runs.append(list(steps))
+        self.began.release()
+        assert self.go.acquire(timeout=WAIT)
+        return super()._run(steps, differentiate=differentiate)
+
+
+@pytest.fixture
+def parts(make_artefact: Callable[..., Any]) -> Iterator[tuple[Any, Held, GradientScheduler]]:
+    base = build("llama")
+    engine = Held(base, keep_bytes=PLENTY)
+    queue = GradientScheduler(engine, waiting=40, retry_ms=70)
+    yield make_artefact(base), engine, queue
+    engine.go.release(10**6)
+    queue.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def occupy(engine: Held, queue: GradientScheduler, step: GradientRequest) -> Future[Any]:
+    """A pass at work, for as long as the test holds it; what is submitted then waits together."""
+    engine.hold()
+    future = queue.submit(step)
+    assert engine.began.acquire(timeout=WAIT)
+    return future
+
+
+def test_steps_that_wait_together_share_passes(parts: Any) -> None:
+    artefact, engine, queue = parts
+    histories = [make_pairs([5 + i, 9, 20, 3], i) for i in range(12)]
+    opened = [queue.open(pairs, artefact) for pairs in histories]
+    steps = [GradientRequest(opened[i % 12], [i % 3, 3], person(artefact, i)) for i in range(24)]
+    wanted = [engine.gradients([step])[0] for step in steps]
+    engine.runs.clear()
+    first = occupy(engine, queue, steps[0])
+    futures: dict[int, Future[Any]] = {}
+
+    def ask(i: int) -> None:
+        futures[i] = queue.submit(steps[i], loss_only=i % 4 == 0)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.go.release(10**6)
+    assert_equal(first.result(WAIT), wanted[0])
+    for i, future in futures.items():
+        got = future.result(WAIT)
+        if i % 4 == 0:
+            assert (got.loss, got.tokens) == (pytest.approx(wanted[i].loss, rel=1e-5), wanted[i].tokens)
+            assert not got.tensors.layers
+        else:
+            assert_equal(got, wanted[i])
+    assert [len(run) for run in engine.runs] == [1, 18, 6]  # gradients, then losses
+
+
+def test_one_who_fails_fails_alone(parts: Any) -> None:
+    artefact, engine, queue = parts
+    mine, theirs = queue.open(RAGGED, artefact), queue.open(RAGGED, artefact)
+    step = GradientRequest(mine, [2, 5], person(artefact, 1))
+    (wanted,) = engine.gradients([step])
+    narrow = {at: LayerShift(r[:2], w[:2], b[:2]) for at, (r, w, b) in person(artefact, 1).layers.items()}
+    with pytest.raises(InvalidTensors, match="shapes"):
+        queue.submit(GradientRequest(theirs, [0], ShiftTensors(narrow)))
+    with pytest.raises(InvalidInput, match="examples"):
+        queue.submit(GradientRequest(theirs, [8], step.personal))
+    first = occupy(engine, queue, step)
+    futures = [
+        queue.submit(step),
+        queue.submit(GradientRequest(theirs, [1], step.personal)),
+        queue.submit(step),
+    ]
+    theirs.close()  # it waits in line with the others
+    engine.go.release(10**6)
+    with pytest.raises(InvalidInput, match="closed"):
+        futures[1].result(WAIT)
+    for future in (first, futures[0], futures[2]):
+        assert_equal(future.result(WAIT), wanted)
+
+
+def test_a_step_that_failed_leaves_nothing_behind(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error held the frames of the pass, and those the tensors, for as long as it lived."""
+    artefact, engine, queue = parts
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("zebracanary")
+
+    monkeypatch.setattr(engine, "_pass", broken)
+    gc.disable()
+    try:
+        with caplog.at_level(logging.INFO):
+            session, tensors = queue.open(RAGGED, artefact), [person(artefact, n) for n in range(3)]
+            futures = [occupy(engine, queue, GradientRequest(session, [2], tensors[0]))]
+            futures += [queue.submit(GradientRequest(session, [3, 5], each)) for each in tensors[1:]]
+            gone = [weakref.ref(each) for each in tensors]
+            tensors.clear()
+            engine.go.release(10**6)
+            errors = [future.exception(WAIT) for future in futures]
+        assert [str(error).partition(":")[0] for error in errors] == [
+            "ZeroDivisionError at test_scheduler.py"
+        ] * 3
+        assert [len(run) for run in engine.runs] == [1, 2, 1, 1]  # together, then each alone
+        engine.runs.clear()
+        until(lambda: all(ref() is None for ref in gone))
+    finally:
+        gc.enable()
+    assert not caplog.text  # whoever submitted it logs it
+
+
+def test_who_left_is_not_computed(parts: Any) -> None:
+    artefact, engine, queue = parts
+    session = queue.open(RAGGED, artefact)
+    steps = [GradientRequest(session, [i], person(artefact, i)) for i in range(3)]
+    occupy(engine, queue, steps[0])
+    gone, there = queue.submit(steps[1]), queue.submit(steps[2])
+    assert gone.cancel()
+    engine.go.release(10**6)
+    assert there.result(WAIT).tokens == session.target_tokens[2]
+    with pytest.raises(CancelledError):
+        gone.result(WAIT)
+    assert [list(step.rows) for run in engine.runs for step in run] == [[0], [2]]
+
+
+def test_a_small_step_waits_for_no_more_than_the_pass_at_work(parts: Any) -> None:
+    """Two steps of many passes are in line before it, and share what it leaves in turns."""
+    artefact, engine, queue = parts
+    engine._caps = BatchBudget(120, 2**20, 2**20)
+    big = make_pairs([20 + i % 7 for i in range(40)], 1)
+    users = [
+        queue.open(big, artefact),
+        queue.open(big, artefact),
+        queue.open(make_pairs([9, 8], 2), artefact),
+    ]
+    steps = [GradientRequest(user, range(user.examples), person(artefact, i)) for i, user in enumerate(users)]
+    wanted = [engine.gradients([step])[0] for step in steps]
+    engine.runs.clear()
+    futures = [occupy(engine, queue, steps[0]), queue.submit(steps[1]), queue.submit(steps[2])]
+    engine.go.release(2)
+    assert_equal(futures[2].result(WAIT), wanted[2])
+    assert not futures[0].done() and not futures[1].done()
+    engine.go.release(10**6)
+    for future, gradient in zip(futures, wanted, strict=True):
+        assert_equal(future.result(WAIT), gradient)
+    device_lock = [[users.index(step.session) for step in run] for run in engine.runs]
+    assert device_lock[:2] == [[0], [1, 2]]
+    assert {tuple(turn) for turn in device_lock[2:7]} == {(0,), (1,)}
+    for user in users[:2]:
+        pieces = [step for run in engine.runs for step in run if step.session is user]
+        assert sorted(row for piece in pieces for row in piece.rows) == list(range(40))
+        assert max(engine.pass_rows_of(piece).sum() for piece in pieces) <= 120
+
+
+def test_a_cut_step_that_is_cancelled_stops_between_passes(parts: Any) -> None:
+    artefact, engine, queue = parts
+    engine._caps = BatchBudget(120, 2**20, 2**20)
+    session = queue.open(make_pairs([20] * 40, 1), artefact)
+    other = queue.open(RAGGED, artefact)
+    future = occupy(engine, queue, GradientRequest(session, range(40), person(artefact, 1)))
+    later = queue.submit(GradientRequest(other, [3], person(artefact, 1)))
+    assert future.cancel()
+    engine.go.release(10**6)
+    later.result(WAIT)
+    assert [[step.session is other for step in run] for run in engine.runs] == [[False], [True]]
+
+
+def test_too_many_come_back_later(parts: Any) -> None:
+    artefact, engine, queue = parts
+    step = GradientRequest(queue.open(RAGGED, artefact), [2], person(artefact, 1))
+    futures = [occupy(engine, queue, step)]
+    with pytest.raises(Busy) as caught:
+        for _ in range(41):
+            futures.append(queue.submit(step))
+    assert caught.value.retry_ms == 70 and len(futures) == 40
+    engine.go.release(10**6)
+    for future in futures:
+        assert future.result(WAIT).tokens == step.session.target_tokens[2]
+
+
+def test_close_ends_every_wait(parts: Any) -> None:
+    artefact, engine, queue = parts
+    step = GradientRequest(queue.open(RAGGED, artefact), [2], person(artefact, 1))
+    at_work, waiting = occupy(engine, queue, step), queue.submit(step)
+    closing = threading.Thread(target=queue.close)
+    closing.start()
+    until(lambda: not queue._is_open)  # or the worker could take the one that waits
+    engine.go.release(10**6)
+    closing.join(WAIT)
+    assert at_work.result(WAIT).tokens > 0
+    with pytest.raises(Unavailable):
+        waiting.result(WAIT)
+    with pytest.raises(InvalidInput, match="closed"):
+        queue.submit(step)
+    assert not engine._open
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_leaves_nobody_waiting(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    artefact, engine, queue = parts
+    step = GradientRequest(queue.open(RAGGED, artefact), [2], person(artefact, 1))
+    futures = [occupy(engine, queue, step), queue.submit(step)]
+
+    def die(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(engine, "_pass", die)
+    engine.go.release(10**6)
+    for future in futures:
+        with pytest.raises(Unavailable):
+            future.result(WAIT)
+    with pytest.raises(Unavailable):
+        queue.submit(step)
+
+
+def test_everyone_on_one_device_gets_on(make_artefact: Callable[..., Any]) -> None:
+    """Answers, stateless gradients, updates that open and updates that step: none stands still, or in
+    another's way."""
+    base, device_lock, done = build("llama"), DeviceLock(), threading.Event()
+    artefact = make_artefact(base)
+    engine, alone = (
+        UpdateEngine(base, keep_bytes=PLENTY, device_lock=device_lock),
+        GradientEngine(base, device_lock),
+    )
+    queue = GradientScheduler(engine)
+    mine = person(artefact, 1)
+    with engine.open(RAGGED, artefact) as session:
+        (wanted,) = engine.gradients([GradientRequest(session, [2, 5], mine)])
+    pairs, counts = [RAGGED[2], RAGGED[5]], {"answers": 0, "stateless": 0, "steps": 0}
+
+    def answers() -> None:
+        while not done.is_set():
+            with device_lock.hold():
+                counts["answers"] += 1
+
+    def stateless() -> None:
+        for _ in range(20):
+            assert_equal(alone.gradient(pairs, ShiftUse(Mode.PERSONAL, artefact, mine)), wanted)
+            counts["stateless"] += 1
+
+    def steps() -> None:
+        for _ in range(5):
+            with queue.open(RAGGED, artefact) as own:
+                for _ in range(4):
+                    assert_equal(queue.submit(GradientRequest(own, [2, 5], mine)).result(WAIT), wanted)
+                    counts["steps"] += 1
+
+    answering = threading.Thread(target=answers)
+    answering.start()
+    others = [threading.Thread(target=work) for work in (stateless, stateless, steps, steps)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join(WAIT)
+    done.set()
+    answering.join(WAIT)
+    assert (counts["stateless"], counts["steps"]) == (40, 40)
+    assert counts["answers"] > 100
+    assert not device_lock._is_taken and not engine._open
+    queue.close()
+    alone.close()

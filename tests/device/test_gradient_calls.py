@@ -1,0 +1,356 @@
+"""An update over Adapt streams of a real server: whatever becomes of them, it ends where it would."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.cloud.conftest import artefact, base, generation, gradients, run, step_queue  # noqa: F401 - fixtures
+from tests.cloud.serving import Running
+
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_device import evaluation, history, personal
+from perfit_device.cloud import enrolment
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Artefact, CloudInfo, ShiftUse
+from perfit_device.cloud.identity import Identity
+from perfit_device.cloud.retry import RetryPolicy
+from perfit_device.history import HistoryItem, Split
+from perfit_device.training import gradients as adapting
+from perfit_device.training.gradients import Adapting
+from perfit_device.training.update import Plan, Update
+from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.store import Vault
+from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
+from perfit_shared.invites import Invite
+from perfit_shared.shifts import ShiftTensors
+from perfit_shared.tasks import TASKS
+
+WORDS = ["cat", "dog", "mat", "door", "sat", "ran"]
+KEEP = 2**26
+
+
+class Watched(GradientScheduler):
+    """A queue that counts, and whose n-th step fails as a test says."""
+
+    def __init__(self, engine: UpdateEngine) -> None:
+        super().__init__(engine)
+        self.opened = self.asked = 0
+        self.fail: dict[int, PerfitError] = {}  # by number of the step
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def open(self, *args: Any, **how: Any) -> Any:
+        self.opened += 1
+        return super().open(*args, **how)
+
+    def submit(self, *args: Any, **how: Any) -> Any:
+        self.asked += 1
+        self.hold.wait(20)
+        if self.asked in self.fail:
+            raise self.fail[self.asked]
+        return super().submit(*args, **how)
+
+
+@dataclass
+class Parts:
+    """A cloud, a device that is enrolled there, and its history."""
+
+    running: Running
+    queue: Watched
+    cloud: Cloud
+    info: CloudInfo
+    split: Split
+    folder: Path
+    streams: list[str] = field(default_factory=list)  # methods of the streams that were opened
+
+    @property
+    def artefact(self) -> Artefact:
+        return self.info.artefacts[0]
+
+    def adapting(self, **limits: int) -> Adapting:
+        return Adapting(self.cloud, self.artefact, replace(self.info.limits, **limits), self.split)
+
+    def update(self, source: Adapting, name: str) -> ShiftTensors:
+        """The final tensors of an update of 3 epochs and 12 steps."""
+        plan = Plan(
+            epochs=3,
+            learning_rate=1e-2,
+            batch_size=5,
+            seed=0,
+            fresh=False,
+            history=self.split.digest(),
+            version=self.artefact.version,
+            examples=len(self.split.train),
+        )
+        with Vault.create(self.folder / name, "x", kdf=KdfParams(32, 1, 4)) as vault:
+            result = Update(
+                vault,
+                self.info.cloud_id,
+                self.artefact,
+                plan,
+                start=self.cloud.fetch_seed(self.artefact),
+                gradient=source.gradient,
+                evaluate=source.loss,
+                retry_policy=RetryPolicy(give_up=5.0, sleep=lambda _: None),
+            ).run()
+            assert result.steps == 12 and result.gate.accepted
+            shift = personal.load(vault, self.info.cloud_id, self.artefact)
+            assert shift is not None
+            return shift.tensors
+
+
+@pytest.fixture
+def parts(
+    run: Callable[..., Running],
+    base: Any,
+    artefact: Any,
+    tmp_path: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Parts]:
+    queue = Watched(UpdateEngine(base, keep_bytes=KEEP))
+    running = run(steps=queue)
+    addresses = running.server.addresses
+    invite = Invite(addresses.enrol_address, running.authority.server_ca_der, 2**31, running.invite())
+    rng = np.random.default_rng(0)
+    items = [
+        HistoryItem.make(
+            artefact.task,
+            {"text": " ".join(rng.choice(WORDS, 5)), "title": f"a {rng.choice(WORDS)}"},
+            date=f"2024-01-{n + 1:02}",
+        )
+        for n in range(24)
+    ]
+    with Cloud(enrolment.enroll(invite, Identity.create())) as cloud:
+        made = Parts(running, queue, cloud, cloud.describe(), history.split(items), tmp_path)
+        stream = cloud.stream
+
+        def counted(method: str, *args: Any) -> Any:
+            made.streams.append(method)
+            return stream(method, *args)
+
+        monkeypatch.setattr(cloud, "stream", counted)
+        yield made
+    queue.hold.set()
+    queue.close()
+
+
+def assert_near(got: ShiftTensors, wanted: ShiftTensors, start: ShiftTensors) -> None:
+    moved = 0.0
+    for (_, a), (_, b), (_, seed) in zip(got.named(), wanted.named(), start.named(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+        moved += float(np.abs(b - seed).max())
+    assert moved > 0.02, "or two updates that learn nothing would agree too"
+
+
+@pytest.fixture
+def call_by_call(parts: Parts) -> ShiftTensors:
+    with parts.adapting(adapt_examples=0) as source:
+        tensors = parts.update(source, "alone.db")
+    assert not parts.streams and not parts.queue.asked
+    return tensors
+
+
+def test_an_update_over_a_stream_ends_as_call_by_call(
+    parts: Parts, call_by_call: ShiftTensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stream for all of it, the gate's losses included; its examples in several messages."""
+    monkeypatch.setattr(adapting, "_MESSAGE_BYTES", 150)
+    with parts.adapting() as source:
+        tensors = parts.update(source, "stream.db")
+    assert (parts.streams, parts.queue.opened, parts.queue.asked) == (["Adapt"], 1, 12 + 3 + 1)
+    assert_near(tensors, call_by_call, parts.cloud.fetch_seed(parts.artefact))
+
+
+@pytest.mark.parametrize(
+    "error", [TooSlow("over its time"), Unavailable("stopping"), Busy("busy"), InvalidInput("no")]
+)
+def test_an_update_whose_stream_breaks_ends_as_call_by_call(
+    parts: Parts, call_by_call: ShiftTensors, error: PerfitError
+) -> None:
+    """It breaks at a step, and again at a judgement; where waiting may help, another is tried each epoch."""
+    parts.queue.fail = {3: error, 9: error}
+    with parts.adapting() as source:
+        tensors = parts.update(source, "broken.db")
+    assert_near(tensors, call_by_call, parts.cloud.fetch_seed(parts.artefact))
+    # Its third step fails; then it holds from the first judgement to the second.
+    assert parts.streams == (["Adapt"] if type(error) is InvalidInput else ["Adapt"] * 3)
+    assert parts.queue.opened == len(parts.streams)
+
+
+def test_a_place_that_is_taken_is_asked_for_again_after_an_epoch(parts: Parts) -> None:
+    with parts.adapting() as first, parts.adapting() as second:
+        tensors = parts.cloud.fetch_seed(parts.artefact)
+        parts.queue.fail = {2: Busy("busy")}
+        first.gradient([0], tensors)()
+        wanted = first.gradient([1], tensors)()  # broken off, and done call by call
+        assert second.gradient([1], tensors)()[:2] == (pytest.approx(wanted[0], rel=1e-4), wanted[1])
+        assert parts.streams == ["Adapt"] * 2
+        first.gradient([2], tensors)()
+        assert parts.streams == ["Adapt"] * 2
+        first.loss(tensors)()
+        first.gradient([2], tensors)()
+        assert parts.streams == ["Adapt"] * 3
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_asked_for_call_by_call(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    """It kept every epoch out of the gate, and the whole update was thrown away."""
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        wanted = source.loss(seed)()
+    receive = adapting._Stream.receive
+
+    def altered(self: Any) -> Any:
+        response = receive(self)
+        response.loss = loss
+        return response
+
+    monkeypatch.setattr(adapting._Stream, "receive", altered)
+    with parts.adapting() as source:
+        assert source.loss(seed)() == pytest.approx(wanted, rel=1e-5)
+    assert parts.streams == ["Adapt"] * 2
+
+
+def test_the_losses_are_those_of_score(parts: Parts) -> None:
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        found = source.loss(seed)()
+    assert parts.streams == ["Adapt"]
+    wanted = evaluation.mean_loss(
+        parts.cloud, parts.artefact.task, parts.split.gate, ShiftUse(parts.artefact, seed), parts.info.limits
+    )
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_example_that_the_cloud_refuses_is_named_before_the_first_step(parts: Parts) -> None:
+    """It was named once it was trained on, after the steps before it."""
+    fields = {"text": "cat " * 300, "title": "a dog"}
+    too_long = HistoryItem.make(parts.artefact.task, fields)
+    for part in ("train", "gate"):
+        items = (*getattr(parts.split, part), too_long)
+        split = replace(parts.split, **{part: items})
+        with Adapting(parts.cloud, parts.artefact, parts.info.limits, split) as source:
+            seed = parts.cloud.fetch_seed(parts.artefact)
+            with pytest.raises(ExamplesRefused, match=f"perfit history forget {too_long.short}") as raised:
+                source.gradient([0], seed)()
+            assert raised.value.names == (too_long.name,)
+            with pytest.raises(ExamplesRefused):  # call by call
+                source.loss(seed)() if part == "gate" else source.gradient([0, len(items) - 1], seed)()
+    assert not parts.queue.opened
+
+
+def test_a_history_beyond_the_clouds_limit_goes_call_by_call(parts: Parts) -> None:
+    most = len(parts.split.train) + len(parts.split.gate)
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    for limit, streams in ((most - 1, []), (most, ["Adapt"])):
+        with parts.adapting(adapt_examples=limit) as source:
+            source.gradient([0], seed)()
+        assert parts.streams == streams
+
+
+def test_a_cloud_that_has_no_adapt_is_asked_call_by_call(cloud: Any) -> None:
+    items = [HistoryItem.make(TASKS["news_headline"], {"text": f"text {n}", "title": "t"}) for n in range(20)]
+    with Cloud(enrolment.enroll(cloud.invite(), Identity.create())) as device:
+        info = device.describe()
+        assert info.limits.adapt_examples == 0
+        for limit in (0, 100):  # what it says, and what a liar could
+            limits = replace(info.limits, adapt_examples=limit)
+            with Adapting(device, info.artefacts[0], limits, history.split(items)) as source:
+                for _ in range(2):
+                    assert source.gradient([0, 1], cloud.seed)()[1] == 8
+                    assert source.loss(cloud.seed)() > 0
+    assert cloud.calls.count("ComputeGradient") == 4
+
+
+def test_a_silent_cloud_is_not_waited_for(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        source.gradient([0], seed)()
+        parts.queue.hold.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(adapting, "_STEP_SECONDS", 0.1)
+            assert source.gradient([0], seed)()[1] > 0
+        parts.queue.hold.set()
+        assert source.loss(seed)() > 0
+    assert parts.streams == ["Adapt"] * 2, "it had opened fast enough"
+
+
+def test_a_cloud_too_slow_to_open_is_not_tried_again(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It worked through all examples anew at every epoch, to be left each time."""
+    monkeypatch.setattr(adapting, "_FIRST_SECONDS", 0.1)
+    parts.queue.hold.clear()
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        assert source.gradient([0], seed)()[1] > 0
+        for _ in range(2):
+            assert source.loss(seed)() > 0
+            assert source.gradient([1], seed)()[1] > 0
+    assert parts.streams == ["Adapt"]
+
+
+@pytest.mark.parametrize("limits", [{}, {"adapt_examples": 0}])
+def test_the_gate_sees_its_own_part_alone(
+    parts: Parts, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it goes over the wire: what trains never judges, what judges never trains; neither sees the test."""
+    trained, judged = set(), set()
+    stream, gradient, score = parts.cloud.stream, parts.cloud.compute_gradient, parts.cloud.score
+
+    def streamed(method: str, requests: Iterator[Any], seconds: float) -> Any:
+        def seen() -> Iterator[Any]:
+            sent: list[tuple[str, str]] = []
+            for request in requests:
+                sent += [(e.prompt.text, e.target) for e in request.examples.examples]
+                for row in request.step.rows:
+                    (judged if request.step.loss_only else trained).add(sent[row])
+                yield request
+
+        return stream(method, seen(), seconds)
+
+    def alone(examples: Any, *args: Any) -> Any:
+        trained.update(examples)
+        return gradient(examples, *args)
+
+    def scored(candidates: Any, *args: Any) -> Any:
+        judged.update(candidates)
+        return score(candidates, *args)
+
+    monkeypatch.setattr(parts.cloud, "stream", streamed)
+    monkeypatch.setattr(parts.cloud, "compute_gradient", alone)
+    monkeypatch.setattr(parts.cloud, "score", scored)
+    with parts.adapting(**limits) as source:
+        parts.update(source, "gate.db")
+    assert bool(parts.streams) is not bool(limits)
+    pairs = [
+        {evaluation.pair_of(parts.artefact.task, item) for item in part}
+        for part in (parts.split.train, parts.split.gate, parts.split.test)
+    ]
+    assert [trained, judged] == pairs[:2]
+    assert sum(map(len, pairs)) == len(set.union(*pairs)) == 24
+
+
+def test_leaving_ends_the_stream(parts: Parts) -> None:
+    engine = parts.queue._engine
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), parts.adapting() as source:
+        seed = parts.cloud.fetch_seed(parts.artefact)
+        source.gradient([0], seed)()
+        assert len(engine._open) == 1
+        source.gradient([1], seed)  # in flight
+        raise KeyboardInterrupt
+    for _ in range(500):
+        if not engine._open and threading.active_count() <= before + 2:
+            break
+        threading.Event().wait(0.01)
+    with engine._state:  # not in the middle of a close
+        assert not engine._open and engine._room == [KEEP, 0]
