@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import safetensors.numpy
 
 from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.positions import Positions
+from perfit_shared.rotations import nearest_rotation, off_orthonormal
 
 __all__ = [
     "LayerShift",
@@ -45,8 +45,6 @@ NORM_CAP = 200.0
 # ‖RRᵀ − I‖ (Frobenius) that float32 explains at r = 32, d = 4096, with room. Rounding averages out over
 # d, so it is √(4096 / d) of that at other widths.
 _ORTHONORMAL = 5e-6
-# No honest rotation is further off, in any form; within it the nearest rotation is well conditioned.
-_FAR_FROM_ORTHONORMAL = 0.5
 # Parts of a layer by form: dtype and shape, where r and d stand for the rank and the hidden size.
 _SHIFT_FORMS = {
     "float32": {"rotation": ("float32", "rd"), "source": ("float32", "rd"), "bias": ("float32", "r")},
@@ -71,7 +69,6 @@ _GRADIENT_FORMS = {
     },
 }
 _FORMAT = "perfit-shift-1"
-_BLAS = threading.Lock()  # held while tensors are multiplied
 _HEADER_CAP = 64 * 1024  # bytes: names of a few dozen tensors need under 10 KB
 
 
@@ -195,7 +192,7 @@ class ShiftTensors:
             for field, array in zip(LayerShift._fields, shift, strict=True):
                 if float(np.linalg.norm(array.astype(np.float64))) > NORM_CAP:
                     raise InvalidTensors(f"layers.{layer}.{field} is too large to be a shift")
-            if _off_orthonormal(shift.rotation.astype(np.float64))[1] > explained:
+            if off_orthonormal(shift.rotation.astype(np.float64))[1] > explained:
                 raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
 
     # -- bytes ---------------------------------------------------------------------------------
@@ -293,44 +290,10 @@ def _restored(parts: Parts, form: str, layer: int) -> LayerShift:
         step = parts["rotation.scale"].astype(np.float64)[:, None]
         rotation *= step
         change *= parts["change.scale"][:, None]
-    nearest = _nearest_rotation(rotation, step, layer)
-    return LayerShift(nearest, nearest + change, parts["bias"].astype(np.float32))
-
-
-def _nearest_rotation(rounded: npt.NDArray[np.float64], step: npt.NDArray[np.float64], layer: int) -> Array:
-    """The matrix with orthonormal rows nearest to `rounded` (r, d), which went in steps of `step`.
-
-    Rounding moved each entry by up to half a step, evenly: Δ has variance step² / 12. That makes
-    RΔᵀ + ΔRᵀ + ΔΔᵀ of RRᵀ − I, of which the first two have a spread that can be told, and the last a mean.
-    """
-    gram, off = _off_orthonormal(rounded)
-    weights, steps = rounded**2, np.broadcast_to(step**2, rounded.shape)
-    spread = math.sqrt((float(weights.sum(0) @ steps.sum(0)) + float(np.vdot(weights, steps))) / 6)
-    if off > min(6 * spread + float(steps.sum()) / 12, _FAR_FROM_ORTHONORMAL):
+    nearest = nearest_rotation(rotation, step)
+    if nearest is None:
         raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
-    with _BLAS:
-        values, vectors = np.linalg.eigh(gram)
-        nearest: Array = (((vectors / np.sqrt(values)) @ vectors.T) @ rounded).astype(np.float32)
-        _overwrite_blas(gram, rounded)
-    return nearest
-
-
-def _off_orthonormal(rotation: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], float]:
-    """RRᵀ (r, r), and the Frobenius norm of what it differs from I."""
-    with _BLAS:
-        gram = rotation @ rotation.T
-        _overwrite_blas(rotation, rotation.T)
-    return gram, float(np.linalg.norm(gram - np.eye(len(gram))))
-
-
-def _overwrite_blas(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> None:
-    """Overwrite the copies of both that the product left @ right has left behind.
-
-    BLAS copies what it multiplies to buffers that it never frees: the same product of zeros goes through the
-    same ones, as long as one thread after the other multiplies (_BLAS).
-    """
-    zeros = np.zeros_like(left)
-    zeros @ (zeros.T if np.may_share_memory(left, right) else np.zeros_like(right))
+    return LayerShift(nearest, nearest + change, parts["bias"].astype(np.float32))
 
 
 def _in_int8(array: Array) -> tuple[npt.NDArray[np.int8], Array]:

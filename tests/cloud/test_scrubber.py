@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.hardening.scrubber import MemoryScrubber
-from perfit_shared.shifts import _off_orthonormal
+from perfit_shared.rotations import off_orthonormal
 
 def pause(word):
     print(word, flush=True)
@@ -68,7 +68,7 @@ if "bfloat16" in sys.argv:
 else:
     torch.ones(200, numbers.shape[1]) @ torch.from_numpy(numbers).T
 if "overwritten" in sys.argv:
-    _off_orthonormal(numbers.astype(np.float64))
+    off_orthonormal(numbers.astype(np.float64))
 elif "as it comes" in sys.argv:
     numbers.astype(np.float64) @ numbers.astype(np.float64).T
 del numbers

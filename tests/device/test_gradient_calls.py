@@ -112,7 +112,7 @@ def parts(
     run: Callable[..., Running],
     base: Any,
     artefact: Any,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Parts]:
     queue = Watched(UpdateEngine(base, keep_bytes=KEEP))

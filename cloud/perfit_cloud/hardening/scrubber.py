@@ -1,15 +1,14 @@
-"""What a call leaves where no allocator hears of it, taken away shortly after its end.
+"""A thread that overwrites what finished calls left in memory that no allocator reports.
 
-- Objects that keep each other: an error keeps the frames that it went through, and gRPC keeps the error
-  that tells of a caller who left. Python's collector comes by only after many more calls.
-- numpy keeps the memory of small arrays to itself, unchanged.
-- So does MKL with the buffers that it copies matrices to: `MKL_DISABLE_FAST_MM` would keep it from that,
-  and make a gradient a third slower.
-- So does torch with all memory of a CUDA device.
-- So does our own free() with what tensors had.
+It scrubs, shortly after a call has ended:
 
-And what functions that have returned left on stacks: each thread overwrites that itself, at the end of its
-turn on the device and of its call, for no other thread may (`hardening/stacks.py`).
+- reference cycles: an error keeps the frames that it passed through, gRPC keeps the error of a caller who
+  left, and Python's collector runs only after many more calls;
+- numpy's store of small arrays, MKL's copies of matrices, torch's store of CUDA memory, and the blocks that
+  our own free() keeps. `MKL_DISABLE_FAST_MM` would avoid MKL's copies; it makes a gradient a third slower.
+
+Dead stack is different: only the thread that owns a stack may overwrite it. Each thread does so at the end
+of its pass and of its call (`hardening/stacks.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.hardening.allocator import take_kept
 from perfit_cloud.hardening.stacks import DeadStacks
 
@@ -45,19 +44,28 @@ _TENSOR_BYTES = 1 << 22  # more than small things of other threads could overwri
 _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
 
 
+class PassLock(Protocol):
+    """What the engines hold while they compute."""
+
+    before_release: Callable[[], object]  # called at the end of every pass, in the thread that made it
+
+    def hold(self, kind: str = ...) -> AbstractContextManager[None]:
+        """No pass runs while it is held."""
+
+
 class MemoryScrubber:
     """A thread that sweeps after calls; `call_ended` says that one did."""
 
     def __init__(
         self,
         device: torch.device,
-        device_lock: DeviceLock,
+        pass_lock: PassLock,
         *,
         clock: Callable[[], float] = time.monotonic,
         ended: threading.Event | None = None,
     ) -> None:
-        """`turns`: of all engines on the device. `ended` is set when a call has ended."""
-        self._device, self._device_lock = device, device_lock
+        """`pass_lock`: of all engines on the device. `ended` is set when a call has ended."""
+        self._device, self._pass_lock = device, pass_lock
         self._free_buffers = _of_mkl()
         self._stacks = DeadStacks(torch.get_num_threads())
         self._clock, self._ended = clock, ended or threading.Event()
@@ -65,8 +73,8 @@ class MemoryScrubber:
         self._thread = threading.Thread(target=self._run, name="perfit-scrubber", daemon=True)
 
     def start(self) -> None:
-        """What exists now is not looked through again: it is the model and the libraries, and stays."""
-        self._device_lock.before_release = self._stacks.overwrite_all
+        """Start the thread. The collector skips what exists now: the model and the libraries, which stay."""
+        self._pass_lock.before_release = self._stacks.overwrite_all
         self.sweep()
         gc.freeze()
         self._thread.start()
@@ -86,8 +94,8 @@ class MemoryScrubber:
     def sweep(self) -> None:
         gc.collect()
         overwrite_small_arrays()
-        # In its turn no pass has a buffer or a tensor, or finds no free memory and asks for more.
-        with ExitStack() as after, self._device_lock.hold("sweep"):
+        # While this holds the lock, no pass has a buffer in use and none asks for the blocks taken here.
+        with ExitStack() as after, self._pass_lock.hold("sweep"):
             self._free_buffers()
             after.callback(take_kept())
             if self._device.type == "cuda":

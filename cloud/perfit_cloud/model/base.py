@@ -152,7 +152,7 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     `device`: "auto", "cpu", "cuda", "cuda:1". Raises ConfigError for values it does not know and
     InvalidData when there is no usable model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()
@@ -169,9 +169,16 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
     folder = model_folder(name_or_folder)
     check_folder(folder)
     try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        # Older transformers run soft-capped attention (Gemma 2) through sdpa, which leaves the cap out.
+        is_capped = getattr(config, "attn_logit_softcapping", None) is not None
         # Other shapes are refused below, by name.
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtypes[dtype], output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtypes[dtype],
+            attn_implementation="eager" if is_capped else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -51,7 +51,7 @@ class Vault:
         self._listed: dict[_Place, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
-        self._noted = False  # whether filesum's note is up to date
+        self._noted = False  # whether the checksum beside the file is up to date
 
     # -- opening and closing -------------------------------------------------------------------
 
