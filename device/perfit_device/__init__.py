@@ -1,1 +1,5 @@
-"""The user's side of perfit: identity, vault, history and personal updates. No torch."""
+"""The user's side of perfit: identity, vault, history and personal updates.
+
+`profile` opens what one person has on this device; the commands, and whatever else serves this person, stand
+on it. Nothing here imports torch: a step of training is numpy on 65,000 numbers.
+"""

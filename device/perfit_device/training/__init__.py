@@ -1,1 +1,4 @@
-"""Personal training: the update, and where its gradients come from."""
+"""Personal training: `update` plans and runs it, `gradients` fetches the numbers from the cloud.
+
+The schedule and the optimizer are those of `perfit_shared`: research and devices take the same steps.
+"""

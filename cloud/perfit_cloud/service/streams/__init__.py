@@ -1,1 +1,4 @@
-"""The two calls that hold state for the length of one stream: Ask and Adapt."""
+"""The two calls that hold state for the length of one stream: `ask` and `adapt`.
+
+What they hold dies with the stream, however it ends.
+"""
