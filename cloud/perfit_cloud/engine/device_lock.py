@@ -1,10 +1,9 @@
-"""One pass at a time on the model's device, whose time is shared evenly by those who want it.
+"""One pass at a time on the compute device, and a fair share of its time for everybody who waits.
 
-Passes that ran side by side would only take cores from each other. Answers come in short passes, one
-after another; a long pass (a gradient of many examples) breathes between blocks. While both want the
-device each side gets as much time as the other: answers wait for one block of a gradient at most, and
-are half as fast at worst, and so are gradients. Long passes come one after another, whole, and the next
-is of the device that had least time.
+Passes that run side by side only take cores from each other. Answers run as short passes. A long pass (a
+gradient of many examples) yields between two blocks to whoever waits. While answers and gradients both wait,
+each side gets half of the time: an answer waits for one block of a gradient at most. Long passes run one
+after another; the next one belongs to the device that had the least time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from perfit_cloud.model.blocks import block_list, hidden_of
 __all__ = ["DeviceLock", "yield_between_blocks"]
 
 _NOBODY: Mapping[str, float] = {"": 1.0}
-_CHECK_SECONDS = 0.2  # between two looks whether a waiter still wants its turn
+_CHECK_SECONDS = 0.2  # between two checks that a waiter still wants the lock
 
 
 @dataclass(eq=False)
@@ -33,8 +32,8 @@ class _Waiter:
     go: threading.Event = field(default_factory=threading.Event)
 
 
-class _Line:
-    """A lock that is handed to one of those who wait. Not reentrant."""
+class _Queue:
+    """A lock that passes from its holder to one waiter. Not reentrant."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,7 +53,7 @@ class _Line:
             while not mine.go.wait(None if check is None else _CHECK_SECONDS):
                 if check is not None:
                     check()
-        except BaseException:  # or Ctrl-C while waiting: the turn must not be handed to nobody
+        except BaseException:  # Ctrl-C while waiting, for one: pass the lock on if it has just arrived
             with self._lock:
                 if mine in self._waiting:
                     self._waiting.remove(mine)
@@ -70,18 +69,18 @@ class _Line:
                 self._is_taken = False
 
     def _hand_over(self) -> None:
-        """To one of those who wait, so that nobody can slip in between; called under the lock."""
+        """Give the lock to one waiter directly, so that no newcomer takes it first; called under `_lock`."""
         after = self._next()
         self._waiting.remove(after)
         after.go.set()
 
     def _next(self) -> _Waiter:
-        """Which of those who wait; called under the lock."""
+        """The waiter who is next; called under `_lock`."""
         return self._waiting[0]
 
 
-class _LongLine(_Line):
-    """The line of long passes. Whoever had the device for the least time goes first."""
+class _LongPasses(_Queue):
+    """The queue of long passes. The owner who had the least time goes first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,37 +112,37 @@ class _LongLine(_Line):
         return min(self._waiting, key=lambda waiter: min(map(self._share.had, waiter.owners)))
 
 
-class DeviceLock(_Line):
+class DeviceLock(_Queue):
     """A lock that its holder can lend out. Thread-safe; not reentrant."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._long = _LongLine()
+        self._long = _LongPasses()
         self._clock = clock
-        # Told of every pass that is over: its kind and its seconds, what was lent out included.
+        # Called after every pass with its kind and its seconds, lent time included.
         self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
         # Called at the end of every pass, in the thread that made it.
         self.before_release: Callable[[], object] = lambda: None
-        self.moved = clock()  # when it last changed hands
-        # Of the holder: its kind, when its pass began, and when it last got the device.
+        self.moved = clock()  # when the lock last changed hands
+        # The holder's kind, when its pass began, and when it last got the lock.
         self._kind, self._begun, self._since = "", 0.0, 0.0
-        self._long_seconds = 0.0  # that the long pass at hand had the device
-        self._lead = 0.0  # seconds that long passes had more than others, while both wanted the device
+        self._long_seconds = 0.0  # that the current long pass held the lock
+        self._lead = 0.0  # seconds by which long passes are ahead, counted while both sides wait
 
     def health(self) -> EngineHealth:
-        """Still for as long as whoever holds the device neither gave it back nor breathed."""
+        """Stalled since the holder last released the lock or yielded."""
         is_taken, waiting = self._is_taken, len(self._waiting)
         return EngineHealth(
             int(is_taken), waiting, self._clock() - self.moved if is_taken else 0.0, is_alive=True
         )
 
     def long_waiting(self) -> list[str]:
-        """Whose long passes wait for the end of the one at hand; a name for each pass."""
+        """The owners of the long passes that wait, a name for each."""
         return [owner for waiter in list(self._long._waiting) for owner in waiter.owners]
 
     @contextmanager
     def hold(self, kind: str = "answers") -> Iterator[None]:
-        """Hold it for short passes, with a breath between two; waits for those who asked before."""
+        """Hold the lock for short passes; call `yield_to_waiting` between two. First come, first served."""
         with self._held(_Waiter(False, _NOBODY), kind):
             yield
 
@@ -151,11 +150,11 @@ class DeviceLock(_Line):
     def hold_long(
         self, owners: Mapping[str, float] = _NOBODY, check: Callable[[], None] | None = None
     ) -> Iterator[None]:
-        """Hold the device for a pass that breathes; `owners` says whose it is, in parts of any size.
+        """Hold the lock for a pass that yields between blocks; `owners` says how much of it is whose.
 
-        `check` is called now and then while it waits, and before it begins; what it raises ends the wait.
-        Waits for the end of another such pass, and for those of devices that had less. One of them inside
-        another could stand still for ever: all backward passes of a CUDA device run in one thread of torch's.
+        Long passes never overlap: all backward passes of a CUDA device run in one thread of torch's, so one
+        inside another could wait for ever. `check` is called now and then while this waits, and once before
+        the pass begins; what it raises ends the wait.
         """
         with (
             self._long.hold(owners, check, lambda: self._long_seconds),
@@ -168,7 +167,7 @@ class DeviceLock(_Line):
 
     @contextmanager
     def _held(self, mine: _Waiter, kind: str) -> Iterator[None]:
-        # Before it is taken, or for a moment it would seem to be held since it was last used.
+        # Update the time first, or a health check could see a stale one.
         if not self._is_taken:
             self.moved = self._clock()
         self._acquire(mine)
@@ -185,9 +184,9 @@ class DeviceLock(_Line):
             self._release()
 
     def yield_to_waiting(self) -> None:
-        """Called by the holder, from any of its threads: let those go first who had less.
+        """Called by the holder, from any of its threads: let the side that had less time go first.
 
-        A short pass is over with it, and the next begins.
+        This ends one short pass and begins the next.
         """
         kind = self._kind
         mine = _Waiter(kind == "long", _NOBODY)
@@ -197,7 +196,7 @@ class DeviceLock(_Line):
             self._account()
             if kind != "long":
                 self.on_pass(kind, self.moved - self._begun)
-            self._waiting.append(mine)  # last, so that it is next only if nobody else should be
+            self._waiting.append(mine)  # behind all others
             self._hand_over()
         self._wait(mine)
         self._kind = kind
@@ -206,7 +205,7 @@ class DeviceLock(_Line):
             self._begun = self._since
 
     def _account(self) -> None:
-        """Note what the holder had; called under the lock."""
+        """Add up the holder's time; called under `_lock`."""
         now = self._clock()
         seconds, self._since, self.moved = now - self._since, now, now
         is_long = self._kind == "long"
@@ -218,15 +217,15 @@ class DeviceLock(_Line):
             self._lead = 0.0
 
     def _next(self) -> _Waiter:
-        """Of the side that had less, the one that came first; called under the lock."""
+        """The first waiter of the side that had less time; called under `_lock`."""
         long_had_less = self._lead < 0 if self._kind == "long" else self._lead <= 0
         return next((w for w in self._waiting if w.is_long == long_had_less), self._waiting[0])
 
 
 def yield_between_blocks(model: Any, device_lock: DeviceLock) -> list[Any]:
-    """Make every pass of this model breathe behind its blocks, forward and backward.
+    """Make every pass of this model yield behind each block, forward and backward.
 
-    The model must be run by holders alone. Returns handles whose remove() ends it.
+    Only holders of the lock may run the model. Returns handles; their remove() ends it.
     """
 
     def back(_gradient: Any) -> None:
