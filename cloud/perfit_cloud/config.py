@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from perfit_shared.errors import ConfigError
 
@@ -24,7 +25,13 @@ _PREFIX = "PERFIT_CLOUD_"
 _FILE_VARIABLE = "PERFIT_CLOUD_CONFIG"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAY_BE_ZERO = ("threads", "memory_bytes")
-_DTYPES = ("auto", "float32", "bfloat16")
+_LARGEST = 2**40
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "apart": ("values", "bits"),
+    "hardening": ("on", "off"),
+    "state_writers": ("owner", "group"),
+}
 _EVERY_INTERFACE = {"0.0.0.0", "::", ""}  # noqa: S104 - compared with, not bound to
 
 
@@ -89,9 +96,8 @@ class CloudConfig:
     enrol_requests_minute: int = 240  # calls for certificates a minute, of one network address
 
     # What one device may notice of others
-    apart: str = (
-        "values"  # values: of what they send; bits: also of whether they are there, for slower answers
-    )
+    # values: nothing of what they send; bits: nor whether they are there, for slower answers
+    apart: str = "values"
 
     # The generation engine
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
@@ -112,22 +118,12 @@ class CloudConfig:
     stuck_seconds: int = 120  # without progress, after which health says NOT_SERVING
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = _converted(field.name, str(field.type), getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-        _check_choice("dtype", self.dtype, _DTYPES)
-        _check_choice("apart", self.apart, ("values", "bits"))
-        _check_choice("hardening", self.hardening, ("on", "off"))
-        _check_choice("state_writers", self.state_writers, ("owner", "group"))
+        for name, convert in _converters().items():
+            object.__setattr__(self, name, convert(getattr(self, name), name))
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         for name in ("address", "enrol_address"):
-            parse_address(getattr(self, name), name)
-        for name in ("public_address", "public_enrol_address"):
-            if getattr(self, name):
-                host, port = parse_address(getattr(self, name), name)
-                if host in _EVERY_INTERFACE or not port:
-                    raise ConfigError(f"{name} should be a host and port that devices can dial")
-            elif parse_address(getattr(self, name[7:]), name)[0] in _EVERY_INTERFACE:
-                raise ConfigError(f"{name[7:]} listens on every interface; set {name} to what devices dial")
+            self._check_address(name)
         if self.metrics_address:
             parse_address(self.metrics_address, "metrics_address")
         if self.bytes_each < self.message_bytes:
@@ -137,6 +133,20 @@ class CloudConfig:
             raise ConfigError(f"tokens_minute should be {tokens} or more, what the largest request takes")
         if self.certificate_seconds > 366 * 86400:
             raise ConfigError("certificate_seconds should be a year at most: short lives bound a theft")
+
+    def _check_address(self, name: str) -> None:
+        """That devices can dial what listens there. Raises ConfigError."""
+        listens, public = getattr(self, name), getattr(self, f"public_{name}")
+        host, _ = parse_address(listens, name)
+        if public:
+            host, port = parse_address(public, f"public_{name}")
+            if host in _EVERY_INTERFACE or not port:
+                raise ConfigError(f"public_{name} should be a host and port that devices can dial")
+        elif host in _EVERY_INTERFACE:
+            raise ConfigError(f"{name} listens on every interface; set public_{name} to what devices dial")
+
+
+_KEYS = tuple(field.name for field in fields(CloudConfig))
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -164,7 +174,6 @@ def load_config(
     if file is None and environment.get(_FILE_VARIABLE):
         file = Path(environment[_FILE_VARIABLE])
     values: dict[str, Any] = {}
-    known = {field.name for field in fields(CloudConfig)}
     variables = {
         name.removeprefix(_PREFIX).lower(): value
         for name, value in environment.items()
@@ -178,9 +187,9 @@ def load_config(
     )
     for where, source in sources:
         for key in source:
-            if key not in known:
+            if key not in _KEYS:
                 shown = _PREFIX + key.upper() if source is variables else key
-                raise ConfigError(f'{where}: no setting "{shown}"; there are {", ".join(sorted(known))}')
+                raise ConfigError(f'{where}: no setting "{shown}"; there are {", ".join(sorted(_KEYS))}')
         values.update(source)
     return CloudConfig(**values)
 
@@ -211,27 +220,44 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not TOML: {error}") from error
 
 
-def _converted(name: str, kind: str, value: Any) -> Any:
-    """`value` in the type of its field. Raises ConfigError naming the key."""
-    if kind == "int":
-        if name.endswith("_seconds"):
-            return parse_duration(value, name)
-        try:
-            number = int(value)
-        except (TypeError, ValueError):
-            number = -1
-        if (
-            isinstance(value, bool | float)
-            or not 0 <= number <= 2**40
-            or (number == 0 and name not in _MAY_BE_ZERO)
-        ):
-            raise ConfigError(f"{name} should be a whole number, 1 or more")
-        return number
-    if kind == "tuple[str, ...]":
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(i, str | Path) for i in items):
-            raise ConfigError(f"{name} should be a list of texts")
-        return tuple(str(item).strip() for item in items if str(item).strip())
+@cache
+def _converters() -> dict[str, Callable[[Any, str], Any]]:
+    """How each field's value is read, by the field's type and, for durations, its name."""
+    by_type: dict[Any, Callable[[Any, str], Any]] = {
+        int: _whole_number,
+        str: _text,
+        Path: _path,
+        tuple[str, ...]: _texts,
+    }
+    types = get_type_hints(CloudConfig)
+    return {name: parse_duration if name.endswith("_seconds") else by_type[types[name]] for name in _KEYS}
+
+
+def _whole_number(value: Any, name: str) -> int:
+    """1 or more, 0 too where that means something. Raises ConfigError naming the key."""
+    least = 0 if name in _MAY_BE_ZERO else 1
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if isinstance(value, bool | float) or not least <= number <= _LARGEST:
+        raise ConfigError(f"{name} should be a whole number, {least} or more")
+    return number
+
+
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str | Path):
         raise ConfigError(f"{name} should be a text")
-    return Path(value).expanduser() if kind == "Path" else str(value)
+    return str(value)
+
+
+def _path(value: Any, name: str) -> Path:
+    return Path(_text(value, name)).expanduser()
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    """Of a list, or of a text with commas."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str | Path) for item in items):
+        raise ConfigError(f"{name} should be a list of texts")
+    return tuple(str(item).strip() for item in items if str(item).strip())

@@ -25,6 +25,7 @@ PerfitError
 │   ├── VaultDamaged          bytes were changed or lost; nothing was touched
 │   ├── VaultBusy             another process holds it
 │   └── VaultUnswept          the change is made; traces of what was deleted still lie in the file
+├── StoreFailed               the cloud's record of devices cannot be read or written
 ├── UpdateFailed              an update cannot go on; its state is kept
 └── ConfigError               an unknown key, or a value that cannot be
 
@@ -75,6 +76,7 @@ __all__ = [
     "NotFound",
     "PerfitError",
     "ShiftMismatch",
+    "StoreFailed",
     "TooSlow",
     "Unavailable",
     "UpdateFailed",
@@ -204,6 +206,10 @@ class VaultBusy(VaultError):
 
 class VaultUnswept(VaultError):
     code = "vault_unswept"
+
+
+class StoreFailed(PerfitError):
+    code = "store_failed"
 
 
 class UpdateFailed(PerfitError):

@@ -22,9 +22,11 @@ from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.catalog import Catalog
+from perfit_cloud.service.identity.authenticator import Authenticator
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.memory import plan_memory
 from perfit_cloud.service.server import CloudServer
+from perfit_cloud.service.settings import ServerParts
 
 
 @pytest.fixture
@@ -95,11 +97,17 @@ def run(
     gradients: GradientEngine,
     step_queue: GradientScheduler,
 ) -> Iterator[Callable[..., Running]]:
-    """Start a server; keyword arguments change its configuration or put a stand-in for an engine."""
+    """Start a server; keyword arguments change its configuration or put a stand-in for an engine.
+
+    `serves_only`: it enrols nobody, and the keys of the authorities are not in its state folder; `authority`
+    is then another process's.
+    """
     started: list[Running] = []
+    opened: list[Authenticator] = []
 
     def start(
         *,
+        serves_only: bool = False,
         engine: Any = None,
         gradient_engine: Any = None,
         steps: Any = None,
@@ -120,9 +128,16 @@ def run(
         )
         served = Catalog.build(config, base, [artefact], authority.cloud_id)
         memory = plan_memory(config, served, process=0, continuous=True)
-        server = CloudServer(
-            config,
-            authority=authority,
+        authenticator: Authenticator = authority
+        if serves_only:
+            authority.write_serving_files(config.state, ["localhost", "127.0.0.1"])
+            for name in ("server_ca.pem", "device_ca.pem"):
+                (config.state / name).unlink()
+            authenticator = Authenticator.open(config.state)
+            opened.append(authenticator)
+        parts = ServerParts(
+            authenticator=authenticator,
+            issuer=None if serves_only else authority,
             served=served,
             generation=engine or generation,
             gradients=gradient_engine or gradients,
@@ -131,6 +146,7 @@ def run(
             engines=engines,
             ended=ended,
         )
+        server = CloudServer(config, parts)
         server.start()
         started.append(Running(config, authority, server))
         return started[-1]
@@ -141,6 +157,8 @@ def run(
             channel.close()
         running.server.stop(0)
         running.authority.close()
+    for authenticator in opened:
+        authenticator.close()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from perfit_cloud.service.identity import authority as authority_module
-from perfit_cloud.service.identity import store
+from perfit_cloud.service.identity import sqlite_store
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
 from perfit_shared.errors import (
@@ -268,15 +268,17 @@ def test_identity_that_is_not_in_the_database_is_refused(authority: Authority, t
     certificate = enrolled(authority)
     with sqlite3.connect(tmp_path / "state" / "authority.db") as db:
         db.execute("DELETE FROM devices")
-    authority.refresh()
+    again = open_authority(tmp_path / "state")
     with pytest.raises(NotAuthenticated, match="does not know this device"):
-        authority.check(certificate)
+        again.check(certificate)
+    with pytest.raises(NotAuthenticated, match="does not know this device"):
+        authority.renew(certificate, csr_of(new_key()))
 
 
 def test_a_writer_that_hangs_stops_writes_but_no_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(sqlite_store, "_LOCK_SECONDS", 0.1)
     authority = open_authority(tmp_path / "state")
     certificate = enrolled(authority)
     other = sqlite3.connect(tmp_path / "state" / "authority.db", isolation_level=None)

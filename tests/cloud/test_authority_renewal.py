@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from perfit_shared.errors import (
     CertificateValid,
     IdentityRevoked,
     InvalidInput,
+    InviteRefused,
     NotAuthenticated,
 )
 
@@ -90,6 +92,7 @@ def test_a_certificate_of_a_clock_that_was_ahead_is_renewed(
     wrong_clock(0)
     with pytest.raises(NotAuthenticated, match="not valid yet"):
         authority.check(old)
+    lapsed.nonce = authority.challenge()
     new = x509.load_der_x509_certificate(authority.renew_lapsed(**lapsed.request()))
     assert authority.check(new) == identity_of(old)
 
@@ -116,6 +119,42 @@ def test_a_clock_that_jumps_makes_no_used_challenge_a_fresh_one(
     wrong_clock(0)
     with pytest.raises(NotAuthenticated, match="used already"):
         short.renew_lapsed(**lapsed.request())
+
+
+def test_a_challenge_holds_across_a_restart_and_stays_used(short: Authority, tmp_path: Path) -> None:
+    """Used ones were kept in memory, so that a restart took every challenge that was under way with it."""
+    lapsed = Lapsed(short)
+    other = Lapsed(short)
+    short.renew_lapsed(**other.request())
+    short.close()
+    again, second = (open_authority(tmp_path / "short", life=-1) for _ in range(2))
+    again.renew_lapsed(**lapsed.request())
+    for used in (lapsed, other):
+        with pytest.raises(NotAuthenticated, match="used already"):
+            second.renew_lapsed(**used.request())
+
+
+def test_strangers_write_nothing_and_wait_for_no_writer(short: Authority, tmp_path: Path) -> None:
+    """The enrolment listener takes calls of anybody. Every guess at an invite took the database's lock."""
+    lapsed = Lapsed(short)
+    own = lapsed.request()
+    stranger = open_authority(tmp_path / "other", life=-1)
+    foreign = enrolled(stranger, lapsed.key).public_bytes(serialization.Encoding.DER)
+    path = tmp_path / "short" / "authority.db"
+    before = path.read_bytes()
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    for _ in range(20):
+        assert len(short.challenge()) == 32
+        with pytest.raises(InviteRefused):
+            short.enroll(os.urandom(32), csr_of(new_key()))
+        for bad in ({"certificate": foreign}, {"signature": b"x"}, {"nonce": os.urandom(32)}):
+            with pytest.raises(NotAuthenticated):
+                short.renew_lapsed(**{**own, **bad})
+    writer.close()
+    assert path.read_bytes() == before
+    short.renew_lapsed(**own)
+    assert path.read_bytes() != before
 
 
 def test_challenges_that_we_did_not_make_are_refused(short: Authority, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from tests.cloud.test_authority_retired import renewed
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
-from perfit_cloud.service.identity.store import IdentityStore
+from perfit_cloud.service.identity.sqlite_store import SQLiteStore
+from perfit_cloud.service.identity.store import Enrolment, IdentityState
 from perfit_shared.errors import CertificateSuperseded, ConfigError, InvalidInput, InviteRefused
 
 FORMAT_1 = Path(__file__).parent / "data" / "state_format_1"
@@ -70,31 +71,35 @@ def test_no_invite_leads_to_an_identity_that_was_used(authority: Authority, tmp_
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
         rows = db.execute("SELECT * FROM invites").fetchall()
         assert db.execute("SELECT count(*) FROM enrolments").fetchone() == (0,)
-    assert tables == {"meta", "invites", "enrolments", "devices"}
+    assert tables == {"meta", "invites", "enrolments", "devices", "challenge_keys", "challenges"}
     assert len(rows) == 1
     assert len(rows[0]) == 3  # hash, end, used
 
 
-def test_many_changes_leave_no_copies_of_rows(tmp_path: Path) -> None:
+def test_many_changes_leave_no_copies_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that move between pages may stay behind in a page's free space."""
-    store = IdentityStore(tmp_path / "authority.db")
-    with store.held() as db:
-        db.execute("PRAGMA synchronous = OFF")  # for the test's sake: nobody cuts the power
+    monkeypatch.setattr("perfit_cloud.service.identity.sqlite_store._SYNCHRONOUS", "OFF")  # nobody cuts power
+    store = SQLiteStore(tmp_path / "authority.db")
+    dates: dict[str, int] = {}
     gone = []
     for n in range(600):
         now = 1_700_000_000 + 977 * n
-        with store.transaction() as db:
-            for identity in (f"{n * 7919 % 600:032x}", f"{n * 104_729 % 600:032x}"):
-                row = db.execute("SELECT issued FROM devices WHERE identity = ?", (identity,)).fetchone()
-                gone += [row[0]] if row else []
-                db.execute(
-                    "INSERT INTO devices VALUES (?, ?, ?, 1, -1, NULL, NULL) ON CONFLICT (identity) "
-                    "DO UPDATE SET issued = excluded.issued, generation = generation * 3 % 100003",
-                    (identity, now, now + 100 * DAY),
-                )
-                now += 1
-            if n % 5 == 0:
-                db.execute("DELETE FROM devices WHERE identity < ?", (f"{n % 60:032x}",))
+        for identity in (f"{n * 7919 % 600:032x}", f"{n * 104_729 % 600:032x}"):
+            ends = now + (n % 5) * DAY
+            if identity in dates:
+                gone.append(dates[identity])
+                store.renew(identity, generation=0, issued=now, expires=ends)
+            else:
+                secret_hash = now.to_bytes(32, "big")
+                store.add_invite(secret_hash, 0)
+                store.enroll(secret_hash, Enrolment(identity, b"", b"c" * 40), issued=now, expires=ends)
+            store.write_marks({identity: IdentityState(n * n)})
+            dates[identity] = now
+            now += 1
+        if n % 50 == 49:
+            store.prune(identities_before=now, invites_before=now)
+            left = {device.identity for device in store.devices()}
+            gone += [dates.pop(identity) for identity in set(dates) - left]
     kept = {device.issued for device in store.devices()}
     raw = written(tmp_path)
     assert len(gone) > 400
@@ -218,7 +223,7 @@ def test_a_format_of_later_is_refused_and_stays(authority: Authority, tmp_path: 
     authority.close()
     path = tmp_path / "state" / "authority.db"
     with sqlite3.connect(path) as db:
-        db.execute("UPDATE meta SET value = '3' WHERE key = 'format'")
+        db.execute("UPDATE meta SET value = '4' WHERE key = 'format'")
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="another version"):
         open_authority(tmp_path / "state")

@@ -68,6 +68,15 @@ def test_values_that_cannot_be_are_refused_by_name(key: str, value: object) -> N
         load_config(environment={}, flags={key: value})
 
 
+def test_every_key_is_read_by_its_type_and_zero_only_where_it_means_something() -> None:
+    config = CloudConfig(threads="0", state="~/x", names=["a", " "], drain_seconds="2m", calls=2**40)  # type: ignore[arg-type]
+    assert (config.threads, config.state, config.names) == (0, Path("~/x").expanduser(), ("a",))
+    assert (config.drain_seconds, config.calls) == (120, 2**40)
+    for key, value in (("threads", -1), ("memory_bytes", 2**40 + 1), ("keep_bytes", 0), ("state", 3)):
+        with pytest.raises(ConfigError, match=key):
+            load_config(environment={}, flags={key: value})
+
+
 def test_float16_is_refused_with_the_reason() -> None:
     for dtype in ("auto", "float32", "bfloat16"):
         CloudConfig(dtype=dtype)

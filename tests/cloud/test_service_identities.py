@@ -17,7 +17,7 @@ from tests.cloud.doubles import Drip
 from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
 from tests.cloud.test_authority import DAY, csr_of, new_key
 
-from perfit_cloud.service.identity import certificates, identity_cache, store
+from perfit_cloud.service.identity import certificates, identity_cache, sqlite_store
 from perfit_cloud.service.identity.authority import Authority
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -116,7 +116,7 @@ def test_a_server_that_started_with_its_clock_ahead_is_trusted_once_it_is_right(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(sqlite_store, "_LOCK_SECONDS", 0.2)
 
 
 @pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
@@ -124,7 +124,7 @@ def test_no_call_waits_for_a_database_that_somebody_holds(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """Every Describe waited 9.5 s. Here the database is waited for so long that a call would fail."""
-    monkeypatch.setattr(store, "_LOCK_SECONDS", 20 * TIMEOUT)
+    monkeypatch.setattr(sqlite_store, "_LOCK_SECONDS", 20 * TIMEOUT)
     running = run()
     old, other = running.device(), running.device()
     old.describe()

@@ -35,7 +35,9 @@ def test_what_others_can_write_is_refused(authority: Authority, tmp_path: Path, 
     open_authority(tmp_path / "state")
 
 
-@pytest.mark.parametrize("name", ["authority.db-journal", "authority.db-wal", "addresses.json", "serve.lock"])
+@pytest.mark.parametrize(
+    "name", ["authority.db-journal", "authority.db-wal", "addresses.json", "serve.lock", "server.pem"]
+)
 def test_files_that_sqlite_or_invite_would_believe_are_looked_at(
     authority: Authority, tmp_path: Path, name: str
 ) -> None:

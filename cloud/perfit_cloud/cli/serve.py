@@ -164,6 +164,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     from perfit_cloud.service.descriptors import raise_descriptor_limit
     from perfit_cloud.service.memory import plan_memory, resident_bytes
     from perfit_cloud.service.server import CloudServer
+    from perfit_cloud.service.settings import ServerParts
     from perfit_cloud.service.telemetry import Engines
 
     if config.threads:
@@ -196,9 +197,9 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     steps = GradientScheduler(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
     scrubber = MemoryScrubber(base.device, device_lock)
     raise_descriptor_limit()
-    server = CloudServer(
-        config,
-        authority=authority,
+    parts = ServerParts(
+        authenticator=authority,
+        issuer=authority,
         served=served,
         generation=generation,
         gradients=GradientEngine(base, device_lock, pass_tokens=memory.pass_tokens),
@@ -207,6 +208,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         engines=Engines(generation, steps, adaptations, device_lock),
         ended=scrubber.call_ended,
     )
+    server = CloudServer(config, parts)
     stops = _stops()
     generation.start()
     if config.hardening == "on":

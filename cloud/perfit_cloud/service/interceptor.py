@@ -15,7 +15,7 @@ import ipaddress
 import logging
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -23,20 +23,11 @@ import grpc
 from cryptography import x509
 
 from perfit_cloud.engine.errors import error_location
-from perfit_cloud.service.bounds import MessageBounds
 from perfit_cloud.service.deadlines import Deadlines
-from perfit_cloud.service.drain import Drain
-from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of, read_certificate
-from perfit_cloud.service.limits import (
-    BYTES_A_TOKEN,
-    MESSAGE_COPIES,
-    Budget,
-    ConcurrencyLimit,
-    Payment,
-    RateLimiter,
-)
-from perfit_cloud.service.telemetry import CallOutcome, Telemetry
+from perfit_cloud.service.limits import BYTES_A_TOKEN, MESSAGE_COPIES, Payment
+from perfit_cloud.service.settings import CallSettings, ListenerSettings
+from perfit_cloud.service.telemetry import CallOutcome
 from perfit_shared.errors import Cancelled, InvalidInput, NotAuthenticated, PerfitError, to_status
 
 __all__ = ["Call", "CallInterceptor", "caller", "public_error"]
@@ -106,43 +97,18 @@ class _Method(NamedTuple):
 
 
 class CallInterceptor(grpc.ServerInterceptor):
-    """Wraps every method of a server. Without an authority (enrolment) anybody may call."""
+    """Wraps every method of a server. Without an authenticator (enrolment) anybody may call."""
 
-    def __init__(
-        self,
-        *,
-        authority: Authority | None,
-        rate_limiter: RateLimiter,
-        gate: ConcurrencyLimit,
-        bounds: MessageBounds,
-        tokens: Mapping[str, int],
-        room: Budget,
-        refused: Callable[[str], None],
-        drain: Drain,
-        telemetry: Telemetry,
-        ended: Callable[[], None],
-        call_seconds: float,
-        stream_seconds: float,
-    ) -> None:
-        """`ended` is called at the end of every call, `refused` with the reason of every refusal here.
-
-        `room`: bytes that all messages that are worked on may take.
-        `tokens`: the most of a message's texts, by the name of the method; none where tokens are not counted.
-        `call_seconds`, `stream_seconds`: the most time of a call, and of one that streams both ways.
-        """
-        self._authority = authority
-        self._rate_limiter = rate_limiter
-        self._gate = gate
-        self._bounds = bounds
-        self._tokens = tokens
-        self._room = room
-        self._refused = refused
-        self._drain = drain
-        self._telemetry = telemetry
-        self._ended = ended
-        self._call_seconds = call_seconds
-        self._stream_seconds = stream_seconds
+    def __init__(self, listener: ListenerSettings, calls: CallSettings) -> None:
+        self._authenticator = listener.authenticator
+        self._rate_limiter = listener.rate_limiter
+        self._listener = listener
+        self._calls = calls
         self._deadlines = Deadlines()
+
+    def _refused(self, reason: str) -> None:
+        """Count a refusal."""
+        self._calls.telemetry.refused(reason if self._authenticator else f"enrol_{reason}")
 
     def intercept_service(
         self,
@@ -170,14 +136,14 @@ class CallInterceptor(grpc.ServerInterceptor):
         )
 
         def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
-            with self._telemetry.call(method.name) as outcome, translated(context, path, outcome):
+            with self._calls.telemetry.call(method.name) as outcome, translated(context, path, outcome):
                 yield from self._responses(method, requests, context)
 
         return grpc.stream_stream_rpc_method_handler(guarded, None, handler.response_serializer)
 
     def _unknown(self, _: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """A method that is none. It is counted as a call, and told as gRPC would tell it."""
-        with self._telemetry.call("unknown") as outcome:
+        with self._calls.telemetry.call("unknown") as outcome:
             with translated(context, "unknown", outcome), self._admitted(context, self._certificate(context)):
                 self._refused("method")
             outcome.status = grpc.StatusCode.UNIMPLEMENTED.name
@@ -186,7 +152,7 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     def _certificate(self, context: grpc.ServicerContext) -> x509.Certificate | None:
         """The caller's; None where anybody may call. Raises NotAuthenticated."""
-        return None if self._authority is None else caller(context)
+        return None if self._authenticator is None else caller(context)
 
     @contextmanager
     def _admitted(self, context: grpc.ServicerContext, certificate: x509.Certificate | None) -> Iterator[str]:
@@ -197,8 +163,8 @@ class CallInterceptor(grpc.ServerInterceptor):
         """
         who = network_of(context) if certificate is None else identity_of(certificate)
         try:
-            if certificate is not None and self._authority is not None:
-                self._authority.check(certificate)
+            if certificate is not None and self._authenticator is not None:
+                self._authenticator.check(certificate)
         except PerfitError as error:
             self._rate_limiter.spend(f"{who} refused", "requests")
             self._refused(error.code)
@@ -208,11 +174,11 @@ class CallInterceptor(grpc.ServerInterceptor):
             yield who
 
     def _recheck(self, certificate: x509.Certificate | None) -> None:
-        """Raises what the authority says of a caller who may not go on; counts it."""
-        if certificate is None or self._authority is None:
+        """Raises what the authenticator says of a caller who may not go on; counts it."""
+        if certificate is None or self._authenticator is None:
             return
         try:
-            self._authority.recheck(certificate)
+            self._authenticator.recheck(certificate)
         except PerfitError as error:
             self._refused(error.code)
             raise
@@ -220,33 +186,37 @@ class CallInterceptor(grpc.ServerInterceptor):
     def _responses(
         self, method: _Method, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[Any]:
+        listener, calls = self._listener, self._calls
         certificate = self._certificate(context)
         with ExitStack() as held:
-            held.callback(self._ended)
+            held.callback(calls.ended)
             who = held.enter_context(self._admitted(context, certificate))
             if not method.is_health:
-                held.enter_context(self._drain.call())
-                held.enter_context(self._gate.place())
-            payment = Payment(self._rate_limiter, who, self._tokens.get(method.name, 0))
+                held.enter_context(calls.drain.call())
+                held.enter_context(listener.gate.place())
+            payment = Payment(self._rate_limiter, who, listener.tokens.get(method.name, 0))
 
             @contextmanager
             def arrive(data: bytes) -> Iterator[None]:
                 self._recheck(certificate)
                 taken = 0 if method.is_health else MESSAGE_COPIES * len(data)
-                with self._rate_limiter.hold(who, "bytes", len(data)), self._room.hold(taken, _ROOM_SECONDS):
+                with (
+                    self._rate_limiter.hold(who, "bytes", len(data)),
+                    listener.room.hold(taken, _ROOM_SECONDS),
+                ):
                     yield
 
             def read(data: bytes) -> Any:
                 try:
-                    payment.walked(self._bounds.check(method.path, data, payment.charge))
+                    payment.walked(listener.bounds.check(method.path, data, payment.charge))
                     return _parsed(method.read, data)
                 except InvalidInput:
                     self._refused("message")
-                    if self._tokens:
+                    if listener.tokens:
                         self._rate_limiter.fine(who, "tokens", len(data) // BYTES_A_TOKEN)
                     raise
 
-            if self._tokens:
+            if listener.tokens:
                 self._rate_limiter.spend(who, "tokens", 0)  # who owes sends nothing more
             messages = _Messages(requests, read, arrive)
             held.callback(messages.close)
@@ -254,7 +224,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             if not method.is_streamed_to:
                 with self._deadlines.after(_MESSAGE_SECONDS, context.cancel):
                     request = messages.only()
-            seconds = self._stream_seconds if method.is_session else self._call_seconds
+            seconds = calls.stream_seconds if method.is_session else calls.call_seconds
             # A caller who does not read holds the call in gRPC's send.
             held.enter_context(self._deadlines.after(seconds + _LATE_SECONDS, context.cancel))
             responses = method.behaviour(request, cast("grpc.ServicerContext", Call(context, who, payment)))

@@ -14,28 +14,24 @@ connections of a listener for as long as it goes on, so that a firewall in front
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from types import MappingProxyType
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from perfit_cloud.config import CloudConfig, parse_address
-from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.service.bounds import MessageBounds
-from perfit_cloud.service.calls import Answers, Generation, Gradients
-from perfit_cloud.service.catalog import Catalog
+from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.descriptors import Connections, descriptor_limit, open_descriptors
 from perfit_cloud.service.drain import Drain
 from perfit_cloud.service.health import HealthMonitor
-from perfit_cloud.service.identity.authority import Authority, ServerIdentity
+from perfit_cloud.service.identity.authenticator import ServerIdentity
+from perfit_cloud.service.identity.server_credentials import ServerCredentials
 from perfit_cloud.service.interceptor import CallInterceptor
 from perfit_cloud.service.limits import (
     MESSAGE_COPIES,
@@ -46,12 +42,12 @@ from perfit_cloud.service.limits import (
     Quota,
     RateLimiter,
 )
-from perfit_cloud.service.memory import MemoryPlan
 from perfit_cloud.service.servicers import EnrollmentService, IdentityService, PersonalizationService
-from perfit_cloud.service.state_folder import Addresses
+from perfit_cloud.service.settings import CallSettings, ListenerSettings, ModelSettings, ServerParts
+from perfit_cloud.service.state_folder import SERVER_IDENTITY, Addresses
 from perfit_cloud.service.streams.adapt import Adapting
 from perfit_cloud.service.streams.ask import Asking
-from perfit_cloud.service.telemetry import Engines, Telemetry
+from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import ConfigError
 from perfit_shared.wire import enrollment_pb2_grpc, personalization_pb2_grpc
 
@@ -75,6 +71,8 @@ class _Connection:
     """What one connection may take, and how many there may be."""
 
     count: int
+    threads: int  # of all connections together
+    message_bytes: int  # largest message that comes in
     idle_seconds: int
     streams: int  # calls at once
     age_seconds: int  # then it takes no new calls
@@ -82,114 +80,50 @@ class _Connection:
 
 
 class CloudServer:
-    """Both gRPC servers. Ports are bound when it is made, and served from `start` on."""
+    """Both gRPC servers. Ports are bound when it is made, and served from `start` on.
 
-    def __init__(
-        self,
-        config: CloudConfig,
-        *,
-        authority: Authority,
-        served: Catalog,
-        generation: Generation,
-        gradients: Gradients,
-        steps: GradientScheduler,
-        memory: MemoryPlan,
-        engines: Engines | None = None,
-        ended: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`memory`: what each part may take. `engines`: whose health is watched.
+    Without an issuer it opens no key of an authority, and neither enrols nor renews.
+    """
 
-        `ended` is called at the end of every call.
-        Raises ConfigError when a port is taken.
-        """
+    def __init__(self, config: CloudConfig, parts: ServerParts) -> None:
+        """Raises ConfigError when a port is taken."""
         self._config = config
-        self._authority = authority
+        self._parts = parts
         self.telemetry = Telemetry()
         self._drain = Drain()
-        self._ended = ended
-        self._watch = HealthMonitor(engines, self.telemetry, stuck_seconds=config.stuck_seconds)
-        self._rate_limiter = self._shared(
-            "devices",
-            {
-                "calls": config.calls_each,
-                "answers": config.answers_each,
-                "adaptations": config.adaptations_each,
-                "gradients": config.gradients_each,
-                "bytes": max(served.limits.message_bytes, min(config.bytes_each, memory.messages_each)),
-            },
-            {"requests": config.requests_minute, "tokens": config.tokens_minute},
+        self._calls = CallSettings(
+            self._drain, self.telemetry, parts.ended, config.call_seconds, config.stream_seconds
         )
-        enrol_accounts = self._shared(
-            "enrolment",
-            {"calls": _ENROL_CALLS_EACH, "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES},
-            {"requests": config.enrol_requests_minute},
-        )
-        threads = config.calls + _SPARE_THREADS
-        limits = served.limits
-        device_guard = self._guard(
-            self._rate_limiter,
-            self._gate("calls", config.calls),
-            self._budget("messages", memory.messages),
-            MessageBounds.of_devices(limits, served.tensor_bytes),
-            authority=authority,
-            tokens={
-                "Generate": limits.prompt_tokens,
-                "Ask": limits.prompt_tokens,
-                "Score": limits.call_tokens,
-                "ComputeGradient": limits.call_tokens,
-                "Adapt": limits.adapt_tokens,
-            },
-        )
-        enrol_guard = self._guard(
-            enrol_accounts,
-            self._gate("enrol_calls", _ENROL_CALLS),
-            self._budget("enrol_messages", MESSAGE_COPIES * _ENROL_CALLS * _ENROL_MESSAGE_BYTES),
-            MessageBounds.of_enrolment(),
-        )
+        self._watch = HealthMonitor(parts.engines, self.telemetry, stuck_seconds=config.stuck_seconds)
+        self._credentials = ServerCredentials(self._server_identity())
         connections = Connections(config.connections, config.enrol_connections).within(descriptor_limit())
-        self._server = self._make(
-            device_guard,
-            threads=threads,
-            message_bytes=limits.message_bytes,
-            connection=_Connection(
-                connections.devices,
-                config.idle_seconds,
-                min(_DEVICE_STREAMS, threads // 2),
-                config.call_seconds,
-                # A call that began at the very end of the age still gets all its time.
-                max(config.call_seconds, config.stream_seconds) + _GRACE_SECONDS,
-            ),
-        )
-        self._enrol_server = self._make(
-            enrol_guard,
-            threads=_ENROL_CALLS + _SPARE_THREADS,
-            message_bytes=_ENROL_MESSAGE_BYTES,
-            connection=_Connection(
-                connections.enrolment,
-                min(_ENROL_IDLE_SECONDS, config.idle_seconds),
-                _ENROL_STREAMS,
-                _ENROL_AGE_SECONDS,
-                _GRACE_SECONDS,
-            ),
-        )
-        self._credentials = _RotatingIdentity(authority, self._names())
-        bound = self._bind(self._server, config.address, client_ca=authority.device_ca_pem)
-        enrol_bound = self._bind(self._enrol_server, config.enrol_address, client_ca=None)
+        devices = self._device_listener()
+        self._rate_limiter = devices.rate_limiter
+        self._server, bound = self._listen(devices, config.address, self._device_connection(connections))
+        self._servers = [self._server]
+        enrol_bound = ""
+        if parts.issuer is not None:
+            enrol_server, enrol_bound = self._listen(
+                self._enrolment_listener(), config.enrol_address, self._enrolment_connection(connections)
+            )
+            self._servers.append(enrol_server)
         self.addresses = Addresses(
             address=config.public_address or bound,
             enrol_address=config.public_enrol_address or enrol_bound,
         )
-        self._register(served, generation, gradients, steps, self._budget("examples", memory.examples))
-        self._measure(served, engines)
+        self._register_model()
+        self._register_identity()
+        self._measure()
         self._stop_metrics = self.telemetry.serve(config.metrics_address) if config.metrics_address else None
 
     def start(self) -> None:
         """Begin to answer, and leave the addresses where `perfit-cloud invite` finds them."""
-        self._authority.start()
+        self._parts.authenticator.start()
         self._watch.start()
-        self._server.start()
-        self._enrol_server.start()
-        self.addresses.save(self._config.state)
+        for server in self._servers:
+            server.start()
+        if self._parts.issuer is not None:
+            self.addresses.save(self._config.state)
 
     def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds.
@@ -202,8 +136,7 @@ class CloudServer:
         self.telemetry.draining()
         self._drain.begin()
         is_idle = self._drain.wait(grace, is_hurried)
-        servers = (self._server, self._enrol_server)
-        for stopped in [server.stop(_LAST_SECONDS if is_idle else 0) for server in servers]:
+        for stopped in [server.stop(_LAST_SECONDS if is_idle else 0) for server in self._servers]:
             stopped.wait(2 * _LAST_SECONDS)
         if self._stop_metrics is not None:
             self._stop_metrics()
@@ -212,16 +145,87 @@ class CloudServer:
 
     # -- building --------------------------------------------------------------------------------
 
-    def _make(
-        self, guard: CallInterceptor, *, threads: int, message_bytes: int, connection: _Connection
-    ) -> grpc.Server:
-        return grpc.server(
-            ThreadPoolExecutor(threads, thread_name_prefix="perfit-rpc"),
-            interceptors=[guard],
+    def _server_identity(self) -> Callable[[], ServerIdentity]:
+        config, issuer = self._config, self._parts.issuer
+        if issuer is not None:
+            return partial(issuer.server_identity, self._names())
+        trusts_group = config.state_writers == "group"
+        return partial(ServerIdentity.load, config.state / SERVER_IDENTITY, trusts_group=trusts_group)
+
+    def _device_listener(self) -> ListenerSettings:
+        config, limits, memory = self._config, self._parts.served.limits, self._parts.memory
+        at_once: dict[AtOnce, int] = {
+            "calls": config.calls_each,
+            "answers": config.answers_each,
+            "adaptations": config.adaptations_each,
+            "gradients": config.gradients_each,
+            "bytes": max(limits.message_bytes, min(config.bytes_each, memory.messages_each)),
+        }
+        a_minute: dict[AMinute, int] = {"requests": config.requests_minute, "tokens": config.tokens_minute}
+        return ListenerSettings(
+            authenticator=self._parts.authenticator,
+            rate_limiter=self._shared("devices", at_once, a_minute),
+            gate=self._gate("calls", config.calls),
+            room=self._budget("messages", memory.messages),
+            bounds=MessageBounds.of_devices(limits, self._parts.served.tensor_bytes),
+            tokens={
+                "Generate": limits.prompt_tokens,
+                "Ask": limits.prompt_tokens,
+                "Score": limits.call_tokens,
+                "ComputeGradient": limits.call_tokens,
+                "Adapt": limits.adapt_tokens,
+            },
+        )
+
+    def _enrolment_listener(self) -> ListenerSettings:
+        at_once: dict[AtOnce, int] = {
+            "calls": _ENROL_CALLS_EACH,
+            "bytes": _ENROL_CALLS_EACH * _ENROL_MESSAGE_BYTES,
+        }
+        return ListenerSettings(
+            authenticator=None,
+            rate_limiter=self._shared("enrolment", at_once, {"requests": self._config.enrol_requests_minute}),
+            gate=self._gate("enrol_calls", _ENROL_CALLS),
+            room=self._budget("enrol_messages", MESSAGE_COPIES * _ENROL_CALLS * _ENROL_MESSAGE_BYTES),
+            bounds=MessageBounds.of_enrolment(),
+        )
+
+    def _device_connection(self, connections: Connections) -> _Connection:
+        config, threads = self._config, self._config.calls + _SPARE_THREADS
+        return _Connection(
+            count=connections.devices,
+            threads=threads,
+            message_bytes=self._parts.served.limits.message_bytes,
+            idle_seconds=config.idle_seconds,
+            streams=min(_DEVICE_STREAMS, threads // 2),
+            age_seconds=config.call_seconds,
+            # A call that began at the very end of the age still gets all its time.
+            grace_seconds=max(config.call_seconds, config.stream_seconds) + _GRACE_SECONDS,
+        )
+
+    def _enrolment_connection(self, connections: Connections) -> _Connection:
+        return _Connection(
+            count=connections.enrolment,
+            threads=_ENROL_CALLS + _SPARE_THREADS,
+            message_bytes=_ENROL_MESSAGE_BYTES,
+            idle_seconds=min(_ENROL_IDLE_SECONDS, self._config.idle_seconds),
+            streams=_ENROL_STREAMS,
+            age_seconds=_ENROL_AGE_SECONDS,
+            grace_seconds=_GRACE_SECONDS,
+        )
+
+    def _listen(
+        self, listener: ListenerSettings, address: str, connection: _Connection
+    ) -> tuple[grpc.Server, str]:
+        """A server, and "host:port" as bound. With an authenticator callers must show a certificate."""
+        authenticator = listener.authenticator
+        server = grpc.server(
+            ThreadPoolExecutor(connection.threads, thread_name_prefix="perfit-rpc"),
+            interceptors=[CallInterceptor(listener, self._calls)],
             # Beyond this gRPC itself refuses with RESOURCE_EXHAUSTED, before a thread is taken.
-            maximum_concurrent_rpcs=2 * threads,
+            maximum_concurrent_rpcs=2 * connection.threads,
             options=[
-                ("grpc.max_receive_message_length", message_bytes),
+                ("grpc.max_receive_message_length", connection.message_bytes),
                 ("grpc.max_send_message_length", self._config.message_bytes),
                 ("grpc.max_concurrent_streams", connection.streams),
                 ("grpc.max_allowed_incoming_connections", connection.count),
@@ -236,33 +240,14 @@ class CloudServer:
                 ("grpc.so_reuseport", 0),  # a second server on the port fails instead of sharing it
             ],
         )
-
-    def _guard(
-        self,
-        rate_limiter: RateLimiter,
-        gate: ConcurrencyLimit,
-        room: Budget,
-        bounds: MessageBounds,
-        *,
-        authority: Authority | None = None,
-        tokens: Mapping[str, int] = MappingProxyType({}),
-    ) -> CallInterceptor:
-        config = self._config
-        prefix = "enrol_" if authority is None else ""
-        return CallInterceptor(
-            authority=authority,
-            rate_limiter=rate_limiter,
-            gate=gate,
-            room=room,
-            bounds=bounds,
-            tokens=tokens,
-            refused=lambda reason: self.telemetry.refused(prefix + reason),
-            drain=self._drain,
-            telemetry=self.telemetry,
-            ended=self._ended,
-            call_seconds=config.call_seconds,
-            stream_seconds=config.stream_seconds,
-        )
+        client_ca = None if authenticator is None else authenticator.device_ca_pem
+        try:
+            port = server.add_secure_port(address, self._credentials.credentials(client_ca))
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise ConfigError(f"cannot listen on {address}; is the port taken, or the host not ours?")
+        return server, f"{address.rpartition(':')[0]}:{port}"
 
     def _gate(self, name: str, places: int) -> ConcurrencyLimit:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
@@ -281,29 +266,20 @@ class CloudServer:
         self.telemetry.callers(listener, lambda: len(rate_limiter))
         return rate_limiter
 
-    def _measure(self, served: Catalog, engines: Engines | None) -> None:
-        if engines is not None:
-            self.telemetry.watch(engines)
+    def _measure(self) -> None:
+        parts = self._parts
+        if parts.engines is not None:
+            self.telemetry.watch(parts.engines)
         self.telemetry.describe(
             version=metadata.version("perfit"),
-            fingerprint=served.base.fingerprint,
-            artefacts=",".join(f"{a.name}:{a.version}" for a in served.artefacts.values()),
+            fingerprint=parts.served.base.fingerprint,
+            artefacts=",".join(f"{a.name}:{a.version}" for a in parts.served.artefacts.values()),
         )
         self.telemetry.descriptors(open_descriptors, descriptor_limit)
-        ends = {name: partial(float, end) for name, end in self._authority.ends().items()}
+        authenticator = parts.authenticator
+        ends = {name: partial(float, end) for name, end in authenticator.ends().items()}
         self.telemetry.certificates({"server": self._credentials.ends_at, **ends})
-        self.telemetry.identities(lambda: self._authority.identities_age_seconds)
-
-    def _bind(self, server: grpc.Server, address: str, *, client_ca: bytes | None) -> str:
-        """ "host:port" as bound."""
-        credentials = self._credentials.credentials(client_ca)
-        try:
-            port = server.add_secure_port(address, credentials)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ConfigError(f"cannot listen on {address}; is the port taken, or the host not ours?")
-        return f"{address.rpartition(':')[0]}:{port}"
+        self.telemetry.identities(lambda: authenticator.identities_age_seconds)
 
     def _names(self) -> list[str]:
         """Host names and IPs for the server's certificate."""
@@ -314,21 +290,17 @@ class CloudServer:
         ]
         return [*dialled, *config.names, "localhost", "127.0.0.1", "::1"]
 
-    def _register(
-        self,
-        served: Catalog,
-        generation: Generation,
-        gradients: Gradients,
-        steps: GradientScheduler,
-        room: Budget,
-    ) -> None:
-        config = self._config
+    def _register_model(self) -> None:
+        config, parts = self._config, self._parts
+        served, steps = parts.served, parts.steps
         passes = self._gate("gradients", 1 + config.gradient_waiting)
         self.telemetry.line("gradients", lambda: max(0, passes.working - 1))
-        reader = PromptReader(served.base, served.limits)
+        model = ModelSettings(
+            served, PromptReader(served.base, served.limits), self._rate_limiter, self._calls
+        )
         answers = Answers(
-            generation,
-            reader,
+            parts.generation,
+            model.reader,
             served.limits,
             places=self._gate("answers", config.streams),
             rate_limiter=self._rate_limiter,
@@ -336,82 +308,27 @@ class CloudServer:
             seconds=config.call_seconds,
         )
         personalization = PersonalizationService(
-            served,
-            reader,
-            description=encode_description(served, continuous=generation.continuous, keeps=steps.keeps),
+            model,
+            description=encode_description(served, continuous=parts.generation.continuous, keeps=steps.keeps),
             answers=answers,
-            gradients=gradients,
+            gradients=parts.gradients,
             passes=passes,
-            rate_limiter=self._rate_limiter,
-            telemetry=self.telemetry,
             asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(
-                served,
-                reader,
+                model,
                 queue=steps,
                 streams=self._gate("adaptations", config.adaptations),
-                room=room,
-                rate_limiter=self._rate_limiter,
-                drain=self._drain,
-                telemetry=self.telemetry,
-                stream_seconds=config.stream_seconds,
+                room=self._budget("examples", parts.memory.examples),
             ),
-            call_seconds=config.call_seconds,
         )
-        enrollment = EnrollmentService(self._authority, self.addresses.address)
-        identity = IdentityService(self._authority, self.addresses.address)
         personalization_pb2_grpc.add_PersonalizationServicer_to_server(personalization, self._server)
-        enrollment_pb2_grpc.add_IdentityServicer_to_server(identity, self._server)
-        enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrollment, self._enrol_server)
-        for server in (self._server, self._enrol_server):
+
+    def _register_identity(self) -> None:
+        """Health everywhere; renewal and enrolment where certificates are issued."""
+        for server in self._servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._watch.health, server)
-
-
-class _RotatingIdentity:
-    """The server's certificate, replaced at half its life without a restart."""
-
-    def __init__(self, authority: Authority, names: Sequence[str]) -> None:
-        self._authority = authority
-        self._names = names
-        self._lock = threading.Lock()
-        self._identity = authority.server_identity(names)
-
-    def credentials(self, client_ca: bytes | None) -> grpc.ServerCredentials:
-        """With `client_ca`, callers must show a certificate that it issued."""
-
-        given = self._current()
-
-        def configuration() -> grpc.ServerCertificateConfiguration:
-            return grpc.ssl_server_certificate_configuration(
-                [(given.key_pem, given.certificate_pem)], root_certificates=client_ca
-            )
-
-        def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """Asked at every handshake; None: the one that gRPC has.
-
-            When it is given one, gRPC frees what it has, and other handshakes of that moment may be using
-            it: devices that came back together after a cut ended the process.
-            """
-            nonlocal given
-            current = self._current()
-            if current is given:
-                return None
-            given = current
-            return configuration()
-
-        return grpc.dynamic_ssl_server_credentials(
-            configuration(),
-            renewed,  # type: ignore[arg-type]  # the stubs do not know of the documented None
-            require_client_authentication=client_ca is not None,
-        )
-
-    def ends_at(self) -> float:
-        """Unix seconds."""
-        return self._identity.ends_at
-
-    def _current(self) -> ServerIdentity:
-        with self._lock:
-            # Before its time too: it was made while the clock was ahead, and nobody takes it now.
-            if not self._identity.starts_at <= time.time() < self._identity.renew_at:
-                self._identity = self._authority.server_identity(self._names)
-            return self._identity
+        issuer, address = self._parts.issuer, self.addresses.address
+        if issuer is not None:
+            renewal, enrolment = IdentityService(issuer, address), EnrollmentService(issuer, address)
+            enrollment_pb2_grpc.add_IdentityServicer_to_server(renewal, self._server)
+            enrollment_pb2_grpc.add_EnrollmentServicer_to_server(enrolment, self._servers[-1])

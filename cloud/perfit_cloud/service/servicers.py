@@ -12,9 +12,7 @@ import grpc
 
 from perfit_cloud.engine.interface import Mode
 from perfit_cloud.service.calls import Answers, Gradients
-from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import (
-    PromptReader,
     decode_shift,
     encode_gradient,
     encode_piece,
@@ -24,10 +22,10 @@ from perfit_cloud.service.codec import (
 )
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.interceptor import Call, caller
-from perfit_cloud.service.limits import ConcurrencyLimit, Paid, RateLimiter
+from perfit_cloud.service.limits import ConcurrencyLimit, Paid
+from perfit_cloud.service.settings import ModelSettings
 from perfit_cloud.service.streams.adapt import Adapting
 from perfit_cloud.service.streams.ask import Asking
-from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -40,30 +38,24 @@ __all__ = ["EnrollmentService", "IdentityService", "PersonalizationService"]
 class PersonalizationService(pb_grpc.PersonalizationServicer):
     def __init__(
         self,
-        served: Catalog,
-        reader: PromptReader,
+        model: ModelSettings,
         *,
         description: pb.DescribeResponse,
         answers: Answers,
         gradients: Gradients,
         passes: ConcurrencyLimit,
-        rate_limiter: RateLimiter,
-        telemetry: Telemetry,
         asking: Asking,
         adapting: Adapting,
-        call_seconds: float,
     ) -> None:
-        self._served = served
-        self._reader = reader
+        self._model = model
+        self._served = model.served
+        self._reader = model.reader
         self._description = description
         self._answers = answers
         self._gradients = gradients
         self._passes = passes
-        self._rate_limiter = rate_limiter
-        self._telemetry = telemetry
         self._asking = asking
         self._adapting = adapting
-        self._call_seconds = call_seconds
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
         return self._description
@@ -107,7 +99,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         Raises Busy, Cancelled; what is to be called raises TooSlow and Cancelled.
         """
         left = threading.Event()
-        end = time.monotonic() + call.seconds_left(self._call_seconds)
+        end = time.monotonic() + call.seconds_left(self._model.calls.call_seconds)
 
         def check() -> None:
             if left.is_set():
@@ -115,7 +107,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
             if time.monotonic() >= end:
                 raise TooSlow("the cloud did not get to this call before its deadline; try again")
 
-        with self._rate_limiter.hold(call.device, "gradients"):
+        with self._model.rate_limiter.hold(call.device, "gradients"):
             if not call.add_callback(left.set):
                 raise Cancelled("the caller left")
             with self._passes.place():
@@ -127,7 +119,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         """The same, paid for by their tokens. Raises Busy."""
         tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
         paid.settle(tokens)
-        self._telemetry.tokens("example", tokens)
+        self._model.calls.telemetry.tokens("example", tokens)
         return pairs
 
 

@@ -17,18 +17,29 @@ from typing import BinaryIO
 from perfit_shared.errors import ConfigError
 from perfit_shared.ownership import check_ownership
 
-__all__ = ["Addresses", "check_state", "only_server"]
+__all__ = [
+    "DATABASE",
+    "DEVICE_CA_CERTIFICATE",
+    "SERVER_IDENTITY",
+    "Addresses",
+    "check_state",
+    "only_server",
+]
 
 _ADDRESSES = "addresses.json"
 _LOCK = "serve.lock"
-_DATABASE = "authority.db"
+DATABASE = "authority.db"
+DEVICE_CA_CERTIFICATE = "device_ca.crt"  # this and the next: for processes that only serve
+SERVER_IDENTITY = "server.pem"
 _FILES = (
     "server_ca.pem",
     "device_ca.pem",
-    _DATABASE,
-    f"{_DATABASE}-journal",
-    f"{_DATABASE}-wal",
-    f"{_DATABASE}-shm",
+    DEVICE_CA_CERTIFICATE,
+    SERVER_IDENTITY,
+    DATABASE,
+    f"{DATABASE}-journal",
+    f"{DATABASE}-wal",
+    f"{DATABASE}-shm",
     _ADDRESSES,
     _LOCK,
 )

@@ -1,1 +1,5 @@
-"""Who may call: invites, certificates, revocations, and the store that remembers them."""
+"""Who may call: invites, certificates, renewal and revocation.
+
+`store` is the interface for everything that must be remembered, and `sqlite_store` keeps it in one file.
+`authenticator` is all that a process that serves needs; only `authority` opens the keys that sign.
+"""

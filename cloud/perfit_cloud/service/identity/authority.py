@@ -1,9 +1,9 @@
-"""Who may call: invites, device identities, renewal and revocation.
+"""Who issues certificates: invites, enrolment, renewal, and what the operator says of identities.
 
 A state folder (0700) holds
 
     server_ca.pem, device_ca.pem   keys and certificates of the two authorities, 0600
-    authority.db                   SQLite: invites (hashed), identities with their dates (`store`)
+    authority.db                   invites (hashed) and identities with their dates (`store`)
     addresses.json                 where the running server is reached; `invite` reads it
 
 `perfit-cloud invite` and `revoke` write the database while a server runs; the server sees it within a
@@ -19,11 +19,8 @@ import datetime
 import hashlib
 import hmac
 import secrets
-import sqlite3
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -31,61 +28,42 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from perfit_cloud.service.identity.authenticator import Authenticator, ServerIdentity, unknown_identity
 from perfit_cloud.service.identity.certificates import (
     CertificateAuthority,
     fresh_identity,
     generation_of,
     identity_of,
-    private_pem,
     read_certificate,
     read_csr,
+    write_private,
 )
 from perfit_cloud.service.identity.challenges import Challenges
-from perfit_cloud.service.identity.identity_cache import IdentityCache
-from perfit_cloud.service.identity.store import UNUSED, Device, IdentityState, IdentityStore
-from perfit_cloud.service.state_folder import check_state
+from perfit_cloud.service.identity.sqlite_store import SQLiteStore
+from perfit_cloud.service.identity.store import Device, Enrolment, InviteState
+from perfit_cloud.service.state_folder import DATABASE, DEVICE_CA_CERTIFICATE, SERVER_IDENTITY, check_state
 from perfit_shared.errors import (
     CertificateExpired,
-    CertificateSuperseded,
     CertificateValid,
     ConfigError,
-    IdentityRevoked,
     InvalidInput,
     InviteRefused,
     NotAuthenticated,
     NotFound,
+    StoreFailed,
 )
 from perfit_shared.ownership import make_private_folder
 
-__all__ = ["Authority", "ServerIdentity"]
+__all__ = ["Authority"]
 
 _SECRET_BYTES = 32
-_RENEW_CONTEXT = b"perfit-renew-v1"  # what is signed for a renewal can be taken for nothing else
+_RENEW_CONTEXT = b"perfit-renew-v1"  # so that what is signed for a renewal can be taken for nothing else
 _SERVER_LIFE = datetime.timedelta(days=90)
 _SHORTEST_PREFIX = 4  # characters of an identity that `revoke` takes
 
 
-@dataclass(frozen=True)
-class ServerIdentity:
-    """The server's TLS key and certificate, in memory only."""
-
-    key_pem: bytes
-    certificate_pem: bytes
-    starts_at: float  # unix seconds
-    renew_at: float
-    ends_at: float
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A transaction, and what is to be known of identities once it is committed."""
-
-    db: sqlite3.Connection
-    states: dict[str, IdentityState] = field(default_factory=dict)
-
-
-class Authority:
-    """Thread-safe; several processes may open one state folder."""
+class Authority(Authenticator):
+    """An authenticator that also holds the keys of both authorities."""
 
     def __init__(
         self, state: Path, *, certificate_seconds: int, lapse_seconds: int, trusts_group: bool = False
@@ -105,67 +83,37 @@ class Authority:
             self._device_ca = CertificateAuthority.open(
                 state / "device_ca.pem", "perfit device CA", trusts_group=trusts_group
             )
-            self._store = IdentityStore(state / "authority.db")
-            self._identities = IdentityCache(self._store)
-            self.cloud_id = self._store.meta("cloud_id", secrets.token_hex(16))
-        except (OSError, sqlite3.Error) as error:
+            super().__init__(SQLiteStore(state / DATABASE), self._device_ca.certificate)
+        except (OSError, StoreFailed) as error:
             raise ConfigError(f"cannot use the state folder {state}: {error}") from error
-        self._challenges = Challenges()
+        self._challenges = Challenges(self._store)
 
     @property
     def server_ca_der(self) -> bytes:
         return self._server_ca.der
 
-    @property
-    def device_ca_pem(self) -> bytes:
-        return self._device_ca.pem
-
     def ends(self) -> dict[str, float]:
-        """When the certificates of both authorities end, unix seconds; nothing renews them."""
-        cas = {"server_ca": self._server_ca, "device_ca": self._device_ca}
-        return {name: ca.certificate.not_valid_after_utc.timestamp() for name, ca in cas.items()}
+        return {"server_ca": self._server_ca.certificate.not_valid_after_utc.timestamp(), **super().ends()}
 
-    @property
-    def identities_age_seconds(self) -> float:
-        """Since the database was last looked at for what other processes wrote."""
-        return self._identities.age_seconds
-
-    def start(self) -> None:
-        """Look at the database twice a second from now on, until `close`."""
-        self._identities.start()
-
-    def refresh(self) -> None:
-        """Look at the database now. Raises Busy."""
-        self._identities.refresh()
-
-    def close(self) -> None:
-        """A call that outlives it, when a server stops, is told so."""
-        self._identities.stop()
-        self._store.close()
-
-    # -- the server's own certificate ------------------------------------------------------------
+    # -- servers' certificates -------------------------------------------------------------------
 
     def server_identity(self, names: Sequence[str]) -> ServerIdentity:
         """A fresh key and certificate for `names`; ask again at `renew_at`."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._server_ca.issue_server(key.public_key(), names, _SERVER_LIFE)
-        pem = certificate.public_bytes(serialization.Encoding.PEM)
-        ends_at = certificate.not_valid_after_utc.timestamp()
-        return ServerIdentity(
-            key_pem=private_pem(key),
-            certificate_pem=pem,
-            starts_at=certificate.not_valid_before_utc.timestamp(),
-            renew_at=ends_at - _SERVER_LIFE.total_seconds() / 2,
-            ends_at=ends_at,
-        )
+        return ServerIdentity.of(key, self._server_ca.issue_server(key.public_key(), names, _SERVER_LIFE))
+
+    def write_serving_files(self, folder: Path, names: Sequence[str]) -> None:
+        """What a process that only serves needs beside the database; again in time renews its certificate."""
+        identity = self.server_identity(names)
+        write_private(folder / DEVICE_CA_CERTIFICATE, self.device_ca_pem, replaces=True)
+        write_private(folder / SERVER_IDENTITY, identity.key_pem + identity.certificate_pem, replaces=True)
 
     # -- invites and enrolment -------------------------------------------------------------------
 
     def invite(self, life_seconds: int) -> tuple[bytes, int]:
         """(secret, expiry in unix seconds) of a new one-time invite."""
         secret, expires = secrets.token_bytes(_SECRET_BYTES), int(time.time()) + life_seconds
-        with self._store.transaction() as db:
-            db.execute("INSERT INTO invites (secret_hash, expires) VALUES (?, ?)", (_hash(secret), expires))
+        self._store.add_invite(_hash(secret), expires)
         return secret, expires
 
     def enroll(self, secret: bytes, csr: bytes) -> bytes:
@@ -175,35 +123,29 @@ class Authority:
         """
         key = read_csr(csr)
         secret_hash, key_hash = _hash(secret), _hash(_key_bytes(key))
-        with self._change() as change:
-            db = change.db
-            row = db.execute(
-                "SELECT expires, used FROM invites WHERE secret_hash = ?", (secret_hash,)
-            ).fetchone()
-            if row is None:
-                raise InviteRefused("this cloud does not know this invite; ask the operator for a new one")
-            expires, is_used = row
-            answer = db.execute(
-                "SELECT identity, key_hash, certificate FROM enrolments WHERE secret_hash = ?", (secret_hash,)
-            ).fetchone()
-            if answer is not None:
-                identity, used_by, known = answer
-                if not hmac.compare_digest(used_by, key_hash):
-                    raise InviteRefused("another device used this invite; ask the operator for a new one")
-                self._row(db, identity)
-                return bytes(known)
-            if is_used:
-                raise InviteRefused("this invite was used already; ask the operator for a new one")
-            if expires <= time.time():
-                raise InviteRefused("this invite has expired; ask the operator for a new one")
-            identity = fresh_identity()
-            certificate = self._issue(db, key, identity, 1)
-            db.execute("UPDATE invites SET used = 1 WHERE secret_hash = ?", (secret_hash,))
-            db.execute(
-                "INSERT INTO enrolments VALUES (?, ?, ?, ?)", (identity, secret_hash, key_hash, certificate)
-            )
-            change.states[identity] = IdentityState(UNUSED)
-            return certificate
+        invite = self._store.invite(secret_hash)
+        if invite is not None and not invite.is_used and time.time() < invite.expires:
+            identity, issued = fresh_identity(), int(time.time())
+            certificate = self._issue(key, identity, generation=1, issued=issued)
+            enrolment = Enrolment(identity, key_hash, certificate)
+            if self._store.enroll(secret_hash, enrolment, issued=issued, expires=self._end(issued)):
+                self._identities.look()  # so that the device's first call finds it known
+                return certificate
+            invite = self._store.invite(secret_hash)  # another caller was faster
+        return self._answer_again(invite, key_hash)
+
+    def _answer_again(self, invite: InviteState | None, key_hash: bytes) -> bytes:
+        """The certificate that the invite was spent on, for whoever has its key. Raises as `enroll` does."""
+        if invite is None:
+            raise InviteRefused("this cloud does not know this invite; ask the operator for a new one")
+        if not invite.is_used:
+            raise InviteRefused("this invite has expired; ask the operator for a new one")
+        if invite.enrolment is None:
+            raise InviteRefused("this invite was used already; ask the operator for a new one")
+        if not hmac.compare_digest(invite.enrolment.key_hash, key_hash):
+            raise InviteRefused("another device used this invite; ask the operator for a new one")
+        self._state(invite.enrolment.identity)
+        return invite.enrolment.certificate
 
     # -- renewal ---------------------------------------------------------------------------------
 
@@ -214,7 +156,7 @@ class Authority:
         InvalidInput.
         """
         self.check(certificate)
-        return self._renew(certificate, csr)
+        return self._renew(certificate, read_csr(csr))
 
     def challenge(self) -> bytes:
         """A nonce for `renew_lapsed`, good once and for a minute."""
@@ -224,8 +166,9 @@ class Authority:
         """The next certificate, against one whose time is over, and proof of its key.
 
         Also against one whose time has not come, as a clock that was ahead may have made it: no listener
-        takes it. Raises NotAuthenticated, CertificateExpired, CertificateValid, CertificateSuperseded,
-        IdentityRevoked or InvalidInput.
+        takes it. The nonce is spent last: only who would get a certificate makes the store write. Raises
+        NotAuthenticated, CertificateExpired, CertificateValid, CertificateSuperseded, IdentityRevoked or
+        InvalidInput.
         """
         old = read_certificate(certificate)
         # Not asked before we know it for ours: a key of a strange kind is an error of the library's.
@@ -236,8 +179,7 @@ class Authority:
             key.verify(signature, _RENEW_CONTEXT + nonce + csr, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
             raise NotAuthenticated("the renewal is not signed by the key of the old certificate") from None
-        self._challenges.spend(nonce)
-        now = time.time()
+        new_key, now = read_csr(csr), time.time()
         if now > old.not_valid_after_utc.timestamp() + self._lapse:
             days = self._lapse // 86400
             raise CertificateExpired(
@@ -245,57 +187,30 @@ class Authority:
             )
         if old.not_valid_before_utc.timestamp() <= now <= old.not_valid_after_utc.timestamp():
             raise CertificateValid("this certificate has not lapsed; renew it with it, over mutual TLS")
+        self._state(identity_of(old))
+        self._challenges.use(nonce)
         self._check_newest(old)
-        return self._renew(old, csr)
+        return self._renew(old, new_key)
 
-    def _renew(self, old: x509.Certificate, csr: bytes) -> bytes:
-        key, identity = read_csr(csr), identity_of(old)
-        with self._change() as change:
-            newest = self._row(change.db, identity)
-            # More than the row says only where an old copy of the database was put back.
-            return self._issue(change.db, key, identity, max(newest, generation_of(old)) + 1)
+    def _renew(self, old: x509.Certificate, key: ec.EllipticCurvePublicKey) -> bytes:
+        identity, issued = identity_of(old), int(time.time())
+        generation = self._store.renew(
+            identity, generation=generation_of(old), issued=issued, expires=self._end(issued)
+        )
+        if generation is None:
+            self._identities.look()  # it was revoked or deleted a moment ago
+            self._state(identity)
+            raise unknown_identity()
+        return self._issue(key, identity, generation=generation, issued=issued)
 
-    # -- every call ------------------------------------------------------------------------------
+    def _end(self, issued: int) -> int:
+        return issued + int(self._life.total_seconds())
 
-    def check(self, certificate: x509.Certificate) -> str:
-        """The identity of a caller whose certificate TLS accepted when the channel was opened.
-
-        As things stand now; nothing is waited for. Raises CertificateExpired, CertificateSuperseded,
-        IdentityRevoked or NotAuthenticated, Unavailable when the authority was closed.
-        """
-        identity = self.recheck(certificate)
-        self._check_newest(certificate)
-        return identity
-
-    def recheck(self, certificate: x509.Certificate) -> str:
-        """The same for a call that is open: a newer certificate lets it end in its own time."""
-        now = time.time()
-        if now > certificate.not_valid_after_utc.timestamp():
-            raise CertificateExpired("this device's certificate has expired; it can be renewed")
-        if now < certificate.not_valid_before_utc.timestamp():
-            raise NotAuthenticated("this device's certificate is not valid yet; are the clocks right?")
-        identity = identity_of(certificate)
-        self._state(identity)
-        return identity
-
-    def _check_newest(self, certificate: x509.Certificate) -> None:
-        """Retire what is older than this certificate, or find it retired itself."""
-        identity, generation = identity_of(certificate), generation_of(certificate)
-        if generation < self._state(identity).used:
-            self._identities.mark_superseded(identity)
-            raise CertificateSuperseded(
-                "a newer certificate of this device is in use, so this one is retired; if no other process "
-                "of yours renewed it, somebody else holds its key: have it revoked, and enrol anew"
-            )
-        self._identities.mark_used(identity, generation)
-
-    def _state(self, identity: str) -> IdentityState:
-        state = self._identities.get(identity)
-        if state is None:
-            raise _unknown()
-        if state.is_revoked:
-            raise _revoked()
-        return state
+    def _issue(self, key: ec.EllipticCurvePublicKey, identity: str, *, generation: int, issued: int) -> bytes:
+        certificate = self._device_ca.issue_device(
+            key, identity, self._life, generation=generation, issued=issued
+        )
+        return certificate.public_bytes(serialization.Encoding.DER)
 
     # -- the operator ----------------------------------------------------------------------------
 
@@ -307,23 +222,14 @@ class Authority:
         prefix = prefix.strip().lower()
         if len(prefix) < _SHORTEST_PREFIX:
             raise InvalidInput(f"give at least {_SHORTEST_PREFIX} characters of the identity")
-        with self._change() as change:
-            db = change.db
-            rows = db.execute(
-                "SELECT identity, used, superseded FROM devices WHERE substr(identity, 1, ?) = ? LIMIT 2",
-                (len(prefix), prefix),
-            ).fetchall()
-            if not rows:
-                raise NotFound(f'no identity starts with "{prefix[:40]}"; see `perfit-cloud devices`')
-            if len(rows) > 1:
-                raise InvalidInput(f'several identities start with "{prefix[:40]}"; give more of it')
-            identity, used, superseded = rows[0]
-            db.execute(
-                "UPDATE devices SET revoked = ? WHERE identity = ? AND revoked IS NULL",
-                (int(time.time()), identity),
-            )
-            change.states[identity] = IdentityState(used, is_revoked=True, superseded=superseded)
-        return str(identity)
+        found = self._store.matching(prefix)
+        if not found:
+            raise NotFound(f'no identity starts with "{prefix[:40]}"; see `perfit-cloud devices`')
+        if len(found) > 1:
+            raise InvalidInput(f'several identities start with "{prefix[:40]}"; give more of it')
+        self._store.revoke(found[0], int(time.time()))
+        self._identities.look()
+        return found[0]
 
     def devices(self) -> list[Device]:
         """All identities, newest certificate first. Raises Busy."""
@@ -339,55 +245,6 @@ class Authority:
         if start > time.time():
             raise InvalidInput(f"{day} is still to come by this machine's clock; give today or a day before")
         return self._store.prune(identities_before=int(start) - self._lapse, invites_before=int(start))
-
-    # -- inside ----------------------------------------------------------------------------------
-
-    def _issue(
-        self, db: sqlite3.Connection, key: ec.EllipticCurvePublicKey, identity: str, generation: int
-    ) -> bytes:
-        certificate = self._device_ca.issue_device(key, identity, self._life, generation=generation)
-        db.execute(
-            "INSERT INTO devices VALUES (?, ?, ?, ?, ?, NULL, NULL) ON CONFLICT (identity) DO UPDATE SET "
-            "issued = excluded.issued, expires = excluded.expires, generation = excluded.generation",
-            (
-                identity,
-                int(time.time()),
-                int(certificate.not_valid_after_utc.timestamp()),
-                generation,
-                UNUSED,
-            ),
-        )
-        return certificate.public_bytes(serialization.Encoding.DER)
-
-    @staticmethod
-    def _row(db: sqlite3.Connection, identity: str) -> int:
-        """The newest generation of an identity that may have certificates.
-
-        Raises NotAuthenticated or IdentityRevoked.
-        """
-        row = db.execute("SELECT generation, revoked FROM devices WHERE identity = ?", (identity,)).fetchone()
-        if row is None:
-            raise _unknown()
-        if row[1] is not None:
-            raise _revoked()
-        return int(row[0])
-
-    @contextmanager
-    def _change(self) -> Iterator[_Change]:
-        """A transaction, after which memory knows what was written. Raises Busy, Unavailable once closed."""
-        with self._store.held():  # so that no refresh comes between the file and memory
-            with self._store.transaction() as db:
-                change = _Change(db)
-                yield change
-            self._identities.put(change.states)
-
-
-def _unknown() -> NotAuthenticated:
-    return NotAuthenticated("this cloud does not know this device; enrol with `perfit enroll`")
-
-
-def _revoked() -> IdentityRevoked:
-    return IdentityRevoked("the operator withdrew this device's identity; ask for a new invite")
 
 
 def _hash(data: bytes) -> bytes:

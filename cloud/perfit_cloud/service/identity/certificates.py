@@ -33,6 +33,8 @@ __all__ = [
     "private_pem",
     "read_certificate",
     "read_csr",
+    "read_pair",
+    "write_private",
 ]
 
 _CA_LIFE = datetime.timedelta(days=3650)
@@ -56,18 +58,8 @@ class CertificateAuthority:
         readable by others; it is never replaced.
         """
         if not path.exists():
-            _write_once(path, _new_authority(common_name))
-        if stat.S_IMODE(path.stat().st_mode) & (0o007 if trusts_group else 0o077):
-            raise ConfigError(f"{path} holds a private key and others may read it; run chmod 600 {path}")
-        data = path.read_bytes()
-        try:
-            key = serialization.load_pem_private_key(data, password=None)
-            certificate = x509.load_pem_x509_certificate(data)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise ConfigError(f"{path} is damaged; restore it from a backup") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
-            raise ConfigError(f"{path} is damaged: its key and certificate differ; restore a backup")
-        return cls(key, certificate)
+            write_private(path, _new_authority(common_name), replaces=False)
+        return cls(*read_pair(path, trusts_group=trusts_group))
 
     @property
     def der(self) -> bytes:
@@ -87,16 +79,25 @@ class CertificateAuthority:
         return builder.add_extension(alternatives, critical=False).sign(self.key, hashes.SHA256())
 
     def issue_device(
-        self, key: ec.EllipticCurvePublicKey, identity: str, life: datetime.timedelta, *, generation: int
+        self,
+        key: ec.EllipticCurvePublicKey,
+        identity: str,
+        life: datetime.timedelta,
+        *,
+        generation: int,
+        issued: int | None = None,
     ) -> x509.Certificate:
-        """A client certificate whose only content is a random identity, and the how many-th of it this is."""
+        """A client certificate whose only content is a random identity, and its generation (1, 2, …).
+
+        `issued`: unix seconds from which its life counts, else now.
+        """
         subject = x509.Name(
             [
                 x509.NameAttribute(NameOID.COMMON_NAME, identity),
                 x509.NameAttribute(NameOID.DN_QUALIFIER, str(generation)),
             ]
         )
-        builder = self._leaf(subject, key, ExtendedKeyUsageOID.CLIENT_AUTH, life)
+        builder = self._leaf(subject, key, ExtendedKeyUsageOID.CLIENT_AUTH, life, issued)
         return builder.sign(self.key, hashes.SHA256())
 
     def issued(self, certificate: x509.Certificate) -> bool:
@@ -113,8 +114,9 @@ class CertificateAuthority:
         key: ec.EllipticCurvePublicKey,
         usage: x509.ObjectIdentifier,
         life: datetime.timedelta,
+        issued: int | None = None,
     ) -> x509.CertificateBuilder:
-        now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+        now = datetime.datetime.fromtimestamp(time.time() if issued is None else issued, datetime.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -189,6 +191,27 @@ def fresh_identity() -> str:
     return secrets.token_hex(_IDENTITY_BYTES)
 
 
+def read_pair(
+    path: Path, *, trusts_group: bool = False
+) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """The key and its certificate that one file holds in PEM.
+
+    `trusts_group`: the file's group may read it. Raises OSError, and ConfigError when the file is damaged or
+    readable by others.
+    """
+    if stat.S_IMODE(path.stat().st_mode) & (0o007 if trusts_group else 0o077):
+        raise ConfigError(f"{path} holds a private key and others may read it; run chmod 600 {path}")
+    data = path.read_bytes()
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+        certificate = x509.load_pem_x509_certificate(data)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is damaged; restore it from a backup") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
+        raise ConfigError(f"{path} is damaged: its key and certificate differ; restore a backup")
+    return key, certificate
+
+
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -241,8 +264,8 @@ def _new_authority(common_name: str) -> bytes:
     return private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _write_once(path: Path, data: bytes) -> None:
-    """Create `path` with `data`, whole or not at all; the file of whoever came first stays."""
+def write_private(path: Path, data: bytes, *, replaces: bool) -> None:
+    """Write `path` whole or not at all, 0600. Without `replaces` the file of whoever came first stays."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -250,9 +273,12 @@ def _write_once(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if replaces:
+            new.replace(path)
+            return
         try:
             os.link(new, path)
         except FileExistsError:
             return
     finally:
-        new.unlink()
+        new.unlink(missing_ok=True)

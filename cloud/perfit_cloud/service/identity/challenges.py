@@ -1,52 +1,79 @@
-"""Nonces that a device signs to prove that it holds a key."""
+"""Challenges (nonces) that a device signs to prove that it holds a key.
+
+A challenge is 32 bytes: the time, chance, and a tag over both under a key that all processes of one cloud
+share. The tag makes it recognisable without being stored, so that asking for challenges fills no memory and
+writes nothing but a new key every two minutes. Only a challenge that was used is stored, as a hash.
+
+A used challenge stays used whatever the clock does: it is forgotten only when its key is dropped, and
+without the key nobody accepts it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import secrets
-import threading
 import time
 
+from perfit_cloud.service.identity.store import ChallengeKey, IdentityStore
 from perfit_shared.errors import NotAuthenticated
 
 __all__ = ["Challenges"]
 
-_SECONDS = 60
+_SECONDS = 60  # that a challenge holds
+_SKEW_SECONDS = 5  # that the clocks of two processes may differ
+_KEY_SECONDS = 120  # that a key makes challenges; they hold while it is the newest or the one before
+_HEAD_BYTES = 16  # time and chance
 
 
 class Challenges:
-    """Of one process. Thread-safe."""
+    """Thread-safe. Whichever process is asked knows the challenges of the others."""
 
-    def __init__(self) -> None:
-        self._key = secrets.token_bytes(32)
-        self._begun = time.monotonic()
-        self._lock = threading.Lock()
-        self._answered: dict[bytes, float] = {}  # nonces used, until they would lapse anyway
+    def __init__(self, store: IdentityStore) -> None:
+        self._store = store
+        self._keys: list[ChallengeKey] = []  # as read last, newest first
 
     def make(self) -> bytes:
-        """A nonce, 32 bytes: the time, chance, and a tag over both.
+        """A fresh challenge. Raises Busy, StoreFailed."""
+        now = int(time.time())
+        head = now.to_bytes(8, "big") + secrets.token_bytes(_HEAD_BYTES - 8)
+        return head + _tag(self._key_of(now), head)
 
-        The tag makes it recognisable without being stored, so that asking for nonces fills no memory. The
-        time is since the start, by a clock that nobody sets: a nonce that was used stays so.
-        """
-        head = int(self._now()).to_bytes(8, "big") + secrets.token_bytes(8)
-        return head + self._tag(head)
-
-    def spend(self, nonce: bytes) -> None:
-        """Raises NotAuthenticated unless we made the nonce within 60 s and it is used for the first time."""
-        head, now = nonce[:16], self._now()
-        age = now - int.from_bytes(head[:8], "big")
-        if not hmac.compare_digest(self._tag(head), nonce[16:]) or not -1 <= age <= _SECONDS:
+    def use(self, challenge: bytes) -> None:
+        """Raises NotAuthenticated unless this cloud made it within 60 s and nobody used it yet."""
+        head, tag = challenge[:_HEAD_BYTES], challenge[_HEAD_BYTES:]
+        age = time.time() - int.from_bytes(head[:8], "big")
+        key = self._find(head, tag) if -_SKEW_SECONDS <= age <= _SECONDS else None
+        if key is None:
             raise NotAuthenticated("the challenge has expired; try again")
-        with self._lock:
-            self._answered = {n: end for n, end in self._answered.items() if end > now}
-            if nonce in self._answered:
-                raise NotAuthenticated("the challenge was used already; try again")
-            self._answered[nonce] = now + _SECONDS + 2
+        if not self._store.use_challenge(key.number, hashlib.sha256(challenge).digest()):
+            raise NotAuthenticated("the challenge was used already; try again")
 
-    def _now(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._begun
+    def _key_of(self, now: int) -> ChallengeKey:
+        """The newest key; a new one where that is old, or of a time to come."""
+        keys = self._keys if _is_fresh(self._keys, now) else self._read()
+        if not _is_fresh(keys, now):
+            after = keys[0].number if keys else 0
+            self._store.add_challenge_key(secrets.token_bytes(32), made=now, after=after)
+            keys = self._read()  # ours, or that of a process that was faster
+        return keys[0]
 
-    def _tag(self, head: bytes) -> bytes:
-        return hmac.digest(self._key, head, "sha256")[:16]
+    def _find(self, head: bytes, tag: bytes) -> ChallengeKey | None:
+        """The key that made the tag; another process may have made it after we read last."""
+        return _made_by(self._keys, head, tag) or _made_by(self._read(), head, tag)
+
+    def _read(self) -> list[ChallengeKey]:
+        self._keys = self._store.challenge_keys()
+        return self._keys
+
+
+def _is_fresh(keys: list[ChallengeKey], now: int) -> bool:
+    return bool(keys) and abs(now - keys[0].made) < _KEY_SECONDS
+
+
+def _made_by(keys: list[ChallengeKey], head: bytes, tag: bytes) -> ChallengeKey | None:
+    return next((key for key in keys if hmac.compare_digest(_tag(key, head), tag)), None)
+
+
+def _tag(key: ChallengeKey, head: bytes) -> bytes:
+    return hmac.digest(key.key, head, "sha256")[:16]

@@ -1,20 +1,18 @@
-"""Identities in memory: what every call asks, so that no call waits for the database.
+"""Identities in memory: what every call asks, so that no call waits for the store.
 
-A thread looks twice a second whether another process wrote (`perfit-cloud revoke`), and writes down which
-certificates were used. When the database cannot be read, calls go on with what was known last, and the
-log and a metric say since when.
+A thread looks twice a second for what other processes wrote (`perfit-cloud revoke`), and writes down which
+certificates were used. When the store cannot be read, calls go on with what was known last, and the log and
+a metric say since when.
 """
 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
-from collections.abc import Mapping
 
 from perfit_cloud.service.drain import stopping
-from perfit_cloud.service.identity.store import UNUSED, IdentityState, IdentityStore
+from perfit_cloud.service.identity.store import IdentityState, IdentityStore
 from perfit_shared.errors import PerfitError
 
 __all__ = ["IdentityCache"]
@@ -22,21 +20,22 @@ __all__ = ["IdentityCache"]
 _log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 0.5
 _LOOK_SECONDS = 1.0  # how long a call of an unknown device waits for another one's look
-_STALE_SECONDS = 10.0  # without a look at the database, after which the log says so
-_STOP_SECONDS = 5.0  # for the thread to end, should the database be stuck
+_STALE_SECONDS = 10.0  # without a look at the store, after which the log says so
+_STOP_SECONDS = 5.0  # for the thread to end, should the store be stuck
 _DAY = 86400
 
 
 class IdentityCache:
-    """Thread-safe. Without `start`, `refresh` is what looks at the database."""
+    """Thread-safe. Without `start`, `refresh` is what looks at the store."""
 
     def __init__(self, store: IdentityStore) -> None:
-        """Raises Busy, or sqlite3.Error."""
+        """Raises Busy, StoreFailed."""
         self._store = store
-        self._lock = threading.Lock()  # held for moments, never while the database is waited for
+        self._looking = threading.Lock()  # held while the store is read
+        self._lock = threading.Lock()  # held for moments, never while the store is waited for
+        self._sequence = 0  # of the changes read last
         self._states: dict[str, IdentityState] = {}
-        self._unwritten: dict[str, IdentityState] = {}  # marks that the database does not have yet
-        self._looking = threading.Lock()
+        self._unwritten: dict[str, IdentityState] = {}  # marks that the store does not have yet
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._read_at = time.monotonic()
@@ -45,24 +44,26 @@ class IdentityCache:
     # -- what a call asks ------------------------------------------------------------------------
 
     def get(self, identity: str) -> IdentityState | None:
-        """As known now; one that is not known may be new, so the database is looked at first.
+        """As known now; one that is not known may be new, so the store is looked at first.
 
         Raises Unavailable when the cloud is stopping.
         """
         if self._over.is_set():
             raise stopping()
         if identity not in self._states:
-            self._look_again()
+            self.look()
         return self._states.get(identity)
 
-    def _look_again(self) -> None:
-        """See what another process enrolled just now. Calls that wait together share one look."""
+    def look(self) -> None:
+        """Read what was written until now, if the store lets us. Calls that wait together share one look."""
         asked_at = time.monotonic()
         if not self._looking.acquire(timeout=_LOOK_SECONDS):
             return
         try:
             if self._read_at < asked_at:
-                self._try()
+                self._read()
+        except PerfitError as error:
+            _say(error)
         finally:
             self._looking.release()
 
@@ -84,31 +85,29 @@ class IdentityCache:
     def _mark(self, identity: str, state: IdentityState) -> None:
         self._states[identity] = self._unwritten[identity] = state
 
-    def put(self, states: Mapping[str, IdentityState]) -> None:
-        """What this process has just written. The caller holds the store, so that no refresh is under way."""
-        with self._lock:
-            for identity, state in states.items():
-                self._states[identity] = self._merged(identity, state)
-
-    # -- the database ----------------------------------------------------------------------------
+    # -- the store -------------------------------------------------------------------------------
 
     @property
     def age_seconds(self) -> float:
-        """Since the database was last looked at."""
+        """Since the store was last looked at."""
         return time.monotonic() - self._read_at
 
     def refresh(self) -> None:
-        """Read what other processes wrote, and write what is not written yet. Raises Busy, sqlite3.Error."""
-        with self._store.held():
-            started_at = time.monotonic()
-            states = self._store.changed_states()
-            if states is not None:
-                with self._lock:
-                    self._states = {
-                        identity: self._merged(identity, state) for identity, state in states.items()
-                    }
-            self._read_at = started_at
-            self._write()
+        """Read what other processes wrote, and write what is not written yet. Raises Busy, StoreFailed."""
+        with self._looking:
+            self._read()
+        self._write()
+
+    def _read(self) -> None:
+        """The caller holds `_looking`, so that no older answer comes after a newer one."""
+        started_at = time.monotonic()
+        changes = self._store.changes(self._sequence)
+        with self._lock:
+            known = {} if changes.is_complete else self._states
+            for identity, state in changes.states.items():
+                known[identity] = self._merged(identity, state)
+            self._states = known
+        self._sequence, self._read_at = changes.sequence, started_at
 
     def _merged(self, identity: str, state: IdentityState) -> IdentityState:
         mark = self._unwritten.get(identity)
@@ -121,14 +120,7 @@ class IdentityCache:
             marks = dict(self._unwritten)
         if not marks:
             return
-        with self._store.transaction() as db:
-            for identity, mark in marks.items():
-                db.execute(
-                    "UPDATE devices SET used = max(used, ?), superseded = ? WHERE identity = ?",
-                    (mark.used, mark.superseded, identity),
-                )
-                if mark.used > UNUSED:
-                    db.execute("DELETE FROM enrolments WHERE identity = ?", (identity,))
+        self._store.write_marks(marks)
         with self._lock:
             for identity, mark in marks.items():
                 if self._unwritten.get(identity) == mark:
@@ -141,18 +133,18 @@ class IdentityCache:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and write what is not written yet, where the database lets us."""
+        """End the thread, and write what is not written yet, where the store lets us."""
         if self._over.is_set():
             return
         self._over.set()
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
-        self._try()
+        self._try_refresh()
 
     def _run(self) -> None:
         is_stale = False
         while not self._over.wait(_REFRESH_SECONDS):
-            self._try()
+            self._try_refresh()
             if is_stale != (self.age_seconds > _STALE_SECONDS):
                 is_stale = not is_stale
                 if is_stale:
@@ -164,8 +156,12 @@ class IdentityCache:
                 else:
                     _log.warning("the list of devices is read again")
 
-    def _try(self) -> None:
+    def _try_refresh(self) -> None:
         try:
             self.refresh()
-        except (PerfitError, sqlite3.Error) as error:
-            _log.debug("the list of devices could not be read: %s", type(error).__name__)
+        except PerfitError as error:
+            _say(error)
+
+
+def _say(error: PerfitError) -> None:
+    _log.debug("the list of devices could not be read: %s", type(error).__name__)

@@ -11,12 +11,11 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest
 from perfit_cloud.engine.interface import Gradient
-from perfit_cloud.service.catalog import Catalog
-from perfit_cloud.service.codec import PromptReader, decode_step, encode_step, find_version
-from perfit_cloud.service.drain import Drain, stopping
+from perfit_cloud.service.codec import decode_step, encode_step, find_version
+from perfit_cloud.service.drain import stopping
 from perfit_cloud.service.interceptor import Call
-from perfit_cloud.service.limits import UPDATE_TOKEN_BYTES, Budget, ConcurrencyLimit, RateLimiter
-from perfit_cloud.service.telemetry import Telemetry
+from perfit_cloud.service.limits import UPDATE_TOKEN_BYTES, Budget, ConcurrencyLimit
+from perfit_cloud.service.settings import ModelSettings
 from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -28,27 +27,14 @@ _IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is
 
 class Adapting:
     def __init__(
-        self,
-        served: Catalog,
-        reader: PromptReader,
-        *,
-        queue: GradientScheduler,
-        streams: ConcurrencyLimit,
-        room: Budget,
-        rate_limiter: RateLimiter,
-        drain: Drain,
-        telemetry: Telemetry,
-        stream_seconds: float,
+        self, model: ModelSettings, *, queue: GradientScheduler, streams: ConcurrencyLimit, room: Budget
     ) -> None:
-        self._served = served
-        self._reader = reader
+        """`room`: bytes of the tokens of all updates."""
+        self._model = model
+        self._served = model.served
         self._queue = queue
         self._streams = streams
-        self._room = room  # bytes of the tokens of all updates
-        self._rate_limiter = rate_limiter
-        self._drain = drain
-        self._telemetry = telemetry
-        self._stream_seconds = stream_seconds
+        self._room = room
 
     def steps(self, requests: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
         """Answers to the steps, one after the other, until the caller wants no more.
@@ -58,19 +44,19 @@ class Adapting:
         messages when the cloud stops.
         """
         with (
-            self._rate_limiter.hold(call.device, "adaptations"),
+            self._model.rate_limiter.hold(call.device, "adaptations"),
             self._streams.place(),
             # Until its tokens are known it has room for as many as there may be.
             self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
-            _Stream(requests, call, call.seconds_left(self._stream_seconds)) as stream,
-            self._drain.listening(stream.stop),
+            _Stream(requests, call, call.seconds_left(self._model.calls.stream_seconds)) as stream,
+            self._model.calls.drain.listening(stream.stop),
         ):
             opening = stream.next("open").open
             artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
-            pairs = self._reader.update(stream.examples())
+            pairs = self._model.reader.update(stream.examples())
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
             call.payment.take().settle(tokens)
-            self._telemetry.tokens("example", tokens)
+            self._model.calls.telemetry.tokens("example", tokens)
             shrink(UPDATE_TOKEN_BYTES * tokens)
             with self._queue.open(pairs, artefact, left=stream.left, owner=call.device) as session:
                 del pairs
