@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
-from perfit_cloud.engine.gradients.batch import PASS_TOKENS, most_pass_tokens
+from perfit_cloud.engine.gradients.batch import PASS_TOKENS, Caps, most_pass_tokens
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
 from perfit_shared.errors import ConfigError
@@ -94,7 +93,7 @@ def plan_memory(config: CloudConfig, served: Catalog, *, process: int, continuou
         parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
         least = max(limits.context, 64)
         # No engine takes on more.
-        most = max(least, most_pass_tokens(served.base.device), BatchBudget.of(served.base.device).rows)
+        most = max(least, most_pass_tokens(served.base.device), Caps.of(served.base.device).rows)
         parts["gradients"] = _Part(*(tokens * shapes.differentiated for tokens in (least, most)))
         parts["kept"] = _Part(0, config.keep_bytes)
     else:

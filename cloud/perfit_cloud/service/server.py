@@ -29,7 +29,7 @@ from grpc_health.v1 import health_pb2_grpc
 from perfit_cloud.config import CloudConfig, parse_address
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.service.bounds import MessageBounds
-from perfit_cloud.service.calls import Answers, Generation, Gradients
+from perfit_cloud.service.calls import Answers, Generation
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.descriptors import Connections, descriptor_limit, open_descriptors
@@ -91,7 +91,6 @@ class CloudServer:
         authority: Authority,
         served: Catalog,
         generation: Generation,
-        gradients: Gradients,
         steps: GradientScheduler,
         memory: MemoryPlan,
         engines: Engines | None = None,
@@ -179,7 +178,7 @@ class CloudServer:
             address=config.public_address or bound,
             enrol_address=config.public_enrol_address or enrol_bound,
         )
-        self._register(served, generation, gradients, steps, self._budget("examples", memory.examples))
+        self._register(served, generation, steps, self._budget("examples", memory.examples))
         self._measure(served, engines)
         self._stop_metrics = self.telemetry.serve(config.metrics_address) if config.metrics_address else None
 
@@ -315,12 +314,7 @@ class CloudServer:
         return [*dialled, *config.names, "localhost", "127.0.0.1", "::1"]
 
     def _register(
-        self,
-        served: Catalog,
-        generation: Generation,
-        gradients: Gradients,
-        steps: GradientScheduler,
-        room: Budget,
+        self, served: Catalog, generation: Generation, steps: GradientScheduler, room: Budget
     ) -> None:
         config = self._config
         passes = self._gate("gradients", 1 + config.gradient_waiting)
@@ -340,7 +334,7 @@ class CloudServer:
             reader,
             description=encode_description(served, continuous=generation.continuous, keeps=steps.keeps),
             answers=answers,
-            gradients=gradients,
+            scheduler=steps,
             passes=passes,
             rate_limiter=self._rate_limiter,
             telemetry=self.telemetry,
