@@ -29,7 +29,7 @@ def main() -> None:
 
     from perfit_cloud.engine.device_lock import DeviceLock
     from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
-    from perfit_cloud.engine.gradients.batch import GradientEngine
+    from perfit_cloud.engine.gradients.stateless import GradientEngine
     from perfit_cloud.engine.interface import Sampling
     from perfit_cloud.hardening.stacks import DeadStacks
 

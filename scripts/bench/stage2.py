@@ -25,8 +25,9 @@ from typing import Any
 import reference
 import torch
 
-from perfit_cloud.engine.gradients.batch import GradientEngine, Pair
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.people import Person, read_people

@@ -32,9 +32,9 @@ from peers.pyreft_process import PyreftProcess, pyreft_for
 from updating import update
 from workload import Pair, artefact_for, examples, load_model, locations, parser, person
 
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel

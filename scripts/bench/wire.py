@@ -169,8 +169,8 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     """Losses in nats a token over all users' held-out queries, by what happened to their tensors."""
     import tempfile
 
-    from perfit_cloud.engine.gradients.batch import GradientEngine
     from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+    from perfit_cloud.engine.gradients.stateless import GradientEngine
     from perfit_cloud.engine.interface import Gradient, Mode
     from perfit_cloud.engine.interface import ShiftUse as Use
     from perfit_cloud.lamp import stage2

@@ -16,9 +16,9 @@ from tests.conftest import FAMILIES
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.catalog import Catalog
@@ -94,7 +94,6 @@ def run(
     base: BaseModel,
     artefact: Artefact,
     generation: GenerationEngine,
-    gradients: GradientEngine,
     step_queue: GradientScheduler,
 ) -> Iterator[Callable[..., Running]]:
     """Start a server; keyword arguments change its configuration or put a stand-in for an engine.
@@ -109,7 +108,6 @@ def run(
         *,
         serves_only: bool = False,
         engine: Any = None,
-        gradient_engine: Any = None,
         steps: Any = None,
         engines: Any = None,
         ended: Callable[[], None] = lambda: None,
@@ -140,7 +138,6 @@ def run(
             issuer=None if serves_only else authority,
             served=served,
             generation=engine or generation,
-            gradients=gradient_engine or gradients,
             steps=steps or step_queue,
             memory=memory,
             engines=engines,

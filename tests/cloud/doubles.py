@@ -8,6 +8,9 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -92,19 +95,26 @@ class HeldAnswer:
 
 
 class Slow:
-    """Gradients that take until the test lets them."""
+    """A scheduler whose scores take until the test lets them."""
+
+    keeps = True
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.entered = threading.Event()
         self.go = threading.Event()
 
-    def score(self, *_: object) -> list[Any]:
+    def open_stateless(self, *_: object, **__: object) -> Any:
+        return nullcontext(SimpleNamespace(whole=None))
+
+    def score(self, _: object) -> Future[list[Any]]:
         if self.error is not None:
             raise self.error
         self.entered.set()
         self.go.wait(TIMEOUT)
-        return []
+        found: Future[list[Any]] = Future()
+        found.set_result([])
+        return found
 
 
 def score() -> pb.ScoreRequest:

@@ -10,9 +10,10 @@ import torch
 from tests.cloud.test_partial import build
 from tests.conftest import FAMILIES, KEPT, random_shift
 
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.batch import BatchBudget
+from perfit_cloud.engine.gradients.requests import Sum, compute
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
 from perfit_cloud.model.base import block_list
 from perfit_shared.positions import Positions
@@ -183,29 +184,29 @@ def test_big_steps_are_cut_into_passes(
     ]
     whole = engine.gradients(steps)
     passes: list[Any] = []
-    run = engine._pass
+    run = engine.run_pass
 
-    def counted(shares: Any, **how: Any) -> Any:
+    def counted(shares: Any) -> None:
         passes.append(shares)
-        return run(shares, **how)
+        run(shares)
 
-    monkeypatch.setattr(engine, "_pass", counted)
+    monkeypatch.setattr(engine, "run_pass", counted)
     for caps in (
         BatchBudget(48, 2**20, 2**20),
         BatchBudget(2**20, 64, 2**20),
         BatchBudget(2**20, 2**20, 300),
     ):
         passes.clear()
-        monkeypatch.setattr(engine, "_caps", caps)
+        monkeypatch.setattr(engine, "budget", caps)
         for got, wanted in zip(engine.gradients(steps), whole, strict=True):
             assert_equal(got, wanted)
         assert len(passes) > 2
         assert any(len(shares) > 1 for shares in passes)  # like lengths of several users
         for shares in passes:
-            of_pass = [t.session._arrays for t, which in shares for _ in which]
             sizes = [
-                (a.rows[i], a.rows[i] + a.starts[i])
-                for a, i in zip(of_pass, (i for _, which in shares for i in which), strict=True)
+                (int(rows), int(length))
+                for total, which in shares
+                for rows, length in zip(*total.session.sizes(total.examples[which]), strict=True)
             ]
             rows, lengths = zip(*sizes, strict=True)
             padding = len(sizes) * max(rows) * max(lengths) - sum(r * n for r, n in sizes)
@@ -230,11 +231,19 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     counts = (session.cached_examples, session.spilled_examples)
     assert min(counts) > 0 and sum(counts) < 7
     assert session.kept_bytes <= keep_bytes and session.spilled_bytes <= spill_bytes
-    costs = session._arrays.lengths
-    (there, host), numbers = session._blocks.values(), session._block
-    on_device, spilled, nowhere = costs[there.which], costs[host.which], costs[numbers < 0]
+    costs = session.arrays.lengths
+    there, host = session.cache.blocks.values()
+    nowhere = costs[~session.cache.is_cached(np.arange(8))]
+    on_device, spilled = costs[there.which], costs[host.which]
     assert on_device[on_device > 1].max() <= spilled.min() and spilled.max() <= nowhere.max()
     assert_equal(engine.gradients([GradientRequest(session, range(8), mine)])[0], wanted)
+    total = Sum(GradientRequest(session, [7, 4, 0, 3, 2, 5, 0], mine), differentiate=False)
+    compute([total])
+    use = ShiftUse(Mode.PERSONAL, artefact, mine)
+    for got, score in zip(
+        total.scores(), engine.stateless.score([RAGGED[i] for i in total.examples], use), strict=True
+    ):
+        assert got.log_likelihood == pytest.approx(score.log_likelihood, rel=1e-5)
     with engine.open(RAGGED, artefact) as late:  # what is left is too little even for the cheapest
         assert_equal(engine.gradients([GradientRequest(late, range(8), mine)])[0], wanted)
     assert late.cached_examples + late.spilled_examples < sum(counts)

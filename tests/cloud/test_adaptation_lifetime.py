@@ -14,7 +14,7 @@ from tests.cloud.test_partial import build
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients import activation_cache as kept_module
 from perfit_cloud.engine.gradients import session as module
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.batch import BatchBudget
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import Gradient
 from perfit_cloud.model.base import block_list
@@ -35,7 +35,7 @@ def test_a_step_runs_only_what_the_tensors_can_change(llama: Any) -> None:
     """Rows that meet each block and its MLP: none below the first intervened one, no past, few at the end."""
     _, artefact, engine = llama
     session = engine.open(RAGGED, artefact)
-    blocks = block_list(engine._own.model)
+    blocks = block_list(engine._tail._decoder)
     seen: dict[str, int] = {}
     for at, block in enumerate(blocks):
         for name, part in (("attention", block.self_attn.q_proj), ("mlp", block.mlp)):
@@ -58,7 +58,7 @@ def test_nothing_is_left_after_close(make_artefact: Any) -> None:
     artefact = make_artefact(base, positions="l4")
     engine = UpdateEngine(base, keep_bytes=6000, spill_bytes=9000)
     session = engine.open(RAGGED, artefact)
-    held, taken = [session._arrays.ids], []
+    held, taken = [session.arrays.ids], []
     for kept in kept_by(session):
         held += (own := [kept.hidden, *(t for pair in kept.past.values() for t in pair)])
         taken.append(sum(t.nbytes for t in own))
@@ -70,7 +70,7 @@ def test_nothing_is_left_after_close(make_artefact: Any) -> None:
     session.close()
     session.close()
     assert not any(tensor.abs().sum() for tensor in held)
-    assert not session._constants.any()
+    assert not session.constants.any()
     assert engine._room == [6000, 9000]
     for call in (engine.gradients, engine.losses):
         for late in (step, GradientRequest(session, [4], step.personal)):  # the other needs no pass
@@ -101,7 +101,7 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
     base = build("llama")
     artefact, left = make_artefact(base, positions="l4"), threading.Event()
     engine = UpdateEngine(base, keep_bytes=PLENTY)
-    engine._caps = BatchBudget(30, 2**20, 2**20)
+    engine.budget = BatchBudget(30, 2**20, 2**20)
     fill, passes = kept_module._fill, []
 
     def filled(tail: Any, part: Any, collective: Any) -> None:
@@ -189,12 +189,12 @@ def test_who_comes_later_takes_of_who_has_more_than_an_even_part(make_artefact: 
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
     engine = UpdateEngine(base, keep_bytes=PLENTY)
-    engine._caps = BatchBudget(40, 2**20, 2**20)  # so that a small adaptation has several blocks
+    engine.budget = BatchBudget(40, 2**20, 2**20)  # so that a small adaptation has several blocks
     with engine.open(RAGGED, artefact) as probe:
         whole = probe.kept_bytes
     room = int(1.1 * whole)
     engine = UpdateEngine(base, keep_bytes=room)
-    engine._caps = BatchBudget(40, 2**20, 2**20)
+    engine.budget = BatchBudget(40, 2**20, 2**20)
     greedy = [engine.open(RAGGED, artefact, owner="greedy") for _ in range(2)]
     step = GradientRequest(greedy[0], [2, 5], person(artefact, 1))
     (wanted,) = engine.gradients([step])
@@ -221,7 +221,7 @@ def test_who_comes_later_takes_no_more_than_it_wants(make_artefact: Any) -> None
     artefact = make_artefact(base, positions="l4")
     probe = UpdateEngine(base, keep_bytes=PLENTY)
     engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
-    engine._caps = BatchBudget(15, 2**20, 2**20)
+    engine.budget = BatchBudget(15, 2**20, 2**20)
     first = engine.open(RAGGED, artefact, owner="first")
     kept = len(kept_by(first))
     late = engine.open(RAGGED[2:3], artefact, owner="late")
@@ -268,7 +268,7 @@ def test_without_room_for_anybody_nobody_waits_for_it(make_artefact: Any) -> Non
 
 
 def kept_by(session: Any) -> list[Any]:
-    return [block.kept for block in session._blocks.values()]
+    return [block.kept for block in session.cache.blocks.values()]
 
 
 def test_steps_from_many_threads(llama: Any) -> None:

@@ -15,10 +15,11 @@ from tests.cloud.test_partial import build
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
 from perfit_cloud.engine.generation.static import BatchedEngine
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
+from perfit_cloud.engine.gradients.batch import BatchBudget
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.model.kv_cache import BatchMetadata, KVCache
 
 FAMILIES = ["llama", "gpt2", "gemma3_text"]
 MINE, NEIGHBOURS = "mine", 7
@@ -70,10 +71,45 @@ def test_an_answers_logits_are_those_of_an_empty_cloud(
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
+def attention_of(heads: int, keys: int, width: int, *, neighbours: int, alone: bool) -> torch.Tensor:
+    """What attention gave for a prompt and twelve tokens, on a shelf where others stood before."""
+    kv_cache, cpu = KVCache(4096), torch.device("cpu")
+    others = [kv_cache.allocate(100) for _ in range(neighbours)]
+    place, found = kv_cache.allocate(100), []
+    assert place is not None
+    theirs, mine = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    for where, count, generator in [
+        *((other, 5, theirs) for other in others if other is not None),
+        (place, 20, mine),
+        *[(place, 1, mine)] * 12,
+    ]:
+        made = BatchMetadata([where], [count], cpu, alone=alone)
+        q, k, v = (torch.randn(count, n, width, generator=generator) for n in (heads, keys, keys))
+        found.append(made.attend(0, q, k, v, scale=None, softcap=None, window=None))
+        made.done()
+    return torch.cat(found[neighbours:])
+
+
+def test_a_token_s_attention_does_not_tell_which_slot_it_has() -> None:
+    """It did in the last bits, where several threads compute: the slots before it were asked as well."""
+    threads, differs = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for sizes in ((4, 2, 8), (8, 8, 64), (9, 3, 64)):
+            wanted = attention_of(*sizes, neighbours=0, alone=True)
+            for neighbours in (1, 3, NEIGHBOURS):
+                assert torch.equal(attention_of(*sizes, neighbours=neighbours, alone=True), wanted)
+                beside = attention_of(*sizes, neighbours=neighbours, alone=False)
+                differs.append(not torch.equal(beside, attention_of(*sizes, neighbours=0, alone=False)))
+    finally:
+        torch.set_num_threads(threads)
+    assert any(differs), "or the test would show nothing"
+
+
 def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[np.ndarray[Any, Any]]:
     """Those of three steps, over examples that are kept and examples that are not."""
     engine = UpdateEngine(base, keep_bytes=150_000, parts=NEIGHBOURS + 1 if alone else 0)
-    engine._caps = BatchBudget(150, 2**20, 2**20)
+    engine.budget = BatchBudget(150, 2**20, 2**20)
     queue = GradientScheduler(engine, alone=alone)
     others = [
         queue.open(make_pairs([40 + n, 9, 33, 21, 60], n), artefact, owner=f"neighbour {n}")

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import random_shift
 
 from bench.reference import Reference, make_batch, train
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel

@@ -29,7 +29,8 @@ from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.steps import Losses, trainable
-from perfit_cloud.engine.gradients.batch import GradientEngine, Pair
+from perfit_cloud.engine.gradients.batch import Pair
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, block_list, load_base
 from perfit_cloud.model.interventions import hooked

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_cloud.model.base import BaseModel, block_list
 

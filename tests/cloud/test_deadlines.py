@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
-from tests.cloud.doubles import wait_for
+from tests.cloud.doubles import Held, wait_for
+from tests.cloud.serving import TIMEOUT, Running, generate
 
 from perfit_cloud.service import deadlines
 from perfit_cloud.service.deadlines import Deadlines
@@ -42,3 +44,18 @@ def test_a_system_out_of_threads_costs_that_call_alone(monkeypatch: pytest.Monke
     with watch.after(0.05, lambda: cut.append("late")):
         wait_for(lambda: bool(cut))
     assert cut == ["late"]
+
+
+def test_answers_have_no_thread_each_for_their_end(run: Callable[..., Running]) -> None:
+    held = Held()
+    device = run(engine=held, answers_each=6).device()
+    streams = [device.stub.Generate(generate(), timeout=TIMEOUT) for _ in range(6)]
+    wait_for(lambda: held.running == 6)
+    for answer in held.answers:
+        answer.step()
+    assert all(next(stream).text for stream in streams)
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for answer in held.answers:
+        answer.finish()
+    for stream in streams:
+        list(stream)

@@ -12,7 +12,7 @@ from tests.conftest import random_shift
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import FairShare
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import EngineHealth, Mode, ShiftUse
 
 

@@ -73,7 +73,7 @@ def test_health_and_drain(run: Callable[..., Running]) -> None:
 
 def test_a_call_that_runs_gets_its_answer(run: Callable[..., Running]) -> None:
     slow = Slow()
-    running = run(gradient_engine=slow)
+    running = run(steps=slow)
     device = running.device()
     call = device.stub.Score.future(score(), timeout=TIMEOUT)
     assert slow.entered.wait(TIMEOUT)

@@ -14,8 +14,9 @@ from perfit_cloud.collective.frozen import FrozenBase
 from perfit_cloud.collective.steps import trainable
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients.batch import GradientEngine, Pair, group_all, make_batch, passes
+from perfit_cloud.engine.gradients.batch import Pair, group_all, make_batch, passes
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, try_model

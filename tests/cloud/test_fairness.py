@@ -16,7 +16,6 @@ from perfit_cloud.engine.fairness import Reading
 from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
 from perfit_cloud.engine.generation.engine import Engine
 from perfit_cloud.engine.generation.static import BatchedEngine
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
@@ -28,19 +27,19 @@ from perfit_shared.wire import personalization_pb2 as pb
 
 
 @pytest.fixture
-def lined(base: BaseModel) -> Iterator[tuple[DeviceLock, GradientEngine]]:
-    """Gradients on a device that a test can hold."""
+def lined(base: BaseModel) -> Iterator[tuple[DeviceLock, GradientScheduler]]:
+    """A scheduler on a device that a test can hold."""
     device_lock = DeviceLock()
-    engine = GradientEngine(base, device_lock)
-    yield device_lock, engine
-    engine.close()
+    steps = GradientScheduler(UpdateEngine(base, keep_bytes=2**20, device_lock=device_lock))
+    yield device_lock, steps
+    steps.close()
 
 
 def test_passes_wait_in_a_bounded_line(
-    run: Callable[..., Running], lined: tuple[DeviceLock, GradientEngine]
+    run: Callable[..., Running], lined: tuple[DeviceLock, GradientScheduler]
 ) -> None:
-    device_lock, engine = lined
-    device = run(gradient_engine=engine, gradient_waiting=1).device()
+    device_lock, steps = lined
+    device = run(steps=steps, gradient_waiting=1).device()
     with device_lock.hold_long():
         first = device.stub.Score.future(score(), timeout=TIMEOUT)
         wait_for(lambda: len(device_lock.long_waiting()) == 1)
@@ -51,40 +50,68 @@ def test_passes_wait_in_a_bounded_line(
     assert len(first.result().scores) == 1
 
 
-class Ended(GradientEngine):
-    """Tells whose calls ended in which order."""
-
-    def score(self, *given: Any) -> Any:
-        found = super().score(*given)
-        self.ended = [*getattr(self, "ended", []), given[2]]
-        return found
-
-
-def test_passes_are_fair_by_device(run: Callable[..., Running], base: BaseModel) -> None:
+def test_passes_are_fair_by_device(
+    run: Callable[..., Running], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four long calls of one device were done before another's short one began: 48 s instead of 71 ms."""
-    device_lock = DeviceLock()
-    engine = Ended(base, device_lock, pass_tokens=8)
-    running = run(gradient_engine=engine)
+    device_lock, passes = DeviceLock(), list[str]()
+    engine = UpdateEngine(base, keep_bytes=2**20, device_lock=device_lock, pass_tokens=8)
+    run_pass = engine.stateless.run_pass
+
+    def noted(shares: Any) -> None:
+        passes.append(shares[0][0].session.owner)
+        run_pass(shares)
+
+    monkeypatch.setattr(engine.stateless, "run_pass", noted)
+    steps = GradientScheduler(engine)
+    running = run(steps=steps)
     greedy, honest = running.device(), running.device()
     many = pb.ScoreRequest(candidates=[score().candidates[0]] * 8, shift=BASE)  # eight passes
     with device_lock.hold_long():
         held = [greedy.stub.Score.future(many, timeout=TIMEOUT) for _ in range(4)]
-        wait_for(lambda: len(device_lock.long_waiting()) == 4)
+        wait_for(lambda: steps.health().waiting == 4)
         mine = honest.stub.Score.future(score(), timeout=TIMEOUT)
-        wait_for(lambda: len(device_lock.long_waiting()) == 5)
-        assert set(device_lock.long_waiting()) == {greedy.identity, honest.identity}
+        wait_for(lambda: steps.health().waiting == 5)
     assert len(mine.result().scores) == 1
     assert [len(call.result().scores) for call in held] == [8] * 4
-    assert engine.ended == [honest.identity] + [greedy.identity] * 4
-    engine.close()
+    steps.close()
+    assert passes.count(greedy.identity) >= 32
+    # The pass that was at work, and no other, goes before.
+    assert passes.index(honest.identity) <= 1
+
+
+def test_scores_and_steps_stand_in_one_line(base: BaseModel, artefact: Artefact) -> None:
+    """A device's scores stood in a line of their own, and came as often as another's steps beside them."""
+    device_lock = DeviceLock()
+    steps = GradientScheduler(UpdateEngine(base, keep_bytes=2**20, device_lock=device_lock))
+    pairs, order = [([5, 6, 7], [8])], list[str]()
+
+    def told(owner: str) -> Callable[[object], None]:
+        return lambda _: order.append(owner)
+
+    with steps.open(pairs, artefact, owner="stepping") as session:
+        scored = [steps.open_stateless(pairs, PLAIN, owner="scoring") for _ in range(3)]
+        with device_lock.hold_long():
+            futures: list[Any] = [steps.submit(GradientRequest(session, [0], artefact.seed))]  # at work
+            wait_for(lambda: len(device_lock.long_waiting()) == 1)
+            futures += [steps.score(each.whole) for each in scored]
+            futures += [
+                steps.submit(GradientRequest(session, [0], artefact.seed), loss_only=True) for _ in scored
+            ]
+            for future, owner in zip(futures, ["stepping", *["scoring"] * 3, *["stepping"] * 3], strict=True):
+                future.add_done_callback(told(owner))
+        for future in futures:
+            future.result(TIMEOUT)
+    assert order[:3] == ["stepping", "scoring", "stepping"], "in turns, whoever asked first"
+    steps.close()
 
 
 def test_who_left_stands_in_line_no_more(
-    run: Callable[..., Running], lined: tuple[DeviceLock, GradientEngine]
+    run: Callable[..., Running], lined: tuple[DeviceLock, GradientScheduler]
 ) -> None:
     """They stood there until it was their turn, and nobody else got their places."""
-    device_lock, engine = lined
-    running = run(gradient_engine=engine, gradient_waiting=3)
+    device_lock, steps = lined
+    running = run(steps=steps, gradient_waiting=3)
     with device_lock.hold_long():
         first = running.device().stub.Score.future(score(), timeout=TIMEOUT)
         device = running.device()
@@ -95,6 +122,7 @@ def test_who_left_stands_in_line_no_more(
                 call.cancel()
             wait_for(lambda: under_way(running, device) == 0)
         last = device.stub.Score.future(score(), timeout=TIMEOUT)
+        wait_for(lambda: steps.health().waiting == 2)
     assert [len(call.result().scores) for call in (first, last)] == [1, 1]
 
 

@@ -104,7 +104,7 @@ def test_a_call_that_the_engine_holds_up_is_cut_off(
         "perfit_cloud.service.server._GRACE_SECONDS", 10 * TIMEOUT
     )  # or the connection's end would
     slow = Slow()
-    device = run(gradient_engine=slow, call_seconds=1).device()
+    device = run(steps=slow, call_seconds=1).device()
     begun = time.monotonic()
     assert failure(lambda: device.stub.Score(score()))[0] in {"CANCELLED", "UNAVAILABLE"}
     assert time.monotonic() - begun >= 1

@@ -12,7 +12,7 @@ from tests.cloud.asked import NEW, SMALL, alone, prompts, serve, uses
 from tests.conftest import random_shift
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings, can_share
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Busy, InvalidPrompt, Unavailable

@@ -207,7 +207,7 @@ def test_a_stream_outlives_the_age_of_its_connection(run: Callable[..., Running]
 def test_passes_of_one_device_leave_room_for_others(run: Callable[..., Running]) -> None:
     """One device could have all its calls in the line, and everybody else waited for 16 of its passes."""
     slow = Slow()
-    running = run(gradient_engine=slow, gradients_each=2, retry_ms=80)
+    running = run(steps=slow, gradients_each=2, retry_ms=80)
     greedy, honest = running.device(), running.device()
     held = [greedy.stub.Score.future(score(), timeout=TIMEOUT) for _ in range(2)]
     wait_for(lambda: under_way(running, greedy, "gradients") == 2)
@@ -324,7 +324,7 @@ def adapt(device: Device, artefact: Artefact) -> None:
 
 def test_bytes_in_flight(run: Callable[..., Running], artefact: Artefact) -> None:
     slow = Slow()
-    running = run(gradient_engine=slow, bytes_each=150_000, message_bytes=150_000)
+    running = run(steps=slow, bytes_each=150_000, message_bytes=150_000)
     device = running.device()
     call = device.channel.unary_unary("/perfit.v1.Personalization/Score")
     # A field that nobody knows: number 99, of 80,000 bytes.

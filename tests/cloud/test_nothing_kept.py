@@ -24,9 +24,9 @@ from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.engine import GenerationRequest
 from perfit_cloud.engine.generation.stream import CompletionStream
 from perfit_cloud.engine.gradients.activation_cache import ActivationCache
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine, UpdateSession
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Gradient, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.shifts import ShiftTensors
@@ -195,8 +195,8 @@ def idle(*_: object) -> dict[GenerationRequest, int]:
 
 
 CHANGED: dict[Any, tuple[type, str, Callable[..., Any]]] = {
-    gradient_failed: (GradientEngine, "_groups", broken),
-    adapt_failed: (UpdateEngine, "_pass", broken),
+    gradient_failed: (GradientEngine, "run_pass", broken),
+    adapt_failed: (UpdateEngine, "run_pass", broken),
     generate_late: (GenerationEngine, "_plan", idle),
 }
 

@@ -173,7 +173,7 @@ def test_candidates_without_a_place_are_not_tokenized(
     run: Callable[..., Running], encoded: list[str]
 ) -> None:
     slow = Slow()
-    running = run(gradient_engine=slow, gradient_waiting=1)
+    running = run(steps=slow, gradient_waiting=1)
     device, other = running.device(), running.device()
     held = [each.stub.Score.future(score(), timeout=TIMEOUT) for each in (device, other)]
     wait_for(lambda: len(encoded) == 2)
@@ -200,9 +200,7 @@ def test_a_prompt_without_a_place_is_not_tokenized(run: Callable[..., Running], 
 def test_what_the_cloud_has_no_room_for_is_given_back(run: Callable[..., Running]) -> None:
     """A full Score cost as much as an answer to it, however often the cloud was busy."""
     slow, drip = Slow(), Drip()
-    running = run(
-        gradient_engine=slow, gradient_waiting=1, engine=drip, streams=1, tokens_minute=1000, **LEAST
-    )
+    running = run(steps=slow, gradient_waiting=1, engine=drip, streams=1, tokens_minute=1000, **LEAST)
     others, device = [running.device() for _ in range(2)], running.device()
     held = [other.stub.Score.future(score(), timeout=TIMEOUT) for other in others]
     stream = others[0].stub.Generate(generate(), timeout=TIMEOUT)

@@ -21,8 +21,8 @@ from tests.conftest import random_shift
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.identity.authority import Authority
@@ -241,7 +241,7 @@ class Failing:
             raise RuntimeError(f"{args} {WORD} {NUMBER}") from ValueError(WORD)
         raise self._error
 
-    submit = score = gradient = open = _fail
+    submit = open = open_stateless = _fail
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_engines_that_fail(
     run: Callable[..., Running], artefact: Artefact, heard: Heard, error: Exception
 ) -> None:
     engine = Failing(error)
-    running = run(engine=engine, gradient_engine=engine, steps=engine)
+    running = run(engine=engine, steps=engine)
     c = Caller(running.device(), artefact)
     statuses = {heard.fails(call) for call in (c.generate, c.score, c.gradient, c.adapt)}
     assert len(statuses) == 1
@@ -277,8 +277,8 @@ def test_passes_that_fail(
     c, running = caller
     for engine, name in (
         (GenerationEngine, "_forward"),
-        (GradientEngine, "_groups"),
-        (UpdateEngine, "_pass"),
+        (GradientEngine, "run_pass"),
+        (UpdateEngine, "run_pass"),
     ):
         monkeypatch.setattr(engine, name, quote)
     assert heard.fails(c.generate) == "UNAVAILABLE"
@@ -303,13 +303,13 @@ def test_callers_who_leave_and_callers_who_wait(caller: tuple[Caller, Running], 
 QUOTING = """
 import logging, warnings
 from perfit_cloud.engine.generation.continuous import GenerationEngine
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 def quote(self, *args, **_):
     for request in self._requests if isinstance(self, GenerationEngine) else ():
         logging.getLogger("transformers.generation").error("prompt %s", request.prompt)
     logging.getLogger("perfit_cloud").warning("quoting")
     raise IndexError(f"{args} zebracanary 61.80339")
-GenerationEngine._forward = GradientEngine._groups = quote
+GenerationEngine._forward = GradientEngine.run_pass = quote
 from perfit_cloud.cli.main import run
 run()
 """

@@ -11,7 +11,8 @@ from tests.cloud.asked import NEW, SMALL, alone, prompts, serve, uses
 from tests.conftest import FAMILIES, random_shift
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
-from perfit_cloud.engine.gradients.batch import GradientEngine, passes
+from perfit_cloud.engine.gradients.batch import passes
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.base import load_base
 from perfit_cloud.model.capabilities import Batching

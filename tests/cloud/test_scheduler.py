@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.cloud.test_adaptation import PLENTY, RAGGED, assert_equal, make_pairs, person
 from tests.cloud.test_partial import build
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients import stateless
+from perfit_cloud.engine.gradients.batch import BatchBudget
+from perfit_cloud.engine.gradients.requests import Sum
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, ShiftUse
 from perfit_shared.errors import Busy, InvalidInput, InvalidTensors, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -33,16 +36,16 @@ class Held(UpdateEngine):
     def __init__(self, *args: Any, **how: Any) -> None:
         super().__init__(*args, **how)
         self.go, self.began = threading.Semaphore(10**6), threading.Semaphore(0)
-        self.runs: list[list[GradientRequest]] = []
+        self.runs: list[list[tuple[Sum, list[int]]]] = []  # of each pass: requests, and their examples
 
     def hold(self) -> None:
         self.go, self.began = threading.Semaphore(0), threading.Semaphore(0)
 
-    def _run(self, steps: Any, *, differentiate: bool) -> Any:
-        self.runs.append(list(steps))
+    def run_pass(self, shares: Any) -> None:
+        self.runs.append([(total, total.examples[which].tolist()) for total, which in shares])
         self.began.release()
         assert self.go.acquire(timeout=WAIT)
-        return super()._run(steps, differentiate=differentiate)
+        super().run_pass(shares)
 
 
 @pytest.fixture
@@ -97,7 +100,8 @@ def test_steps_that_wait_together_share_passes(parts: Any) -> None:
             assert not got.tensors.layers
         else:
             assert_equal(got, wanted[i])
-    assert [len(run) for run in engine.runs] == [1, 18, 6]  # gradients, then losses
+    first_run, *others = [len(run) for run in engine.runs]
+    assert (first_run, sorted(others)) == (1, [6, 18])  # losses, and gradients
 
 
 def test_one_who_fails_fails_alone(parts: Any) -> None:
@@ -133,7 +137,7 @@ def test_a_step_that_failed_leaves_nothing_behind(
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("zebracanary")
 
-    monkeypatch.setattr(engine, "_pass", broken)
+    monkeypatch.setattr(UpdateEngine, "run_pass", broken)
     gc.disable()
     try:
         with caplog.at_level(logging.INFO):
@@ -166,13 +170,13 @@ def test_who_left_is_not_computed(parts: Any) -> None:
     assert there.result(WAIT).tokens == session.target_tokens[2]
     with pytest.raises(CancelledError):
         gone.result(WAIT)
-    assert [list(step.rows) for run in engine.runs for step in run] == [[0], [2]]
+    assert [rows for run in engine.runs for _, rows in run] == [[0], [2]]
 
 
 def test_a_small_step_waits_for_no_more_than_the_pass_at_work(parts: Any) -> None:
     """Two steps of many passes are in line before it, and share what it leaves in turns."""
     artefact, engine, queue = parts
-    engine._caps = BatchBudget(120, 2**20, 2**20)
+    engine.budget = BatchBudget(120, 2**20, 2**20)
     big = make_pairs([20 + i % 7 for i in range(40)], 1)
     users = [
         queue.open(big, artefact),
@@ -189,18 +193,18 @@ def test_a_small_step_waits_for_no_more_than_the_pass_at_work(parts: Any) -> Non
     engine.go.release(10**6)
     for future, gradient in zip(futures, wanted, strict=True):
         assert_equal(future.result(WAIT), gradient)
-    device_lock = [[users.index(step.session) for step in run] for run in engine.runs]
+    device_lock = [[users.index(total.session) for total, _ in run] for run in engine.runs]
     assert device_lock[:2] == [[0], [1, 2]]
     assert {tuple(turn) for turn in device_lock[2:7]} == {(0,), (1,)}
     for user in users[:2]:
-        pieces = [step for run in engine.runs for step in run if step.session is user]
-        assert sorted(row for piece in pieces for row in piece.rows) == list(range(40))
-        assert max(engine.pass_rows_of(piece).sum() for piece in pieces) <= 120
+        pieces = [rows for run in engine.runs for total, rows in run if total.session is user]
+        assert sorted(row for piece in pieces for row in piece) == list(range(40))
+        assert max(user.costs(np.array(piece)).sum() for piece in pieces) <= 120
 
 
 def test_a_cut_step_that_is_cancelled_stops_between_passes(parts: Any) -> None:
     artefact, engine, queue = parts
-    engine._caps = BatchBudget(120, 2**20, 2**20)
+    engine.budget = BatchBudget(120, 2**20, 2**20)
     session = queue.open(make_pairs([20] * 40, 1), artefact)
     other = queue.open(RAGGED, artefact)
     future = occupy(engine, queue, GradientRequest(session, range(40), person(artefact, 1)))
@@ -208,7 +212,61 @@ def test_a_cut_step_that_is_cancelled_stops_between_passes(parts: Any) -> None:
     assert future.cancel()
     engine.go.release(10**6)
     later.result(WAIT)
-    assert [[step.session is other for step in run] for run in engine.runs] == [[False], [True]]
+    assert [[total.session is other for total, _ in run] for run in engine.runs] == [[False], [True]]
+
+
+def test_scores_and_gradients_of_one_call_are_cut_and_joined_as_if_they_were_alone(
+    make_artefact: Callable[..., Any],
+) -> None:
+    """Cut by rows while others wait, and each example's score in the order that was asked."""
+    base = build("llama")
+    artefact = make_artefact(base)
+    narrow, whole = Held(base, keep_bytes=PLENTY, pass_tokens=60), GradientEngine(base)
+    queue, narrow.budget = GradientScheduler(narrow), BatchBudget(60)
+    pairs = make_pairs([20, 3, 40, 7, 33, 2, 11], 4)
+    use = ShiftUse(Mode.PERSONAL, artefact, person(artefact, 2))
+    stepping = queue.open(RAGGED, artefact)
+    futures = [occupy(narrow, queue, GradientRequest(stepping, range(8), person(artefact, 1)))]
+    with queue.open_stateless(pairs, use) as scored, queue.open_stateless(pairs, use) as differentiated:
+        scores, gradient = queue.score(scored.whole), queue.submit(differentiated.whole)
+        futures.append(queue.submit(GradientRequest(stepping, [2, 4], person(artefact, 3))))
+        narrow.go.release(10**6)
+        for got, wanted in zip(scores.result(WAIT), whole.score(pairs, use), strict=True):
+            assert got.tokens == wanted.tokens
+            assert got.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-5)
+        assert_equal(gradient.result(WAIT), whole.gradient(pairs, use))
+    for future in futures:
+        future.result(WAIT)
+    queue.close()
+    whole.close()
+
+
+def test_a_call_is_not_over_before_the_pass_that_computes_for_it(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tensors would still be in memory."""
+    artefact, _, queue = parts
+    entered, go_on, compute = threading.Event(), threading.Event(), stateless.pass_in_full
+
+    def slow(*given: Any) -> Any:
+        entered.set()
+        assert go_on.wait(WAIT)
+        return compute(*given)
+
+    monkeypatch.setattr(stateless, "pass_in_full", slow)
+    session = queue.open_stateless(RAGGED, ShiftUse(Mode.PERSONAL, artefact, person(artefact, 1)))
+    future = queue.submit(session.whole)
+    assert entered.wait(WAIT)
+    assert future.cancel()
+    closing = threading.Thread(target=session.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    with pytest.raises(InvalidInput, match="closed"):
+        queue.submit(session.whole)
 
 
 def test_too_many_come_back_later(parts: Any) -> None:
@@ -250,7 +308,7 @@ def test_a_worker_that_dies_leaves_nobody_waiting(parts: Any, monkeypatch: pytes
     def die(*_: Any, **__: Any) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(engine, "_pass", die)
+    monkeypatch.setattr(UpdateEngine, "run_pass", die)
     engine.go.release(10**6)
     for future in futures:
         with pytest.raises(Unavailable):

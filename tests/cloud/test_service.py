@@ -30,7 +30,7 @@ from tests.cloud.serving import (
 )
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
@@ -174,7 +174,7 @@ def test_refusals_carry_status_code_and_one_line(
 def test_unknown_errors_tell_nothing(
     run: Callable[..., Running], caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    device = run(gradient_engine=Slow(error)).device()
+    device = run(steps=Slow(error)).device()
     with caplog.at_level(logging.DEBUG):
         result = failure(lambda: device.stub.Score(score()))
     assert result == ("INTERNAL", {"perfit-code": "internal"}, "internal error")
@@ -184,7 +184,7 @@ def test_unknown_errors_tell_nothing(
 
 
 def test_errors_of_the_engine_keep_their_code(run: Callable[..., Running]) -> None:
-    device = run(gradient_engine=Slow(InvalidTensors("they overflow"))).device()
+    device = run(steps=Slow(InvalidTensors("they overflow"))).device()
     assert failure(lambda: device.stub.Score(score())) == (
         "INVALID_ARGUMENT",
         {"perfit-code": "invalid_tensors"},

@@ -17,9 +17,9 @@ import pytest
 from tests.cloud.serving import TIMEOUT, Device, Running, failure
 from tests.conftest import random_shift
 
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
@@ -191,7 +191,7 @@ def test_a_caller_who_leaves_frees_everything(
         call.ask(step(tensors, [0]))
         assert len(engine._open) == 1 and engine._room[0] < 2**26
     if moment == "in line":
-        monkeypatch.setattr(engine, "_pass", slow(engine._pass))
+        monkeypatch.setattr(engine, "run_pass", slow(engine.run_pass))
         call.send(step(tensors, [0]))
         assert there.wait(TIMEOUT)
     call.call.cancel()
@@ -217,7 +217,7 @@ def test_a_step_that_failed_leaves_nothing_behind(
         gone.append(weakref.ref(shares[0][0].personal))
         raise ZeroDivisionError
 
-    monkeypatch.setattr(engine, "_pass", broken)
+    monkeypatch.setattr(engine, "run_pass", broken)
     call = stream(run(steps=steps).device())
     gc.disable()
     try:

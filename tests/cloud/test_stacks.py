@@ -154,7 +154,7 @@ import torch
 torch.set_num_threads(2)
 from perfit_cloud.engine.gradients.session import UpdateEngine, GradientRequest
 from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse

@@ -15,7 +15,7 @@ from tests.cloud.conftest import artefact, base, generation, gradients, run, ste
 from tests.cloud.serving import Running
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
-from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.gradients.session import UpdateEngine, UpdateSession
 from perfit_device import evaluation, history, personal
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
@@ -38,7 +38,7 @@ KEEP = 2**26
 
 
 class Watched(GradientScheduler):
-    """A queue that counts, and whose n-th step fails as a test says."""
+    """A queue that counts the steps of streams, and whose n-th step fails as a test says."""
 
     def __init__(self, engine: UpdateEngine) -> None:
         super().__init__(engine)
@@ -51,12 +51,14 @@ class Watched(GradientScheduler):
         self.opened += 1
         return super().open(*args, **how)
 
-    def submit(self, *args: Any, **how: Any) -> Any:
+    def submit(self, step: Any, **how: Any) -> Any:
+        if not isinstance(step.session, UpdateSession):
+            return super().submit(step, **how)
         self.asked += 1
         self.hold.wait(20)
         if self.asked in self.fail:
             raise self.fail[self.asked]
-        return super().submit(*args, **how)
+        return super().submit(step, **how)
 
 
 @dataclass

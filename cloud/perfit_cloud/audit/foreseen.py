@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Self
 
 from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients.batch import GradientEngine, Pair
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel

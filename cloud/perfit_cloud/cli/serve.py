@@ -153,7 +153,6 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
 
     from perfit_cloud.engine.device_lock import DeviceLock
     from perfit_cloud.engine.generation.continuous import GenerationSettings, can_share, engine_for
-    from perfit_cloud.engine.gradients.batch import GradientEngine
     from perfit_cloud.engine.gradients.scheduler import GradientScheduler
     from perfit_cloud.engine.gradients.session import UpdateEngine
     from perfit_cloud.hardening.allocator import keep_at_most
@@ -194,7 +193,12 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         pass_tokens=memory.pass_tokens,
         parts=config.adaptations if config.apart == "bits" else 0,
     )
-    steps = GradientScheduler(adaptations, retry_ms=config.retry_ms, alone=config.apart == "bits")
+    steps = GradientScheduler(
+        adaptations,
+        waiting=config.adaptations + 1 + config.gradient_waiting,
+        retry_ms=config.retry_ms,
+        alone=config.apart == "bits",
+    )
     scrubber = MemoryScrubber(base.device, device_lock)
     raise_descriptor_limit()
     parts = ServerParts(
@@ -202,7 +206,6 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         issuer=authority,
         served=served,
         generation=generation,
-        gradients=GradientEngine(base, device_lock, pass_tokens=memory.pass_tokens),
         steps=steps,
         memory=memory,
         engines=Engines(generation, steps, adaptations, device_lock),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from perfit_cloud.engine.generation.static import generate_batch
-from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.lamp.people import Person, Question
 from perfit_cloud.lamp.results import QueryResult

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.measure import measure, use_of
 from perfit_cloud.lamp.people import People, Person, read_people, swap_histories

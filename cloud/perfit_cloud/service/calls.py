@@ -1,21 +1,21 @@
-"""What the RPCs share: the engines as they see them, and how a call ends."""
+"""Answers as the RPCs give them: the engine as they see it, and how an answer ends."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol, Self
 
-from perfit_cloud.engine.gradients.batch import Pair
-from perfit_cloud.engine.interface import Chunk, Gradient, Sampling, Score, ShiftUse
+from perfit_cloud.engine.interface import Chunk, Sampling, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
+from perfit_cloud.service.deadlines import Deadlines
 from perfit_cloud.service.limits import ConcurrencyLimit, Limits, Paid, RateLimiter
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
 from perfit_shared.wire import personalization_pb2 as pb
 
-__all__ = ["Answers", "CompletionStream", "Generation", "Gradients"]
+__all__ = ["Answers", "CompletionStream", "Generation"]
 
 
 class CompletionStream(Protocol):
@@ -31,17 +31,6 @@ class Generation(Protocol):
     def submit(
         self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str, /
     ) -> CompletionStream: ...
-
-
-class Gradients(Protocol):
-    """`check` is called before each pass and now and then in line; what it raises ends the work."""
-
-    def score(
-        self, candidates: list[Pair], shift: ShiftUse, owner: str, check: Callable[[], None], /
-    ) -> list[Score]: ...
-    def gradient(
-        self, examples: list[Pair], shift: ShiftUse, owner: str, check: Callable[[], None], /
-    ) -> Gradient: ...
 
 
 class Answers:
@@ -65,6 +54,7 @@ class Answers:
         self._rate_limiter = rate_limiter
         self._telemetry = telemetry
         self._seconds = seconds
+        self._deadlines = Deadlines()
 
     def refused(self, device: str) -> None:
         """A question that came to nothing costs as much as a call. Raises Busy."""
@@ -85,7 +75,7 @@ class Answers:
         keeps `cancel` for when the caller leaves, and says false when it has left.
         Its place is free when it is over or cancelled, whether or not anybody reads on.
         """
-        last = None
+        last, is_late = None, threading.Event()
         with (
             paid.refunded(),
             _Held(self._rate_limiter.hold(device, "answers"), self._places.place()) as held,
@@ -101,19 +91,27 @@ class Answers:
                 answer.cancel()
                 held.release()
 
-            with _after(self._seconds, cancel) as late:
-                if not at_end(cancel):
-                    raise Cancelled("the caller left")
-                for piece in answer:
-                    if piece.finish is not None:
-                        last = piece
-                        paid.settle(len(prompt) + piece.answer_tokens)
-                        self._telemetry.tokens("answer", piece.answer_tokens)
-                        break
-                    yield piece
+            def expire() -> None:
+                is_late.set()
+                cancel()
+
+            try:
+                # From another thread, since this one may wait in the answer's `next` for ever.
+                with self._deadlines.after(self._seconds, expire):
+                    if not at_end(cancel):
+                        raise Cancelled("the caller left")
+                    for piece in answer:
+                        if piece.finish is not None:
+                            last = piece
+                            paid.settle(len(prompt) + piece.answer_tokens)
+                            self._telemetry.tokens("answer", piece.answer_tokens)
+                            break
+                        yield piece
+            finally:
+                cancel()
         if last is not None:
             yield last  # who hears that it is over finds the place free
-        elif late.is_set():
+        elif is_late.is_set():
             raise TooSlow("the answer took longer than this cloud allows")
         else:
             raise Unavailable("the cloud is stopping; try again later")
@@ -138,25 +136,3 @@ class _Held:
     def release(self) -> None:
         with self._lock:
             self._places.close()
-
-
-@contextmanager
-def _after(seconds: float, cancel: Callable[[], None]) -> Iterator[threading.Event]:
-    """Cancel on leaving, or after `seconds`, which sets the event.
-
-    A timer, because the call may stand in the answer's `next` for a piece that never comes.
-    """
-    late = threading.Event()
-
-    def expire() -> None:
-        late.set()
-        cancel()
-
-    timer = threading.Timer(seconds, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield late
-    finally:
-        timer.cancel()
-        cancel()

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
-from perfit_cloud.engine.gradients.batch import PASS_TOKENS, most_pass_tokens
+from perfit_cloud.engine.gradients.batch import PASS_TOKENS, BatchBudget, most_pass_tokens
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
 from perfit_shared.errors import ConfigError

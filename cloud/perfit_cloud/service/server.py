@@ -311,7 +311,7 @@ class CloudServer:
             model,
             description=encode_description(served, continuous=parts.generation.continuous, keeps=steps.keeps),
             answers=answers,
-            gradients=parts.gradients,
+            scheduler=steps,
             passes=passes,
             asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(

@@ -3,15 +3,14 @@
 # ruff: noqa: N802 - methods are named as the protos name them
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
 
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.interface import Mode
-from perfit_cloud.service.calls import Answers, Gradients
+from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import (
     decode_shift,
     encode_gradient,
@@ -26,7 +25,8 @@ from perfit_cloud.service.limits import ConcurrencyLimit, Paid
 from perfit_cloud.service.settings import ModelSettings
 from perfit_cloud.service.streams.adapt import Adapting
 from perfit_cloud.service.streams.ask import Asking
-from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
+from perfit_cloud.service.waiting import CallWait
+from perfit_shared.errors import InvalidInput
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -42,7 +42,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         *,
         description: pb.DescribeResponse,
         answers: Answers,
-        gradients: Gradients,
+        scheduler: GradientScheduler,
         passes: ConcurrencyLimit,
         asking: Asking,
         adapting: Adapting,
@@ -52,7 +52,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         self._reader = model.reader
         self._description = description
         self._answers = answers
-        self._gradients = gradients
+        self._scheduler = scheduler
         self._passes = passes
         self._asking = asking
         self._adapting = adapting
@@ -74,44 +74,36 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
 
     def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         paid = call.payment.take()
-        with paid.refunded(), self._place(call) as check:
+        with paid.refunded(), self._place(call) as wait:
             shift = decode_shift(request.shift, self._served.artefacts)
             pairs = self._settled(self._reader.candidates(request.candidates), paid)
-            return encode_scores(self._gradients.score(pairs, shift, call.device, check))
+            with self._scheduler.open_stateless(pairs, shift, left=wait.left, owner=call.device) as session:
+                scores = wait.result(self._scheduler.score(session.whole))
+            return encode_scores(scores)
 
     def ComputeGradient(self, request: pb.ComputeGradientRequest, call: Call) -> pb.ComputeGradientResponse:
         paid = call.payment.take()
-        with paid.refunded(), self._place(call) as check:
+        with paid.refunded(), self._place(call) as wait:
             shift = decode_shift(request.shift, self._served.artefacts)
             if shift.mode is not Mode.PERSONAL:
                 raise InvalidInput("a gradient is computed in personal mode")
             pairs = self._settled(self._reader.examples(request.examples), paid)
-            found = self._gradients.gradient(pairs, shift, call.device, check)
+            with self._scheduler.open_stateless(pairs, shift, left=wait.left, owner=call.device) as session:
+                found = wait.result(self._scheduler.submit(session.whole))
             return encode_gradient(found, request.shift.personal)
 
     def Adapt(self, request_iterator: Iterator[pb.AdaptRequest], call: Call) -> Iterator[pb.AdaptResponse]:
         return self._adapting.steps(request_iterator, call)
 
     @contextmanager
-    def _place(self, call: Call) -> Iterator[Callable[[], None]]:
-        """A place among the calls whose passes take turns, and what to call before each pass.
-
-        Raises Busy, Cancelled; what is to be called raises TooSlow and Cancelled.
-        """
-        left = threading.Event()
-        end = time.monotonic() + call.seconds_left(self._model.calls.call_seconds)
-
-        def check() -> None:
-            if left.is_set():
-                raise Cancelled("the caller left")
-            if time.monotonic() >= end:
-                raise TooSlow("the cloud did not get to this call before its deadline; try again")
-
-        with self._model.rate_limiter.hold(call.device, "gradients"):
-            if not call.add_callback(left.set):
-                raise Cancelled("the caller left")
-            with self._passes.place():
-                yield check
+    def _place(self, call: Call) -> Iterator[CallWait]:
+        """A place among the calls that wait for the scheduler. Raises Busy, Cancelled."""
+        with self._model.rate_limiter.hold(call.device, "gradients"), self._passes.place():
+            yield CallWait(
+                call,
+                call.seconds_left(self._model.calls.call_seconds),
+                too_slow="the cloud did not get to this call before its deadline; try again",
+            )
 
     def _settled(
         self, pairs: list[tuple[list[int], list[int]]], paid: Paid

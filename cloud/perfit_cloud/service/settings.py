@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.service.bounds import MessageBounds
-from perfit_cloud.service.calls import Generation, Gradients
+from perfit_cloud.service.calls import Generation
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import PromptReader
 from perfit_cloud.service.drain import Drain
@@ -28,7 +28,6 @@ class ServerParts:
     issuer: Authority | None  # who issues certificates; None: this process only serves
     served: Catalog
     generation: Generation
-    gradients: Gradients
     steps: GradientScheduler
     memory: MemoryPlan  # what each part may take
     engines: Engines | None = None  # whose health is watched

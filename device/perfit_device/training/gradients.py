@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -146,6 +146,8 @@ class _Stream:
         self._has_answered = False
         self.opens_too_slowly = False
         self._responses = cloud.stream("Adapt", self._messages(), _STREAM_SECONDS)
+        self._came: SimpleQueue[Any] = SimpleQueue()  # responses, and an error behind the last
+        threading.Thread(target=self._read, name="perfit-adapt", daemon=True).start()
 
     def _messages(self) -> Iterator[Any]:
         yield adapt_open_to_wire(self._artefact)
@@ -159,21 +161,25 @@ class _Stream:
 
     def receive(self) -> Any:
         """The response to the next step that was sent. Raises PerfitError."""
-        timer = threading.Timer(_STEP_SECONDS if self._has_answered else _FIRST_SECONDS, self._give_up)
-        timer.daemon = True
-        timer.start()
         try:
-            response = next(self._responses)
-            self._has_answered = True
-            return response
-        except StopIteration:
-            raise Cancelled("the cloud ended the stream") from None
-        finally:
-            timer.cancel()
+            came = self._came.get(timeout=_STEP_SECONDS if self._has_answered else _FIRST_SECONDS)
+        except Empty:
+            self.opens_too_slowly = not self._has_answered
+            self._responses.close()
+            came = self._came.get()  # the error that the closed call ends in
+        if isinstance(came, Exception):
+            raise came
+        self._has_answered = True
+        return came
 
-    def _give_up(self) -> None:
-        self.opens_too_slowly = not self._has_answered
-        self._responses.close()
+    def _read(self) -> None:
+        """In a thread of the stream's own, since gRPC knows no wait with an end."""
+        try:
+            for response in self._responses:
+                self._came.put(response)
+            self._came.put(Cancelled("the cloud ended the stream"))
+        except Exception as error:
+            self._came.put(error)
 
     def close(self) -> None:
         self._steps.put(None)  # gRPC's thread waits there

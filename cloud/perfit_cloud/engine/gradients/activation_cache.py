@@ -12,7 +12,7 @@ With an "f" part in the positions the rows are all of the example and there is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,48 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perfit_cloud.engine.gradients.batch import Pair
-from perfit_cloud.model.capabilities import Batching
+from perfit_cloud.engine.gradients.batch import BatchBudget, Pair
 from perfit_cloud.model.interventions import Shift, ShiftGroup, shift_rows
 from perfit_cloud.model.partial import Indices, Packing, PartialDecoder, ragged
 from perfit_shared.positions import Positions
 
-__all__ = ["ActivationCache", "BatchBudget", "Examples", "Joined", "Part", "join", "keep", "kept_bytes"]
-
-
-class BatchBudget(NamedTuple):
-    """The most that one pass takes on, beyond a single example."""
-
-    rows: int  # packed rows; what a pass holds for its backward pass grows with them
-    keys: int  # examples × longest example, tokens; what attention holds grows with them
-    padding: int  # scores of attention, a head and block, for which another pass is the cheaper way
-    batching: Batching = Batching.ANY_LENGTHS  # of whole examples
-
-    @classmethod
-    def of(cls, device: torch.device) -> BatchBudget:
-        """Measured on two CPU cores, where 1,000 to 8,000 rows are alike; an accelerator wants more."""
-        return cls(1024, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
-
-    def within(self, tokens: int) -> BatchBudget:
-        """The same, and no more rows than so many tokens; keys in proportion."""
-        rows = min(self.rows, tokens)
-        return self._replace(rows=rows, keys=max(rows, self.keys * rows // self.rows))
-
-    def cut(self, rows: Indices, lengths: Indices) -> Iterator[Indices]:
-        """Examples with these numbers of rows and tokens, shortest first, in as few passes as can be."""
-        order = np.argsort(lengths, kind="stable")
-        begin = taken = scores = most = 0
-        for at, (row, length) in enumerate(zip(rows[order].tolist(), lengths[order].tolist(), strict=True)):
-            count, most = at - begin + 1, max(most, row)
-            taken, scores = taken + row, scores + row * length
-            padding = count * most * length - scores
-            fits = taken <= self.rows and count * length <= self.keys and padding <= self.padding
-            fits &= self.batching.fits([int(lengths[order[begin]]), length])
-            if count > 1 and not fits:
-                yield order[begin:at]
-                begin, taken, scores, most = at, row, row * length, row
-        if len(order):
-            yield order[begin:]
+__all__ = ["ActivationCache", "Examples", "Joined", "Part", "join", "keep", "kept_bytes"]
 
 
 class Examples:

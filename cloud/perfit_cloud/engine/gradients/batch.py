@@ -1,36 +1,28 @@
-"""Loss, log-likelihoods and gradients of a batch: pure tensors in and out, nothing kept."""
+"""What one pass takes on: how work is cut into passes, and pairs as one padded batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from perfit_cloud.engine.device_lock import DeviceLock, yield_between_blocks
-from perfit_cloud.engine.interface import Gradient, Mode, Score, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, left_padded
 from perfit_cloud.model.forward import token_losses
-from perfit_cloud.model.interventions import (
-    Phi,
-    Shift,
-    ShiftGroup,
-    active_interventions,
-    install,
-    row_index,
-    to_torch,
-)
-from perfit_shared.errors import InvalidInput
+from perfit_cloud.model.interventions import Shift, ShiftGroup, active_interventions, row_index
+from perfit_cloud.model.partial import Indices
 from perfit_shared.positions import Positions
-from perfit_shared.shifts import LayerShift, ShiftTensors
 
 __all__ = [
     "PASS_TOKENS",
     "Batch",
-    "GradientEngine",
+    "BatchBudget",
     "Pair",
+    "group_all",
     "make_batch",
     "most_pass_tokens",
     "passes",
@@ -40,11 +32,65 @@ __all__ = [
 Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
 PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
 _CPU_PASS_TOKENS = 512  # more makes no pass on a CPU cheaper, and whoever waits for it waits longer
+_ANY = 2**62
 
 
 def most_pass_tokens(device: torch.device) -> int:
     """The most of one pass where several users wait for a device."""
     return _CPU_PASS_TOKENS if device.type == "cpu" else PASS_TOKENS
+
+
+class BatchBudget(NamedTuple):
+    """The most that one pass takes on, beyond a single example."""
+
+    rows: int  # packed rows; what a pass holds for its backward pass grows with them
+    keys: int = _ANY  # examples × longest example, tokens; what attention holds grows with them
+    padding: int = _ANY  # scores of attention, a head and block, for which another pass is the cheaper way
+    batching: Batching = Batching.ANY_LENGTHS  # of whole examples
+
+    @classmethod
+    def of(cls, device: torch.device) -> BatchBudget:
+        """Measured on two CPU cores, where 1,000 to 8,000 rows are alike; an accelerator wants more."""
+        return cls(1024, 32_768, 2**17) if device.type == "cpu" else cls(8192, 32_768, 2**22)
+
+    @classmethod
+    def of_whole(cls, batching: Batching, tokens: int = PASS_TOKENS) -> Self:
+        """For passes of whole examples, of so many tokens with their padding."""
+        return cls(tokens, tokens, batching=batching)
+
+    def within(self, tokens: int) -> BatchBudget:
+        """The same, and no more rows than so many tokens; keys in proportion."""
+        rows = min(self.rows, tokens)
+        return self._replace(rows=rows, keys=max(rows, self.keys * rows // self.rows))
+
+    def cut(self, rows: Indices, lengths: Indices) -> Iterator[Indices]:
+        """Examples with these numbers of rows and tokens, shortest first, in as few passes as can be."""
+        members: list[int] = []
+        taken = scores = most = shortest = 0
+        for example in np.argsort(lengths, kind="stable").tolist():
+            row, length = int(rows[example]), int(lengths[example])
+            shortest = shortest if members else length
+            # What the pass holds with this example, which is its longest.
+            taken, scores, most = taken + row, scores + row * length, max(most, row)
+            keys = (len(members) + 1) * length
+            fits = (
+                taken <= self.rows
+                and keys <= self.keys
+                and keys * most - scores <= self.padding
+                and self.batching.fits([shortest, length])
+            )
+            if members and not fits:
+                yield np.array(members)
+                members, taken, scores, most, shortest = [], row, row * length, row, length
+            members.append(example)
+        if members:
+            yield np.array(members)
+
+
+def passes(pairs: Sequence[Pair], batching: Batching, most: int = PASS_TOKENS) -> list[list[int]]:
+    """Indices of all pairs, shortest first, in forward passes of at most `most` tokens when padded."""
+    lengths = np.array([len(prompt) + len(target) for prompt, target in pairs], dtype=np.int64)
+    return [piece.tolist() for piece in BatchBudget.of_whole(batching, most).cut(lengths, lengths)]
 
 
 @dataclass(frozen=True)
@@ -97,103 +143,3 @@ def group_all(batch: Batch, collective: Shift, personal: Shift | None) -> list[S
         return []
     index, valid = row_index([rows], batch.input_ids.device)
     return [ShiftGroup(index, valid, collective, personal)]
-
-
-class GradientEngine:
-    """Runs forward and backward passes for one base model, for several callers at once. Thread-safe.
-
-    Their passes come one at a time, each of the owner that had the least of the device. While one waits
-    `check` is called now and then, and may raise to end it.
-    """
-
-    def __init__(
-        self, base: BaseModel, device_lock: DeviceLock | None = None, *, pass_tokens: int = PASS_TOKENS
-    ) -> None:
-        """`turns`: of all engines on the base's device. `pass_tokens`: of one pass, beyond a single pair."""
-        self._pass_tokens = min(pass_tokens, most_pass_tokens(base.device))
-        self._base = replace(base, model=base.share_weights())
-        self._device_lock = device_lock or DeviceLock()
-        # On every block: a hook whose layer no open book names does nothing.
-        self._handles = install(self._base.model, range(base.blocks))
-        self._handles += yield_between_blocks(self._base.model, self._device_lock)
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _groups(self, batch: Batch, use: ShiftUse, personal: Shift | None = None) -> list[ShiftGroup]:
-        if use.mode is Mode.BASE or use.artefact is None:
-            return []
-        device = self._base.device
-        if personal is None and use.personal is not None:
-            personal = to_torch(use.personal, device)
-        return group_all(batch, to_torch(use.artefact.collective, device), personal)
-
-    def score(
-        self,
-        candidates: Sequence[Pair],
-        use: ShiftUse,
-        owner: str = "",
-        check: Callable[[], None] | None = None,
-    ) -> list[Score]:
-        """Log-likelihood of each target after its prompt, in the order given."""
-        scores: dict[int, Score] = {}
-        for chunk in passes(candidates, self._base.capabilities.passes, self._pass_tokens):
-            batch = make_batch([candidates[i] for i in chunk], _positions(use), self._base.device)
-            with self._device_lock.hold_long({owner: 1.0}, check), torch.no_grad():
-                sums = target_log_likelihoods(self._base, batch, self._groups(batch, use)).sum(1)
-            for i, total in zip(chunk, sums.tolist(), strict=True):
-                scores[i] = Score(total, len(candidates[i][1]))
-        return [scores[i] for i in range(len(candidates))]
-
-    def gradient(
-        self,
-        examples: Sequence[Pair],
-        use: ShiftUse,
-        owner: str = "",
-        check: Callable[[], None] | None = None,
-    ) -> Gradient:
-        """Mean loss over target tokens, and its gradient for the personal tensors.
-
-        Raises InvalidInput unless `use` is PERSONAL and there is an example.
-        """
-        if use.artefact is None or use.personal is None or not examples:
-            raise InvalidInput("a gradient needs examples and a personal shift")
-        personal = {
-            layer: Phi(*(t.requires_grad_() for t in p))
-            for layer, p in to_torch(use.personal, self._base.device).items()
-        }
-        leaves = [tensor for p in personal.values() for tensor in p]
-        tokens = sum(len(target) for _, target in examples)
-        loss, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
-        for chunk in passes(examples, self._base.capabilities.passes, self._pass_tokens):
-            batch = make_batch([examples[i] for i in chunk], _positions(use), self._base.device)
-            with self._device_lock.hold_long({owner: 1.0}, check), torch.enable_grad():
-                groups = self._groups(batch, use, personal)
-                part = -target_log_likelihoods(self._base, batch, groups).sum() / tokens
-                if part.requires_grad:  # not when every prompt is a single token: nothing was intervened on
-                    new = torch.autograd.grad(part, leaves)
-                    grads = [a + b for a, b in zip(grads, new, strict=True)]
-            loss += float(part.detach())
-        arrays = iter(g.squeeze(0).cpu().numpy() for g in grads)
-        layers = {layer: LayerShift(*(next(arrays) for _ in LayerShift._fields)) for layer in personal}
-        return Gradient(loss, tokens, ShiftTensors(layers))
-
-
-def _positions(use: ShiftUse) -> Positions:
-    # In BASE mode no row is intervened on, whatever the positions.
-    return Positions.parse(use.artefact.spec.positions if use.artefact else "l1")
-
-
-def passes(pairs: Sequence[Pair], batching: Batching, most: int = PASS_TOKENS) -> list[list[int]]:
-    """Indices of all pairs, shortest first, in forward passes of at most `most` tokens when padded."""
-    lengths = [len(prompt) + len(target) for prompt, target in pairs]
-    made: list[list[int]] = []
-    for i in sorted(range(len(pairs)), key=lengths.__getitem__):
-        fits = bool(made) and lengths[i] * (len(made[-1]) + 1) <= most
-        if fits and batching.fits([lengths[made[-1][0]], lengths[i]]):
-            made[-1].append(i)
-        else:
-            made.append([i])
-    return made

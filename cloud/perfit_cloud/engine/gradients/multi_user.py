@@ -7,6 +7,7 @@ the sum of their losses holds everybody's own gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,22 +28,29 @@ __all__ = ["PassResult", "UserBatch", "pass_from_kept", "pass_in_full"]
 Floats = npt.NDArray[np.float64]
 
 
-class UserBatch(NamedTuple):
+@dataclass(frozen=True)
+class UserBatch:
     """Whose tensors a pass runs with; all have the shapes of one spec."""
 
-    collective: Shift
-    personal: Sequence[ShiftTensors]  # U
+    collective: Shift  # by layer; empty: nothing is shifted
+    personal: Sequence[ShiftTensors | None]  # U; None, of all: the collective shift alone
     weights: Sequence[float] | None  # of each user's summed −log p in the loss; None: no gradients
 
-    def stacked(self, device: torch.device) -> dict[int, Phi]:
-        """By layer (U, …), leaves that want a gradient if there are weights."""
+    @property
+    def differentiates(self) -> bool:
+        return self.weights is not None
+
+    def stacked(self, device: torch.device) -> dict[int, Phi] | None:
+        """The personal tensors by layer (U, …), as leaves that require a gradient if there are weights."""
+        everyone = [tensors for tensors in self.personal if tensors is not None]
+        if not everyone:
+            return None
+
+        def leaf(arrays: Sequence[npt.NDArray[np.float32]]) -> Tensor:
+            return torch.from_numpy(np.stack(arrays)).to(device).requires_grad_(self.differentiates)
+
         return {
-            layer: Phi(
-                *(
-                    torch.from_numpy(np.stack(arrays)).to(device).requires_grad_(self.weights is not None)
-                    for arrays in zip(*(p.layers[layer] for p in self.personal), strict=True)
-                )
-            )
+            layer: Phi(*map(leaf, zip(*(tensors.layers[layer] for tensors in everyone), strict=True)))
             for layer in sorted(self.collective)
         }
 
@@ -54,8 +62,10 @@ class UserBatch(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    sums: Floats  # (U,) −log p summed over a user's target tokens, nats
-    gradients: dict[int, LayerShift]  # by layer (U, …); empty without weights
+    """What one pass found."""
+
+    losses: Floats  # (B,) −log p summed over each example's target tokens, nats
+    gradients: dict[int, LayerShift]  # by layer (U, …); empty where nothing was differentiated
 
 
 def pass_from_kept(
@@ -65,12 +75,14 @@ def pass_from_kept(
     device = parts[0].kept.hidden.device
     joined = join(parts, owners, device)
     layer = min(users.collective)
-    with torch.set_grad_enabled(users.weights is not None):
-        personal = users.stacked(device)
-        # φ₁ of the first layer is in what was kept, which leaves one φ to apply.
-        first = ShiftGroup(joined.index, joined.valid, {layer: personal[layer]}, None)
+    with torch.set_grad_enabled(users.differentiates):
+        personal, hidden = users.stacked(device), joined.hidden
+        if personal is not None:  # the cached rows hold φ₁ of the first layer, so φ₂ alone is left to apply
+            hidden = shift_rows(
+                hidden, ShiftGroup(joined.index, joined.valid, {layer: personal[layer]}, None), layer
+            )
         hidden = tail.run(
-            shift_rows(joined.hidden, first, layer),
+            hidden,
             range(layer + 1, tail.blocks),
             joined.packing,
             groups=[ShiftGroup(joined.index, joined.valid, users.collective, personal)],
@@ -78,35 +90,39 @@ def pass_from_kept(
         )
     weights = users.weights_of(joined.label_owners, device)
     losses, seed = tail.losses(hidden.detach(), joined.labels, weights)
-    gradients = {} if weights is None else _differentiate(hidden, personal, seed)
-    return PassResult(_sums(losses, joined.label_owners, len(users.personal)), gradients)
+    targets = np.concatenate([part.examples.targets[part.which] for part in parts])
+    examples = np.repeat(np.arange(len(targets)), targets)  # whose each target token is
+    # bincount adds in the order of the tokens, on any device.
+    sums = np.bincount(examples, losses.double().cpu().numpy(), len(targets)).astype(np.float64)
+    return PassResult(sums, _differentiate(hidden, personal, seed if users.differentiates else None))
 
 
 def pass_in_full(
-    base: BaseModel, pairs: Sequence[Pair], owners: Sequence[int], users: UserBatch, positions: Positions
+    base: BaseModel, pairs: Sequence[Pair], owners: Indices, users: UserBatch, positions: Positions
 ) -> PassResult:
-    """All of the model, whose hooks are on; `owners` says whose each pair is, and nobody has none."""
+    """All of the model, whose hooks are on; `owners` says whose each pair is.
+
+    Each of several users has an intervened token; a single one may have none.
+    """
     device = base.device
     batch = make_batch(pairs, positions, device)
     rows: list[list[int]] = [[] for _ in users.personal]
-    for owner, of_pair in zip(owners, batch.rows, strict=True):
+    for owner, of_pair in zip(owners.tolist(), batch.rows, strict=True):
         rows[owner] += of_pair
-    with torch.set_grad_enabled(users.weights is not None):
-        personal = users.stacked(device)
-        group = ShiftGroup(*row_index(rows, device), users.collective, personal)
-        sums = -target_log_likelihoods(base, batch, [group]).sum(1)  # (B,)
-    weights = users.weights_of(np.array(owners), device)
-    gradients = {} if weights is None else _differentiate(sums, personal, weights)
-    return PassResult(_sums(sums.detach(), np.array(owners), len(users.personal)), gradients)
+    with torch.set_grad_enabled(users.differentiates):
+        personal, groups = None, []
+        if users.collective and any(rows):
+            personal = users.stacked(device)
+            groups.append(ShiftGroup(*row_index(rows, device), users.collective, personal))
+        losses = -target_log_likelihoods(base, batch, groups).sum(1)  # (B,)
+    gradients = _differentiate(losses, personal, users.weights_of(owners, device))
+    return PassResult(losses.detach().double().cpu().numpy(), gradients)
 
 
-def _sums(values: Tensor, owners: Indices, users: int) -> Floats:
-    """Values (n,) added up by owner, (users,) in float64; in their order, on any device."""
-    return np.asarray(np.bincount(owners, values.double().cpu().numpy(), users), dtype=np.float64)
-
-
-def _differentiate(outputs: Tensor, personal: Shift, seed: Tensor) -> dict[int, LayerShift]:
-    """Gradient of (outputs · seed) summed, by layer (U, …)."""
+def _differentiate(outputs: Tensor, personal: Shift | None, seed: Tensor | None) -> dict[int, LayerShift]:
+    """Gradient of (outputs · seed) summed, by layer (U, …); none without tensors or weights."""
+    if personal is None or seed is None:
+        return {}
     leaves = [tensor for phi in personal.values() for tensor in phi]
     found = iter(torch.autograd.grad(outputs, leaves, seed))
     return {layer: LayerShift(*(next(found).cpu().numpy() for _ in phi)) for layer, phi in personal.items()}

@@ -1,80 +1,247 @@
-"""What passes are made of: the steps of users, what was found of each so far, and how they are cut."""
+"""Requests for gradients and scores: what was asked, how it is cut into passes, and how parts are joined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Protocol, Self
 
 import numpy as np
+import torch
 
-from perfit_cloud.engine.gradients.activation_cache import BatchBudget
-from perfit_cloud.engine.gradients.multi_user import PassResult
+from perfit_cloud.engine.device_lock import DeviceLock
+from perfit_cloud.engine.gradients.batch import BatchBudget, Pair
+from perfit_cloud.engine.gradients.multi_user import Floats, PassResult, UserBatch
+from perfit_cloud.engine.interface import Gradient, Score
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.interventions import to_torch
 from perfit_cloud.model.partial import Indices
 from perfit_shared.errors import InvalidInput, InvalidTensors
+from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-if TYPE_CHECKING:
-    from perfit_cloud.engine.gradients.session import UpdateSession
+__all__ = [
+    "GradientRequest",
+    "PassShare",
+    "Session",
+    "Sum",
+    "add",
+    "compute",
+    "cut_into_passes",
+    "users_of",
+    "working",
+]
 
-__all__ = ["GradientRequest", "PassShare", "Sum", "checked_rows", "cut_into_passes"]
+
+class PassEngine(Protocol):
+    """What runs the passes of a session's requests."""
+
+    budget: BatchBudget
+
+    def run_pass(self, shares: Sequence[PassShare]) -> None:
+        """One pass for requests of equal `shared` sessions, whose sums it adds to when it is over."""
+
+
+class Session(ABC):
+    """The examples that one caller's requests are about.
+
+    `close`, or the end of a `with`, ends it: it waits for a pass at work on it, and no other begins.
+    """
+
+    def __init__(
+        self,
+        engine: PassEngine,
+        artefact: Artefact | None,
+        targets: Sequence[int],
+        *,
+        device: torch.device,
+        left: threading.Event | None,
+        owner: str,
+    ) -> None:
+        """`left`: whoever sets it, from any thread, has no pass begin from then on."""
+        self.engine = engine
+        self.artefact = artefact
+        self.owner = owner or f"session {id(self)}"
+        self.examples = len(targets)
+        self.target_tokens = tuple(targets)  # of each example
+        self.positions = Positions.parse(artefact.spec.positions) if artefact else Positions(0, 1)
+        self.collective = to_torch(artefact.collective, device) if artefact else {}
+        self.is_constant = np.zeros(self.examples, dtype=bool)  # examples that need no pass
+        self.constants = np.zeros(self.examples)  # their −log p, nats
+        self._left = left or threading.Event()
+        self._changed = threading.Condition()
+        self._is_at_work = False
+
+    @property
+    @abstractmethod
+    def shared(self) -> Hashable:
+        """Requests of sessions that are equal here can share a pass."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks that a row of a pass runs through."""
+
+    @abstractmethod
+    def sizes(self, which: Indices) -> tuple[Indices, Indices]:
+        """Rows and tokens of these examples in a pass, as `BatchBudget.cut` takes them."""
+
+    def costs(self, which: Indices) -> Indices:
+        """Rows that these examples take to compute, of which some may come before their pass."""
+        return self.sizes(which)[0]
+
+    @abstractmethod
+    def pair(self, which: int) -> Pair: ...
+
+    def check_open(self) -> None:
+        """Raises InvalidInput."""
+        if self._left.is_set():
+            raise InvalidInput("this session is closed; open another")
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While a pass reads what the session holds. Passes exclude each other. Raises InvalidInput."""
+        with self._changed:
+            self.check_open()
+            self._is_at_work = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_at_work = False
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Harmless twice."""
+        self._left.set()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_at_work)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
 class GradientRequest:
-    """One gradient that one user asks for: of examples `rows` of an adaptation, at these tensors."""
+    """One request: about examples `rows` of a session, at these tensors."""
 
-    session: UpdateSession
+    session: Session
     rows: Sequence[int]
-    personal: ShiftTensors
+    personal: ShiftTensors | None  # None: at the collective shift alone, or at none
+
+    def checked_rows(self) -> Indices:
+        """The rows, if the request can be computed. Raises InvalidInput, InvalidTensors."""
+        self.session.check_open()  # a request may need no pass, which checks again
+        rows = np.array(self.rows, dtype=np.int64)
+        if not len(rows) or rows.min() < 0 or rows.max() >= self.session.examples:
+            raise InvalidInput("a step needs examples of its session")
+        if self.personal is not None and self.session.artefact is not None:
+            spec = self.session.artefact.spec
+            rank, d = spec.personal_rank, spec.hidden_size
+            shapes = {layer: tuple(t.shape for t in shift) for layer, shift in self.personal.layers.items()}
+            if shapes != dict.fromkeys(spec.layers, ((rank, d), (rank, d), (rank,))):
+                raise InvalidTensors("the tensors are not of the shapes that the artefact's spec names")
+        return rows
 
 
 class Sum:
-    """What passes have found of one step so far."""
+    """What passes have found of one request so far."""
 
-    def __init__(self, step: GradientRequest) -> None:
+    def __init__(self, step: GradientRequest, *, differentiate: bool) -> None:
         """Raises InvalidInput, InvalidTensors."""
-        self.session, self.personal = step.session, step.personal
-        arrays, rows = step.session._arrays, checked_rows(step)
-        self.changing = rows[arrays.marked[rows] > 0]  # examples that the tensors change the loss of
-        self.tokens = int(arrays.targets[rows].sum())
-        self.loss = float(step.session._constants[rows].sum())  # nats
-        self.gradient = {
-            layer: LayerShift(*map(np.zeros_like, shift)) for layer, shift in step.personal.layers.items()
-        }
+        session = step.session
+        self.session, self.personal, self.differentiate = session, step.personal, differentiate
+        self.examples = step.checked_rows()
+        if differentiate and (step.personal is None or session.artefact is None):
+            raise InvalidInput("a gradient needs a personal shift")
+        self.losses: Floats = session.constants[self.examples]  # −log p of each example so far, nats
+        # Which of its examples passes compute; a request may name one twice.
+        self.pending: Indices = np.flatnonzero(~session.is_constant[self.examples])
+        self.target_tokens = [session.target_tokens[i] for i in self.examples.tolist()]
+        self.tokens = sum(self.target_tokens)
+        asked = step.personal.layers if differentiate and step.personal is not None else {}
+        self._tensors = {layer: LayerShift(*map(np.zeros_like, shift)) for layer, shift in asked.items()}
 
-    def add(self, outcome: PassResult, owner: int) -> None:
-        self.loss += float(outcome.sums[owner])
-        for layer, stacks in outcome.gradients.items():
-            for array, stack in zip(self.gradient[layer], stacks, strict=True):
-                np.add(array, stack[owner], out=array)
+    @property
+    def kind(self) -> Hashable:
+        """Requests of one kind can share a pass."""
+        return self.session.shared, self.differentiate
+
+    def add(self, which: Indices, losses: Floats, gradients: dict[int, LayerShift]) -> None:
+        """Of examples `which` of the request: their losses, and their part of the gradient."""
+        self.losses[which] = losses
+        for layer, found in gradients.items():
+            for array, part in zip(self._tensors[layer], found, strict=True):
+                np.add(array, part, out=array)
+
+    def gradient(self) -> Gradient:
+        """Mean loss, and its gradient; no tensors where none was asked for."""
+        return Gradient(float(self.losses.sum()) / self.tokens, self.tokens, ShiftTensors(self._tensors))
+
+    def scores(self) -> list[Score]:
+        """Of each example."""
+        return [Score(-loss, n) for loss, n in zip(self.losses.tolist(), self.target_tokens, strict=True)]
 
 
-PassShare = tuple[Sum, Indices]  # whose, and which of their examples a pass takes on
+PassShare = tuple[Sum, Indices]  # a request, and which of its examples a pass takes on
 
 
-def checked_rows(step: GradientRequest) -> Indices:
-    """The rows of a step that can be taken. Raises InvalidInput, InvalidTensors."""
-    step.session._check_open()  # a step may need no pass, which checks again
-    rows = np.array(step.rows, dtype=np.int64)
-    if not len(rows) or rows.min() < 0 or rows.max() >= step.session.examples:
-        raise InvalidInput("a step needs examples of its adaptation")
-    spec = step.session._artefact.spec
-    rank, d = spec.personal_rank, spec.hidden_size
-    shapes = {layer: tuple(t.shape for t in shift) for layer, shift in step.personal.layers.items()}
-    if shapes != dict.fromkeys(spec.layers, ((rank, d), (rank, d), (rank,))):
-        raise InvalidTensors("the tensors are not of the shapes that the artefact's spec names")
-    return rows
+def compute(sums: Iterable[Sum]) -> None:
+    """All that these requests ask for; those of one kind share passes."""
+    by_kind: dict[Hashable, list[PassShare]] = {}
+    for total in sums:
+        by_kind.setdefault(total.kind, []).append((total, total.pending))
+    for shares in by_kind.values():
+        for of_pass in cut_into_passes(shares):
+            of_pass[0][0].session.engine.run_pass(of_pass)
 
 
-def cut_into_passes(members: Sequence[Sum], caps: BatchBudget) -> list[list[PassShare]]:
-    """Passes over all that these steps ask for, examples of like length together whoever owns them."""
-    owners = np.repeat(np.arange(len(members)), [len(m.changing) for m in members])
-    examples = np.concatenate([m.changing for m in members])
-    rows = np.concatenate([m.session._arrays.rows[m.changing] for m in members])
-    lengths = np.concatenate([m.session._arrays.lengths[m.changing] for m in members])
-    made = []
-    for piece in caps.cut(rows, lengths):
-        shares = ((u, examples[piece[owners[piece] == u]]) for u in np.unique(owners[piece]))
-        made.append([(members[u], which) for u, which in shares])
-    return made
+def cut_into_passes(shares: Sequence[PassShare]) -> Iterator[list[PassShare]]:
+    """Passes over all of this, which is of one kind; examples of like length together whoever asks."""
+    whose = np.repeat(np.arange(len(shares)), [len(which) for _, which in shares])
+    places = np.concatenate([which for _, which in shares])
+    sizes = [total.session.sizes(total.examples[which]) for total, which in shares]
+    rows, lengths = (np.concatenate(of_all) for of_all in zip(*sizes, strict=True))
+    for piece in shares[0][0].session.engine.budget.cut(rows, lengths):
+        yield [(shares[u][0], places[piece[whose[piece] == u]]) for u in np.unique(whose[piece]).tolist()]
+
+
+def users_of(shares: Sequence[PassShare]) -> UserBatch:
+    """Whose tensors a pass for these requests runs with."""
+    first = shares[0][0]
+    return UserBatch(
+        first.session.collective,
+        [total.personal for total, _ in shares],
+        [1 / total.tokens for total, _ in shares] if first.differentiate else None,
+    )
+
+
+def add(shares: Sequence[PassShare], outcome: PassResult) -> None:
+    """Give what a pass found to those who asked; its examples came in their order."""
+    at = 0
+    for u, (total, which) in enumerate(shares):
+        gradients = {layer: LayerShift(*(t[u] for t in found)) for layer, found in outcome.gradients.items()}
+        total.add(which, outcome.losses[at : at + len(which)], gradients)
+        at += len(which)
+
+
+@contextmanager
+def working(device_lock: DeviceLock, shares: Sequence[PassShare]) -> Iterator[None]:
+    """Hold the device for one pass. Raises InvalidInput when one of the sessions is closed."""
+    owners: Counter[str] = Counter()
+    for total, which in shares:
+        owners[total.session.owner] += len(which)
+    with device_lock.hold_long(owners), ExitStack() as stack:
+        for session in dict.fromkeys(total.session for total, _ in shares):
+            stack.enter_context(session.at_work())
+        yield

@@ -1,82 +1,52 @@
-"""Gradient steps that compute only what a user's tensors can change, for several users in one pass.
+"""Updates: sessions whose examples are kept between steps, as far as no user's tensors can change them.
 
-An *adaptation* holds the examples of one update and, of each, what no user's tensors can change
-(engine/gradients/activation_cache.py). A step then runs the blocks above the first intervened one, from the first
-intervened token on, and the head on the target tokens (engine/gradients/multi_user.py). Families that
-model/partial.py does not know are run in full, several users together all the same.
+A step then runs the blocks above the first intervened one, from the first intervened token on, and the head
+on the target tokens: `multi_user`, on what `activation_cache` holds. Families that `model/partial.py` does not
+know run in full, several users together all the same.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock, yield_between_blocks
-from perfit_cloud.engine.gradients.activation_cache import (
-    ActivationCache,
-    BatchBudget,
-    Examples,
-    Part,
-    keep,
-    kept_bytes,
-)
-from perfit_cloud.engine.gradients.batch import (
-    PASS_TOKENS,
-    Pair,
-    make_batch,
-    most_pass_tokens,
-    passes,
-    target_log_likelihoods,
-)
-from perfit_cloud.engine.gradients.multi_user import PassResult, UserBatch, pass_from_kept, pass_in_full
+from perfit_cloud.engine.example_cache import ON_DEVICE, SPILLED, CachedBlock, ExampleCache
+from perfit_cloud.engine.gradients.activation_cache import ActivationCache, Examples, Part, keep, kept_bytes
+from perfit_cloud.engine.gradients.batch import PASS_TOKENS, BatchBudget, Pair
+from perfit_cloud.engine.gradients.multi_user import pass_from_kept
 from perfit_cloud.engine.gradients.requests import (
     GradientRequest,
     PassShare,
+    Session,
     Sum,
-    checked_rows,
-    cut_into_passes,
+    add,
+    compute,
+    users_of,
+    working,
 )
-from perfit_cloud.engine.interface import Gradient
+from perfit_cloud.engine.gradients.stateless import GradientEngine
+from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.interventions import install, to_torch
 from perfit_cloud.model.partial import Indices, PartialDecoder, supports
 from perfit_shared.errors import InvalidInput
-from perfit_shared.positions import Positions
-from perfit_shared.shifts import ShiftTensors
 
 __all__ = ["GradientRequest", "UpdateEngine", "UpdateSession"]
 
 
-_ON_DEVICE, _SPILLED = 0, 1  # where examples are kept
-_NOWHERE = -1
 _BLOCKS = 8  # into which an adaptation's examples are cut at most, to be dropped one by one
 
 
-class _Block(NamedTuple):
-    """Examples that are kept together."""
-
-    where: int
-    kept: ActivationCache
-    which: Indices
-    size: int  # bytes
-
-
-class UpdateSession:
-    """The examples of one update, and all of them that no user's tensors can change.
-
-    Made by UpdateEngine.open; `close`, or the end of a `with`, overwrites what it holds.
-    """
+class UpdateSession(Session):
+    """The session of one update. Made by UpdateEngine.open; `close` overwrites what it holds."""
 
     def __init__(
         self,
@@ -85,61 +55,75 @@ class UpdateSession:
         pairs: Sequence[Pair],
         *,
         device: torch.device,
-        left: threading.Event,
+        left: threading.Event | None,
         owner: str,
     ) -> None:
-        self.owner = owner or f"adaptation {id(self)}"
-        self.examples = len(pairs)
-        self.target_tokens = tuple(len(target) for _, target in pairs)  # of each example
-        self._engine, self._artefact, self._left = engine, artefact, left
-        self._positions = Positions.parse(artefact.spec.positions)
-        self._collective = to_torch(artefact.collective, device)
-        self._arrays = Examples(pairs, self._positions, device)
-        self._blocks: dict[int, _Block] = {}  # by number
-        self._numbers = itertools.count()
-        self._taken = [0, 0]  # bytes on the device and in host memory, of blocks that are filled too
-        self._block = np.full(self.examples, _NOWHERE)  # each example's
-        self._places = np.zeros(self.examples, dtype=np.int64)  # in its block
-        # −log p of the target where the prompt has no intervened token, which nothing changes.
-        self._constants = np.zeros(self.examples)
+        targets = [len(target) for _, target in pairs]
+        super().__init__(engine, artefact, targets, device=device, left=left, owner=owner)
+        self._engine = engine
+        self.layer = min(self.collective)  # the first intervened block
+        self.arrays = Examples(pairs, self.positions, device)
+        self.is_constant = self.arrays.marked == 0  # a prompt without an intervened token
+        self.cache = ExampleCache(self.arrays)  # changed under the engine's lock
+        self.taken = [0, 0]  # bytes on the device and in host memory, of blocks still to be filled too
 
     @property
     def cached_examples(self) -> int:
         """How many are kept on the model's device. What is neither kept nor spilled is computed anew."""
-        return self._count(_ON_DEVICE)
+        return self.cache.count(ON_DEVICE)
 
     @property
     def spilled_examples(self) -> int:
         """How many are kept in host memory."""
-        return self._count(_SPILLED)
-
-    def _count(self, where: int) -> int:
-        return sum(len(block.which) for block in self._blocks.values() if block.where == where)
+        return self.cache.count(SPILLED)
 
     @property
     def kept_bytes(self) -> int:
-        return self._taken[_ON_DEVICE]
+        return self.taken[ON_DEVICE]
 
     @property
     def spilled_bytes(self) -> int:
-        return self._taken[_SPILLED]
+        return self.taken[SPILLED]
+
+    @property
+    def shared(self) -> Hashable:
+        """Whoever updates under the same artefact."""
+        return id(self.artefact)
+
+    @property
+    def depth(self) -> int:
+        return self._engine.depth_above(self.layer)
+
+    def sizes(self, which: Indices) -> tuple[Indices, Indices]:
+        return self.arrays.rows[which], self.arrays.lengths[which]
+
+    def costs(self, which: Indices) -> Indices:
+        """What is not kept has to be computed from its first token on."""
+        rows, lengths = self.sizes(which)
+        found: Indices = np.where(self.cache.is_cached(which), rows, lengths)
+        return found
+
+    def pair(self, which: int) -> Pair:
+        return self.arrays.pair(which)
 
     def close(self) -> None:
         """Overwrite and drop. Waits for a pass at work on it; later steps are refused. Harmless twice."""
-        self._engine._close(self)
+        super().close()
+        self._engine.release(self)
 
-    def _check_open(self) -> None:
-        """Raises InvalidInput."""
-        if self._left.is_set():
-            raise InvalidInput("this adaptation is closed; open another")
+    def drop_last(self, where: int) -> int:
+        """Overwrite the newest block there, and say how many bytes it had; 0 when there is none."""
+        numbers = [number for number, block in self.cache.blocks.items() if block.where == where]
+        if not numbers:
+            return 0
+        block = self.cache.drop(numbers[-1])
+        self.taken[where] -= block.size
+        return block.size
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def erase(self) -> None:
+        """Overwrite the tokens, and what they told."""
+        self.arrays.ids.zero_()
+        self.constants.fill(0)
 
 
 class UpdateEngine:
@@ -167,25 +151,19 @@ class UpdateEngine:
         """
         self._base = base
         self._device_lock = device_lock or DeviceLock()
-        self._own = self._whole = replace(base, model=base.share_weights())
+        self.stateless = GradientEngine(base, self._device_lock, pass_tokens=pass_tokens)
+        self.budget = self.stateless.budget
+        self._tail: PartialDecoder | None = None
         if supports(base.model):
-            self._tail: PartialDecoder | None = PartialDecoder(self._own.model)
-            self._whole = replace(base, model=base.share_weights())
-            yield_between_blocks(self._whole.model, self._device_lock)
-        else:
-            self._tail = None
-            install(self._own.model, range(base.blocks))
-        yield_between_blocks(self._own.model, self._device_lock)
-        self._pass_tokens = most = min(pass_tokens, most_pass_tokens(base.device))
-        # What no part is kept of is padded as a whole.
-        in_full = BatchBudget(most, most, 2**62, base.capabilities.passes)
-        self._caps = in_full if self._tail is None else BatchBudget.of(base.device).within(pass_tokens)
+            own = base.share_weights()
+            self._tail = PartialDecoder(own)
+            yield_between_blocks(own, self._device_lock)
+            self.budget = BatchBudget.of(base.device).within(pass_tokens)
         self._room = [keep_bytes, spill_bytes]
         self._all_room = (keep_bytes, spill_bytes)
         self._room_parts = parts
-        self._state = threading.Condition()  # of what follows and of _room
+        self._state = threading.Lock()  # of what follows, of _room, and of every adaptation's blocks
         self._open: set[UpdateSession] = set()
-        self._at_work: set[UpdateSession] = set()
 
     @property
     def keeps(self) -> bool:
@@ -197,30 +175,20 @@ class UpdateEngine:
         """When the model's device last changed hands, by the monotonic clock."""
         return self._device_lock.moved
 
+    def depth_above(self, layer: int) -> int:
+        """Blocks that a row of a step runs through; the last block's output still goes to the head."""
+        return self._base.blocks if self._tail is None else max(1, self._base.blocks - layer - 1)
+
     def bytes_held(self) -> tuple[int, int]:
         """What all open adaptations keep on the model's device, and in host memory."""
         device, host = (whole - left for whole, left in zip(self._all_room, self._room, strict=True))
         return device, host
 
-    @property
-    def pass_rows(self) -> int:
-        """Rows that one pass takes on."""
-        return self._caps.rows
-
-    def pass_rows_of(self, step: GradientRequest) -> Indices:
-        """Rows that each example of a step brings to a pass.
-
-        Raises InvalidInput or InvalidTensors where `gradients` would.
-        """
-        rows = checked_rows(step)
-        arrays, block = step.session._arrays, step.session._block
-        found: Indices = np.where(block[rows] == _NOWHERE, arrays.lengths[rows], arrays.rows[rows])
-        return found
-
     def close(self) -> None:
         """Close every adaptation that is still open."""
         for session in list(self._open):
             session.close()
+        self.stateless.close()
 
     def open(
         self,
@@ -242,7 +210,9 @@ class UpdateEngine:
         with self._state:
             self._open.add(session)
         try:
-            self._fill(session)
+            self._compute_constants(session, left)
+            if self._tail is not None:
+                self._fill(session, self._tail)
         except BaseException:
             session.close()
             raise
@@ -251,56 +221,89 @@ class UpdateEngine:
     def gradients(self, steps: Sequence[GradientRequest]) -> list[Gradient]:
         """Each step's mean loss over its target tokens, and its gradient, as if it were alone.
 
-        Steps under one artefact share passes. Raises InvalidInput on rows that are not there and on
-        an adaptation that is closed, InvalidTensors on tensors that are not of the artefact's shapes.
+        In this thread. Steps under one artefact share passes. Raises InvalidInput on rows that are not
+        there and on a closed adaptation, InvalidTensors on tensors that are not of the artefact's shapes.
         """
-        sums = self._run(steps, differentiate=True)
-        return [Gradient(s.loss / s.tokens, s.tokens, ShiftTensors(s.gradient)) for s in sums]
+        sums = [Sum(step, differentiate=True) for step in steps]
+        compute(sums)
+        return [total.gradient() for total in sums]
 
     def losses(self, steps: Sequence[GradientRequest]) -> list[tuple[float, int]]:
         """Each step's mean loss over its target tokens (nats a token), and how many those are."""
-        return [(s.loss / s.tokens, s.tokens) for s in self._run(steps, differentiate=False)]
+        sums = [Sum(step, differentiate=False) for step in steps]
+        compute(sums)
+        return [(found.loss, found.tokens) for found in (total.gradient() for total in sums)]
+
+    def run_pass(self, shares: Sequence[PassShare]) -> None:
+        if self._tail is None:
+            self.stateless.run_pass(shares)
+            return
+        with working(self._device_lock, shares):
+            ordered: list[PassShare] = []
+            parts: list[Part] = []
+            owners: list[int] = []
+            for u, (total, which) in enumerate(shares):
+                session = cast("UpdateSession", total.session)  # no other sessions are ours
+                compute_now = partial(self._activations, self._tail, session)
+                of_user = list(session.cache.parts(total.examples[which], compute_now))
+                parts += of_user
+                owners += [u] * len(of_user)
+                ordered.append((total, _in_order_of(of_user, which, total.examples[which])))
+            outcome = pass_from_kept(self._tail, parts, owners, users_of(shares))
+        add(ordered, outcome)
+
+    def _activations(
+        self, tail: PartialDecoder, session: UpdateSession, which: Indices, **options: Any
+    ) -> ActivationCache:
+        """Of these examples, behind φ₁; `options` are those of `keep`."""
+        return keep(tail, session.arrays, which, session.collective, self.budget, **options)
 
     # -- opening and closing -------------------------------------------------------------------
 
-    def _fill(self, session: UpdateSession) -> None:
-        """Compute constants, and keep as many examples as there is room for, the cheapest first."""
-        arrays, working = session._arrays, partial(self._working, [(session, 1)])
-        constant = np.flatnonzero(arrays.marked == 0)
-        pairs = [arrays.pair(int(i)) for i in constant]
-        for chunk in passes(pairs, self._base.capabilities.passes, self._pass_tokens):
-            batch = make_batch([pairs[i] for i in chunk], Positions(0, 1), self._base.device)
-            with working(), torch.no_grad():
-                likelihoods = target_log_likelihoods(self._whole, batch, []).sum(1)
-            session._constants[constant[chunk]] = -likelihoods.cpu().numpy()
-        if self._tail is None:
-            return
-        collective = session._collective
-        costs = kept_bytes(self._tail, arrays, min(collective))
-        order = np.argsort(np.where(arrays.marked > 0, costs, np.inf), kind="stable")
-        order = order[: np.count_nonzero(arrays.marked)]
-        for where in (_ON_DEVICE, _SPILLED):
+    def _compute_constants(self, session: UpdateSession, left: threading.Event) -> None:
+        constant = np.flatnonzero(session.is_constant)
+        if len(constant):
+            pairs = [session.pair(i) for i in constant.tolist()]
+            found = self.stateless.score(pairs, ShiftUse(Mode.BASE), left=left, owner=session.owner)
+            session.constants[constant] = [-score.log_likelihood for score in found]
+
+    def _fill(self, session: UpdateSession, tail: PartialDecoder) -> None:
+        """Keep as many examples as there is room for, the cheapest first."""
+        arrays = session.arrays
+        costs = kept_bytes(tail, arrays, session.layer)
+        changing = np.flatnonzero(~session.is_constant)
+        order = changing[np.argsort(costs[changing], kind="stable")]
+        for where in (ON_DEVICE, SPILLED):
             room = self._room_for(session, where, int(costs[order].sum()))
             with self._state:
-                session._check_open()
+                session.check_open()
                 room = min(room, self._room[where])  # which others may have taken of meanwhile
                 which = order[costs[order].cumsum() <= room]
-                session._taken[where] = int(costs[which].sum())
-                self._room[where] -= session._taken[where]
+                session.taken[where] = int(costs[which].sum())
+                self._room[where] -= session.taken[where]
             order = order[len(which) :]
-            count = int(np.clip(arrays.lengths[which].sum() // self._caps.rows, 1, _BLOCKS))
+            count = int(np.clip(arrays.lengths[which].sum() // self.budget.rows, 1, _BLOCKS))
             for part in np.array_split(which, min(count, len(which))) if len(which) else ():
-                kept = keep(
-                    self._tail, arrays, part, collective, self._caps, working=working, spill=where == _SPILLED
-                )
-                with self._state:
-                    if session._left.is_set():
-                        kept.erase()
-                    session._check_open()
-                    number = next(session._numbers)
-                    session._blocks[number] = _Block(where, kept, part, int(costs[part].sum()))
-                    session._places[part] = np.arange(len(part))
-                    session._block[part] = number
+                self._fill_block(session, tail, part, where, int(costs[part].sum()))
+
+    def _fill_block(
+        self, session: UpdateSession, tail: PartialDecoder, which: Indices, where: int, size: int
+    ) -> None:
+        working = partial(self._filling, session)
+        kept = self._activations(tail, session, which, working=working, spill=where == SPILLED)
+        with self._state:
+            try:
+                session.check_open()
+            except InvalidInput:
+                kept.erase()
+                raise
+            session.cache.add(CachedBlock(where, kept, which, size))
+
+    @contextmanager
+    def _filling(self, session: UpdateSession) -> Iterator[None]:
+        """One pass that fills a block."""
+        with self._device_lock.hold_long({session.owner: 1.0}), session.at_work():
+            yield
 
     def _room_for(self, session: UpdateSession, where: int, wanted: int) -> int:
         """Bytes that it may take: what is free, or what others have above an even part and now give up."""
@@ -310,107 +313,37 @@ class UpdateEngine:
             if wanted <= self._room[where] or not self._all_room[where]:
                 return min(wanted, self._room[where])
         # No pass reads what is dropped.
-        with self._device_lock.hold_long({session.owner: 1.0}, session._check_open), self._state:
+        with self._device_lock.hold_long({session.owner: 1.0}, session.check_open), self._state:
             held: Counter[str] = Counter()
             for each in self._open:
-                held[each.owner] += each._taken[where]
+                held[each.owner] += each.taken[where]
             part = self._all_room[where] // len(held)
             most = max(self._room[where], min(wanted, part - held[session.owner]))
             for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
-                for number in reversed([n for n, b in other._blocks.items() if b.where == where]):
-                    if most <= self._room[where] or held[other.owner] <= part:
+                while self._room[where] < most and held[other.owner] > part:
+                    freed = other.drop_last(where)
+                    if not freed:
                         break
-                    held[other.owner] -= other._blocks[number].size
-                    self._drop(other, number)
+                    held[other.owner] -= freed
+                    self._room[where] += freed
             return most
 
-    def _drop(self, session: UpdateSession, number: int) -> None:
-        """Overwrite a block, whose examples are computed anew from then on; called under the lock."""
-        block = session._blocks.pop(number)
-        session._block[block.which] = _NOWHERE
-        block.kept.erase()
-        session._taken[block.where] -= block.size
-        self._room[block.where] += block.size
-
-    def _close(self, session: UpdateSession) -> None:
+    def release(self, session: UpdateSession) -> None:
+        """Of an adaptation that closed: overwrite all of it, and take back its room."""
         with self._state:
-            session._left.set()
-            self._state.wait_for(lambda: session not in self._at_work)
             if session not in self._open:
                 return
             self._open.discard(session)
-            session._arrays.ids.zero_()
-            session._constants.fill(0)
-            for number in list(session._blocks):
-                self._drop(session, number)
-            for where, taken in enumerate(session._taken):  # for blocks that never came to be
-                self._room[where] += taken
+            session.erase()
+            for where in (ON_DEVICE, SPILLED):
+                while freed := session.drop_last(where):
+                    self._room[where] += freed
+                self._room[where] += session.taken[where]  # of blocks that never came to be
 
-    @contextmanager
-    def _working(self, parts: Sequence[tuple[UpdateSession, int]]) -> Iterator[None]:
-        """One pass over so many examples of each of these. Raises InvalidInput when one is closed."""
-        owners: Counter[str] = Counter()
-        for session, examples in parts:
-            owners[session.owner] += examples
-        with self._device_lock.hold_long(owners):
-            with self._state:
-                for session, _ in parts:
-                    session._check_open()
-                self._at_work.update(session for session, _ in parts)
-            try:
-                yield
-            finally:
-                with self._state:
-                    self._at_work.clear()  # passes exclude each other
-                    self._state.notify_all()
 
-    # -- passes --------------------------------------------------------------------------------
-
-    def _run(self, steps: Sequence[GradientRequest], *, differentiate: bool) -> list[Sum]:
-        sums = [Sum(step) for step in steps]
-        by_artefact: dict[int, list[Sum]] = {}
-        for total in sums:
-            if len(total.changing):
-                by_artefact.setdefault(id(total.session._artefact), []).append(total)
-        for members in by_artefact.values():
-            for shares in cut_into_passes(members, self._caps):
-                outcome = self._pass(shares, differentiate=differentiate)
-                for u, (total, _) in enumerate(shares):
-                    total.add(outcome, u)
-        return sums
-
-    def _pass(self, shares: Sequence[PassShare], *, differentiate: bool) -> PassResult:
-        first = shares[0][0].session
-        users = UserBatch(
-            first._collective,
-            [total.personal for total, _ in shares],
-            [1 / total.tokens for total, _ in shares] if differentiate else None,
-        )
-        at_work = [(total.session, len(which)) for total, which in shares]
-        with self._working(at_work):
-            if self._tail is None:
-                pairs = [total.session._arrays.pair(i) for total, which in shares for i in which]
-                owners = [u for u, (_, which) in enumerate(shares) for _ in which]
-                return pass_in_full(self._own, pairs, owners, users, first._positions)
-            parts = [
-                (u, part)
-                for u, (total, which) in enumerate(shares)
-                for part in self._parts(self._tail, total.session, which)
-            ]
-            return pass_from_kept(self._tail, [part for _, part in parts], [u for u, _ in parts], users)
-
-    def _parts(self, tail: PartialDecoder, session: UpdateSession, which: Indices) -> Iterator[Part]:
-        """What is kept of some examples, and the same of the others, computed now."""
-        arrays, numbers, device = session._arrays, session._block[which], self._base.device
-        for number in np.unique(numbers[numbers != _NOWHERE]).tolist():
-            block, there = session._blocks[number], which[numbers == number]
-            places = session._places[there]
-            if block.where == _ON_DEVICE:
-                yield Part(arrays, there, block.kept, places)
-            else:
-                moved = block.kept.moved(places, arrays.rows[there], arrays.starts[there], device)
-                yield Part(arrays, there, moved, np.arange(len(there)))
-        missing = which[numbers == _NOWHERE]
-        if len(missing):
-            now = keep(tail, arrays, missing, session._collective, self._caps)
-            yield Part(arrays, missing, now, np.arange(len(missing)))
+def _in_order_of(parts: Sequence[Part], which: Indices, examples: Indices) -> Indices:
+    """`which` in the order in which the parts have their `examples`; one may be there twice."""
+    found = np.empty_like(which)
+    in_parts = np.concatenate([part.which for part in parts])
+    found[np.argsort(in_parts, kind="stable")] = which[np.argsort(examples, kind="stable")]
+    return found

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import queue
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest
-from perfit_cloud.engine.interface import Gradient
 from perfit_cloud.service.codec import decode_step, encode_step, find_version
 from perfit_cloud.service.drain import stopping
 from perfit_cloud.service.interceptor import Call
 from perfit_cloud.service.limits import UPDATE_TOKEN_BYTES, Budget, ConcurrencyLimit
 from perfit_cloud.service.settings import ModelSettings
-from perfit_shared.errors import Cancelled, InvalidInput, TooSlow
+from perfit_cloud.service.waiting import CallWait
+from perfit_shared.errors import InvalidInput, TooSlow
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Adapting"]
@@ -58,11 +56,11 @@ class Adapting:
             call.payment.take().settle(tokens)
             self._model.calls.telemetry.tokens("example", tokens)
             shrink(UPDATE_TOKEN_BYTES * tokens)
-            with self._queue.open(pairs, artefact, left=stream.left, owner=call.device) as session:
+            with self._queue.open(pairs, artefact, left=stream.wait.left, owner=call.device) as session:
                 del pairs
                 while (step := stream.step()) is not None:
                     rows, personal = decode_step(step, artefact.spec, session.examples)
-                    found = stream.wait(
+                    found = stream.wait.result(
                         self._queue.submit(GradientRequest(session, rows, personal), loss_only=step.loss_only)
                     )
                     yield encode_step(found, step.personal, loss_only=step.loss_only)
@@ -72,30 +70,20 @@ class _Stream:
     """The messages of one call, in the order that there is, and an end to every wait."""
 
     def __init__(self, requests: Iterator[pb.AdaptRequest], call: Call, seconds: float) -> None:
-        self.left = threading.Event()  # set when nobody waits for answers any more
         self._requests = requests
-        self._ends = time.monotonic() + seconds
-        self._future: Future[Gradient] | None = None
         self._ahead: pb.AdaptRequest | None = None  # the first step, which ended the examples
         # One message at a time, when it is wanted: gRPC has no reading within a time.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="perfit-adapt")
         # What comes next: the message that was wanted, or an error that ends the stream.
         self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()
-        # Called when the RPC ends, however it does: the caller left, or its deadline passed.
-        if not call.add_callback(self._leave):
-            raise Cancelled("the caller left")
+        self.wait = CallWait(call, seconds, too_slow="the stream is over its time; open another")
 
     def __enter__(self) -> _Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        self.wait.leave()
         self._reader.shutdown(wait=False)
-
-    def _leave(self) -> None:
-        self.left.set()
-        if self._future is not None:
-            self._future.cancel()
 
     def stop(self) -> None:
         """End the stream where the next message would be read; from any thread."""
@@ -103,13 +91,13 @@ class _Stream:
 
     def next(self, *kinds: str | None) -> pb.AdaptRequest:
         """The next message, which should be of one of these kinds; of kind None when there is no more."""
-        seconds = min(_IDLE_SECONDS, self._ends - time.monotonic())
+        seconds = min(_IDLE_SECONDS, self.wait.seconds_left)
         self._reader.submit(self._read)
         try:
-            message = self._events.get(timeout=max(0.0, seconds))
+            message = self._events.get(timeout=seconds)
         except queue.Empty:
             if seconds < _IDLE_SECONDS:
-                raise self._over() from None
+                raise self.wait.over() from None
             raise TooSlow("no message came for long; open another stream with the next step") from None
         if isinstance(message, Exception):
             raise message
@@ -137,26 +125,3 @@ class _Stream:
         """The next one, None when there is no more."""
         message, self._ahead = self._ahead or self.next("step", None), None
         return message.step if message.HasField("step") else None
-
-    def wait(self, future: Future[Gradient]) -> Gradient:
-        """What the step found, unless the stream ends first.
-
-        No caller should keep the future: its error's frames, and what they hold, would keep each other.
-        """
-        self._future = future
-        try:
-            if self.left.is_set():  # before the future was there to be cancelled
-                future.cancel()
-            return future.result(max(0.0, self._ends - time.monotonic()))
-        except TimeoutError:
-            future.cancel()
-            raise self._over() from None
-        except CancelledError:
-            raise Cancelled("the caller left") from None
-        finally:
-            self._future = None
-            del future
-
-    @staticmethod
-    def _over() -> TooSlow:
-        return TooSlow("the stream is over its time; open another")
