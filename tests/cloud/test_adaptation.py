@@ -231,7 +231,7 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     assert min(counts) > 0 and sum(counts) < 7
     assert session.kept_bytes <= keep_bytes and session.spilled_bytes <= spill_bytes
     costs = session._arrays.lengths
-    (there, host), numbers = session._blocks.values(), session._block
+    (there, host), numbers = session._cache.blocks.values(), session._cache._block_of
     on_device, spilled, nowhere = costs[there.which], costs[host.which], costs[numbers < 0]
     assert on_device[on_device > 1].max() <= spilled.min() and spilled.max() <= nowhere.max()
     assert_equal(engine.gradients([GradientRequest(session, range(8), mine)])[0], wanted)

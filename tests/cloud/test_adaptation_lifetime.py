@@ -268,7 +268,7 @@ def test_without_room_for_anybody_nobody_waits_for_it(make_artefact: Any) -> Non
 
 
 def kept_by(session: Any) -> list[Any]:
-    return [block.kept for block in session._blocks.values()]
+    return [block.kept for block in session._cache.blocks.values()]
 
 
 def test_steps_from_many_threads(llama: Any) -> None:

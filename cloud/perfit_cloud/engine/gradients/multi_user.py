@@ -17,7 +17,7 @@ from torch import Tensor
 from perfit_cloud.engine.gradients.activation_cache import Part, join
 from perfit_cloud.engine.gradients.batch import Pair, make_batch, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.interventions import Phi, Shift, ShiftGroup, row_index, shift_rows
+from perfit_cloud.model.interventions import Phi, Shift, ShiftGroup, row_index
 from perfit_cloud.model.partial import Indices, PartialDecoder
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -64,18 +64,9 @@ def pass_from_kept(
     """The blocks above the first intervened one; `owners` (ascending) says whose each part is."""
     device = parts[0].kept.hidden.device
     joined = join(parts, owners, device)
-    layer = min(users.collective)
     with torch.set_grad_enabled(users.weights is not None):
         personal = users.stacked(device)
-        # φ₁ of the first layer is in what was kept, which leaves one φ to apply.
-        first = ShiftGroup(joined.index, joined.valid, {layer: personal[layer]}, None)
-        hidden = tail.run(
-            shift_rows(joined.hidden, first, layer),
-            range(layer + 1, tail.blocks),
-            joined.packing,
-            groups=[ShiftGroup(joined.index, joined.valid, users.collective, personal)],
-            rows=joined.label_rows,
-        )
+        hidden = joined.run(tail, users.collective, personal)
     weights = users.weights_of(joined.label_owners, device)
     losses, seed = tail.losses(hidden.detach(), joined.labels, weights)
     gradients = {} if weights is None else _differentiate(hidden, personal, seed)

@@ -8,7 +8,6 @@ model/partial.py does not know are run in full, several users together all the s
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,17 +15,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock, yield_between_blocks
+from perfit_cloud.engine.example_cache import ON_DEVICE, SPILLED, CachedBlock, ExampleCache
 from perfit_cloud.engine.gradients.activation_cache import (
     ActivationCache,
     BatchBudget,
     Examples,
-    Part,
     keep,
     kept_bytes,
 )
@@ -58,18 +57,7 @@ from perfit_shared.shifts import ShiftTensors
 __all__ = ["GradientRequest", "UpdateEngine", "UpdateSession"]
 
 
-_ON_DEVICE, _SPILLED = 0, 1  # where examples are kept
-_NOWHERE = -1
 _BLOCKS = 8  # into which an adaptation's examples are cut at most, to be dropped one by one
-
-
-class _Block(NamedTuple):
-    """Examples that are kept together."""
-
-    where: int
-    kept: ActivationCache
-    which: Indices
-    size: int  # bytes
 
 
 class UpdateSession:
@@ -95,34 +83,28 @@ class UpdateSession:
         self._positions = Positions.parse(artefact.spec.positions)
         self._collective = to_torch(artefact.collective, device)
         self._arrays = Examples(pairs, self._positions, device)
-        self._blocks: dict[int, _Block] = {}  # by number
-        self._numbers = itertools.count()
-        self._taken = [0, 0]  # bytes on the device and in host memory, of blocks that are filled too
-        self._block = np.full(self.examples, _NOWHERE)  # each example's
-        self._places = np.zeros(self.examples, dtype=np.int64)  # in its block
+        self._cache = ExampleCache(self._arrays)
+        self._taken = [0, 0]  # bytes on the device and in host memory, of blocks that are being filled too
         # −log p of the target where the prompt has no intervened token, which nothing changes.
         self._constants = np.zeros(self.examples)
 
     @property
     def cached_examples(self) -> int:
         """How many are kept on the model's device. What is neither kept nor spilled is computed anew."""
-        return self._count(_ON_DEVICE)
+        return self._cache.count(ON_DEVICE)
 
     @property
     def spilled_examples(self) -> int:
         """How many are kept in host memory."""
-        return self._count(_SPILLED)
-
-    def _count(self, where: int) -> int:
-        return sum(len(block.which) for block in self._blocks.values() if block.where == where)
+        return self._cache.count(SPILLED)
 
     @property
     def kept_bytes(self) -> int:
-        return self._taken[_ON_DEVICE]
+        return self._taken[ON_DEVICE]
 
     @property
     def spilled_bytes(self) -> int:
-        return self._taken[_SPILLED]
+        return self._taken[SPILLED]
 
     def close(self) -> None:
         """Overwrite and drop. Waits for a pass at work on it; later steps are refused. Harmless twice."""
@@ -213,8 +195,8 @@ class UpdateEngine:
         Raises InvalidInput or InvalidTensors where `gradients` would.
         """
         rows = checked_rows(step)
-        arrays, block = step.session._arrays, step.session._block
-        found: Indices = np.where(block[rows] == _NOWHERE, arrays.lengths[rows], arrays.rows[rows])
+        arrays, cached = step.session._arrays, step.session._cache.is_cached(rows)
+        found: Indices = np.where(cached, arrays.rows[rows], arrays.lengths[rows])
         return found
 
     def close(self) -> None:
@@ -275,11 +257,10 @@ class UpdateEngine:
             session._constants[constant[chunk]] = -likelihoods.cpu().numpy()
         if self._tail is None:
             return
-        collective = session._collective
-        costs = kept_bytes(self._tail, arrays, min(collective))
+        costs = kept_bytes(self._tail, arrays, min(session._collective))
         order = np.argsort(np.where(arrays.marked > 0, costs, np.inf), kind="stable")
         order = order[: np.count_nonzero(arrays.marked)]
-        for where in (_ON_DEVICE, _SPILLED):
+        for where in (ON_DEVICE, SPILLED):
             room = self._room_for(session, where, int(costs[order].sum()))
             with self._state:
                 session._check_open()
@@ -290,17 +271,12 @@ class UpdateEngine:
             order = order[len(which) :]
             count = int(np.clip(arrays.lengths[which].sum() // self._caps.rows, 1, _BLOCKS))
             for part in np.array_split(which, min(count, len(which))) if len(which) else ():
-                kept = keep(
-                    self._tail, arrays, part, collective, self._caps, working=working, spill=where == _SPILLED
-                )
+                kept = self._compute(self._tail, session, part, working=working, spill=where == SPILLED)
                 with self._state:
                     if session._left.is_set():
                         kept.erase()
                     session._check_open()
-                    number = next(session._numbers)
-                    session._blocks[number] = _Block(where, kept, part, int(costs[part].sum()))
-                    session._places[part] = np.arange(len(part))
-                    session._block[part] = number
+                    session._cache.add(CachedBlock(where, kept, part, int(costs[part].sum())))
 
     def _room_for(self, session: UpdateSession, where: int, wanted: int) -> int:
         """Bytes that it may take: what is free, or what others have above an even part and now give up."""
@@ -317,18 +293,16 @@ class UpdateEngine:
             part = self._all_room[where] // len(held)
             most = max(self._room[where], min(wanted, part - held[session.owner]))
             for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
-                for number in reversed([n for n, b in other._blocks.items() if b.where == where]):
+                for number in reversed([n for n, b in other._cache.blocks.items() if b.where == where]):
                     if most <= self._room[where] or held[other.owner] <= part:
                         break
-                    held[other.owner] -= other._blocks[number].size
+                    held[other.owner] -= other._cache.blocks[number].size
                     self._drop(other, number)
             return most
 
     def _drop(self, session: UpdateSession, number: int) -> None:
         """Overwrite a block, whose examples are computed anew from then on; called under the lock."""
-        block = session._blocks.pop(number)
-        session._block[block.which] = _NOWHERE
-        block.kept.erase()
+        block = session._cache.drop(number)
         session._taken[block.where] -= block.size
         self._room[block.where] += block.size
 
@@ -341,7 +315,7 @@ class UpdateEngine:
             self._open.discard(session)
             session._arrays.ids.zero_()
             session._constants.fill(0)
-            for number in list(session._blocks):
+            for number in list(session._cache.blocks):
                 self._drop(session, number)
             for where, taken in enumerate(session._taken):  # for blocks that never came to be
                 self._room[where] += taken
@@ -395,22 +369,15 @@ class UpdateEngine:
             parts = [
                 (u, part)
                 for u, (total, which) in enumerate(shares)
-                for part in self._parts(self._tail, total.session, which)
+                for part in total.session._cache.parts(
+                    which, partial(self._compute, self._tail, total.session)
+                )
             ]
             return pass_from_kept(self._tail, [part for _, part in parts], [u for u, _ in parts], users)
 
-    def _parts(self, tail: PartialDecoder, session: UpdateSession, which: Indices) -> Iterator[Part]:
-        """What is kept of some examples, and the same of the others, computed now."""
-        arrays, numbers, device = session._arrays, session._block[which], self._base.device
-        for number in np.unique(numbers[numbers != _NOWHERE]).tolist():
-            block, there = session._blocks[number], which[numbers == number]
-            places = session._places[there]
-            if block.where == _ON_DEVICE:
-                yield Part(arrays, there, block.kept, places)
-            else:
-                moved = block.kept.moved(places, arrays.rows[there], arrays.starts[there], device)
-                yield Part(arrays, there, moved, np.arange(len(there)))
-        missing = which[numbers == _NOWHERE]
-        if len(missing):
-            now = keep(tail, arrays, missing, session._collective, self._caps)
-            yield Part(arrays, missing, now, np.arange(len(missing)))
+    def _compute(
+        self, tail: PartialDecoder, session: UpdateSession, which: Indices, **options: Any
+    ) -> ActivationCache:
+        """Activations of these examples, behind φ₁; `options` are those of `keep`."""
+        shift = session._collective
+        return keep(tail, session._arrays, which, min(shift), self._caps, collective=shift, **options)
