@@ -21,15 +21,13 @@ import numpy as np
 import torch
 
 from perfit_cloud.collective.data import Corpus, read_items, tokenise
-from perfit_cloud.collective.frozen import FrozenBase
+from perfit_cloud.collective.forward import forward_for
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.privacy import Privacy, PrivateSteps, noise_for
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.steps import Losses, rate_at, trainable
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_cloud.model.interventions import hooked
 from perfit_cloud.model.sinks import past_sinks
-from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import load_task
 
@@ -70,21 +68,19 @@ class _Measurement:
         prompts = [prompt for prompt, _ in self._corpus.validation]
         positions = past_sinks(args.positions, base, prompts, args.layer)
         self._spec = ShiftSpec((args.layer,), positions, args.rank, args.rank, base.hidden_size)
-        self._frozen = FrozenBase(base, args.layer)
-        self._losses = Losses(self._frozen, Positions.parse(positions), base.device, processes=Processes())
+        self._losses = Losses(forward_for(base, self._spec), processes=Processes())
 
     def run(self) -> None:
-        with hooked(self._base.model, self._spec.layers):
-            self._frozen.try_rows(self._corpus.validation)
-            self._frozen.keep([*self._corpus.examples(), *self._corpus.validation], lambda _: None)
-            base = self._losses.mean(self._corpus.validation, collective=None, personal=None)
-            print(
-                f"{len(self._corpus.train)} people, positions {self._spec.positions}, base {base:.4f}",
-                flush=True,
-            )
-            for people in self._args.people:
-                for epsilon in self._args.epsilon:
-                    self._row(people, epsilon)
+        pairs = [*self._corpus.examples(), *self._corpus.validation]
+        self._losses.cache(pairs, [0] * len(pairs), lambda _: None)
+        base = self._losses.mean(self._corpus.validation, collective=None, personal=None)
+        print(
+            f"{len(self._corpus.train)} people, positions {self._spec.positions}, base {base:.4f}",
+            flush=True,
+        )
+        for people in self._args.people:
+            for epsilon in self._args.epsilon:
+                self._row(people, epsilon)
 
     def _row(self, people: int, epsilon: float) -> None:
         privacy = self._privacy(people, epsilon)

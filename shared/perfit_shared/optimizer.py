@@ -28,14 +28,14 @@ import safetensors.numpy
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["SCHEDULES", "OptimizerConfig", "StiefelAdamW", "learning_rate_at"]
+__all__ = ["ROTATION_SCALE", "SCHEDULES", "OptimizerConfig", "StiefelAdamW", "learning_rate_at"]
 
 SCHEDULES = ("device", "paper")
 
 Array = npt.NDArray[np.float32]
 # Torch's Householder coordinates move R about twice as far for one lr; on small random problems 4
 # ends below it on average for rates up to 5e-2 (2 ends 2 to 5 % above, 6 diverges at the top).
-_ROTATION_SCALE = 4.0
+ROTATION_SCALE = 4.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class StiefelAdamW:
         along = _tangent(rotation, gradient)
         square = np.square(along, out=gradient).mean(axis=-1, keepdims=True)
         direction = self._direction(name, along, square, gradient)
-        direction *= -_ROTATION_SCALE * rate
+        direction *= -ROTATION_SCALE * rate
         return _retract(rotation, _tangent(rotation, direction))
 
     def _direction(self, name: str, gradient: Array, square: Array, work: Array) -> Array:

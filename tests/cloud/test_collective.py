@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from perfit_cloud.collective import trials
 from perfit_cloud.collective.checkpoint import FILE
 from perfit_cloud.collective.run import CollectiveRun, train_collective
-from perfit_cloud.collective.steps import batches, rate_at
+from perfit_cloud.collective.steps import batches, rate_at, spread
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
 
@@ -312,6 +312,15 @@ def test_batches_hold_every_example_once_and_pad_little() -> None:
     assert padded < 1.1 * sum(lengths)
     assert plan == batches(lengths, batch_size=16, seed=0, epoch=0)
     assert plan != batches(lengths, batch_size=16, seed=0, epoch=1)
+
+
+def test_every_batch_is_spread_evenly_over_processes_that_keep_their_examples() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 1000).tolist()
+    plans = [batches(lengths, batch_size=16, seed=0, epoch=epoch) for epoch in range(3)]
+    homes = np.array(spread(plans, 2))
+    shares = [np.bincount(homes[batch], minlength=2) / len(batch) for plan in plans for batch in plan]
+    assert np.mean([share.max() for share in shares]) < 0.53  # 0.5 at the best; by chance 0.59
+    assert spread(plans, 1) == [0] * 1000
 
 
 def test_rate_warms_up_and_decays() -> None:

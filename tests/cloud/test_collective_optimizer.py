@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from tests.conftest import random_shift
 from torch import Tensor, nn
 
 from perfit_cloud.collective.optimizer import StiefelAdam, retract, tangent
-from perfit_cloud.collective.steps import rate_at
+from perfit_cloud.collective.steps import from_torch, rate_at, trainable
 from perfit_cloud.model.interventions import Phi, phi
+from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
+from perfit_shared.shifts import ShiftSpec
 
 D, R, ROWS = 32, 4, 256
 
@@ -113,3 +117,23 @@ def test_a_tensor_without_a_gradient_stays_at_first() -> None:
     assert StiefelAdam([{0: shift}]).step(0.1) == 0.0
     for old, new in zip(before, shift, strict=True):
         torch.testing.assert_close(old, new.detach(), atol=1e-6, rtol=0)
+
+
+def test_a_step_is_the_device_s_step() -> None:
+    """Both shifts' gradients are clipped together; each moves as numpy's optimizer moves it."""
+    spec = ShiftSpec((0, 2), "l1", R, R, D)
+    start = random_shift(spec, R, seed=3)
+    theirs, numpy_s = StiefelAdamW(OptimizerConfig(2e-2, 40)), start
+    ours = trainable(start, torch.device("cpu"))
+    optimizer = StiefelAdam([ours])
+    for index in range(40):
+        gradient = random_shift(spec, R, seed=10 + index)
+        for layer, of in gradient.layers.items():
+            for tensor, array in zip(ours[layer], of, strict=True):
+                tensor.grad = torch.from_numpy(array).unsqueeze(0).clone()
+        optimizer.step(rate_at(index, 40, 2e-2))
+        numpy_s = theirs.step(numpy_s, gradient)
+    for layer, of in from_torch(ours).layers.items():
+        for mine, other, first in zip(of, numpy_s.layers[layer], start.layers[layer], strict=True):
+            np.testing.assert_allclose(mine, other, rtol=0, atol=2e-5)
+            assert np.abs(mine - first).max() > 1e-2

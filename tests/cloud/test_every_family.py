@@ -10,11 +10,11 @@ import torch
 from tests.conftest import random_shift, tiny_tokenizer
 
 from families import FAMILIES, tiny_model
-from perfit_cloud.collective.frozen import FrozenBase
+from perfit_cloud.collective.forward import forward_for
 from perfit_cloud.collective.steps import trainable
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
-from perfit_cloud.engine.gradients.batch import Pair, group_all, make_batch, passes
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
@@ -123,18 +123,9 @@ def check(family: str, make_artefact: Any) -> None:
                 assert abs(found.tensors.layers[layer][part] - want).max() <= 1e-3 * size
     engine.close()
 
-    frozen = FrozenBase(base, spec.layers[0])
-    frozen.try_rows(PAIRS)
-    frozen.keep(PAIRS, lambda _: None)
-    shifts = [trainable(t, base.device) for t in (artefact.collective, personal)]
-    total = 0.0
-    for chunk in passes(PAIRS, frozen.batching):
-        pairs = [PAIRS[i] for i in chunk]
-        batch = make_batch(pairs, Positions.parse(spec.positions), base.device)
-        with hooked(base.model, spec.layers):
-            part = -frozen.log_likelihoods(pairs, batch, group_all(batch, *shifts)).sum()
-            part.backward()
-        total += float(part.detach())
+    forward = forward_for(base, spec)
+    forward.cache(PAIRS, lambda _: None)
+    total = forward.loss(PAIRS, *(trainable(t, base.device) for t in (artefact.collective, personal)), 1.0)
     assert total / whole.tokens == pytest.approx(mean, rel=1e-4, abs=1e-4)
 
     serving = engine_for(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=2048))

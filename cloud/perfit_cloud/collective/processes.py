@@ -36,6 +36,7 @@ class Processes:
         # Told that it runs on CPUs, accelerate uses gloo; it would not find out by itself.
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.count: int = self._accelerator.num_processes
+        self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
 
     def device(self, asked: str) -> str:
@@ -70,7 +71,7 @@ class Processes:
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share: every count-th, so that neighbours of like length spread evenly."""
-        return items[self._accelerator.process_index :: self.count]
+        return items[self.index :: self.count]
 
     def add_up(self, numbers: float, tensors: Sequence[Tensor] = ()) -> float:
         """The sum over all processes of a number, and of tensors in place."""

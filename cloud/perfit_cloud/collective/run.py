@@ -273,8 +273,7 @@ def _plan_work(training: Stage1Training, progress: Progress) -> None:
     units = len(training.examples) * settings.epochs + validation * (
         settings.epochs * training.checks_an_epoch + 4
     )
-    if training.keeps:
-        units += training.lower_cost * (len(training.examples) + len(training.corpus.validation))
+    units += training.cache_work
     if settings.learning_rate is None and not training.record.learning_rate:
         units += trial_work(training)
     if settings.device_learning_rate is None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from perfit_cloud.collective.frozen import FrozenBase
+from perfit_cloud.collective.forward import Forward, PairKey, pair_key
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.processes import Processes
-from perfit_cloud.engine.gradients.batch import Pair, group_all, make_batch, passes
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.interventions import Phi, Shift, to_torch
 from perfit_shared.optimizer import OptimizerConfig, learning_rate_at
-from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["WARM_UP", "Losses", "batches", "from_torch", "rate_at", "trainable"]
+__all__ = ["WARM_UP", "Losses", "batches", "from_torch", "rate_at", "spread", "trainable"]
 
 WARM_UP = 0.1  # share of all steps
 _POOL = 50  # batches that are sorted by length together
@@ -62,24 +60,44 @@ def batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -
     return [made[i] for i in rng.permutation(len(made))]
 
 
-class Losses:
-    """Losses and steps on batches: split over processes, micro-batches and passes.
+def spread(plans: Sequence[Sequence[Sequence[int]]], processes: int) -> list[int]:
+    """Each example's process, about as many of every batch on each. `plans`: the batches of every epoch.
 
-    The base's hooks are on. Only blocks above the first intervened one are differentiated, since
-    nothing below depends on a tensor that requires grad.
+    An example stays on one process for all epochs, since that process has its activations.
     """
+    examples = sum(map(len, plans[0]))
+    batch_of = np.zeros((len(plans), examples), dtype=np.int64)
+    for epoch, plan in enumerate(plans):
+        for number, batch in enumerate(plan):
+            batch_of[epoch, batch] = number
+    taken = np.zeros((len(plans), max(map(len, plans)), processes), dtype=np.int64)
+    homes = [0] * examples
+    epochs = np.arange(len(plans))
+    for example in (i for batch in plans[0] for i in batch):
+        loads = taken[epochs, batch_of[:, example]]  # (epochs, processes)
+        homes[example] = int(loads.sum(0).argmin())
+        taken[epochs, batch_of[:, example], homes[example]] += 1
+    return homes
 
-    def __init__(
-        self,
-        frozen: FrozenBase,
-        positions: Positions,
-        device: torch.device,
-        *,
-        processes: Processes,
-        accumulate: int = 1,
-    ) -> None:
-        self._frozen, self._positions, self._device = frozen, positions, device
-        self._processes, self._accumulate = processes, accumulate
+
+class Losses:
+    """Losses and steps on batches: split over processes, micro-batches and passes."""
+
+    def __init__(self, forward: Forward, *, processes: Processes, accumulate: int = 1) -> None:
+        self._forward, self._processes, self._accumulate = forward, processes, accumulate
+        self._homes: dict[PairKey, int] = {}
+
+    def cache(self, pairs: Sequence[Pair], homes: Sequence[int], done: Callable[[int], None]) -> None:
+        """Cache what no step changes of those pairs whose process this is; it gets them from now on."""
+        self._homes = {pair_key(pair): home for pair, home in zip(pairs, homes, strict=True)}
+        self._forward.cache(self._mine(pairs), done)
+
+    def _mine(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
+        """This process's share of a batch: pairs that it caches, and of others every count-th."""
+        homes = [self._homes.get(pair_key(pair)) for pair in pairs]
+        if None in homes:
+            return self._processes.mine(pairs)
+        return [pair for pair, home in zip(pairs, homes, strict=True) if home == self._processes.index]
 
     def step(
         self,
@@ -104,33 +122,16 @@ class Losses:
     def backward(self, pairs: Sequence[Pair], *, collective: Shift, personal: Shift) -> float:
         """Add the gradient of this process's share of the pairs' loss to the leaves; returns its loss."""
         tokens = sum(len(target) for _, target in pairs)
-        mine = self._processes.mine(pairs)
+        mine = self._mine(pairs)
         parts = min(self._accumulate, len(mine))
         loss = 0.0
         for k in range(parts):
-            for chunk in self._chunks(mine[k * len(mine) // parts : (k + 1) * len(mine) // parts]):
-                with torch.enable_grad():
-                    part = -self._log_likelihoods(chunk, collective, personal).sum() / tokens
-                    if part.requires_grad:  # not when every prompt is a single token
-                        part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
-        return loss
+            part = mine[k * len(mine) // parts : (k + 1) * len(mine) // parts]
+            loss += self._forward.loss(part, collective, personal, 1 / tokens)
+        return loss / tokens
 
     def mean(self, pairs: Sequence[Pair], *, collective: Shift | None, personal: Shift | None) -> float:
         """Mean loss over all target tokens, nats; without a collective shift, the base model's."""
-        total = 0.0
-        for chunk in self._chunks(self._processes.mine(pairs)):
-            with torch.no_grad():
-                total -= float(self._log_likelihoods(chunk, collective, personal).sum())
+        mine = self._mine(pairs)
+        total = self._forward.loss(mine, collective, personal, None) if mine else 0.0
         return self._processes.add_up(total) / sum(len(target) for _, target in pairs)
-
-    def _chunks(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
-        """What fits into a pass each."""
-        return [[pairs[i] for i in chunk] for chunk in passes(pairs, self._frozen.batching)]
-
-    def _log_likelihoods(
-        self, pairs: Sequence[Pair], collective: Shift | None, personal: Shift | None
-    ) -> Tensor:
-        batch = make_batch(pairs, self._positions, self._device)
-        groups = [] if collective is None else group_all(batch, collective, personal)
-        return self._frozen.log_likelihoods(pairs, batch, groups)

@@ -22,17 +22,16 @@ from torch import Tensor
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.checkpoint import Record, Snapshot
 from perfit_cloud.collective.data import Corpus
-from perfit_cloud.collective.frozen import FrozenBase, checkpointed
+from perfit_cloud.collective.forward import forward_for
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.privacy import Budget, Privacy, PrivateSteps
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.collective.steps import Losses, batches, rate_at, trainable
+from perfit_cloud.collective.steps import Losses, batches, rate_at, spread, trainable
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.interventions import Phi, hooked
+from perfit_cloud.model.interventions import Phi
 from perfit_shared.errors import Cancelled, InvalidInput
-from perfit_shared.positions import Positions
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 
@@ -98,14 +97,8 @@ class Stage1Training:
     ) -> None:
         self.base, self.corpus, self.task, self.settings = base, corpus, task, settings
         self.processes = processes
-        self._frozen = FrozenBase(base, settings.spec.layers[0])
-        self.losses = Losses(
-            self._frozen,
-            Positions.parse(settings.spec.positions),
-            base.device,
-            processes=processes,
-            accumulate=settings.accumulate,
-        )
+        self._forward = forward_for(base, settings.spec, processes=processes.count)
+        self.losses = Losses(self._forward, processes=processes, accumulate=settings.accumulate)
         self.examples = corpus.examples()
         self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
         self.progress, self._stop, self._out = progress, stop, out
@@ -146,44 +139,51 @@ class Stage1Training:
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """The base's hooks are on, and what it need not compute again and again is known."""
-        first = self.settings.spec.layers[0]
+        """What no shift changes is cached, where an example is needed more than once."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(hooked(self.base.model, self.settings.spec.layers))
             if self.settings.gradient_checkpointing:
-                stack.enter_context(checkpointed(self.base, first))
-            self._frozen.try_rows(self.examples)
-            if self.keeps:
-                self._frozen.keep([*self.examples, *self.corpus.validation], self._kept)
+                stack.enter_context(self._forward.recomputing())
+            self.losses.cache(self._repeated, self._homes(), self._cached)
             yield
 
     @property
-    def keeps(self) -> bool:
-        """Whether to keep what the lower blocks make of each example: not for a single look at it.
+    def _repeated(self) -> list[Pair]:
+        """Pairs that are run several times: in one epoch only those that are validated on."""
+        once = self.settings.epochs == 1
+        return [*([] if once else self.examples), *self.corpus.validation]
 
-        Nor with several processes, since each would have to keep all.
-        """
-        return self.settings.epochs > 1 and self.processes.count == 1
+    def _homes(self) -> list[int]:
+        """The process of each of `_repeated`."""
+        count = self.processes.count
+        if count == 1:
+            return [0] * len(self._repeated)
+        epochs = self.settings.epochs
+        homes = spread([self._batches(epoch) for epoch in range(epochs)], count) if epochs > 1 else []
+        return [*homes, *(i % count for i in range(len(self.corpus.validation)))]
 
     @property
-    def lower_cost(self) -> float:
-        """Units to run one example up to the first intervened block."""
-        return FORWARD * (self.settings.spec.layers[0] + 1) / self.base.blocks
+    def cache_work(self) -> float:
+        """Units to fill the cache, of this process."""
+        pairs = len(self._repeated) if self._forward.caches_activations else 0
+        return FORWARD * pairs / self.processes.count
 
-    def _kept(self, examples: int) -> None:
-        self.progress.advance(self.lower_cost * examples, "running the lower blocks, once for all epochs")
-        self.pause()
+    def _cached(self, examples: int) -> None:
+        self.progress.advance(FORWARD * examples, "running once what no step changes")
+        if (
+            self.processes.count == 1
+        ):  # a pause is a meeting, and processes fill in different numbers of pieces
+            self.pause()
 
     def batch(self, index: int) -> list[Pair]:
         """The examples of step `index` of the run."""
         epoch, place = divmod(index, self.steps_an_epoch)
         if epoch != self._planned:
-            settings = self.settings
-            self._plan = batches(
-                self._lengths, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch
-            )
-            self._planned = epoch
+            self._planned, self._plan = epoch, self._batches(epoch)
         return [self.examples[i] for i in self._plan[place]]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        size, seed = self.settings.batch_size, self.settings.seed
+        return batches(self._lengths, batch_size=size, seed=seed, epoch=epoch)
 
     def validation_loss(self, *, mode: str = "seed") -> float:
         """Loss on the validation slice, nats a token: "base", "collective" (φ₁ alone) or "seed" (φ₂∘φ₁)."""

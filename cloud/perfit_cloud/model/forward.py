@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perfit_cloud.model.blocks import decoder_of
 
-__all__ = ["arguments_of", "forward", "replaced", "slice_rows", "token_losses"]
+__all__ = ["arguments_of", "forward", "recomputed", "replaced", "slice_rows", "token_losses"]
 
 # Logits of one slice, elements of float32. Memory above 32 MB is given back to the system at every
 # free (glibc), and faulting it in again costs as much as the head itself.
@@ -135,3 +136,18 @@ def replaced(modules: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[Non
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = own
+
+
+@contextlib.contextmanager
+def recomputed(blocks: Iterable[Any]) -> Iterator[None]:
+    """Activations inside these blocks are computed again in the backward pass instead of being held.
+
+    Give it blocks that are differentiated, without the last: it is needed first and would be back at
+    once. transformers' own switch works in train mode only, which turns dropout on too. Non-reentrant,
+    so that frozen inputs still end the backward pass; hooks on a block's output lie outside what is
+    repeated.
+    """
+    with replaced(
+        blocks, lambda own: partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
+    ):
+        yield

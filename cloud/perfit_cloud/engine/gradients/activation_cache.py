@@ -1,13 +1,14 @@
-"""What no user's tensors can change of a training example, and passes put together from it.
+"""Activations that training cannot change, cached by example, and passes that are joined from them.
 
-A user's shift changes hidden states from the first intervened token and the first intervened block
-on. So of an example with prompt p and target t, a step needs
+A shift changes hidden states from the first intervened token and the first intervened block on. So of
+an example with prompt p and target t, a pass needs
 
-    rows     the first intervened block's output, φ₁ applied, from the first intervened token to
-             the target's last but one (the last is predicted, and predicts nothing);
+    rows     the first intervened block's output, from the first intervened token to the target's last
+             but one (the last is predicted, and predicts nothing);
     past     the keys and values of all earlier tokens at every later block.
 
-With an "f" part in the positions the rows are all of the example and there is no past.
+With an "f" part in the positions the rows are all of the example and there is no past. Personal training
+caches rows behind φ₁. Collective training changes φ₁, so it caches them before φ₁.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,11 +54,18 @@ class Examples:
         ids = self.ids[first : first + prompt + self.targets[which]].tolist()
         return ids[:prompt], ids[prompt:]
 
+    def marks_of(self, which: Indices) -> Indices:
+        """The marks of these examples, one example behind another."""
+        found: Indices = self.marks[ragged(self.first_mark[which], self.marked[which])]
+        return found
+
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """Rows and pasts of some examples, one behind another; *place* i is the i-th of them."""
+    """Cached rows and pasts of some examples, one behind another; *place* i is the i-th of them."""
 
+    layer: int  # the first intervened block, whose output the rows are
+    is_shifted: bool  # whether φ₁ of that block is applied to them
     hidden: Tensor  # (R, d)
     past: dict[int, tuple[Tensor, Tensor]]  # by later block: keys and values (Q, width)
     first_row: Indices  # by place
@@ -69,17 +78,13 @@ class ActivationCache:
 
     def moved(self, places: Indices, rows: Indices, starts: Indices, device: torch.device) -> ActivationCache:
         """A copy on `device` of the examples at these places, which have so many rows and past tokens."""
-
-        def copied(tensor: Tensor, first: Indices, counts: Indices) -> Tensor:
-            out = tensor.new_empty(counts.sum(), tensor.shape[1], device=device)
-            for at, to, count in np.stack([first[places], _first(counts), counts], 1).tolist():
-                out[to : to + count].copy_(tensor[at : at + count], non_blocking=True)
-            return out
-
+        past_from = self.first_past[places]
         return ActivationCache(
-            hidden=copied(self.hidden, self.first_row, rows),
+            layer=self.layer,
+            is_shifted=self.is_shifted,
+            hidden=_runs(self.hidden, self.first_row[places], rows, device),
             past={
-                block: (copied(keys, self.first_past, starts), copied(values, self.first_past, starts))
+                block: (_runs(keys, past_from, starts, device), _runs(values, past_from, starts, device))
                 for block, (keys, values) in self.past.items()
             },
             first_row=_first(rows),
@@ -88,12 +93,15 @@ class ActivationCache:
 
 
 class Part(NamedTuple):
-    """Examples of one owner, and where what is kept of them lies."""
+    """Examples of one owner, and at which places of a cache they lie."""
 
     examples: Examples
     which: Indices
     kept: ActivationCache
     places: Indices
+
+
+# -- filling -----------------------------------------------------------------------------------------
 
 
 def kept_bytes(tail: PartialDecoder, examples: Examples, layer: int) -> Indices:
@@ -108,29 +116,34 @@ def keep(
     tail: PartialDecoder,
     examples: Examples,
     which: Indices,
-    collective: Shift,
+    layer: int,
     caps: BatchBudget,
     *,
+    collective: Shift | None,
     working: Callable[[], AbstractContextManager[Any]] = nullcontext,
     spill: bool = False,
 ) -> ActivationCache:
-    """Compute rows and pasts of examples `which`, to be kept on their device or (`spill`) in host memory.
+    """Compute rows and pasts of examples `which`, on their device or (`spill`) in host memory.
 
-    `caps`: of one pass. `working` is entered for each pass, and what it raises ends it.
+    `layer`: the first intervened block. `collective`: the shift that its rows get; None: none, so that it
+    can be trained. `caps`: of one pass. `working` is entered for each pass, and what it raises ends it.
     """
-    layer, device = min(collective), examples.ids.device
+    device = examples.ids.device
     rows, starts = examples.rows[which], examples.starts[which]
 
     def store(count: int, width: int) -> Tensor:
-        """Zeros: it is filled over many passes, and memory of tensors is given out as it was left."""
+        """Zeros: passes fill it one by one, and new tensors show what memory held before."""
         if spill:  # locked in memory, or a copy from there would wait for the CPU
             return torch.zeros(count, width, dtype=tail.dtype, pin_memory=device.type == "cuda")
         return torch.zeros(count, width, dtype=tail.dtype, device=device)
 
+    past_tokens = int(starts.sum())
     kept = ActivationCache(
+        layer=layer,
+        is_shifted=collective is not None,
         hidden=store(rows.sum(), tail.hidden_size),
         past={
-            later: (store(starts.sum(), tail.past_width), store(starts.sum(), tail.past_width))
+            later: (store(past_tokens, tail.past_width), store(past_tokens, tail.past_width))
             for later in range(layer + 1, tail.blocks)
         },
         first_row=_first(rows),
@@ -147,10 +160,10 @@ def keep(
     return kept
 
 
-def _fill(tail: PartialDecoder, part: Part, collective: Shift) -> None:
+def _fill(tail: PartialDecoder, part: Part, collective: Shift | None) -> None:
     """Run whole examples up to the first intervened block and, for their pasts, the past on to the end."""
     examples, which, kept, places = part
-    device, layer = examples.ids.device, min(collective)
+    device, store, layer = examples.ids.device, kept.hidden.device, kept.layer
     starts, rows = examples.starts[which], examples.rows[which]
     first = _first(starts + rows)  # of each example among the packed rows
 
@@ -160,12 +173,10 @@ def _fill(tail: PartialDecoder, part: Part, collective: Shift) -> None:
     none = np.zeros_like(starts)
     hidden = tail.embed(examples.ids.index_select(0, index(examples.first_id[which], starts + rows)))
     hidden = tail.run(hidden, range(layer + 1), Packing(none, starts + rows, device))
-    marks = examples.marks[ragged(examples.first_mark[which], examples.marked[which])]
-    if len(marks):
-        marks = marks + np.repeat(first + starts, examples.marked[which])
+    if collective is not None:
+        marks = examples.marks_of(which) + np.repeat(first + starts, examples.marked[which])
         group = ShiftGroup(torch.from_numpy(marks).to(device).unsqueeze(0), None, collective, None)
         hidden = shift_rows(hidden, group, layer)
-    store = kept.hidden.device
     there = index(kept.first_row[places], rows).to(store)
     kept.hidden.index_copy_(0, there, hidden.index_select(0, index(first + starts, rows)).to(store))
     if not kept.past or not starts.any():
@@ -173,8 +184,8 @@ def _fill(tail: PartialDecoder, part: Part, collective: Shift) -> None:
     there = index(kept.first_past[places], starts).to(store)
 
     def capture(block: int, keys: Tensor, values: Tensor) -> None:
-        for kept_tensor, new in zip(kept.past[block], (keys, values), strict=True):
-            kept_tensor.index_copy_(0, there, new.to(store))
+        for cached, new in zip(kept.past[block], (keys, values), strict=True):
+            cached.index_copy_(0, there, new.to(store))
 
     behind = starts > 0
     packing = Packing(none[behind], starts[behind], device, capture=capture)
@@ -183,11 +194,16 @@ def _fill(tail: PartialDecoder, part: Part, collective: Shift) -> None:
     tail.run(hidden, range(layer + 1, tail.blocks), packing, rows=there[:0].to(device))
 
 
+# -- joining -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Joined:
     """Examples of U owners as one pass of N packed rows and M target tokens."""
 
-    hidden: Tensor  # (N, d), the first intervened block's output
+    layer: int  # the first intervened block
+    is_shifted: bool  # whether φ₁ of that block is applied
+    hidden: Tensor  # (N, d), that block's output
     packing: Packing
     index: Tensor  # (U, k) packed rows of each owner's marks
     valid: Tensor | None  # (U, k), None when every owner has k
@@ -195,60 +211,75 @@ class Joined:
     labels: Tensor  # (M,) the tokens
     label_owners: Indices  # (M,) 0 … U − 1
 
+    def run(self, tail: PartialDecoder, collective: Shift, personal: Shift | None) -> Tensor:
+        """The last block's output at `label_rows`, (M, d), under φ₂∘φ₁; without tensors, the model's own."""
+        both = ShiftGroup(self.index, self.valid, collective, personal)
+        first = ShiftGroup(self.index, self.valid, personal or {}, None) if self.is_shifted else both
+        hidden = shift_rows(self.hidden, first, self.layer)
+        blocks = range(self.layer + 1, tail.blocks)
+        return tail.run(hidden, blocks, self.packing, groups=[both], rows=self.label_rows)
+
 
 def join(parts: Sequence[Part], owners: Sequence[int], device: torch.device) -> Joined:
     """`owners` (0 … U − 1, ascending) says whose each part is."""
-
-    def of_examples(name: str) -> Indices:
-        return np.concatenate([getattr(part.examples, name)[part.which] for part in parts])
-
-    prompts, targets, starts, rows, marked = map(
-        of_examples, ("prompts", "targets", "starts", "rows", "marked")
+    prompts, targets, starts, rows, marked = (
+        np.concatenate(_of_parts(parts, name)) for name in ("prompts", "targets", "starts", "rows", "marked")
     )
     first = _first(rows)
     owner = np.repeat(owners, [len(part.which) for part in parts])  # (B,)
-    marks = np.concatenate(
-        [p.examples.marks[ragged(p.examples.first_mark[p.which], p.examples.marked[p.which])] for p in parts]
-    )
-    index, valid = _by_owner(marks + np.repeat(first, marked), np.repeat(owner, marked), device)
-    hidden, labels = (
-        _gather([(tensor, torch.from_numpy(ragged(*at)).to(device)) for tensor, *at in sources])
-        for sources in (
-            [(p.kept.hidden, p.kept.first_row[p.places], p.examples.rows[p.which]) for p in parts],
-            [(p.examples.ids, p.examples.first_label[p.which], p.examples.targets[p.which]) for p in parts],
-        )
-    )
+    marks = np.concatenate([part.examples.marks_of(part.which) for part in parts])
+    index, valid = _by_owner(marks + np.repeat(first, marked), np.repeat(owner, marked), owners[-1] + 1)
+    hidden, labels = [], []
+    for part in parts:
+        examples, which = part.examples, part.which
+        row_runs = ragged(part.kept.first_row[part.places], examples.rows[which])
+        hidden.append((part.kept.hidden, torch.from_numpy(row_runs).to(device)))
+        label_runs = ragged(examples.first_label[which], examples.targets[which])
+        labels.append((examples.ids, torch.from_numpy(label_runs).to(device)))
     return Joined(
-        hidden=hidden,
+        layer=parts[0].kept.layer,
+        is_shifted=parts[0].kept.is_shifted,
+        hidden=_gather(hidden),
         packing=Packing(starts, rows, device, past=_past(parts, device) if starts.any() else None),
-        index=index,
-        valid=valid,
+        index=torch.from_numpy(index).to(device),
+        valid=None if valid is None else torch.from_numpy(valid).to(device),
         label_rows=torch.from_numpy(ragged(first + prompts - 1 - starts, targets)).to(device),
-        labels=labels,
+        labels=_gather(labels),
         label_owners=np.repeat(owner, targets),
     )
 
 
+def _of_parts(parts: Sequence[Part], name: str) -> list[Indices]:
+    """A number of each example, by part."""
+    return [getattr(part.examples, name)[part.which] for part in parts]
+
+
 def _past(parts: Sequence[Part], device: torch.device) -> Callable[[int], tuple[Tensor, Tensor]]:
     """What Packing wants: keys and values (B · S, width) of a layer, pasts from slot 0."""
-    starts, rows = (
-        [getattr(part.examples, name)[part.which] for part in parts] for name in ("starts", "rows")
-    )
-    slots = np.arange(max(map(np.max, starts)) + max(map(np.max, rows)))  # (S,)
-    at = []
+    starts = _of_parts(parts, "starts")
+    longest_rows = max(rows.max() for rows in _of_parts(parts, "rows"))
+    slots = np.arange(max(start.max() for start in starts) + longest_rows)  # (S,)
+    indices = []
     for part, start in zip(parts, starts, strict=True):
         # Slots behind a past hold its last token again: any finite numbers do.
         index = part.kept.first_past[part.places, None] + np.minimum(slots, start[:, None] - 1)
-        at.append(torch.from_numpy(index.reshape(-1)).to(device))
+        indices.append(torch.from_numpy(index.reshape(-1)).to(device))
 
     def of_layer(layer: int) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            _gather([(part.kept.past[layer][i], index) for part, index in zip(parts, at, strict=True)])
-            for i in range(2)
-        )
+        pasts = [part.kept.past[layer] for part in parts]
+        keys = _gather([(past[0], index) for past, index in zip(pasts, indices, strict=True)])
+        values = _gather([(past[1], index) for past, index in zip(pasts, indices, strict=True)])
         return keys, values
 
     return of_layer
+
+
+def _by_owner(rows: Indices, owner: Indices, owners: int) -> tuple[Indices, npt.NDArray[np.bool_] | None]:
+    """(index, valid) of a Group from rows sorted by owner, who are 0 … `owners` − 1."""
+    counts = np.bincount(owner, minlength=owners)
+    places = np.arange(counts.max())
+    index = rows[_first(counts)[:, None] + np.minimum(places, counts[:, None] - 1)]
+    return index, None if counts.min() == counts.max() else places < counts[:, None]
 
 
 def _gather(sources: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -264,13 +295,12 @@ def _gather(sources: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return out
 
 
-def _by_owner(rows: Indices, owner: Indices, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """(index, valid) of a Group from rows sorted by owner; everyone has at least one."""
-    counts = np.bincount(owner)
-    places = np.arange(counts.max())
-    index = rows[_first(counts)[:, None] + np.minimum(places, counts[:, None] - 1)]
-    valid = None if counts.min() == counts.max() else torch.from_numpy(places < counts[:, None]).to(device)
-    return torch.from_numpy(index).to(device), valid
+def _runs(tensor: Tensor, first: Indices, counts: Indices, device: torch.device) -> Tensor:
+    """Runs of rows of `tensor`, one behind another, on `device`."""
+    out = tensor.new_empty(counts.sum(), tensor.shape[1], device=device)
+    for begin, to, count in zip(first.tolist(), _first(counts).tolist(), counts.tolist(), strict=True):
+        out[to : to + count].copy_(tensor[begin : begin + count], non_blocking=True)
+    return out
 
 
 def _first(counts: Indices) -> Indices:

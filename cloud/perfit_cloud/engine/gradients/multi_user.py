@@ -18,7 +18,7 @@ from torch import Tensor
 from perfit_cloud.engine.gradients.activation_cache import Part, join
 from perfit_cloud.engine.gradients.batch import Pair, make_batch, target_log_likelihoods
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.interventions import Phi, Shift, ShiftGroup, row_index, shift_rows
+from perfit_cloud.model.interventions import Phi, Shift, ShiftGroup, row_index
 from perfit_cloud.model.partial import Indices, PartialDecoder
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -74,20 +74,9 @@ def pass_from_kept(
     """The blocks above the first intervened one; `owners` (ascending) says whose each part is."""
     device = parts[0].kept.hidden.device
     joined = join(parts, owners, device)
-    layer = min(users.collective)
     with torch.set_grad_enabled(users.differentiates):
-        personal, hidden = users.stacked(device), joined.hidden
-        if personal is not None:  # the cached rows hold φ₁ of the first layer, so φ₂ alone is left to apply
-            hidden = shift_rows(
-                hidden, ShiftGroup(joined.index, joined.valid, {layer: personal[layer]}, None), layer
-            )
-        hidden = tail.run(
-            hidden,
-            range(layer + 1, tail.blocks),
-            joined.packing,
-            groups=[ShiftGroup(joined.index, joined.valid, users.collective, personal)],
-            rows=joined.label_rows,
-        )
+        personal = users.stacked(device)
+        hidden = joined.run(tail, users.collective, personal)
     weights = users.weights_of(joined.label_owners, device)
     losses, seed = tail.losses(hidden.detach(), joined.labels, weights)
     targets = np.concatenate([part.examples.targets[part.which] for part in parts])

@@ -1,8 +1,8 @@
 """Updates: sessions whose examples are kept between steps, as far as no user's tensors can change them.
 
 A step then runs the blocks above the first intervened one, from the first intervened token on, and the head
-on the target tokens: `multi_user`, on what `activation_cache` holds. Families that `model/partial.py` does not
-know run in full, several users together all the same.
+on the target tokens: `multi_user`, on what `activation_cache` holds. Families that `model/partial.py` does
+not know run in full, several users together all the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock, yield_between_blocks
-from perfit_cloud.engine.example_cache import ON_DEVICE, SPILLED, CachedBlock, ExampleCache
 from perfit_cloud.engine.gradients.activation_cache import ActivationCache, Examples, Part, keep, kept_bytes
 from perfit_cloud.engine.gradients.batch import PASS_TOKENS, BatchBudget, Pair
+from perfit_cloud.engine.gradients.example_cache import ON_DEVICE, SPILLED, CachedBlock, ExampleCache
 from perfit_cloud.engine.gradients.multi_user import pass_from_kept
 from perfit_cloud.engine.gradients.requests import (
     GradientRequest,
@@ -256,7 +256,8 @@ class UpdateEngine:
         self, tail: PartialDecoder, session: UpdateSession, which: Indices, **options: Any
     ) -> ActivationCache:
         """Of these examples, behind φ₁; `options` are those of `keep`."""
-        return keep(tail, session.arrays, which, session.collective, self.budget, **options)
+        shift = session.collective
+        return keep(tail, session.arrays, which, session.layer, self.budget, collective=shift, **options)
 
     # -- opening and closing -------------------------------------------------------------------
 
