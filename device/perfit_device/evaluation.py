@@ -21,18 +21,7 @@ from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
 
-__all__ = [
-    "Judged",
-    "answers",
-    "gradient_of",
-    "judge",
-    "mean_loss",
-    "pair_of",
-    "prompt_of",
-    "refusal",
-    "refused_among",
-    "scores",
-]
+__all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "refusal"]
 
 _T = TypeVar("_T")
 _SCORES_A_CALL = 16  # candidates; fewer where the cloud says so
@@ -70,78 +59,95 @@ class Judged:
         return [str(self.answers[row]) for row in rows]
 
 
-def judge(
-    cloud: Cloud,
-    task: Task,
-    items: Sequence[HistoryItem],
-    use: ShiftUse,
-    limits: Limits,
-    *,
-    retry_policy: RetryPolicy = NO_RETRIES,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Judged:
-    """Score and answer (greedily) all items. `progress` is told how many of 2 · len(items) are done."""
-    scored = scores(cloud, task, items, use, limits, retry_policy=retry_policy, progress=progress)
-    done = len(items)
-    answered = answers(
-        cloud,
-        task,
-        items,
-        use,
-        limits,
-        retry_policy=retry_policy,
-        progress=lambda more: progress(done + more),
-    )
-    return Judged(scored, answered)
+@dataclass(frozen=True)
+class TaskClient:
+    """One task at one cloud: losses and answers of items under a shift.
 
-
-def mean_loss(
-    cloud: Cloud,
-    task: Task,
-    items: Sequence[HistoryItem],
-    use: ShiftUse,
-    limits: Limits,
-    *,
-    cut: bool = False,
-    retry_policy: RetryPolicy = NO_RETRIES,
-) -> float:
-    """Mean nats a token over all answers and their end-of-sequence tokens.
-
-    Every call has `patience` of its own. Raises ExamplesRefused.
+    Every call has `patience` of its own. `progress` is told how many items are done.
     """
-    found = scores(cloud, task, items, use, limits, cut=cut, retry_policy=retry_policy)
-    _check_refused(items, found)
-    return _mean([score for score in found if isinstance(score, Score)])
+
+    cloud: Cloud
+    task: Task
+    limits: Limits
+    retry_policy: RetryPolicy = NO_RETRIES
+
+    def judge(
+        self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
+    ) -> Judged:
+        """Score and answer (greedily) all items. `progress` is told how many of 2 · len(items) are done."""
+        scored = self.scores(items, use, progress=progress)
+        done = len(items)
+        return Judged(scored, self.answers(items, use, progress=lambda more: progress(done + more)))
+
+    def mean_loss(self, items: Sequence[HistoryItem], use: ShiftUse, *, cut: bool = False) -> float:
+        """Mean nats a token over all answers and their end-of-sequence tokens. Raises ExamplesRefused."""
+        found = self.scores(items, use, cut=cut)
+        _check_refused(items, found)
+        return _mean([score for score in found if isinstance(score, Score)])
+
+    def scores(
+        self,
+        items: Sequence[HistoryItem],
+        use: ShiftUse,
+        *,
+        cut: bool = False,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[Score | InvalidPrompt]:
+        """Of every item's answer, or why the cloud refuses the item."""
+        task = self.task
+
+        def score(chunk: Sequence[HistoryItem]) -> list[Score]:
+            pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
+            return self.retry_policy.call(lambda: self.cloud.score(pairs, use))
+
+        most = min(_SCORES_A_CALL, self.limits.examples)
+        found: list[Score | InvalidPrompt] = []
+        for chunk in _chunks(task, items, most, self.limits.call_tokens):
+            found += _each(score, chunk)
+            progress(len(found))
+        return found
+
+    def answers(
+        self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
+    ) -> list[str | InvalidPrompt]:
+        """Greedy answers in the order of the items, or why the cloud refuses an item."""
+        task, limits = self.task, self.limits
+        sampling = Sampling(min(task.answer_tokens, limits.new_tokens), stop=task.stop)
+        refused: dict[int, InvalidPrompt] = {}
+        texts = ask_all(
+            self.cloud,
+            use,
+            [(prompt_of(task, item), sampling) for item in items],
+            in_flight=min(_IN_FLIGHT, limits.questions),
+            retry_policy=self.retry_policy,
+            refused=refused,
+            progress=progress,
+        )
+        return [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
+
+    def refused_among(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
+        """The examples that the cloud refuses, as an update takes them.
+
+        Which they are the cloud alone knows, for it has the tokenizer. They are looked for from the
+        longest down, until some in a row are fine; one that is missed is refused by name later.
+        """
+        found, fine = [], 0
+        for item in sorted(items, key=_length, reverse=True):
+            pair = pair_of(self.task, item)
+            try:
+                self.retry_policy.call(partial(self.cloud.score, [pair], ShiftUse()))
+                fine += 1
+            except InvalidPrompt:
+                found.append(item)
+                fine = 0
+            if fine == _FINE_IN_A_ROW:
+                break
+        return found
 
 
 def _mean(of: Sequence[Score]) -> float:
     """Nats a token."""
     return -sum(each.log_likelihood for each in of) / sum(each.tokens for each in of)
-
-
-def scores(
-    cloud: Cloud,
-    task: Task,
-    items: Sequence[HistoryItem],
-    use: ShiftUse,
-    limits: Limits,
-    *,
-    cut: bool = False,
-    retry_policy: RetryPolicy = NO_RETRIES,
-    progress: Callable[[int], None] = lambda _: None,
-) -> list[Score | InvalidPrompt]:
-    """Of every item's answer, or why the cloud refuses the item."""
-
-    def score(chunk: Sequence[HistoryItem]) -> list[Score]:
-        pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
-        return retry_policy.call(lambda: cloud.score(pairs, use))
-
-    chunks = _chunks(task, items, min(_SCORES_A_CALL, limits.examples), limits.call_tokens)
-    found: list[Score | InvalidPrompt] = []
-    for chunk in chunks:
-        found += _each(score, chunk)
-        progress(len(found))
-    return found
 
 
 def _chunks(
@@ -176,59 +182,8 @@ def _each(
         return [value for item in items for value in _each(call, [item])]
 
 
-def refused_among(
-    cloud: Cloud, task: Task, items: Sequence[HistoryItem], *, retry_policy: RetryPolicy = NO_RETRIES
-) -> list[HistoryItem]:
-    """The examples that the cloud refuses, as an update takes them.
-
-    Which they are the cloud alone knows, for it has the tokenizer. They are looked for from the longest
-    down, until some in a row are fine; one that is missed is refused by name later.
-    """
-    found, fine = [], 0
-    for item in sorted(items, key=_length, reverse=True):
-        pair = pair_of(task, item)
-        try:
-            retry_policy.call(partial(cloud.score, [pair], ShiftUse()))
-            fine += 1
-        except InvalidPrompt:
-            found.append(item)
-            fine = 0
-        if fine == _FINE_IN_A_ROW:
-            break
-    return found
-
-
 def _length(item: HistoryItem) -> int:
     return sum(len(text.encode()) for text in item.fields.values())
-
-
-def answers(
-    cloud: Cloud,
-    task: Task,
-    items: Sequence[HistoryItem],
-    use: ShiftUse,
-    limits: Limits,
-    *,
-    retry_policy: RetryPolicy = NO_RETRIES,
-    progress: Callable[[int], None] = lambda _: None,
-) -> list[str | InvalidPrompt]:
-    """Greedy answers in the order of the items, or why the cloud refuses an item."""
-    sampling = Sampling(
-        max_new_tokens=min(task.answer_tokens, limits.new_tokens), temperature=0.0, stop=task.stop
-    )
-    questions = [(prompt_of(task, item), sampling) for item in items]
-    refused: dict[int, InvalidPrompt] = {}
-    in_flight = min(_IN_FLIGHT, limits.questions)
-    texts = ask_all(
-        cloud,
-        use,
-        questions,
-        in_flight=in_flight,
-        retry_policy=retry_policy,
-        refused=refused,
-        progress=progress,
-    )
-    return [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
 
 
 def gradient_of(

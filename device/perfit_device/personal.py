@@ -1,43 +1,47 @@
-"""Personal shifts in the vault: one for each (cloud, artefact), and their files outside it.
+"""Personal shifts in the vault: for each (cloud, artefact) the last versions, one of which is current.
 
-Beside the current version lies the one before it, so that an update can be undone.
+    shift    CLOUD/ARTEFACT           JSON: which version is current, and what is known of each
+    version  CLOUD/ARTEFACT/NUMBER    the tensors of one version
+
+An update adds a version behind the current one. `undo` makes an earlier one current; the later ones stay
+until the next update takes their place.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from perfit_device.cloud.codec import Artefact
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import (
-    InvalidData,
-    InvalidInput,
-    InvalidTensors,
-    NotFound,
-    ShiftMismatch,
-    VaultDamaged,
-)
-from perfit_shared.shifts import ShiftTensors, read_metadata
+from perfit_shared.errors import InvalidInput, InvalidTensors, NotFound, ShiftMismatch, VaultDamaged
+
+if TYPE_CHECKING:
+    from perfit_device.cloud.codec import Artefact
+    from perfit_shared.shifts import ShiftTensors
 
 __all__ = [
+    "MOST_VERSIONS",
+    "Learned",
     "PersonalShift",
+    "Version",
+    "Versions",
     "artefacts",
-    "export",
-    "has_previous",
+    "check_version",
+    "forget_earlier",
+    "import_versions",
     "load",
-    "read_file",
+    "read_tensors",
+    "read_versions",
     "row_name",
     "store",
-    "summary",
     "undo",
 ]
 
-_KIND, _PREVIOUS = "shift", "previous"
-_EXPORTED = ("artefact", "version", "task")  # of the metadata
-_LARGEST_FILE = 512 * 1024 * 1024  # bytes
+MOST_VERSIONS = 10  # kept of one shift, the current one among them
+_INDEX, _TENSORS = "shift", "version"  # kinds of rows
 
 
 @dataclass(frozen=True)
@@ -51,151 +55,209 @@ class PersonalShift:
     forgotten: int = 0
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a version was made of. None where nobody knows: vaults of format 1 did not say.
+
+    Losses are in nats a token. Those of training are means over the first and the last epoch's steps;
+    the gate's are of the version before, and of this one.
+    """
+
+    examples: int | None = None
+    train_before: float | None = None
+    train_after: float | None = None
+    gate_before: float | None = None
+    gate_after: float | None = None
+
+
+@dataclass(frozen=True)
+class Version:
+    """What is known of one version, beside its tensors."""
+
+    number: int  # from 1; no number is given twice
+    artefact_version: str
+    updates: int
+    forgotten: int = 0  # as of PersonalShift
+    date: str = ""  # ISO 8601, UTC; "" where nobody knows
+    learned: Learned = field(default_factory=Learned)
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The kept versions of one shift, by their numbers, and the number of the current one."""
+
+    task: str  # name of the artefact's task
+    current: int
+    kept: tuple[Version, ...]
+
+    def find(self, number: int) -> Version | None:
+        return next((version for version in self.kept if version.number == number), None)
+
+    @property
+    def now(self) -> Version:
+        """The current version."""
+        return next(version for version in self.kept if version.number == self.current)
+
+    @property
+    def before(self) -> Version | None:
+        """The version that `undo` makes current."""
+        earlier = [version for version in self.kept if version.number < self.current]
+        return earlier[-1] if earlier else None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Versions:
+        """Raises VaultDamaged."""
+        try:
+            values = json.loads(data)
+            kept = [Version(**each | {"learned": Learned(**each["learned"])}) for each in values["kept"]]
+            versions = cls(values["task"], values["current"], tuple(kept))
+            if versions.find(versions.current) is None:
+                raise ValueError("the current version is not kept")
+            return versions
+        except (ValueError, KeyError, TypeError) as error:
+            raise VaultDamaged("the vault holds a list of versions that cannot be read") from error
+
+
 def row_name(cloud_id: str, artefact: str) -> str:
     """The name under which the vault keeps what belongs to one (cloud, artefact)."""
     return f"{cloud_id}/{artefact}"
 
 
-def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | None:
-    """None when this user has none yet. Raises ShiftMismatch when the artefact has changed since."""
-    data = vault.get(_KIND, row_name(cloud_id, artefact.name))
-    if data is None:
-        return None
-    metadata = read_metadata(data)
-    _check_metadata(metadata, artefact, "your personal shift", "`perfit update --fresh` trains a new one")
-    tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
-    return PersonalShift(tensors, int(metadata.get("updates", "0")), int(metadata.get("forgotten", "0")))
-
-
-def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift) -> None:
-    """Make it the current version. The one before is kept, unless it may know what this one does not.
-
-    For a shift that was trained afresh, after examples were forgotten, is there to unlearn them.
-    """
-    place = row_name(cloud_id, artefact.name)
-    metadata = _metadata(artefact) | {"updates": str(shift.updates), "forgotten": str(shift.forgotten)}
-    before = vault.get(_KIND, place)
-    with vault.transaction():
-        _forget_previous(vault, place)
-        if before is not None and int(read_metadata(before).get("forgotten", "0")) >= shift.forgotten:
-            vault.put(_PREVIOUS, f"{place}/{artefact.task.name}", before)
-        vault.put(_KIND, place, shift.tensors.to_bytes(metadata=metadata))
-
-
-def has_previous(vault: Vault, cloud_id: str, artefact: str) -> bool:
-    return bool(_previous_names(vault, row_name(cloud_id, artefact)))
-
-
-def undo(vault: Vault, cloud_id: str, artefact: str) -> int:
-    """Make the version before the current one, and the current one the one before: again, and it is back.
-
-    Gives how many updates made it. Raises NotFound when there is none.
-    """
-    place = row_name(cloud_id, artefact)
-    names = _previous_names(vault, place)
-    before, current = (vault.get(_PREVIOUS, names[0]) if names else None), vault.get(_KIND, place)
-    if before is None or current is None:
-        raise NotFound(f"there is no earlier version of your shift for {artefact} to go back to")
-    with vault.transaction():
-        vault.put(_KIND, place, before)
-        vault.put(_PREVIOUS, names[0], current)
-    return int(read_metadata(before).get("updates", "0"))
-
-
-def _previous_names(vault: Vault, place: str) -> list[str]:
-    """Rows of the version before. Their names end in the task, by which `forget` finds them."""
-    return [name for name in vault.list(_PREVIOUS) if name.rpartition("/")[0] == place]
-
-
-def _forget_previous(vault: Vault, place: str) -> None:
-    for name in _previous_names(vault, place):
-        vault.delete(_PREVIOUS, name)
-
-
-def artefacts(vault: Vault, cloud_id: str) -> list[str]:
+def artefacts(vault: Vault, cloud_id: str = "") -> list[str]:
     """The artefacts of a cloud that this user has a shift for; of all clouds' where `cloud_id` is ""."""
-    names = [name.rpartition("/") for name in vault.list(_KIND)]
+    names = [name.rpartition("/") for name in vault.list(_INDEX)]
     return sorted(artefact for cloud, _, artefact in names if cloud_id in ("", cloud))
 
 
-def summary(vault: Vault, cloud_id: str, artefact: str) -> dict[str, str] | None:
-    """The metadata of the current version (artefact, version, task, updates), or None."""
-    data = vault.get(_KIND, row_name(cloud_id, artefact))
-    return None if data is None else read_metadata(data)
+def read_versions(vault: Vault, cloud_id: str, artefact: str) -> Versions | None:
+    """None when this user has no shift for the artefact. Raises VaultDamaged."""
+    data = vault.get(_INDEX, row_name(cloud_id, artefact))
+    return None if data is None else Versions.from_bytes(data)
 
 
-def export(vault: Vault, cloud_id: str, artefact: str, path: Path, *, force: bool = False) -> dict[str, str]:
-    """Write a shift file, for its owner's eyes only; the metadata that it has.
+def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | None:
+    """None when this user has none yet. Raises ShiftMismatch when the artefact has changed since."""
+    from perfit_shared.shifts import ShiftTensors
 
-    Raises NotFound when there is no shift, InvalidInput when the file exists or cannot be written.
-    """
-    sealed = vault.get(_KIND, row_name(cloud_id, artefact))
-    if sealed is None:
-        raise NotFound(f"there is no personal shift for {artefact} yet; `perfit update` trains one")
-    metadata = {k: v for k, v in read_metadata(sealed).items() if k in _EXPORTED}
-    data = _tensors(sealed).to_bytes(metadata=metadata)
-    _write(path, data, force=force)
-    return metadata
+    versions = read_versions(vault, cloud_id, artefact.name)
+    if versions is None:
+        return None
+    now = versions.now
+    check_version(
+        now.artefact_version, artefact, "your personal shift", "`perfit update --fresh` trains a new one"
+    )
+    data = _read(vault, row_name(cloud_id, artefact.name), now.number)
+    tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
+    return PersonalShift(tensors, now.updates, now.forgotten)
 
 
-def _tensors(sealed: bytes) -> ShiftTensors:
-    """Whatever spec they were made for. Raises VaultDamaged."""
+def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> ShiftTensors:
+    """The tensors of one version, whatever spec they were made for. Raises VaultDamaged."""
     import safetensors
     import safetensors.numpy
 
+    from perfit_shared.shifts import ShiftTensors
+
+    data = _read(vault, row_name(cloud_id, artefact), number)
     try:
-        return ShiftTensors.from_named(safetensors.numpy.load(sealed))
+        return ShiftTensors.from_named(safetensors.numpy.load(data))
     except (InvalidTensors, safetensors.SafetensorError) as error:
         raise VaultDamaged("the vault holds a shift that cannot be read") from error
 
 
-def _write(path: Path, data: bytes, *, force: bool) -> None:
-    target = path if not force else path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if force:
-            target.replace(path)
-    except FileExistsError as error:
-        raise InvalidInput(f"{target} exists; choose another name, or --force to replace it") from error
-    except OSError as error:
-        if force:
-            target.unlink(missing_ok=True)
-        raise InvalidInput(f"cannot write {path}: {error.strerror}") from error
+def store(
+    vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift, learned: Learned | None = None
+) -> None:
+    """Add a version behind the current one, and make it current.
+
+    Versions that were undone go, and the oldest of more than ten. So do those that may know what this one
+    does not: a shift that was trained afresh, after examples were forgotten, is there to unlearn them.
+    """
+    place = row_name(cloud_id, artefact.name)
+    old = read_versions(vault, cloud_id, artefact.name)
+    kept = () if old is None else old.kept
+    version = Version(
+        number=1 + max((each.number for each in kept), default=0),
+        artefact_version=artefact.version,
+        updates=shift.updates,
+        forgotten=shift.forgotten,
+        date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        learned=learned or Learned(),
+    )
+    earlier = [
+        each
+        for each in kept
+        if old is not None and each.number <= old.current and each.forgotten >= shift.forgotten
+    ]
+    new = Versions(artefact.task.name, version.number, (*earlier, version)[-MOST_VERSIONS:])
+    with vault.transaction():
+        _write(vault, place, old, new)
+        vault.put(_TENSORS, f"{place}/{version.number}", shift.tensors.to_bytes())
 
 
-def read_file(path: Path, artefact: Artefact) -> ShiftTensors:
-    """Somebody's exported shift. Raises InvalidData, InvalidTensors or ShiftMismatch."""
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise InvalidData(f"{path} is too large to be a shift")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidData(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        metadata = read_metadata(data)
-    except InvalidTensors as error:
-        raise InvalidTensors(f"{path}: {error}") from error
-    _check_metadata(metadata, artefact, str(path), "ask for one that was trained against it")
-    try:
-        return ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
-    except InvalidTensors as error:
-        raise ShiftMismatch(f"{path} does not fit the artefact {artefact.name}: {error}") from error
+def import_versions(vault: Vault, place: str, rows: Sequence[tuple[bytes, Mapping[str, str]]]) -> None:
+    """Make these (tensors, metadata) the versions of a shift that has no list yet; the last is current."""
+    kept = []
+    for number, (data, metadata) in enumerate(rows, start=1):
+        updates, forgotten = (int(metadata.get(key, "0")) for key in ("updates", "forgotten"))
+        kept.append(Version(number, metadata.get("version", ""), updates, forgotten))
+        vault.put(_TENSORS, f"{place}/{number}", data)
+    task = rows[-1][1].get("task", place.rpartition("/")[2])
+    _write(vault, place, None, Versions(task, len(kept), tuple(kept)))
 
 
-def _metadata(artefact: Artefact) -> dict[str, str]:
-    return {"artefact": artefact.name, "version": artefact.version, "task": artefact.task.name}
+def undo(vault: Vault, cloud_id: str, artefact: str, to: int | None = None) -> Version:
+    """Make the version before the current one current, or that of the number `to`, which may be a later one.
+
+    Raises NotFound when there is none, InvalidInput when it is the current one.
+    """
+    versions = read_versions(vault, cloud_id, artefact)
+    if versions is None:
+        raise NotFound(f"there is no personal shift for {artefact} yet; `perfit update` trains one")
+    if to == versions.current:
+        raise InvalidInput(f"version {to} of {artefact} is the current one already")
+    version = versions.before if to is None else versions.find(to)
+    if version is None and to is not None:
+        raise NotFound(f"version {to} of {artefact} is not kept; `perfit undo --list` shows those that are")
+    if version is None:
+        raise NotFound(f"there is no earlier version of your shift for {artefact} to go back to")
+    _write(vault, row_name(cloud_id, artefact), versions, replace(versions, current=version.number))
+    return version
 
 
-def _check_metadata(metadata: Mapping[str, str], artefact: Artefact, whose: str, remedy: str) -> None:
-    if metadata.get("artefact") != artefact.name:
-        raise ShiftMismatch(
-            f"{whose} is for the artefact {metadata.get('artefact', '?')[:64]}, not {artefact.name}"
-        )
-    if metadata.get("version") != artefact.version:
+def forget_earlier(vault: Vault, tasks: Collection[str]) -> None:
+    """Delete all versions of these tasks' shifts for good, but for the current ones."""
+    for place, data in vault.list(_INDEX).items():
+        versions = Versions.from_bytes(data)
+        if versions.task in tasks and len(versions.kept) > 1:
+            _write(vault, place, versions, replace(versions, kept=(versions.now,)))
+
+
+def check_version(version: str, artefact: Artefact, whose: str, remedy: str) -> None:
+    """Raises ShiftMismatch unless the cloud serves this version of the artefact."""
+    if version != artefact.version:
         raise ShiftMismatch(
             f"{whose} was trained against another version of {artefact.name} than the cloud serves; {remedy}"
         )
+
+
+def _read(vault: Vault, place: str, number: int) -> bytes:
+    data = vault.get(_TENSORS, f"{place}/{number}")
+    if data is None:
+        raise VaultDamaged("the vault lacks a version of a shift that it lists")
+    return data
+
+
+def _write(vault: Vault, place: str, old: Versions | None, new: Versions) -> None:
+    """The list, and nothing of versions that are no longer in it."""
+    with vault.transaction():
+        vault.put(_INDEX, place, new.to_bytes())
+        for number in _numbers(old.kept if old else ()) - _numbers(new.kept):
+            vault.delete(_TENSORS, f"{place}/{number}")
+
+
+def _numbers(versions: Iterable[Version]) -> set[int]:
+    return {version.number for version in versions}

@@ -4,10 +4,11 @@
 
 At Llama-2-7B's width with the preset of LaMP-2N: 3 layers, rank 32, d = 4096, 786k numbers. The step
 runs on one core, with the allocator set as in an update. The update is `perfit update` itself, a
-process of its own with a vault, against a cloud that serves a thin random model of that width (4
-blocks, small heads: what a device does depends on the width alone). Its resident memory, in 10⁶ bytes,
-is read from /proc while it trains: the median, how the last quarter's differs from the second's, and
-the highest moment, which is a checkpoint's; then the highest before, Argon2id's when the vault opens.
+process of its own whose vault keeps ten versions of the shift. Its cloud serves a thin random model of
+that width (4 blocks, small heads: what a device does depends on the width alone). Its resident memory,
+in 10⁶ bytes, is read from /proc while it trains: the median, how the last quarter's differs from the
+second's, and the highest moment, which is a checkpoint's; then the highest before, Argon2id's when the
+vault opens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ import common
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from perfit_device import process_limits
+from perfit_device import personal, process_limits
+from perfit_device.personal import MOST_VERSIONS, PersonalShift
+from perfit_device.profile import Profile
+from perfit_device.settings import DeviceSettings
 from perfit_shared.errors import KEPT_OUT
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
@@ -36,7 +40,7 @@ from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.training import Schedule, Training
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from local import BIN, Device, LocalCloud
+from local import BIN, PASSPHRASE, Device, LocalCloud
 
 _ROOT = Path(__file__).resolve().parents[2]
 _STARTER = _ROOT / "cloud" / "perfit_cloud" / "starter"
@@ -122,6 +126,7 @@ def updating(spec: ShiftSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
         device = Device(folder / "homes", "bench")
         device("enroll", "-", text=cloud.invite())
         device("history", "import", str(_HISTORY), "--task", _TASK)
+        fill(device)
         said = folder / "said.txt"
         flags = ("--epochs", str(sizes.epochs), "--lr", "1e-4", "--checkpoint", str(sizes.checkpoint))
         with said.open("w") as stderr:
@@ -129,6 +134,17 @@ def updating(spec: ShiftSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
                 device.command("update", *flags), env={**os.environ, **device.env}, stderr=stderr
             )
             return watch(process, said)
+
+
+def fill(device: Device) -> None:
+    """Ten versions of the shift, all of them the seed."""
+    settings = DeviceSettings(device.profile, Path(device.env["PERFIT_HOME"]))
+    with Profile.open(settings, passphrase=lambda: PASSPHRASE) as profile, profile.vault() as vault:
+        cloud, info = profile.connect()
+        artefact = profile.artefact(None)
+        shift = PersonalShift(cloud.fetch_seed(artefact), updates=1)
+        for _ in range(MOST_VERSIONS):
+            personal.store(vault, info.cloud_id, artefact, shift)
 
 
 def watch(process: subprocess.Popen[bytes], said: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from perfit_shared.errors import InvalidData, NotFound
 from perfit_shared.metrics import HIGHER_IS_BETTER
 
-__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "load_task", "task_named"]
+__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "is_text", "load_task", "task_named"]
 
 _FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -65,11 +65,11 @@ class Task:
     def _check(self) -> None:
         """Types first: JSON may hold anything, whatever the annotations say."""
         for key in ("template", "answer", "metric", "marker", "lamp", "history_template"):
-            if not _is_text(getattr(self, key)):
+            if not is_text(getattr(self, key)):
                 raise InvalidData(f"its {key} should be text")
         for key in ("labels", "stop"):
             values = getattr(self, key)
-            if not isinstance(values, list | tuple) or not all(_is_text(v) and v for v in values):
+            if not isinstance(values, list | tuple) or not all(is_text(v) and v for v in values):
                 raise InvalidData(f"its {key} should be a list of texts, none empty")
         if len(self.stop) > _STOP_TEXTS or any(len(s.encode()) > _STOP_BYTES for s in self.stop):
             raise InvalidData(f"there may be {_STOP_TEXTS} stop texts of at most {_STOP_BYTES} bytes")
@@ -168,7 +168,7 @@ class Task:
             raise InvalidData("not a task: unknown or missing keys") from error
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """A string that UTF-8 can carry: JSON also makes lone surrogates."""
     if not isinstance(value, str):
         return False

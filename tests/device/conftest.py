@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from tests.device.commands import Perfit
 
-from perfit_device.cli import common, prompts
+from perfit_device import profile
+from perfit_device.cli import prompts
 from perfit_device.vault.crypto import KdfParams
 from perfit_shared.errors import (
     InvalidPrompt,
@@ -379,7 +380,7 @@ def history_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def perfit(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Perfit:
     monkeypatch.setattr(prompts, "has_terminal", lambda: False)  # whoever runs the tests may have one
-    monkeypatch.setattr(common, "_OPENING_SECONDS", 0.1)  # most clouds here that are gone stay away
+    monkeypatch.setattr(profile, "OPENING_SECONDS", 0.1)  # most clouds here that are gone stay away
     return Perfit(capsys, monkeypatch)
 
 

@@ -1,10 +1,15 @@
-"""Makes the vault of format 1 that every later version must open, and knows what it holds.
+"""Makes the vault of today's format that every later version must open, and knows what the kept ones hold.
 
 .venv/bin/python -m tests.device.kept_vault      (from the root; only for a new format)
+
+`vault-format1.db` and `vault-format1-undo.db` were made so by the perfit of format 1. The first holds one
+version of one shift; the second what `write` writes today.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,27 +18,32 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from perfit_device import history, personal
-from perfit_device.cli.common import remember, write_enrolment
 from perfit_device.cloud.codec import Artefact, CloudInfo, Limits
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_device.history import HistoryItem
+from perfit_device.known import remember, write_enrolment
+from perfit_device.personal import Learned, PersonalShift
 from perfit_device.training import update as updates
-from perfit_device.training.update import Plan
+from perfit_device.training.update import Finished, Plan
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
 from perfit_shared.training import Training
 
-__all__ = ["ARTEFACT", "CLOUD", "KEPT", "PASSPHRASE", "PLACE", "PLAN", "SEED", "STEPS", "items", "write"]
-
-KEPT = Path(__file__).parent / "data" / "vault-format1.db"
+DATA = Path(__file__).parent / "data"
+KEPT = DATA / "vault-format2.db"
+KEPT_OF_1 = DATA / "vault-format1-undo.db"
+FIRST_OF_1 = DATA / "vault-format1.db"
 PASSPHRASE = "a passphrase of format 1"
 CLOUD = "c0ffee"
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=2, hidden_size=8)
 ARTEFACT = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"], 0.01, 3, 4)
 PLACE = updates.row_name(CLOUD, "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
+NEXT = ShiftTensors.identity(SPEC, SPEC.personal_rank, 2)
+OTHER = replace(ARTEFACT, name="news_categorize", task=TASKS["news_categorize"])
+LEARNED = Learned(8, 1.5, 1.0, 1.4, 1.2)
 STEPS = 2
 
 
@@ -88,8 +98,12 @@ def write(path: Path) -> None:
         extra = HistoryItem.make(ARTEFACT.task, {"text": "one more", "title": "x"})
         history.add(vault, [extra])
         history.forget(vault, [extra])
-        personal.store(vault, CLOUD, ARTEFACT, personal.PersonalShift(SEED, 2))
+        personal.store(vault, CLOUD, ARTEFACT, PersonalShift(SEED, 2))
+        personal.store(vault, CLOUD, ARTEFACT, PersonalShift(NEXT, 3), LEARNED)
+        personal.store(vault, CLOUD, OTHER, PersonalShift(SEED, 1, 2))
         vault.put("checkpoint", PLACE, training.to_bytes())
+        vault.put("refused", PLACE, json.dumps({"of": "x", "names": ["y"]}).encode())
+        vault.put("finished", PLACE, json.dumps(asdict(Finished(PLAN, "f" * 64, accepted=True))).encode())
         vault.change_passphrase(PASSPHRASE)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.device.conftest import FakeCloud, Perfit, Personalization
 
-from perfit_device.cli import common
+from perfit_device import profile
 from perfit_device.cloud import client as clouds
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
@@ -89,7 +89,7 @@ def test_a_command_waits_for_a_cloud_that_is_back_soon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cloud that was restarting ended what had only begun: describing it, and fetching the seed."""
-    monkeypatch.setattr(common, "_OPENING_SECONDS", 10.0)
+    monkeypatch.setattr(profile, "OPENING_SECONDS", 10.0)
     for method in ("Describe", "FetchSeed"):
         cloud.fail = first(
             Unavailable("the cloud is stopping", retry_ms=30), Busy("busy", retry_ms=20), of=method
@@ -107,7 +107,7 @@ def test_an_invite_waits_too(
     cloud: FakeCloud,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(common, "_OPENING_SECONDS", 10.0)
+    monkeypatch.setattr(profile, "OPENING_SECONDS", 10.0)
     cloud.fail = first(Unavailable("stopping", retry_ms=30), of="Enroll")
     perfit.ok("enroll", cloud.invite().encode())
 
@@ -117,7 +117,7 @@ def test_waiting_ends(
     cloud: FakeCloud,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(common, "_OPENING_SECONDS", 1.5)
+    monkeypatch.setattr(profile, "OPENING_SECONDS", 1.5)
     cloud.fail = lambda method: Busy("the cloud is busy", retry_ms=100)
     begun = time.monotonic()
     assert "the cloud is busy" in enrolled.fails("ask", "x", code=3)

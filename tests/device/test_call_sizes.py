@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from perfit_device.cloud.codec import Artefact, Limits, Score, ShiftUse
-from perfit_device.evaluation import gradient_of, mean_loss
+from perfit_device.evaluation import TaskClient, gradient_of
 from perfit_device.history import HistoryItem
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
@@ -64,5 +64,6 @@ def test_a_call_holds_no_more_than_the_cloud_takes(
     assert (loss, tokens, cloud.calls) == (1.0, len(lengths), calls)
     cloud.calls.clear()
     use = ShiftUse(ARTEFACT, tensors)
-    assert mean_loss(cloud, TASK, items(*lengths), use, limits(call_tokens)) == 1.0  # type: ignore[arg-type]
+    client = TaskClient(cloud, TASK, limits(call_tokens))  # type: ignore[arg-type]
+    assert client.mean_loss(items(*lengths), use) == 1.0
     assert cloud.calls == calls

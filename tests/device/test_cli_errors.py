@@ -193,10 +193,9 @@ def test_progress_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatc
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(progress.os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
-    shown = Progress()
-    for step in range(1, 4):
-        shown.step(step, 1000, 1.5)
-    shown.end()
+    with Progress() as shown:
+        for step in range(1, 4):
+            shown.step(step, 1000, 1.5)
     lines = terminal.text.rstrip("\n").split("\r")[1:]
     assert len(lines) == 3 and all(len(line) < columns for line in lines)
     assert lines[0].startswith("step 1/1000")

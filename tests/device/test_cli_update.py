@@ -279,7 +279,7 @@ def test_an_evaluation_that_is_stopped_says_what_it_has(
     ready: Perfit, monkeypatch: pytest.MonkeyPatch, reason: BaseException, ends: int
 ) -> None:
     """After an error of the cloud's, hours of measuring were lost."""
-    judge = evaluation.judge
+    judge = evaluation.TaskClient.judge
     left = iter(["base", "collective"])
 
     def stopping(*args: Any, **how: Any) -> evaluation.Judged:
@@ -287,7 +287,7 @@ def test_an_evaluation_that_is_stopped_says_what_it_has(
             raise reason
         return judge(*args, **how)
 
-    monkeypatch.setattr(evaluation, "judge", stopping)
+    monkeypatch.setattr(evaluation.TaskClient, "judge", stopping)
     code, out, err = ready("evaluate", "--json")
     report = json.loads(out)
     assert (code, report["partial"], sorted(report["loss"])) == (ends, True, ["base", "collective"])

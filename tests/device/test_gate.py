@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ import pytest
 from tests.device.commands import Perfit
 from tests.device.test_updates import ARTEFACT, SEED, TASK, make_split, plan_for, prepared
 
-from perfit_device import history, personal
+from perfit_device import history, personal, shift_files
 from perfit_device.history import HistoryItem
 from perfit_device.personal import PersonalShift
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import NotFound
 from perfit_shared.shifts import ShiftTensors
 
 GOOD = ShiftTensors.identity(ARTEFACT.spec, ARTEFACT.spec.personal_rank, 5)
@@ -37,6 +37,11 @@ def digest_of(vault: Vault) -> str:
     shift = personal.load(vault, "cloud", ARTEFACT)
     assert shift is not None
     return shift.tensors.digest()
+
+
+def can_undo(vault: Vault) -> bool:
+    versions = personal.read_versions(vault, "cloud", ARTEFACT.name)
+    return versions is not None and versions.before is not None
 
 
 def store(vault: Vault, tensors: ShiftTensors, updates: int = 1, forgotten: int = 0) -> PersonalShift:
@@ -62,18 +67,6 @@ def test_anyway_takes_what_is_worse(vault: Vault) -> None:
     assert digest_of(vault) != GOOD.digest()
 
 
-def test_an_update_can_be_undone_and_done_again(vault: Vault) -> None:
-    store(vault, GOOD, 3)
-    with pytest.raises(NotFound):
-        personal.undo(vault, "cloud", ARTEFACT.name)
-    assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
-    store(vault, SEED, 4)
-    assert personal.undo(vault, "cloud", ARTEFACT.name) == 3
-    assert digest_of(vault) == GOOD.digest()
-    assert personal.undo(vault, "cloud", ARTEFACT.name) == 4
-    assert digest_of(vault) == SEED.digest()
-
-
 def test_what_was_forgotten_does_not_come_back(vault: Vault) -> None:
     """The version before knows it, and would be a way back to it."""
     items = [HistoryItem.make(TASK, {"text": f"text {n}", "title": "t"}) for n in range(2)]
@@ -81,15 +74,15 @@ def test_what_was_forgotten_does_not_come_back(vault: Vault) -> None:
     store(vault, SEED)
     current = store(vault, GOOD, 2)
     history.forget(vault, items[:1])
-    assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
+    assert not can_undo(vault)
     forgotten = history.forgotten(vault, TASK.name)
     run = prepared(vault, plan=FRESH, current=current, forgotten=forgotten, evaluate=losses(3.0, 5.0, 2.0))
     assert run.run().gate.accepted
-    assert not personal.has_previous(vault, "cloud", ARTEFACT.name)
+    assert not can_undo(vault)
     # What goes on from it knows no more than it does.
     later = prepared(vault, current=personal.load(vault, "cloud", ARTEFACT), forgotten=forgotten)
     assert later.run().gate.accepted
-    assert personal.has_previous(vault, "cloud", ARTEFACT.name)
+    assert can_undo(vault)
 
 
 # -- as commands -------------------------------------------------------------------------------
@@ -106,10 +99,43 @@ def test_undo_and_what_the_gate_kept_out(ready: Perfit, cloud: Any) -> None:
     assert ready("update", "--fresh", "--epochs", "1", "--lr", "1e-6", "--anyway")[0] == 0
     assert ready.json("status")["tasks"]["news_headline"]["can_undo"] is True
     cloud.stop()
-    assert ready.json("undo") == {"task": "news_headline", "updates": 1}
+    assert ready.json("undo") == {"task": "news_headline", "updates": 1, "number": 1}
+    assert "no earlier version" in ready.fails("undo")
+    assert "your shift is version 2 again" in ready("undo", "--to", "2")[2]
+    assert "version 3 of news_headline is not kept" in ready.fails("undo", "--to", "3")
     assert 'no personal shift for "poems"; there is one for news_headline' in ready.fails(
         "undo", "--task", "poems"
     )
+
+
+def test_undo_shows_the_versions(ready: Perfit, cloud: Any) -> None:
+    assert "no personal shift yet" in ready.fails("undo", "--list")
+    first = ready.json("update", "--epochs", "2")
+    ready.ok("update", "--epochs", "3")
+    cloud.stop()
+    ready.ok("undo")
+    listed = ready.json("undo", "--list")
+    assert listed["task"] == "news_headline"
+    assert [(v["number"], v["updates"], v["current"]) for v in listed["versions"]] == [
+        (1, 1, True),
+        (2, 2, False),
+    ]
+    assert listed["versions"][0]["learned"] == {
+        "examples": 13,
+        "train_before": first["loss_first"],
+        "train_after": first["loss_last"],
+        "gate_before": first["gate"]["before"],
+        "gate_after": first["gate"]["after"],
+    }
+    head, one, two = ready.ok("undo", "--list").splitlines()
+    assert head.split()[:2] == ["date", "examples"]
+    gate = first["gate"]
+    assert one.startswith("*    1  20") and f"{gate['before']:.4f} → {gate['after']:.4f}" in one
+    assert two.startswith("     2  20")
+    assert "--list changes nothing" in ready.fails("undo", "--list", "--to", "1")
+    shown = ready("status")[1]
+    assert "personal shift of 1 updates, version 1, 2 kept" in shown
+    assert json.loads(ready("status", "--json")[1])["tasks"]["news_headline"]["current"] == 1
 
 
 def test_an_update_with_nothing_new_does_not_train(ready: Perfit, cloud: Any) -> None:
@@ -141,7 +167,7 @@ def test_export_needs_no_cloud(ready: Perfit, cloud: Any, tmp_path: Path) -> Non
     cloud.stop()
     exported = ready.json("export", "--shift", str(tmp_path / "mine.shift"))
     assert (exported["task"], exported["version"]) == ("news_headline", "v1")
-    shift = personal.read_file(tmp_path / "mine.shift", _artefact(cloud))
+    shift = shift_files.read_file(tmp_path / "mine.shift", _artefact(cloud))
     assert set(shift.layers) == {1, 2}
 
 

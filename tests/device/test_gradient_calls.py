@@ -228,9 +228,8 @@ def test_the_losses_are_those_of_score(parts: Parts) -> None:
     with parts.adapting() as source:
         found = source.loss(seed)()
     assert parts.streams == ["Adapt"]
-    wanted = evaluation.mean_loss(
-        parts.cloud, parts.artefact.task, parts.split.gate, ShiftUse(parts.artefact, seed), parts.info.limits
-    )
+    client = evaluation.TaskClient(parts.cloud, parts.artefact.task, parts.info.limits)
+    wanted = client.mean_loss(parts.split.gate, ShiftUse(parts.artefact, seed))
     assert found == pytest.approx(wanted, rel=1e-5)
 
 

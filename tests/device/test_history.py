@@ -325,7 +325,7 @@ def test_forgetting_is_by_name_and_leaves_nothing(tmp_path: Path) -> None:
     assert sum(row[:16] in data for row in sealed) == 1
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "previous", "refused", "finished"])
+@pytest.mark.parametrize("kind", ["checkpoint", "refused", "finished"])
 def test_forgetting_drops_what_saw_it(vault: Vault, kind: str) -> None:
     """Digests of forgotten texts stayed in `refused` and `finished`: guess a text, and they confirm it."""
     history.add(vault, [HistoryItem.make(TASK, row) for row in ROWS])

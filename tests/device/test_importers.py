@@ -12,7 +12,7 @@ import pytest
 from tests.device.commands import Perfit
 
 from perfit_device.cli import prompts
-from perfit_device.history.importers import HistoryFile, read_history
+from perfit_device.history.importers import read_history
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import TASKS
 
@@ -165,6 +165,8 @@ def test_a_listing_comes_back_exactly(
         {"fields": {}},
         {"fields": {"text": ""}},
         {"fields": {"text": "\ud800"}},
+        {"task": "poems", "fields": {"text": "\ud800"}},
+        {"task": "poems", "fields": {"text": " "}},
         {"date": 5},
         {"part": "x"},
     ],
@@ -174,7 +176,7 @@ def test_bad_listings_are_refused(tmp_path: Path, change: dict[str, Any]) -> Non
     path = tmp_path / "a.json"
     path.write_text(json.dumps([sound, sound | change]))
     with pytest.raises(InvalidData, match="item 1: field"):
-        HistoryFile.read(path).examples(None)
+        read_history(path, None)
 
 
 def test_a_listing_must_have_the_fields_of_tasks_that_are_known(ready: Perfit, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.device.conftest import FakeCloud, Perfit
 
+from perfit_device import known, profile
 from perfit_device.cli import common
 from perfit_device.cloud import enrolment as enrolments
 from perfit_device.cloud.client import Cloud
@@ -150,14 +151,14 @@ def test_a_command_that_released_the_vault_reads_it_anew(
             return None
         if who == "another command":
             with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
-                common.write_enrolment(vault, other)
+                known.write_enrolment(vault, other)
         return left.pop()
 
     cloud.fail = fail
     if who == "another command":
         enrolled.ok("ask", "x", "--mode", "base")
         with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
-            kept = common.read_enrolment(vault)
+            kept = known.read_enrolment(vault)
         assert kept is not None
         assert kept.certificate == other.certificate
     else:
@@ -176,7 +177,7 @@ def test_a_vault_that_is_busy_is_waited_for_in_mid_run(
             return None
         if not holders:
             holders.append(Vault.open(path, "correct horse"))
-            common.write_enrolment(holders[0], other)
+            known.write_enrolment(holders[0], other)
             return RETIRED
         if not holders[0].closed:
             holders[0].close()
@@ -212,7 +213,7 @@ def test_a_command_that_tries_again_does_so_with_what_it_renewed(
     perfit: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the old certificate it would be refused, and the operator told of it."""
-    monkeypatch.setattr(common, "_OPENING_SECONDS", 30)
+    monkeypatch.setattr(profile, "OPENING_SECONDS", 30)
     cloud.certificate_age = OLD
     cloud.fail = refusing("Renew", error=Busy("busy"))
     perfit.ok("enroll", cloud.invite().encode())

@@ -274,6 +274,7 @@ def test_the_next_request_is_out_before_the_bookkeeping(
         "ask judge",
         "judged",
         "shift",
+        "version",
         "finished",
     ]
 

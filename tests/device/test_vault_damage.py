@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.device.test_vault import CHEAP, PASSPHRASE, contents, fill
 
+from perfit_device.vault import checksum
 from perfit_device.vault import crypto as sealing
 from perfit_device.vault.crypto import Header, KdfParams
 from perfit_device.vault.store import Vault
@@ -42,6 +43,23 @@ def test_every_flipped_bit_is_noticed_and_nothing_is_touched(filled: Path) -> No
         contents(filled)
     filled.write_bytes(good)
     assert len(contents(filled)["example"]) == 32
+
+
+def test_every_part_of_the_file_is_in_the_note(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free pages are guarded by nothing else."""
+    monkeypatch.setattr(checksum, "_PART", 4096)
+    with Vault.open(filled, PASSPHRASE) as vault:
+        vault.put("example", "large", bytes(50_000))
+        with monkeypatch.context() as patched:
+            patched.setattr(Vault, "_sweep", lambda self: vault._execute("PRAGMA user_version=0"))
+            vault.delete("example", "large")
+    good = filled.read_bytes()
+    for at in range(4096, len(good), 4096):
+        image = bytearray(good)
+        image[at + 2000] ^= 1
+        filled.write_bytes(image)
+        with pytest.raises(VaultDamaged):
+            Vault.open(filled, PASSPHRASE)
 
 
 def test_without_its_note_the_rows_still_guard_themselves(filled: Path) -> None:

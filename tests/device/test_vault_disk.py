@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import sqlite3
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.device.limited import run_limited
 from tests.device.test_vault import CHEAP, PASSPHRASE, contents
 
 from perfit_device.vault.store import Vault
@@ -45,42 +44,11 @@ def change(path: Path) -> None:
 
 # -- at every byte -----------------------------------------------------------------------------
 
-# Forks, for which a process with gRPC's threads is no good place.
-_LIMITED = """
-import json, os, resource, shutil, signal, sys
-from pathlib import Path
-from perfit_device.vault.store import Vault
-from perfit_shared.errors import VaultError
-from tests.device.test_vault_disk import change
-
-def limited(path, limit, action):
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGXFSZ, action)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        try:
-            change(path)
-        except VaultError as error:
-            os.write(told, str(error).encode() + b"\\n")
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-source, work = Path(sys.argv[1]), Path(sys.argv[2])
-action = signal.SIG_DFL if sys.argv[3] == "killed" else signal.SIG_IGN
-told = os.open(work / "told", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-for number, limit in enumerate(json.loads(sys.argv[4])):
-    folder = work / str(number)
-    shutil.copytree(source, folder)
-    (folder / "status").write_text(str(limited(folder / "vault.db", limit, action)))
-"""
-
 
 @pytest.mark.parametrize("how", ["killed", "refused"])
 def test_writing_ends_at_any_byte(path: Path, tmp_path: Path, how: str) -> None:
     """No file may grow beyond a limit: the process dies in the middle of a write, or is refused it."""
-    work, rng = tmp_path / "work", random.Random(2)
-    work.mkdir()
+    rng = random.Random(2)
     limits = [rng.randrange(start, start + 3000) for start in range(0, 130_000, 3000)]
     before = contents(path)
     gone = _parts(path)
@@ -88,29 +56,23 @@ def test_writing_ends_at_any_byte(path: Path, tmp_path: Path, how: str) -> None:
     source.mkdir()
     for name in ("vault.db", "vault.db.sum"):
         shutil.copy(path.with_name(name), source)
-    subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(source), str(work), how, json.dumps(limits)],
-        check=True,
-        cwd=Path(__file__).parents[2],
-    )
+    vaults, told = run_limited(f"{__name__}:change", source, tmp_path / "work", how=how, limits=limits)
     change(path)
     after = contents(path)
     olds = news = 0
-    for number in range(len(limits)):
-        found = work / str(number) / "vault.db"
+    for limit, found in zip(limits, vaults, strict=True):
         now = contents(found)
         olds, news = olds + (now == before), news + (now == after)
-        assert now in (before, after), limits[number]
+        assert now in (before, after), limit
         kept = _parts(found)
         for file in found.parent.iterdir():
             data = file.read_bytes()
-            assert not any(part in data for part in gone - kept), (limits[number], file.name)
+            assert not any(part in data for part in gone - kept), (limit, file.name)
         # A journal that was not whole yet is left alone until the next change: all in it is in the vault.
         with Vault.open(found, PASSPHRASE) as vault:
             vault.put("other", "last", b"x")
         assert sorted(f.name for f in found.parent.iterdir()) == ["status", "vault.db", "vault.db.sum"]
     assert olds > 5 and news > 5, "or the limits hit one side of the change alone"
-    told = set((work / "told").read_text().splitlines())
     assert bool(told) == (how == "refused")
     for line in told:
         assert "nothing was changed" in line or "the change is made" in line

@@ -1,4 +1,4 @@
-"""Format 1 stays readable, byte for byte as some device has it; a later format is refused and left alone."""
+"""Vaults of every format open, byte for byte as some device has them; a later format is refused."""
 
 from __future__ import annotations
 
@@ -10,24 +10,42 @@ from pathlib import Path
 
 import pytest
 from tests.device import kept_vault
-from tests.device.kept_vault import ARTEFACT, CLOUD, KEPT, PASSPHRASE, PLACE, PLAN, SEED, STEPS
+from tests.device.kept_vault import (
+    ARTEFACT,
+    CLOUD,
+    FIRST_OF_1,
+    KEPT,
+    KEPT_OF_1,
+    LEARNED,
+    NEXT,
+    OTHER,
+    PASSPHRASE,
+    PLACE,
+    PLAN,
+    SEED,
+    STEPS,
+)
 
 from perfit_device import history, personal
-from perfit_device.cli.common import read_enrolment, recall
 from perfit_device.cloud.identity import identity_in
+from perfit_device.known import read_enrolment, recall
+from perfit_device.personal import Learned
 from perfit_device.training import update as updates
+from perfit_device.vault.crypto import Header
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import VaultError, WrongPassphrase
+from perfit_shared.errors import VaultDamaged, VaultError, WrongPassphrase
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def kept(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of the file named, of today's format without a name."""
     path = tmp_path / "vault.db"
-    shutil.copy(KEPT, path)
+    shutil.copy(getattr(request, "param", KEPT), path)
     return path
 
 
 def check(vault: Vault) -> None:
+    """All but the shifts."""
     enrolment = read_enrolment(vault)
     assert enrolment is not None
     assert (enrolment.address, enrolment.enrolment_address, enrolment.cloud_id) == ("a:1", "a:2", CLOUD)
@@ -38,17 +56,40 @@ def check(vault: Vault) -> None:
     expected = kept_vault.items()
     assert [item.name for item in history.load(vault)] == [item.name for item in expected]
     assert history.split(history.load(vault)).digest() == PLAN.history
-    shift = personal.load(vault, CLOUD, ARTEFACT)
-    assert shift is not None
-    assert (shift.tensors.digest(), shift.updates) == (SEED.digest(), 2)
     half_done = updates.read_checkpoint(vault, PLACE)
     assert half_done is not None
     assert (half_done.schedule, half_done.step) == (PLAN, STEPS)
 
 
-def test_a_vault_of_format_1_opens(kept: Path) -> None:
+def versions(vault: Vault, artefact: str = ARTEFACT.name) -> list[tuple[int, str, int, str]]:
+    """(number, artefact's version, updates, digest of the tensors) of each."""
+    kept = personal.read_versions(vault, CLOUD, artefact)
+    assert kept is not None and kept.current == kept.kept[-1].number
+    return [
+        (
+            v.number,
+            v.artefact_version,
+            v.updates,
+            personal.read_tensors(vault, CLOUD, artefact, v.number).digest(),
+        )
+        for v in kept.kept
+    ]
+
+
+TWO = [(1, "v1", 2, SEED.digest()), (2, "v1", 3, NEXT.digest())]
+
+
+@pytest.mark.parametrize("kept", [KEPT_OF_1, KEPT], indirect=True)
+def test_a_kept_vault_opens(kept: Path) -> None:
     with Vault.open(kept, PASSPHRASE) as vault:
         check(vault)
+        assert versions(vault) == TWO
+        mine, other = personal.load(vault, CLOUD, ARTEFACT), personal.load(vault, CLOUD, OTHER)
+        assert mine is not None and other is not None
+        assert (mine.tensors.digest(), mine.updates, mine.forgotten) == (NEXT.digest(), 3, 0)
+        assert (other.tensors.digest(), other.updates, other.forgotten) == (SEED.digest(), 1, 2)
+        last = updates.read_finished(vault, PLACE)
+        assert last is not None and last.plan == PLAN
         vault.put("example", "new", b"{}")
         vault.delete("example", "new")
     with Vault.open(kept, PASSPHRASE) as vault:
@@ -58,6 +99,102 @@ def test_a_vault_of_format_1_opens(kept: Path) -> None:
         Vault.open(kept, PASSPHRASE)
     with Vault.open(kept, "the next") as vault:
         check(vault)
+        assert personal.undo(vault, CLOUD, ARTEFACT.name).number == 1
+        mine = personal.load(vault, CLOUD, ARTEFACT)
+        assert mine is not None and mine.tensors.digest() == SEED.digest()
+
+
+@pytest.mark.parametrize("kept", [FIRST_OF_1], indirect=True)
+def test_a_vault_from_before_undo_opens(kept: Path) -> None:
+    with Vault.open(kept, PASSPHRASE) as vault:
+        check(vault)
+        assert versions(vault) == TWO[:1]
+
+
+def test_what_is_known_of_a_version_is_kept(kept: Path) -> None:
+    with Vault.open(kept, PASSPHRASE) as vault:
+        mine = personal.read_versions(vault, CLOUD, ARTEFACT.name)
+    assert mine is not None
+    assert [version.learned for version in mine.kept] == [Learned(), LEARNED]
+    assert mine.now.date[:2] == "20" and mine.now.date[-1] == "Z"
+
+
+def header_of(path: Path) -> Header:
+    connection = sqlite3.connect(path)
+    (data,) = connection.execute("SELECT data FROM header").fetchone()
+    connection.close()
+    return Header.from_bytes(data)
+
+
+# -- from format 1 to 2 ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [KEPT_OF_1], indirect=True)
+def test_a_vault_of_format_1_becomes_one_of_today(kept: Path) -> None:
+    before = header_of(kept)
+    assert before.format == 1
+    Vault.open(kept, PASSPHRASE).close()
+    after = header_of(kept)
+    assert (after.format, after.salt, after.vault_id) == (2, before.salt, before.vault_id)
+    assert after.wrapped != before.wrapped
+    image = kept.read_bytes()
+    Vault.open(kept, PASSPHRASE).close()
+    assert kept.read_bytes() == image, "once is enough"
+
+
+@pytest.mark.parametrize("kept", [KEPT_OF_1], indirect=True)
+def test_a_keyring_s_vault_of_format_1_keeps_its_key(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new key in the keyring would not be undone with the transaction."""
+    stored: dict[str, str] = {}
+    monkeypatch.setattr("keyring.set_password", lambda service, name, key: stored.update({name: key}))
+    monkeypatch.setattr("keyring.get_password", lambda service, name: stored.get(name))
+    connection = sqlite3.connect(kept)
+    (data,) = connection.execute("SELECT data FROM header").fetchone()
+    old = Header.from_bytes(data)
+    key = old.unwrap(PASSPHRASE)
+    header = Header(old.vault_id, "keyring", old.salt, old.kdf, format=1)._wrap(key, None, new=True)
+    connection.execute("UPDATE header SET data = ?", (header.to_bytes(),))
+    connection.commit()
+    connection.close()
+    keys = dict(stored)
+    for _ in range(2):
+        with Vault.open(kept, None) as vault:
+            assert versions(vault) == TWO
+    assert stored == keys and header_of(kept).format == 2
+
+
+@pytest.mark.parametrize("kept", [KEPT_OF_1], indirect=True)
+def test_a_wrong_passphrase_migrates_nothing(kept: Path) -> None:
+    before = kept.read_bytes()
+    with pytest.raises(WrongPassphrase):
+        Vault.open(kept, "another")
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [KEPT_OF_1], indirect=True)
+def test_a_migration_that_fails_changes_nothing(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("perfit_shared.shifts.read_metadata", lambda data: {}["none"])
+        with pytest.raises(KeyError):
+            Vault.open(kept, PASSPHRASE)
+    assert header_of(kept).format == 1
+    with Vault.open(kept, PASSPHRASE) as vault:
+        check(vault)
+        assert versions(vault) == TWO
+
+
+def test_a_list_that_lacks_a_version_is_damage(kept: Path) -> None:
+    with Vault.open(kept, PASSPHRASE) as vault:
+        vault.delete("version", f"{CLOUD}/news_headline/2")
+        with pytest.raises(VaultDamaged):
+            personal.load(vault, CLOUD, ARTEFACT)
+        for broken in (b"", b"[]", b'{"task": "t", "current": 3, "kept": []}'):
+            vault.put("shift", f"{CLOUD}/news_headline", broken)
+            with pytest.raises(VaultDamaged):
+                personal.read_versions(vault, CLOUD, "news_headline")
+
+
+# -- the format at hand, and later ones --------------------------------------------------------
 
 
 def test_the_kept_vault_is_what_is_written_today(tmp_path: Path) -> None:
@@ -65,6 +202,7 @@ def test_the_kept_vault_is_what_is_written_today(tmp_path: Path) -> None:
     kept_vault.write(tmp_path / "vault.db")
     with Vault.open(tmp_path / "vault.db", PASSPHRASE) as vault:
         check(vault)
+        assert versions(vault) == TWO
 
     def shape(path: Path) -> tuple[object, ...]:
         connection = sqlite3.connect(path)
@@ -86,7 +224,7 @@ def test_the_kept_vault_is_what_is_written_today(tmp_path: Path) -> None:
 def test_a_later_format_is_refused_and_left_alone(kept: Path, more: str) -> None:
     connection = sqlite3.connect(kept)
     (data,) = connection.execute("SELECT data FROM header").fetchone()
-    later = json.dumps(json.loads(data[32:]) | {"format": 2, "what": "is new"}).encode()
+    later = json.dumps(json.loads(data[32:]) | {"format": 3, "what": "is new"}).encode()
     connection.execute("UPDATE header SET data = ?", (hashlib.sha256(later).digest() + later,))
     connection.executescript(more)
     connection.commit()
@@ -94,7 +232,7 @@ def test_a_later_format_is_refused_and_left_alone(kept: Path, more: str) -> None
     before = kept.read_bytes()
     for look in (lambda: Vault.open(kept, PASSPHRASE), lambda: Vault.lock_of(kept)):
         with pytest.raises(
-            VaultError, match=r"format 2, .* use the version of perfit that wrote it"
+            VaultError, match=r"format 3, .* use the version of perfit that wrote it"
         ) as raised:
             look()
         assert type(raised.value) is VaultError

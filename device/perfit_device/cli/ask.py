@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, while_opening
-from perfit_shared.errors import InvalidInput, InvalidPrompt
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption
+from perfit_device.mode import Mode
 from perfit_shared.terminal import clean, read_stdin
 
 if TYPE_CHECKING:
-    from perfit_device.cloud.client import Cloud
-    from perfit_device.cloud.codec import Artefact, Chunk, Prompt, Sampling, ShiftUse
-    from perfit_device.vault.store import Vault
+    from perfit_device.cloud.codec import Chunk
+    from perfit_device.operations.ask import Asked
 
 
 _LARGEST_TEXT = 1 << 22  # bytes of a text on stdin
-
-
-class Mode(StrEnum):
-    base = "base"
-    collective = "collective"
-    personal = "personal"
 
 
 def ask(
@@ -59,106 +50,55 @@ def ask(
     perfit ask -- "-5 degrees on Monday"       a text that begins with a dash
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.cloud.codec import Sampling
+    from perfit_device.operations.ask import Question, prepare
 
-    text = (read_stdin(_LARGEST_TEXT) if text == "-" else text).strip()
-    if not text:
-        raise InvalidPrompt("the text is empty; give a text to ask about")
-    with session.open_vault() as vault, session.open_cloud(vault) as (cloud, info):
-        artefact = session.artefact(info, vault, task)
-        prompt = _prompt(artefact, text)
-        longest = max_tokens if max_tokens is not None else artefact.task.answer_tokens
-        if max_tokens is not None and max_tokens > info.limits.new_tokens:
-            raise InvalidInput(f"this cloud answers with at most {info.limits.new_tokens} tokens")
-        sampling = Sampling(
-            max_new_tokens=min(longest, info.limits.new_tokens),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=secrets.randbits(32) if seed is None else seed,
-            stop=artefact.task.stop,
-        )
-        uses = {m: _use(vault, cloud, artefact, m) for m in (Mode if compare else [mode])}
-        vault.close()
+    question = Question(
+        text=read_stdin(_LARGEST_TEXT) if text == "-" else text,
+        task=task,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    with session.open_profile() as opened:
+        asked = prepare(opened, question, list(Mode) if compare else [mode])
+        opened.release_vault()
         if compare:
-            _compare(session, cloud, artefact, uses, prompt=prompt, sampling=sampling)
+            _compare(session, asked)
             return
-        use = uses[mode]
-        answer, last = _answer(cloud, prompt, use, sampling, show=not session.json)
+        answer, last = _answer(asked, mode, show=not session.json)
         if session.json:
-            session.emit(
-                {
-                    "task": artefact.name,
-                    "mode": mode.value,
-                    "answer": artefact.task.parse(answer),
-                    "prompt_tokens": last.prompt_tokens,
-                    "answer_tokens": last.answer_tokens,
-                }
-            )
+            value = {
+                "task": asked.artefact.name,
+                "mode": mode.value,
+                "answer": asked.artefact.task.parse(answer),
+            }
+            counts = {"prompt_tokens": last.prompt_tokens, "answer_tokens": last.answer_tokens}
+            session.emit(value | counts)
 
 
-def _prompt(artefact: Artefact, text: str) -> Prompt:
-    from perfit_device.evaluation import prompt_of
-    from perfit_device.history import HistoryItem
-    from perfit_shared.errors import InvalidData
-
-    task = artefact.task
-    try:
-        return prompt_of(task, HistoryItem(task.name, {task.text_field: text}))
-    except InvalidData as error:
-        raise InvalidInput(f"the task {task.name} cannot be asked with one text: {error}") from error
-
-
-def _use(vault: Vault, cloud: Cloud, artefact: Artefact, mode: Mode) -> ShiftUse:
-    """Which shift answers. A user without one of their own has the seed, and is told so."""
-    from perfit_device import personal
-    from perfit_device.cloud.codec import ShiftUse
-
-    if mode is Mode.base:
-        return ShiftUse()
-    if mode is Mode.collective:
-        return ShiftUse(artefact)
-    mine = personal.load(vault, cloud.enrolment.cloud_id, artefact)
-    if mine is None:
-        say(f"no personal shift for {artefact.name} yet, so this is the seed; `perfit update` trains one")
-        return ShiftUse(artefact, while_opening().call(lambda: cloud.fetch_seed(artefact)))
-    return ShiftUse(artefact, mine.tensors)
-
-
-def _answer(
-    cloud: Cloud, prompt: Prompt, use: ShiftUse, sampling: Sampling, *, show: bool
-) -> tuple[str, Chunk]:
+def _answer(asked: Asked, mode: Mode, *, show: bool) -> tuple[str, Chunk]:
     """(the whole answer, its last piece); written to stdout as it comes if `show`."""
     from perfit_device.cloud.codec import Chunk
-    from perfit_device.cloud.retry import RetryPolicy
 
     pieces: list[str] = []
     last = Chunk("")
-    for last in RetryPolicy(tell=say).stream(lambda: cloud.generate(prompt, use, sampling)):
-        # The cue's space belongs to the prompt's form, not to what a person reads.
-        text = last.text if any(pieces) else last.text.lstrip()
-        pieces.append(text)
+    for last in asked.stream(mode):
+        pieces.append(last.text)
         if show:
-            print(clean(text), end="", flush=True)
+            print(clean(last.text), end="", flush=True)
     if show:
         print(flush=True)
     return "".join(pieces), last
 
 
-def _compare(
-    session: Session,
-    cloud: Cloud,
-    artefact: Artefact,
-    uses: dict[Mode, ShiftUse],
-    *,
-    prompt: Prompt,
-    sampling: Sampling,
-) -> None:
+def _compare(session: Session, asked: Asked) -> None:
     answers = {}
-    for mode, use in uses.items():
+    for mode in Mode:
         if not session.json:
             print(f"{mode.value + ':':<12}", end="", flush=True)
-        answer, _ = _answer(cloud, prompt, use, sampling, show=not session.json)
-        answers[mode.value] = artefact.task.parse(answer)
+        answer, _ = _answer(asked, mode, show=not session.json)
+        answers[mode.value] = asked.artefact.task.parse(answer)
     if session.json:
-        session.emit({"task": artefact.name, "answers": answers})
+        session.emit({"task": asked.artefact.name, "answers": answers})

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import (
-    JsonFlag,
-    ProfileOption,
-    Session,
-    TaskOption,
-    listed,
-    recall,
-    say,
-)
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
 from perfit_device.cli.prompts import require_yes
-from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.errors import InvalidInput
 from perfit_shared.terminal import one_line, read_stdin_bytes
 
 if TYPE_CHECKING:
-    from perfit_device.history import HistoryItem
-    from perfit_device.history.importers import Found
-    from perfit_device.vault.store import Vault
-
-_WARNINGS = 5  # about single examples
+    from perfit_device.operations.examples import Added
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="The examples that your shift learns from."
@@ -50,16 +36,10 @@ def add(
     perfit history add "The council met until dawn." "Bleary councillors, same old debt"
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device import history
+    from perfit_device.operations import examples
 
-    with session.open_vault() as vault:
-        of = session.task(vault, task)
-        values = {of.text_field: text, of.gold_field: answer}
-        try:
-            item = history.HistoryItem.make(of, values, date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
-        except InvalidData as error:
-            raise InvalidInput(f"an example of {of.name} cannot be made of these two: {error}") from error
-        _report(session, of.name, history.add(vault, [item]))
+    with session.open_profile() as opened:
+        _report(session, examples.add(opened, text, answer, task))
 
 
 @app.command("import")
@@ -101,40 +81,14 @@ def import_(
     perfit history list --json | perfit --profile new history import -
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device import history
-    from perfit_device.history.importers import HistoryFile
     from perfit_device.history.importers.text import LARGEST
+    from perfit_device.operations import examples
 
     is_stdin = str(file) == "-"
-    read = HistoryFile.read(
-        Path("stdin") if is_stdin else file, data=read_stdin_bytes(LARGEST) if is_stdin else None, tell=say
-    )
-    with session.open_vault() as vault:
-        of = None if read.is_listing and task is None else session.task(vault, task)
-        found = read.examples(of, user=user, known=recall(vault).by_task)
-        _warn_of_long_ones(found, vault)
-        tasks = {one.item.task for one in found}
-        _report(session, listed(tasks), history.add(vault, [one.item for one in found]))
-
-
-def _warn_of_long_ones(found: Sequence[Found], vault: Vault) -> None:
-    """By the limits that the cloud named last: what it has more words than tokens of, it will refuse."""
-    known = recall(vault)
-    limits = (known.prompt_tokens, known.new_tokens)
-    if not all(limits):
-        return
-    long = [one for one in found if max(_words(one.item)) > max(limits)]
-    for one in long[:_WARNINGS]:
-        say(
-            f"{one.place}: {max(_words(one.item))} words are too long for the cloud, which takes "
-            f"{limits[0]} tokens; it is kept, and left out where the cloud refuses it"
-        )
-    if len(long) > _WARNINGS:
-        say(f"{len(long) - _WARNINGS} more are too long as well")
-
-
-def _words(item: HistoryItem) -> list[int]:
-    return [len(text.split()) for text in item.fields.values()]
+    data = read_stdin_bytes(LARGEST) if is_stdin else None
+    path = Path("stdin") if is_stdin else file
+    with session.open_profile() as opened:
+        _report(session, examples.import_file(opened, path, data=data, task=task, user=user))
 
 
 @app.command("list")
@@ -150,15 +104,14 @@ def list_(
     What --json prints can be imported again, into another profile too.
     """
     session = Session.of(context, profile=profile, json=json)
+    from perfit_device.operations import examples
 
-    with session.open_vault() as vault:
-        items = _load(vault, task)
+    with session.open_profile() as opened:
+        items = examples.find(opened, task)
     if session.json:
+        keys = ("name", "task", "date", "part")
         session.emit(
-            [
-                {"name": i.name, "task": i.task, "date": i.date, "part": i.part, "fields": dict(i.fields)}
-                for i in items
-            ]
+            [{key: getattr(item, key) for key in keys} | {"fields": dict(item.fields)} for item in items]
         )
         return
     for item in items:
@@ -191,48 +144,25 @@ def forget(
     perfit history forget --all --yes
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device import history
+    from perfit_device.operations import examples
 
     if sum((bool(names), task is not None, everything)) != 1:
         raise InvalidInput("say what to forget: names of examples, --task NAME, or --all")
-    with session.open_vault() as vault:
-        items = _load(vault, task)
+    with session.open_profile() as opened:
+        items = examples.find(opened, task, names or [])
         if not names and items and not yes:
             require_yes(f"this forgets {len(items)} examples for good.")
-        count = history.forget(vault, history.find(items, names) if names else items)
-        trained = bool(vault.list("shift"))
+        done = examples.forget(opened, items)
     if session.json:
-        session.emit({"forgotten": count})
+        session.emit({"forgotten": done.count})
+    kept = "; a shift trained on them keeps what it learned until `perfit update --fresh`"
+    say(f"forgot {done.count} examples" + (kept if done.count and done.is_trained else ""))
+
+
+def _report(session: Session, done: Added) -> None:
+    if session.json:
+        session.emit({"task": done.task, "added": done.added, "known": done.known})
     say(
-        f"forgot {count} examples"
-        + (
-            "; a shift trained on them keeps what it learned until `perfit update --fresh`"
-            if count and trained
-            else ""
-        )
+        f"{done.task}: {done.added} examples added"
+        + (f", {done.known} were there already" if done.known else "")
     )
-
-
-def _load(vault: Vault, task: str | None) -> list[HistoryItem]:
-    """The examples of a task, or of an artefact's, or all. Raises NotFound when there is no such task."""
-    from perfit_device import history
-    from perfit_shared.tasks import TASKS
-
-    items, known = history.load(vault), recall(vault)
-    if task is None:
-        return items
-    name = known.task_of(task)
-    there = {item.task for item in items}
-    if name not in there and task not in known.tasks and name not in TASKS:
-        raise NotFound(
-            f'there is no task "{one_line(task)[:64]}"; there are {listed(there | known.tasks.keys())}'
-        )
-    return [item for item in items if item.task == name]
-
-
-def _report(session: Session, task: str, counts: tuple[int, int]) -> None:
-    added, known = counts
-    if session.json:
-        value: dict[str, Any] = {"task": task, "added": added, "known": known}
-        session.emit(value)
-    say(f"{task}: {added} examples added" + (f", {known} were there already" if known else ""))

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import (
-    JsonFlag,
-    ProfileOption,
-    Session,
-    TaskOption,
-    listed,
-    read_enrolment,
-    recall,
-    say,
-)
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
 from perfit_device.cli.prompts import ask_passphrase
-from perfit_shared.errors import CertificateSuperseded, ConfigError, NotFound, PerfitError, exit_code
-from perfit_shared.terminal import clean, one_line
+from perfit_shared.errors import ConfigError, InvalidInput, exit_code
+from perfit_shared.terminal import clean
 
 if TYPE_CHECKING:
-    from perfit_device.vault.store import Vault
+    from perfit_device.operations.status import Status
+    from perfit_device.personal import Version, Versions
 
 
 def export(
@@ -42,11 +35,11 @@ def export(
     perfit export --shift mine.shift --task news_headline
     """
     session = Session.of(context, profile=profile, json=json_)
-    from perfit_device import personal
+    from perfit_device import shift_files
 
-    with session.open_vault() as vault:
-        cloud_id, name = _trained(vault, task)
-        metadata = personal.export(vault, cloud_id, name, shift, force=force)
+    with session.open_profile() as opened, opened.vault() as vault:
+        cloud_id, name = opened.trained(task)
+        metadata = shift_files.export(vault, cloud_id, name, shift, force=force)
     if session.json:
         session.emit({"task": name, "version": metadata.get("version"), "file": str(shift)})
     say(f"wrote {shift}; it is not sealed, so keep it where you would keep a diary")
@@ -56,47 +49,67 @@ def undo(
     context: typer.Context,
     *,
     task: TaskOption = None,
+    to: Annotated[
+        int | None,
+        typer.Option("--to", metavar="NUMBER", help="Go to this version, an earlier or a later one."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the versions, and change nothing.")] = False,
     profile: ProfileOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Take back the last update: the version before it is your shift again.
 
-    Once more, and the update is back. An update that is half-done is dropped, since it went on from
-    the version that is taken back. The cloud is not asked.
+    Once more, and the one before that; the last ten versions are kept. What is undone stays until the next
+    update, and --to brings it back. An update that is half-done is dropped, since it went on from the
+    version that is taken back. The cloud is not asked.
+
+    \b
+    perfit undo
+    perfit undo --list
+    perfit undo --to 3
     """
     session = Session.of(context, profile=profile, json=json_)
-    from perfit_device import personal
-    from perfit_device.training import update as updates
+    from perfit_device.operations import versions
 
-    with session.open_vault() as vault:
-        cloud_id, name = _trained(vault, task)
-        with vault.transaction():
-            count = personal.undo(vault, cloud_id, name)
-            place = updates.row_name(cloud_id, name, recall(vault).task_of(name))
-            updates.forget_checkpoint(vault, place)
-            updates.forget_finished(vault, place)
+    if show and to is not None:
+        raise InvalidInput("--list changes nothing; leave it or --to out")
+    with session.open_profile() as opened:
+        if show:
+            _list_versions(session, *versions.read(opened, task))
+            return
+        name, version = versions.undo(opened, task, to)
     if session.json:
-        session.emit({"task": name, "updates": count})
-    say(f"{name}: your shift is the version of {count} updates; `perfit undo` again brings the other back")
-
-
-def _trained(vault: Vault, task: str | None) -> tuple[str, str]:
-    """(cloud id, artefact) of the shift that is meant. Raises NotFound."""
-    from perfit_device import personal
-
-    cloud_id = recall(vault).cloud_id
-    names = personal.artefacts(vault, cloud_id)
-    if task is None and len(names) == 1:
-        return cloud_id, names[0]
-    if task in names:
-        return cloud_id, str(task)
-    if not names:
-        raise NotFound("there is no personal shift yet; `perfit update` trains one")
-    if task is None:
-        raise NotFound(f"there are several shifts; choose one with --task: {listed(names)}")
-    raise NotFound(
-        f'there is no personal shift for "{one_line(task)[:64]}"; there is one for {listed(names)}'
+        session.emit({"task": name, "updates": version.updates, "number": version.number})
+    say(
+        f"{name}: your shift is version {version.number} again, of {version.updates} updates; "
+        "`perfit undo --list` shows the others"
     )
+
+
+def _list_versions(session: Session, name: str, versions: Versions) -> None:
+    """Oldest first; a star marks the current one."""
+    if session.json:
+        listed = [asdict(version) | {"current": version is versions.now} for version in versions.kept]
+        session.emit({"task": name, "versions": listed})
+        return
+    print(
+        f"{'':<2}{'':>4}  {'date':<20}  {'examples':>8}  {'loss in training':<17}  {'loss at the gate':<17}"
+    )
+    for version in versions.kept:
+        print(_line_of(version, star="*" if version is versions.now else " "))
+
+
+def _line_of(version: Version, *, star: str) -> str:
+    learned = version.learned
+    examples = "-" if learned.examples is None else str(learned.examples)
+    training = _from_to(learned.train_before, learned.train_after)
+    gate = _from_to(learned.gate_before, learned.gate_after)
+    date = version.date or "-"
+    return f"{star} {version.number:>4}  {date:<20}  {examples:>8}  {training:<17}  {gate:<17}".rstrip()
+
+
+def _from_to(before: float | None, after: float | None) -> str:
+    return "-" if before is None or after is None else f"{before:.4f} → {after:.4f}"
 
 
 def profiles(context: typer.Context, *, json_: JsonFlag = False) -> None:
@@ -127,79 +140,33 @@ def status(
     The exit code is 3 when the cloud cannot be reached, and 4 when it refuses this device.
     """
     session = Session.of(context, profile=profile, json=json_)
-    with session.open_vault() as vault:
-        trouble = _trouble(session, vault)
-        report = _status(session, vault) | {
-            "cloud": "reachable" if trouble is None else str(trouble),
-            "renewed_elsewhere": isinstance(trouble, CertificateSuperseded),
-        }
+    from perfit_device.operations import status as operation
+
+    with session.open_profile() as opened:
+        found, trouble = operation.status(opened)
     if session.json:
-        session.emit(report)
+        session.emit(asdict(found))
     else:
-        _print_status(report)
+        _print_status(found)
     if trouble is not None:
         raise typer.Exit(exit_code(trouble))
 
 
-def _print_status(report: dict[str, Any]) -> None:
-    print(f"profile      {report['profile']}\nvault        {report['vault']}")
-    print(f"cloud        {report['address'] or 'not enrolled'}, {report['cloud']}")
-    if report["certificate_until"]:
-        print(f"identity     {clean(report['identity'])}, certified until {report['certificate_until']}")
-    for name, task in report["tasks"].items():
-        parts = [f"{task['examples']} examples"]
-        parts.append(
-            f"personal shift of {task['updates']} updates" if task["updates"] else "no personal shift"
-        )
-        if task["half_done"]:
-            parts.append(f"an update waits at step {task['half_done']}; `perfit update` resumes it")
+def _print_status(found: Status) -> None:
+    print(f"profile      {found.profile}\nvault        {found.vault}")
+    print(f"cloud        {found.address or 'not enrolled'}, {found.cloud}")
+    if found.certificate_until:
+        print(f"identity     {clean(found.identity or '')}, certified until {found.certificate_until}")
+    for name, task in found.tasks.items():
+        parts = [f"{task.examples} examples"]
+        if task.updates:
+            parts.append(f"personal shift of {task.updates} updates")
+            parts.append(f"version {task.current}, {len(task.versions)} kept")
+        else:
+            parts.append("no personal shift")
+        if task.half_done:
+            parts.append(f"an update waits at step {task.half_done}; `perfit update` resumes it")
         print(f"{name}: {', '.join(parts)}")
-
-
-def _trouble(session: Session, vault: Vault) -> PerfitError | None:
-    """Why the cloud does not serve this device; None when it does."""
-    from perfit_device.cloud.retry import NO_RETRIES
-
-    try:
-        with session.open_cloud(vault, NO_RETRIES):
-            return None
-    except PerfitError as error:
-        return error
-
-
-def _status(session: Session, vault: Vault) -> dict[str, Any]:
-    from perfit_device import history, personal
-    from perfit_device.cloud.identity import certificate_life, identity_in
-    from perfit_device.training import update as updates
-
-    enrolment = read_enrolment(vault)
-    known = recall(vault)
-    cloud_id = known.cloud_id
-    items = history.load(vault)
-    tasks: dict[str, Any] = {}
-    by_task = {name: known.task_of(name) for name in known.tasks}
-    # Examples of tasks that the cloud does not serve are the user's all the same.
-    by_task |= {item.task: item.task for item in items if item.task not in by_task.values()}
-    for name, task in sorted(by_task.items()):
-        summary = personal.summary(vault, cloud_id, name)
-        kept = updates.read_checkpoint(vault, updates.row_name(cloud_id, name, task))
-        tasks[name] = {
-            "examples": sum(item.task == task for item in items),
-            "updates": int((summary or {}).get("updates", "0")),
-            "version": (summary or {}).get("version"),
-            "half_done": kept.step if kept is not None else None,
-            "can_undo": personal.has_previous(vault, cloud_id, name),
-        }
-    until = certificate_life(enrolment.certificate)[1] if enrolment else None
-    return {
-        "profile": session.settings.profile,
-        "vault": str(session.settings.vault_path),
-        "address": enrolment.address if enrolment else None,
-        "cloud_id": enrolment.cloud_id if enrolment else None,
-        "identity": identity_in(enrolment.certificate) if enrolment else None,
-        "certificate_until": f"{until:%Y-%m-%dT%H:%M:%SZ}" if until else None,
-        "tasks": tasks,
-    }
 
 
 def passphrase(context: typer.Context, profile: ProfileOption = None) -> None:
@@ -209,9 +176,9 @@ def passphrase(context: typer.Context, profile: ProfileOption = None) -> None:
     on a terminal when not set.
     """
     session = Session.of(context, profile=profile)
-    with session.open_vault() as vault:
+    with session.open_profile() as opened:
         new = session.settings.new_passphrase() or ask_passphrase("New passphrase", confirm=True)
         if new == session.settings.passphrase():
             raise ConfigError("the new passphrase is the old one; choose another")
-        vault.change_passphrase(new)
+        opened.change_passphrase(new)
     say("the passphrase is changed")

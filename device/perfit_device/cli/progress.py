@@ -13,7 +13,10 @@ _TENTHS = 10  # lines of a whole run, where there is no terminal
 
 
 class Progress:
-    """One line that renews itself on a terminal and fits it; elsewhere a line now and then."""
+    """One line that renews itself on a terminal and fits it; elsewhere a line now and then.
+
+    Use `with`, which ends the line.
+    """
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
@@ -25,7 +28,18 @@ class Progress:
     def count(self, what: str, done: int, total: int) -> None:
         self._show(f"{what}: {done}/{total}", done, total)
 
-    def end(self) -> None:
+    def say(self, text: str) -> None:
+        """A line for a person, below."""
+        self._end()
+        say(text)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._is_open:
             print(file=sys.stderr)
         self._is_open = False

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from perfit_device import personal
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamaged
 from perfit_shared.lamp import as_text
-from perfit_shared.tasks import Task
+from perfit_shared.tasks import Task, is_text
 
 __all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of", "usable"]
 
@@ -28,6 +29,7 @@ class HistoryItem:
     date: str = ""  # ISO 8601; undated ones count as older than all dated ones
     order: int = 0  # of adding, within equal dates
     part: str = ""
+    place: str = field(default="", compare=False)  # where a file has it, for messages: "line 7"
     name: str = field(default="", compare=False)  # sha-256 over task and fields, hex
 
     def __post_init__(self) -> None:
@@ -40,14 +42,16 @@ class HistoryItem:
         return self.name[:8]
 
     @classmethod
-    def make(cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "") -> HistoryItem:
+    def make(
+        cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "", place: str = ""
+    ) -> HistoryItem:
         """From any mapping that has the task's fields. Raises InvalidData naming all that are wrong."""
         problems = problems_of(task, values)
         if problems:
             raise InvalidData("; ".join(problems))
         fields = {name: as_text(values[name]) or "" for name in task.fields_of(values)}
         # A gold outside task.labels stays: people may judge into folders of their own.
-        return cls(task=task.name, fields=fields, date=date, part=part)
+        return cls(task=task.name, fields=fields, date=date, part=part, place=place)
 
 
 def problems_of(task: Task, values: Mapping[str, Any]) -> list[str]:
@@ -70,9 +74,7 @@ def _problem(value: Any) -> str:
         return "" if is_plain else "is no number that can be written out"
     if not isinstance(value, str):
         return "is not text"
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON also makes lone surrogates, which no file can hold
+    if not is_text(value):
         return "is no text that UTF-8 can carry"
     return "" if value.strip() else "is empty"
 
@@ -88,7 +90,7 @@ def add(vault: Vault, items: Iterable[HistoryItem]) -> tuple[int, int]:
                 continue
             order += 1
             values = asdict(item) | {"order": order, "fields": dict(item.fields)}
-            del values["name"]
+            del values["name"], values["place"]
             vault.put(_KIND, item.name, json.dumps(values, ensure_ascii=False).encode())
             added += 1
         vault.put("counter", "history", str(order).encode())
@@ -111,19 +113,20 @@ def load(vault: Vault, task: str | None = None) -> list[HistoryItem]:
 def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
     """Delete these examples and their keys for good, and what saw them and can go.
 
-    That is every half-done update, the shift before the current one, and what was noted of the last
-    update and of examples that a cloud refused: these hold digests of texts. The current shift stays.
+    That is every half-done update, all versions of the shift but the current one, and what was noted of
+    the last update and of examples that a cloud refused: these hold digests of texts.
     """
     count, tasks = 0, set()
     with vault.transaction():
         for item in items:
             count += vault.delete(_KIND, item.name)
             tasks.add(item.task)
-        for kind in ("checkpoint", "previous", "refused", "finished"):  # their names end in the task
+        for kind in ("checkpoint", "refused", "finished"):  # their names end in the task
             for name in vault.list(kind):
                 if name.rpartition("/")[2] in tasks:
                     vault.delete(kind, name)
-        for task in tasks if vault.list("shift") else ():  # where there is none, nothing knows them
+        personal.forget_earlier(vault, tasks)
+        for task in tasks if personal.artefacts(vault) else ():  # where there is no shift, nothing knows them
             vault.put("forgotten", task, str(forgotten(vault, task) + 1).encode())
     return count
 

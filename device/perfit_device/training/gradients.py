@@ -21,7 +21,7 @@ from perfit_device.cloud.codec import (
     adapt_step_to_wire,
 )
 from perfit_device.cloud.retry import TRANSIENT
-from perfit_device.evaluation import gradient_of, mean_loss, pair_of, refusal, refused_among
+from perfit_device.evaluation import TaskClient, gradient_of, pair_of, refusal
 from perfit_device.history import Split
 from perfit_shared.errors import Cancelled, CertificateExpired, InvalidPrompt, PerfitError
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
@@ -46,6 +46,7 @@ class Adapting:
 
     def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
         self._cloud, self._artefact, self._limits, self._split = cloud, artefact, limits, split
+        self._client = TaskClient(cloud, artefact.task, limits)
         self._gradient_of = gradient_of(cloud, artefact, limits)
         self._stream: _Stream | None = None
         self._is_welcome = len(split.train) + len(split.gate) <= limits.adapt_examples
@@ -74,9 +75,7 @@ class Adapting:
         self._may_open = self._is_welcome
         first = len(self._split.train)
         use = ShiftUse(self._artefact, tensors)
-        alone = partial(
-            mean_loss, self._cloud, self._artefact.task, self._split.gate, use, self._limits, cut=True
-        )
+        alone = partial(self._client.mean_loss, self._split.gate, use, cut=True)
         rows = range(first, first + len(self._split.gate))
         return self._ask(rows, tensors, _finite_loss, alone, loss_only=True)
 
@@ -112,8 +111,7 @@ class Adapting:
 
     def _name_the_refused(self, reason: InvalidPrompt) -> None:
         """Raises ExamplesRefused before a step is lost to them: the stream takes all examples, or none."""
-        task, items = self._artefact.task, [*self._split.train, *self._split.gate]
-        refused = refused_among(self._cloud, task, items)
+        refused = self._client.refused_among([*self._split.train, *self._split.gate])
         if refused:
             raise refusal(refused, reason) from reason
 

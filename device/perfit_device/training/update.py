@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from perfit_device import personal, process_limits
 from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
-from perfit_device.personal import PersonalShift
+from perfit_device.personal import Learned, PersonalShift
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
@@ -277,7 +277,8 @@ class Update:
         """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""
         with self._vault.transaction():
             if gate.accepted and self._state.best is not None:
-                personal.store(self._vault, self._cloud_id, self._artefact, self._shift(self._state.best))
+                shift, learned = self._shift(self._state.best), self._learned(gate)
+                personal.store(self._vault, self._cloud_id, self._artefact, shift, learned)
             forget_checkpoint(self._vault, self._place)
             finished = Finished(self._state.schedule, self._fingerprint, gate.accepted)
             self._vault.put(_FINISHED, self._place, json.dumps(asdict(finished)).encode())
@@ -288,15 +289,25 @@ class Update:
             return PersonalShift(tensors, 1, self._forgotten)
         return PersonalShift(tensors, self._current.updates + 1, self._current.forgotten)
 
+    def _learned(self, gate: ValidationGate) -> Learned:
+        """What stays known of the new version."""
+        first, last = self._losses()
+        return Learned(self._state.schedule.examples, first, last, gate.before, gate.after)
+
+    def _losses(self) -> tuple[float, float]:
+        """Means over the first and the last epoch's steps."""
+        per_epoch, losses = self._state.schedule.steps_per_epoch, self._state.losses
+        return sum(losses[:per_epoch]) / per_epoch, sum(losses[-per_epoch:]) / per_epoch
+
     def _result(self, gate: ValidationGate) -> Result:
-        plan, losses = self._state.schedule, self._state.losses
-        per_epoch = plan.steps_per_epoch
+        plan = self._state.schedule
+        first, last = self._losses()
         return Result(
             steps=plan.steps,
             epochs=plan.epochs,
             examples=plan.examples,
-            loss_first=sum(losses[:per_epoch]) / per_epoch,
-            loss_last=sum(losses[-per_epoch:]) / per_epoch,
+            loss_first=first,
+            loss_last=last,
             gate=gate,
             seconds=self._state.seconds,
             resumed_from=self.resumed_from,

@@ -35,9 +35,9 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from perfit_shared.errors import ConfigError, VaultDamaged, VaultError, WrongPassphrase
 
-__all__ = ["COSTLIEST", "FORMAT", "DataKey", "Header", "KdfParams", "new_key", "wiped"]
+__all__ = ["COSTLIEST", "FORMAT", "OLDEST_FORMAT", "DataKey", "Header", "KdfParams", "new_key", "wiped"]
 
-FORMAT = 1
+FORMAT, OLDEST_FORMAT = 2, 1  # what new vaults are of, and what can still be opened
 _KEY_BYTES, _NONCE_BYTES, _TAG_BYTES, _SALT_BYTES = 32, 12, 16, 16
 _WRAPPED_BYTES = _NONCE_BYTES + _KEY_BYTES + _TAG_BYTES
 _VAULT_ID = re.compile(r"[0-9a-f]{32}")
@@ -109,6 +109,7 @@ class Header:
     salt: bytes  # 16 bytes
     kdf: KdfParams
     wrapped: bytes = bytes(_WRAPPED_BYTES)  # nonce + sealed data key
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         """Raises VaultDamaged: whoever can write the file can make its digest fit, too."""
@@ -125,12 +126,16 @@ class Header:
         """Wrap a data key by `passphrase`, or by a new key in the OS keyring when it is None."""
         lock = "keyring" if passphrase is None else "passphrase"
         header = cls(secrets.token_hex(16), lock, secrets.token_bytes(_SALT_BYTES), kdf)
-        return header._wrap(data_key, passphrase)
+        return header._wrap(data_key, passphrase, new=True)
 
     def rewrap(self, data_key: bytes | bytearray, passphrase: str) -> Header:
         """The same vault under another passphrase."""
         header = replace(self, lock="passphrase", salt=secrets.token_bytes(_SALT_BYTES))
-        return header._wrap(data_key, passphrase)
+        return header._wrap(data_key, passphrase, new=True)
+
+    def in_todays_format(self, data_key: bytes | bytearray, passphrase: str | None) -> Header:
+        """The same vault under the same passphrase or key of the keyring. The format is bound to the wrap."""
+        return replace(self, format=FORMAT)._wrap(data_key, passphrase, new=False)
 
     def unwrap(self, passphrase: str | None) -> bytearray:
         """The data key. Raises WrongPassphrase, or VaultError when the keyring has no key."""
@@ -146,13 +151,13 @@ class Header:
             raise VaultError("the key in the OS keyring is not this vault's")
         raise WrongPassphrase("wrong passphrase; nothing was changed")
 
-    def _wrap(self, data_key: bytes | bytearray, passphrase: str | None) -> Header:
+    def _wrap(self, data_key: bytes | bytearray, passphrase: str | None, *, new: bool) -> Header:
         nonce = secrets.token_bytes(_NONCE_BYTES)
         if passphrase is not None:
             passphrase = passphrase_forms(passphrase)[0]
             if not passphrase:
                 raise ConfigError("an empty passphrase protects nothing; choose another")
-        with wiped(self._key(passphrase, new=True)) as wrapping:
+        with wiped(self._key(passphrase, new=new)) as wrapping:
             return replace(self, wrapped=nonce + AESGCM(wrapping).encrypt(nonce, data_key, self._bound()))
 
     def _key(self, passphrase: str | None, *, new: bool) -> bytearray:
@@ -164,7 +169,7 @@ class Header:
 
     def _public(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": self.format,
             "vault_id": self.vault_id,
             "lock": self.lock,
             "salt": _b64(self.salt),
@@ -197,9 +202,14 @@ class Header:
             raise VaultDamaged("the vault's header was changed or lost; restore a copy of the file")
         try:
             values = json.loads(body)
-            if values["format"] != FORMAT or values["kdf"] != "argon2id":
+            number = values["format"]
+            if (
+                type(number) is not int
+                or not OLDEST_FORMAT <= number <= FORMAT
+                or values["kdf"] != "argon2id"
+            ):
                 raise VaultError(
-                    f"the vault is of format {int(values['format'])}, and this perfit knows only "
+                    f"the vault is of format {int(number)}, and this perfit knows only {OLDEST_FORMAT} to "
                     f"{FORMAT}; use the version of perfit that wrote it, or a newer one"
                 )
             header = cls(
@@ -208,6 +218,7 @@ class Header:
                 salt=base64.b64decode(values["salt"]),
                 kdf=KdfParams(values["memory_kib"], values["iterations"], values["lanes"]),
                 wrapped=base64.b64decode(values["wrapped"]),
+                format=number,
             )
             header.kdf.check(most)
             return header
@@ -244,6 +255,9 @@ class DataKey:
     def rewrap(self, header: Header, passphrase: str) -> Header:
         """The header with this key under another passphrase."""
         return header.rewrap(self._key, passphrase)
+
+    def in_todays_format(self, header: Header, passphrase: str | None) -> Header:
+        return header.in_todays_format(self._key, passphrase)
 
     def row_id(self, kind: str, name: str) -> bytes:
         """16 bytes that tell nothing of the name without the key."""

@@ -22,7 +22,7 @@ __all__ = ["WAIT_SECONDS", "attach", "make", "translated"]
 
 WAIT_SECONDS = 5.0  # for another process that is just finishing
 _APPLICATION_ID = 0x50465431  # "PFT1"
-# Format 1, to the letter: SQLite keeps these texts in the file.
+# Of formats 1 and 2, to the letter: SQLite keeps these texts in the file.
 _TABLES = {
     "header": (
         "CREATE TABLE header (one INTEGER PRIMARY KEY CHECK (one = 1), data BLOB NOT NULL, "
@@ -129,7 +129,7 @@ def _clear(path: Path) -> None:
 
 def _connect(path: Path, wait_seconds: float) -> sqlite3.Connection:
     # mode=rw: never make a file. isolation_level=None: transactions begin where we say so.
-    # Used by one thread at a time, but not always by the one that opened it.
+    # Used by one thread at a time, which the vault's lock sees to.
     # cached_statements=0: a statement kept for later keeps a copy of the row it wrote.
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",

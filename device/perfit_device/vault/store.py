@@ -20,13 +20,15 @@ import contextlib
 import hashlib
 import hmac
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from perfit_device.migration import migrate
 from perfit_device.vault import checksum
-from perfit_device.vault.crypto import COSTLIEST, DataKey, Header, KdfParams, new_key
+from perfit_device.vault.crypto import COSTLIEST, FORMAT, DataKey, Header, KdfParams, new_key
 from perfit_device.vault.file import WAIT_SECONDS, attach, make, translated
 from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
 
@@ -40,15 +42,17 @@ Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
 
 
 class Vault:
-    """An open vault; `create` or `open` one, and close it or use `with`."""
+    """An open vault; `create` or `open` one, and close it or use `with`. Several threads may share it."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, header: Header, key: bytearray) -> None:
         self.path = path
         self.closed = False
         self._connection = connection
+        self._file = path.open("rb")  # for filesum
         self._header = header
         self._key = DataKey(key, header.vault_id)
         self._listed: dict[_Place, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
+        self._lock = threading.RLock()
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
         self._noted = False  # whether the checksum beside the file is up to date
@@ -74,7 +78,9 @@ class Vault:
     ) -> Vault:
         """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged; none of them changes a byte.
 
-        VaultError where the key derivation costs more than that of `create`, unless `costly` allows it.
+        A vault of an earlier format becomes one of today's, whole or not at all. VaultError where the disk
+        does not take that, and where the key derivation costs more than that of `create` and `costly` does
+        not allow it.
         """
         return cls._open(
             path, key=None, passphrase=passphrase, wait_seconds=wait_seconds, most=_most(costly=costly)
@@ -107,8 +113,9 @@ class Vault:
             with translated(path):
                 vault._verify()
                 is_swept = vault._is_swept()
-                vault._noted = checksum.check(connection, path, is_swept=is_swept)
+                vault._noted = checksum.check(vault._file, path, is_swept=is_swept)
                 vault._clean_up(is_swept=is_swept)
+                vault._migrate(passphrase)
         except BaseException:
             vault._release()
             raise
@@ -124,6 +131,15 @@ class Vault:
         except VaultError:
             return
 
+    def _migrate(self, passphrase: str | None) -> None:
+        """Bring a vault of an earlier format to today's, rows and header in one transaction."""
+        if self._header.format == FORMAT:
+            return
+        header = self._key.in_todays_format(self._header, passphrase)
+        with contextlib.suppress(VaultUnswept), self.transaction():  # another opening sweeps it
+            migrate(self, self._header.format)
+            self._write_header(header)
+
     def close(self) -> None:
         """Release the file, with a note of how it was left."""
         if self.closed:
@@ -133,12 +149,13 @@ class Vault:
             with contextlib.suppress(sqlite3.Error, VaultError):
                 # Not of an unswept file: after a crash SQLite brings back all of it but free pages.
                 if not self._noted and self._is_swept():
-                    checksum.write(self._connection, self.path)
+                    checksum.write(self._file, self.path)
         finally:
             self._release()
 
     def _release(self) -> None:
         self._connection.close()
+        self._file.close()
         self._key.wipe()
 
     def __enter__(self) -> Vault:
@@ -154,48 +171,53 @@ class Vault:
     def get(self, kind: str, name: str) -> bytes | None:
         """The row's bytes, or None."""
         place = (kind, self._key.row_id(kind, name))
-        if place not in self._listed:
-            return None
-        rows = self._execute(
-            "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *place
-        )
+        with self._lock:
+            if place not in self._listed:
+                return None
+            rows = self._execute(
+                "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *place
+            )
         if not rows:
             raise VaultDamaged("a row of the vault is gone; restore a copy of the file")
         return _unpack(self._key.unseal(*place, *rows[0]))[1]
 
     def has(self, kind: str, name: str) -> bool:
-        return (kind, self._key.row_id(kind, name)) in self._listed
+        with self._lock:
+            return (kind, self._key.row_id(kind, name)) in self._listed
 
     def list(self, kind: str) -> dict[str, bytes]:
         """Every row of a kind: name → bytes, in no order that means anything."""
-        rows = self._execute("SELECT id, version, wrapped_key, sealed FROM rows WHERE kind = ?", kind)
+        with self._lock:
+            rows = self._execute("SELECT id, version, wrapped_key, sealed FROM rows WHERE kind = ?", kind)
         return dict(_unpack(self._key.unseal(kind, *row)) for row in rows)
 
     def put(self, kind: str, name: str, data: bytes) -> None:
         """Write a row, as its next version if it is there. Atomic, by itself or in a transaction."""
         place = (kind, self._key.row_id(kind, name))
-        version = self._listed.get(place, (0, b""))[0] + 1
-        wrapped, sealed = self._key.seal(*place, version, _pack(name, data))
-        del data  # megabytes, of which SQLite makes copies
-        digest = _row_digest(wrapped, sealed)
-        with self.transaction():
-            self._execute(
-                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *place, version, wrapped, sealed
-            )
-            del sealed
-            self._removed = self._removed or version > 1
-            self._listed[place] = (version, digest)
+        with self._lock:
+            version = self._listed.get(place, (0, b""))[0] + 1
+            wrapped, sealed = self._key.seal(*place, version, _pack(name, data))
+            del data  # megabytes, of which SQLite makes copies
+            digest = _row_digest(wrapped, sealed)
+            with self.transaction():
+                self._execute(
+                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *place, version, wrapped, sealed
+                )
+                del sealed
+                self._removed = self._removed or version > 1
+                self._listed[place] = (version, digest)
 
     def delete(self, kind: str, name: str) -> bool:
         """Remove a row and its key for good; whether it was there."""
         place = (kind, self._key.row_id(kind, name))
-        if place not in self._listed:
-            return False
-        with self.transaction():
-            self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *place)
-            self._removed = True
-            del self._listed[place]
-        return True
+        with self._lock:
+            if place not in self._listed:
+                return False
+            with self.transaction():
+                self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *place)
+                self._removed = True
+                del self._listed[place]
+            return True
 
     def reserve(self, size: int) -> None:
         """Find out whether `size` bytes more can be written now, and leave the vault as it was.
@@ -212,10 +234,16 @@ class Vault:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of the changes inside, or none. Nested ones belong to the outermost."""
-        if self._depth:
-            yield
-            return
+        """All of the changes inside, or none. Nested ones belong to the outermost; other threads wait."""
+        with self._lock:
+            if self._depth:
+                yield
+                return
+            with self._outermost():
+                yield
+
+    @contextlib.contextmanager
+    def _outermost(self) -> Iterator[None]:
         before = dict(self._listed)
         self._depth += 1
         self._removed = False
@@ -264,7 +292,9 @@ class Vault:
 
     def change_passphrase(self, passphrase: str) -> None:
         """Rewrap the data key; no row is touched. A keyring vault becomes a passphrase vault."""
-        header = self._key.rewrap(self._header, passphrase)
+        self._write_header(self._key.rewrap(self._header, passphrase))
+
+    def _write_header(self, header: Header) -> None:
         with self.transaction():
             self._execute("UPDATE header SET data = ?", header.to_bytes())
             self._removed = True

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +164,8 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
     import perfit_cloud.service.server  # noqa: F401
     import perfit_device.cli.main as device
     from perfit_device import history, personal
-    from perfit_device.cli import common
+    from perfit_device.known import remember
+    from perfit_device.profile import Profile
     from perfit_device.vault.crypto import KdfParams
     from perfit_device.vault.store import Vault
     from perfit_shared.tasks import TASKS
@@ -175,17 +175,16 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
     path = folder / "home" / "profiles" / "default" / "vault.db"
     passphrase = os.environ["PERFIT_PASSPHRASE"]
     with Vault.create(path, passphrase, kdf=KdfParams(memory_kib=32, iterations=1, lanes=4)) as vault:
-        common.remember(vault, info)
+        remember(vault, info)
         items = [{"text": f"Café № {n} …", "title": f"Türe {n} \u202e 🙂"} for n in range(12)]
         history.add(vault, [history.HistoryItem.make(task, item) for item in items])
         seed = _Cloud().fetch_seed(None)
         personal.store(vault, info.cloud_id, info.artefacts[0], personal.PersonalShift(seed, 1))
 
-    @contextmanager
-    def open_cloud(session: Any, vault: Any, retry_policy: Any = None) -> Iterator[tuple[Any, Any]]:
-        yield _Cloud(), info
+    def connect(profile: Any, retry_policy: Any = None) -> tuple[Any, Any]:
+        return _Cloud(), info
 
-    common.Session.open_cloud = open_cloud  # type: ignore[method-assign, assignment]
+    Profile.connect = connect  # type: ignore[method-assign]
     return {"perfit": device.run, "perfit-cloud": cloud.run}
 
 

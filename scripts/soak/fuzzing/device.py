@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import strategies as st
 
 from perfit_cloud.service.identity.certificates import CertificateAuthority, read_csr
-from perfit_device import personal
+from perfit_device import shift_files
 from perfit_device.cloud.channels import MESSAGE_BYTES, address_of, readable, translate
 from perfit_device.cloud.client import tensors_from_wire
 from perfit_device.cloud.codec import (
@@ -268,4 +268,4 @@ class _Exported:
 
     def check(self, data: bytes) -> None:
         self._path.write_bytes(data)
-        personal.read_file(self._path, _ARTEFACT).check(SPEC, SPEC.personal_rank)
+        shift_files.read_file(self._path, _ARTEFACT).check(SPEC, SPEC.personal_rank)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from local import PASSPHRASE, Device, LocalCloud
-from perfit_device import history
-from perfit_device.cli.common import read_enrolment
+from perfit_device import history, personal
+from perfit_device.known import read_enrolment, recall
 from perfit_device.training.update import read_checkpoint
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import PerfitError, WrongPassphrase
@@ -235,11 +234,11 @@ class World:
             return _NOBODY
         with self._open(device) as (vault, passphrase):
             examples = frozenset(item.name for item in history.load(vault))
-            shifts = vault.list("shift")
+            shifts = personal.artefacts(vault)
             enrolled = read_enrolment(vault) is not None
             if not enrolled and not examples:  # made by `enroll`, which got no further
                 return _NOBODY
-            return Seen(passphrase, examples, enrolled, "".join(sorted(shifts)))
+            return Seen(passphrase, examples, enrolled, "".join(shifts))
 
     @contextmanager
     def _open(self, device: Device) -> Iterator[tuple[Vault, str]]:
@@ -261,12 +260,13 @@ class World:
     def _is_updated(self, device: Device) -> bool:
         """Whether there is a shift, and no update half-done; another `update` would train it further."""
         with self._open(device) as (vault, _):
-            return bool(vault.list("shift")) and not vault.list("checkpoint")
+            return bool(personal.artefacts(vault)) and not vault.list("checkpoint")
 
     def _shift(self, device: Device) -> ShiftTensors:
         with self._open(device) as (vault, _):
-            (data,) = vault.list("shift").values()
-        return ShiftTensors.from_named(safetensors.numpy.load(data))
+            (name,), cloud_id = personal.artefacts(vault), recall(vault).cloud_id
+            versions = personal.read_versions(vault, cloud_id, name)
+            return personal.read_tensors(vault, cloud_id, name, versions.current if versions else 0)
 
 
 def _vault(device: Device) -> Path:

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from perfit_device.history.importers.rows import Found, collect
+from perfit_device.history.importers.rows import collect
+from perfit_device.history.importers.source import Source
+from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import parse_json
 from perfit_shared.tasks import Task
 
-__all__ = ["read", "read_list"]
+__all__ = ["fits", "read"]
 
 
-def read(text: str, task: Task) -> list[Found]:
-    return collect(_rows(text), task)
+def fits(source: Source) -> bool:
+    """Any text: what is no JSON is said line by line."""
+    return True
 
 
-def read_list(records: Any, task: Task) -> list[Found]:
+def read(source: Source, task: Task) -> list[HistoryItem]:
+    records = source.records
+    if records is None:
+        return collect(_rows(source.text), task)
     if not all(isinstance(record, dict) for record in records):
         raise InvalidData("it should be a list of objects")
     return collect(((f"item {number}", record) for number, record in enumerate(records)), task)

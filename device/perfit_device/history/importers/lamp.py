@@ -6,11 +6,7 @@ the task's fields, the queries are the history.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from perfit_device.history.importers.rows import Found
+from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import Entry, User, is_date, labels_beside, read_golds, users_of
@@ -19,22 +15,21 @@ from perfit_shared.tasks import Task
 __all__ = ["fits", "read"]
 
 
-def fits(records: Any) -> bool:
+def fits(source: Source) -> bool:
     """Whether some record holds a profile or queries."""
-    return isinstance(records, list) and any(
-        isinstance(record, dict) and ("profile" in record or "query" in record) for record in records
+    return isinstance(source.records, list) and any(
+        isinstance(record, dict) and ("profile" in record or "query" in record) for record in source.records
     )
 
 
-def read(
-    path: Path, records: Any, task: Task, *, user: str | None, tell: Callable[[str], None]
-) -> list[Found]:
+def read(source: Source, task: Task) -> list[HistoryItem]:
     """The examples of one user. Raises InvalidData naming user, item and field."""
-    labels = labels_beside(path)
-    found = users_of(records, task, golds={} if labels is None else read_golds(labels), source=path.name)
+    labels = labels_beside(source.path)
+    golds = {} if labels is None else read_golds(labels)
+    found = users_of(source.records, task, golds=golds, source=source.path.name)
     if found.dropped_empty:
-        tell(f"{found.dropped_empty} entries of the file have an empty field and were left out")
-    return _of_user(_chosen(found.users, user), task, queries_are_history=found.no_profiles)
+        source.tell(f"{found.dropped_empty} entries of the file have an empty field and were left out")
+    return _of_user(_chosen(found.users, source.user), task, queries_are_history=found.no_profiles)
 
 
 def _chosen(users: tuple[User, ...], wanted: str | None) -> User:
@@ -52,10 +47,10 @@ def _chosen(users: tuple[User, ...], wanted: str | None) -> User:
     raise InvalidData(f'it has no user "{wanted[:40]}"; there are {some}{" …" if len(users) > 8 else ""}')
 
 
-def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[Found]:
-    def found(kind: str, entry: Entry, *, dated: bool, part: str = "") -> Found:
-        item = HistoryItem(task.name, entry.item, date=entry.date if dated else "", part=part)
-        return Found(f"{kind} {entry.id}", item)
+def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[HistoryItem]:
+    def found(kind: str, entry: Entry, *, dated: bool, part: str = "") -> HistoryItem:
+        date = entry.date if dated else ""
+        return HistoryItem(task.name, entry.item, date=date, part=part, place=f"{kind} {entry.id}")
 
     part = "" if queries_are_history else "test"
     # Dates that cannot order a profile are dropped: the order of adding stands for them.

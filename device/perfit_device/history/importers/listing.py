@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from perfit_device.history.importers.rows import Found, date_and_part
+from perfit_device.history.importers.rows import date_and_part
+from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem, problems_of
 from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import at
-from perfit_shared.tasks import TASK_NAME, TASKS, Task
+from perfit_shared.tasks import TASK_NAME, TASKS, Task, is_text
 
 __all__ = ["fits", "read"]
 
 _FIELDS = 17  # a template's most, and the answer's
 
 
-def fits(records: Any) -> bool:
+def fits(source: Source) -> bool:
     """Whether every record says its task, and holds its fields by themselves."""
+    records = source.records
     return (
         isinstance(records, list)
         and bool(records)
@@ -28,45 +30,37 @@ def fits(records: Any) -> bool:
     )
 
 
-def read(
-    records: list[dict[str, Any]], task: Task | None, known: Mapping[str, Task], tell: Callable[[str], None]
-) -> list[Found]:
+def read(source: Source, task: Task | None) -> list[HistoryItem]:
     """All of them, or those of one task. Raises InvalidData.
 
-    An example must have its task's fields, where there is a task of that name: `task`, one of `known`,
-    or one of perfit's own. Of others nobody can say what fields they have.
+    An example must have its task's fields, where there is a task of that name: `task`, one that the source
+    knows, or one of perfit's own. Of others nobody can say what fields they have.
     """
-    tasks = {**TASKS, **known, **({task.name: task} if task else {})}
+    tasks = {**TASKS, **source.known, **({task.name: task} if task else {})}
     found = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(source.records):
         place = f"item {number}"
         with at(place):
-            found.append(Found(place, _item(record, tasks)))
-    wanted = [one for one in found if task is None or one.item.task == task.name]
+            found.append(_item(record, tasks, place))
+    wanted = [item for item in found if task is None or item.task == task.name]
     if len(wanted) < len(found):
-        tell(f"{len(found) - len(wanted)} examples of the file are of other tasks and were left out")
+        source.tell(f"{len(found) - len(wanted)} examples of the file are of other tasks and were left out")
     return wanted
 
 
-def _item(record: Mapping[str, Any], tasks: Mapping[str, Task]) -> HistoryItem:
+def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], place: str) -> HistoryItem:
     task, fields = record["task"], record["fields"]
     if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
         raise InvalidData('field "task" should be the name of a task')
-    if not 1 <= len(fields) <= _FIELDS or not all(_is_text(k) and _is_text(v) for k, v in fields.items()):
+    if not 1 <= len(fields) <= _FIELDS or not all(map(_says_something, [*fields, *fields.values()])):
         raise InvalidData('field "fields" should hold names and texts, none empty')
     date, part, problems = date_and_part(record)
     if task in tasks:
         problems = problems_of(tasks[task], fields) + problems
     if problems:
         raise InvalidData("; ".join(problems))
-    return HistoryItem(task, dict(fields), date=date, part=part)
+    return HistoryItem(task, dict(fields), date=date, part=part, place=place)
 
 
-def _is_text(value: object) -> bool:
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _says_something(value: object) -> bool:
+    return is_text(value) and bool(str(value).strip())

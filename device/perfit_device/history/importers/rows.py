@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from perfit_device.history.items import HistoryItem, problems_of
@@ -11,33 +10,25 @@ from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import at, is_date
 from perfit_shared.tasks import Task
 
-__all__ = ["Found", "collect", "date_and_part", "names_of"]
+__all__ = ["collect", "date_and_part", "names_of"]
 
 _OPTIONAL = ("date", "part")
 _PARTS = ("", "test", "history")
 
 
-@dataclass(frozen=True)
-class Found:
-    """An example, and where the file has it, for messages: "line 7"."""
-
-    place: str
-    item: HistoryItem
-
-
-def collect(rows: Iterable[tuple[str, Any]], task: Task) -> list[Found]:
+def collect(rows: Iterable[tuple[str, Any]], task: Task) -> list[HistoryItem]:
     """Examples of (place, values) pairs; values may also be the InvalidData that kept them from being read.
 
     Raises InvalidData with all that is wrong with the first bad row, and how many more are bad.
     """
-    found: list[Found] = []
+    found: list[HistoryItem] = []
     wrong: list[InvalidData] = []
     for place, values in rows:
         try:
             with at(place):
                 if isinstance(values, InvalidData):
                     raise values
-                found.append(Found(place, _item(values, task)))
+                found.append(_item(values, task, place))
         except InvalidData as error:
             wrong.append(error)
     if len(wrong) > 1:
@@ -65,7 +56,7 @@ def date_and_part(values: Mapping[str, Any]) -> tuple[str, str, list[str]]:
     return str(date), "test" if part == "test" else "", problems
 
 
-def _item(values: Any, task: Task) -> HistoryItem:
+def _item(values: Any, task: Task, place: str) -> HistoryItem:
     if not isinstance(values, dict):
         raise InvalidData("it should be an object with the task's fields")
     # A name that is right as it stands wins over one that only looks like it.
@@ -76,4 +67,4 @@ def _item(values: Any, task: Task) -> HistoryItem:
         wrong[-1] += f" (an example of {task.name} has {' and '.join(task.fields_of(named))})"
     if wrong or others:
         raise InvalidData("; ".join(wrong + others))
-    return HistoryItem.make(task, named, date=date, part=part)
+    return HistoryItem.make(task, named, date=date, part=part, place=place)

@@ -8,19 +8,30 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from perfit_device.history.importers.rows import Found, collect, names_of
+from perfit_device.history.importers.rows import collect, names_of
+from perfit_device.history.importers.source import TABLES, Source
 from perfit_device.history.importers.text import LARGEST
+from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import Task
 
-__all__ = ["read"]
+__all__ = ["fits", "read"]
 
+_LINES = (".json", ".jsonl", ".ndjson")  # names of what is no table
 _DELIMITERS = ",;\t|"
 _HEAD = 1 << 16  # characters in which the first row is looked for
 _SEPARATOR = re.compile(r"[\"']?sep=([,;\t|])[\"']?\r?\n", re.IGNORECASE)  # Excel's own first line
 
 
-def read(text: str, task: Task) -> list[Found]:
+def fits(source: Source) -> bool:
+    """By its name, or because it begins as no JSON does."""
+    suffix = source.path.suffix.lower()
+    looks_like_one = suffix not in _LINES and source.text.lstrip()[:1] != "{"
+    return source.records is None and (suffix in TABLES or looks_like_one)
+
+
+def read(source: Source, task: Task) -> list[HistoryItem]:
+    text = source.text
     match = _SEPARATOR.match(text)
     skipped = 1 if match else 0
     if match:

@@ -1,0 +1,73 @@
+"""What a vault knows of its cloud: the enrolment, and what the cloud said last of what it serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from perfit_shared.tasks import Task
+
+if TYPE_CHECKING:
+    from perfit_device.cloud.codec import CloudInfo
+    from perfit_device.cloud.identity import Enrolment
+    from perfit_device.vault.store import Vault
+
+__all__ = ["Known", "read_enrolment", "recall", "remember", "write_enrolment"]
+
+_INFO_PLACE = ("cloud", "describe")
+_ENROLMENT_PLACE = ("identity", "current")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the cloud said last of what it serves, for offline use; empty before it was first asked."""
+
+    cloud_id: str = ""
+    tasks: Mapping[str, str] = field(default_factory=dict)  # artefact name → task JSON
+    prompt_tokens: int = 0  # longest prompt; 0: not known
+    new_tokens: int = 0  # longest answer
+
+    def task_of(self, name: str) -> str:
+        """The task of an artefact, else the name itself."""
+        return str(json.loads(self.tasks[name])["name"]) if name in self.tasks else name
+
+    @property
+    def by_task(self) -> dict[str, Task]:
+        """The tasks of the artefacts, by their own names."""
+        return {task.name: task for task in map(Task.from_json, self.tasks.values())}
+
+
+def remember(vault: Vault, info: CloudInfo) -> None:
+    """Keep what the cloud serves, so that history can be sorted offline."""
+    values = {
+        "cloud_id": info.cloud_id,
+        "base_model": info.base_model,
+        "tasks": {artefact.name: artefact.task.to_json() for artefact in info.artefacts},
+        "prompt_tokens": info.limits.prompt_tokens,
+        "new_tokens": info.limits.new_tokens,
+    }
+    data = json.dumps(values).encode()
+    if vault.get(*_INFO_PLACE) != data:
+        vault.put(*_INFO_PLACE, data)
+
+
+def recall(vault: Vault) -> Known:
+    data = vault.get(*_INFO_PLACE)
+    if data is None:
+        return Known()
+    values = json.loads(data)
+    del values["base_model"]
+    return Known(**values)
+
+
+def read_enrolment(vault: Vault) -> Enrolment | None:
+    from perfit_device.cloud.identity import Enrolment
+
+    data = vault.get(*_ENROLMENT_PLACE)
+    return None if data is None else Enrolment.from_bytes(data)
+
+
+def write_enrolment(vault: Vault, enrolment: Enrolment) -> None:
+    vault.put(*_ENROLMENT_PLACE, enrolment.to_bytes())

@@ -1,0 +1,38 @@
+"""Vaults of earlier formats, brought to today's; `Vault.open` does it, in one transaction.
+
+Format 1 kept of a shift the current version, as a row "shift" named CLOUD/ARTEFACT, and the one before as
+a row "previous" named CLOUD/ARTEFACT/TASK. Both were safetensors whose metadata said what they were.
+Format 2 keeps the last ten versions, as `personal` describes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from perfit_shared.errors import InvalidTensors, VaultDamaged
+
+if TYPE_CHECKING:
+    from perfit_device.vault.store import Vault
+
+__all__ = ["migrate"]
+
+
+def migrate(vault: Vault, number: int) -> None:
+    """Rewrite the rows of a vault of format `number`. Raises VaultDamaged."""
+    if number == 1:
+        _from_1_to_2(vault)
+
+
+def _from_1_to_2(vault: Vault) -> None:
+    from perfit_device.personal import import_versions
+    from perfit_shared.shifts import read_metadata
+
+    earlier = {name.rpartition("/")[0]: data for name, data in vault.list("previous").items()}
+    for name in vault.list("previous"):
+        vault.delete("previous", name)
+    for place, current in vault.list("shift").items():
+        rows = [earlier[place], current] if place in earlier else [current]
+        try:
+            import_versions(vault, place, [(data, read_metadata(data)) for data in rows])
+        except InvalidTensors as error:
+            raise VaultDamaged("the vault holds a shift that cannot be read") from error

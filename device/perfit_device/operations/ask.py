@@ -1,0 +1,104 @@
+"""Asking the cloud for an answer, through one's own shift, the collective one, or none."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from perfit_device import personal
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.codec import Artefact, Chunk, Prompt, Sampling, ShiftUse
+from perfit_device.cloud.retry import RetryPolicy
+from perfit_device.evaluation import prompt_of
+from perfit_device.history import HistoryItem
+from perfit_device.mode import Mode
+from perfit_device.profile import Profile
+from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
+
+__all__ = ["Asked", "Question", "prepare"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text, and how to answer it. None stands for the task's own figure, or a random seed."""
+
+    text: str
+    task: str | None = None  # name of an artefact
+    max_tokens: int | None = None
+    temperature: float = 0.1  # 0 is greedy
+    top_k: int = 10  # 0 is all tokens
+    top_p: float = 0.9
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that is ready to be sent. It needs the vault no more."""
+
+    artefact: Artefact
+    prompt: Prompt
+    sampling: Sampling
+    _cloud: Cloud
+    _uses: Mapping[Mode, ShiftUse]
+    _retry_policy: RetryPolicy
+
+    def stream(self, mode: Mode) -> Iterator[Chunk]:
+        """The answer of one of the modes it was prepared for, as it comes; counts are on the last piece.
+
+        White space at its front belongs to the prompt's form and is left out.
+        """
+        is_at_front = True
+        use = self._uses[mode]
+        for piece in self._retry_policy.stream(lambda: self._cloud.generate(self.prompt, use, self.sampling)):
+            text = piece.text.lstrip() if is_at_front else piece.text
+            is_at_front = is_at_front and not text
+            yield replace(piece, text=text)
+
+
+def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Asked:
+    """Find artefact, prompt and shifts. Raises InvalidPrompt or InvalidInput on what cannot be asked."""
+    text = question.text.strip()
+    if not text:
+        raise InvalidPrompt("the text is empty; give a text to ask about")
+    cloud, info = profile.connect()
+    artefact = profile.artefact(question.task)
+    prompt = _prompt(artefact, text)
+    most, longest = info.limits.new_tokens, question.max_tokens
+    if longest is not None and longest > most:
+        raise InvalidInput(f"this cloud answers with at most {most} tokens")
+    sampling = Sampling(
+        max_new_tokens=min(artefact.task.answer_tokens if longest is None else longest, most),
+        temperature=question.temperature,
+        top_k=question.top_k,
+        top_p=question.top_p,
+        seed=secrets.randbits(32) if question.seed is None else question.seed,
+        stop=artefact.task.stop,
+    )
+    uses = {mode: _use(profile, artefact, mode) for mode in modes}
+    return Asked(artefact, prompt, sampling, cloud, uses, RetryPolicy(tell=profile.tell))
+
+
+def _prompt(artefact: Artefact, text: str) -> Prompt:
+    task = artefact.task
+    try:
+        return prompt_of(task, HistoryItem(task.name, {task.text_field: text}))
+    except InvalidData as error:
+        raise InvalidInput(f"the task {task.name} cannot be asked with one text: {error}") from error
+
+
+def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
+    """Which shift answers. A user without one of their own has the seed, and is told so."""
+    if mode is Mode.base:
+        return ShiftUse()
+    if mode is Mode.collective:
+        return ShiftUse(artefact)
+    cloud, info = profile.connect()
+    with profile.vault() as vault:
+        mine = personal.load(vault, info.cloud_id, artefact)
+    if mine is not None:
+        return ShiftUse(artefact, mine.tensors)
+    profile.tell(
+        f"no personal shift for {artefact.name} yet, so this is the seed; `perfit update` trains one"
+    )
+    return ShiftUse(artefact, profile.while_opening().call(lambda: cloud.fetch_seed(artefact)))

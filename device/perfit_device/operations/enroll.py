@@ -1,0 +1,74 @@
+"""Enrolling a profile: an invite for a certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from perfit_device.cloud import enrolment as enrolments
+from perfit_device.cloud.client import Cloud
+from perfit_device.cloud.identity import Enrolment, Identity
+from perfit_device.known import read_enrolment, remember, write_enrolment
+from perfit_device.profile import Profile
+from perfit_shared.errors import InvalidInvite, PerfitError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from perfit_device.vault.store import Vault
+    from perfit_shared.invites import Invite
+
+__all__ = ["Enrolled", "enroll"]
+
+_PENDING = ("identity", "pending")
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    profile: str
+    address: str
+    cloud_id: str
+    tasks: Sequence[str]  # the cloud's artefacts; empty where it could not be asked yet
+
+
+def enroll(profile: Profile, invite: Invite, *, replace: bool = False) -> Enrolled:
+    """Raises InvalidInvite when the profile is enrolled already and `replace` is not set."""
+    with profile.vault() as vault:
+        enrolment = _enrolment(profile, vault, invite, replace=replace)
+        tasks: list[str] = []
+        try:
+            with Cloud(enrolment, on_renewed=lambda new: write_enrolment(vault, new)) as cloud:
+                info = cloud.describe()
+            remember(vault, info)
+            tasks = [artefact.name for artefact in info.artefacts]
+        except PerfitError as error:
+            profile.tell(f"enrolled, but the cloud cannot be asked yet: {error}")
+    return Enrolled(profile.settings.profile, enrolment.address, enrolment.cloud_id, tasks)
+
+
+def _enrolment(profile: Profile, vault: Vault, invite: Invite, *, replace: bool) -> Enrolment:
+    """The key is sealed before the call and kept until its answer: when the answer is lost, the
+    same invite with the same key gets it again. Of an invite that was answered the digest stays, so
+    that the same command does no harm: the cloud takes no invite again once its certificate was used."""
+    used = hashlib.sha256(invite.secret).digest()
+    pending = vault.get(*_PENDING)
+    known = read_enrolment(vault)
+    same = pending is not None and hmac.compare_digest(pending[:32], used)
+    if known is not None and not replace and not same:
+        raise InvalidInvite(
+            f'the profile "{profile.settings.profile}" is enrolled with {known.address} already; '
+            "use --profile NAME for another cloud, or --replace to enrol this one anew"
+        )
+    if known is not None and pending == used and not replace:
+        return known
+    key = pending[32:] if pending is not None and same else b""
+    identity = Identity.from_der(key) if key else Identity.create()
+    if not key:
+        vault.put(*_PENDING, used + identity.to_der())
+    enrolment = profile.while_opening().call(lambda: enrolments.enroll(invite, identity))
+    with vault.transaction():
+        write_enrolment(vault, enrolment)
+        vault.put(*_PENDING, used)
+    return enrolment

@@ -1,0 +1,185 @@
+"""Training the personal shift: plan, train, and once more without what the cloud turns out to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from perfit_device import history, personal
+from perfit_device.cloud.codec import Artefact
+from perfit_device.cloud.retry import RetryPolicy
+from perfit_device.evaluation import TaskClient
+from perfit_device.profile import Profile
+from perfit_device.refusals import Refusals
+from perfit_device.training import update as updates
+from perfit_device.training.gradients import Adapting
+from perfit_device.training.update import Finished, Plan, Result
+from perfit_shared.errors import ExamplesRefused, ShiftMismatch
+
+if TYPE_CHECKING:
+    from perfit_device.history import Split
+    from perfit_device.personal import PersonalShift
+    from perfit_device.vault.store import Vault
+
+__all__ = ["Updated", "Wanted", "update"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for."""
+
+    task: str | None = None  # name of an artefact
+    # Of the plan: epochs, learning_rate, batch_size, seed. What is missing is the artefact's, or 0.
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False  # start from the seed
+    again: bool = False  # also when nothing is new
+    anyway: bool = False  # take the new version even where the gate finds it no better
+    checkpoint_seconds: float = 30.0
+    patience_seconds: float = 60.0  # to wait for a cloud that is gone
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What an update came to. `result` is None where there was nothing new to learn."""
+
+    artefact: Artefact
+    plan: Plan
+    skipped: Sequence[str]  # names of examples that were left out
+    result: Result | None = None
+    was_accepted: bool = False  # the update before, where there is no result
+
+
+def update(
+    profile: Profile, wanted: Wanted, progress: Callable[[int, int, float], None] = lambda *_: None
+) -> Updated:
+    """Train. `progress` is told step, steps and loss.
+
+    It holds the vault until it ends. An interrupt leaves the steps that were done in the vault.
+    """
+    retry_policy = RetryPolicy(give_up=wanted.patience_seconds, tell=profile.tell)
+    cloud, info = profile.connect(retry_policy)
+    artefact = profile.artefact(wanted.task)
+    with profile.vault() as vault:
+        refusals = Refusals.read(vault, info, artefact)
+        items = history.load(vault, artefact.task.name)
+        usable = profile.usable(items, artefact.task)
+        while True:
+            fitting = [item for item in usable if item.name not in refusals.names]
+            if len(fitting) < len(usable):
+                left_out = len(usable) - len(fitting)
+                profile.tell(f"{left_out} examples are too long for this cloud and are left out")
+            run = _Run(profile, vault, wanted, artefact, history.split(fitting), retry_policy, progress)
+            try:
+                return run.train([item.name for item in items if item not in fitting])
+            except ExamplesRefused as error:
+                rest = [item for item in fitting if item.name not in error.names]
+                client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
+                more = client.refused_among(rest)
+                refusals = refusals.with_names(vault, [*error.names, *(item.name for item in more)])
+                updates.forget_checkpoint(vault, refusals.place)  # of a plan with these examples
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One try, on examples that are not known to be refused."""
+
+    profile: Profile
+    vault: Vault
+    wanted: Wanted
+    artefact: Artefact
+    split: Split
+    retry_policy: RetryPolicy
+    progress: Callable[[int, int, float], None]
+
+    def train(self, skipped: Sequence[str]) -> Updated:
+        _, info = self.profile.connect()
+        place = updates.row_name(info.cloud_id, self.artefact.name, self.artefact.task.name)
+        plan = self._plan(place)
+        last = updates.read_finished(self.vault, place)
+        if last is not None and self._is_in_vain(last, plan, info.fingerprint):
+            return Updated(self.artefact, plan, skipped, was_accepted=last.accepted)
+        return Updated(self.artefact, plan, skipped, self._result(plan))
+
+    def _is_in_vain(self, last: Finished, plan: Plan, fingerprint: str) -> bool:
+        wants_it = self.wanted.again or (self.wanted.anyway and not last.accepted)
+        return not wants_it and (last.plan, last.fingerprint) == (plan, fingerprint)
+
+    def _result(self, plan: Plan) -> Result:
+        cloud, info = self.profile.connect()
+        current = self._current(plan)
+        with Adapting(cloud, self.artefact, info.limits, self.split) as source:
+            if current is not None and not plan.fresh:
+                start = current.tensors
+            else:
+                start = self.retry_policy.call(lambda: cloud.fetch_seed(self.artefact))
+            run = updates.Update(
+                self.vault,
+                info.cloud_id,
+                self.artefact,
+                plan,
+                start=start,
+                current=current,
+                forgotten=history.forgotten(self.vault, self.artefact.task.name),
+                fingerprint=info.fingerprint,
+                anyway=self.wanted.anyway,
+                gradient=source.gradient,
+                evaluate=source.loss,
+                retry_policy=self.retry_policy,
+                checkpoint_seconds=self.wanted.checkpoint_seconds,
+                progress=self.progress,
+            )
+            self.profile.tell(
+                f"{self.artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
+                + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
+            )
+            try:
+                return run.run()
+            except KeyboardInterrupt:
+                self.profile.tell(
+                    f"stopped after step {run.step} of {plan.steps}; `perfit update` resumes there"
+                )
+                raise
+
+    def _current(self, plan: Plan) -> PersonalShift | None:
+        _, info = self.profile.connect()
+        try:
+            return personal.load(self.vault, info.cloud_id, self.artefact)
+        except ShiftMismatch:
+            if not plan.fresh:
+                raise
+            return None  # made for another artefact, so the gate cannot measure it
+
+    def _plan(self, place: str) -> Plan:
+        """The half-done plan if it still holds and nothing else is asked for, else a new one."""
+        artefact, split, wanted = self.artefact, self.split, dict(self.wanted.settings)
+        now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
+        if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
+            wanted["batch_size"] = min(wanted["batch_size"], len(split.train))
+        kept = updates.read_checkpoint(self.vault, place)
+        if kept is not None:
+            old = asdict(kept.schedule)
+            again = replace(kept.schedule, **wanted, fresh=self.wanted.fresh or kept.schedule.fresh)
+            if {key: old[key] for key in now} == now and again == kept.schedule:
+                return kept.schedule
+            reason = "you asked for other settings"
+            if old["version"] != now["version"]:
+                reason = "the cloud's artefact changed"
+            if old["history"] != now["history"]:
+                reason = "your history changed"
+            self.profile.tell(
+                f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
+            )
+        epochs, batch_size = updates.schedule(
+            artefact, len(split.train), epochs=wanted.get("epochs"), batch_size=wanted.get("batch_size")
+        )
+        return Plan(
+            epochs=epochs,
+            learning_rate=float(wanted.get("learning_rate", artefact.learning_rate)),
+            batch_size=batch_size,
+            seed=int(wanted.get("seed", 0)),
+            fresh=self.wanted.fresh,
+            history=split.digest(),
+            version=artefact.version,
+            examples=len(split.train),
+        )

@@ -1,0 +1,259 @@
+"""One profile of this device, opened: its vault, its cloud, its artefacts.
+
+What a profile can do stands in `operations`, a file for each; they take a `Profile` and give values. The
+command line parses, asks and prints around them.
+
+    with Profile.open(Settings("default"), passphrase=ask) as profile:
+        asked = prepare(profile, Question("The council met until dawn."), [Mode.personal])
+        for piece in asked.stream(Mode.personal): …
+
+Nothing here prints or asks: `passphrase` is called when the vault needs one, and `tell` takes a line for a
+person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from perfit_device import personal
+from perfit_device.cloud.retry import RetryPolicy
+from perfit_device.known import read_enrolment, recall, remember, write_enrolment
+from perfit_device.settings import DeviceSettings
+from perfit_device.vault.store import Vault
+from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
+from perfit_shared.tasks import Task, task_named
+from perfit_shared.terminal import one_line
+
+if TYPE_CHECKING:
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.codec import Artefact, CloudInfo
+    from perfit_device.cloud.identity import Enrolment
+    from perfit_device.history import HistoryItem
+
+__all__ = ["OPENING_SECONDS", "Profile", "listed"]
+
+OPENING_SECONDS = 10.0  # that the first calls wait for a cloud that is away
+
+
+class Profile:
+    """An open profile; `open` or `create` one, and use `with`.
+
+    Several threads may share it. A caller with a long call ahead may `release_vault`, so that other
+    processes can use the vault meanwhile.
+    """
+
+    def __init__(
+        self, settings: DeviceSettings, vault: Vault, passphrase: str | None, tell: Callable[[str], None]
+    ) -> None:
+        self.settings = settings
+        self.tell = tell
+        self._vault = vault
+        self._passphrase = passphrase  # nobody may be there to type it again in mid-run
+        self._connecting = threading.Lock()
+        self._connected: tuple[Cloud, CloudInfo] | None = None
+
+    # -- opening and closing -------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        settings: DeviceSettings,
+        *,
+        passphrase: Callable[[], str],
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Profile:
+        """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged."""
+        path, costly = settings.vault_path, settings.costly_vault
+        if not path.exists():
+            raise NotFound(
+                f'there is no profile "{settings.profile}"; `perfit enroll INVITE` makes one, '
+                "--profile chooses another, and `perfit profiles` lists them"
+            )
+        given = passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
+        return cls(settings, Vault.open(path, given, costly=costly), given, tell)
+
+    @classmethod
+    def create(
+        cls,
+        settings: DeviceSettings,
+        *,
+        passphrase: str | None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Profile:
+        """A new profile, locked by `passphrase`, or by the OS keyring where it is None."""
+        return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, tell)
+
+    def close(self) -> None:
+        """Ends every call in flight."""
+        if self._connected is not None:
+            self._connected[0].close()
+        self.release_vault()
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the vault -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def vault(self) -> Iterator[Vault]:
+        """The vault; once it was released, opened anew for a moment.
+
+        Raises Unavailable while another process holds it: the call that needs it can be tried again.
+        """
+        if not self._vault.closed:
+            yield self._vault
+            return
+        path, costly = self.settings.vault_path, self.settings.costly_vault
+        try:
+            again = Vault.open(path, self._passphrase, costly=costly)
+        except VaultBusy as error:
+            raise Unavailable(str(error)) from error
+        with again:
+            yield again
+
+    def change_passphrase(self, new: str) -> None:
+        with self.vault() as vault:
+            vault.change_passphrase(new)
+        self._passphrase = new
+
+    def release_vault(self) -> None:
+        """Let other processes have it."""
+        self._vault.close()
+
+    # -- the cloud -----------------------------------------------------------------------------
+
+    def connect(self, retry_policy: RetryPolicy | None = None) -> tuple[Cloud, CloudInfo]:
+        """The profile's cloud, and what it serves; one connection as long as the profile is open.
+
+        `patience` is that of `while_opening` unless said otherwise. Raises NotAuthenticated when the
+        profile is not enrolled.
+        """
+        with self._connecting:
+            if self._connected is None:
+                self._connected = self._connect(retry_policy or self.while_opening())
+            return self._connected
+
+    def while_opening(self) -> RetryPolicy:
+        """For first calls: somebody waits for them, and is told why they take longer."""
+        return RetryPolicy(give_up=OPENING_SECONDS, tell=self.tell)
+
+    def _connect(self, retry_policy: RetryPolicy) -> tuple[Cloud, CloudInfo]:
+        cloud, info = retry_policy.call(self._connector())
+        try:
+            if info.cloud_id != cloud.enrolment.cloud_id:
+                raise NotAuthenticated(
+                    f"the server at {cloud.address} is another cloud than the one this profile "
+                    "is enrolled with; ask the operator for a new invite"
+                )
+            with self.vault() as vault:
+                remember(vault, info)
+            return cloud, info
+        except BaseException:
+            cloud.close()
+            raise
+
+    def _connector(self) -> Callable[[], tuple[Cloud, CloudInfo]]:
+        """Makes a connection each time it is called; a certificate that one try renewed serves the next."""
+        from perfit_device.cloud.client import Cloud
+
+        enrolment = self._enrolment()
+        if enrolment is None:
+            raise NotAuthenticated(
+                f'the profile "{self.settings.profile}" is not enrolled; `perfit enroll INVITE` does it'
+            )
+
+        def keep(new: Enrolment) -> None:
+            nonlocal enrolment  # for the next try: this one may have been used, which retired the old one
+            with self.vault() as vault:
+                write_enrolment(vault, new)
+            enrolment = new
+
+        def connect() -> tuple[Cloud, CloudInfo]:
+            cloud = Cloud(enrolment, on_renewed=keep, read_anew=self._enrolment)
+            try:
+                return cloud, cloud.describe()
+            except BaseException:
+                cloud.close()
+                raise
+
+        return connect
+
+    def _enrolment(self) -> Enrolment | None:
+        with self.vault() as vault:
+            return read_enrolment(vault)
+
+    # -- artefacts, tasks, shifts --------------------------------------------------------------
+
+    def artefact(self, task: str | None) -> Artefact:
+        """The cloud's artefact of that name; else the only one, or the only one this user has a shift for."""
+        _, info = self.connect()
+        by_name = {artefact.name: artefact for artefact in info.artefacts}
+        if task is None:
+            return by_name[self._default_task(by_name, info.cloud_id)]
+        if task not in by_name:
+            raise NotFound(f'the cloud has no task "{one_line(task)[:64]}"; it has {listed(by_name)}')
+        return by_name[task]
+
+    def task(self, name: str | None) -> Task:
+        """A task by name, as the cloud last described it; offline, and before enrolment too."""
+        with self.vault() as vault:
+            known = recall(vault)
+        if name is None:
+            if not known.tasks:
+                raise NotFound("say which task the examples are of, with --task NAME")
+            name = self._default_task(known.tasks, known.cloud_id)
+        if name in known.tasks:
+            return Task.from_json(known.tasks[name])
+        if known.tasks:
+            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(known.tasks)}')
+        return task_named(name)
+
+    def _default_task(self, names: Iterable[str], cloud_id: str) -> str:
+        names = list(names)
+        if not names:
+            raise NotFound("the cloud serves no artefact; ask its operator")
+        with self.vault() as vault:
+            mine = [name for name in names if name in personal.artefacts(vault, cloud_id)]
+        if len(names) > 1 and len(mine) != 1:
+            raise NotFound(f"the cloud has several tasks; choose one with --task: {listed(names)}")
+        return names[0] if len(names) == 1 else mine[0]
+
+    def trained(self, task: str | None) -> tuple[str, str]:
+        """(cloud id, artefact) of the personal shift that is meant. The cloud is not asked."""
+        with self.vault() as vault:
+            cloud_id = recall(vault).cloud_id
+            names = personal.artefacts(vault, cloud_id)
+        if task is None and len(names) == 1:
+            return cloud_id, names[0]
+        if task in names:
+            return cloud_id, str(task)
+        if not names:
+            raise NotFound("there is no personal shift yet; `perfit update` trains one")
+        if task is None:
+            raise NotFound(f"there are several shifts; choose one with --task: {listed(names)}")
+        raise NotFound(
+            f'there is no personal shift for "{one_line(task)[:64]}"; there is one for {listed(names)}'
+        )
+
+    def usable(self, items: Iterable[HistoryItem], task: Task) -> list[HistoryItem]:
+        """The examples that have the task's fields; `tell` hears how many have not."""
+        from perfit_device import history
+
+        items = list(items)
+        usable = history.usable(items, task)
+        if len(usable) < len(items):
+            self.tell(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
+        return usable
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,222 @@
+"""The versions of a personal shift: ten are kept, undo goes back through them, and what goes is gone."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.device.kept_vault import KEPT_OF_1
+from tests.device.kept_vault import PASSPHRASE as KEPT_PASSPHRASE
+from tests.device.limited import run_limited
+from tests.device.test_updates import ARTEFACT, make_split, prepared
+from tests.device.test_vault import CHEAP, PASSPHRASE
+from tests.device.test_vault_format import TWO, header_of, versions
+
+from perfit_device import history, personal
+from perfit_device.history import HistoryItem
+from perfit_device.personal import MOST_VERSIONS, Learned, PersonalShift, Versions
+from perfit_device.vault.store import Vault
+from perfit_shared.errors import InvalidInput, NotFound
+from perfit_shared.shifts import ShiftTensors
+
+NAME = ARTEFACT.name
+
+
+def shift(number: int, forgotten: int = 0) -> PersonalShift:
+    tensors = ShiftTensors.identity(ARTEFACT.spec, ARTEFACT.spec.personal_rank, number)
+    return PersonalShift(tensors, number, forgotten)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A vault with three versions."""
+    path = tmp_path / "vault.db"
+    with Vault.create(path, PASSPHRASE, kdf=CHEAP) as vault:
+        for number in (1, 2, 3):
+            personal.store(vault, "cloud", ARTEFACT, shift(number))
+        for number in range(40):
+            vault.put("other", str(number), bytes(100 + 10 * number))
+    return path
+
+
+@pytest.fixture
+def vault(path: Path) -> Iterator[Vault]:
+    with Vault.open(path, PASSPHRASE) as opened:
+        yield opened
+
+
+def read(vault: Vault) -> Versions:
+    found = personal.read_versions(vault, "cloud", NAME)
+    assert found is not None
+    return found
+
+
+def numbers(vault: Vault) -> list[int]:
+    return [version.number for version in read(vault).kept]
+
+
+def current(vault: Vault) -> int:
+    """The number of updates of the current version, once its tensors are found to be those."""
+    mine = personal.load(vault, "cloud", ARTEFACT)
+    assert mine is not None
+    assert mine.tensors.digest() == shift(mine.updates).tensors.digest()
+    return mine.updates
+
+
+def test_undo_goes_back_again_and_again(vault: Vault) -> None:
+    assert [personal.undo(vault, "cloud", NAME).updates for _ in range(2)] == [2, 1]
+    assert current(vault) == 1
+    with pytest.raises(NotFound, match="no earlier version"):
+        personal.undo(vault, "cloud", NAME)
+    assert personal.undo(vault, "cloud", NAME, to=3).updates == 3
+    assert (current(vault), numbers(vault)) == (3, [1, 2, 3])
+    with pytest.raises(InvalidInput, match="the current one already"):
+        personal.undo(vault, "cloud", NAME, to=3)
+    with pytest.raises(NotFound, match="version 4 of news_headline is not kept"):
+        personal.undo(vault, "cloud", NAME, to=4)
+    with pytest.raises(NotFound, match="no personal shift"):
+        personal.undo(vault, "cloud", "poems")
+
+
+def test_an_update_takes_the_place_of_what_was_undone(vault: Vault) -> None:
+    personal.undo(vault, "cloud", NAME)
+    personal.store(vault, "cloud", ARTEFACT, shift(4))
+    assert (current(vault), numbers(vault)) == (4, [1, 2, 4])
+    assert len(vault.list("version")) == 3
+
+
+def test_the_last_ten_are_kept(vault: Vault) -> None:
+    for number in range(4, 16):
+        personal.store(vault, "cloud", ARTEFACT, shift(number))
+    assert numbers(vault) == list(range(6, 16))
+    assert len(vault.list("version")) == MOST_VERSIONS
+    while read(vault).before is not None:
+        personal.undo(vault, "cloud", NAME)
+    assert current(vault) == 6
+
+
+def test_a_shift_that_unlearned_keeps_no_way_back(vault: Vault) -> None:
+    personal.store(vault, "cloud", ARTEFACT, shift(4, forgotten=1))
+    assert numbers(vault) == [4]
+    personal.store(vault, "cloud", ARTEFACT, shift(5, forgotten=1))
+    assert numbers(vault) == [4, 5]
+
+
+def test_forgetting_leaves_the_current_version_alone(vault: Vault) -> None:
+    items = [HistoryItem.make(ARTEFACT.task, {"text": "a", "title": "b"})]
+    history.add(vault, items)
+    personal.undo(vault, "cloud", NAME)
+    history.forget(vault, items)
+    assert (current(vault), numbers(vault)) == (2, [2])
+
+
+def test_an_update_says_what_the_version_was_made_of(vault: Vault) -> None:
+    mine = personal.load(vault, "cloud", ARTEFACT)
+    result = prepared(vault, current=mine).run()
+    assert result.gate.accepted
+    now = read(vault).now
+    assert now.learned == Learned(
+        len(make_split().train), result.loss_first, result.loss_last, result.gate.before, result.gate.after
+    )
+    assert (now.number, now.updates, now.artefact_version) == (4, 4, "v1")
+    assert len(now.date) == len("2024-01-01T00:00:00Z")
+
+
+# -- on the disk -------------------------------------------------------------------------------
+
+
+def pieces(path: Path, number: int) -> set[bytes]:
+    """Runs of 16 bytes of the sealed row that holds one version's tensors."""
+    with Vault.open(path, PASSPHRASE) as vault:
+        row = vault._key.row_id("version", f"cloud/{NAME}/{number}")
+    connection = sqlite3.connect(path)
+    found = connection.execute("SELECT wrapped_key, sealed FROM rows WHERE id = ?", (row,)).fetchone()
+    connection.close()
+    return {part[at : at + 16] for part in found for at in range(0, len(part) - 15, 16)} if found else set()
+
+
+def add_version(path: Path) -> None:
+    """The eleventh, for a vault with ten."""
+    with Vault.open(path, PASSPHRASE) as vault:
+        personal.store(vault, "cloud", ARTEFACT, shift(read(vault).current + 1))
+
+
+def migrate(path: Path) -> None:
+    Vault.open(path, KEPT_PASSPHRASE).close()
+
+
+@pytest.fixture
+def full(path: Path) -> Path:
+    while True:
+        with Vault.open(path, PASSPHRASE) as vault:
+            if len(numbers(vault)) == MOST_VERSIONS:
+                return path
+        add_version(path)
+
+
+def rows(path: Path) -> set[bytes]:
+    """Runs of 16 bytes of every sealed row."""
+    connection = sqlite3.connect(path)
+    found = connection.execute("SELECT wrapped_key, sealed FROM rows").fetchall()
+    connection.close()
+    return {part[at : at + 16] for row in found for part in row for at in range(0, len(part) - 15, 16)}
+
+
+def test_what_makes_room_for_the_eleventh_is_overwritten(full: Path) -> None:
+    """Of the version and of the lists before: SQLite moves rows, and leaves copies of them behind."""
+    first, seen = pieces(full, 1), rows(full)
+    data = full.read_bytes()
+    found = sum(piece in data for piece in seen)
+    assert first and first < seen and found > 0.9 * len(seen), "the scan finds nothing, so it proves nothing"
+    for _ in range(4):
+        add_version(full)
+        seen |= rows(full)
+    assert not first & rows(full)
+    gone = seen - rows(full)
+    for file in full.parent.iterdir():
+        data = file.read_bytes()
+        assert not any(piece in data for piece in gone), file.name
+
+
+@pytest.mark.parametrize("how", ["killed", "refused"])
+def test_a_new_version_is_there_or_not_whenever_it_ends(full: Path, tmp_path: Path, how: str) -> None:
+    """And the one that it took the place of is there, or nowhere."""
+    first, size, rng = pieces(full, 1), full.stat().st_size, random.Random(6)
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(full, source / "vault.db")
+    limits = [rng.randrange(start, start + size // 12) for start in range(0, 2 * size, size // 12)]
+    vaults, _ = run_limited(f"{__name__}:add_version", source, tmp_path / "work", how=how, limits=limits)
+    seen = set()
+    for found in vaults:
+        with Vault.open(found, PASSPHRASE) as vault:
+            kept = tuple(numbers(vault))
+            assert current(vault) == kept[-1]
+            assert len(vault.list("version")) == MOST_VERSIONS
+        seen.add(kept)
+        assert bool(pieces(found, 1)) == (kept[0] == 1)
+        data = found.read_bytes()
+        assert all((piece in data) == (kept[0] == 1) for piece in first)
+    assert seen == {tuple(range(1, 11)), tuple(range(2, 12))}
+
+
+@pytest.mark.parametrize("how", ["killed", "refused"])
+def test_a_migration_is_done_or_not_whenever_it_ends(tmp_path: Path, how: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(KEPT_OF_1, source / "vault.db")
+    size, rng = KEPT_OF_1.stat().st_size, random.Random(7)
+    limits = [rng.randrange(start, start + size // 12) for start in range(0, 2 * size, size // 12)]
+    vaults, _ = run_limited(f"{__name__}:migrate", source, tmp_path / "work", how=how, limits=limits)
+    formats = set()
+    for found in vaults:
+        formats.add(header_of(found).format)  # of what SQLite makes of it
+        with Vault.open(found, KEPT_PASSPHRASE) as vault:
+            assert versions(vault) == TWO
+            assert not vault.list("previous")
+        assert header_of(found).format == 2
+    assert formats == {1, 2}
