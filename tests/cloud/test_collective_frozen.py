@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import FAMILIES, random_shift
+from tests.support.models import FAMILIES, random_shift
 from torch import Tensor
 
 from perfit_cloud.collective import frozen

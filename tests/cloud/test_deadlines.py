@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from tests.cloud.doubles import wait_for
+from tests.support.waiting import wait_for
 
 from perfit_cloud.service import deadlines
 from perfit_cloud.service.deadlines import Deadlines

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.test_vault import CHEAP, PASSPHRASE, contents
+from tests.support.vaults import CHEAP, PASSPHRASE, change, contents
 
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
@@ -34,15 +34,6 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def change(path: Path) -> None:
-    """One that writes, replaces and removes."""
-    with Vault.open(path, PASSPHRASE) as vault, vault.transaction():
-        for n in range(0, 30, 2):
-            vault.delete("example", f"e{n}")
-        vault.put("shift", "cloud/task", b"n" * 30_000)
-        vault.put("other", "new", b"x" * 9_000)
-
-
 # -- at every byte -----------------------------------------------------------------------------
 
 # Forks, for which a process with gRPC's threads is no good place.
@@ -51,7 +42,7 @@ import json, os, resource, shutil, signal, sys
 from pathlib import Path
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultError
-from tests.device.test_vault_disk import change
+from tests.support.vaults import change
 
 def limited(path, limit, action):
     child = os.fork()

@@ -9,8 +9,8 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tests.device import kept_vault
-from tests.device.kept_vault import ARTEFACT, CLOUD, KEPT, PASSPHRASE, PLACE, PLAN, SEED, STEPS
+from tests.support import old_files
+from tests.support.old_files import ARTEFACT, CLOUD, KEPT, PASSPHRASE, PLACE, PLAN, SEED, STEPS
 
 from perfit_device import history, personal
 from perfit_device.cli.common import read_enrolment, recall
@@ -35,7 +35,7 @@ def check(vault: Vault) -> None:
     assert identity_in(enrolment.certificate) == ""
     known = recall(vault)
     assert (known.cloud_id, list(known.tasks)) == (CLOUD, ["news_headline"])
-    expected = kept_vault.items()
+    expected = old_files.items()
     assert [item.name for item in history.load(vault)] == [item.name for item in expected]
     assert history.split(history.load(vault)).digest() == PLAN.history
     shift = personal.load(vault, CLOUD, ARTEFACT)
@@ -62,7 +62,7 @@ def test_a_vault_of_format_1_opens(kept: Path) -> None:
 
 def test_the_kept_vault_is_what_is_written_today(tmp_path: Path) -> None:
     """Or else the format changed, and wants a number of its own, and a way from the old to the new."""
-    kept_vault.write(tmp_path / "vault.db")
+    old_files.write(tmp_path / "vault.db")
     with Vault.open(tmp_path / "vault.db", PASSPHRASE) as vault:
         check(vault)
 

@@ -1,6 +1,6 @@
 """Makes the vault of format 1 that every later version must open, and knows what it holds.
 
-.venv/bin/python -m tests.device.kept_vault      (from the root; only for a new format)
+.venv/bin/python -m tests.support.old_files      (from the root; only for a new format)
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from perfit_shared.tasks import TASKS
 from perfit_shared.training import Training
 
 __all__ = ["ARTEFACT", "CLOUD", "KEPT", "PASSPHRASE", "PLACE", "PLAN", "SEED", "STEPS", "items", "write"]
-
-KEPT = Path(__file__).parent / "data" / "vault-format1.db"
+KEPT = Path(__file__).parents[1] / "device" / "data" / "vault-format1.db"
 PASSPHRASE = "a passphrase of format 1"
 CLOUD = "c0ffee"
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=2, hidden_size=8)
