@@ -63,7 +63,7 @@ class LocalCloud:
         known = state / "addresses.json"
         ports = json.loads(known.read_text()) if known.exists() else {}
         address, enrol_address = (ports.get(k, "127.0.0.1:0") for k in ("address", "enrol_address"))
-        self._command = [
+        self.command = [
             str(BIN / "perfit-cloud"),
             "serve",
             "--model",
@@ -78,30 +78,34 @@ class LocalCloud:
             *flags,
         ]
         for artefact in artefacts:
-            self._command += ["--artefact", str(artefact)]
+            self.command += ["--artefact", str(artefact)]
         self.said: dict[str, Any] = {}
 
     def start(self) -> LocalCloud:
         self.state.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*self._prefix, *self._command],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, **self._env},
-            )
+        self.process = self.launch(self._log, self._env)
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line.strip():
             code = self.process.wait(30)
-            raise CommandFailed(self._command, code, self._log.read_text())
+            raise CommandFailed(self.command, code, self._log.read_text())
         self.said = json.loads(line)
         return self
+
+    def launch(self, log: Path, env: dict[str, str]) -> Any:
+        """The process, its standard output a pipe and its standard error added to `log`."""
+        with log.open("a") as errors:
+            return subprocess.Popen(
+                [*self._prefix, *self.command],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **env},
+            )
 
     def at_the_same_ports(self) -> LocalCloud:
         """The same cloud again, after `kill` or `stop`, where devices look for it."""
         for flag, key in (("--address", "address"), ("--enrol-address", "enrol_address")):
-            self._command[self._command.index(flag) + 1] = self.said[key]
+            self.command[self.command.index(flag) + 1] = self.said[key]
         return self.start()
 
     def invite(self, *flags: str) -> str:

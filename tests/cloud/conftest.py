@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.asked import SMALL as TINY_CACHE
-from tests.cloud.serving import SETTINGS, Device, Running
-from tests.cloud.test_authority import open_authority
-from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, opening
-from tests.conftest import FAMILIES
+from tests.support.adapt_calls import EXAMPLES, Stream, examples, opening
+from tests.support.ask_calls import ask_threads
+from tests.support.authority import open_authority
+from tests.support.cloud import SETTINGS, Device, Running
+from tests.support.generation import SMALL as TINY_CACHE
+from tests.support.hostile import Honest
+from tests.support.models import FAMILIES
+from tests.support.pyreft import Shifts, random_shifts, written
+from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
@@ -82,8 +86,13 @@ def gradients(base: BaseModel) -> Iterator[GradientEngine]:
 
 
 @pytest.fixture(scope="module")
-def step_queue(base: BaseModel) -> Iterator[GradientScheduler]:
-    queue = GradientScheduler(UpdateEngine(base, keep_bytes=2**26))
+def adaptations(base: BaseModel) -> UpdateEngine:
+    return UpdateEngine(base, keep_bytes=2**26)
+
+
+@pytest.fixture(scope="module")
+def step_queue(adaptations: UpdateEngine) -> Iterator[GradientScheduler]:
+    queue = GradientScheduler(adaptations)
     yield queue
     queue.close()
 
@@ -171,6 +180,39 @@ def stream(artefact: Artefact) -> Iterator[Callable[..., Stream]]:
     for each in made:
         each.end()
         each.call.cancel()
+
+
+@pytest.fixture
+def honest(artefact: Artefact) -> Iterator[Callable[[Running], Honest]]:
+    """Start an honest device beside a hostile one."""
+    made: list[Honest] = []
+
+    def start(running: Running) -> Honest:
+        made.append(Honest(running, artefact))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
+def no_ask_threads_stay() -> Iterator[None]:
+    """However a stream ended, its threads end."""
+    yield
+    wait_for(lambda: ask_threads() == 0, what="the threads of Ask streams ended")
+
+
+@pytest.fixture
+def pyreft_shifts() -> Shifts:
+    """φ₁ and φ₂."""
+    return random_shifts()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A pyreft checkpoint with `pyreft_shifts`."""
+    return written(tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cloud.test_partial import build
-from tests.conftest import FAMILIES, KEPT, random_shift
+from tests.support.gradients import PLENTY, RAGGED, Pairs, assert_equal, make_pairs, person
+from tests.support.models import FAMILIES, KEPT, build
 
 from perfit_cloud.engine.gradients.batch import BatchBudget
 from perfit_cloud.engine.gradients.requests import Sum, compute
@@ -19,7 +19,6 @@ from perfit_cloud.model.base import block_list
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-PLENTY = 2**30
 # (layers, positions): first and last tokens or the last alone, one layer or several, the very last block.
 SPECS = [
     ((1, 2), "f3+l3"),
@@ -29,19 +28,6 @@ SPECS = [
     ((2,), "f2"),
     ((1, 2), "s1+f3+l3"),
 ]
-Pairs = list[tuple[list[int], list[int]]]
-
-
-def make_pairs(lengths: list[int], seed: int = 0) -> Pairs:
-    """One pair for each length of a prompt, with targets of 1 to 6 tokens."""
-    rng = np.random.default_rng(seed)
-    return [
-        ([0, *rng.integers(3, 290, n - 1).tolist()], [*rng.integers(3, 290, i % 6).tolist(), 1])
-        for i, n in enumerate(lengths)
-    ]
-
-
-RAGGED = make_pairs([13, 2, 50, 3, 1, 30, 5, 21])
 
 
 def by_autograd(base: Any, artefact: Any, personal: ShiftTensors, pairs: Pairs) -> Gradient:
@@ -73,19 +59,6 @@ def by_autograd(base: Any, artefact: Any, personal: ShiftTensors, pairs: Pairs) 
     found = iter(torch.autograd.grad(total / tokens, flat, allow_unused=True, materialize_grads=True))
     layers = {at: LayerShift(*(next(found).numpy() for _ in tensors)) for at, tensors in leaves.items()}
     return Gradient(float(total.detach()) / tokens, tokens, ShiftTensors(layers))
-
-
-def assert_equal(got: Gradient, wanted: Gradient, tolerance: float = 2e-5) -> None:
-    assert got.tokens == wanted.tokens
-    assert got.loss == pytest.approx(wanted.loss, rel=1e-5)
-    assert wanted.tensors.norm() > 1e-3
-    for (name, a), (_, b) in zip(got.tensors.named(), wanted.tensors.named(), strict=True):
-        assert a.shape == b.shape
-        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-7, name
-
-
-def person(artefact: Any, seed: int) -> ShiftTensors:
-    return random_shift(artefact.spec, artefact.spec.personal_rank, seed)
 
 
 @pytest.mark.parametrize(("layers", "positions"), SPECS)
@@ -253,7 +226,7 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
 
 @pytest.mark.parametrize("positions", ["f3+l3", "l4"])
 def test_in_bfloat16_a_step_is_as_near_to_float32_as_the_full_one(positions: str, make_artefact: Any) -> None:
-    exact, base = build("llama"), build("llama", torch.bfloat16)
+    exact, base = build("llama"), build("llama", "bfloat16")
     artefact = make_artefact(base, positions=positions)
     mine, use = person(artefact, 3), ShiftUse(Mode.PERSONAL, artefact, person(artefact, 3))
     # The same weights in both.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cloud.doubles import wait_for
-from tests.cloud.test_adaptation import PLENTY, RAGGED, assert_equal, person
-from tests.cloud.test_partial import build
+from tests.support.gradients import PLENTY, RAGGED, assert_equal, person
+from tests.support.models import build
+from tests.support.waiting import SECONDS, wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients import activation_cache as kept_module
@@ -124,7 +124,7 @@ def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.Monkey
 
     def slow(*arguments: Any) -> Any:
         at_work.set()
-        assert go_on.wait(10)
+        assert go_on.wait(SECONDS)
         return compute(*arguments)
 
     monkeypatch.setattr(module, "pass_from_kept", slow)
@@ -132,7 +132,7 @@ def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.Monkey
     step = GradientRequest(mine, [2, 5], person(artefact, 1))
     worker = threading.Thread(target=lambda: found.extend(engine.gradients([step])))
     worker.start()
-    assert at_work.wait(10)
+    assert at_work.wait(SECONDS)
     theirs.close()  # no part of the pass, so nothing to wait for
     closing = threading.Thread(target=mine.close)
     closing.start()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cloud.test_audit_memory import looking
+from tests.support.memory import looking
 
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
@@ -22,7 +22,8 @@ from perfit_cloud.hardening import process as process_hardening
 SIZES = {"small": 600, "middling": 40_000, "large": 1_000_000}
 CHILD = """
 import ctypes, sys
-import torch
+if "tensors" in sys.argv:
+    import torch
 from perfit_cloud.hardening.allocator import take_kept
 libc = ctypes.CDLL(None)
 for name in ("malloc", "realloc"):
@@ -51,15 +52,15 @@ def library() -> Iterator[int]:
 
 
 class Child:
-    """A process that does what it is told, with our free() or without."""
+    """A process that does what it is told, with our free() or without; with torch where it makes tensors."""
 
-    def __init__(self, library: int | None) -> None:
+    def __init__(self, library: int | None, *, tensors: bool) -> None:
         descriptors = () if library is None else (library,)
         environment = process_hardening._environment(os.environ, library)
         if library is None:
             del environment["MALLOC_PERTURB_"]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD],
+            [sys.executable, "-c", CHILD, "tensors" if tensors else ""],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -91,13 +92,21 @@ class Child:
 def child() -> Iterator[Callable[[int | None], Child]]:
     children: list[Child] = []
 
-    def make(library: int | None) -> Child:
-        children.append(Child(library))
+    def make(library: int | None, *, tensors: bool = False) -> Child:
+        children.append(Child(library, tensors=tensors))
         return children[-1]
 
     yield make
     for made in children:
         made.end()
+
+
+@pytest.fixture(scope="module")
+def tensors(library: int) -> Iterator[Child]:
+    """One that makes tensors, for the tests that need no memory of its own: loading torch takes seconds."""
+    made = Child(library, tensors=True)
+    yield made
+    made.end()
 
 
 def secret_of(size: int) -> bytes:
@@ -140,7 +149,7 @@ def test_a_tensor_gives_its_memory_to_the_next_of_its_size_and_to_nothing_else(
     child: Callable[..., Child], library: int
 ) -> None:
     secret = secret_of(40_000)
-    of_this = child(library)
+    of_this = child(library, tensors=True)
     of_this.do("held = torch.empty(100_000); at = held.data_ptr()")
     for _ in range(2):
         view = "(ctypes.c_char * 40_000).from_address(at + 200_000)"
@@ -158,33 +167,28 @@ def test_a_tensor_gives_its_memory_to_the_next_of_its_size_and_to_nothing_else(
 
 # Where it stands in the steps by which kept blocks are ordered, and with pages of its own (from 32 MiB on).
 @pytest.mark.parametrize("size", [65_536, 131_068, 131_072, 10 << 20, 51 << 20, 200 << 20])
-def test_tensors_of_every_size_are_used_again(child: Callable[..., Child], library: int, size: int) -> None:
-    of_this = child(library)
-    of_this.do(f"held = torch.empty({size}, dtype=torch.uint8); at = held.data_ptr(); del held")
-    of_this.do(f"held = torch.empty({size}, dtype=torch.uint8); assert held.data_ptr() == at")
+def test_tensors_of_every_size_are_used_again(tensors: Child, size: int) -> None:
+    tensors.do(f"held = torch.empty({size}, dtype=torch.uint8); at = held.data_ptr(); del held")
+    tensors.do(f"held = torch.empty({size}, dtype=torch.uint8); assert held.data_ptr() == at; del held")
 
 
 @looking
-def test_what_a_kept_block_has_beyond_the_next_tensor_is_overwritten(
-    child: Callable[..., Child], library: int
-) -> None:
+def test_what_a_kept_block_has_beyond_the_next_tensor_is_overwritten(tensors: Child) -> None:
     """Up to two pages: nobody would write there."""
     secret = secret_of(4000)
-    of_this = child(library)
-    of_this.do("held = torch.empty(1_004_000, dtype=torch.uint8); at = held.data_ptr()")
-    of_this.do("sys.stdin.buffer.raw.readinto((ctypes.c_char * 4000).from_address(at + 1_000_000))", secret)
-    of_this.do("del held; held = torch.empty(1_000_000, dtype=torch.uint8); assert held.data_ptr() == at")
-    assert not of_this.holds(secret)
+    tensors.do("held = torch.empty(1_004_000, dtype=torch.uint8); at = held.data_ptr()")
+    tensors.do("sys.stdin.buffer.raw.readinto((ctypes.c_char * 4000).from_address(at + 1_000_000))", secret)
+    tensors.do("del held; held = torch.empty(1_000_000, dtype=torch.uint8); assert held.data_ptr() == at")
+    assert not tensors.holds(secret)
 
 
-def test_no_more_than_a_gibibyte_is_kept(child: Callable[..., Child], library: int) -> None:
+def test_no_more_than_a_gibibyte_is_kept(tensors: Child) -> None:
     resident = "int(open('/proc/self/statm').read().split()[1]) * 4096"
-    of_this = child(library)
-    of_this.do(f"before = {resident}")
-    of_this.do("held = [torch.full((10_000_000 + n * 100_000,), 1.0) for n in range(50)]")  # 2.5 GB
-    of_this.do("del held")
-    of_this.do(f"assert {resident} - before < 1.4e9, 'more is kept'")
-    of_this.do(f"take_kept()(); assert {resident} - before < 0.4e9, 'it is not given back'")
+    tensors.do(f"take_kept()(); before = {resident}")
+    tensors.do("held = [torch.full((10_000_000 + n * 100_000,), 1.0) for n in range(50)]")  # 2.5 GB
+    tensors.do("del held")
+    tensors.do(f"assert {resident} - before < 1.4e9, 'more is kept'")
+    tensors.do(f"take_kept()(); assert {resident} - before < 0.4e9, 'it is not given back'")
 
 
 def test_large_memory_that_was_never_touched_does_not_come_in_to_be_overwritten(
@@ -196,16 +200,15 @@ def test_large_memory_that_was_never_touched_does_not_come_in_to_be_overwritten(
     of_this.do("at = libc.malloc(2 << 30); at = libc.realloc(at, 100); assert most() - before < 1e5")
 
 
-def test_a_search_among_many_kept_blocks_is_short(child: Callable[..., Child], library: int) -> None:
+def test_a_search_among_many_kept_blocks_is_short(tensors: Child) -> None:
     """Of texts, by chance or by a hostile caller's choice, in the same list; all threads wait for it."""
-    of_this = child(library)
-    of_this.do("import time; blocks = lambda: [torch.empty(69_000, dtype=torch.uint8) for _ in range(2000)]")
+    tensors.do("import time; blocks = lambda: [torch.empty(69_000, dtype=torch.uint8) for _ in range(2000)]")
     for kept in ("few", "many"):  # seconds of this thread, whatever else the machine does
-        of_this.do(f"begun = time.thread_time(); {kept}_held = blocks(); {kept} = time.thread_time() - begun")
-        of_this.do(
+        tensors.do(f"begun = time.thread_time(); {kept}_held = blocks(); {kept} = time.thread_time() - begun")
+        tensors.do(
             "held = [torch.empty(66_100 + n % 800, dtype=torch.uint8) for n in range(12_000)]; del held"
         )
-    of_this.do("assert many < 30 * few, (many, few)")  # 320 times as long with all of them looked at
+    tensors.do("assert many < 30 * few, (many, few)")  # 320 times as long with all of them looked at
 
 
 MANY = """

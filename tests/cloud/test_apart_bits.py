@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cloud.test_adaptation import make_pairs, person
-from tests.cloud.test_partial import build
+from tests.support.gradients import make_pairs, person
+from tests.support.models import build
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.memory import looking
+from tests.support.waiting import wait_for
 
 from perfit_cloud.audit import memory
 from perfit_cloud.audit.memory import Look, check_allowed, cpu_seconds, look_at, processes_of, settle, stopped
@@ -24,17 +26,6 @@ from perfit_shared.errors import ConfigError
 
 SECRET = np.random.default_rng(11).standard_normal(300).astype(np.float32).tobytes()
 WORD = "qzvxkjwy"
-
-
-def may_look() -> bool:
-    try:
-        check_allowed()
-    except ConfigError:
-        return False
-    return True
-
-
-looking = pytest.mark.skipif(not may_look(), reason="looking into other processes needs CAP_SYS_PTRACE")
 
 
 CHILD = """
@@ -123,11 +114,10 @@ def test_what_lies_on_the_stack_of_a_thread_is_found_there(child: Callable[[str]
         "threading.Thread(target=of_libc.pause, args=(given,), daemon=True).start()"
     )
     pid = child(code)
-    found: set[str] = set()
-    deadline = time.monotonic() + 10
-    while "stack of a thread" not in found and time.monotonic() < deadline:  # it begins a little later
-        found |= {f.where for f in looked(pid, [raw("wire", SECRET[:512])]).found}
-    assert "stack of a thread" in found
+    needles = [raw("wire", SECRET[:512])]
+    wait_for(
+        lambda: "stack of a thread" in {f.where for f in looked(pid, needles).found}
+    )  # once it has begun
 
 
 @looking

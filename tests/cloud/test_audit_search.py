@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.conftest import random_shift
+from tests.support.models import random_shift
 
 from perfit_cloud.audit.needles import (
     Needle,

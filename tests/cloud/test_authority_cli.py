@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.test_authority import DAY, enrolled
-from tests.cloud.test_authority_retired import renewed
+from tests.support.authority import DAY, enrolled, renewed
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.main import app

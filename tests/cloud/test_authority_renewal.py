@@ -12,7 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tests.cloud.test_authority import DAY, Key, csr_of, enrolled, new_key, open_authority
+from tests.support.authority import DAY, Key, csr_of, enrolled, new_key, open_authority
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of

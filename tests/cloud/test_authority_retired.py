@@ -7,25 +7,11 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from tests.cloud.test_authority import DAY, Key, csr_of, enrolled, new_key, open_authority
+from tests.support.authority import DAY, csr_of, enrolled, new_key, open_authority, renew_lapsed, renewed
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import generation_of, identity_of
 from perfit_shared.errors import CertificateSuperseded, IdentityRevoked, InviteRefused
-
-
-def renewed(authority: Authority, old: x509.Certificate, key: Key | None = None) -> x509.Certificate:
-    return x509.load_der_x509_certificate(authority.renew(old, csr_of(key or new_key())))
-
-
-def renew_lapsed(authority: Authority, old: x509.Certificate, key: Key) -> x509.Certificate:
-    csr, nonce = csr_of(new_key()), authority.challenge()
-    signature = key.sign(b"perfit-renew-v1" + nonce + csr, ec.ECDSA(hashes.SHA256()))
-    der = old.public_bytes(serialization.Encoding.DER)
-    answer = authority.renew_lapsed(certificate=der, nonce=nonce, signature=signature, csr=csr)
-    return x509.load_der_x509_certificate(answer)
 
 
 def test_the_old_certificate_holds_until_the_new_one_was_used(authority: Authority) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.conftest import random_shift
+from tests.support.models import random_shift
 
 from bench.reference import Reference, make_batch, train
 from perfit_cloud.engine.gradients.stateless import GradientEngine

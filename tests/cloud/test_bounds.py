@@ -9,10 +9,9 @@ import psutil
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate, personal
-from tests.cloud.test_hostile import PATH, Honest, honest  # noqa: F401 - a fixture
-from tests.cloud.test_service_adapt import EXAMPLES, examples, opening
-from tests.cloud.test_service_codec import LIMITS
+from tests.support.adapt_calls import EXAMPLES, examples, opening
+from tests.support.cloud import BASE, INVALID, TIMEOUT, Device, Running, failure, generate, personal
+from tests.support.hostile import LIMITS, PATH, Honest
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.bounds import MessageBounds, fields_of, request_types
@@ -238,7 +237,7 @@ def sent(device: Device, method: str, messages: list[bytes]) -> tuple[str, str]:
 def test_a_million_of_anything_is_refused_before_it_is_unpacked(
     run: Callable[..., Running],
     artefact: Artefact,
-    honest: Callable[[Running], Honest],  # noqa: F811
+    honest: Callable[[Running], Honest],
 ) -> None:
     """One made lists of it: 3 GB and 7 s for an honest neighbour, or minutes of a handler."""
     running = run()

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.collective import StopAfter, write_toy
+from tests.support.processes import fork
+from tests.support.waiting import wait_for
 from typer.testing import CliRunner
 
 from perfit_cloud.collective import trials
@@ -24,26 +22,6 @@ from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.steps import batches, rate_at, spread
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
-
-WORDS = ("cat", "dog", "mat", "door")
-
-
-def write_toy(folder: Path, users: int = 12, items: int = 16) -> Path:
-    """OPPU users whose headline is always the same few words: a shift can learn that."""
-    rng = random.Random(0)
-    data = []
-    for user in range(users):
-        texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(items)]
-        dates = [f"2020-01-{i + 1:02d}" for i in range(items)]
-        profile = [
-            {"id": f"{user}-{i}", "date": dates[i], "text": text, "title": "the cat sat"}
-            for i, text in enumerate(texts)
-        ]
-        data.append({"user_id": user, "profile": profile, "query": []})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "user_others.json").write_text(json.dumps(data))
-    (folder / "task.json").write_text(json.dumps({"template": "{text} so", "answer": " {title}"}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +51,6 @@ def request_for(
         return replace(request, **changes)
 
     return make
-
-
-class StopAfter:
-    """Says stop when asked for the n-th time, which is after the n-th step."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def __call__(self) -> bool:
-        self.left -= 1
-        return self.left == 0
 
 
 # -- learning ----------------------------------------------------------------------------------------
@@ -192,42 +159,16 @@ def test_changed_arguments_or_data_are_refused(request_for: Any, toy: Path, tmp_
 
 def test_ctrl_c_saves_and_says_how_to_go_on(request_for: Any, tmp_path: Path) -> None:
     request = request_for(epochs=500)
-    code = "from perfit_cloud.cli.main import run; run()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "collective",
-        "train",
-        "--task",
-        request.task,
-        "--data",
-        str(request.data),
-        "--model",
-        request.model,
-        "--layers",
-        "1;2",
-        "--lr",
-        "1e-2",
-        "--device-lr",
-        "1e-2",
-        "--epochs",
-        "500",
-        "--threads",
-        "1",
-        "--out",
-        str(request.out),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (request.out / FILE).exists() and time.monotonic() < deadline:  # end of the first epoch
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == ""
-    assert "the same command goes on from there" in err.splitlines()[-1]
-    assert "Traceback" not in err
+    words = ["collective", "train", "--task", request.task, "--data", str(request.data)]
+    words += ["--model", request.model, "--layers", "1;2", "--lr", "1e-2", "--device-lr", "1e-2"]
+    words += ["--epochs", "500", "--threads", "1", "--out", str(request.out)]
+    process = fork(*words, errors=tmp_path / "errors")
+    wait_for((request.out / FILE).exists, seconds=120, what="the end of the first epoch")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stdout.read() == ""
+    assert "the same command goes on from there" in process.errors().splitlines()[-1]
+    assert "Traceback" not in process.errors()
 
 
 # -- refusing ----------------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""Stage 1 over several processes, micro-batches and recomputed activations: the same steps.
-
-This file is also what `accelerate launch` runs in each of two processes; see `in_each_process`.
-"""
+"""Stage 1 over several processes, micro-batches and recomputed activations: the same steps."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support import two_processes
+from tests.support.waiting import wait_for
 
 from perfit_cloud.collective.checkpoint import FILE
 from perfit_cloud.collective.data import read_items, tokenise
@@ -93,55 +91,6 @@ def distance(a: Artefact, b: Artefact) -> float:
 # -- processes ---------------------------------------------------------------------------------------
 
 
-def in_each_process(data: str, model: str, out: Path) -> None:
-    """One whole run; one that the second process wants to stop, and that then goes on.
-
-    Writes what this process got to OUT/{process}.json.
-    """
-    torch.set_num_threads(1)
-    request = CollectiveRun(
-        task="news_headline",
-        data=Path(data),
-        model=model,
-        out=out / "whole",
-        layers=(1, 2),
-        positions="f2+l2",
-        collective_rank=4,
-        personal_rank=4,
-        epochs=2,
-        device_epochs=1,
-    )
-    whole = train_collective(request)
-    rank = int(os.environ["RANK"])
-    asked = 0
-
-    def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return rank == 1 and asked == 30
-
-    request = replace(request, out=out / "parts")
-    message = ""
-    try:
-        train_collective(request, stop=stop)
-    except Cancelled as error:
-        message = str(error)
-    parts = train_collective(request)
-    refusal = ""
-    try:
-        train_collective(request)  # it is the main process that looks into the folder
-    except InvalidInput as error:
-        refusal = str(error)
-    told = {
-        "whole": whole.version,
-        "parts": parts.version,
-        "asked": asked,
-        "message": message,
-        "refusal": refusal,
-    }
-    (out / f"{rank}.json").write_text(json.dumps(told))
-
-
 @contextlib.contextmanager
 def launched(*command: str, precision: str = "no") -> Iterator[subprocess.Popen[str]]:
     """Two processes by accelerate's launcher, which on CPUs starts several only if told of several GPUs."""
@@ -177,7 +126,7 @@ def launched(*command: str, precision: str = "no") -> Iterator[subprocess.Popen[
 
 def test_two_processes_train_what_one_does(request_for: Any, tmp_path: Path) -> None:
     request = request_for(learning_rate=None, device_learning_rate=None, out=tmp_path / "one")
-    with launched(__file__, str(request.data), request.model, str(tmp_path)) as process:
+    with launched(two_processes.__file__, str(request.data), request.model, str(tmp_path)) as process:
         one = train_collective(request)
         _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -202,6 +151,7 @@ def test_two_processes_train_what_one_does(request_for: Any, tmp_path: Path) -> 
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow  # the quick ones: Ctrl-C in test_collective, and a stop by one of two processes above
 def test_ctrl_c_and_precision_reach_the_processes_of_a_launched_command(
     request_for: Any, tmp_path: Path
 ) -> None:
@@ -230,9 +180,7 @@ def test_ctrl_c_and_precision_reach_the_processes_of_a_launched_command(
         str(request.out),
     ]
     with launched(str(command), *arguments, precision="bf16") as process:
-        deadline = time.monotonic() + 120
-        while not (request.out / FILE).exists() and time.monotonic() < deadline:  # end of the first epoch
-            time.sleep(0.1)
+        wait_for((request.out / FILE).exists, seconds=120, what="the end of the first epoch")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert out == ""
@@ -367,7 +315,3 @@ def test_few_users_are_drawn_by_the_seed(request_for: Any, tmp_path: Path) -> No
     assert few.version != others.version
     with pytest.raises(InvalidInput, match="holds 8 users"):
         train_collective(request_for(users=9, out=tmp_path / "more"))
-
-
-if __name__ == "__main__":
-    in_each_process(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cloud.test_collective import StopAfter, write_toy
+from tests.support.collective import StopAfter, write_toy
 from typer.testing import CliRunner
 
 from perfit_cloud.collective import training, trials

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.test_collective import write_toy
+from tests.support.collective import write_toy
 
 from perfit_cloud.collective import trials
 from perfit_cloud.collective.run import CollectiveRun, train_collective

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lamp_files import TASK, write_files
+from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective import data, streaming
 from perfit_cloud.collective.data import Items, read_items, tokenise

@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 
 import grpc
 import pytest
-from tests.cloud.doubles import wait_for
-from tests.cloud.serving import Running, pem
+from tests.support.cloud import Running, pem
+from tests.support.waiting import wait_for
 
 from perfit_cloud.service.descriptors import Connections, open_descriptors
 from perfit_shared.wire import enrollment_pb2 as enrol_pb

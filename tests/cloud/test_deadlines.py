@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tests.cloud.doubles import Held, wait_for
+from tests.cloud.doubles import Held
 from tests.cloud.serving import TIMEOUT, Running, generate
+from tests.support.waiting import wait_for
 
 from perfit_cloud.service import deadlines
 from perfit_cloud.service.deadlines import Deadlines

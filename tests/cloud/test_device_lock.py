@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from tests.cloud.test_partial import build
-from tests.conftest import random_shift
+from tests.support.models import build, random_shift
+from tests.support.waiting import SECONDS, wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import FairShare
@@ -32,7 +32,7 @@ def test_one_at_a_time_in_the_order_asked() -> None:
             threads.append(thread)
         assert order == []
     for thread in threads:
-        thread.join(5)
+        thread.join(SECONDS)
     assert order == ["a", "b", "c"]
 
 
@@ -47,8 +47,7 @@ class Clock:
 
 
 def until_waiting(device_lock: DeviceLock, count: int = 1) -> None:
-    while device_lock.health().waiting < count:
-        time.sleep(0.0005)
+    wait_for(lambda: device_lock.health().waiting >= count, what="somebody waits for the device")
 
 
 def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill() -> None:
@@ -96,7 +95,7 @@ def test_answers_and_a_long_pass_have_the_device_for_as_long_as_each_other(block
             device_lock.yield_to_waiting()
             assert abs(had["answers"] - had["long"]) <= block + step + 1e-9
         done.set()
-    thread.join(5)
+    thread.join(SECONDS)
     assert not thread.is_alive()
     assert had["answers"] > 60 * block - block - step
 
@@ -114,7 +113,7 @@ def test_a_sweep_goes_between_two_passes_of_answers() -> None:
         until_waiting(device_lock)
         device_lock.yield_to_waiting()
         log.append("answers")
-    thread.join(5)
+    thread.join(SECONDS)
     assert log == ["sweep", "answers"]
 
 
@@ -132,10 +131,9 @@ def long_passes(clock: Clock, device_lock: DeviceLock, calls: list[tuple[str, fl
     with device_lock.hold_long({"first": 1.0}):
         for number, thread in enumerate(threads):
             thread.start()
-            while len(device_lock.long_waiting()) <= number:
-                time.sleep(0.0005)
+            wait_for(lambda: len(device_lock.long_waiting()) > number)  # noqa: B023 - called at once
     for thread in threads:
-        thread.join(5)
+        thread.join(SECONDS)
     return log
 
 
@@ -194,14 +192,13 @@ def test_long_passes_wait_for_each_others_end_and_let_short_ones_in() -> None:
     with device_lock.hold_long():
         for thread in threads:
             thread.start()
-        assert inside.wait(5)
+        assert inside.wait(SECONDS)
         until_waiting(device_lock)
-        while not device_lock.long_waiting():
-            time.sleep(0.001)
+        wait_for(device_lock.long_waiting)
         device_lock.yield_to_waiting()
         log.append("end of the first")
     for thread in threads:
-        thread.join(5)
+        thread.join(SECONDS)
     assert log == ["short", "end of the first", "long"]
 
 

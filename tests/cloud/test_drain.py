@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.cloud.doubles import Drip, Held, Slow, score, wait_for
-from tests.cloud.serving import TIMEOUT, Running, failure, generate
-from tests.cloud.test_service_adapt import EXAMPLES, examples, mine, opening, step
-from tests.cloud.test_service_adapt import Stream as AdaptStream
-from tests.cloud.test_service_ask import Stream as AskStream
-from tests.cloud.test_service_ask import opening as ask_opening
-from tests.cloud.test_service_ask import question, until
+from tests.support.adapt_calls import EXAMPLES, examples, mine, opening, step
+from tests.support.adapt_calls import Stream as AdaptStream
+from tests.support.ask_calls import Stream as AskStream
+from tests.support.ask_calls import opening as ask_opening
+from tests.support.ask_calls import question
+from tests.support.cloud import TIMEOUT, Running, failure, generate
+from tests.support.doubles import Drip, Held, Slow, score
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.model.artefacts import Artefact
@@ -60,7 +61,7 @@ def test_health_and_drain(run: Callable[..., Running]) -> None:
     late = running.device()
     with stopping(running):
         for health, service in checks:
-            assert health.Check(ask(service=service), timeout=5).status == states.NOT_SERVING
+            assert health.Check(ask(service=service), timeout=TIMEOUT).status == states.NOT_SERVING
         drip.go.release()
         assert next(stream).text == "word "  # what runs may end
         # gRPC's own refusal of a server that stops says nothing of when to come back.
@@ -120,7 +121,7 @@ def test_questions_under_way_are_answered_and_later_ones_turned_away(run: Callab
     running = run(engine=engine)
     stream = AskStream(running.device(), ask_opening(), question(0), question(1))
     idle = AskStream(running.device(), ask_opening())
-    until(lambda: len(engine.answers) == 2)
+    wait_for(lambda: len(engine.answers) == 2)
     with stopping(running):
         assert failure(idle.next)[:2] == STOPPING
         stream.send(question(2))
@@ -141,7 +142,7 @@ def test_a_caller_who_has_asked_all_hears_of_no_stop(run: Callable[..., Running]
     running = run(engine=engine)
     stream = AskStream(running.device(), ask_opening(), question(0))
     stream.end()
-    until(lambda: len(engine.answers) == 1)
+    wait_for(lambda: len(engine.answers) == 1)
     with stopping(running):
         engine.answers[0].finish()
         assert [response.number for response in stream.call] == [0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import random_shift, tiny_tokenizer
+from tests.support.models import random_shift, tiny_tokenizer
 
 from families import FAMILIES, tiny_model
 from perfit_cloud.collective.forward import forward_for

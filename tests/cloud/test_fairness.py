@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.cloud.doubles import score, wait_for
-from tests.cloud.serving import BASE, TIMEOUT, Running, failure
-from tests.cloud.test_limits import under_way
+from tests.support.cloud import BASE, TIMEOUT, Running, failure
+from tests.support.doubles import score
+from tests.support.limits import running_line, under_way
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import Reading
@@ -124,10 +125,6 @@ def test_who_left_stands_in_line_no_more(
         last = device.stub.Score.future(score(), timeout=TIMEOUT)
         wait_for(lambda: steps.health().waiting == 2)
     assert [len(call.result().scores) for call in (first, last)] == [1, 1]
-
-
-def running_line(running: Running) -> float | None:
-    return running.server.telemetry.registry.get_sample_value("perfit_waiting", {"line": "gradients"})
 
 
 # -- answers -------------------------------------------------------------------------------------

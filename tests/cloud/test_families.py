@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cloud.asked import NEW, alone, prompts, uses
-from tests.conftest import FAMILIES
+from tests.support.generation import NEW, alone, prompts, uses
+from tests.support.models import FAMILIES
 
 from perfit_cloud.engine.generation.static import generate_batch
 from perfit_cloud.engine.gradients.batch import make_batch, target_log_likelihoods

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.cloud.doubles import Slow, score, wait_for
-from tests.cloud.serving import BASE, TIMEOUT, Device, Running, failure, generate, personal
-from tests.cloud.test_limits import under_way
-from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
+from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
+from tests.support.cloud import BASE, TIMEOUT, Device, Running, failure, generate, personal
+from tests.support.doubles import Slow, score
+from tests.support.limits import under_way
+from tests.support.waiting import wait_for
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.interceptor import CallInterceptor

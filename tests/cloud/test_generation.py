@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from typing import Any
 
 import pytest
-from tests.cloud.asked import NEW, SMALL, alone, prompts, serve, uses
-from tests.conftest import random_shift
+from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
+from tests.support.models import random_shift
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings, can_share
 from perfit_cloud.engine.gradients.stateless import GradientEngine
@@ -113,11 +113,8 @@ def test_what_a_request_held_goes_with_it(load: Any, make_artefact: Any) -> None
         list(answers[0])
         next(answers[1])
         answers[1].cancel()
-        deadline = time.monotonic() + 30
-        while any(ref() is not None for ref in held) and time.monotonic() < deadline:
-            time.sleep(0.01)
         assert len(held) == 14
-        assert not any(ref() is not None for ref in held)
+        wait_for(lambda: all(ref() is None for ref in held), what="all is let go of")
     finally:
         gc.enable()
         engine.stop()

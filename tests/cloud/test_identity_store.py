@@ -14,8 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tests.cloud.test_authority import DAY, csr_of, enrolled, new_key, open_authority
-from tests.cloud.test_authority_retired import renewed
+from tests.support.authority import DAY, csr_of, enrolled, new_key, open_authority, renewed
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of

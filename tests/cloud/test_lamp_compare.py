@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import typer
-from tests.cloud.lamp_runs import LABELS, RATINGS, query, save_run, simple_users, user
+from tests.support.lamp_runs import LABELS, RATINGS, query, save_run, simple_users, user
 from typer.testing import CliRunner, Result
 
 from perfit_cloud.cli.lamp.compare import compare as command

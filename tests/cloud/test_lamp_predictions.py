@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lamp_files import WORDS, write_files
-from tests.lamp_scripts import Refused, lamp_script, oppu_script
+from tests.support.lamp_files import WORDS, write_files
+from tests.support.lamp_scripts import Refused, lamp_script, oppu_script
 
 from perfit_cloud.lamp.prepare import find_questions, prepare_lamp
 from perfit_cloud.lamp.request import LampRun

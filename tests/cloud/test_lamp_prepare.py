@@ -8,47 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from tests.support.lamp_prepare import ASK, FILES, call, fails, read, result
 
-from perfit_cloud.cli.lamp.prepare import prepare
-from perfit_shared.errors import InvalidData, InvalidInput, NotFound, PerfitError
-from perfit_shared.lamp import Users, read_golds, read_users
+from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.lamp import read_golds
 from perfit_shared.tasks import TASKS
 
-HEADLINE = TASKS["news_headline"]
-ASK = "Generate a headline for the following article: "
 TWEET = "Paraphrase the following tweet without any explanation before or after it: "
-FILES = ("user_others.json", "user_top_100_history.json", "user_top_100_history_label.json")
-
-app = typer.Typer()
-app.command()(prepare)
-
-
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def fails(kind: type[PerfitError], *arguments: Any) -> str:
-    result = call(*arguments)
-    assert type(result.exception) is kind, result.output
-    return str(result.exception)
-
-
-def result(*arguments: Any) -> dict[str, Any]:
-    done = call(*arguments, "--json")
-    assert done.exit_code == 0, (done.output, done.exception)
-    return dict(json.loads(done.stdout))
 
 
 def write(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), "utf-8")
     return path
-
-
-def read(folder: Path, name: str, task: Any = HEADLINE) -> Users:
-    return read_users(folder / name, task)
 
 
 def wrote(person: str, count: int) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.test_lamp_prepare import ASK, FILES, fails, read, result
+from tests.support.lamp_prepare import ASK, FILES, fails, read, result
 
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.lamp import read_users

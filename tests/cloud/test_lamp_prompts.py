@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lamp_files import TASK, write_files
+from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.lamp.people import read_people
 from perfit_cloud.lamp.request import LampRun

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 from matplotlib import image
-from tests.cloud.lamp_runs import LABELS, TEXTS, save_run, simple_users
+from tests.support.lamp_runs import LABELS, TEXTS, save_run, simple_users
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.lamp.report import report as command

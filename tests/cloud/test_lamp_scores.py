@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, mean_absolute_error, root_mean_squared_error
-from tests.cloud.lamp_runs import LABELS, RATINGS, TEXTS
+from tests.support.lamp_runs import LABELS, RATINGS, TEXTS
 
 from perfit_cloud.lamp.scores import combine, metric_names, parts, score
 from perfit_cloud.lamp.statistics import Statistic, interval, paired

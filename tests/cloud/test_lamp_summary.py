@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.lamp_runs import LABELS, RATINGS, SETTINGS, TEXTS, query, save_run, simple_users, user
+from tests.support.lamp_runs import LABELS, RATINGS, SETTINGS, TEXTS, query, save_run, simple_users, user
 
 from perfit_cloud.lamp.results import UserResult, write_json
 from perfit_cloud.lamp.summary import summarise

@@ -10,16 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.cloud.doubles import Drip, Slow, describe, score, wait_for
-from tests.cloud.serving import BASE, TIMEOUT, Device, Running, failure, generate, personal
-from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
+from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
+from tests.support.cloud import BASE, TIMEOUT, Device, Running, failure, generate, personal
+from tests.support.doubles import Drip, Slow, describe, score
+from tests.support.limits import Clock, rate_limiter, under_way
+from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.interface import Chunk, Finish
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.interceptor import network_of
-from perfit_cloud.service.limits import AtOnce, ConcurrencyLimit, Quota, RateLimiter
+from perfit_cloud.service.limits import ConcurrencyLimit
 from perfit_shared.errors import Busy, ConfigError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -28,21 +30,9 @@ from perfit_shared.wire import personalization_pb2 as pb
 # -- accounts and gates --------------------------------------------------------------------------
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def rate_limiter(clock: Clock, refused: Callable[[str], None] = lambda _: None, **most: int) -> RateLimiter:
-    share = Quota({"calls": 2, "bytes": 100}, {"requests": 60, "tokens": 6000} | most)  # type: ignore[operator]
-    return RateLimiter(share, retry_ms=500, refused=refused, clock=clock)
 
 
 def test_what_is_held_is_counted_by_caller_and_given_back(clock: Clock) -> None:
@@ -238,11 +228,6 @@ def test_silent_streams_of_one_device_take_its_own_calls_alone(
         stream.end()
         stream.call.cancel()
     wait_for(lambda: describes(greedy))
-
-
-def under_way(running: Running, device: Device, what: AtOnce = "calls") -> int:
-    account = running.server._rate_limiter._rate_limiter.get(device.identity)
-    return account.held[what] if account else 0
 
 
 def describes(device: Device) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from tests.cloud.doubles import wait_for
+from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact

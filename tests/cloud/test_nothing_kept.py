@@ -13,12 +13,12 @@ import grpc
 import pytest
 import torch
 from google.protobuf.message import Message
-from tests.cloud.doubles import wait_for
-from tests.cloud.serving import TIMEOUT, Device, Running, generate, personal
-from tests.cloud.test_service_adapt import EXAMPLES, examples, mine, step
-from tests.cloud.test_service_adapt import opening as adapt_opening
-from tests.cloud.test_service_ask import opening as ask_opening
-from tests.cloud.test_service_ask import question
+from tests.support.adapt_calls import EXAMPLES, examples, mine, step
+from tests.support.adapt_calls import opening as adapt_opening
+from tests.support.ask_calls import opening as ask_opening
+from tests.support.ask_calls import question
+from tests.support.cloud import TIMEOUT, Device, Running, generate, personal
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.engine import GenerationRequest

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import FAMILIES, KEPT, tiny_config
-from transformers import AutoModelForCausalLM
+from tests.support.models import FAMILIES, KEPT, build
 
-from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.partial import Packing, PartialDecoder, ragged, supports
 
 LENGTHS = np.array([9, 31, 2, 17, 1])
-
-
-@functools.cache
-def build(family: str, dtype: torch.dtype = torch.float32) -> BaseModel:
-    """A tiny random model of four blocks, without a tokenizer."""
-    torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(tiny_config(family, 300), dtype=dtype).eval()
-    model.requires_grad_(False)
-    return BaseModel(family, "fingerprint", model, None)
 
 
 def sequences() -> list[torch.Tensor]:

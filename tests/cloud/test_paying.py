@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from tests.cloud.doubles import Drip, Slow, score, wait_for
-from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
-from tests.cloud.test_authority import csr_of, new_key
-from tests.cloud.test_fairness import running_line
-from tests.cloud.test_limits import Clock, rate_limiter, under_way
+from tests.support.authority import csr_of, new_key
+from tests.support.cloud import BASE, INVALID, TIMEOUT, Device, Running, failure, generate
+from tests.support.doubles import Drip, Slow, score
+from tests.support.limits import Clock, rate_limiter, running_line, under_way
+from tests.support.waiting import wait_for
 
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.limits import Payment, RateLimiter

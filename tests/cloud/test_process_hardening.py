@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cloud.test_audit_memory import looking
+from tests.support.memory import looking
 
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw

@@ -11,72 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import random_shift
+from tests.support.pyreft import FIRST, SECOND, Shifts, change_state, states
 
 from perfit_cloud.model.pyreft import read_checkpoint, write_checkpoint
 from perfit_shared.errors import InvalidData, InvalidInput
-from perfit_shared.shifts import ShiftSpec, ShiftTensors
-
-SPEC = ShiftSpec((1, 2), "f3+l3", collective_rank=6, personal_rank=3, hidden_size=32)
-FIRST = "intkey_layer_1_comp_block_output_unit_pos_nunit_1#0.bin"
-SECOND = "intkey_layer_2_comp_block_output_unit_pos_nunit_1#1.bin"
-Shifts = tuple[ShiftTensors, ShiftTensors]
+from perfit_shared.shifts import ShiftTensors
 
 
-def random_shifts() -> Shifts:
-    """φ₁ and φ₂."""
-    return random_shift(SPEC, 6, seed=1), random_shift(SPEC, 3, seed=2)
-
-
-def written(folder: Path) -> Path:
-    """A checkpoint with φ₁ and φ₂."""
-    folder.mkdir()
-    write_checkpoint(folder, random_shifts())
-    return folder
-
-
-@pytest.fixture
-def shifts() -> Shifts:
-    return random_shifts()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return written(tmp_path / "checkpoint")
-
-
-def states(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.bin"))}
-
-
-def same_states(a: Path, b: Path) -> bool:
-    first, second = states(a), states(b)
-    return first.keys() == second.keys() and all(
-        first[name].keys() == second[name].keys()
-        and all(torch.equal(first[name][key], second[name][key]) for key in first[name])
-        and all(first[name][key].dtype == second[name][key].dtype for key in first[name])
-        for name in first
-    )
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
+def change_config(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
     change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def change_state(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    state = torch.load(folder / name, weights_only=True)
-    change(state)
-    torch.save(state, folder / name)
+    (checkpoint / "config.json").write_text(json.dumps(config))
 
 
 # -- the format --------------------------------------------------------------------------------
 
 
-def test_written_as_pyreft_writes(folder: Path, shifts: Shifts) -> None:
+def test_written_as_pyreft_writes(checkpoint: Path, pyreft_shifts: Shifts) -> None:
     # As pyreft 0.1.0 with pyvene 0.1.8 saved the like; the slow test asks pyreft itself.
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
     assert config["sorted_keys"] == [
         "layer_1_comp_block_output_unit_pos_nunit_1#0",
         "layer_2_comp_block_output_unit_pos_nunit_1#0",
@@ -86,40 +39,40 @@ def test_written_as_pyreft_writes(folder: Path, shifts: Shifts) -> None:
     assert config["representations"][2] == [1, "block_output", "pos", 1, 3, *[None] * 9]
     assert config["intervention_types"] == ["<class 'pyreft.interventions.LoreftIntervention'>"] * 4
     assert config["intervention_dimensions"] == [32] * 4
-    state = states(folder)[SECOND]
+    state = states(checkpoint)[SECOND]
     assert list(state) == ["weight", "bias", "rotate_layer"]
-    assert np.array_equal(state["weight"].numpy(), shifts[1].layers[2].source)
-    assert np.array_equal(state["rotate_layer"].numpy().T, shifts[1].layers[2].rotation)
+    assert np.array_equal(state["weight"].numpy(), pyreft_shifts[1].layers[2].source)
+    assert np.array_equal(state["rotate_layer"].numpy().T, pyreft_shifts[1].layers[2].rotation)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_read_back_bit_for_bit(tmp_path: Path, shifts: Shifts, count: int) -> None:
-    write_checkpoint(tmp_path, shifts[:count])
+def test_read_back_bit_for_bit(tmp_path: Path, pyreft_shifts: Shifts, count: int) -> None:
+    write_checkpoint(tmp_path, pyreft_shifts[:count])
     read = read_checkpoint(tmp_path)
-    assert [s.digest() for s in read.shifts] == [s.digest() for s in shifts[:count]]
+    assert [s.digest() for s in read.shifts] == [s.digest() for s in pyreft_shifts[:count]]
     assert (read.ranks, read.layers, read.hidden_size, read.mended) == ((6, 3)[:count], (1, 2), 32, 0.0)
 
 
-def test_order_of_layers_in_config_is_free(folder: Path, shifts: Shifts) -> None:
+def test_order_of_layers_in_config_is_free(checkpoint: Path, pyreft_shifts: Shifts) -> None:
     def swap(config: dict[str, Any]) -> None:
         rows = config["representations"]
         config["representations"] = [rows[1], rows[3], rows[0], rows[2]]
 
-    change_config(folder, swap)
-    assert [s.digest() for s in read_checkpoint(folder).shifts] == [s.digest() for s in shifts]
+    change_config(checkpoint, swap)
+    assert [s.digest() for s in read_checkpoint(checkpoint).shifts] == [s.digest() for s in pyreft_shifts]
 
 
-def test_rounded_values_are_taken_and_rotations_mended(folder: Path, shifts: Shifts) -> None:
-    change_state(folder, SECOND, lambda s: s.update({k: v.bfloat16() for k, v in s.items()}))
-    read = read_checkpoint(folder)
+def test_rounded_values_are_taken_and_rotations_mended(checkpoint: Path, pyreft_shifts: Shifts) -> None:
+    change_state(checkpoint, SECOND, lambda s: s.update({k: v.bfloat16() for k, v in s.items()}))
+    read = read_checkpoint(checkpoint)
     assert 1e-4 < read.mended < 1e-2
-    (rotation, source, _), old = read.shifts[1].layers[2], shifts[1].layers[2]
+    (rotation, source, _), old = read.shifts[1].layers[2], pyreft_shifts[1].layers[2]
     assert np.array_equal(source, torch.tensor(old.source).bfloat16().float().numpy())
     assert np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-6
     assert np.abs(rotation - old.rotation).max() < 2e-3
     # The other files keep every bit.
-    assert np.array_equal(read.shifts[1].layers[1].rotation, shifts[1].layers[1].rotation)
-    assert read.shifts[0].digest() == shifts[0].digest()
+    assert np.array_equal(read.shifts[1].layers[1].rotation, pyreft_shifts[1].layers[1].rotation)
+    assert read.shifts[0].digest() == pyreft_shifts[0].digest()
 
 
 # -- what is no checkpoint of ours -------------------------------------------------------------
@@ -146,11 +99,11 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_STATES)
-def test_bad_tensors_are_refused_by_file_and_key(folder: Path, what: str) -> None:
+def test_bad_tensors_are_refused_by_file_and_key(checkpoint: Path, what: str) -> None:
     change, message = BAD_STATES[what]
-    change_state(folder, SECOND, change)
+    change_state(checkpoint, SECOND, change)
     with pytest.raises(InvalidData) as caught:
-        read_checkpoint(folder)
+        read_checkpoint(checkpoint)
     assert message in str(caught.value)
     assert SECOND in str(caught.value)
 
@@ -190,16 +143,16 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_CONFIGS)
-def test_bad_configurations_are_refused(folder: Path, what: str) -> None:
+def test_bad_configurations_are_refused(checkpoint: Path, what: str) -> None:
     change, message = BAD_CONFIGS[what]
-    change_config(folder, change)
+    change_config(checkpoint, change)
     with pytest.raises(InvalidData) as caught:
-        read_checkpoint(folder)
+        read_checkpoint(checkpoint)
     assert message in str(caught.value)
-    assert str(folder) in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
 
 
-def test_ranks_that_differ_between_layers_are_refused(folder: Path) -> None:
+def test_ranks_that_differ_between_layers_are_refused(checkpoint: Path) -> None:
     def halve(state: dict[str, Any]) -> None:
         state.update(
             weight=state["weight"][:3].clone(),
@@ -207,20 +160,20 @@ def test_ranks_that_differ_between_layers_are_refused(folder: Path) -> None:
             rotate_layer=state["rotate_layer"][:, :3].clone(),
         )
 
-    change_state(folder, FIRST, halve)
-    change_config(folder, cell(0, 4, 3))
+    change_state(checkpoint, FIRST, halve)
+    change_config(checkpoint, cell(0, 4, 3))
     with pytest.raises(InvalidData, match="#0 have different ranks"):
-        read_checkpoint(folder)
+        read_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tensor file", b"PK\x03\x04", None])
-def test_damaged_and_missing_files_are_refused(folder: Path, content: bytes | None) -> None:
+def test_damaged_and_missing_files_are_refused(checkpoint: Path, content: bytes | None) -> None:
     if content is None:
-        (folder / SECOND).unlink()
+        (checkpoint / SECOND).unlink()
     else:
-        (folder / SECOND).write_bytes(content)
+        (checkpoint / SECOND).write_bytes(content)
     with pytest.raises(InvalidData, match=SECOND):
-        read_checkpoint(folder)
+        read_checkpoint(checkpoint)
 
 
 class Hostile:
@@ -233,26 +186,26 @@ class Hostile:
         return Path.touch, (self.proof,)
 
 
-def test_code_in_a_file_is_not_run(folder: Path, tmp_path: Path) -> None:
+def test_code_in_a_file_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
     proof = tmp_path / "ran"
-    with (folder / SECOND).open("wb") as file:
+    with (checkpoint / SECOND).open("wb") as file:
         pickle.dump({"weight": Hostile(proof)}, file, protocol=2)
     with pytest.raises(InvalidData, match=SECOND):
-        read_checkpoint(folder)
+        read_checkpoint(checkpoint)
     assert not proof.exists()
     # The file does run when it is read carelessly.
-    pickle.loads((folder / SECOND).read_bytes())  # noqa: S301
+    pickle.loads((checkpoint / SECOND).read_bytes())  # noqa: S301
     assert proof.exists()
 
 
-def test_weights_of_the_base_model_are_refused(folder: Path) -> None:
-    torch.save({}, folder / "pytorch_model.bin")  # what pyreft's trainer leaves when there are none
-    read_checkpoint(folder)
-    torch.save({"lm_head.weight": torch.ones(2)}, folder / "pytorch_model.bin")
+def test_weights_of_the_base_model_are_refused(checkpoint: Path) -> None:
+    torch.save({}, checkpoint / "pytorch_model.bin")  # what pyreft's trainer leaves when there are none
+    read_checkpoint(checkpoint)
+    torch.save({"lm_head.weight": torch.ones(2)}, checkpoint / "pytorch_model.bin")
     with pytest.raises(InvalidData, match="weights of the base model"):
-        read_checkpoint(folder)
+        read_checkpoint(checkpoint)
 
 
-def test_differing_layers_are_not_written(tmp_path: Path, shifts: Shifts) -> None:
+def test_differing_layers_are_not_written(tmp_path: Path, pyreft_shifts: Shifts) -> None:
     with pytest.raises(InvalidInput, match="same layers"):
-        write_checkpoint(tmp_path, [shifts[0], ShiftTensors({1: shifts[1].layers[1]})])
+        write_checkpoint(tmp_path, [pyreft_shifts[0], ShiftTensors({1: pyreft_shifts[1].layers[1]})])

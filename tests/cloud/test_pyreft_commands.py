@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cloud.test_pyreft import FIRST, Shifts, change_state, random_shifts, same_states, states, written
-from tests.conftest import random_shift
+from tests.support.models import random_shift
+from tests.support.pyreft import FIRST, Shifts, change_state, same_states, states
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.artefact import app
@@ -19,16 +19,6 @@ from perfit_cloud.model.pyreft import describe_model, read_checkpoint, to_artefa
 from perfit_shared.errors import InvalidData, InvalidInput, PerfitError
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, read_metadata
 from perfit_shared.tasks import task_named
-
-
-@pytest.fixture
-def shifts() -> Shifts:
-    return random_shifts()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return written(tmp_path / "checkpoint")
 
 
 def run_app(*words: str | Path) -> str:
@@ -133,20 +123,20 @@ def test_a_users_shift_to_pyreft_and_back(tmp_path: Path, artefact: Artefact) ->
 
 
 def test_a_users_shift_over_another_collective_shift_is_refused(
-    tmp_path: Path, artefact: Artefact, folder: Path
+    tmp_path: Path, artefact: Artefact, checkpoint: Path
 ) -> None:
     with pytest.raises(PerfitError, match="another collective shift"):
         run_app(
-            "import", "--artefact", tmp_path / "artefact", "--checkpoint", folder, "--out", tmp_path / "x"
+            "import", "--artefact", tmp_path / "artefact", "--checkpoint", checkpoint, "--out", tmp_path / "x"
         )
 
 
-def test_mending_is_told(tmp_path: Path, folder: Path, model_folder: Callable[[str], Path]) -> None:
-    change_state(folder, FIRST, lambda s: s.update(rotate_layer=s["rotate_layer"].bfloat16()))
+def test_mending_is_told(tmp_path: Path, checkpoint: Path, model_folder: Callable[[str], Path]) -> None:
+    change_state(checkpoint, FIRST, lambda s: s.update(rotate_layer=s["rotate_layer"].bfloat16()))
     told = run_app(
         "import",
         "--checkpoint",
-        folder,
+        checkpoint,
         "--model",
         model_folder("llama"),
         "--task",
@@ -161,10 +151,10 @@ def test_mending_is_told(tmp_path: Path, folder: Path, model_folder: Callable[[s
 
 
 def test_a_model_that_cannot_carry_it_is_refused(
-    tmp_path: Path, shifts: Shifts, model_folder: Callable[[str], Path]
+    tmp_path: Path, pyreft_shifts: Shifts, model_folder: Callable[[str], Path]
 ) -> None:
     model, task = describe_model(str(model_folder("llama"))), task_named("news_headline")
-    write_checkpoint(tmp_path, [ShiftTensors({9: shifts[0].layers[1]})])
+    write_checkpoint(tmp_path, [ShiftTensors({9: pyreft_shifts[0].layers[1]})])
     with pytest.raises(InvalidData, match=r"config.json has layer 9, .* has blocks 0 to 3"):
         to_artefact(read_checkpoint(tmp_path), model=model, task=task, positions="l2")
     narrow = ShiftSpec((1,), "l3", 2, 2, hidden_size=16)
@@ -173,12 +163,14 @@ def test_a_model_that_cannot_carry_it_is_refused(
         to_artefact(read_checkpoint(tmp_path), model=model, task=task, positions="l2")
 
 
-def test_positions_are_not_guessed(tmp_path: Path, folder: Path, model_folder: Callable[[str], Path]) -> None:
+def test_positions_are_not_guessed(
+    tmp_path: Path, checkpoint: Path, model_folder: Callable[[str], Path]
+) -> None:
     with pytest.raises(InvalidInput, match="--positions"):
         run_app(
             "import",
             "--checkpoint",
-            folder,
+            checkpoint,
             "--model",
             model_folder("llama"),
             "--task",
@@ -189,8 +181,8 @@ def test_positions_are_not_guessed(tmp_path: Path, folder: Path, model_folder: C
     assert not (tmp_path / "made").exists()
 
 
-def test_nothing_is_overwritten(tmp_path: Path, artefact: Artefact, folder: Path) -> None:
-    before = states(folder)
+def test_nothing_is_overwritten(tmp_path: Path, artefact: Artefact, checkpoint: Path) -> None:
+    before = states(checkpoint)
     with pytest.raises(InvalidInput, match="no empty folder"):
-        run_app("export", "--artefact", tmp_path / "artefact", "--out", folder)
-    assert states(folder).keys() == before.keys()
+        run_app("export", "--artefact", tmp_path / "artefact", "--out", checkpoint)
+    assert states(checkpoint).keys() == before.keys()

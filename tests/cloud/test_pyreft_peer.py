@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.cloud.test_pyreft import same_states, states
-from tests.conftest import random_shift
+from tests.support.models import random_shift
+from tests.support.pyreft import same_states, states
 
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.interventions import ShiftGroup, active_interventions, hooked, row_index, to_torch

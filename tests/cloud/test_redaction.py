@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
-from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
-from tests.cloud.test_authority import csr_of, new_key
-from tests.cloud.test_service_cli import RUN
-from tests.conftest import random_shift
+from tests.support.authority import csr_of, new_key
+from tests.support.cloud import TIMEOUT, Device, Running, failure, generate
+from tests.support.models import random_shift
+from tests.support.processes import RUN
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cloud.asked import NEW, SMALL, alone, prompts, serve, uses
-from tests.conftest import FAMILIES, random_shift
+from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
+from tests.support.models import FAMILIES, random_shift
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
 from perfit_cloud.engine.gradients.batch import passes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -13,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cloud.test_adaptation import PLENTY, RAGGED, assert_equal, make_pairs, person
-from tests.cloud.test_partial import build
+from tests.support.gradients import PLENTY, RAGGED, assert_equal, make_pairs, person
+from tests.support.models import build
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients import stateless
@@ -56,13 +56,6 @@ def parts(make_artefact: Callable[..., Any]) -> Iterator[tuple[Any, Held, Gradie
     yield make_artefact(base), engine, queue
     engine.go.release(10**6)
     queue.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 def occupy(engine: Held, queue: GradientScheduler, step: GradientRequest) -> Future[Any]:
@@ -153,7 +146,7 @@ def test_a_step_that_failed_leaves_nothing_behind(
         ] * 3
         assert [len(run) for run in engine.runs] == [1, 2, 1, 1]  # together, then each alone
         engine.runs.clear()
-        until(lambda: all(ref() is None for ref in gone))
+        wait_for(lambda: all(ref() is None for ref in gone))
     finally:
         gc.enable()
     assert not caplog.text  # whoever submitted it logs it
@@ -288,7 +281,7 @@ def test_close_ends_every_wait(parts: Any) -> None:
     at_work, waiting = occupy(engine, queue, step), queue.submit(step)
     closing = threading.Thread(target=queue.close)
     closing.start()
-    until(lambda: not queue._is_open)  # or the worker could take the one that waits
+    wait_for(lambda: not queue._is_open)  # or the worker could take the one that waits
     engine.go.release(10**6)
     closing.join(WAIT)
     assert at_work.result(WAIT).tokens > 0

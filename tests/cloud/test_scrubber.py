@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.cloud.doubles import wait_for
-from tests.cloud.serving import TIMEOUT, Running, generate
-from tests.cloud.test_audit_memory import looking
+from tests.support.cloud import TIMEOUT, Running, generate
+from tests.support.memory import looking
+from tests.support.waiting import wait_for
 
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
@@ -118,8 +118,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
 
 @looking
-@pytest.mark.parametrize("which", ["its own", "Intel's"])
-@pytest.mark.parametrize("how", ["as it comes", "overwritten"])
+@pytest.mark.parametrize(
+    ("how", "which"),
+    [
+        ("as it comes", "its own"),
+        ("overwritten", "its own"),
+        ("overwritten", "Intel's"),
+        pytest.param("as it comes", "Intel's", marks=pytest.mark.slow),
+    ],
+)
 def test_what_matrices_are_copied_to_is_overwritten(
     kernels: Callable[[str], dict[str, str]], how: str, which: str
 ) -> None:

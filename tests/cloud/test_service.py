@@ -17,17 +17,9 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from tests.cloud.doubles import Slow, score, wait_for
-from tests.cloud.serving import (
-    BASE,
-    INVALID,
-    TIMEOUT,
-    Running,
-    failure,
-    generate,
-    pem,
-    personal,
-)
+from tests.support.cloud import BASE, INVALID, TIMEOUT, Running, failure, generate, pem, personal
+from tests.support.doubles import Slow, score
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine

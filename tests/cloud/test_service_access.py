@@ -13,16 +13,9 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.cloud.doubles import Drip, describe
-from tests.cloud.serving import (
-    TIMEOUT,
-    Running,
-    failure,
-    generate,
-    key_pem,
-    pem,
-)
-from tests.cloud.test_authority import csr_of, new_key
+from tests.support.authority import csr_of, new_key
+from tests.support.cloud import TIMEOUT, Running, failure, generate, key_pem, pem
+from tests.support.doubles import Drip, describe
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_shared.wire import enrollment_pb2 as enrol_pb

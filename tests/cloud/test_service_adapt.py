@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import queue
 import threading
 import time
 import weakref
@@ -14,8 +13,9 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.cloud.serving import TIMEOUT, Device, Running, failure
-from tests.conftest import random_shift
+from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step, wait_until_freed
+from tests.support.cloud import TIMEOUT, Running, failure
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
@@ -25,55 +25,6 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 from perfit_shared.wire import personalization_pb2 as pb
-
-EXAMPLES = [
-    ("the cat sat on the mat", " the dog"),
-    ("the dog ran", " to the door"),
-    ("a", " cat"),
-    ("the mat and the door and the cat and the dog", " ran"),
-    ("to the door", " the cat sat"),
-]
-
-
-def opening(artefact: Artefact, /, **change: str) -> pb.AdaptRequest:
-    return pb.AdaptRequest(
-        open=pb.AdaptOpen(**{"artefact": artefact.name, "version": artefact.version} | change)
-    )
-
-
-def examples(pairs: Sequence[tuple[str, str]]) -> pb.AdaptRequest:
-    made = [pb.Example(prompt=pb.Prompt(text=text), target=target) for text, target in pairs]
-    return pb.AdaptRequest(examples=pb.AdaptExamples(examples=made))
-
-
-def step(tensors: ShiftTensors | bytes, rows: Sequence[int], *, loss_only: bool = False) -> pb.AdaptRequest:
-    data = tensors if isinstance(tensors, bytes) else tensors.to_bytes()
-    return pb.AdaptRequest(step=pb.AdaptStep(personal=data, rows=rows, loss_only=loss_only))
-
-
-def mine(artefact: Artefact, seed: int) -> ShiftTensors:
-    return random_shift(artefact.spec, artefact.spec.personal_rank, seed)
-
-
-class Stream:
-    """An open stream that sends when told to."""
-
-    def __init__(self, device: Device, *messages: pb.AdaptRequest) -> None:
-        self._requests: queue.SimpleQueue[pb.AdaptRequest | None] = queue.SimpleQueue()
-        self.call: Any = device.stub.Adapt(iter(self._requests.get, None), timeout=TIMEOUT)
-        self.send(*messages)
-
-    def send(self, *messages: pb.AdaptRequest) -> None:
-        for message in messages:
-            self._requests.put(message)
-
-    def ask(self, *messages: pb.AdaptRequest) -> pb.AdaptResponse:
-        self.send(*messages)
-        return next(self.call)
-
-    def end(self) -> None:
-        """Send no more."""
-        self._requests.put(None)
 
 
 def wanted_of(
@@ -93,21 +44,12 @@ def assert_is(got: pb.AdaptResponse, wanted: Gradient, artefact: Artefact, toler
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-7, name
 
 
-def freed(running: Running, steps: GradientScheduler) -> bool:
-    """Whether nothing of an update is left, once the server has had a moment."""
-    engine, until = steps._engine, time.monotonic() + TIMEOUT
-    while engine._open and time.monotonic() < until:
-        time.sleep(0.01)
-    with engine._state:  # not in the middle of a close
-        return not engine._open and engine._room == [2**26, 0]
-
-
 def test_steps_equal_those_of_the_stateless_engine(
     run: Callable[..., Running],
     artefact: Artefact,
     base: BaseModel,
     gradients: GradientEngine,
-    step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
 ) -> None:
     running = run()
     call = Stream(running.device(), opening(artefact), examples(EXAMPLES[:2]), examples(EXAMPLES[2:]))
@@ -127,7 +69,7 @@ def test_steps_equal_those_of_the_stateless_engine(
     call.end()
     assert list(call.call) == []
     assert call.call.code() is grpc.StatusCode.OK
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)
 
 
 def test_describe_tells_the_limits_and_what_is_kept(run: Callable[..., Running]) -> None:
@@ -189,7 +131,7 @@ def test_a_caller_who_leaves_frees_everything(
         assert there.wait(TIMEOUT)
     else:
         call.ask(step(tensors, [0]))
-        assert len(engine._open) == 1 and engine._room[0] < 2**26
+        assert engine.bytes_held()[0] > 0
     if moment == "in line":
         monkeypatch.setattr(engine, "run_pass", slow(engine.run_pass))
         call.send(step(tensors, [0]))
@@ -198,7 +140,7 @@ def test_a_caller_who_leaves_frees_everything(
     if moment != "idle":
         time.sleep(0.2)  # the pass is still at work
         go_on.set()
-    assert freed(running, steps)
+    wait_until_freed(engine)
     steps.close()
 
 
@@ -225,10 +167,7 @@ def test_a_step_that_failed_leaves_nothing_behind(
             "INTERNAL",
             {"perfit-code": "internal"},
         )
-        end = time.monotonic() + TIMEOUT
-        while gone[0]() is not None:
-            assert time.monotonic() < end, "the tensors are still there"
-            time.sleep(0.01)
+        wait_for(lambda: gone[0]() is None, what="the tensors are gone")
     finally:
         gc.enable()
     steps.close()
@@ -238,7 +177,7 @@ def test_a_revoked_device_gets_no_further_response(
     run: Callable[..., Running],
     artefact: Artefact,
     stream: Callable[..., Stream],
-    step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
 ) -> None:
     running = run()
     device = running.device()
@@ -249,18 +188,18 @@ def test_a_revoked_device_gets_no_further_response(
         "PERMISSION_DENIED",
         {"perfit-code": "identity_revoked"},
     )
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)
 
 
 def test_a_server_that_stops_ends_its_streams(
     run: Callable[..., Running],
     artefact: Artefact,
     stream: Callable[..., Stream],
-    step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
 ) -> None:
     running = run()
     call = stream(running.device())
     call.ask(step(mine(artefact, 1), [0]))
     running.server.stop(0)
     assert failure(lambda: call.ask(step(mine(artefact, 1), [0])))[0] in {"UNAVAILABLE", "CANCELLED"}
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.cloud.serving import INVALID, TIMEOUT, Running, failure
-from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, freed, mine, opening, step
+from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step, wait_until_freed
+from tests.support.cloud import INVALID, TIMEOUT, Running, failure
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service import interceptor as guard
 from perfit_cloud.service import server
@@ -118,7 +119,7 @@ def test_hostile_streams_get_their_one_clear_error(
     run: Callable[..., Running],
     stream: Callable[..., Stream],
     artefact: Artefact,
-    step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
 ) -> None:
     """And harm nobody: a stream that was there before goes on as if nothing had been."""
     running = run(adapt_examples=6, adapt_tokens=300)
@@ -133,7 +134,7 @@ def test_hostile_streams_get_their_one_clear_error(
     assert honest.ask(step(tensors, [0, 3])) == before
     honest.end()
     assert list(honest.call) == []
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)
 
 
 def test_bytes_that_are_no_message_end_their_stream_alone(
@@ -173,6 +174,7 @@ def test_a_silent_stream_does_not_hold_its_place(
     artefact: Artefact,
     stream: Callable[..., Stream],
     step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     submit = step_queue.submit
@@ -192,14 +194,14 @@ def test_a_silent_stream_does_not_hold_its_place(
     status, metadata, text = failure(call.ask)
     assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
     assert "open another stream" in text
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)
 
 
 def test_no_stream_lasts_for_ever(
     run: Callable[..., Running],
     artefact: Artefact,
     stream: Callable[..., Stream],
-    step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
 ) -> None:
     running = run(stream_seconds=1)
     call = stream(running.device())
@@ -212,14 +214,14 @@ def test_no_stream_lasts_for_ever(
     status, metadata, text = failure(go_on)
     assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
     assert "open another" in text
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)
 
 
 def test_a_caller_who_does_not_read_is_cut_off(
     run: Callable[..., Running],
     artefact: Artefact,
     stream: Callable[..., Stream],
-    step_queue: GradientScheduler,
+    adaptations: UpdateEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """gRPC's send held the call, its place and all that it kept, for as long as the caller liked."""
@@ -238,7 +240,7 @@ def test_a_caller_who_does_not_read_is_cut_off(
         unread.send(step(mine(artefact, 1), [0]))
         assert sent.wait(TIMEOUT)
     assert failure(lambda: stream(other).ask(step(mine(artefact, 1), [0])))[0] == "RESOURCE_EXHAUSTED"
-    assert freed(running, step_queue)
+    wait_until_freed(adaptations)
     assert unread.call.is_active(), "and not by its own deadline"
     assert stream(other).ask(step(mine(artefact, 1), [0])).tokens > 0
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.cloud.doubles import Held
-from tests.cloud.serving import BASE, INVALID, TIMEOUT, Device, Running, failure, generate, personal
+from tests.support.ask_calls import Stream, ask, ask_threads, failures_of, opening, question, texts_of
+from tests.support.cloud import INVALID, TIMEOUT, Running, failure, generate, personal
+from tests.support.doubles import Held
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.model.artefacts import Artefact
@@ -21,69 +21,7 @@ from perfit_shared.wire import personalization_pb2 as pb
 TEXTS = ["the cat sat", "on the mat", "and the dog", "ran to the door", "the mat", "the dog sat on the cat"]
 
 
-def question(number: int, text: str = "the cat sat", **sampling: Any) -> pb.AskRequest:
-    sampling = {"max_new_tokens": 12, **sampling}
-    return pb.AskRequest(
-        question=pb.Question(number=number, prompt=pb.Prompt(text=text), sampling=pb.Sampling(**sampling))
-    )
-
-
-def opening(shift: pb.Shift = BASE) -> pb.AskRequest:
-    return pb.AskRequest(shift=shift)
-
-
-class Stream:
-    """An Ask call whose questions are sent when the test says so."""
-
-    def __init__(self, device: Device, *first: pb.AskRequest, timeout: float = TIMEOUT) -> None:
-        self._outbox: queue.SimpleQueue[pb.AskRequest | None] = queue.SimpleQueue()
-        self.send(*first)
-        self.call = device.stub.Ask(iter(self._outbox.get, None), timeout=timeout)
-
-    def send(self, *requests: pb.AskRequest) -> None:
-        for request in requests:
-            self._outbox.put(request)
-
-    def end(self) -> None:
-        self._outbox.put(None)
-
-    def next(self) -> pb.AskResponse:
-        response: pb.AskResponse = next(self.call)
-        return response
-
-
-def ask(device: Device, *requests: pb.AskRequest) -> list[pb.AskResponse]:
-    """All responses to a stream of these."""
-    return list(device.stub.Ask(iter(requests), timeout=TIMEOUT))
-
-
-def texts_of(responses: Sequence[pb.AskResponse]) -> dict[int, str]:
-    texts: dict[int, str] = {}
-    for response in responses:
-        texts[response.number] = texts.get(response.number, "") + response.part.text
-    return texts
-
-
-def failures_of(responses: Sequence[pb.AskResponse]) -> dict[int, pb.Failure]:
-    return {r.number: r.failure for r in responses if r.WhichOneof("body") == "failure"}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
-
-
-def ask_threads() -> int:
-    return sum(thread.name.startswith("perfit-ask") for thread in threading.enumerate())
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    """However a stream ended, its threads end."""
-    yield
-    until(lambda: ask_threads() == 0)
+pytestmark = pytest.mark.usefixtures("no_ask_threads_stay")
 
 
 # -- answers -------------------------------------------------------------------------------------
@@ -147,7 +85,7 @@ def test_a_bad_question_fails_alone(run: Callable[..., Running], generation: Gen
     }
     assert "at most" in told[2].message
     assert {r.number for r in responses if r.part.finish} == {1, 5}
-    until(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.in_flight == 0)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +107,7 @@ def test_messages_out_of_order(
     status, metadata, details = failure(lambda: ask(device, *messages))
     assert (status, metadata) == (INVALID, {"perfit-code": "invalid_input"})
     assert says in details
-    until(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.in_flight == 0)
     assert len(texts_of(ask(device, opening(), question(1)))) == 1, "the server is well"
 
 
@@ -187,7 +125,7 @@ def test_tensors_that_cannot_be(run: Callable[..., Running], artefact: Artefact)
 def test_answers_interleave(run: Callable[..., Running]) -> None:
     engine = Held()
     stream = Stream(run(engine=engine).device(), opening(), question(1), question(2))
-    until(lambda: len(engine.answers) == 2)
+    wait_for(lambda: len(engine.answers) == 2)
     seen = []
     for turn in (0, 1, 0, 1):
         engine.answers[turn].step()
@@ -208,17 +146,17 @@ def test_leaving_ends_every_answer_at_once(run: Callable[..., Running], how: str
     stream = Stream(
         device, opening(), *(question(n) for n in range(3)), timeout=5 if how == "deadline" else TIMEOUT
     )
-    until(lambda: len(engine.answers) == 3)
+    wait_for(lambda: len(engine.answers) == 3)
     if how == "cancel":
         stream.call.cancel()
     elif how == "revoked":
         running.authority.revoke(device.identity)
         engine.answers[0].step()
         assert failure(stream.next)[1] == {"perfit-code": "identity_revoked"}
-    until(lambda: engine.running == 0)
+    wait_for(lambda: engine.running == 0)
     stream.end()
     again = Stream(running.device(), opening(), *(question(n) for n in range(3)))
-    until(lambda: engine.running == 3)  # all places are free
+    wait_for(lambda: engine.running == 3)  # all places are free
     for answer in engine.answers[3:]:
         answer.finish()
     again.end()
@@ -241,9 +179,9 @@ def test_leaving_frees_the_real_engine(
     assert generation.in_flight > 0
     stream.call.cancel()
     stream.end()
-    until(lambda: ask_threads() == 0)  # the server knows
+    wait_for(lambda: ask_threads() == 0)  # the server knows
     go.set()
-    until(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.in_flight == 0)
     assert next(made) < 100, "it went on for somebody who had left"
     assert len(texts_of(ask(device, opening(), question(1)))) == 1
 
@@ -273,9 +211,9 @@ def test_leaving_logs_nothing(run: Callable[..., Running], caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         for _ in range(5):
             stream = Stream(device, opening(), question(0))
-            until(lambda: engine.running == 1)
+            wait_for(lambda: engine.running == 1)
             stream.call.cancel()
-            until(lambda: engine.running == 0)
+            wait_for(lambda: engine.running == 0)
             stream.end()
-        until(lambda: ask_threads() == 0)
+        wait_for(lambda: ask_threads() == 0)
     assert "failed" not in caplog.text

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from tests.cloud.doubles import Held
-from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
-from tests.cloud.test_service_ask import Stream, failures_of, nothing_stays, opening, question, until  # noqa: F401 - a fixture
+from tests.support.ask_calls import Stream, failures_of, opening, question
+from tests.support.cloud import TIMEOUT, Device, Running, failure, generate
+from tests.support.doubles import Held
+from tests.support.waiting import wait_for
 
 from perfit_cloud.service import interceptor as guard
 from perfit_cloud.service import server
@@ -25,13 +26,13 @@ def test_a_busy_cloud_turns_questions_away_not_the_stream(run: Callable[..., Run
     for response in turned_away:
         assert (response.failure.code, response.failure.retry_ms) == ("busy", 70)
         assert "try again" in response.failure.message
-    until(lambda: len(engine.answers) == 2)
+    wait_for(lambda: len(engine.answers) == 2)
     assert failure(lambda: list(running.device().stub.Generate(generate())))[0] == "RESOURCE_EXHAUSTED"
     for answer in engine.answers:
         answer.finish()
     assert all(stream.next().part.finish for _ in range(2))
     stream.send(question(7))  # at once: whose answer is over has left its place
-    until(lambda: len(engine.answers) == 3)
+    wait_for(lambda: len(engine.answers) == 3)
     engine.answers[2].finish()
     assert stream.next().number == 7
     stream.end()
@@ -42,13 +43,13 @@ def test_no_more_questions_are_read_than_there_are_slots(run: Callable[..., Runn
     engine = Held(piece="x" * 1_000_000)
     running = run(engine=engine, questions=3)
     stream = Stream(running.device(), opening(), *(question(n) for n in range(9)))
-    until(lambda: len(engine.answers) == 3)
+    wait_for(lambda: len(engine.answers) == 3)
     for answer in engine.answers:
         for _ in range(15):  # more than all buffers on the way take
             answer.step()
         answer.finish()
     other = Stream(running.device(), opening(), question(0))
-    until(lambda: len(engine.answers) == 4)
+    wait_for(lambda: len(engine.answers) == 4)
     engine.answers[3].step()
     assert other.next().number == 0, "the slow caller held up another one"
     engine.answers[3].finish()
@@ -72,7 +73,7 @@ def test_an_answer_has_its_time_and_so_has_the_stream(run: Callable[..., Running
     status, metadata, details = failure(stream.next)
     assert (status, metadata) == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
     assert "open another" in details
-    until(lambda: engine.running == 0)
+    wait_for(lambda: engine.running == 0)
     stream.end()
 
 
@@ -83,7 +84,7 @@ def test_a_silent_caller_is_let_go(
     engine = Held()
     device = run(engine=engine).device()
     waits = Stream(device, opening(), question(1))  # who waits for an answer is not silent
-    until(lambda: len(engine.answers) == 1)
+    wait_for(lambda: len(engine.answers) == 1)
     monkeypatch.setattr(ask_module, "_IDLE_SECONDS", 0.1)
     engine.answers[0].step()
     waits.next()
@@ -122,12 +123,12 @@ def test_a_caller_who_does_not_read_is_cut_off(
         call = stream.call
     else:
         call = device.stub.Generate(generate(), timeout=10 * TIMEOUT)
-    until(lambda: len(engine.answers) == 1)
+    wait_for(lambda: len(engine.answers) == 1)
     engine.ends_at_once = True
     for _ in range(15):  # more than all buffers on the way take
         engine.answers[0].step()
     assert not answers(other)
-    until(lambda: answers(other))
+    wait_for(lambda: answers(other))
     assert engine.running == 0
     call.cancel()
     if method == "Ask":
@@ -142,12 +143,12 @@ def test_the_place_of_an_answer_whose_time_is_over_is_free_though_nobody_reads_i
     running = run(engine=engine, streams=1, call_seconds=3)
     device, other = running.device(), running.device()
     call = device.stub.Generate(generate(), timeout=10 * TIMEOUT)
-    until(lambda: len(engine.answers) == 1)
+    wait_for(lambda: len(engine.answers) == 1)
     engine.ends_at_once = True
     for _ in range(15):
         engine.answers[0].step()
     assert not answers(other)
-    until(lambda: answers(other))
+    wait_for(lambda: answers(other))
     assert failure(lambda: list(call))[:2] == ("DEADLINE_EXCEEDED", {"perfit-code": "too_slow"})
 
 
@@ -160,7 +161,7 @@ def test_one_device_leaves_room_for_the_others(run: Callable[..., Running]) -> N
     told = failures_of([stream.next() for _ in range(2)])
     assert {(f.code, f.retry_ms) for f in told.values()} == {("busy", 70)}
     assert all("this device" in f.message for f in told.values())
-    until(lambda: len(engine.answers) == 3)
+    wait_for(lambda: len(engine.answers) == 3)
     engine.ends_at_once = True
     assert not answers(running.with_certificate(greedy.key, greedy.certificate)), (
         "nor over another connection"

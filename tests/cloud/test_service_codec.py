@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
-from tests.conftest import random_shift
+from tests.support.hostile import LIMITS, hostile_tensors
+from tests.support.models import random_shift
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.interface import Chunk, Finish, Gradient, Mode, Sampling, Score
@@ -18,7 +18,6 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service import codec
 from perfit_cloud.service.catalog import Catalog
-from perfit_cloud.service.limits import Limits
 from perfit_shared.errors import (
     ConfigError,
     InvalidInput,
@@ -28,21 +27,9 @@ from perfit_shared.errors import (
     PerfitError,
     ShiftMismatch,
 )
-from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors, gradient_from_bytes, wire_dtype
+from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes, wire_dtype
 from perfit_shared.tasks import Task
 from perfit_shared.wire import personalization_pb2 as pb
-
-LIMITS = Limits(
-    adapt_examples=64,
-    adapt_tokens=4096,
-    questions=4,
-    prompt_tokens=40,
-    new_tokens=20,
-    context=50,
-    examples=3,
-    call_tokens=100,
-    message_bytes=1 << 20,
-)
 
 
 @pytest.fixture
@@ -127,27 +114,6 @@ def test_shifts_that_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         codec.decode_shift(shift_message(artefact, **change), {artefact.name: artefact})
-
-
-def hostile_tensors(spec: ShiftSpec) -> dict[str, bytes]:
-    good = dict(random_shift(spec, spec.personal_rank, 1).named())
-    layer = spec.layers[0]
-    rotation, source, bias = (f"layers.{layer}.{part}" for part in LayerShift._fields)
-    changes: dict[str, dict[str, Any]] = {
-        "nan": {source: good[source] * np.nan},
-        "infinite": {bias: good[bias] * np.inf},
-        "huge": {source: good[source] * 1e6},
-        "not orthonormal": {rotation: good[rotation] * 1.1},
-        "shape": {source: good[source][:-1]},
-        "transposed": {source: np.ascontiguousarray(good[source].T)},
-        "name": {"layers.1.weight": good[source]},
-        "another layer": {f"layers.0.{part}": good[f"layers.{layer}.{part}"] for part in LayerShift._fields},
-        "float64": {source: good[source].astype(np.float64)},
-        "integers": {name: array.astype(np.int32) for name, array in good.items()},
-    }
-    payloads = {kind: safetensors.numpy.save({**good, **change}) for kind, change in changes.items()}
-    payloads["missing"] = safetensors.numpy.save({n: a for n, a in good.items() if n != bias})
-    return payloads
 
 
 @pytest.mark.parametrize(

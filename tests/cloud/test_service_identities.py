@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from tests.cloud.doubles import Drip
-from tests.cloud.serving import TIMEOUT, Device, Running, failure, generate
-from tests.cloud.test_authority import DAY, csr_of, new_key
+from tests.support.authority import DAY, csr_of, new_key
+from tests.support.cloud import TIMEOUT, Device, Running, failure, generate
+from tests.support.doubles import Drip
+from tests.support.waiting import wait_for
 
 from perfit_cloud.service.identity import certificates, identity_cache, sqlite_store
 from perfit_cloud.service.identity.authority import Authority
@@ -40,15 +41,6 @@ def locked(running: Running, how: str = "EXCLUSIVE") -> Iterator[None]:
         yield
     finally:
         other.close()
-
-
-def until(happens: Callable[[], bool], seconds: float = TIMEOUT) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if happens():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 # -- renewals ----------------------------------------------------------------------------------------
@@ -171,7 +163,7 @@ def test_what_was_seen_meanwhile_is_written_when_the_database_is_free(run: Calla
     def is_written() -> bool:
         return any(device.superseded is not None for device in running.authority.devices())
 
-    assert until(is_written)
+    wait_for(is_written)
     second = Authority(running.config.state, certificate_seconds=9, lapse_seconds=9)  # as after a restart
     assert second.devices() == running.authority.devices()
 
@@ -189,7 +181,7 @@ def test_a_revocation_by_another_process_is_seen_without_a_call_for_it(run: Call
             return error.code().name == "PERMISSION_DENIED"  # type: ignore[attr-defined]
         return False
 
-    assert until(is_refused)
+    wait_for(is_refused)
     other.describe()
 
 
@@ -219,10 +211,10 @@ def test_a_database_that_cannot_be_read_is_told_the_operator(
         return value
 
     with locked(running):
-        assert until(lambda: "who holds authority.db" in caplog.text)
+        wait_for(lambda: "who holds authority.db" in caplog.text)
         assert age() > 0.3
         device.describe()
-    assert until(lambda: "is read again" in caplog.text)
+    wait_for(lambda: "is read again" in caplog.text)
     assert device.identity not in caplog.text
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.cloud.test_audit_memory import looking
+from tests.support.memory import looking
 
 from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import raw
@@ -205,7 +205,7 @@ ALL = ("perfit-generation", "perfit-steps", "MainThread", "gradient", "call")
 
 
 @looking
-@pytest.mark.parametrize("by", ["library", "nothing"])
+@pytest.mark.parametrize("by", ["library", pytest.param("nothing", marks=pytest.mark.slow)])
 def test_every_thread_that_computes_overwrites_what_it_left(
     library: int,
     model_folder: Callable[[str], Path],

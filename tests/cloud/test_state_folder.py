@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from tests.cloud.test_authority import open_authority
+from tests.support.authority import open_authority
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.state_folder import Addresses, only_server

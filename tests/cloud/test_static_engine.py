@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.conftest import FAMILIES, random_shift
+from tests.support.models import FAMILIES, random_shift
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
 from perfit_cloud.engine.generation.static import generate_batch

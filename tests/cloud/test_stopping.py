@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
-from tests.cloud.serving import key_pem, pem
-from tests.cloud.test_authority import csr_of, new_key, open_authority
+from tests.support.authority import csr_of, new_key, open_authority
+from tests.support.cloud import key_pem, pem
+from tests.support.processes import Forked, fork
 
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
@@ -38,26 +38,18 @@ def stuck(self):
     time.sleep({LONG})
 StepQueue.close = stuck
 """
-RUN = """
-from perfit_cloud.cli.main import run
-run()
-"""
 
 
 @contextmanager
-def serving(
-    program: str, state: Path, model: Path, drain: int
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(program: str, state: Path, model: Path, drain: int) -> Iterator[tuple[Forked, str]]:
     """The process, and where it serves devices."""
     words = ["serve", "--model", str(model), "--state", str(state), "--json", "--threads", "1"]
     words += ["--address", "127.0.0.1:0", "--enrol-address", "127.0.0.1:0", "--set", f"drain_seconds={drain}"]
-    command = [sys.executable, "-c", program + RUN, *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, json.loads(process.stdout.readline())["address"]
-        finally:
-            process.kill()
+    process = fork(*words, before=program, errors=state.with_suffix(".log"))
+    try:
+        yield process, json.loads(process.stdout.readline())["address"]
+    finally:
+        process.kill()
 
 
 def enrolled(state: Path) -> grpc.ChannelCredentials:
@@ -74,9 +66,8 @@ def calling(credentials: grpc.ChannelCredentials, address: str) -> Iterator[grpc
         yield pb_grpc.PersonalizationStub(channel).Describe.future(pb.DescribeRequest(), timeout=LONG)
 
 
-def stuck(process: subprocess.Popen[str]) -> None:
+def stuck(process: Forked) -> None:
     """Wait until it is."""
-    assert process.stdout is not None
     assert process.stdout.readline() == "stuck\n"
 
 
@@ -99,8 +90,7 @@ def test_a_call_that_does_not_end_is_cut_off(
             process.send_signal(signal.SIGTERM)
         assert process.wait(ENDS) == 0
         assert call.exception() is not None
-        assert process.stderr is not None
-        assert "cut off" in process.stderr.read()
+        assert "cut off" in process.errors()
 
 
 def test_an_engine_that_does_not_end_is_cut_off(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:

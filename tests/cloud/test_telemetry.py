@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.cloud.doubles import Drip, wait_for
-from tests.cloud.serving import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
-from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, mine, opening, step
+from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
+from tests.support.cloud import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
+from tests.support.doubles import Drip
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.continuous import GenerationEngine

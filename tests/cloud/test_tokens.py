@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import tiny_tokenizer
+from tests.support.models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from perfit_cloud.model.base import BaseModel, load_base

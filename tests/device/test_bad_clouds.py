@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.device.conftest import FakeCloud, Perfit, Personalization
+from tests.support.device import Perfit
+from tests.support.fake_cloud import FakeCloud, Personalization
 
 from perfit_device import profile
 from perfit_device.cloud import client as clouds

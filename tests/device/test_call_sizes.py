@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.support.fake_cloud import FakeCloud
 
+from perfit_device import history
+from perfit_device.cloud import enrolment
+from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.codec import Artefact, Limits, Score, ShiftUse
+from perfit_device.cloud.identity import Identity
 from perfit_device.evaluation import TaskClient, gradient_of
 from perfit_device.history import HistoryItem
+from perfit_device.training.gradients import Adapting
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
 
@@ -67,3 +74,17 @@ def test_a_call_holds_no_more_than_the_cloud_takes(
     client = TaskClient(cloud, TASK, limits(call_tokens))  # type: ignore[arg-type]
     assert client.mean_loss(items(*lengths), use) == 1.0
     assert cloud.calls == calls
+
+
+def test_a_cloud_that_has_no_adapt_is_asked_call_by_call(cloud: FakeCloud) -> None:
+    items = [HistoryItem.make(TASKS["news_headline"], {"text": f"text {n}", "title": "t"}) for n in range(20)]
+    with Cloud(enrolment.enroll(cloud.invite(), Identity.create())) as device:
+        info = device.describe()
+        assert info.limits.adapt_examples == 0
+        for limit in (0, 100):  # what it says, and what a liar could
+            limits = replace(info.limits, adapt_examples=limit)
+            with Adapting(device, info.artefacts[0], limits, history.split(items)) as source:
+                for _ in range(2):
+                    assert source.gradient([0, 1], cloud.seed)()[1] == 8
+                    assert source.loss(cloud.seed)() > 0
+    assert cloud.calls.count("ComputeGradient") == 4

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.device.conftest import Perfit
+from tests.support.device import Perfit
+from tests.support.waiting import SECONDS
 
 from perfit_shared.errors import Busy, CertificateExpired, IdentityRevoked, Unavailable
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, read_metadata
@@ -330,7 +331,7 @@ def test_ctrl_c_says_where_it_left_things(ready: Perfit, cloud: Any, home: Path)
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert started.wait(20)
+    assert started.wait(SECONDS)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -356,7 +357,7 @@ def test_leaving_an_answer_cancels_it(enrolled: Perfit, cloud: Any) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    assert cloud.cancelled.wait(10)
+    assert cloud.cancelled.wait(SECONDS)
 
 
 def test_a_cloud_killed_in_mid_answer(enrolled: Perfit, cloud: Any) -> None:

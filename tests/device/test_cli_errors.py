@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.commands import Perfit
+from tests.support.device import Perfit
 
 from perfit_device.cli import progress
 from perfit_device.cli.progress import Progress

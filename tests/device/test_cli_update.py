@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import typer
-from tests.device.commands import Perfit
+from tests.support.device import Perfit
 
 from perfit_device import evaluation, history
 from perfit_device.vault.store import Vault

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.commands import Perfit
-from tests.device.test_updates import ARTEFACT, SEED, TASK, make_split, plan_for, prepared
+from tests.support.device import Perfit
+from tests.support.updates import ARTEFACT, SEED, TASK, make_split, plan_for, prepared
 
 from perfit_device import history, personal, shift_files
 from perfit_device.history import HistoryItem
@@ -172,7 +172,7 @@ def test_export_needs_no_cloud(ready: Perfit, cloud: Any, tmp_path: Path) -> Non
 
 
 def _artefact(cloud: Any) -> Any:
-    from tests.device.conftest import SPEC
+    from tests.support.fake_cloud import SPEC
 
     from perfit_device.cloud.codec import Artefact
     from perfit_shared.tasks import TASKS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.vaults import sealed_rows
 
 from perfit_device import history
 from perfit_device.history import HistoryItem
@@ -311,9 +312,8 @@ def test_forgetting_is_by_name_and_leaves_nothing(tmp_path: Path) -> None:
     with Vault.create(path, "x", kdf=KdfParams(32, 1, 4)) as vault:
         history.add(vault, [HistoryItem.make(TASK, row) for row in ROWS])
         items = history.load(vault)
-        sealed = [
-            row[0] for row in vault._connection.execute("SELECT sealed FROM rows WHERE kind = 'example'")
-        ]
+    sealed = sealed_rows(path, "example")
+    with Vault.open(path, "x") as vault:
         assert history.forget(vault, history.find(items, [items[0].short, items[1].name])) == 2
         assert [i.name for i in history.load(vault)] == [items[2].name]
         for prefix, error in (("zzzz", NotFound), (items[0].short, NotFound), ("", NotFound)):

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from tests.device.conftest import Perfit
+from tests.support.device import Perfit
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners and modes here")
 VAULT = Path("profiles") / "default" / "vault.db"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.commands import Perfit
+from tests.support.device import Perfit
 
 from perfit_device.cli import prompts
 from perfit_device.history.importers import read_history

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from tests.device.test_updates import ARTEFACT, TASK, make_split, plan_for
+from tests.support.updates import ARTEFACT, TASK, make_split, plan_for
 
 from perfit_device import history
 from perfit_device.history import HistoryItem

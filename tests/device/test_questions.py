@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.conftest import random_shift
-from tests.device.conftest import SPEC, FakeCloud
+from tests.support.fake_cloud import SPEC, FakeCloud
+from tests.support.models import random_shift
 
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
@@ -46,7 +46,7 @@ def use(device: Cloud) -> ShiftUse:
 @pytest.fixture(autouse=True)
 def echo(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that tell which question they are of."""
-    from tests.device.conftest import Personalization
+    from tests.support.fake_cloud import Personalization
 
     def generate(self: Any, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:
         self.cloud.check("Generate", context)
@@ -157,7 +157,7 @@ def test_any_other_failure_ends_it(
 def test_a_hostile_cloud_is_refused(
     device: Cloud, use: ShiftUse, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch, part: Any, says: str
 ) -> None:
-    from tests.device.conftest import Personalization
+    from tests.support.fake_cloud import Personalization
 
     def ask(self: Any, requests: Any, context: Any) -> Iterator[Any]:
         next(requests)

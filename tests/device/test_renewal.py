@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.conftest import FakeCloud, Perfit
+from tests.support.device import Perfit
+from tests.support.fake_cloud import FakeCloud
 
 from perfit_device import known, profile
 from perfit_device.cli import common

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.vaults import CHEAP, PASSPHRASE, contents, fill
 
-from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import (
     ConfigError,
@@ -26,22 +26,6 @@ from perfit_shared.errors import (
     WrongPassphrase,
 )
 
-PASSPHRASE = "open sesame"
-CHEAP = KdfParams(memory_kib=32, iterations=1, lanes=4)
-
-
-def fill(path: Path) -> Path:
-    """A vault with rows of many sizes, some of them rewritten and deleted."""
-    rng = random.Random(1)
-    with Vault.create(path, "open sesame", kdf=CHEAP) as vault:
-        for n in range(40):
-            vault.put("example", f"e{n}", rng.randbytes(rng.randrange(10, 600)))
-        vault.put("shift", "cloud/task", rng.randbytes(40_000))
-        vault.put("shift", "cloud/task", rng.randbytes(30_000))
-        for n in range(0, 40, 5):
-            vault.delete("example", f"e{n}")
-    return path
-
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -51,11 +35,6 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def filled(path: Path) -> Path:
     return fill(path)
-
-
-def contents(path: Path, passphrase: str = PASSPHRASE) -> dict[str, dict[str, bytes]]:
-    with Vault.open(path, passphrase, wait_seconds=0.2) as vault:
-        return {kind: vault.list(kind) for kind in ("example", "shift", "other")}
 
 
 def test_round_trip(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.test_vault import CHEAP, PASSPHRASE, contents, fill
+from tests.support.vaults import CHEAP, PASSPHRASE, contents, fill
 
 from perfit_device.vault import checksum
 from perfit_device.vault import crypto as sealing

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.limited import run_limited
-from tests.device.test_vault import CHEAP, PASSPHRASE, contents
+from tests.support.limited import run_limited
+from tests.support.vaults import CHEAP, PASSPHRASE, change, contents
 
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
@@ -31,15 +31,6 @@ def path(tmp_path: Path) -> Path:
             vault.put("example", f"e{n}", rng.randbytes(rng.randrange(10, 600)))
         vault.put("shift", "cloud/task", rng.randbytes(20_000))
     return path
-
-
-def change(path: Path) -> None:
-    """One that writes, replaces and removes."""
-    with Vault.open(path, PASSPHRASE) as vault, vault.transaction():
-        for n in range(0, 30, 2):
-            vault.delete("example", f"e{n}")
-        vault.put("shift", "cloud/task", b"n" * 30_000)
-        vault.put("other", "new", b"x" * 9_000)
 
 
 # -- at every byte -----------------------------------------------------------------------------

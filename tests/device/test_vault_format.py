@@ -9,8 +9,8 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tests.device import kept_vault
-from tests.device.kept_vault import (
+from tests.support import old_files
+from tests.support.old_files import (
     ARTEFACT,
     CLOUD,
     FIRST_OF_1,
@@ -53,7 +53,7 @@ def check(vault: Vault) -> None:
     assert identity_in(enrolment.certificate) == ""
     known = recall(vault)
     assert (known.cloud_id, list(known.tasks)) == (CLOUD, ["news_headline"])
-    expected = kept_vault.items()
+    expected = old_files.items()
     assert [item.name for item in history.load(vault)] == [item.name for item in expected]
     assert history.split(history.load(vault)).digest() == PLAN.history
     half_done = updates.read_checkpoint(vault, PLACE)
@@ -199,7 +199,7 @@ def test_a_list_that_lacks_a_version_is_damage(kept: Path) -> None:
 
 def test_the_kept_vault_is_what_is_written_today(tmp_path: Path) -> None:
     """Or else the format changed, and wants a number of its own, and a way from the old to the new."""
-    kept_vault.write(tmp_path / "vault.db")
+    old_files.write(tmp_path / "vault.db")
     with Vault.open(tmp_path / "vault.db", PASSPHRASE) as vault:
         check(vault)
         assert versions(vault) == TWO

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.device.test_vault import CHEAP, PASSPHRASE, contents, fill
+from tests.support.vaults import CHEAP, PASSPHRASE, contents, fill, sealed_rows
 
 from perfit_device.vault.crypto import Header
 from perfit_device.vault.store import Vault
@@ -42,7 +42,8 @@ def test_deleted_rows_leave_no_bytes_behind(filled: Path) -> None:
     with Vault.open(filled, "open sesame") as vault:
         for name in list(vault.list("example"))[:20]:
             vault.delete("example", name)
-        kept_shift = vault._connection.execute("SELECT sealed FROM rows WHERE kind = 'shift'").fetchone()[0]
+    kept_shift = sealed_rows(filled, "shift")[0]
+    with Vault.open(filled, "open sesame") as vault:
         vault.put("shift", "cloud/task", b"smaller")
     gone |= {kept_shift[i : i + 16] for i in range(0, len(kept_shift) - 15, 16)}
     kept = runs()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.test_audit_memory import looking
+from tests.support.memory import looking
 
 from local import BIN, CommandFailed, run
 

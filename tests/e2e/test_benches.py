@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.e2e.test_bench_peers import bench
+from tests.support.benches import bench
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tests.support.processes import ForkedCloud
 
-from local import LocalCloud
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.people import Person
@@ -56,7 +56,7 @@ def test_the_same_tensors_as_devices_over_grpc(
         for count, word in ((13, "cat"), (6, "dog"), (9, "mat"))
     ]
     settings = stage2.Stage2Settings(epochs=3, learning_rate=1e-2, batch_size=4, seed=0)
-    with LocalCloud(model_folder("llama"), [tmp_path / "artefact"], tmp_path / "cloud") as server:
+    with ForkedCloud(model_folder("llama"), [tmp_path / "artefact"], tmp_path / "cloud") as server:
         remote = []
         for items in histories:
             invite = Invite.decode(server.invite())

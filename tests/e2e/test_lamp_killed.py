@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lamp_files import TASK, write_files
+from tests.support.lamp_files import TASK, write_files
 
 from local import BIN
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from local import LocalCloud
+from tests.support.processes import ForkedCloud
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,11 +51,11 @@ def cloud(
     make_artefact: Any,
     model_folder: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[LocalCloud]:
+) -> Iterator[ForkedCloud]:
     artefact = tmp_path_factory.mktemp("artefact")
     make_artefact(load("llama"), layers=(0, 1, 2)).save(artefact)
     state = tmp_path_factory.mktemp("state") / "cloud"
-    with LocalCloud(model_folder("llama"), [artefact], state) as cloud:
+    with ForkedCloud(model_folder("llama"), [artefact], state) as cloud:
         yield cloud
 
 
@@ -64,7 +63,7 @@ def test_it_gives_the_vectors(node: Callable[..., str]) -> None:
     assert node("check.mjs") == "ok\n"
 
 
-def test_it_enrols_asks_takes_a_step_and_renews(node: Callable[..., str], cloud: LocalCloud) -> None:
+def test_it_enrols_asks_takes_a_step_and_renews(node: Callable[..., str], cloud: ForkedCloud) -> None:
     said = json.loads(node("client.mjs", "the cat sat", text=cloud.invite()))
     assert said["after"] < said["before"]
     assert said["renewed"] is True
@@ -103,6 +102,6 @@ def test_what_a_lapsed_certificate_looks_like(
 ) -> None:
     """On an open channel a code word; on a new one a broken connection, which says nothing of why."""
     flags = ["--set", "certificate_seconds=3"]
-    with LocalCloud(model_folder("llama"), [], tmp_path / "cloud", flags=flags) as cloud:
+    with ForkedCloud(model_folder("llama"), [], tmp_path / "cloud", flags=flags) as cloud:
         told = json.loads(node("--input-type=module", "--eval", LAPSE, text=cloud.invite()))
     assert told == {"open": "certificate_expired", "fresh": [14, None], "renewed": True}

@@ -291,7 +291,7 @@ def mutants(draw: st.DrawFn) -> tuple[str, Any]:
     return name, root["file"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(mutant=mutants(), task=st.sampled_from([HEADLINE, RATING, TWEETS]))
 def test_a_mutated_file_gives_a_result_or_invalid_data(
     tmp_path_factory: pytest.TempPathFactory, mutant: tuple[str, Any], task: Any
@@ -313,7 +313,7 @@ def test_a_mutated_file_gives_a_result_or_invalid_data(
         assert str(error).startswith(f"{path.parent}/")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_a_mutated_text_gives_a_result_or_invalid_data(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

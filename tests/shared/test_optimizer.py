@@ -88,7 +88,9 @@ def train_torch(problem: Problem, start: ShiftTensors, config: OptimizerConfig) 
         return problem.full(rotation.weight, W, b)
 
 
-@pytest.mark.parametrize("rate", [2e-3, 5e-3, 1e-2, 2e-2])
+@pytest.mark.parametrize(
+    "rate", [5e-3, *(pytest.param(r, marks=pytest.mark.slow) for r in (2e-3, 1e-2, 2e-2))]
+)
 def test_ends_no_worse_than_torchs_orthogonal_parametrization(rate: float) -> None:
     ratios = []
     for seed, rank in [(0, 4), (1, 4), (2, 8), (3, 16)]:
@@ -105,7 +107,7 @@ def test_ends_no_worse_than_torchs_orthogonal_parametrization(rate: float) -> No
 
 def test_rows_stay_orthonormal_over_a_thousand_steps() -> None:
     rng = np.random.default_rng(0)
-    tensors = shift_for(32, 0, layers=(1, 2), d=256)
+    tensors = shift_for(32, 0, layers=(1,), d=128)
     optimizer = StiefelAdamW(OptimizerConfig(learning_rate=1e-2, total_steps=1000))
     worst = 0.0
     for _ in range(1000):

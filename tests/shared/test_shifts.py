@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import random_shift
+from tests.support.models import random_shift
 
 from perfit_shared.errors import InvalidInput, InvalidTensors, PerfitError
 from perfit_shared.shifts import (

@@ -12,7 +12,6 @@ from perfit_shared.tasks import Task
 LABELS = Task("news_categorize", "{text} is", " {category}", "accuracy", labels=("a", "b", "c"))
 RATINGS = Task("product_rating", "{text} gets", " {score}", "mae", labels=("1", "2", "3", "4", "5"))
 TEXTS = Task("news_headline", "{text} so", " {title}", "rouge_1")
-
 SETTINGS: Mapping[str, Any] = {
     "model": "tiny",
     "fingerprint": "f0",

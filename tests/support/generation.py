@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.conftest import random_shift
 
 from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings
 from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
 from perfit_shared.positions import Positions
+from tests.support.models import random_shift
 
 SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16)  # forces chunked prefill
 NEW = 12

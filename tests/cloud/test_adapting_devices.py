@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cloud.conftest import artefact, base, generation, gradients, run, step_queue  # noqa: F401 - fixtures
-from tests.cloud.serving import Running
+from tests.support.adapt_calls import wait_until_freed
+from tests.support.cloud import Running
+from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine, UpdateSession
@@ -31,7 +32,6 @@ from perfit_device.vault.store import Vault
 from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.tasks import TASKS
 
 WORDS = ["cat", "dog", "mat", "door", "sat", "ran"]
 KEEP = 2**26
@@ -66,6 +66,7 @@ class Parts:
     """A cloud, a device that is enrolled there, and its history."""
 
     running: Running
+    engine: UpdateEngine
     queue: Watched
     cloud: Cloud
     info: CloudInfo
@@ -117,7 +118,8 @@ def parts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Parts]:
-    queue = Watched(UpdateEngine(base, keep_bytes=KEEP))
+    engine = UpdateEngine(base, keep_bytes=KEEP)
+    queue = Watched(engine)
     running = run(steps=queue)
     addresses = running.server.addresses
     invite = Invite(addresses.enrol_address, running.authority.server_ca_der, 2**31, running.invite())
@@ -131,7 +133,7 @@ def parts(
         for n in range(24)
     ]
     with Cloud(enrolment.enroll(invite, Identity.create())) as cloud:
-        made = Parts(running, queue, cloud, cloud.describe(), history.split(items), tmp_path)
+        made = Parts(running, engine, queue, cloud, cloud.describe(), history.split(items), tmp_path)
         stream = cloud.stream
 
         def counted(method: str, *args: Any) -> Any:
@@ -259,20 +261,6 @@ def test_a_history_beyond_the_clouds_limit_goes_call_by_call(parts: Parts) -> No
         assert parts.streams == streams
 
 
-def test_a_cloud_that_has_no_adapt_is_asked_call_by_call(cloud: Any) -> None:
-    items = [HistoryItem.make(TASKS["news_headline"], {"text": f"text {n}", "title": "t"}) for n in range(20)]
-    with Cloud(enrolment.enroll(cloud.invite(), Identity.create())) as device:
-        info = device.describe()
-        assert info.limits.adapt_examples == 0
-        for limit in (0, 100):  # what it says, and what a liar could
-            limits = replace(info.limits, adapt_examples=limit)
-            with Adapting(device, info.artefacts[0], limits, history.split(items)) as source:
-                for _ in range(2):
-                    assert source.gradient([0, 1], cloud.seed)()[1] == 8
-                    assert source.loss(cloud.seed)() > 0
-    assert cloud.calls.count("ComputeGradient") == 4
-
-
 def test_a_silent_cloud_is_not_waited_for(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
@@ -341,17 +329,12 @@ def test_the_gate_sees_its_own_part_alone(
 
 
 def test_leaving_ends_the_stream(parts: Parts) -> None:
-    engine = parts.queue._engine
     before = threading.active_count()
     with pytest.raises(KeyboardInterrupt), parts.adapting() as source:
         seed = parts.cloud.fetch_seed(parts.artefact)
         source.gradient([0], seed)()
-        assert len(engine._open) == 1
+        assert parts.engine.bytes_held()[0] > 0
         source.gradient([1], seed)  # in flight
         raise KeyboardInterrupt
-    for _ in range(500):
-        if not engine._open and threading.active_count() <= before + 2:
-            break
-        threading.Event().wait(0.01)
-    with engine._state:  # not in the middle of a close
-        assert not engine._open and engine._room == [KEEP, 0]
+    wait_until_freed(parts.engine)
+    wait_for(lambda: threading.active_count() <= before + 2, what="the threads of the stream ended")

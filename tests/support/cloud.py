@@ -11,8 +11,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from tests.cloud.test_authority import csr_of, new_key
-from tests.conftest import random_shift
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationSettings
@@ -23,6 +21,8 @@ from perfit_cloud.service.identity.certificates import identity_of
 from perfit_cloud.service.server import CloudServer
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
+from tests.support.authority import csr_of, new_key
+from tests.support.models import random_shift
 
 SETTINGS = GenerationSettings(cache_tokens=2048, batch_tokens=64, max_requests=8)
 TIMEOUT = 30
@@ -118,6 +118,3 @@ BASE = pb.Shift(mode=pb.SHIFT_MODE_BASE)
 def generate(text: str = "the cat sat", shift: pb.Shift = BASE, **sampling: Any) -> pb.GenerateRequest:
     sampling = {"max_new_tokens": 12, **sampling}
     return pb.GenerateRequest(prompt=pb.Prompt(text=text), shift=shift, sampling=pb.Sampling(**sampling))
-
-
-# -- what a device gets --------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Makes the vault of today's format that every later version must open, and knows what the kept ones hold.
 
-.venv/bin/python -m tests.device.kept_vault      (from the root; only for a new format)
+.venv/bin/python -m tests.support.old_files      (from the root; only for a new format)
 
 `vault-format1.db` and `vault-format1-undo.db` were made so by the perfit of format 1. The first holds one
 version of one shift; the second what `write` writes today.
@@ -31,7 +31,7 @@ from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
 from perfit_shared.training import Training
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "device" / "data"
 KEPT = DATA / "vault-format2.db"
 KEPT_OF_1 = DATA / "vault-format1-undo.db"
 FIRST_OF_1 = DATA / "vault-format1.db"
