@@ -19,6 +19,7 @@ from perfit_shared.grpc_environment import prepare_grpc
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 
 prepare_grpc()  # gRPC is imported by the tests' own modules
+pytest.register_assert_rewrite("tests.support")  # a failure there shows its values, too
 
 if TYPE_CHECKING:
     from perfit_cloud.model.artefacts import Artefact

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cloud.asked import SMALL as TINY_CACHE
 from tests.cloud.serving import SETTINGS, Device, Running
 from tests.cloud.test_authority import open_authority
 from tests.cloud.test_service_adapt import EXAMPLES, Stream, examples, opening
-from tests.conftest import FAMILIES
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
+from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
@@ -156,16 +154,3 @@ def stream(artefact: Artefact) -> Iterator[Callable[..., Stream]]:
     for each in made:
         each.end()
         each.call.cancel()
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, load: Any, make_artefact: Any) -> Any:
-    base = load(request.param)
-    artefacts = {
-        "news_headline": make_artefact(base),
-        "chat": make_artefact(base, "chat", positions="s1+f1+l4", layers=(0, 2, 3), seed=9, ranks=(4, 5)),
-    }
-    engine = engine_for(base, artefacts, TINY_CACHE)
-    engine.start()
-    yield base, artefacts, engine
-    engine.stop()

@@ -20,7 +20,7 @@ from tests.cloud.serving import (
     pem,
 )
 
-from perfit_cloud.engine.interface import Chunk, Finish
+from perfit_shared.types import Chunk, Finish
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 

@@ -15,12 +15,12 @@ from tests.cloud.test_authority import csr_of, new_key
 from tests.conftest import random_shift
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation.continuous import GenerationSettings
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
 from perfit_cloud.service.server import CloudServer
+from perfit_shared.types import Mode
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 

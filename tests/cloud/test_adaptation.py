@@ -13,10 +13,11 @@ from tests.conftest import FAMILIES, KEPT, random_shift
 from perfit_cloud.engine.gradients.activation_cache import BatchBudget
 from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.base import block_list
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
+from perfit_shared.types import Mode
 
 PLENTY = 2**30
 # (layers, positions): first and last tokens or the last alone, one layer or several, the very last block.

@@ -13,7 +13,8 @@ from tests.conftest import random_shift
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.gradients.batch import GradientEngine
-from perfit_cloud.engine.interface import EngineHealth, Mode, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse, Vital
+from perfit_shared.types import Mode
 
 
 def test_one_at_a_time_in_the_order_asked() -> None:
@@ -53,7 +54,7 @@ def until_waiting(device_lock: DeviceLock, count: int = 1) -> None:
 
 def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill() -> None:
     """For a moment it was taken and had not moved since its last use, hours ago: health said NOT_SERVING."""
-    seen: list[EngineHealth] = []
+    seen: list[Vital] = []
     is_looking = False
 
     def look() -> float:

@@ -22,11 +22,12 @@ from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.engine.interface import EngineHealth, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse, Vital
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.telemetry import Engines
 from perfit_shared.errors import ConfigError, Unavailable
+from perfit_shared.types import Mode, Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -186,22 +187,20 @@ class Played:
     """Engines that fare as a test says."""
 
     def __init__(self) -> None:
-        self.now = EngineHealth(0, 0, 0.0, is_alive=True)
+        self.now = Vital(0, 0, 0.0, is_alive=True)
         self.cache_tokens_held = 0
         self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
 
-    def health(self) -> EngineHealth:
+    def health(self) -> Vital:
         return self.now
 
     def bytes_held(self) -> tuple[int, int]:
         return 0, 0
 
 
-@pytest.mark.parametrize(
-    "ill", [EngineHealth(1, 3, 9.0, is_alive=True), EngineHealth(0, 0, 0.0, is_alive=False)]
-)
+@pytest.mark.parametrize("ill", [Vital(1, 3, 9.0, is_alive=True), Vital(0, 0, 0.0, is_alive=False)])
 def test_health_follows_the_engines(
-    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, ill: EngineHealth
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, ill: Vital
 ) -> None:
     """A cloud whose engine hung went on saying SERVING."""
     well, other = Played(), Played()
@@ -215,7 +214,7 @@ def test_health_follows_the_engines(
         assert health_of(device, "perfit.v1.Identity") == SERVING
         assert "health says NOT_SERVING: updates (" in caplog.text
         assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 0
-        well.now = EngineHealth(1, 0, 0.5, is_alive=True)
+        well.now = Vital(1, 0, 0.5, is_alive=True)
         wait_for(lambda: health_of(device) == SERVING)
     assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 1
 
@@ -266,7 +265,7 @@ def test_a_pass_that_hangs_is_seen(
         assert engine_health["updates"].stalled_seconds == 0
     list(answer)
     wait_for(lambda: engines.engine_health()["model"].running == 0)
-    assert engines.engine_health()["answers"] == EngineHealth(0, 0, 0.0, is_alive=True)
+    assert engines.engine_health()["answers"] == Vital(0, 0, 0.0, is_alive=True)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -282,7 +281,7 @@ def test_an_update_that_hangs_and_a_worker_that_died_are_seen(
         time.sleep(0.3)
         assert engines.engine_health()["updates"].stalled_seconds >= 0.3
     future.result(TIMEOUT)
-    wait_for(lambda: engines.engine_health()["updates"] == EngineHealth(0, 0, 0.0, is_alive=True))
+    wait_for(lambda: engines.engine_health()["updates"] == Vital(0, 0, 0.0, is_alive=True))
     session.close()
 
     def die() -> bool:

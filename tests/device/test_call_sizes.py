@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from perfit_device.cloud.codec import Artefact, Limits, Score, ShiftUse
+from perfit_device.cloud.codec import Artefact, Limits, ShiftUse
 from perfit_device.evaluation import gradient_of, mean_loss
 from perfit_device.history import HistoryItem
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
+from perfit_shared.types import Score
 
 TASK = TASKS["chat"]
 SPEC = ShiftSpec((0,), "l7", 2, 2, 8)

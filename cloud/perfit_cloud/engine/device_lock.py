@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perfit_cloud.engine.fairness import FairShare
-from perfit_cloud.engine.interface import EngineHealth
+from perfit_cloud.engine.interface import Vital
 from perfit_cloud.model.blocks import block_list, hidden_of
 
 __all__ = ["DeviceLock", "yield_between_blocks"]
@@ -130,12 +130,10 @@ class DeviceLock(_Line):
         self._long_seconds = 0.0  # that the long pass at hand had the device
         self._lead = 0.0  # seconds that long passes had more than others, while both wanted the device
 
-    def health(self) -> EngineHealth:
+    def health(self) -> Vital:
         """Still for as long as whoever holds the device neither gave it back nor breathed."""
         is_taken, waiting = self._is_taken, len(self._waiting)
-        return EngineHealth(
-            int(is_taken), waiting, self._clock() - self.moved if is_taken else 0.0, is_alive=True
-        )
+        return Vital(int(is_taken), waiting, self._clock() - self.moved if is_taken else 0.0, is_alive=True)
 
     def long_waiting(self) -> list[str]:
         """Whose long passes wait for the end of the one at hand; a name for each pass."""

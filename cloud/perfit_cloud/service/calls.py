@@ -1,4 +1,4 @@
-"""What the RPCs share: the engines as they see them, and how a call ends."""
+"""What the RPCs share: engines for gradients as they see them, and how a call ends."""
 
 from __future__ import annotations
 
@@ -8,29 +8,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, Self
 
 from perfit_cloud.engine.gradients.batch import Pair
-from perfit_cloud.engine.interface import Chunk, Gradient, Sampling, Score, ShiftUse
+from perfit_cloud.engine.interface import Engine, Gradient, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
 from perfit_cloud.service.limits import ConcurrencyLimit, Limits, Paid, RateLimiter
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
+from perfit_shared.types import Chunk, Score
 from perfit_shared.wire import personalization_pb2 as pb
 
-__all__ = ["Answers", "CompletionStream", "Generation", "Gradients"]
-
-
-class CompletionStream(Protocol):
-    """An answer as it is made: blocks in `next`; `cancel` frees its place at once, from any thread."""
-
-    def __iter__(self) -> Iterator[Chunk]: ...
-    def cancel(self) -> None: ...
-
-
-class Generation(Protocol):
-    continuous: bool  # whether a request joins the batch at once, or when the one before is over
-
-    def submit(
-        self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str, /
-    ) -> CompletionStream: ...
+__all__ = ["Answers", "Gradients"]
 
 
 class Gradients(Protocol):
@@ -49,7 +35,7 @@ class Answers:
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Engine,
         reader: PromptReader,
         limits: Limits,
         *,
@@ -70,7 +56,7 @@ class Answers:
         """A question that came to nothing costs as much as a call. Raises Busy."""
         self._rate_limiter.spend(device, "requests")
 
-    def pieces(
+    def chunks(
         self,
         request: pb.GenerateRequest | pb.Question,
         shift: ShiftUse,
@@ -79,7 +65,7 @@ class Answers:
         *,
         paid: Paid,
     ) -> Iterator[Chunk]:
-        """The pieces of one answer; what it asks for is checked when it has a place, and paid for.
+        """The chunks of one answer; what it asks for is checked when it has a place, and paid for.
 
         `paid`: for its message already, most of which is given back when there is no room. `at_end(cancel)`
         keeps `cancel` for when the caller leaves, and says false when it has left.
@@ -104,13 +90,13 @@ class Answers:
             with _after(self._seconds, cancel) as late:
                 if not at_end(cancel):
                     raise Cancelled("the caller left")
-                for piece in answer:
-                    if piece.finish is not None:
-                        last = piece
-                        paid.settle(len(prompt) + piece.answer_tokens)
-                        self._telemetry.tokens("answer", piece.answer_tokens)
+                for chunk in answer:
+                    if chunk.finish is not None:
+                        last = chunk
+                        paid.settle(len(prompt) + chunk.answer_tokens)
+                        self._telemetry.tokens("answer", chunk.answer_tokens)
                         break
-                    yield piece
+                    yield chunk
         if last is not None:
             yield last  # who hears that it is over finds the place free
         elif late.is_set():
@@ -144,7 +130,7 @@ class _Held:
 def _after(seconds: float, cancel: Callable[[], None]) -> Iterator[threading.Event]:
     """Cancel on leaving, or after `seconds`, which sets the event.
 
-    A timer, because the call may stand in the answer's `next` for a piece that never comes.
+    A timer, because the call may stand in the answer's `next` for a chunk that never comes.
     """
     late = threading.Event()
 

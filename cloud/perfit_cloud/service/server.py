@@ -28,8 +28,9 @@ from grpc_health.v1 import health_pb2_grpc
 
 from perfit_cloud.config import CloudConfig, parse_address
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.interface import Engine
 from perfit_cloud.service.bounds import MessageBounds
-from perfit_cloud.service.calls import Answers, Generation, Gradients
+from perfit_cloud.service.calls import Answers, Gradients
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import PromptReader, encode_description
 from perfit_cloud.service.descriptors import Connections, descriptor_limit, open_descriptors
@@ -90,7 +91,7 @@ class CloudServer:
         *,
         authority: Authority,
         served: Catalog,
-        generation: Generation,
+        generation: Engine,
         gradients: Gradients,
         steps: GradientScheduler,
         memory: MemoryPlan,
@@ -317,7 +318,7 @@ class CloudServer:
     def _register(
         self,
         served: Catalog,
-        generation: Generation,
+        generation: Engine,
         gradients: Gradients,
         steps: GradientScheduler,
         room: Budget,

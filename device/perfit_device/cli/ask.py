@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,20 +10,14 @@ import typer
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say, while_opening
 from perfit_shared.errors import InvalidInput, InvalidPrompt
 from perfit_shared.terminal import clean, read_stdin
+from perfit_shared.types import Chunk, Mode, Sampling
 
 if TYPE_CHECKING:
     from perfit_device.cloud.client import Cloud
-    from perfit_device.cloud.codec import Artefact, Chunk, Prompt, Sampling, ShiftUse
+    from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
     from perfit_device.vault.store import Vault
 
-
 _LARGEST_TEXT = 1 << 22  # bytes of a text on stdin
-
-
-class Mode(StrEnum):
-    base = "base"
-    collective = "collective"
-    personal = "personal"
 
 
 def ask(
@@ -34,7 +27,7 @@ def ask(
     ],
     *,
     task: TaskOption = None,
-    mode: Annotated[Mode, typer.Option("--mode", help="Whose model answers.")] = Mode.personal,
+    mode: Annotated[Mode, typer.Option("--mode", help="Whose model answers.")] = Mode.PERSONAL,
     compare: Annotated[
         bool, typer.Option("--compare", help="Base, collective and personal answers.")
     ] = False,
@@ -59,8 +52,6 @@ def ask(
     perfit ask -- "-5 degrees on Monday"       a text that begins with a dash
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.cloud.codec import Sampling
-
     text = (read_stdin(_LARGEST_TEXT) if text == "-" else text).strip()
     if not text:
         raise InvalidPrompt("the text is empty; give a text to ask about")
@@ -114,9 +105,9 @@ def _use(vault: Vault, cloud: Cloud, artefact: Artefact, mode: Mode) -> ShiftUse
     from perfit_device import personal
     from perfit_device.cloud.codec import ShiftUse
 
-    if mode is Mode.base:
+    if mode is Mode.BASE:
         return ShiftUse()
-    if mode is Mode.collective:
+    if mode is Mode.COLLECTIVE:
         return ShiftUse(artefact)
     mine = personal.load(vault, cloud.enrolment.cloud_id, artefact)
     if mine is None:
@@ -128,8 +119,7 @@ def _use(vault: Vault, cloud: Cloud, artefact: Artefact, mode: Mode) -> ShiftUse
 def _answer(
     cloud: Cloud, prompt: Prompt, use: ShiftUse, sampling: Sampling, *, show: bool
 ) -> tuple[str, Chunk]:
-    """(the whole answer, its last piece); written to stdout as it comes if `show`."""
-    from perfit_device.cloud.codec import Chunk
+    """(the whole answer, its last chunk); written to stdout as it comes if `show`."""
     from perfit_device.cloud.retry import RetryPolicy
 
     pieces: list[str] = []

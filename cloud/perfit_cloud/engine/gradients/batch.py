@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from perfit_cloud.engine.device_lock import DeviceLock, yield_between_blocks
-from perfit_cloud.engine.interface import Gradient, Mode, Score, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, left_padded
 from perfit_cloud.model.forward import token_losses
@@ -25,6 +25,7 @@ from perfit_cloud.model.interventions import (
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
+from perfit_shared.types import Mode, Score
 
 __all__ = [
     "PASS_TOKENS",

@@ -14,7 +14,7 @@ from perfit_cloud.engine.errors import error_location
 from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine, UpdateSession
-from perfit_cloud.engine.interface import EngineHealth, Gradient
+from perfit_cloud.engine.interface import Gradient, Vital
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Busy, PerfitError, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
@@ -54,14 +54,14 @@ class GradientScheduler:
         """As the engine's."""
         return self._engine.keeps
 
-    def health(self) -> EngineHealth:
+    def health(self) -> Vital:
         """Without the condition: whoever is stuck may hold it.
 
         A round waits for one pass each of all who stand before it at the device; as they get on, so does it.
         """
         waiting, is_alive = len(self._line), self._is_open and self._worker.is_alive()
         still = time.monotonic() - max(self._moved, self._engine.moved) if waiting else 0.0
-        return EngineHealth(0, waiting, still, is_alive)
+        return Vital(0, waiting, still, is_alive)
 
     def open(
         self,
