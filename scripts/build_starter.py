@@ -46,9 +46,10 @@ def queries(data: Path, task: Task) -> list[dict[str, str]]:
 
 def answers(base: Any, artefact: Any, task: Task, items: Sequence[dict[str, str]]) -> dict[str, Any]:
     """Loss and greedy answers of base and collective mode over `items`, through the real engines."""
-    from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
+    from perfit_cloud.engine.generation.continuous import GenerationEngine
     from perfit_cloud.engine.gradients.stateless import GradientEngine
-    from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+    from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
+    from perfit_shared.types import Mode, Sampling
 
     pairs = [(base.encode(task.prompt(i)), base.encode_target(task.target(i))) for i in items]
     room = base.context - 64

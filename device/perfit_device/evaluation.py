@@ -13,13 +13,14 @@ from typing import TypeVar
 import numpy as np
 
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Artefact, Limits, Message, Prompt, Sampling, Score, ShiftUse
+from perfit_device.cloud.codec import Artefact, Limits, Message, Prompt, ShiftUse
 from perfit_device.cloud.questions import ask_all
 from perfit_device.cloud.retry import NO_RETRIES, RetryPolicy
 from perfit_device.history import HistoryItem
 from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
+from perfit_shared.types import Sampling, Score
 
 __all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "refusal"]
 

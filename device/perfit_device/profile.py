@@ -4,8 +4,8 @@ What a profile can do stands in `operations`, a file for each; they take a `Prof
 command line parses, asks and prints around them.
 
     with Profile.open(Settings("default"), passphrase=ask) as profile:
-        asked = prepare(profile, Question("The council met until dawn."), [Mode.personal])
-        for piece in asked.stream(Mode.personal): …
+        asked = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
+        for piece in asked.stream(Mode.PERSONAL): …
 
 Nothing here prints or asks: `passphrase` is called when the vault needs one, and `tell` takes a line for a
 person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.

@@ -11,8 +11,8 @@ from threading import Thread
 from workload import Asked
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.generation.continuous import Engine
-from perfit_cloud.engine.generation.stream import CompletionStream
+from perfit_cloud.engine.generation.stream import TextStream
+from perfit_cloud.engine.interface import Engine
 
 __all__ = ["Run", "ask_all", "ask_in_step"]
 
@@ -72,7 +72,7 @@ class _Asking:
         self._reader = Thread(target=self._read)
         self._reader.start()
 
-    def _wait(self, number: int, answer: CompletionStream, since: float) -> None:
+    def _wait(self, number: int, answer: TextStream, since: float) -> None:
         next(answer)
         self._first[number] = self._clock() - since
 

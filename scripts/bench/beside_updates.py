@@ -13,12 +13,13 @@ from updating import update
 from workload import artefact_for, examples, prompts, uses
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings, engine_for
+from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
-from perfit_cloud.engine.interface import Sampling, ShiftUse
+from perfit_cloud.engine.interface import Engine, GenerationSettings, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.training import Schedule
+from perfit_shared.types import Sampling
 
 __all__ = ["run"]
 
@@ -31,7 +32,7 @@ _KEEP_BYTES = 4 << 30
 def run(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     """Engines are put together as `perfit-cloud serve` does."""
     artefact, device_lock = artefact_for(base), DeviceLock()
-    engine = engine_for(base, {artefact.name: artefact}, GenerationSettings(), device_lock)
+    engine = build_engine(base, {artefact.name: artefact}, GenerationSettings(), device_lock)
     queue = GradientScheduler(UpdateEngine(base, keep_bytes=_KEEP_BYTES, device_lock=device_lock))
     asked = prompts(base, 4 if args.small else _ASKS, 32, 64 if args.small else 256)
     whose = uses(artefact, len(asked), len(asked))

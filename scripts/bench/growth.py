@@ -15,10 +15,11 @@ import numpy as np
 from asking import ask_all, ask_in_step
 from workload import Asked, artefact_for, prompts, uses
 
-from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
-from perfit_cloud.engine.interface import Sampling
+from perfit_cloud.engine.generation.factory import build_engine
+from perfit_cloud.engine.interface import GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_shared.types import Sampling
 
 __all__ = ["profile", "scaling"]
 
@@ -37,7 +38,7 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         texts = prompts(base, count, shortest, longest)
         room = 2 * sum(len(text) + new for text in texts)
         settings = GenerationSettings(cache_tokens=max(32_768, room), max_requests=count)
-        ours, plain = (engine_for(base, of, settings) for of in ({artefact.name: artefact}, {}))
+        ours, plain = (build_engine(base, of, settings) for of in ({artefact.name: artefact}, {}))
         asked, unshifted = (_asked(texts, of, new) for of in (artefact, None))
         with _Peak() as peak:  # of ours alone: the other engine holds nothing yet
             ask_all(ours, asked)
@@ -115,7 +116,7 @@ class _Peak:
 _PARTS = {
     "linear layers": ("", "<built-in method torch._C._nn.linear>"),
     "attention": ("model/kv_cache.py", "_packed_attention"),
-    "the book: whose rows": ("engine/generation/engine.py", "_groups"),
+    "the book: whose rows": ("model/interventions.py", "groups_of"),
     "φ": ("model/interventions.py", "shift_rows"),
     "choosing tokens": ("engine/generation/sampling.py", "draw"),
 }
@@ -130,7 +131,7 @@ def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     """
     artefact = artefact_for(base)
     count, new, longest = (4, 4, 64) if args.small else (32, _NEW_TOKENS, 256)
-    engine = engine_for(base, {artefact.name: artefact}, GenerationSettings())
+    engine = build_engine(base, {artefact.name: artefact}, GenerationSettings())
     if not engine.continuous:
         raise SystemExit("this model's family is served in batches; there is no step to profile")
     asked = _asked(prompts(base, count, 32, longest), artefact, new)

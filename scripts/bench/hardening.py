@@ -29,10 +29,11 @@ from workload import artefact_for, load_model, parser
 
 from perfit_cloud.model.base import load_base
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.enrolment import enroll
 from perfit_device.cloud.identity import Identity
 from perfit_shared.invites import Invite
+from perfit_shared.types import Sampling
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from local import LocalCloud

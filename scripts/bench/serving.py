@@ -41,10 +41,11 @@ from peers.library import Lora, Static
 from peers.pyreft_process import PyreftServing, pyreft_for
 from workload import Asked, artefact_for, load_model, parser, prompts, uses
 
-from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings, engine_for
-from perfit_cloud.engine.interface import Sampling
+from perfit_cloud.engine.generation.factory import build_engine
+from perfit_cloud.engine.interface import Engine, GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_shared.types import Sampling
 
 _WARM_UP = 1  # rounds that are not counted
 
@@ -178,7 +179,7 @@ class Bench:
     def _side(self, artefact: Artefact | None, distinct: int) -> Side:
         """An engine of its own, without hooks where there is no artefact, and the requests of these users."""
         settings = GenerationSettings(max_requests=self._sizes.in_flight)
-        engine = engine_for(self._base, {artefact.name: artefact} if artefact else {}, settings)
+        engine = build_engine(self._base, {artefact.name: artefact} if artefact else {}, settings)
         self._engines.callback(engine.stop)
         sampling = Sampling(self._sizes.new_tokens)
         whose = uses(artefact, distinct, len(self._prompts))

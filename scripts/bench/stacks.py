@@ -28,10 +28,11 @@ def main() -> None:
     from workload import artefact_for, load_model, parser, uses
 
     from perfit_cloud.engine.device_lock import DeviceLock
-    from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+    from perfit_cloud.engine.generation.factory import build_engine
     from perfit_cloud.engine.gradients.stateless import GradientEngine
-    from perfit_cloud.engine.interface import Sampling
+    from perfit_cloud.engine.interface import GenerationSettings
     from perfit_cloud.hardening.stacks import DeadStacks
+    from perfit_shared.types import Sampling
 
     made = parser(__doc__)
     made.set_defaults(pairs=40, threads=1)
@@ -39,7 +40,7 @@ def main() -> None:
     base, device_lock, stacks = load_model(args), DeviceLock(), DeadStacks(args.threads)
     artefact = artefact_for(base)
     (use,) = uses(artefact, 1, 1)
-    generation = engine_for(base, {artefact.name: artefact}, GenerationSettings(), device_lock)
+    generation = build_engine(base, {artefact.name: artefact}, GenerationSettings(), device_lock)
     gradients = GradientEngine(base, device_lock)
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(5, 500, _PROMPT).tolist(), [7, 8, 9]) for _ in range(_EXAMPLES)]

@@ -28,7 +28,7 @@ import torch
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.people import Person, read_people
 from perfit_cloud.model.artefacts import Artefact
@@ -37,6 +37,7 @@ from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import load_task
+from perfit_shared.types import Mode
 
 _KEEP_BYTES = 4 << 30  # of activations, as `lamp run` keeps by default
 

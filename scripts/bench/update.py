@@ -35,12 +35,13 @@ from workload import Pair, artefact_for, examples, load_model, locations, parser
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Schedule, Training
+from perfit_shared.types import Mode
 
 _KEEP_BYTES = 4 << 30
 

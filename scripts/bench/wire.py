@@ -35,7 +35,6 @@ from perfit_device.cloud.codec import (
     ANSWER_DTYPE,
     LOSS_DTYPE,
     Artefact,
-    Sampling,
     ShiftUse,
     prompt_to_wire,
     sampling_to_wire,
@@ -50,6 +49,7 @@ from perfit_shared.shifts import (
     gradient_to_bytes,
 )
 from perfit_shared.tasks import Task
+from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 _FORMS = ("float32", "float16", "int8")
@@ -171,13 +171,14 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
 
     from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
     from perfit_cloud.engine.gradients.stateless import GradientEngine
-    from perfit_cloud.engine.interface import Gradient, Mode
+    from perfit_cloud.engine.interface import Gradient
     from perfit_cloud.engine.interface import ShiftUse as Use
     from perfit_cloud.lamp import stage2
     from perfit_cloud.lamp.people import Person, read_people
     from perfit_cloud.lamp.results import user_folder
     from perfit_cloud.model.artefacts import Artefact as Trained
     from perfit_cloud.model.base import load_base
+    from perfit_shared.types import Mode
 
     base = load_base(args.model)
     artefact = Trained.load(args.run / "artefact")

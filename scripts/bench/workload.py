@@ -11,13 +11,14 @@ import common
 import numpy as np
 import torch
 
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.positions import Positions
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import task_named
+from perfit_shared.types import Mode, Sampling
 
 __all__ = [
     "RANDOM",

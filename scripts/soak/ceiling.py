@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.common import finish
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Artefact, CloudInfo, Sampling, ShiftUse
+from perfit_device.cloud.codec import Artefact, CloudInfo, ShiftUse
 from perfit_device.cloud.enrolment import enroll
 from perfit_device.cloud.identity import Identity
 from perfit_device.cloud.questions import ask_all
@@ -35,6 +35,7 @@ from perfit_device.history import HistoryItem, Split
 from perfit_device.training.gradients import Adapting
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
+from perfit_shared.types import Sampling
 from soak.attacking.common import serving
 
 __all__ = ["main"]

@@ -186,7 +186,7 @@ class ShiftTensors:
 
         Values: finite, each tensor within NORM_CAP, ‖RRᵀ − I‖ within what float32 explains.
         """
-        _check_layout(dict(self.named()), _SHIFT_FORMS["float32"], spec, rank)
+        self.check_layout(spec, rank)
         explained = _ORTHONORMAL * math.sqrt(4096 / spec.hidden_size) * max(1.0, rank / 32)
         for layer, shift in self.layers.items():
             for field, array in zip(LayerShift._fields, shift, strict=True):
@@ -194,6 +194,10 @@ class ShiftTensors:
                     raise InvalidTensors(f"layers.{layer}.{field} is too large to be a shift")
             if off_orthonormal(shift.rotation.astype(np.float64))[1] > explained:
                 raise InvalidTensors(f"the rows of layers.{layer}.rotation are not orthonormal")
+
+    def check_layout(self, spec: ShiftSpec, rank: int) -> None:
+        """The part of `check` that costs little: names, dtypes, shapes, and that all numbers are finite."""
+        _check_layout(dict(self.named()), _SHIFT_FORMS["float32"], spec, rank)
 
     # -- bytes ---------------------------------------------------------------------------------
 

@@ -12,14 +12,12 @@ from tests.support.adapt_calls import EXAMPLES, Stream, examples, opening
 from tests.support.ask_calls import ask_threads
 from tests.support.authority import open_authority
 from tests.support.cloud import SETTINGS, Device, Running
-from tests.support.generation import SMALL as TINY_CACHE
 from tests.support.hostile import Honest
-from tests.support.models import FAMILIES
 from tests.support.pyreft import Shifts, random_shifts, written
 from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
+from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
@@ -213,16 +211,3 @@ def pyreft_shifts() -> Shifts:
 def checkpoint(tmp_path: Path) -> Path:
     """A pyreft checkpoint with `pyreft_shifts`."""
     return written(tmp_path / "checkpoint")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, load: Any, make_artefact: Any) -> Any:
-    base = load(request.param)
-    artefacts = {
-        "news_headline": make_artefact(base),
-        "chat": make_artefact(base, "chat", positions="s1+f1+l4", layers=(0, 2, 3), seed=9, ranks=(4, 5)),
-    }
-    engine = engine_for(base, artefacts, TINY_CACHE)
-    engine.start()
-    yield base, artefacts, engine
-    engine.stop()

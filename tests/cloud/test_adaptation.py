@@ -14,10 +14,11 @@ from perfit_cloud.engine.gradients.batch import BatchBudget
 from perfit_cloud.engine.gradients.requests import Sum, compute
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.base import block_list
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
+from perfit_shared.types import Mode
 
 # (layers, positions): first and last tokens or the last alone, one layer or several, the very last block.
 SPECS = [

@@ -1,4 +1,4 @@
-"""`apart=bits`: no bit of an answer or a gradient tells whether others were there."""
+"""`apart=bits`: no bit of a gradient tells whether others were there (answers: engine_contract)."""
 
 from __future__ import annotations
 
@@ -13,62 +13,13 @@ from tests.support.gradients import make_pairs, person
 from tests.support.models import build
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
-from perfit_cloud.engine.generation.static import BatchedEngine
 from perfit_cloud.engine.gradients.batch import BatchBudget
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache
 
 FAMILIES = ["llama", "gpt2", "gemma3_text"]
 MINE, NEIGHBOURS = "mine", 7
-
-
-def logits_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[torch.Tensor]:
-    """The logits of every token of one answer, of 30 prompt tokens in several pieces."""
-    found: list[torch.Tensor] = []
-    device_lock = DeviceLock()
-    settings = GenerationSettings(cache_tokens=4096, batch_tokens=16, max_requests=16, alone=alone)
-
-    class Recorded(GenerationEngine):
-        def _forward(self, plan: Any) -> Any:
-            logits, sampled = super()._forward(plan)
-            found.extend(
-                row.clone() for row, request in zip(logits, sampled, strict=True) if request.owner == MINE
-            )
-            return logits, sampled
-
-    engine = Recorded(base, {artefact.name: artefact}, settings, device_lock)
-    with device_lock.hold():  # nobody begins before all are there
-        others = [
-            engine.submit(
-                list(range(1, 6 + 9 * n)),
-                ShiftUse(Mode.PERSONAL, artefact, person(artefact, n)),
-                Sampling(5 + n),
-                f"neighbour {n % 3}",
-            )
-            for n in range(neighbours)
-        ]
-        use = ShiftUse(Mode.PERSONAL, artefact, person(artefact, 99))
-        answer = engine.submit(list(range(2, 32)), use, Sampling(12), MINE)
-    list(answer)
-    for other in others:
-        list(other)
-    engine.stop()
-    return found
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_answers_logits_are_those_of_an_empty_cloud(
-    family: str, load: Callable[[str], Any], make_artefact: Callable[..., Any]
-) -> None:
-    base = load(family)
-    artefact = make_artefact(base)
-    wanted = logits_of(base, artefact, neighbours=0, alone=True)
-    got = logits_of(base, artefact, neighbours=NEIGHBOURS, alone=True)
-    assert len(wanted) == len(got) > 0
-    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
 def attention_of(heads: int, keys: int, width: int, *, neighbours: int, alone: bool) -> torch.Tensor:
@@ -153,31 +104,12 @@ def test_gradients_are_those_of_an_empty_cloud(family: str, make_artefact: Calla
     assert all(np.array_equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
-def test_without_it_neighbours_show(load: Callable[[str], Any], make_artefact: Callable[..., Any]) -> None:
-    """In the last bits; or the tests above would show nothing."""
-    for found, base in ((logits_of, load("llama")), (gradients_of, build("llama"))):
-        artefact = make_artefact(base, positions="l4")
-        alone, beside = (found(base, artefact, neighbours=n, alone=False) for n in (0, NEIGHBOURS))
-        pairs = list(zip(alone, beside, strict=True))
-        assert not all(np.array_equal(a, b) for a, b in pairs)
-        for a, b in pairs:
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_a_family_without_a_shared_batch_answers_one_at_a_time(load: Callable[[str], Any]) -> None:
-    base = load("llama")
-    sizes: list[int] = []
-
-    class Counted(BatchedEngine):
-        def _groups(self, rows: Any) -> Any:
-            sizes.append(len(rows))
-            return super()._groups(rows)
-
-    device_lock = DeviceLock()
-    engine = Counted(base, {}, GenerationSettings(4096, 64, 16, alone=True), device_lock)
-    with device_lock.hold():
-        answers = [engine.submit([0, 5, 6], ShiftUse(Mode.BASE), Sampling(3)) for _ in range(4)]
-    for answer in answers:
-        list(answer)
-    engine.stop()
-    assert sizes == [1] * 4
+def test_without_it_neighbours_show(make_artefact: Callable[..., Any]) -> None:
+    """In the last bits; or the test above would show nothing."""
+    base = build("llama")
+    artefact = make_artefact(base, positions="l4")
+    alone, beside = (gradients_of(base, artefact, neighbours=n, alone=False) for n in (0, NEIGHBOURS))
+    pairs = list(zip(alone, beside, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in pairs)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -11,10 +11,11 @@ from tests.support.models import random_shift
 
 from bench.reference import Reference, make_batch, train
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.positions import Positions
+from perfit_shared.types import Mode
 
 RANK = 3
 

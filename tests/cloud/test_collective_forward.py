@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cloud.test_partial import build
-from tests.conftest import FAMILIES, KEPT, random_shift
+from tests.support.models import FAMILIES, KEPT, build, random_shift
 from torch import Tensor
 
 from perfit_cloud.collective.forward import Forward, FullForward, PartialForward, forward_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tests.conftest import random_shift
+from tests.support.models import random_shift
 from torch import Tensor, nn
 
 from perfit_cloud.collective.optimizer import StiefelAdam, retract, tangent

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.base import BaseModel, block_list
+from perfit_shared.types import Mode
 
 
 def recovered(base: BaseModel, artefact: Any, layer: int, calls: int) -> float:

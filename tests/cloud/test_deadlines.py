@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tests.cloud.doubles import Held
-from tests.cloud.serving import TIMEOUT, Running, generate
+from tests.support.cloud import TIMEOUT, Running, generate
+from tests.support.doubles import Held
 from tests.support.waiting import wait_for
 
 from perfit_cloud.service import deadlines

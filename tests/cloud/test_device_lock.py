@@ -13,7 +13,8 @@ from tests.support.waiting import SECONDS, wait_for
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import EngineHealth, Mode, ShiftUse
+from perfit_cloud.engine.interface import EngineHealth, ShiftUse
+from perfit_shared.types import Mode
 
 
 def test_one_at_a_time_in_the_order_asked() -> None:

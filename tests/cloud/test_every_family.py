@@ -13,11 +13,11 @@ from families import FAMILIES, tiny_model
 from perfit_cloud.collective.forward import forward_for
 from perfit_cloud.collective.steps import trainable
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, try_model
 from perfit_cloud.model.forward import forward
@@ -25,6 +25,7 @@ from perfit_cloud.model.interventions import ShiftGroup, active_interventions, h
 from perfit_cloud.service.catalog import Catalog
 from perfit_shared.errors import ConfigError, InvalidData
 from perfit_shared.positions import Positions
+from perfit_shared.types import Mode, Sampling
 
 # Padding that is not neutral, states and caches of their own, blocks that give lists, heads by another name.
 ODD = (
@@ -128,7 +129,7 @@ def check(family: str, make_artefact: Any) -> None:
     total = forward.loss(PAIRS, *(trainable(t, base.device) for t in (artefact.collective, personal)), 1.0)
     assert total / whole.tokens == pytest.approx(mean, rel=1e-4, abs=1e-4)
 
-    serving = engine_for(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=2048))
+    serving = build_engine(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=2048))
     serving.start()
     try:
         asked = [(prompt, use) for prompt, _ in PAIRS for use in uses]

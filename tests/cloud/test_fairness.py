@@ -14,14 +14,14 @@ from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import Reading
-from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
-from perfit_cloud.engine.generation.engine import Engine
+from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.static import BatchedEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import Engine, GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_shared.types import Mode, Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 # -- scores and gradients ------------------------------------------------------------------------

@@ -20,11 +20,12 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.interceptor import CallInterceptor
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.identity import Identity
 from perfit_device.cloud.questions import ask_all
 from perfit_shared.errors import CertificateValid
 from perfit_shared.invites import Invite
+from perfit_shared.types import Sampling
 from perfit_shared.wire import enrollment_pb2, personalization_pb2
 from perfit_shared.wire import personalization_pb2 as pb
 

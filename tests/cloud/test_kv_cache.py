@@ -21,8 +21,11 @@ def write(places: list[Slot], counts: list[int], seed: int) -> tuple[BatchMetada
     return made, out
 
 
-def held(kv_cache: KVCache) -> list[torch.Tensor]:
-    return [t for s in kv_cache._kv_cache.values() for store in s._stores.values() for t in store]
+def held(places: list[Slot]) -> list[torch.Tensor]:
+    """Keys and values of the shelves on which these places are."""
+    like = torch.empty(1, HEADS, WIDTH)
+    kv_cache = {id(place.shelf): place.shelf for place in places}.values()
+    return [t for shelf in kv_cache for layer in range(LAYERS) for t in shelf.stores(layer, like)]
 
 
 def test_room_is_bounded_and_comes_back() -> None:
@@ -44,22 +47,24 @@ def test_freed_slots_hold_zeros_and_the_last_moves_in() -> None:
     places = [p for n in (40, 50, 60, 30) if (p := kv_cache.allocate(n)) is not None]
     write(places, [20, 30, 40, 10], 0)
     first, last = places[0], places[2]
-    before = [t[last.slot].clone() for t in held(kv_cache)[: 2 * LAYERS]]
+    stores = held([first, last])
+    before = [t[last.slot].clone() for t in stores]
     kv_cache.free(first)
     assert last.slot == 0
-    for tensor, was in zip(held(kv_cache)[: 2 * LAYERS], before, strict=True):
+    for tensor, was in zip(stores, before, strict=True):
         assert torch.equal(tensor[0], was)
+    everything = held(places)
+    assert all(tensor.any() for tensor in everything)
     for place in (places[1], last, places[3]):
         kv_cache.free(place)
-    assert held(kv_cache)
-    assert all(not tensor.any() for tensor in held(kv_cache))
+    assert all(not tensor.any() for tensor in everything)
 
 
 def test_dropped_stores_are_overwritten() -> None:
     kv_cache = KVCache(4096)
     places = [p for n in (40, 50) if (p := kv_cache.allocate(n)) is not None]
     write(places, [20, 30], 0)
-    kept = held(kv_cache)
+    kept = held(places)
     kv_cache.clear()
     assert all(not tensor.any() for tensor in kept)
     assert kv_cache.allocate(2000) is not None
@@ -69,10 +74,10 @@ def test_growing_keeps_what_lies_there_and_overwrites_the_old() -> None:
     kv_cache = KVCache(4096)
     places = [p for _ in range(4) if (p := kv_cache.allocate(64)) is not None]
     write(places, [5, 6, 7, 8], 1)
-    old = held(kv_cache)
+    old = held(places)
     copies = [t.clone() for t in old]
     places += [p for _ in range(3) if (p := kv_cache.allocate(64)) is not None]
-    for new, was, before in zip(held(kv_cache), copies, old, strict=True):
+    for new, was, before in zip(held(places), copies, old, strict=True):
         assert torch.equal(new[:4], was)
         assert not before.any()
 

@@ -18,11 +18,11 @@ from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine
-from perfit_cloud.engine.interface import Chunk, Finish
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.interceptor import network_of
 from perfit_cloud.service.limits import ConcurrencyLimit
 from perfit_shared.errors import Busy, ConfigError
+from perfit_shared.types import Chunk, Finish
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -159,7 +159,7 @@ def test_leaving_frees_the_place_in_the_engine(
     stream = device.stub.Generate(generate(max_new_tokens=200), timeout=TIMEOUT)
     next(stream)
     stream.cancel()
-    wait_for(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.health().in_flight == 0)
 
 
 def test_a_deadline_frees_the_place(run: Callable[..., Running]) -> None:

@@ -22,20 +22,21 @@ from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.engine import GenerationRequest
-from perfit_cloud.engine.generation.stream import CompletionStream
+from perfit_cloud.engine.generation.stream import TextStream
 from perfit_cloud.engine.gradients.activation_cache import ActivationCache
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine, UpdateSession
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Gradient, Sampling, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 PERSONAL = (
     Message,
     GenerationRequest,
-    CompletionStream,
+    TextStream,
     ShiftUse,
     ShiftTensors,
     Sampling,

@@ -1,4 +1,4 @@
-"""Promises 1 and 2 on every family: served tokens, gradients, identity, and apartness."""
+"""Promises 1 and 2 for gradients and shifts; engines for answers have a suite in tests/support."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
 from tests.support.models import FAMILIES, random_shift
 
-from perfit_cloud.engine.generation.continuous import GenerationEngine, engine_for
+from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.batch import passes
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.base import load_base
 from perfit_cloud.model.capabilities import Batching
 from perfit_cloud.model.interventions import (
@@ -26,30 +26,7 @@ from perfit_cloud.model.interventions import (
 )
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
-
-
-def test_served_tokens_equal_hooked_generate(family: Any) -> None:
-    base, artefacts, engine = family
-    wanted = [(p, u, Sampling(NEW)) for p, u in zip(prompts(16), uses(artefacts, 16), strict=True)]
-    served = serve(engine, wanted)
-    for (prompt, use, _), got in zip(wanted, served, strict=True):
-        assert got == alone(base, prompt, use), (use.mode, len(prompt))
-    base_answers = [alone(base, p, ShiftUse(Mode.BASE)) for p, _, _ in wanted]
-    changed = sum(
-        g != b
-        for g, b, (_, u, _) in zip(served, base_answers, wanted, strict=True)
-        if u.mode is not Mode.BASE
-    )
-    assert changed >= 5  # the shifts are on
-
-
-def test_the_same_prompt_of_many_users_is_not_shared(family: Any) -> None:
-    """A page of keys and values holds one user's shift; a prefix cache would hand it to the next."""
-    base, artefacts, engine = family
-    prompt = [0, *np.random.default_rng(8).integers(3, 250, 69).tolist()]  # over two pages
-    wanted = [(prompt, use, Sampling(NEW)) for use in uses(artefacts, 6)]
-    for (_, use, _), got in zip(wanted, serve(engine, wanted), strict=True):
-        assert got == alone(base, prompt, use)
+from perfit_shared.types import Mode, Sampling
 
 
 def test_zero_shift_is_exactly_the_identity(load: Any, make_artefact: Any) -> None:
@@ -138,71 +115,6 @@ def _local_loss(base: Any, artefact: Any, leaves: Any, prompt: list[int], target
     return torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum")
 
 
-class Recorded:
-    """Serves requests that all enter one batch, and keeps the logits of every one's tokens."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: GenerationEngine) -> None:
-        if not engine.continuous:
-            pytest.skip("this family has no batch that requests join")
-        self.engine = engine
-        self.rows: dict[Any, list[torch.Tensor]] = {}
-        forward = engine._forward
-
-        def recording(plan: Any) -> Any:
-            logits, sampled = forward(plan)
-            for request, row in zip(sampled, logits.clone(), strict=True):
-                self.rows.setdefault(request.answer, []).append(row)
-            return logits, sampled
-
-        monkeypatch.setattr(engine, "_forward", recording)
-
-    def __call__(self, wanted: list[tuple[list[int], ShiftUse, Sampling]]) -> list[torch.Tensor]:
-        """Logits (tokens, V) of each request."""
-        self.rows.clear()
-        with self.engine._changed:  # nobody is admitted before all have come
-            answers = [self.engine.submit(*w) for w in wanted]
-        for answer in answers:
-            list(answer)
-        return [torch.stack(self.rows[answer]) for answer in answers]
-
-
-def test_served_logits_equal_the_untouched_model_s(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of a tiny random model may agree by luck, so the logits have to, too."""
-    base, _, engine = family
-    wanted = [(p, ShiftUse(Mode.BASE), Sampling(4)) for p in prompts(16)]
-    for (prompt, _, _), logits in zip(wanted, Recorded(monkeypatch, engine)(wanted), strict=True):
-        with torch.no_grad():
-            want = base.model(torch.tensor([prompt])).logits[0, -1]
-        assert torch.allclose(logits[0], want, atol=2e-4, rtol=1e-4), (logits[0] - want).abs().max()
-
-
-def test_a_neighbour_changes_no_bit_of_mine(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same shapes, other tensors and other text beside me: not one bit of my logits moves.
-
-    Both artefacts, all modes and chunked prefill in one batch; the neighbours' tensors are as
-    large as the wire lets through.
-    """
-    _, artefacts, engine = family
-    rng = np.random.default_rng(3)
-
-    def crowd(seed: int, size: float) -> list[tuple[list[int], ShiftUse, Sampling]]:
-        out = []
-        for i, artefact in enumerate([*artefacts.values()] * 3):
-            text = [0, *np.random.default_rng([seed, i]).integers(3, 250, 12 + 9 * i).tolist()]
-            person = random_shift(artefact.spec, artefact.spec.personal_rank, seed + i, size)
-            person.check(artefact.spec, artefact.spec.personal_rank)
-            out.append((text, ShiftUse(Mode.PERSONAL, artefact, person), Sampling(NEW, temperature=1.0)))
-        return out
-
-    mine = [([0, *rng.integers(3, 250, 40).tolist()], use, Sampling(NEW)) for use in uses(artefacts, 3)]
-    record = Recorded(monkeypatch, engine)
-    monkeypatch.setattr(engine, "end_ids", frozenset())  # else a neighbour's end would change the shapes
-    first, second = record([*mine, *crowd(1, 0.5)])[:3], record([*mine, *crowd(2, 8.0)])[:3]
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-        assert torch.isfinite(b).all()
-
-
 def test_gradients_feel_no_other_call(load: Any, make_artefact: Any) -> None:
     base = load("llama")
     artefact = make_artefact(base)
@@ -223,7 +135,7 @@ def test_half_precision_serves_what_generate_does_up_to_ties(model_folder: Any, 
     """bfloat16: where served and hooked `generate` part, the two best tokens were next to equal."""
     base = load_base(str(model_folder("llama")), dtype="bfloat16")
     artefacts = {"news_headline": make_artefact(base)}
-    engine = engine_for(base, artefacts, SMALL)
+    engine = build_engine(base, artefacts, SMALL)
     assert engine.continuous
     asked = uses(artefacts | {"again": artefacts["news_headline"]}, 12)
     wanted = [(p, u, Sampling(NEW)) for p, u in zip(prompts(12), asked, strict=True)]

@@ -23,9 +23,10 @@ from perfit_cloud.engine.gradients.requests import Sum
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_shared.errors import Busy, InvalidInput, InvalidTensors, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
+from perfit_shared.types import Mode
 
 WAIT = 20
 

@@ -23,12 +23,13 @@ from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.state_folder import Addresses, only_server
 from perfit_shared.errors import ConfigError, InvalidTensors
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
+from perfit_shared.types import Finish, Mode, Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 
@@ -80,7 +81,7 @@ def test_an_answer_arrives_while_it_is_made(
     monkeypatch.setattr(generation, "_forward", held)
     stream = device.stub.Generate(generate(max_new_tokens=60), timeout=TIMEOUT)
     first = next(stream)
-    assert generation.in_flight == 1
+    assert generation.health().in_flight == 1
     assert (bool(first.text), first.finish) == (True, pb.FINISH_REASON_UNSPECIFIED)
     go.set()
     rest = list(stream)

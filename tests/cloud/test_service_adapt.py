@@ -20,10 +20,11 @@ from tests.support.waiting import wait_for
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
+from perfit_shared.types import Mode
 from perfit_shared.wire import personalization_pb2 as pb
 
 

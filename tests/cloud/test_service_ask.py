@@ -85,7 +85,7 @@ def test_a_bad_question_fails_alone(run: Callable[..., Running], generation: Gen
     }
     assert "at most" in told[2].message
     assert {r.number for r in responses if r.part.finish} == {1, 5}
-    wait_for(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.health().in_flight == 0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_messages_out_of_order(
     status, metadata, details = failure(lambda: ask(device, *messages))
     assert (status, metadata) == (INVALID, {"perfit-code": "invalid_input"})
     assert says in details
-    wait_for(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.health().in_flight == 0)
     assert len(texts_of(ask(device, opening(), question(1)))) == 1, "the server is well"
 
 
@@ -176,12 +176,12 @@ def test_leaving_frees_the_real_engine(
     monkeypatch.setattr(generation, "_forward", held)
     stream = Stream(device, opening(), *(question(n, max_new_tokens=200) for n in range(4)))
     stream.next()
-    assert generation.in_flight > 0
+    assert generation.health().in_flight > 0
     stream.call.cancel()
     stream.end()
     wait_for(lambda: ask_threads() == 0)  # the server knows
     go.set()
-    wait_for(lambda: generation.in_flight == 0)
+    wait_for(lambda: generation.health().in_flight == 0)
     assert next(made) < 100, "it went on for somebody who had left"
     assert len(texts_of(ask(device, opening(), question(1)))) == 1
 

@@ -13,7 +13,7 @@ from tests.support.hostile import LIMITS, hostile_tensors
 from tests.support.models import random_shift
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.interface import Chunk, Finish, Gradient, Mode, Sampling, Score
+from perfit_cloud.engine.interface import Gradient
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service import codec
@@ -29,6 +29,7 @@ from perfit_shared.errors import (
 )
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes, wire_dtype
 from perfit_shared.tasks import Task
+from perfit_shared.types import Chunk, Finish, Mode, Sampling, Score
 from perfit_shared.wire import personalization_pb2 as pb
 
 
@@ -273,11 +274,11 @@ def test_sampling_that_is_refused(change: dict[str, Any], says: str) -> None:
 
 
 def test_pieces_and_scores() -> None:
-    message = codec.encode_piece(Chunk("ab"))
+    message = codec.encode_chunk(Chunk("ab"))
     assert (message.text, message.finish) == ("ab", pb.FINISH_REASON_UNSPECIFIED)
-    message = codec.encode_piece(Chunk("", Finish.LENGTH, 7, 9))
+    message = codec.encode_chunk(Chunk("", Finish.LENGTH, 7, 9))
     assert (message.finish, message.prompt_tokens, message.answer_tokens) == (pb.FINISH_REASON_LENGTH, 7, 9)
-    assert codec.encode_piece(Chunk("", Finish.END)).finish == pb.FINISH_REASON_END
+    assert codec.encode_chunk(Chunk("", Finish.END)).finish == pb.FINISH_REASON_END
     scores = codec.encode_scores([Score(-1.5, 3), Score(-2.5, 4)]).scores
     assert [(s.log_likelihood, s.tokens) for s in scores] == [(-1.5, 3), (-2.5, 4)]
 

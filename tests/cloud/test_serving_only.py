@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.cloud.serving import Running, failure, generate
-from tests.cloud.test_authority import DAY, csr_of, new_key, open_authority
-from tests.cloud.test_service_identities import until
+from tests.support.authority import DAY, csr_of, new_key, open_authority
+from tests.support.cloud import Running, failure, generate
+from tests.support.waiting import wait_for
 
 from perfit_cloud.service.identity.authenticator import Authenticator, ServerIdentity
 from perfit_shared.errors import ConfigError
@@ -39,7 +39,7 @@ def test_it_serves_without_the_keys_of_the_authorities(run: Callable[..., Runnin
     assert device.describe().cloud_id == running.authority.cloud_id
     assert list(device.stub.Generate(generate()))
     running.authority.revoke(device.identity)
-    assert until(lambda: is_refused(device.describe))
+    wait_for(lambda: is_refused(device.describe))
     other.describe()
     assert not [name for name in ("server_ca.pem", "device_ca.pem") if (state / name).exists()]
 

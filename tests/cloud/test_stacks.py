@@ -153,11 +153,13 @@ ENGINES = (
 import torch
 torch.set_num_threads(2)
 from perfit_cloud.engine.gradients.session import UpdateEngine, GradientRequest
-from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
 from perfit_cloud.engine.gradients.stateless import GradientEngine
+from perfit_cloud.engine.interface import GenerationSettings
+from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_shared.types import Mode, Sampling
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import load_base
 from perfit_cloud.hardening.scrubber import MemoryScrubber
@@ -191,7 +193,7 @@ def handle():
     leave("call")  # as a codec might, outside of any turn
     scrubber.call_ended()
 
-generation = engine_for(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=512), device_lock)
+generation = build_engine(base, {artefact.name: artefact}, GenerationSettings(cache_tokens=512), device_lock)
 list(generation.submit([3, 4, 5, 6], use, Sampling(max_new_tokens=2)))
 steps = GradientScheduler(UpdateEngine(base, keep_bytes=2**24, device_lock=device_lock))
 with steps.open(pairs, artefact) as session:

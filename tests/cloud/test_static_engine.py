@@ -1,4 +1,4 @@
-"""Batched `generate` with shifts gives the answers of the serving engine and of one request alone."""
+"""Batched `generate` for research: each prompt gets what it would get alone (test_families, too)."""
 
 from __future__ import annotations
 
@@ -8,67 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.models import FAMILIES, random_shift
+from tests.support.generation import NEW, prompts, uses
+from tests.support.models import FAMILIES
 
-from perfit_cloud.engine.generation.continuous import GenerationEngine, GenerationSettings
+from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.static import generate_batch
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.base import load_base
 from perfit_shared.errors import InvalidInput, InvalidPrompt
-
-NEW = 12
-
-
-def prompts(count: int, vocabulary: int = 250) -> list[list[int]]:
-    rng = np.random.default_rng(5)
-    lengths = [1, 2, 3, 5, 8, 13, 30, 50]
-    return [[0, *rng.integers(3, vocabulary, lengths[i % 8] - 1).tolist()] for i in range(count)]
-
-
-def uses(artefacts: list[Any], count: int) -> list[ShiftUse]:
-    """BASE, COLLECTIVE and PERSONAL in turn, over both artefacts, every person another."""
-    out = []
-    for i in range(count):
-        artefact, mode = artefacts[i % 2], list(Mode)[i % 3]
-        personal = random_shift(artefact.spec, artefact.spec.personal_rank, 100 + i)
-        out.append(
-            ShiftUse(
-                mode, artefact if mode is not Mode.BASE else None, personal if mode is Mode.PERSONAL else None
-            )
-        )
-    return out
-
-
-def served(base: Any, artefacts: list[Any], wanted: list[tuple[list[int], ShiftUse, Sampling]]) -> list[str]:
-    engine = GenerationEngine(
-        base, {a.name: a for a in artefacts}, GenerationSettings(cache_tokens=4096, max_requests=32)
-    )
-    engine.start()
-    try:
-        answers = [engine.submit(*request) for request in wanted]
-        return ["".join(piece.text for piece in answer) for answer in answers]
-    finally:
-        engine.stop()
+from perfit_shared.types import Mode, Sampling
 
 
 @pytest.fixture(params=[family for family in FAMILIES if family != "falcon"])
 def family(request: pytest.FixtureRequest, load: Any, make_artefact: Any) -> Any:
     base = load(request.param)
     other = make_artefact(base, "chat", positions="l4", layers=(0, 2, 3), seed=9, ranks=(4, 5))
-    return base, [make_artefact(base), other]
-
-
-def test_answers_equal_those_of_the_serving_engine(family: Any) -> None:
-    base, artefacts = family
-    wanted = [(p, u, Sampling(NEW)) for p, u in zip(prompts(16), uses(artefacts, 16), strict=True)]
-    texts = generate_batch(base, *map(list, zip(*wanted, strict=True)))
-    assert texts == served(base, artefacts, wanted)
-    alone = [generate_batch(base, [p], [u], [s])[0] for p, u, s in wanted[::5]]
-    assert texts[::5] == alone
-    plain = generate_batch(base, [p for p, _, _ in wanted], [ShiftUse(Mode.BASE)] * 16, [Sampling(NEW)] * 16)
-    assert sum(a != b for a, b in zip(texts, plain, strict=True)) >= 5  # the shifts are on
-    for text, alike, (_, use, _) in zip(texts, plain, wanted, strict=True):
-        assert use.mode is not Mode.BASE or text == alike
+    return base, {artefact.name: artefact for artefact in (make_artefact(base), other)}
 
 
 def test_every_request_has_its_own_length_stop_and_draws(family: Any) -> None:
@@ -90,7 +45,6 @@ def test_every_request_has_its_own_length_stop_and_draws(family: Any) -> None:
     cut = texts[1].rstrip("\ufffd")  # it may end within a character
     assert whole.startswith(cut) and len(cut) < len(whole)
     assert texts[2] == whole[: whole.index(stop)]
-    assert texts == served(base, artefacts, [(prompt, use, s) for s in samplings])
     assert texts[3] == generate_batch(base, [prompt], [use], [hot])[0]  # my seed, whoever is beside me
     assert len(set(texts[4:])) > 1
 
@@ -134,12 +88,17 @@ def test_what_cannot_be_is_refused(load: Any) -> None:
 
 
 @pytest.mark.brief
-def test_newslm_answers_equal_those_of_the_serving_engine(brief: Path, make_artefact: Any) -> None:
+def test_newslm_answers_equal_those_of_the_continuous_engine(brief: Path, make_artefact: Any) -> None:
     base = load_base(str(brief / "models" / "newslm"))
-    artefacts = [
-        make_artefact(base, layers=(2, 3), positions="f7+l7", ranks=(8, 4)),
-        make_artefact(base, "chat", layers=(4,), positions="l7", ranks=(8, 4)),
-    ]
-    wanted = [(p, u, Sampling(NEW)) for p, u in zip(prompts(12, 8000), uses(artefacts, 12), strict=True)]
-    texts = generate_batch(base, *map(list, zip(*wanted, strict=True)))
-    assert texts == served(base, artefacts, wanted)
+    artefacts = {
+        "news_headline": make_artefact(base, layers=(2, 3), positions="f7+l7", ranks=(8, 4)),
+        "chat": make_artefact(base, "chat", layers=(4,), positions="l7", ranks=(8, 4)),
+    }
+    asked = [prompts(12, 8000), uses(artefacts, 12), [Sampling(NEW)] * 12]
+    engine = GenerationEngine(base, artefacts, GenerationSettings(cache_tokens=4096, max_requests=32))
+    try:
+        streams = [engine.submit(*request) for request in zip(*asked, strict=True)]
+        served = ["".join(chunk.text for chunk in stream) for stream in streams]
+    finally:
+        engine.stop()
+    assert generate_batch(base, *asked) == served

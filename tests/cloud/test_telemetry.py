@@ -23,11 +23,12 @@ from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.engine.interface import EngineHealth, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import EngineHealth, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.telemetry import Engines
 from perfit_shared.errors import ConfigError, Unavailable
+from perfit_shared.types import Mode, Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

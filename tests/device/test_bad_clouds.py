@@ -18,10 +18,11 @@ from perfit_device import profile
 from perfit_device.cloud import client as clouds
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.identity import Identity
 from perfit_shared.errors import Busy, NotAuthenticated, PerfitError, TooSlow, Unavailable
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 

@@ -12,13 +12,14 @@ from tests.support.fake_cloud import FakeCloud
 from perfit_device import history
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Artefact, Limits, Score, ShiftUse
+from perfit_device.cloud.codec import Artefact, Limits, ShiftUse
 from perfit_device.cloud.identity import Identity
 from perfit_device.evaluation import TaskClient, gradient_of
 from perfit_device.history import HistoryItem
 from perfit_device.training.gradients import Adapting
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
+from perfit_shared.types import Score
 
 TASK = TASKS["chat"]
 SPEC = ShiftSpec((0,), "l7", 2, 2, 8)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.device.test_vault import CHEAP, PASSPHRASE
+from tests.support.vaults import CHEAP, PASSPHRASE
 
-from perfit_device.mode import Mode
 from perfit_device.operations import ask, enroll, evaluate, examples, status, update, versions
 from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidInput, NotFound, Unavailable, VaultBusy
+from perfit_shared.types import Mode
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ SHORT = update.Wanted(settings={"epochs": 2})
 
 
 def test_a_day_with_a_profile(profile: Profile, told: list[str]) -> None:
-    assert answer(profile, Mode.personal) == "Hello world personal "
+    assert answer(profile, Mode.PERSONAL) == "Hello world personal "
     assert told == [
         "no personal shift for news_headline yet, so this is the seed; `perfit update` trains one"
     ]
@@ -76,9 +76,9 @@ def test_a_day_with_a_profile(profile: Profile, told: list[str]) -> None:
 def test_what_cannot_be_asked_is_an_error(profile: Profile) -> None:
     for question in (ask.Question(" "), ask.Question("x", max_tokens=65)):
         with pytest.raises(InvalidInput):
-            ask.prepare(profile, question, [Mode.base])
+            ask.prepare(profile, question, [Mode.BASE])
     with pytest.raises(NotFound):
-        ask.prepare(profile, ask.Question("x", task="poems"), [Mode.base])
+        ask.prepare(profile, ask.Question("x", task="poems"), [Mode.BASE])
 
 
 def test_the_passphrase_is_asked_for_once(profile: Profile, home: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_passphrase_is_asked_for_once(profile: Profile, home: Path) -> None:
             Vault.open(again.settings.vault_path, PASSPHRASE, wait_seconds=0.0)
         again.release_vault()
         Vault.open(again.settings.vault_path, PASSPHRASE, wait_seconds=0.0).close()
-        assert answer(again, Mode.collective) == "Hello world collective "
+        assert answer(again, Mode.COLLECTIVE) == "Hello world collective "
     assert len(asked) == 1
     with pytest.raises(NotFound, match='no profile "two"'):
         Profile.open(DeviceSettings("two", home), passphrase=passphrase)
@@ -128,7 +128,7 @@ def test_one_profile_answers_while_it_trains(profile: Profile, cloud: Any) -> No
     training.start()
     try:
         assert under_way.wait(30)
-        assert answer(profile, Mode.personal) == "Hello world personal "
+        assert answer(profile, Mode.PERSONAL) == "Hello world personal "
         assert examples.add(profile, "It rained.", "Rain").added == 1
     finally:
         answered.set()
@@ -160,7 +160,7 @@ def test_a_thread_s_change_is_no_part_of_another_s(tmp_path: Path) -> None:
 
 def test_white_space_is_left_out_at_the_front_alone(profile: Profile, cloud: Any) -> None:
     cloud.answer = " Hello  world"
-    assert answer(profile, Mode.base) == "Hello  world base "
+    assert answer(profile, Mode.BASE) == "Hello  world base "
 
 
 def test_nothing_below_the_command_line_knows_typer() -> None:

@@ -13,7 +13,7 @@ from tests.support.models import random_shift
 
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.identity import Identity
 from perfit_device.cloud.questions import ask_all
 from perfit_device.cloud.retry import RetryPolicy
@@ -25,6 +25,7 @@ from perfit_shared.errors import (
     PerfitError,
     Unavailable,
 )
+from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 QUESTIONS = [(f"question {n}", Sampling(8)) for n in range(10)]

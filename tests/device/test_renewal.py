@@ -17,10 +17,11 @@ from perfit_device import known, profile
 from perfit_device.cli import common
 from perfit_device.cloud import enrolment as enrolments
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import Busy, CertificateSuperseded, CertificateValid, PerfitError, VaultError
+from perfit_shared.types import Sampling
 
 RETIRED = CertificateSuperseded("a newer certificate of this device is in use")
 OLD = timedelta(hours=20)  # of a day: it wants to be renewed

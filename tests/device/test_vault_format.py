@@ -24,6 +24,9 @@ from tests.support.old_files import (
     PLAN,
     SEED,
     STEPS,
+    TWO,
+    header_of,
+    versions,
 )
 
 from perfit_device import history, personal
@@ -59,24 +62,6 @@ def check(vault: Vault) -> None:
     half_done = updates.read_checkpoint(vault, PLACE)
     assert half_done is not None
     assert (half_done.schedule, half_done.step) == (PLAN, STEPS)
-
-
-def versions(vault: Vault, artefact: str = ARTEFACT.name) -> list[tuple[int, str, int, str]]:
-    """(number, artefact's version, updates, digest of the tensors) of each."""
-    kept = personal.read_versions(vault, CLOUD, artefact)
-    assert kept is not None and kept.current == kept.kept[-1].number
-    return [
-        (
-            v.number,
-            v.artefact_version,
-            v.updates,
-            personal.read_tensors(vault, CLOUD, artefact, v.number).digest(),
-        )
-        for v in kept.kept
-    ]
-
-
-TWO = [(1, "v1", 2, SEED.digest()), (2, "v1", 3, NEXT.digest())]
 
 
 @pytest.mark.parametrize("kept", [KEPT_OF_1, KEPT], indirect=True)
@@ -117,13 +102,6 @@ def test_what_is_known_of_a_version_is_kept(kept: Path) -> None:
     assert mine is not None
     assert [version.learned for version in mine.kept] == [Learned(), LEARNED]
     assert mine.now.date[:2] == "20" and mine.now.date[-1] == "Z"
-
-
-def header_of(path: Path) -> Header:
-    connection = sqlite3.connect(path)
-    (data,) = connection.execute("SELECT data FROM header").fetchone()
-    connection.close()
-    return Header.from_bytes(data)
 
 
 # -- from format 1 to 2 ------------------------------------------------------------------------

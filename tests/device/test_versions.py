@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.device.test_updates import ARTEFACT, make_split, prepared
-from tests.device.test_vault import CHEAP, PASSPHRASE
-from tests.device.test_vault_format import TWO, header_of, versions
 from tests.support.limited import run_limited
-from tests.support.old_files import KEPT_OF_1
+from tests.support.old_files import KEPT_OF_1, TWO, header_of, versions
 from tests.support.old_files import PASSPHRASE as KEPT_PASSPHRASE
+from tests.support.updates import ARTEFACT, make_split, prepared
+from tests.support.vaults import CHEAP, PASSPHRASE
 
 from perfit_device import history, personal
 from perfit_device.history import HistoryItem

@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from perfit_cloud.config import CloudConfig
-from perfit_cloud.engine.generation.continuous import GenerationSettings
-from perfit_cloud.engine.interface import Mode, ShiftUse
+from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
 from perfit_cloud.service.server import CloudServer
+from perfit_shared.types import Mode
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 from tests.support.authority import csr_of, new_key

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from perfit_cloud.engine.interface import Chunk, Finish
+from perfit_shared.types import Chunk, Finish
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 from tests.support.cloud import BASE, TIMEOUT

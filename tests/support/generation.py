@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from perfit_cloud.engine.generation.continuous import Engine, GenerationSettings
-from perfit_cloud.engine.interface import Finish, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import Engine, GenerationSettings, ShiftUse
 from perfit_shared.positions import Positions
+from perfit_shared.types import Finish, Mode, Sampling
 from tests.support.models import random_shift
 
 SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16)  # forces chunked prefill
 NEW = 12
 
 
-def prompts(count: int) -> list[list[int]]:
+def prompts(count: int, vocabulary: int = 250) -> list[list[int]]:
     """Prompts of 1 to about 50 tokens, so that positions halve in some and prefill is chunked in others."""
     rng = np.random.default_rng(5)
     lengths = [1, 2, 3, 5, 8, 13, 30, 50]
-    return [[0, *rng.integers(3, 250, lengths[i % len(lengths)] - 1).tolist()] for i in range(count)]
+    return [[0, *rng.integers(3, vocabulary, lengths[i % len(lengths)] - 1).tolist()] for i in range(count)]
 
 
 def alone(base: Any, prompt: list[int], use: ShiftUse, new: int = NEW) -> list[int]:

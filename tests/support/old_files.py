@@ -9,6 +9,7 @@ version of one shift; the second what `write` writes today.
 from __future__ import annotations
 
 import json
+import sqlite3
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from perfit_device.known import remember, write_enrolment
 from perfit_device.personal import Learned, PersonalShift
 from perfit_device.training import update as updates
 from perfit_device.training.update import Finished, Plan
-from perfit_device.vault.crypto import KdfParams
+from perfit_device.vault.crypto import Header, KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
@@ -69,6 +70,31 @@ PLAN = Plan(
     history=history.split(items()).digest(),
     version="v1",
 )
+
+
+def versions(vault: Vault, artefact: str = ARTEFACT.name) -> list[tuple[int, str, int, str]]:
+    """(number, artefact's version, updates, digest of the tensors) of each."""
+    kept = personal.read_versions(vault, CLOUD, artefact)
+    assert kept is not None and kept.current == kept.kept[-1].number
+    return [
+        (
+            v.number,
+            v.artefact_version,
+            v.updates,
+            personal.read_tensors(vault, CLOUD, artefact, v.number).digest(),
+        )
+        for v in kept.kept
+    ]
+
+
+TWO = [(1, "v1", 2, SEED.digest()), (2, "v1", 3, NEXT.digest())]
+
+
+def header_of(path: Path) -> Header:
+    connection = sqlite3.connect(path)
+    (data,) = connection.execute("SELECT data FROM header").fetchone()
+    connection.close()
+    return Header.from_bytes(data)
 
 
 def write(path: Path) -> None:

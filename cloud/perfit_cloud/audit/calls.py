@@ -25,8 +25,8 @@ from perfit_cloud.audit.needles import (
     text,
     token_ids,
 )
-from perfit_cloud.engine.interface import Sampling
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["CALLS", "Canaries", "PersonalCall", "Running"]

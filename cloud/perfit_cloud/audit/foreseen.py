@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from perfit_cloud.engine.generation.continuous import GenerationSettings, engine_for
+from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.types import Mode, Sampling
 
 __all__ = ["Foresight"]
 
@@ -30,7 +31,7 @@ class Foresight:
 
     def __init__(self, base: BaseModel, artefact: Artefact) -> None:
         self.base, self.artefact = base, artefact
-        self._generation = engine_for(base, {artefact.name: artefact}, GenerationSettings())
+        self._generation = build_engine(base, {artefact.name: artefact}, GenerationSettings())
         self._gradients = GradientEngine(base)
         self._adaptations = UpdateEngine(base, keep_bytes=_KEEP_BYTES)
 

@@ -152,9 +152,10 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     import torch
 
     from perfit_cloud.engine.device_lock import DeviceLock
-    from perfit_cloud.engine.generation.continuous import GenerationSettings, can_share, engine_for
+    from perfit_cloud.engine.generation.factory import engine_kind
     from perfit_cloud.engine.gradients.scheduler import GradientScheduler
     from perfit_cloud.engine.gradients.session import UpdateEngine
+    from perfit_cloud.engine.interface import GenerationSettings
     from perfit_cloud.hardening.allocator import keep_at_most
     from perfit_cloud.hardening.scrubber import MemoryScrubber
     from perfit_cloud.model.artefacts import Artefact
@@ -173,7 +174,8 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     for name in _LOOSE_TONGUES:  # after loading, which sets a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     served = Catalog.build(config, base, artefacts, authority.cloud_id)
-    memory = plan_memory(config, served, process=resident_bytes(), continuous=can_share(base))
+    kind = engine_kind(base)
+    memory = plan_memory(config, served, process=resident_bytes(), continuous=kind.continuous)
     keep_at_most(memory.freed)
     settings = GenerationSettings(
         cache_tokens=memory.cache_tokens,
@@ -182,7 +184,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         alone=config.apart == "bits",
     )
     device_lock = DeviceLock()
-    generation = engine_for(base, served.artefacts, settings, device_lock)
+    generation = kind(base, served.artefacts, settings, device_lock)
     # Where the model is on the host, spilling would be keeping by another name.
     is_host = base.device.type == "cpu"
     adaptations = UpdateEngine(

@@ -1,23 +1,52 @@
-"""What the engine takes and gives: plain values, no grpc."""
+"""What an engine for answers takes, gives, promises and forgets.
+
+The service knows engines by this module alone, and `factory` builds them. Every engine passes the
+contract suite, tests/support/engine_contract.py, which tests each promise below.
+
+An engine takes a prompt's token ids, which shift the prompt goes through, how tokens are chosen, and whose
+request it is. It gives a stream of chunks. It promises:
+
+Right         In float32 and greedy an answer has the tokens that the model gives to this request alone,
+              with the shift applied to the intervened prompt positions, however requests are batched.
+              BASE is the untouched model, and so is a shift that changes nothing.
+Apart         While shapes stay the same, no bit of an answer depends on what others ask or send. With
+              `alone`, not even on whether others are there. Tensors of other names or shapes, or with
+              numbers that are not finite, are refused; others harm nobody else, however large.
+Fair          Owners who want answers at the same time share passes and cache evenly.
+Bounded       An answer ends at `max_new_tokens`, at an end of sequence or before a stop text. A request
+              takes at most `most_tokens`, and no more than `max_requests` are in flight.
+Reproducible  The same request with the same seed draws the same tokens.
+Cancellable   `cancel` frees the place of a request at once, from any thread, whether it waits or runs.
+Healthy       `vital` never blocks. A step that fails ends the answers that it was made for, and the
+              engine goes on; when it cannot go on, `is_alive` is false and nothing is taken any more.
+Forgetful     Soon after an answer is over, however it ended, the engine refers to nothing that came with
+              the request, and keys and values of it are overwritten. No cache outlives a request.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.types import Chunk, Mode, Sampling
 
-__all__ = ["Chunk", "EngineHealth", "Finish", "Gradient", "Mode", "Sampling", "Score", "ShiftUse"]
+if TYPE_CHECKING:
+    from perfit_cloud.engine.device_lock import DeviceLock  # which tells its own `EngineHealth`
 
-
-class Mode(Enum):
-    """Which shift the intervened prompt positions go through."""
-
-    BASE = "base"
-    COLLECTIVE = "collective"
-    PERSONAL = "personal"
+__all__ = [
+    "CompletionStream",
+    "Engine",
+    "EngineHealth",
+    "EngineKind",
+    "GenerationSettings",
+    "Gradient",
+    "ShiftUse",
+    "most_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -29,35 +58,24 @@ class ShiftUse:
     personal: ShiftTensors | None = None
 
 
-@dataclass(frozen=True)
-class Sampling:
-    max_new_tokens: int
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # 1: all tokens
-    seed: int = 0
-    stop: tuple[str, ...] = ()
+class CompletionStream(Protocol):
+    """An answer as it is made. `next` waits for a chunk; the last one has `finish` and the counts.
 
+    `next` raises Unavailable when the engine stopped, or when a step that the answer needed failed. After
+    `cancel` the stream ends without a last chunk.
+    """
 
-class Finish(Enum):
-    END = "end"  # end of sequence, or a stop text
-    LENGTH = "length"  # max_new_tokens
+    @property
+    def ids(self) -> list[int]:
+        """Tokens of all chunks so far, an end of sequence included."""
 
+    @property
+    def log_probabilities(self) -> list[float]:
+        """Of these tokens, where the settings ask for them."""
 
-@dataclass(frozen=True)
-class Chunk:
-    """Part of an answer; `finish` and the counts on the last one."""
-
-    text: str
-    finish: Finish | None = None
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    log_likelihood: float  # nats, summed over answer and end of sequence
-    tokens: int
+    def __iter__(self) -> Iterator[Chunk]: ...
+    def __next__(self) -> Chunk: ...
+    def cancel(self) -> None: ...
 
 
 class EngineHealth(NamedTuple):
@@ -67,6 +85,74 @@ class EngineHealth(NamedTuple):
     waiting: int  # and in line
     stalled_seconds: float  # since it last got on with them; 0 when there is nothing to do
     is_alive: bool  # false: it takes up nothing any more
+
+    @property
+    def in_flight(self) -> int:
+        """All that hold a place."""
+        return self.running + self.waiting
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    cache_tokens: int = 32_768  # tokens whose keys and values are held at once
+    batch_tokens: int = 512  # most tokens of one pass, where long prompts are read in parts
+    max_requests: int = 64  # answers in flight; more are refused with Busy
+    alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
+    log_probabilities: bool = False  # whether streams tell them (nats, before temperature and top-k)
+
+
+def most_tokens(context: int, cache_tokens: int) -> int:
+    """Tokens that one request may take, prompt and answer together, on a model of this context."""
+    return min(context, cache_tokens // 2)
+
+
+class Engine(Protocol):
+    """Answers for many devices over one base model and any number of artefacts. Thread-safe."""
+
+    @property
+    def continuous(self) -> bool:
+        """Whether a request joins the batch at once, or waits until those before it are over."""
+
+    @property
+    def cache_tokens_held(self) -> int:
+        """Tokens that requests have set aside in the engine's own cache. Never blocks."""
+
+    def start(self) -> None:
+        """Be ready for requests; `submit` does it too when needed."""
+
+    def stop(self) -> None:
+        """End for good. Answers in flight and all later ones raise Unavailable."""
+
+    def submit(
+        self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str = ""
+    ) -> CompletionStream:
+        """Queue one answer and return at once. Owners share passes and cache evenly.
+
+        Raises Busy when all places are taken, InvalidPrompt when the prompt is empty, has a token that the
+        model does not know or is too long with its answer, InvalidTensors when the tensors are no shift of
+        the artefact's, NotFound when the engine does not have the artefact, Unavailable after `stop`.
+        """
+
+    def health(self) -> EngineHealth:
+        """From any thread, without waiting for any."""
+
+
+class EngineKind(Protocol):
+    """A way to make engines, and what is known of them before one is made."""
+
+    @property
+    def continuous(self) -> bool:
+        """As of the engines; where it holds, long prompts are read in parts of `batch_tokens`."""
+
+    def __call__(
+        self,
+        base: BaseModel,
+        artefacts: Mapping[str, Artefact],
+        settings: GenerationSettings,
+        device_lock: DeviceLock | None = None,
+        /,
+    ) -> Engine:
+        """`turns`: the lock of the base's device, which all engines on it share."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from perfit_cloud.engine.generation.static import generate_batch
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp.people import Person, Question
 from perfit_cloud.lamp.results import QueryResult
 from perfit_cloud.model.artefacts import Artefact
@@ -16,6 +16,7 @@ from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
+from perfit_shared.types import Mode, Sampling
 
 __all__ = ["Decoding", "measure", "use_of"]
 

@@ -1,9 +1,9 @@
-"""A causal LM's forward pass: whatever arguments a family takes, and no more logits than are read.
+"""A causal LM's forward pass, with the arguments that its family takes, and only the logits that are read.
 
-The head is most of the work and of the memory where a vocabulary is large. So `token_losses` runs the
-decoder once, picks the rows that predict a target token, and runs the model's own forward over a slice of
-them at a time, with the decoder standing in for itself: scales, soft-capping and whatever else a family
-does between head and logits stay the family's own.
+Where a vocabulary is large, the head takes most of the time and of the memory. So `token_losses` runs the
+decoder once, picks the rows that predict a target token, and runs the head over a slice of them at a time.
+For that it calls the model's own forward with a decoder that gives back the picked rows, so that scales,
+soft-capping and whatever else a family does after its head are done as the family does them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from perfit_cloud.model.blocks import decoder_of
 
 __all__ = ["arguments_of", "forward", "recomputed", "replaced", "slice_rows", "token_losses"]
 
-# Logits of one slice, elements of float32. Memory above 32 MB is given back to the system at every
-# free (glibc), and faulting it in again costs as much as the head itself.
+# Numbers of float32 in one slice of logits. glibc gives blocks above 32 MB back to the system whenever they
+# are freed, and getting the pages again costs as much time as the head itself.
 _LOGITS = 2**22
-_LEAST_ROWS = 256  # of a slice: with fewer, reading the head itself would take the time
+_LEAST_ROWS = 256  # of a slice: with fewer, reading the head's weights would take most of the time
 
 
 class _ReachedError(Exception):
-    """The output that a pass was made for is in; what lies behind it is not run."""
+    """Ends a pass early: it has the output that it was made for."""
 
 
 def arguments_of(model: Any) -> frozenset[str]:
@@ -61,8 +61,8 @@ def token_losses(
 ) -> Tensor:
     """−log p of labels (N,) after the positions `rows` (two (N,)) of ids (B, T): (N,), float32.
 
-    `in_slices`: whether the family's head can be run apart (`capabilities`). Logits of a slice are
-    computed again in the backward pass.
+    `in_slices`: whether the family's head can run apart from the decoder (`capabilities`). The backward pass
+    computes the logits of each slice again.
     """
     if not in_slices:
         logits = forward(model, arguments, ids, **more).logits[rows]
@@ -86,7 +86,7 @@ def token_losses(
 
 
 def decoder_output(model: Any, arguments: frozenset[str], ids: Tensor, **more: Any) -> Any:
-    """What the decoder gives to the model around it, with the head not run."""
+    """What the decoder gives to the model around it. The head does not run."""
     found: list[Any] = []
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -124,7 +124,7 @@ def _with_hidden(output: Any, rows: Tensor) -> Any:
 
 @contextlib.contextmanager
 def replaced(modules: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[None]:
-    """`make(own forward)` for the forward of every module; hooks on the modules run as ever."""
+    """Replace the forward of every module by `make(its forward)`. Hooks on the modules still run."""
     before = [(module, module.__dict__.get("forward")) for module in modules]
     try:
         for module, _ in before:

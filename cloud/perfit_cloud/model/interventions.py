@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,12 @@ from perfit_cloud.model.blocks import block_list, hidden_of, with_hidden
 from perfit_shared.shifts import ShiftTensors
 
 __all__ = [
+    "Intervention",
     "Phi",
     "Shift",
     "ShiftGroup",
     "active_interventions",
+    "groups_of",
     "hooked",
     "install",
     "phi",
@@ -93,6 +95,32 @@ def row_index(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
         return index, None
     counts = torch.tensor([len(r) for r in rows], device=device)
     return index, torch.arange(most, device=device) < counts.unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Which positions of one request's prompt are shifted, and with what. None of them in BASE mode."""
+
+    positions: tuple[int, ...] = ()  # ascending
+    collective: Shift = field(default_factory=dict)  # one object for all requests of an artefact
+    personal: Shift | None = None
+
+
+def groups_of(rows: Iterable[tuple[Intervention, Sequence[int]]], device: torch.device) -> list[ShiftGroup]:
+    """The rows that each request shifts, as one group for each artefact, with φ₂ and without."""
+    alike: dict[tuple[int, bool], list[tuple[Intervention, Sequence[int]]]] = {}
+    for shift, of_request in rows:
+        if of_request:
+            key = (id(shift.collective), shift.personal is not None)
+            alike.setdefault(key, []).append((shift, of_request))
+    groups = []
+    for members in alike.values():
+        index, valid = row_index([of_request for _, of_request in members], device)
+        personal = [shift.personal for shift, _ in members if shift.personal is not None]
+        groups.append(
+            ShiftGroup(index, valid, members[0][0].collective, stack(personal) if personal else None)
+        )
+    return groups
 
 
 def shift_rows(hidden: Tensor, group: ShiftGroup, layer: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Keys and values of requests in flight, and an attention that reads them where they lie.
+"""A cache of keys and values of requests in flight, and an attention that reads it in place.
 
-Requests of like size stand on one *shelf*: for every block, keys and values (slots, heads, size, D).
-The occupied slots are always the first ones, so a decoding step attends over all requests of a shelf
-with one call, copies nothing and pads to the longest of them alone. A packed batch (1, N) holds any
-mix of decoding rows and pieces of prompts; everything but attention sees plain rows.
+Requests of similar size share one *shelf*: for every block, keys and values (slots, heads, size, D). The
+slots in use are always the first ones. So a decoding step attends over all requests of a shelf with one
+call, copies nothing, and pads only to the longest of them. A packed batch (1, N) holds any mix of decoding
+rows and parts of prompts; everything but attention sees plain rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FEWEST = 4  # slots of a new shelf, where there is room
 
 
 class Slot:
-    """Where one request's keys and values lie, and how many tokens of them there are."""
+    """The slot of one request, and how many tokens are in it."""
 
     __slots__ = ("length", "shelf", "slot")
 
@@ -35,7 +35,7 @@ class Slot:
 
 
 class KVCache:
-    """All shelves of one model; not thread-safe. `tokens`: what all slots together may hold."""
+    """The cache of one model. Not thread-safe. `tokens`: how many all slots together may hold."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -43,13 +43,13 @@ class KVCache:
 
     @property
     def held(self) -> int:
-        """Tokens of the slots that are taken. May be read from another thread."""
+        """Tokens of the slots in use. May be read from another thread."""
         return sum(len(shelf.places) * shelf.size for shelf in list(self._kv_cache.values()))
 
     def allocate(self, tokens: int) -> Slot | None:
         """A place for a request that will never have more than `tokens`; None when there is no room now.
 
-        On empty shelves there is room for any request of up to half of all tokens.
+        An empty cache has room for any request of up to half of all tokens.
         """
         size = max(min(_SMALLEST, self._tokens), 1 << (tokens - 1).bit_length())
         shelf = self._kv_cache.setdefault(size, _SlotPool(size))
@@ -68,7 +68,7 @@ class KVCache:
         return place
 
     def free(self, place: Slot) -> None:
-        """Overwrite what lies there, and give the place back; the shelf's last request moves into it."""
+        """Overwrite the slot and give it back. The shelf's last request moves into it."""
         shelf = place.shelf
         last = shelf.places.pop()
         if last is not place:
@@ -92,14 +92,14 @@ class _SlotPool:
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # by block, made when first written to
 
     def stores(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (slots, heads, size, D) of a block whose packed keys are `like` (N, heads, D)."""
+        """Keys and values (slots, heads, size, D) of a block; `like`: its packed keys (N, heads, D)."""
         if layer not in self._stores:
             shape = (self.slots, like.shape[1], self.size, like.shape[2])
             self._stores[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return self._stores[layer]
 
     def resize(self, slots: int) -> None:
-        """To this many slots, at least as many as are taken."""
+        """Change the number of slots. There must be enough for those in use."""
         if slots != self.slots:
             kept = len(self.places)
             for layer, old in self._stores.items():
@@ -113,8 +113,8 @@ class _SlotPool:
             self._stores.clear()
 
     def move(self, place: Slot, slot: int, *, overwritten: int) -> None:
-        """`place` to a slot that held `overwritten` tokens."""
-        length = max(place.length, overwritten)  # behind its own tokens lie zeros
+        """Move `place` to a slot that held `overwritten` tokens."""
+        length = max(place.length, overwritten)  # its own slot holds zeros after its last token
         for store in self._stores.values():
             for tensor in store:
                 tensor[slot, :, :length] = tensor[place.slot, :, :length]
@@ -127,35 +127,36 @@ class _SlotPool:
 
 
 class _Singles(NamedTuple):
-    """Rows of one shelf with a single token each."""
+    """The requests of one shelf that have a single token in the pass."""
 
     shelf: _SlotPool
     rows: slice  # of the packed batch, by slot
     slots: Tensor  # (rows,)
     positions: Tensor  # (rows,)
-    view: int  # slots looked at: up to the last one with a row
-    keys: int  # tokens looked at: up to the longest
+    view: int  # slots that attention reads: up to the last one with a row
+    keys: int  # tokens that it reads of each: as many as the longest has
 
 
 class _PromptChunk(NamedTuple):
-    """Rows of one request: several tokens of its prompt, or a token that is looked at alone."""
+    """Rows of one request that attend by themselves: part of its prompt, or one token."""
 
     place: Slot
     rows: slice
-    start: int  # tokens that lie on the shelf already
+    start: int  # tokens that are in the cache already
 
 
 class BatchMetadata:
-    """One forward pass over a packed batch: `counts` next tokens of each of `places`.
+    """One forward pass over a packed batch: the next `counts` tokens of each of `places`.
 
-    Rows are in the order of `order`, an order of the arguments; `position_ids` (1, N) and `last`, the
-    row of each request's last token, (requests), follow it. Give the pass to the model as `shelves=`.
+    The batch holds the requests in the order `order`, which are indices of the arguments. `position_ids`
+    (1, N) and `last` (requests), the row of each request's last token, are in this order too. Give the pass
+    to the model as `shelves=`.
     """
 
     def __init__(
         self, places: Sequence[Slot], counts: Sequence[int], device: torch.device, *, alone: bool = False
     ) -> None:
-        """`alone`: no slot beside its own is looked at for a request's single token."""
+        """`alone`: attention reads no other slot for a request's single token."""
         self.order = sorted(
             range(len(places)),
             key=lambda i: (counts[i] > 1, places[i].shelf.size, places[i].slot),
@@ -163,7 +164,8 @@ class BatchMetadata:
         self._device = device
         self._members = [(places[i], counts[i]) for i in self.order]
         self._pieces: list[_PromptChunk] = []
-        self._masks: dict[tuple[int, int | None], Tensor] = {}  # by number of singles or piece, and window
+        # By the number of singles or piece, and window: blocks with the same window share a mask.
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         positions: list[int] = []
         last, singles = [], dict[int, list[Slot]]()
         for place, count in self._members:
@@ -187,12 +189,12 @@ class BatchMetadata:
                 )
             )
             row += len(of_shelf)
-        self.windows: dict[int, int | None] = {}  # that each block has asked for
+        self.windows: dict[int, int | None] = {}  # the window that each block asked for
         self.position_ids = torch.tensor([positions], device=device)
         self.last = torch.tensor(last, device=device)
 
     def done(self) -> None:
-        """The pass is over: its tokens lie on the shelves."""
+        """The pass is over: its tokens are in the cache."""
         for place, count in self._members:
             place.length += count
 
@@ -218,7 +220,7 @@ class BatchMetadata:
             keys, values = (t[: single.view, :, : single.keys] for t in (keys, values))
             is_full = len(single.slots) == single.view
             rows = query[single.rows]
-            if not is_full:  # other slots of the shelf are asked as well, and nobody reads the answers
+            if not is_full:  # attention computes rows for the other slots too, and nobody reads them
                 rows = rows.new_zeros(single.view, *rows.shape[1:]).index_copy_(0, single.slots, rows)
             found = attend(
                 rows.reshape(single.view, -1, groups, rows.shape[2]),
@@ -281,7 +283,7 @@ class BatchMetadata:
         """(view, 1, 1, keys): 0 where the slot's row sees the key, −∞ elsewhere."""
         if (number, window) not in self._masks:
             single = self._singles[number]
-            # A slot without a row sees its first key: a row that saw none would be no number.
+            # A slot without a row sees its first key. The softmax over no key at all is not a number.
             positions = single.slots.new_zeros(single.view).index_copy_(0, single.slots, single.positions)
             keys = torch.arange(single.keys, device=self._device)
             hidden = _hidden(positions[:, None], keys, window)
@@ -323,9 +325,10 @@ def _packed_attention(
 
 
 def attend_over_cache(model: Any) -> None:
-    """Make a model of the library's attention interface read and write shelves: give it a twin.
+    """Make a model's attention read and write the cache. Give it a twin, for the model changes for good.
 
-    Afterwards it takes (1, N) packed ids with `position_ids` and `shelves=Pass(…)`, and nothing else.
+    The model must support the library's attention interface. Afterwards it takes packed ids (1, N) with
+    `position_ids` and `shelves=Pass(…)`, and nothing else.
     """
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _packed_attention)
     model.set_attn_implementation(_ATTENTION)

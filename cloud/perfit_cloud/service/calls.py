@@ -5,32 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from typing import Protocol, Self
+from typing import Self
 
-from perfit_cloud.engine.interface import Chunk, Sampling, ShiftUse
+from perfit_cloud.engine.interface import Engine, ShiftUse
 from perfit_cloud.service.codec import PromptReader, decode_sampling
 from perfit_cloud.service.deadlines import Deadlines
 from perfit_cloud.service.limits import ConcurrencyLimit, Limits, Paid, RateLimiter
 from perfit_cloud.service.telemetry import Telemetry
 from perfit_shared.errors import Cancelled, TooSlow, Unavailable
+from perfit_shared.types import Chunk
 from perfit_shared.wire import personalization_pb2 as pb
 
-__all__ = ["Answers", "CompletionStream", "Generation"]
-
-
-class CompletionStream(Protocol):
-    """An answer as it is made: blocks in `next`; `cancel` frees its place at once, from any thread."""
-
-    def __iter__(self) -> Iterator[Chunk]: ...
-    def cancel(self) -> None: ...
-
-
-class Generation(Protocol):
-    continuous: bool  # whether a request joins the batch at once, or when the one before is over
-
-    def submit(
-        self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str, /
-    ) -> CompletionStream: ...
+__all__ = ["Answers"]
 
 
 class Answers:
@@ -38,7 +24,7 @@ class Answers:
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Engine,
         reader: PromptReader,
         limits: Limits,
         *,
@@ -60,7 +46,7 @@ class Answers:
         """A question that came to nothing costs as much as a call. Raises Busy."""
         self._rate_limiter.spend(device, "requests")
 
-    def pieces(
+    def chunks(
         self,
         request: pb.GenerateRequest | pb.Question,
         shift: ShiftUse,
@@ -69,7 +55,7 @@ class Answers:
         *,
         paid: Paid,
     ) -> Iterator[Chunk]:
-        """The pieces of one answer; what it asks for is checked when it has a place, and paid for.
+        """The chunks of one answer; what it asks for is checked when it has a place, and paid for.
 
         `paid`: for its message already, most of which is given back when there is no room. `at_end(cancel)`
         keeps `cancel` for when the caller leaves, and says false when it has left.
@@ -100,13 +86,13 @@ class Answers:
                 with self._deadlines.after(self._seconds, expire):
                     if not at_end(cancel):
                         raise Cancelled("the caller left")
-                    for piece in answer:
-                        if piece.finish is not None:
-                            last = piece
-                            paid.settle(len(prompt) + piece.answer_tokens)
-                            self._telemetry.tokens("answer", piece.answer_tokens)
+                    for chunk in answer:
+                        if chunk.finish is not None:
+                            last = chunk
+                            paid.settle(len(prompt) + chunk.answer_tokens)
+                            self._telemetry.tokens("answer", chunk.answer_tokens)
                             break
-                        yield piece
+                        yield chunk
             finally:
                 cancel()
         if last is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from perfit_cloud.config import CloudConfig
+from perfit_cloud.engine.interface import most_tokens
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.bounds import MessageBounds
@@ -50,7 +51,7 @@ class Catalog:
                 raise ConfigError(
                     f'message_bytes is too small for artefact "{artefact.name}"; set it to {needed} or more'
                 )
-        context = min(base.context, config.cache_tokens // 2)  # as the engine bounds one request
+        context = most_tokens(base.context, config.cache_tokens)
         if context < 2:
             raise ConfigError("cache_tokens leaves no room for a prompt and an answer")
         limits = Limits(

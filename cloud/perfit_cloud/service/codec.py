@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from perfit_cloud.engine.interface import Chunk, Finish, Gradient, Mode, Sampling, Score, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.bounds import CHARACTERS_A_TOKEN, STOP_BYTES, STOP_TEXTS
@@ -17,6 +17,7 @@ from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import Limits
 from perfit_shared.errors import InvalidInput, InvalidPrompt, InvalidTensors, NotFound, ShiftMismatch
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_to_bytes, wire_dtype
+from perfit_shared.types import Chunk, Finish, Mode, Sampling, Score
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = [
@@ -25,9 +26,9 @@ __all__ = [
     "decode_shift",
     "decode_spec",
     "decode_step",
+    "encode_chunk",
     "encode_description",
     "encode_gradient",
-    "encode_piece",
     "encode_scores",
     "encode_seed",
     "encode_spec",
@@ -286,12 +287,12 @@ def decode_sampling(message: pb.Sampling, *, prompt_tokens: int, limits: Limits)
 # -- answers -------------------------------------------------------------------------------------
 
 
-def encode_piece(piece: Chunk) -> pb.GenerateResponse:
+def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
     return pb.GenerateResponse(
-        text=piece.text,
-        finish=_FINISHES[piece.finish],
-        prompt_tokens=piece.prompt_tokens,
-        answer_tokens=piece.answer_tokens,
+        text=chunk.text,
+        finish=_FINISHES[chunk.finish],
+        prompt_tokens=chunk.prompt_tokens,
+        answer_tokens=chunk.answer_tokens,
     )
 
 

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import grpc
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
-from perfit_cloud.engine.interface import Mode
 from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import (
     decode_shift,
+    encode_chunk,
     encode_gradient,
-    encode_piece,
     encode_scores,
     encode_seed,
     find_artefact,
@@ -27,6 +26,7 @@ from perfit_cloud.service.streams.adapt import Adapting
 from perfit_cloud.service.streams.ask import Asking
 from perfit_cloud.service.waiting import CallWait
 from perfit_shared.errors import InvalidInput
+from perfit_shared.types import Mode
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
@@ -66,8 +66,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def Generate(self, request: pb.GenerateRequest, call: Call) -> Iterator[pb.GenerateResponse]:
         shift = decode_shift(request.shift, self._served.artefacts)
         paid = call.payment.take()
-        for piece in self._answers.pieces(request, shift, call.device, call.add_callback, paid=paid):
-            yield encode_piece(piece)
+        for chunk in self._answers.chunks(request, shift, call.device, call.add_callback, paid=paid):
+            yield encode_chunk(chunk)
 
     def Ask(self, request_iterator: Iterator[pb.AskRequest], call: Call) -> Iterator[pb.AskResponse]:
         return self._asking.answers(request_iterator, call)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
+from perfit_cloud.engine.interface import Engine
 from perfit_cloud.service.bounds import MessageBounds
-from perfit_cloud.service.calls import Generation
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.codec import PromptReader
 from perfit_cloud.service.drain import Drain
@@ -27,7 +27,7 @@ class ServerParts:
     authenticator: Authenticator  # who may call
     issuer: Authority | None  # who issues certificates; None: this process only serves
     served: Catalog
-    generation: Generation
+    generation: Engine
     steps: GradientScheduler
     memory: MemoryPlan  # what each part may take
     engines: Engines | None = None  # whose health is watched

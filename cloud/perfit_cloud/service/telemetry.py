@@ -26,19 +26,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from perfit_cloud.config import parse_address
-from perfit_cloud.engine.interface import EngineHealth
+from perfit_cloud.engine.interface import Engine, EngineHealth
 from perfit_shared.errors import ConfigError
 
 __all__ = ["CallOutcome", "Engines", "Telemetry"]
 
 _CALL_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600, 3600)
 _PASS_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 120)
-
-
-class _Generation(Protocol):
-    def health(self) -> EngineHealth: ...
-    @property
-    def cache_tokens_held(self) -> int: ...
 
 
 class _Steps(Protocol):
@@ -59,7 +53,7 @@ class _Turns(Protocol):
 class Engines:
     """Where what is measured of the engines is read."""
 
-    generation: _Generation
+    generation: Engine
     steps: _Steps
     adaptations: _Adaptations
     device_lock: _Turns

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption
-from perfit_device.mode import Mode
 from perfit_shared.terminal import clean, read_stdin
+from perfit_shared.types import Chunk, Mode
 
 if TYPE_CHECKING:
-    from perfit_device.cloud.codec import Chunk
     from perfit_device.operations.ask import Asked
-
 
 _LARGEST_TEXT = 1 << 22  # bytes of a text on stdin
 
@@ -25,7 +23,7 @@ def ask(
     ],
     *,
     task: TaskOption = None,
-    mode: Annotated[Mode, typer.Option("--mode", help="Whose model answers.")] = Mode.personal,
+    mode: Annotated[Mode, typer.Option("--mode", help="Whose model answers.")] = Mode.PERSONAL,
     compare: Annotated[
         bool, typer.Option("--compare", help="Base, collective and personal answers.")
     ] = False,
@@ -80,7 +78,7 @@ def ask(
 
 def _answer(asked: Asked, mode: Mode, *, show: bool) -> tuple[str, Chunk]:
     """(the whole answer, its last piece); written to stdout as it comes if `show`."""
-    from perfit_device.cloud.codec import Chunk
+    from perfit_shared.types import Chunk
 
     pieces: list[str] = []
     last = Chunk("")

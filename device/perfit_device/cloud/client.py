@@ -17,14 +17,11 @@ from perfit_device.cloud.codec import (
     ANSWER_DTYPE,
     LOSS_DTYPE,
     Artefact,
-    Chunk,
     CloudInfo,
     Prompt,
-    Sampling,
-    Score,
     ShiftUse,
+    chunk_from_wire,
     cloud_info_from_wire,
-    piece_from_wire,
     prompt_to_wire,
     sampling_to_wire,
     scores_from_wire,
@@ -42,6 +39,7 @@ from perfit_shared.errors import (
     ShiftMismatch,
 )
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_from_bytes
+from perfit_shared.types import Chunk, Sampling, Score
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services
 
@@ -130,7 +128,7 @@ class Cloud:
         return tensors_from_wire(ShiftTensors.from_bytes, response.seed, artefact, "a seed")
 
     def generate(self, prompt: Prompt, use: ShiftUse, sampling: Sampling) -> Iterator[Chunk]:
-        """Pieces of an answer as they come. Closing the iterator cancels the call."""
+        """Chunks of an answer as they come. Closing the iterator cancels the call."""
         request = pb.GenerateRequest(
             prompt=prompt_to_wire(prompt),
             shift=shift_to_wire(use, ANSWER_DTYPE),
@@ -150,10 +148,10 @@ class Cloud:
         length = 0
         with closing(responses):
             for response in chain(first, responses):
-                length += max(1, len(response.text))  # pieces without text have an end, too
+                length += max(1, len(response.text))  # chunks without text have an end, too
                 if length > ANSWER_CHARACTERS:
                     raise PerfitError("the cloud sends without end; the answer was cut off")
-                yield piece_from_wire(response)
+                yield chunk_from_wire(response)
 
     def score(self, candidates: Sequence[tuple[Prompt, str]], use: ShiftUse) -> list[Score]:
         """Log-likelihoods of (prompt, answer) pairs, in their order."""

@@ -13,26 +13,24 @@ from perfit_device.cloud.channels import readable
 from perfit_shared.errors import InvalidInput, PerfitError, from_code
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
+from perfit_shared.types import Chunk, Finish, Sampling, Score
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = [
     "ANSWER_DTYPE",
     "LOSS_DTYPE",
     "Artefact",
-    "Chunk",
     "CloudInfo",
     "Limits",
     "Message",
-    "Sampling",
-    "Score",
     "ShiftUse",
     "adapt_examples_to_wire",
     "adapt_open_to_wire",
     "adapt_step_to_wire",
+    "chunk_from_wire",
     "cloud_info_from_wire",
     "opening_to_wire",
     "part_from_wire",
-    "piece_from_wire",
     "prompt_to_wire",
     "question_to_wire",
     "sampling_to_wire",
@@ -44,6 +42,7 @@ __all__ = [
 # about a shift, and a gradient is added up over steps: both want more than an answer does.
 ANSWER_DTYPE = "int8"
 LOSS_DTYPE = "float16"
+_FINISHES = {pb.FINISH_REASON_END: Finish.END, pb.FINISH_REASON_LENGTH: Finish.LENGTH}
 
 
 @dataclass(frozen=True)
@@ -101,42 +100,6 @@ class ShiftUse:
     personal: ShiftTensors | None = None
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Raises InvalidInput on what no cloud takes."""
-
-    max_new_tokens: int
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # 1: all tokens
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidInput("an answer needs at least 1 token; try --max-tokens 48")
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise InvalidInput("a temperature should be from 0 (greedy) to 100")
-        if not 0 <= self.top_k < 2**32 or not 0 <= self.top_p <= 1 or not 0 <= self.seed < 2**64:
-            raise InvalidInput("top-k and seed should not be negative, and top-p should be from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Part of an answer; `finish` ("end" or "length") and the counts on the last one."""
-
-    text: str
-    finish: str = ""
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    log_likelihood: float  # nats, summed over answer and end of sequence
-    tokens: int
-
-
 def prompt_to_wire(prompt: Prompt) -> pb.Prompt:
     if isinstance(prompt, str):
         return pb.Prompt(text=prompt)
@@ -166,8 +129,8 @@ def sampling_to_wire(sampling: Sampling) -> pb.Sampling:
     )
 
 
-def piece_from_wire(response: pb.GenerateResponse) -> Chunk:
-    finish = {pb.FINISH_REASON_END: "end", pb.FINISH_REASON_LENGTH: "length"}.get(response.finish, "")
+def chunk_from_wire(response: pb.GenerateResponse) -> Chunk:
+    finish = _FINISHES.get(response.finish)
     return Chunk(response.text, finish, response.prompt_tokens, response.answer_tokens)
 
 
@@ -192,7 +155,7 @@ def question_to_wire(number: int, prompt: Prompt, sampling: Sampling) -> pb.AskR
 def part_from_wire(response: pb.AskResponse) -> tuple[int, Chunk | PerfitError]:
     """A question's number, and part of its answer or why there is none."""
     if response.WhichOneof("body") == "part":
-        return response.number, piece_from_wire(response.part)
+        return response.number, chunk_from_wire(response.part)
     failure = response.failure
     return response.number, from_code("", failure.code, readable(failure.message), failure.retry_ms)
 

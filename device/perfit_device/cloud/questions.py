@@ -9,17 +9,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from perfit_device.cloud.client import ANSWER_CHARACTERS, Cloud
-from perfit_device.cloud.codec import (
-    Chunk,
-    Prompt,
-    Sampling,
-    ShiftUse,
-    opening_to_wire,
-    part_from_wire,
-    question_to_wire,
-)
+from perfit_device.cloud.codec import Prompt, ShiftUse, opening_to_wire, part_from_wire, question_to_wire
 from perfit_device.cloud.retry import NO_RETRIES, TRANSIENT, RetryPolicy
 from perfit_shared.errors import InvalidPrompt, PerfitError, Unavailable
+from perfit_shared.types import Chunk, Sampling
 
 __all__ = ["ask_all"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from perfit_device import personal
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Artefact, Chunk, Prompt, Sampling, ShiftUse
+from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
 from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.evaluation import prompt_of
 from perfit_device.history import HistoryItem
-from perfit_device.mode import Mode
 from perfit_device.profile import Profile
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
+from perfit_shared.types import Chunk, Mode, Sampling
 
 __all__ = ["Asked", "Question", "prepare"]
 
@@ -89,9 +89,9 @@ def _prompt(artefact: Artefact, text: str) -> Prompt:
 
 def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
     """Which shift answers. A user without one of their own has the seed, and is told so."""
-    if mode is Mode.base:
+    if mode is Mode.BASE:
         return ShiftUse()
-    if mode is Mode.collective:
+    if mode is Mode.COLLECTIVE:
         return ShiftUse(artefact)
     cloud, info = profile.connect()
     with profile.vault() as vault:

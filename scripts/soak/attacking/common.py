@@ -40,11 +40,12 @@ from bench.common import finish, table
 from local import LocalCloud
 from perfit_device.cloud.channels import enrolment_channel, mutual_channel
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.enrolment import enroll
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
+from perfit_shared.types import Sampling
 
 __all__ = ["ROOT", "STARTER", "Attack", "Attacker", "Outcome", "artefacts", "main", "measure", "serving"]
 

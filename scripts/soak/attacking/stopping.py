@@ -21,11 +21,12 @@ from typing import Any
 
 from bench.common import finish, table
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Sampling, ShiftUse
+from perfit_device.cloud.codec import ShiftUse
 from perfit_device.cloud.enrolment import enroll
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
+from perfit_shared.types import Sampling
 from soak.attacking.common import Attacker, serving
 from soak.attacking.greedy import gradients
 

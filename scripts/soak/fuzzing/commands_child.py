@@ -209,13 +209,13 @@ class _Cloud:
         return TENSORS[0]
 
     def generate(self, prompt: Any, use: Any, sampling: Any) -> Iterator[Any]:
-        from perfit_device.cloud.codec import Chunk
+        from perfit_shared.types import Chunk, Finish
 
         yield Chunk(" Türe … 🙂 \x1b[2J")
-        yield Chunk("", "end", 3, 4)
+        yield Chunk("", Finish.END, 3, 4)
 
     def score(self, pairs: Any, use: Any) -> Any:
-        from perfit_device.cloud.codec import Score
+        from perfit_shared.types import Score
 
         return [Score(-4.0, 4) for _ in pairs]
 

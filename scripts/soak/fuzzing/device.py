@@ -18,9 +18,9 @@ from perfit_device.cloud.channels import MESSAGE_BYTES, address_of, readable, tr
 from perfit_device.cloud.client import tensors_from_wire
 from perfit_device.cloud.codec import (
     Artefact,
+    chunk_from_wire,
     cloud_info_from_wire,
     part_from_wire,
-    piece_from_wire,
     scores_from_wire,
 )
 from perfit_device.cloud.enrolment import check_expiry, wants_renewal
@@ -114,7 +114,7 @@ def _part(message: pb.AskResponse) -> str:
     if isinstance(part, PerfitError):
         _check_readable(str(part))
         return f"a question's {type(part).__name__}"
-    if piece_from_wire(message.part) != part or part.finish not in ("", "end", "length"):
+    if chunk_from_wire(message.part) != part:
         raise Unsound("a part of an answer that is none")
     return "a piece"
 

@@ -29,7 +29,6 @@ from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.codec import (
     ANSWER_DTYPE,
     CloudInfo,
-    Sampling,
     ShiftUse,
     prompt_to_wire,
     sampling_to_wire,
@@ -47,6 +46,7 @@ from perfit_device.vault.store import Vault
 from perfit_shared.errors import Cancelled, PerfitError, UpdateFailed
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services
 from soak.tiny import shift_off_identity

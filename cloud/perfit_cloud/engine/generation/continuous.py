@@ -1,15 +1,15 @@
-"""Answers for many devices from one continuous batch, each with its own shift.
+"""Continuous batching: answers for many devices from one batch, each with its own shift.
 
-Every pass takes one token of each answer under way and pieces of the prompts that are still to be
-read, packed without padding. Before it a book says which rows belong to whose intervened prompt
-positions; decoded tokens are never intervened on, so a pass without prompts opens none.
+Every pass takes one token of each answer under way and parts of the prompts that are still to be read,
+packed without padding. Before a pass the engine tells the hooks which rows are intervened prompt positions,
+and whose. Decoded tokens are never intervened on, so a pass without prompts runs as if there were no hooks.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,32 +17,21 @@ import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import Reading, in_turns
-from perfit_cloud.engine.generation.engine import Engine, GenerationRequest, GenerationSettings
-from perfit_cloud.engine.generation.sampling import draw
-from perfit_cloud.engine.generation.static import BatchedEngine
+from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine
+from perfit_cloud.engine.generation.sampling import draw, log_probabilities
+from perfit_cloud.engine.interface import GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, depends_on_length
 from perfit_cloud.model.forward import forward
-from perfit_cloud.model.interventions import active_interventions
+from perfit_cloud.model.interventions import active_interventions, groups_of
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache, Slot, attend_over_cache
 
-__all__ = ["Engine", "GenerationEngine", "GenerationSettings", "can_share", "engine_for"]
+__all__ = ["GenerationEngine", "can_share"]
 
-_SHARERS = 4  # prompts that a pass is split between, where there are as many
-
-
-def engine_for(
-    base: BaseModel,
-    artefacts: Mapping[str, Artefact],
-    settings: GenerationSettings,
-    device_lock: DeviceLock | None = None,
-) -> Engine:
-    """The continuous batch where the model's family can share one, else answers in batches."""
-    kind = GenerationEngine if can_share(base) else BatchedEngine
-    return kind(base, artefacts, settings, device_lock)
+_SHARERS = 4  # a pass reads this many prompts side by side, where there are as many
 
 
-class GenerationEngine(Engine):
+class GenerationEngine(OwnEngine):
     """Continuous batching. The model must be one that `can_share`."""
 
     continuous = True
@@ -57,10 +46,14 @@ class GenerationEngine(Engine):
         super().__init__(base, artefacts, settings, device_lock)
         attend_over_cache(self._model)
         self._kv_cache = KVCache(settings.cache_tokens)
-        self._places: dict[GenerationRequest, Slot] = {}  # of those in the batch, in the order they came
+        self._places: dict[
+            GenerationRequest, Slot
+        ] = {}  # of the requests in the batch, in the order they came
+        self._newest: dict[
+            GenerationRequest, int
+        ] = {}  # the token that the next pass reads, of answers under way
         self._reading = Reading()
-        # `_share` is of the time of passes for one; where passes are shared, nobody asks it.
-        self._newest: dict[GenerationRequest, int] = {}  # token that the next pass reads, by answer under way
+        # With `settings.alone`, `_share` counts the seconds of each owner's passes; else it is not used.
 
     @property
     def cache_tokens_held(self) -> int:
@@ -78,6 +71,9 @@ class GenerationEngine(Engine):
         begun = time.monotonic()
         logits, sampled = self._forward(plan)
         tokens = draw(logits, [request.sampler for request in sampled])
+        known: Sequence[float | None] = [None] * len(tokens)
+        if self.settings.log_probabilities and tokens:
+            known = log_probabilities(logits, tokens)
         seconds = time.monotonic() - begun
         read = Counter[str]()
         for request, count in reading.items():
@@ -87,9 +83,9 @@ class GenerationEngine(Engine):
         if self.settings.alone:
             for owner in {request.owner for request in plan}:
                 self._share.charge(owner, seconds)
-        for request, token in zip(sampled, tokens, strict=True):
+        for request, token, log_probability in zip(sampled, tokens, known, strict=True):
             self._newest[request] = token
-            self._produced(request, token)
+            self._produced(request, token, log_probability)
 
     def _rest(self) -> None:
         super()._rest()
@@ -109,9 +105,9 @@ class GenerationEngine(Engine):
         self._kv_cache.free(self._places.pop(request))
 
     def _admit(self) -> None:
-        """Let go of those who left, and take in who waits, as far as there is room.
+        """Free the places of those who left, and take in those who wait, as far as there is room.
 
-        Next is the first of the owner who holds least of the cache, and nobody goes before it.
+        The owner who holds least of the cache is next, and nobody overtakes it when there is no room for it.
         """
         for request in [r for r in self._places if r.has_left]:
             self._release(request)
@@ -123,7 +119,7 @@ class GenerationEngine(Engine):
                 for placed in self._places:
                     held[placed.owner] += len(placed.prompt) + placed.sampling.max_new_tokens
                 request = min(self._waiting, key=lambda waiting: held[waiting.owner])
-            # Not under the condition: a shelf that grows takes its time, and callers would stand still.
+            # Outside of the condition: growing the cache takes time, and callers would have to wait.
             place = self._kv_cache.allocate(len(request.prompt) + request.sampling.max_new_tokens)
             if place is None:
                 return
@@ -137,8 +133,8 @@ class GenerationEngine(Engine):
     def _plan(self) -> dict[GenerationRequest, int]:
         """How many tokens of each request the next pass takes.
 
-        A token of every answer under way; the rest of the pass is shared by the prompts whose turn it is,
-        so that behind a long one a short one does not wait, and nobody keeps the long one.
+        One token of every answer under way. The prompts whose turn it is share the rest of the pass, so that
+        a short prompt does not wait for a long one, and a long one goes on all the while.
         """
         if self.settings.alone:
             return self._plan_for_one()
@@ -158,7 +154,7 @@ class GenerationEngine(Engine):
         return plan
 
     def _plan_for_one(self) -> dict[GenerationRequest, int]:
-        """A pass of one request's next tokens, as many as if there were no other."""
+        """The next tokens of one request, as many as if there were no other."""
         self._share.wanted_by(request.owner for request in self._places)
         for request in in_turns(self._places, self._share)[:1]:
             self._places[request] = self._places.pop(request)  # to the end of its owner's line
@@ -170,14 +166,16 @@ class GenerationEngine(Engine):
 
     @torch.no_grad()
     def _forward(self, plan: dict[GenerationRequest, int]) -> tuple[torch.Tensor, list[GenerationRequest]]:
-        """One pass: logits (n, V) of the n requests whose prompts are read, and those."""
+        """One pass. Gives logits (n, V), and the n requests whose next token they choose."""
         requests, device = list(plan), self._base.device
         kv_cache = BatchMetadata(
             [self._places[r] for r in requests], list(plan.values()), device, alone=self.settings.alone
         )
         ids: list[int] = []
         marks: dict[GenerationRequest, list[int]] = {}
-        sampled: list[tuple[GenerationRequest, int]] = []  # and the place in the pass's order
+        sampled: list[
+            tuple[GenerationRequest, int]
+        ] = []  # who gets a token, and its place in the pass's order
         for at, number in enumerate(kv_cache.order):
             request, count = requests[number], plan[requests[number]]
             start, row = self._places[request].length, len(ids)
@@ -186,12 +184,12 @@ class GenerationEngine(Engine):
                 sampled.append((request, at))
                 continue
             ids += request.prompt[start : start + count]
-            marks[request] = [row + p - start for p in request.positions if start <= p < start + count]
+            marks[request] = [row + p - start for p in request.shift.positions if start <= p < start + count]
             if start + count == len(request.prompt):
                 sampled.append((request, at))
         input_ids = torch.tensor([ids], device=device)
         rows = kv_cache.last[torch.tensor([at for _, at in sampled], dtype=torch.long, device=device)]
-        with active_interventions(self._groups(marks)):
+        with active_interventions(groups_of(((r.shift, rows) for r, rows in marks.items()), device)):
             logits = self._model(
                 input_ids=input_ids,
                 position_ids=kv_cache.position_ids,
@@ -207,8 +205,9 @@ class GenerationEngine(Engine):
 def can_share(base: BaseModel) -> bool:
     """Whether packed requests get from this model what each would get alone.
 
-    Tried, not looked up: two prompts in pieces, then a token more, against the model as it is. What
-    so short a trial cannot see, windows of attention, every block has to hand to the attention.
+    Tries it: two prompts in parts, then one token more, must give the logits of the model as it is. So
+    short a trial cannot see windows of attention, so every block must also tell its attention the window
+    that the configuration has.
     """
     config = base.model.config.get_text_config()
     if not getattr(base.model, "_supports_attention_backend", False) or depends_on_length(base.model):
@@ -245,7 +244,7 @@ def can_share(base: BaseModel) -> bool:
 
 
 def _windows(config: Any) -> dict[int, int | None]:
-    """Tokens that each block's attention looks back over, as the configuration has it; None: all.
+    """How many tokens each block's attention looks back over, by the configuration. None: all.
 
     Raises ValueError on attention of another kind.
     """

@@ -1,4 +1,4 @@
-"""What every way of generating has in common: requests, places, a thread of its own, answers."""
+"""What both engines of our own have in common: requests, places, a thread, streams."""
 
 from __future__ import annotations
 
@@ -8,33 +8,46 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.errors import error_location
 from perfit_cloud.engine.fairness import FairShare
 from perfit_cloud.engine.generation.sampling import Sampler
-from perfit_cloud.engine.generation.stream import CompletionStream
-from perfit_cloud.engine.interface import EngineHealth, Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.stream import TextStream, finish_of
+from perfit_cloud.engine.interface import EngineHealth, GenerationSettings, ShiftUse, most_tokens
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.interventions import Shift, ShiftGroup, install, row_index, stack, to_torch
-from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
+from perfit_cloud.model.interventions import Intervention, Shift, install, to_torch
+from perfit_shared.errors import Busy, InvalidPrompt, InvalidTensors, NotFound, Unavailable
 from perfit_shared.positions import Positions
+from perfit_shared.types import Mode, Sampling
 
-__all__ = ["Engine", "GenerationRequest", "GenerationSettings"]
+__all__ = ["GenerationRequest", "OwnEngine", "intervention", "sampler_of"]
 
 _log = logging.getLogger(__name__)
 _BUSY_MS = 1000  # what a refused request is told to wait
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    cache_tokens: int = 32_768  # tokens whose keys and values are held at once
-    batch_tokens: int = 512  # most tokens of one forward pass; longer prompts go in pieces
-    max_requests: int = 64  # answers in flight; more are refused with Busy
-    alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
+def intervention(
+    use: ShiftUse, prompt_tokens: int, collective: Callable[[Artefact], Shift], device: torch.device
+) -> Intervention:
+    """What `use` does to a prompt of this length. `collective` gives an artefact's φ₁."""
+    if use.mode is Mode.BASE or use.artefact is None:
+        return Intervention()
+    return Intervention(
+        tuple(Positions.parse(use.artefact.spec.positions).indices(prompt_tokens)),
+        collective(use.artefact),
+        None if use.personal is None else to_torch(use.personal, device),
+    )
+
+
+def sampler_of(sampling: Sampling) -> Sampler | None:
+    """None: greedy."""
+    return Sampler(sampling) if sampling.temperature > 0 else None
 
 
 @dataclass(eq=False)
@@ -42,24 +55,22 @@ class GenerationRequest:
     """One answer in flight: what was asked for, and how far it is. Dropped when it ends."""
 
     prompt: list[int]
-    positions: tuple[int, ...]  # intervened prompt positions, ascending
-    artefact: str  # "" in BASE mode
-    personal: Shift | None
+    shift: Intervention
     sampling: Sampling
     sampler: Sampler | None  # None: greedy
-    answer: CompletionStream
-    owner: str = ""  # whose it is
+    stream: TextStream
+    owner: str = ""
     produced: int = 0  # tokens
     has_left: bool = False  # nobody reads its answer any more
 
 
-class Engine(ABC):
-    """Answers for many devices over one base model and any number of artefacts. Thread-safe.
+class OwnEngine(ABC):
+    """An `Engine` whose passes run in a thread of this process.
 
-    A subclass says in `_round` what its thread does with `_waiting` while there is work.
+    A subclass says in `_round` what that thread does with `_waiting` while there is work.
     """
 
-    continuous: bool  # whether a request joins the batch at once, or when the one before is over
+    continuous: bool
 
     def __init__(
         self,
@@ -70,18 +81,17 @@ class Engine(ABC):
     ) -> None:
         """`turns`: of all engines on the base's device."""
         self.settings = settings
-        self.end_ids = frozenset(base.end_ids)
         self._base, self._device_lock = base, device_lock or DeviceLock()
+        self._end_ids = frozenset(base.end_ids)
         self._model = base.share_weights()
         # Only blocks that an artefact names carry a hook.
         install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
         self._vocabulary = int(base.model.get_input_embeddings().num_embeddings)
-        self._positions = {name: Positions.parse(a.spec.positions) for name, a in artefacts.items()}
         self._collective = {name: to_torch(a.collective, base.device) for name, a in artefacts.items()}
         self._changed = threading.Condition()
-        # Under the condition: all that hold a place, and those of them that no pass has seen.
-        self._requests: set[GenerationRequest] = set()
-        self._waiting: deque[GenerationRequest] = deque()
+        # Both are changed under the condition alone.
+        self._requests: set[GenerationRequest] = set()  # all that hold a place
+        self._waiting: deque[GenerationRequest] = deque()  # those of them that no pass has seen
         self._share = FairShare()  # of what the subclass shares out by owner
         self._thread: threading.Thread | None = None
         self._is_stopped = False
@@ -90,7 +100,7 @@ class Engine(ABC):
     # -- for callers ---------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the batch's thread; `submit` does it too when needed."""
+        """Start the engine's thread; `submit` does it too when needed."""
         with self._changed:
             self._ensure_thread()
 
@@ -104,39 +114,21 @@ class Engine(ABC):
             thread.join()
 
     @property
-    def in_flight(self) -> int:
-        """Answers that hold a place."""
-        return len(self._requests)
-
-    @property
     def cache_tokens_held(self) -> int:
-        """Tokens whose keys and values have a place, as far as that is not the model library's business."""
+        """Tokens that have a place in a cache of our own; the model library's caches are not counted."""
         return 0
 
     def health(self) -> EngineHealth:
-        """Without the condition: whoever is stuck may hold it."""
+        """Does not take the condition: a thread that is stuck may hold it."""
         held, waiting, thread = len(self._requests), len(self._waiting), self._thread
         is_alive = not self._is_stopped and not (held and thread is not None and not thread.is_alive())
         return EngineHealth(
             held - waiting, waiting, time.monotonic() - self._moved if held else 0.0, is_alive
         )
 
-    def submit(
-        self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str = ""
-    ) -> CompletionStream:
-        """Queue one answer. All of one `owner` share what there is of passes and of the cache with others.
-
-        Raises Busy when all places are taken, InvalidPrompt when prompt and answer cannot fit the
-        model's context or the cache, Unavailable when the engine was stopped.
-        """
-        room = min(self._base.context, self.settings.cache_tokens // 2)
-        if not prompt or len(prompt) + sampling.max_new_tokens > room:
-            raise InvalidPrompt(
-                f"the prompt has {len(prompt)} tokens; with {sampling.max_new_tokens} for the answer "
-                f"that is over the {room} that fit"
-            )
-        if max(prompt) >= self._vocabulary:
-            raise InvalidPrompt("the prompt has a token that the model does not know; tell the operator")
+    def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str = "") -> TextStream:
+        """Queue one answer; see `Engine`."""
+        self._check(prompt, shift, sampling)
         request = self._request(prompt, shift, sampling, owner)
         with self._changed:
             if len(self._requests) >= self.settings.max_requests:
@@ -147,7 +139,7 @@ class Engine(ABC):
             self._requests.add(request)
             self._waiting.append(request)
             self._changed.notify()
-        return request.answer
+        return request.stream
 
     # -- for subclasses ------------------------------------------------------------------------
 
@@ -159,7 +151,7 @@ class Engine(ABC):
     def _round(self) -> None:
         """Do some of it, while the thread holds the device.
 
-        An error ends the answers in flight, and the thread goes on.
+        An error ends the answers that left `_waiting`, and the thread goes on.
         """
 
     @abstractmethod
@@ -171,42 +163,44 @@ class Engine(ABC):
         self._share.wanted_by(())
 
     def _end(self, request: GenerationRequest) -> None:
-        """Its last token is there; its place is given up before that goes out."""
+        """Its last token is there. Gives up its place first, so that who reads the token finds it free."""
         with self._changed:
             self._requests.discard(request)
 
-    def _produced(self, request: GenerationRequest, token: int) -> bool:
+    def _produced(self, request: GenerationRequest, token: int, log_probability: float | None) -> bool:
         """Hand over a token; whether it was the last."""
         self._moved = time.monotonic()
         request.produced += 1
-        is_last = token in self.end_ids or request.produced >= request.sampling.max_new_tokens
+        is_last = finish_of(token, request.produced, request.sampling, self._end_ids) is not None
         if is_last:
             self._end(request)
-        request.answer.put(token)
+        request.stream.put(token, log_probability)
         return is_last
 
-    def _groups(self, rows: Mapping[GenerationRequest, list[int]]) -> list[ShiftGroup]:
-        """Who intervenes on which rows of a flattened batch: one group an artefact and mode."""
-        owners: dict[tuple[str, bool], list[tuple[GenerationRequest, list[int]]]] = {}
-        for request, of_request in rows.items():
-            if of_request and request.artefact:
-                key = (request.artefact, request.personal is not None)
-                owners.setdefault(key, []).append((request, of_request))
-        groups = []
-        for (artefact, is_personal), members in owners.items():
-            index, valid = row_index([of_request for _, of_request in members], self._base.device)
-            shifts = [request.personal for request, _ in members if request.personal is not None]
-            personal = stack(shifts) if is_personal else None
-            groups.append(ShiftGroup(index, valid, self._collective[artefact], personal))
-        return groups
-
     # -- helpers -------------------------------------------------------------------------------
+
+    def _check(self, prompt: Sequence[int], shift: ShiftUse, sampling: Sampling) -> None:
+        """Refuse what could fail in a pass, where it would end everybody's answers."""
+        room = most_tokens(self._base.context, self.settings.cache_tokens)
+        if not prompt or len(prompt) + sampling.max_new_tokens > room:
+            raise InvalidPrompt(
+                f"the prompt has {len(prompt)} tokens; with {sampling.max_new_tokens} for the answer "
+                f"that is over the {room} that fit"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
+            raise InvalidPrompt("the prompt has a token that the model does not know; tell the operator")
+        if shift.mode is Mode.BASE:
+            return
+        if shift.artefact is None or shift.artefact.name not in self._collective:
+            raise NotFound("this engine does not have the artefact; tell the operator")
+        if shift.mode is Mode.PERSONAL:
+            if shift.personal is None:
+                raise InvalidTensors("personal mode needs the tensors of a personal shift")
+            shift.personal.check_layout(shift.artefact.spec, shift.artefact.spec.personal_rank)
 
     def _request(
         self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str
     ) -> GenerationRequest:
-        name = "" if shift.mode is Mode.BASE or shift.artefact is None else shift.artefact.name
-
         def leave() -> None:
             request = known()
             if request is not None:
@@ -214,15 +208,14 @@ class Engine(ABC):
 
         request = GenerationRequest(
             prompt=prompt,
-            positions=tuple(self._positions[name].indices(len(prompt))) if name else (),
-            artefact=name,
-            personal=to_torch(shift.personal, self._base.device) if name and shift.personal else None,
+            shift=intervention(shift, len(prompt), lambda of: self._collective[of.name], self._base.device),
             sampling=sampling,
-            sampler=Sampler(sampling) if sampling.temperature > 0 else None,
-            answer=CompletionStream(self._base, len(prompt), sampling, end_ids=self.end_ids, leave=leave),
+            sampler=sampler_of(sampling),
+            stream=TextStream(self._base, len(prompt), sampling, leave),
             owner=owner,
         )
-        # Weak: what a request holds goes with the engine's last use of it, not at some later collection.
+        # Weak, or request and stream would refer to each other. What a request holds must go with the
+        # engine's last use of it, and not at some later collection of cycles.
         known = weakref.ref(request)
         return request
 
@@ -255,7 +248,7 @@ class Engine(ABC):
                         self._rounds()
                 except Exception as error:
                     _log.error("a pass failed: %s", error_location(error))
-                    self._fail()
+                    self._fail(spares_waiting=True)
         finally:
             self._fail()
 
@@ -267,11 +260,17 @@ class Engine(ABC):
             self._device_lock.yield_to_waiting()
         self._rest()
 
-    def _fail(self) -> None:
-        """End all answers in flight."""
+    def _fail(self, *, spares_waiting: bool = False) -> None:
+        """End all answers in flight, or only those that a pass has seen.
+
+        If no pass has seen any, the error came before one began. It would come again for those who wait, so
+        they are not spared.
+        """
         with self._changed:
-            requests, self._requests = self._requests, set()
-            self._waiting.clear()
+            spared = set(self._waiting) if spares_waiting else set()
+            requests = self._requests - spared or self._requests
+            self._requests = self._requests - requests
+            self._waiting = deque(request for request in self._waiting if request in self._requests)
         self._rest()
         try:
             self._drop()
@@ -280,4 +279,4 @@ class Engine(ABC):
             with self._changed:  # a device that cannot even forget will not answer either
                 self._is_stopped = True
         for request in requests:
-            request.answer.fail()
+            request.stream.fail()

@@ -1,7 +1,6 @@
-"""Choosing the next token of every row of a batch: the arg-max, or a draw of the request's own.
+"""Choosing the next token of every row of a batch: the arg-max, or a draw by the request's own generator.
 
-A draw is the arg-max of log-probability / temperature plus Gumbel noise from the request's own
-generator, which is a draw from the softmax.
+The arg-max of logits / temperature plus Gumbel noise is a draw from the softmax.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from perfit_cloud.engine.interface import Sampling
+from perfit_shared.types import Sampling
 
-__all__ = ["Sampler", "draw"]
+__all__ = ["Sampler", "draw", "log_probabilities"]
 
 
-# Of the likeliest tokens, the most that top-k and top-p look at: more would have to be sorted for
-# every token of an answer, while everybody waits.
+# Top-k and top-p look at this many of the likeliest tokens at most. Sorting more for every token of an answer
+# would keep everybody waiting.
 _CANDIDATES = 1024
 
 
@@ -31,18 +30,18 @@ class Sampler:
         self._noise = np.random.default_rng(sampling.seed)
 
     def candidates(self, vocabulary: int) -> int | None:
-        """How many of the likeliest tokens it looks at; None: all, in any order."""
+        """How many of the likeliest tokens `draw` wants; None: all, in any order."""
         top_k = self._sampling.top_k or vocabulary
         if top_k >= vocabulary and self._sampling.top_p >= 1:
             return None
         return min(top_k, _CANDIDATES, vocabulary)
 
     def draw(self, logits: npt.NDArray[np.float32]) -> int:
-        """The place of the drawn one among its candidates' logits, for top-p the highest first.
+        """The index of the drawn token among its candidates. For top-p the highest logits must come first.
 
         Temperature, then top-k, then top-p, as transformers orders them.
         """
-        with np.errstate(all="ignore"):  # a hostile shift may have made them infinite
+        with np.errstate(all="ignore"):  # a hostile shift may have made logits infinite
             values = logits / np.float32(self._sampling.temperature)
             if self._sampling.top_p < 1:
                 probabilities = np.exp(values - values[0])
@@ -62,7 +61,7 @@ def draw(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int]:
         if sampler is not None:
             by_count.setdefault(sampler.candidates(logits.shape[1]), []).append((row, sampler))
     for count, members in by_count.items():
-        # One search and one transfer for all who look at equally many.
+        # One search and one transfer for all rows that want equally many.
         of_members = logits[[row for row, _ in members]].float()
         if count is None:
             values, ids = of_members.cpu().numpy(), None
@@ -73,3 +72,11 @@ def draw(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int]:
             drawn = sampler.draw(values[at])
             tokens[row] = drawn if ids is None else int(ids[at, drawn])
     return tokens
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """log p of one token of each row of logits (n, V), in nats. In float64: a logit's last bit shows."""
+    wide = logits.double()
+    chosen = wide[range(len(tokens)), list(tokens)]
+    values: list[float] = (chosen - wide.logsumexp(-1)).tolist()
+    return values

@@ -1,18 +1,18 @@
-"""Answers to several prompts at once by the library's own `generate`, each under its own shift.
+"""Static batches: several prompts at once by the library's own `generate`, each under its own shift.
 
 For research, where all prompts are known beforehand, and to serve families that continuous batching
-does not take. Prompts are padded on the left. The book of whose rows are shifted is open for one
-forward pass, that of the prompts, and closed by its logits: decoded tokens are never intervened on.
-Which prompts share a batch, and whether earlier tokens are kept, is as the family can (capabilities).
+does not take. Prompts are padded on the left. Shifts are active for one forward pass, that of the prompts:
+decoded tokens are never intervened on. The family's capabilities say which prompts may share a batch, and
+whether `generate` may keep keys and values between passes.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,22 +26,23 @@ from transformers import (
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import in_turns
-from perfit_cloud.engine.generation.engine import Engine, GenerationRequest, GenerationSettings
-from perfit_cloud.engine.generation.sampling import Sampler, draw
-from perfit_cloud.engine.interface import Mode, Sampling, ShiftUse
+from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine, intervention, sampler_of
+from perfit_cloud.engine.generation.sampling import Sampler, draw, log_probabilities
+from perfit_cloud.engine.generation.stream import AnswerText, finish_of
+from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, left_padded
 from perfit_cloud.model.interventions import (
+    Intervention,
     ShiftGroup,
     active_interventions,
+    groups_of,
     hooked,
-    row_index,
-    stack,
     to_torch,
 )
 from perfit_shared.errors import InvalidInput, InvalidPrompt
-from perfit_shared.positions import Positions
+from perfit_shared.types import Sampling
 
 __all__ = ["BatchedEngine", "generate_batch"]
 
@@ -62,21 +63,25 @@ def generate_batch(
                 f"a prompt has {len(prompt)} tokens; with {sampling.max_new_tokens} for the answer "
                 f"it should have 1 to {base.context - sampling.max_new_tokens}"
             )
+    artefacts = {id(use.artefact): use.artefact for use in uses if use.artefact is not None}
+    collective = {key: to_torch(artefact.collective, base.device) for key, artefact in artefacts.items()}
+    rows = [
+        _Whole(
+            prompt, intervention(use, len(prompt), lambda of: collective[id(of)], base.device), sampling, base
+        )
+        for prompt, use, sampling in zip(prompts, uses, samplings, strict=True)
+    ]
     model = base.share_weights()
     model.generation_config = GenerationConfig()  # what the model's folder suggests is not asked for
-    answers = [_Answer(base, sampling) for sampling in samplings]
-    with hooked(model, {layer for use in uses if use.artefact for layer in use.artefact.spec.layers}):
-        asked = [(len(prompt), sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+    with hooked(model, {layer for artefact in artefacts.values() for layer in artefact.spec.layers}):
+        asked = [(len(row.prompt), row.sampling) for row in rows]
         for chosen in _fitting(base.context, base.capabilities.answers, asked):
-            members = [prompts[i] for i in chosen]
-            groups = partial(_groups, members, [uses[i] for i in chosen], base.device)
-            readers = [answers[i] for i in chosen]
-            _generate(model, members, groups, readers, caches=base.capabilities.caches)
-    return [answer.text for answer in answers]
+            _generate(model, [rows[i] for i in chosen], caches=base.capabilities.caches)
+    return [row.text for row in rows]
 
 
-class BatchedEngine(Engine):
-    """Answers in batches: who comes while one runs waits for its end. For every family."""
+class BatchedEngine(OwnEngine):
+    """Static batches: who comes while one runs waits for its end. For every family."""
 
     continuous = False
 
@@ -90,160 +95,154 @@ class BatchedEngine(Engine):
         super().__init__(base, artefacts, settings, device_lock)
         # What the model's folder suggests is not asked for.
         self._model.generation_config = GenerationConfig()
-        # `_share` is of the tokens of prompts and answers.
 
     def _has_work(self) -> bool:
         return bool(self._waiting)
 
     def _round(self) -> None:
-        batching = self._base.capabilities.answers
+        members = self._admitted()
+        for request in members:  # `_share` is of the tokens of prompts and answers
+            self._share.charge(request.owner, len(request.prompt) + request.sampling.max_new_tokens)
+        if members:
+            _generate(
+                self._model,
+                [_Served(request, self._produced, lambda: self._is_stopped) for request in members],
+                caches=self._base.capabilities.caches,
+                tells=self.settings.log_probabilities,
+                between=self._device_lock.yield_to_waiting,
+            )
+
+    def _admitted(self) -> list[GenerationRequest]:
+        """Those of who waits that can run together, the owners who had least first."""
         with self._changed:
             self._share.wanted_by(request.owner for request in self._waiting)
             members: list[GenerationRequest] = []
             later: list[GenerationRequest] = []
             for request in in_turns(self._waiting, self._share):
-                span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
-                fits = span <= self._base.context and span * (len(members) + 1) <= self.settings.cache_tokens
-                fits &= not members or (
-                    not self.settings.alone and batching.fits([len(members[0].prompt), len(request.prompt)])
-                )
-                (members if fits else later).append(request)
+                (members if self._fits(members, request) else later).append(request)
             self._waiting = deque(request for request in self._waiting if request in later)
+        return members
+
+    def _fits(self, members: Sequence[GenerationRequest], request: GenerationRequest) -> bool:
+        """Whether `request` can run beside `members`."""
+        span = _span([(len(r.prompt), r.sampling) for r in (*members, request)])
+        if span > self._base.context or span * (len(members) + 1) > self.settings.cache_tokens:
+            return False
         if not members:
-            return
-        for request in members:
-            self._share.charge(request.owner, len(request.prompt) + request.sampling.max_new_tokens)
-        prompts = [request.prompt for request in members]
-
-        def groups(length: int) -> list[ShiftGroup]:
-            starts = _starts(prompts, length)
-            return self._groups(
-                {
-                    request: [start + p for p in request.positions]
-                    for request, start in zip(members, starts, strict=True)
-                }
-            )
-
-        streams = [_Stream(request, self._produced) for request in members]
-        _generate(
-            self._model,
-            prompts,
-            groups,
-            streams,
-            caches=self._base.capabilities.caches,
-            between=self._device_lock.yield_to_waiting,
-        )
+            return True
+        lengths = [len(members[0].prompt), len(request.prompt)]
+        return not self.settings.alone and self._base.capabilities.answers.fits(lengths)
 
     def _drop(self) -> None:
         """All that was held lay in `generate`."""
 
 
-class _Reader(Protocol):
-    """Who takes the tokens of one row."""
+class _Row(ABC):
+    """One answer of a batch: what it is made from, and who takes its tokens."""
 
-    sampler: Sampler | None
-    most: int  # tokens
+    def __init__(
+        self, prompt: list[int], shift: Intervention, sampling: Sampling, sampler: Sampler | None
+    ) -> None:
+        self.prompt, self.shift, self.sampling, self.sampler = prompt, shift, sampling, sampler
 
     @property
-    def is_over(self) -> bool: ...
-    def take(self, ids: list[int]) -> None: ...
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether nobody wants more of its tokens."""
+
+    @abstractmethod
+    def take(self, token: int, log_probability: float | None) -> None:
+        """Its next token."""
 
 
-class _Stream:
+class _Served(_Row):
     """A row whose tokens go out as they come."""
 
     def __init__(
-        self, request: GenerationRequest, produced: Callable[[GenerationRequest, int], bool]
+        self,
+        request: GenerationRequest,
+        produced: Callable[[GenerationRequest, int, float | None], bool],
+        is_stopped: Callable[[], bool],
     ) -> None:
-        self.sampler, self.most = request.sampler, request.sampling.max_new_tokens
-        self._request, self._produced = request, produced
+        super().__init__(request.prompt, request.shift, request.sampling, request.sampler)
+        self._request, self._produced, self._is_stopped = request, produced, is_stopped
         self._is_done = False
 
     @property
     def is_over(self) -> bool:
-        return self._is_done or self._request.has_left
+        return self._is_done or self._request.has_left or self._is_stopped()
 
-    def take(self, ids: list[int]) -> None:
-        self._is_done = self._produced(self._request, ids[-1])
+    def take(self, token: int, log_probability: float | None) -> None:
+        self._is_done = self._produced(self._request, token, log_probability)
 
 
-class _Answer:
-    """A row whose text is wanted in the end."""
+class _Whole(_Row):
+    """A row whose text is wanted when it is over."""
 
-    def __init__(self, base: BaseModel, sampling: Sampling) -> None:
-        self._base, self._sampling = base, sampling
+    def __init__(self, prompt: list[int], shift: Intervention, sampling: Sampling, base: BaseModel) -> None:
+        super().__init__(prompt, shift, sampling, sampler_of(sampling))
+        self._answer = AnswerText(base, len(prompt), sampling)
         self._end_ids = frozenset(base.end_ids)
-        self.sampler = Sampler(sampling) if sampling.temperature > 0 else None
-        self.most = sampling.max_new_tokens
-        self.is_over = False
+        self._unread: list[int] = []  # tokens of which no text was made yet
         self.text = ""
 
-    def take(self, ids: list[int]) -> None:
-        """Look at all its tokens so far; sets `text` when the last of them ends it."""
-        ended = ids[-1] in self._end_ids
-        last = ended or len(ids) >= self.most
-        if not last and not self._sampling.stop:
-            return
-        text = self._base.decode(ids[:-1] if ended else ids)
-        stops = [at for stop in self._sampling.stop if (at := text.find(stop)) >= 0]
-        if last or stops:
-            self.text, self.is_over = text[: min(stops, default=len(text))], True
+    @property
+    def is_over(self) -> bool:
+        return self._answer.is_over
+
+    def take(self, token: int, _log_probability: float | None) -> None:
+        self._unread.append(token)
+        count = len(self._answer.ids) + len(self._unread)
+        # Without stop texts one look at the end is enough.
+        if self.sampling.stop or finish_of(token, count, self.sampling, self._end_ids):
+            chunk = self._answer.take(self._unread)
+            self._unread = []
+            self.text += "" if chunk is None else chunk.text
 
 
 def _generate(
     model: Any,
-    prompts: Sequence[list[int]],
-    groups: Callable[[int], Sequence[ShiftGroup]],
-    readers: Sequence[_Reader],
+    rows: Sequence[_Row],
     *,
     caches: bool,
+    tells: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> None:
     """One `generate` on a model whose hooks are on; calls `between` its passes.
 
-    `groups` says whose rows a pass over so many tokens, padding included, shifts. Without caches every
-    pass reads the prompts again, and they are shifted again.
+    `tells`: whether rows get the log-probabilities of their tokens.
+    Without caches every pass reads the prompts again, and they are shifted again.
     """
+    prompts = [row.prompt for row in rows]
     ids, mask, _ = left_padded(prompts)
+
+    def groups(length: int) -> list[ShiftGroup]:
+        """What a pass over so many tokens, padding included, shifts."""
+        starts = _starts(prompts, length)
+        shifted = zip(starts, rows, strict=True)
+        return groups_of(
+            ((row.shift, [start + p for p in row.shift.positions]) for start, row in shifted), model.device
+        )
+
     with ExitStack() as book:
 
         def after(length: int) -> None:
             book.close()  # harmless when repeated
             if not caches:
                 book.enter_context(active_interventions(groups(length + 1)))
+            between()
 
         book.enter_context(active_interventions(groups(ids.shape[1])))
+        choice = _Choice(rows, after, tells=tells)
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max(reader.most for reader in readers),
+            max_new_tokens=max(row.sampling.max_new_tokens for row in rows),
             do_sample=False,
             use_cache=caches,
-            logits_processor=LogitsProcessorList([_Choice(readers, after=after, between=between)]),
-            stopping_criteria=StoppingCriteriaList([_Ends(readers, ids.shape[1])]),
+            logits_processor=LogitsProcessorList([choice]),
+            stopping_criteria=StoppingCriteriaList([_Ends(rows, choice)]),
         )
-
-
-def _groups(
-    prompts: Sequence[list[int]], uses: Sequence[ShiftUse], device: torch.device, length: int
-) -> list[ShiftGroup]:
-    """The shifted rows of the flattened (B · length), one group for each artefact and mode."""
-    owners: dict[tuple[int, Mode], list[tuple[list[int], ShiftUse]]] = {}
-    for start, prompt, use in zip(_starts(prompts, length), prompts, uses, strict=True):
-        if use.artefact is None or use.mode is Mode.BASE:
-            continue
-        rows = [start + p for p in Positions.parse(use.artefact.spec.positions).indices(len(prompt))]
-        if rows:
-            owners.setdefault((id(use.artefact), use.mode), []).append((rows, use))
-    groups = []
-    for members in owners.values():
-        artefact = members[0][1].artefact
-        personal = [to_torch(use.personal, device) for _, use in members if use.personal is not None]
-        if artefact is not None:
-            collective = to_torch(artefact.collective, device)
-            index = row_index([rows for rows, _ in members], device)
-            groups.append(ShiftGroup(*index, collective, stack(personal) if personal else None))
-    return groups
 
 
 def _starts(prompts: Sequence[list[int]], length: int) -> list[int]:
@@ -255,33 +254,35 @@ def _starts(prompts: Sequence[list[int]], length: int) -> list[int]:
 class _Choice(LogitsProcessor):  # type: ignore[misc]
     """Leaves the chosen token alone in the scores; `generate` takes the arg-max."""
 
-    def __init__(
-        self, readers: Sequence[_Reader], *, after: Callable[[int], None], between: Callable[[], None]
-    ) -> None:
-        self._readers, self._after, self._between = readers, after, between
+    def __init__(self, rows: Sequence[_Row], after: Callable[[int], None], *, tells: bool) -> None:
+        """`after` is called behind every pass, with the tokens that a row has so far."""
+        self._rows, self._after, self._tells = rows, after, tells
+        self.log_probabilities: list[float] | None = None  # of the chosen tokens
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self._after(ids.shape[1])
-        self._between()
-        samplers = [None if reader.is_over else reader.sampler for reader in self._readers]
-        if any(samplers):
+        samplers = [None if row.is_over else row.sampler for row in self._rows]
+        if any(samplers) or self._tells:
             chosen = draw(scores, samplers)
+            if self._tells:
+                self.log_probabilities = log_probabilities(scores, chosen)
             scores.fill_(-torch.inf)
             scores[range(len(chosen)), chosen] = 0
         return scores
 
 
 class _Ends(StoppingCriteria):  # type: ignore[misc]
-    """Which answers are over; those run on, unread, until all are."""
+    """Hands out the chosen tokens. Rows that are over run on, unread, until all are."""
 
-    def __init__(self, readers: Sequence[_Reader], width: int) -> None:
-        self._readers, self._width = readers, width
+    def __init__(self, rows: Sequence[_Row], choice: _Choice) -> None:
+        self._rows, self._choice = rows, choice
 
     def __call__(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        for reader, new in zip(self._readers, ids[:, self._width :].tolist(), strict=True):
-            if not reader.is_over:
-                reader.take(new)
-        return torch.tensor([reader.is_over for reader in self._readers], device=ids.device)
+        known = self._choice.log_probabilities
+        for number, (row, token) in enumerate(zip(self._rows, ids[:, -1].tolist(), strict=True)):
+            if not row.is_over:
+                row.take(token, None if known is None else known[number])
+        return torch.tensor([row.is_over for row in self._rows], device=ids.device)
 
 
 def _span(requests: Sequence[tuple[int, Sampling]]) -> int:

@@ -17,13 +17,14 @@ import torch
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients.batch import BatchBudget, Pair
 from perfit_cloud.engine.gradients.multi_user import Floats, PassResult, UserBatch
-from perfit_cloud.engine.interface import Gradient, Score
+from perfit_cloud.engine.interface import Gradient
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.interventions import to_torch
 from perfit_cloud.model.partial import Indices
 from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
+from perfit_shared.types import Score
 
 __all__ = [
     "GradientRequest",

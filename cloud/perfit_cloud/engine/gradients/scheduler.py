@@ -16,10 +16,11 @@ from perfit_cloud.engine.gradients.batch import BatchBudget, Pair
 from perfit_cloud.engine.gradients.requests import PassShare, Sum, cut_into_passes
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine, UpdateSession
 from perfit_cloud.engine.gradients.stateless import StatelessSession
-from perfit_cloud.engine.interface import EngineHealth, Gradient, Score, ShiftUse
+from perfit_cloud.engine.interface import EngineHealth, Gradient, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.partial import Indices
 from perfit_shared.errors import Busy, PerfitError, Unavailable
+from perfit_shared.types import Score
 
 __all__ = ["GradientScheduler"]
 

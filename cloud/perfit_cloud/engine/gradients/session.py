@@ -33,11 +33,12 @@ from perfit_cloud.engine.gradients.requests import (
     working,
 )
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Gradient, Mode, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.partial import Indices, PartialDecoder, supports
 from perfit_shared.errors import InvalidInput
+from perfit_shared.types import Mode
 
 __all__ = ["GradientRequest", "UpdateEngine", "UpdateSession"]
 

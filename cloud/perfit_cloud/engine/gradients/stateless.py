@@ -22,11 +22,12 @@ from perfit_cloud.engine.gradients.requests import (
     users_of,
     working,
 )
-from perfit_cloud.engine.interface import Gradient, Mode, Score, ShiftUse
+from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.interventions import install
 from perfit_cloud.model.partial import Indices
 from perfit_shared.errors import InvalidInput
+from perfit_shared.types import Mode, Score
 
 __all__ = ["GradientEngine", "StatelessSession"]
 

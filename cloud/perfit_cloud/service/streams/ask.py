@@ -17,7 +17,7 @@ from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.catalog import Catalog
-from perfit_cloud.service.codec import decode_shift, encode_piece
+from perfit_cloud.service.codec import decode_shift, encode_chunk
 from perfit_cloud.service.drain import Drain, stopping
 from perfit_cloud.service.interceptor import Call, public_error
 from perfit_cloud.service.limits import Paid
@@ -159,8 +159,8 @@ class _Stream:
         try:
             if self._is_stopping:
                 raise stopping()
-            for piece in self._answers.pieces(question, shift, self._device, at_end, paid=paid):
-                self._events.put(pb.AskResponse(number=question.number, part=encode_piece(piece)))
+            for chunk in self._answers.chunks(question, shift, self._device, at_end, paid=paid):
+                self._events.put(pb.AskResponse(number=question.number, part=encode_chunk(chunk)))
         except Exception as error:
             _, code, message, retry_ms = public_error(error, "Ask")
             failure = pb.Failure(code=code, message=message, retry_ms=retry_ms)
