@@ -19,7 +19,6 @@ from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from tests.support.models import FAMILIES, random_shift, tiny_config, tiny_tokenizer
 
 prepare_grpc()  # gRPC is imported by the tests' own modules
-pytest.register_assert_rewrite("tests.support")  # a failure there shows its values, too
 
 if TYPE_CHECKING:
     from perfit_cloud.model.artefacts import Artefact

@@ -25,12 +25,13 @@ from typing import Any
 import reference
 import torch
 
+from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage2
-from perfit_cloud.lamp.people import Person, read_people
+from perfit_cloud.lamp.people import Learner, Person, read_people
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.optimizer import OptimizerConfig
@@ -63,7 +64,19 @@ class Times:
     theirs: list[ShiftTensors]
 
 
-def lengthened(person: Person, tokens: int) -> Person:
+@dataclass(frozen=True)
+class Tokens(Learner):
+    """A person as tokens."""
+
+    queries: tuple[Pair, ...]
+
+    @classmethod
+    def of(cls, person: Person, encoder: Encoder) -> Tokens:
+        queries = tuple(encoder.query(query.item).pair for query in person.queries)
+        return cls(person.user_id, Learner.of(person, encoder).history, queries)
+
+
+def lengthened(person: Tokens, tokens: int) -> Tokens:
     """Every prompt led by the person's articles before it (the first by the last), to `tokens` tokens."""
 
     def lead(earlier: Sequence[Pair], pair: Pair) -> Pair:
@@ -78,7 +91,7 @@ def lengthened(person: Person, tokens: int) -> Person:
     return replace(
         person,
         history=tuple(lead(past[i + 1 :] + past[:i], pair) for i, pair in enumerate(past)),
-        questions=tuple(replace(q, pair=lead(past, q.pair)) for q in person.questions),
+        queries=tuple(lead(past, pair) for pair in person.queries),
     )
 
 
@@ -96,7 +109,8 @@ class Bench:
     def rows(self, setting: Setting) -> list[dict[str, Any]]:
         """Two rows of the result: one user at a time, and all together."""
         task = load_task(self._data / setting.task, setting.task)
-        people = list(read_people(self._data / setting.task, task, self._base).people)[self._users]
+        read = list(read_people(self._data / setting.task, task, self._base).people)[self._users]
+        people = [Tokens.of(person, Encoder(self._base, task)) for person in read]
         if setting.prompt_tokens is not None:
             people = [lengthened(person, setting.prompt_tokens) for person in people]
         artefact = self._artefact(setting)
@@ -137,7 +151,7 @@ class Bench:
             learning_rate=self._rate,
         )
 
-    def _times(self, people: Sequence[Person], artefact: Artefact) -> Times:
+    def _times(self, people: Sequence[Tokens], artefact: Artefact) -> Times:
         settings = stage2.Stage2Settings(artefact.epochs, self._rate, artefact.batch_size, seed=0)
         alone, theirs, together = [], [], []
         for turn in range(self._rounds):
@@ -161,7 +175,7 @@ class Bench:
         )
 
     def _ours(
-        self, people: Sequence[Person], artefact: Artefact, settings: stage2.Stage2Settings
+        self, people: Sequence[Tokens], artefact: Artefact, settings: stage2.Stage2Settings
     ) -> tuple[list[ShiftTensors], float]:
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
@@ -178,7 +192,7 @@ class Bench:
             return [training.tensors for training in trainings], time.perf_counter() - begun
 
     def _reference(
-        self, person: Person, artefact: Artefact, settings: stage2.Stage2Settings
+        self, person: Tokens, artefact: Artefact, settings: stage2.Stage2Settings
     ) -> tuple[ShiftTensors, float]:
         schedule = settings.schedule_for(person.lengths)
         return reference.train(
@@ -192,11 +206,11 @@ class Bench:
             clip=OptimizerConfig.clip,
         )
 
-    def _loss(self, people: Sequence[Person], artefact: Artefact, tensors: Sequence[ShiftTensors]) -> float:
+    def _loss(self, people: Sequence[Tokens], artefact: Artefact, tensors: Sequence[ShiftTensors]) -> float:
         total = tokens = 0.0
         for person, personal in zip(people, tensors, strict=True):
             use = ShiftUse(Mode.PERSONAL, artefact, personal)
-            for score in self._gradients.score([q.pair for q in person.questions], use):
+            for score in self._gradients.score(person.queries, use):
                 total, tokens = total - score.log_likelihood, tokens + score.tokens
         return total / tokens
 

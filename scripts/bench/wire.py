@@ -169,13 +169,14 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     """Losses in nats a token over all users' held-out queries, by what happened to their tensors."""
     import tempfile
 
+    from perfit_cloud.collective.encoding import Encoder
     from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
     from perfit_cloud.engine.gradients.stateless import GradientEngine
     from perfit_cloud.engine.interface import Gradient
     from perfit_cloud.engine.interface import ShiftUse as Use
     from perfit_cloud.lamp import stage2
-    from perfit_cloud.lamp.people import Person, read_people
-    from perfit_cloud.lamp.results import user_folder
+    from perfit_cloud.lamp.people import Learner, Person, cohorts, read_people
+    from perfit_cloud.lamp.results import UserFolder
     from perfit_cloud.model.artefacts import Artefact as Trained
     from perfit_cloud.model.base import load_base
     from perfit_shared.types import Mode
@@ -184,6 +185,7 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     artefact = Trained.load(args.run / "artefact")
     spec, rank = artefact.spec, artefact.spec.personal_rank
     people = read_people(args.data, artefact.task, base).people
+    encoder = Encoder(base, artefact.task)
     was = json.loads((args.run / "settings.json").read_text("utf-8"))
     settings = stage2.Stage2Settings(
         was["epochs"], was["learning_rate"], artefact.batch_size, was["seed"], was.get("schedule", "device")
@@ -208,10 +210,11 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, ShiftTensors] = {}
         engine = OverTheWire(base, keep_bytes=_KEEP_BYTES)
         with tempfile.TemporaryDirectory() as folder:
-            for number, cohort in enumerate(stage2.cohorts(people, was["users_together"])):
+            for number, cohort in enumerate(cohorts(people, was["users_together"])):
+                learners = [Learner.of(person, encoder) for person in cohort]
                 trainings = stage2.train(
                     engine,
-                    cohort,
+                    learners,
                     artefact,
                     settings,
                     checkpoint=Path(folder) / str(number),
@@ -227,7 +230,10 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     scorer = GradientEngine(base)
 
     def losses(use_of: Callable[[Person], Use]) -> Losses:
-        scores = [scorer.score([q.pair for q in person.questions], use_of(person)) for person in people]
+        scores = [
+            scorer.score([encoder.query(q.item).pair for q in person.queries], use_of(person))
+            for person in people
+        ]
         return Losses(
             np.array([-sum(s.log_likelihood for s in of_one) for of_one in scores]),
             np.array([sum(s.tokens for s in of_one) for of_one in scores]),
@@ -238,7 +244,7 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
 
     trained = {
         person.user_id: ShiftTensors.from_bytes(
-            (user_folder(args.run, person.user_id) / "personal.safetensors").read_bytes(), spec, rank
+            UserFolder(args.run, person.user_id, "personal.safetensors").state_path.read_bytes(), spec, rank
         )
         for person in people
     }

@@ -12,7 +12,8 @@ import pytest
 from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective import data, streaming
-from perfit_cloud.collective.data import Items, read_items, tokenise
+from perfit_cloud.collective.data import read_items, tokenise
+from perfit_cloud.collective.items import Items
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import load_task
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tests.support.lamp_files import TASK, write_files
 
-from perfit_cloud.lamp.people import read_people
+from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.lamp.people import Learner, read_people
 from perfit_cloud.lamp.request import LampRun
 from perfit_cloud.lamp.results import Run
 from perfit_cloud.lamp.run import run_lamp
@@ -153,8 +154,11 @@ def test_long_examples_are_cut_not_left_out(data: Path, base: BaseModel, tmp_pat
     (changed / "user_top_100_history.json").write_text(json.dumps(users))
     task: Task = TASKS[TASK]
     people = read_people(changed, task, base)
-    assert (people.shortened, people.dropped_long, people.token_cap) == (1, 1, 256)
-    person, whole = people.people[0], read_people(data, task, base).people[0]
+    assert (people.counts.shortened, people.counts.dropped_long, people.token_cap) == (1, 1, 256)
+    encoder = Encoder(base, task)
+    person, whole = (
+        Learner.of(found.people[0], encoder) for found in (people, read_people(data, task, base))
+    )
     assert len(person.history) == len(whole.history) - 1
     assert max(person.lengths) == 256
     longest = person.history[person.lengths.index(256)][0]

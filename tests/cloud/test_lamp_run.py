@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from tests.support.lamp_files import TASK, write_files
 
+from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.measure import Decoding
-from perfit_cloud.lamp.people import read_people, swap_histories
+from perfit_cloud.lamp.people import Learner, read_people, swap_histories
 from perfit_cloud.lamp.request import LampRun
-from perfit_cloud.lamp.results import Run, user_folder
+from perfit_cloud.lamp.results import Run, UserFolder
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.lamp.sweep import run_sweep, sweep_requests
 from perfit_cloud.model.artefacts import Artefact
@@ -153,7 +154,7 @@ def test_a_users_history_reaches_nobody_else(
     (changed / "user_top_100_history.json").write_text(json.dumps(users))
     task = TASKS[TASK]
     lengths = [
-        [len(p) + len(t) for p, t in read_people(folder, task, base).people[0].history]
+        Learner.of(read_people(folder, task, base).people[0], Encoder(base, task)).lengths
         for folder in (data, changed)
     ]
     assert lengths[0] == lengths[1], "or the passes would have other shapes"
@@ -213,7 +214,7 @@ def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, 
     people = read_people(data, TASKS[TASK], base).people
     swapped = swap_histories(people)
     assert [p.history for p in swapped] == [*(p.history for p in people[1:]), people[0].history]
-    assert [p.questions for p in swapped] == [p.questions for p in people]
+    assert [p.queries for p in swapped] == [p.queries for p in people]
 
 
 def test_sweeps_name_their_runs(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_a_damaged_result_is_made_again(
 def test_folders_of_users_are_distinct(tmp_path: Path) -> None:
     """A review found two ids with one folder, and a name too long for a file system."""
     ids = ["7", "éa", "ບ", "Ann", "ann", "a/b", "a%2fb", "..", "", "ບ" * 100, "ບ" * 101]
-    folders = [user_folder(tmp_path, name) for name in ids]
+    folders = [UserFolder(tmp_path, name).path for name in ids]
     assert len({str(folder).lower() for folder in folders}) == len(ids)
     assert all(folder.parent == tmp_path / "users" for folder in folders)
     for folder in folders:
@@ -276,9 +277,9 @@ def test_draws_depend_on_the_query_alone(full: Run, data: Path, base: BaseModel)
         Decoding(seed=seed).sampling(TASKS[TASK], p.user_id, q).seed
         for seed in (0, 1)
         for p in people
-        for q in p.questions
+        for q in p.queries
     }
-    assert len(seeds) == 2 * sum(len(p.questions) for p in people)
+    assert len(seeds) == 2 * sum(len(p.queries) for p in people)
 
 
 def test_what_cannot_be_is_said(

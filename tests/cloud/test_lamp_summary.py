@@ -90,6 +90,7 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
     written = dict(SETTINGS) | {"task": LABELS.name, "artefact_task": LABELS.name}
     # And what a run from before it was written did.
     assert summary["settings"] == written | {
+        "method": "perfit",
         "schedule": "device",
         "prompts": "task",
         "artefact_prompts": "task",

@@ -75,18 +75,15 @@ def test_positions_pass_the_sink_unless_they_say_themselves(own: BaseModel) -> N
 def test_what_is_asked_fits_an_artefact_that_leaves_sinks_out(
     base: BaseModel, make_artefact: Any, tmp_path: Path
 ) -> None:
-    from perfit_cloud.lamp.people import People
     from perfit_cloud.lamp.request import LampRun
-    from perfit_cloud.lamp.stage1 import artefact_for
-    from perfit_shared.lamp import Labels
+    from perfit_cloud.lamp.stage1 import collective_artefact
 
     made = make_artefact(base, positions="s1+f2+l3", layers=(1, 2))
     made.save(tmp_path)
-    nobody = People((), 0, 0, 0, 0, 0, (), Labels(), {}, 0)
 
     def found(positions: str | None) -> str:
         request = LampRun("news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions)
-        return artefact_for(request, made.task, base, nobody, lambda: False)[0].spec.positions
+        return collective_artefact(request, made.task, base, lambda: False).spec.positions
 
     for asked in (None, "f2+l3", "s1+f2+l3"):  # the model decides, unless the request says
         assert found(asked) == "s1+f2+l3"

@@ -10,7 +10,7 @@ from tests.support.processes import ForkedCloud
 
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.lamp import stage2
-from perfit_cloud.lamp.people import Person
+from perfit_cloud.lamp.people import Learner
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_device.cloud import enrolment
@@ -63,10 +63,10 @@ def test_the_same_tensors_as_devices_over_grpc(
             with Cloud(enrolment.enroll(invite, Identity.create())) as cloud:
                 remote.append(over_grpc(cloud, items, settings))
 
-    def person(number: int, items: list[HistoryItem]) -> Person:
+    def person(number: int, items: list[HistoryItem]) -> Learner:
         examples = [artefact.task.example(item.fields) for item in items]
         pairs = [(base.encode(e.prompt), base.encode_target(e.target)) for e in examples]
-        return Person(str(number), tuple(pairs), ())
+        return Learner(str(number), tuple(pairs))
 
     engine = UpdateEngine(base, keep_bytes=1 << 30)
     people = [person(n, items) for n, items in enumerate(histories)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.lamp.results import QueryResult, Run, UserResult, user_folder
+from perfit_cloud.lamp.results import QueryResult, Run, UserFolder, UserResult
 from perfit_shared.tasks import Task
 
 LABELS = Task("news_categorize", "{text} is", " {category}", "accuracy", labels=("a", "b", "c"))
@@ -49,7 +49,7 @@ def save_run(folder: Path, task: Task, users: Sequence[UserResult], /, **setting
     full = {**SETTINGS, "task": task.name, "artefact_task": task.name, **settings}
     seconds = {"stage1": 100.0, "stage2": 30.0, "evaluation": 6.0}
     for one in users:
-        one.save(user_folder(folder, one.user_id))
+        UserFolder(folder, one.user_id).save(one)
     Run(folder, task, full, seconds, tuple(users)).save()
     return Run.load(folder)
 

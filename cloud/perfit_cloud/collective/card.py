@@ -15,6 +15,7 @@ from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Stage1Training
 from perfit_cloud.collective.trials import telling, trial_steps
+from perfit_cloud.text_tables import markdown_table
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec
 
@@ -151,17 +152,15 @@ def _plain(value: Any) -> Any:
 def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
     """CARD.md: the same for people."""
     data, hyper, losses = card["data"], card["hyper_parameters"], card["losses"]
-    validation = losses["validation"]
+    rows = [[label, f"{losses['validation'][key]:.4f}"] for key, label in _LOSSES.items()]
     lines = [
         f"# {name}: a collective shift for {card['model']}",
         "",
         f"φ₁ (rank {hyper['collective_rank']}) and the seed φ₂ (rank {hyper['personal_rank']}) after blocks "
-        f"{_list(hyper['layers'])} of {hyper['blocks']} (counted from 0), positions {hyper['positions']}; "
-        f"{hyper['personal_parameters']:,} numbers in a personal shift.",
+        f"{', '.join(map(str, hyper['layers']))} of {hyper['blocks']} (counted from 0), "
+        f"positions {hyper['positions']}; {hyper['personal_parameters']:,} numbers in a personal shift.",
         "",
-        "| validation loss (nats a target token) | |",
-        "|---|---|",
-        *(f"| {label} | {validation[key]:.4f} |" for key, label in _LOSSES.items()),
+        *markdown_table(["validation loss (nats a target token)", ""], rows),
         "",
         "![losses](loss.png)",
         "",
@@ -233,16 +232,9 @@ def _validation_of(users: int) -> str:
     return f"of {users} users who were not trained on" if users else "of the only user, the latest"
 
 
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
 def _table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    if not rows:
-        return []
-    head = ["", "| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|---" * len(keys) + "|"]
-    cells = [["–" if row[k] is None else f"{row[k]:g}" for k in keys] for row in rows]
-    return head + ["| " + " | ".join(row) + " |" for row in cells]
+    cells = [[None if row[key] is None else f"{row[key]:g}" for key in keys] for row in rows]
+    return ["", *markdown_table([key.replace("_", " ") for key in keys], cells)] if rows else []
 
 
 def draw_losses(path: Path, training: Stage1Training, *, base: float) -> None:

@@ -10,65 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from perfit_cloud.collective.encoding import Encoded, Encoder
+from perfit_cloud.collective.items import Items, source_of
 from perfit_cloud.collective.streaming import stream_users
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
-from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import at, id_of, item_of, parse_json, read_text, read_users
 from perfit_shared.tasks import Task
 
-__all__ = ["TOKEN_CAP", "Corpus", "Items", "find_data", "fit", "read_items", "tokenise"]
+__all__ = ["Corpus", "find_data", "read_items", "tokenise"]
 
-TOKEN_CAP = 2048  # longest example, tokens (OPPU's limit), or the model's context if that is less
-_SHORTEST_PROMPT = 2  # tokens
 _WHOLE_BYTES = 2**25  # of a file that is parsed as a whole; larger ones person by person
 _VALIDATION_SHARE, _VALIDATION_MIN, _VALIDATION_MAX = 0.05, 100, 300  # of all examples; examples
 _VALIDATION_CAP = 0.2  # of all examples, when there are few
 # Users whose update on a device is simulated, their latest examples, and how many make an update.
 _TRIAL_USERS, _TRIAL_MOST, _TRIAL_LEAST = 8, 64, 12
-
-
-@dataclass(frozen=True)
-class Items:
-    """What a file holds, by user, each user's items oldest first."""
-
-    source: str  # file name and its folder's, no path
-    kind: str  # "jsonl", "profile" or "query"
-    users: Mapping[str, list[dict[str, str]]]
-    dropped_empty: int  # items of the file with an empty field
-    # The latest of the profiles where queries are trained on; of a streamed file, of the longest ones.
-    profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
-    only_profiles: int = 0  # users left out, since they have no queries and others do
-    unnamed: int = 0  # users who are one line or one question, whoever wrote it
-
-    def history(self, user: str) -> list[dict[str, str]]:
-        """What a device of this user would hold: the profile, unless what is trained on is longer."""
-        return max(self.users[user], self.profiles.get(user, []), key=len)
-
-    def first_users(self, count: int, seed: int) -> Items:
-        """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
-
-        Raises InvalidInput when the file does not hold as many.
-        """
-        if not 1 <= count <= len(self.users):
-            raise InvalidInput(
-                f"{self.source} holds {len(self.users)} users, {count} of them cannot be taken"
-            )
-        names = sorted(self.users)
-        chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-        return replace(
-            self,
-            users={name: items for name, items in self.users.items() if name in chosen},
-            profiles={name: items for name, items in self.profiles.items() if name in chosen},
-        )
 
 
 @dataclass(frozen=True)
@@ -165,16 +129,7 @@ def read_items(path: Path, task: Task) -> Items:
 
 def _read_users(path: Path, task: Task) -> Items:
     if path.stat().st_size > _WHOLE_BYTES:
-        some = stream_users(path, task, latest=_TRIAL_MOST)
-        return Items(
-            f"{path.resolve().parent.name}/{path.name}",
-            some.kind,
-            some.users,
-            some.dropped_empty,
-            some.profiles,
-            some.only_profiles,
-            some.unnamed,
-        )
+        return stream_users(path, task, latest=_TRIAL_MOST)
     found = read_users(path, task)
     kind, entries = found.to_train_on()
     users = {user: [dict(entry.item) for entry in theirs] for user, theirs in entries.items()}
@@ -218,129 +173,81 @@ def _read_lines(path: Path, task: Task) -> Items:
             else:
                 users.setdefault(user, []).append(item)
                 unnamed += not named
-    source = f"{path.resolve().parent.name}/{path.name}"
-    return Items(source, "jsonl", users, dropped, unnamed=unnamed)
+    return Items(source_of(path), "jsonl", users, dropped, unnamed=unnamed)
 
 
 # -- tokens ------------------------------------------------------------------------------------------
 
 
-_Encode = Callable[[Sequence[Mapping[str, str]]], tuple[list[Pair], int]]  # (pairs, prompts cut)
-
-
 def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: Items | None = None) -> Corpus:
-    """Token pairs, split by user; `fit` cuts long prompts, and what it cannot fit is left out.
+    """Token pairs, split by user; long prompts are cut, and what does not fit is left out (`Encoder`).
 
     `others`: examples to validate on and to try updates on, so that all `items` are trained
     on. Raises InvalidData when fewer than two examples are left.
     """
-    cap = min(base.context, TOKEN_CAP)
-    encode = partial(_pairs, base=base, task=task, cap=cap)
-    users, dropped, shortened = _by_user(items, encode)
+    encoder = Encoder(base, task)
+    encoded = {user: encoder.examples(entries) for user, entries in items.users.items()}
+    users = _with_examples(encoded)
     if sum(map(len, users.values())) < 2:
-        raise InvalidData(f"{items.source}: fewer than two examples fit {cap} tokens, nothing to train on")
-    if others is not None:
-        return _validated_on(others, items, users, encode, dropped=dropped, shortened=shortened, cap=cap)
+        raise InvalidData(
+            f"{items.source}: fewer than two examples fit {encoder.cap} tokens, nothing to train on"
+        )
+    if others is None:
+        split = _split(users, seed)
+        histories = _histories(items, set(users), split.users, encoder)
+    else:
+        split = _validated_on(others, users, encoder)
+        histories = _histories(others, split.users, split.users, encoder)
+    return Corpus(
+        source=items.source,
+        kind=items.kind,
+        train=split.train,
+        validation=split.validation,
+        validation_users=len(split.users),
+        histories=histories,
+        held_out_histories=len(split.users & set(histories)),
+        dropped_empty=items.dropped_empty,
+        dropped_long=sum(len(items.users[user]) - len(found) for user, found in encoded.items()),
+        shortened=sum(example.is_cut for found in encoded.values() for example in found),
+        token_cap=encoder.cap,
+        only_profiles=items.only_profiles,
+    )
+
+
+class _Split(NamedTuple):
+    train: Mapping[str, list[Pair]]
+    validation: list[Pair]
+    users: set[str]  # whom validation examples are of, unless they are trained on too
+
+
+def _with_examples(encoded: Mapping[str, list[Encoded]]) -> dict[str, list[Pair]]:
+    return {user: [example.pair for example in found] for user, found in encoded.items() if found}
+
+
+def _split(users: Mapping[str, list[Pair]], seed: int) -> _Split:
     held_out = _validation_users(users, seed)
-    if held_out:
-        train = {user: pairs for user, pairs in users.items() if user not in held_out}
-        validation = [pair for user in sorted(held_out) for pair in users[user]]
-    else:  # one user alone: their latest tenth
+    if not held_out:  # one user alone: their latest tenth
         (user, pairs), *_ = users.items()
         cut = len(pairs) - max(1, len(pairs) // 10)
-        train, validation = {user: pairs[:cut]}, pairs[cut:]
-    histories = _histories(items, set(users), held_out, encode)
-    return Corpus(
-        source=items.source,
-        kind=items.kind,
-        train=train,
-        validation=validation,
-        validation_users=len(held_out),
-        histories=histories,
-        held_out_histories=len(held_out & set(histories)),
-        dropped_empty=items.dropped_empty,
-        dropped_long=dropped,
-        shortened=shortened,
-        token_cap=cap,
-        only_profiles=items.only_profiles,
-    )
+        return _Split({user: pairs[:cut]}, pairs[cut:], set())
+    train = {user: pairs for user, pairs in users.items() if user not in held_out}
+    return _Split(train, [pair for user in sorted(held_out) for pair in users[user]], held_out)
 
 
-def _validated_on(
-    others: Items,
-    items: Items,
-    users: dict[str, list[Pair]],
-    encode: _Encode,
-    *,
-    dropped: int,
-    shortened: int,
-    cap: int,
-) -> Corpus:
-    theirs, _, _ = _by_user(others, encode)
+def _validated_on(others: Items, users: Mapping[str, list[Pair]], encoder: Encoder) -> _Split:
+    theirs = _with_examples({user: encoder.examples(entries) for user, entries in others.users.items()})
     if not theirs:
-        raise InvalidData(f"{others.source}: no example fits {cap} tokens, nothing to validate on")
+        raise InvalidData(f"{others.source}: no example fits {encoder.cap} tokens, nothing to validate on")
     everything = [pair for pairs in theirs.values() for pair in pairs]
-    histories = _histories(others, set(theirs), set(theirs), encode)
-    return Corpus(
-        source=items.source,
-        kind=items.kind,
-        train=users,
-        validation=everything[:: -(-len(everything) // _VALIDATION_MAX)],  # of everybody alike
-        validation_users=len(theirs),
-        histories=histories,
-        held_out_histories=len(histories),
-        dropped_empty=items.dropped_empty,
-        dropped_long=dropped,
-        shortened=shortened,
-        token_cap=cap,
-        only_profiles=items.only_profiles,
-    )
+    some = everything[:: -(-len(everything) // _VALIDATION_MAX)]  # of everybody alike
+    return _Split(users, some, set(theirs))
 
 
-def _by_user(items: Items, encode: _Encode) -> tuple[dict[str, list[Pair]], int, int]:
-    """(pairs of users who have any, how many are left out, how many prompts were cut)."""
-    users: dict[str, list[Pair]] = {}
-    dropped = shortened = 0
-    for user, entries in items.users.items():
-        pairs, cut = encode(entries)
-        dropped += len(entries) - len(pairs)
-        shortened += cut
-        if pairs:
-            users[user] = pairs
-    return users, dropped, shortened
-
-
-def _histories(items: Items, users: set[str], held_out: set[str], encode: _Encode) -> dict[str, list[Pair]]:
+def _histories(items: Items, users: set[str], held_out: set[str], encoder: Encoder) -> dict[str, list[Pair]]:
     """Of those whose updates are tried."""
     chosen = _trial_users(items, users, held_out)
-    return {user: encode(items.history(user)[-_TRIAL_MOST:])[0] for user in chosen}
-
-
-def _pairs(
-    items: Sequence[Mapping[str, str]], *, base: BaseModel, task: Task, cap: int
-) -> tuple[list[Pair], int]:
-    """Those that fit `cap` tokens, in order, and how many prompts were cut to that."""
-    pairs, shortened = [], 0
-    for item in items:
-        example = task.example(item)
-        prompt = base.encode_chat([("user", example.prompt)]) if task.chat else base.encode(example.prompt)
-        pair = fit(prompt, base.encode_target(example.target), cap=cap)
-        if pair is not None:
-            pairs.append(pair)
-            shortened += len(pair[0]) < len(prompt)
-    return pairs, shortened
-
-
-def fit(prompt: list[int], target: list[int], *, cap: int) -> Pair | None:
-    """A pair of at most `cap` tokens; None where the target leaves the prompt fewer than two.
-
-    What is cut is the middle of the prompt: the instruction stands at its start, and the answer's cue
-    at its end. A target is never cut, since a model would learn to stop there.
-    """
-    room = cap - len(target)
-    if len(prompt) > room >= _SHORTEST_PROMPT:
-        prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
-    return (prompt, target) if len(prompt) <= room else None
+    latest = {user: items.history(user)[-_TRIAL_MOST:] for user in chosen}
+    return {user: [e.pair for e in encoder.examples(entries)] for user, entries in latest.items()}
 
 
 def _trial_users(items: Items, users: set[str], held_out: set[str]) -> list[str]:

@@ -16,27 +16,16 @@ from typing import Any
 
 import ijson
 
+from perfit_cloud.collective.items import Items, source_of
 from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import Entry, at, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
-__all__ = ["Streamed", "stream_users"]
+__all__ = ["stream_users"]
 
 _PROFILES = 512  # kept to try updates on: enough that some are of people who are not trained on
 
 Entries = dict[str, list[dict[str, str]]]  # the task's fields of every item, by user id
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """What stage 1 needs of a file, as `collective.data.Items` has it."""
-
-    kind: str  # "query" or "profile"
-    users: Entries
-    profiles: Entries
-    dropped_empty: int
-    only_profiles: int
-    unnamed: int
 
 
 @dataclass
@@ -56,7 +45,7 @@ class _Longest:
             del self.profiles[heapq.heappop(self._sizes)[1]]
 
 
-def stream_users(path: Path, task: Task, *, latest: int) -> Streamed:
+def stream_users(path: Path, task: Task, *, latest: int) -> Items:
     """What `read_users(path, task).to_train_on()` gives, without the rest of the file in memory.
 
     `latest`: items to keep of a profile, where queries are trained on. Raises InvalidData on whatever
@@ -93,8 +82,8 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Streamed:
                 if not queries:
                     profiles[user.user_id] = _items(user.profile)
     if queries:
-        return Streamed("query", queries, longest.profiles, dropped, only_profiles, unnamed)
-    return Streamed("profile", profiles, {}, dropped, 0, 0)
+        return Items(source_of(path), "query", queries, dropped, longest.profiles, only_profiles, unnamed)
+    return Items(source_of(path), "profile", profiles, dropped)
 
 
 def _items(entries: Sequence[Entry]) -> list[dict[str, str]]:

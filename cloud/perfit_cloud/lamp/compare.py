@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserResult
-from perfit_cloud.lamp.summary import Measured, as_json, measure_users
+from perfit_cloud.lamp.statistics import paired
+from perfit_cloud.lamp.summary import as_json, measure_users, over
 from perfit_shared.errors import InvalidData, InvalidInput
 
 __all__ = ["Comparison", "Side", "compare"]
+
+_OWN = ("users", "queries", "unpaired", "same_tokens", "differing")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`against` nests `statistics.Paired` (a − b) as `Measured.against` does."""
+    """`against`: a summary's nest of `statistics.Paired`, a − b."""
 
     a: Side
     b: Side
@@ -57,19 +60,28 @@ class Comparison:
     against: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        sides = {
-            side: {"run": str(s.run.folder), "mode": s.mode} for side, s in (("a", self.a), ("b", self.b))
-        }
-        return {
-            "task": self.a.run.task.name,
-            **sides,
-            "users": self.users,
-            "queries": self.queries,
-            "unpaired": self.unpaired,
-            "same_tokens": self.same_tokens,
-            "differing": {name: list(both) for name, both in self.differing.items()},
-            **as_json(self.against),
-        }
+        own = {name: getattr(self, name) for name in _OWN}
+        sides = {side: {"run": str(of.run.folder), "mode": of.mode} for side, of in self._sides.items()}
+        return dict(as_json({"task": self.a.run.task.name, **sides, **own, **self.against}))
+
+    def warnings(self) -> list[str]:
+        """What a reader of the figures should know."""
+        lines = [
+            f"{self.unpaired[what][side]} {what} only in {of.name}, left out"
+            for side, of in self._sides.items()
+            for what in ("users", "queries")
+            if self.unpaired[what][side]
+        ]
+        if not self.same_tokens:
+            lines.append("the two runs count different tokens, so their losses cannot be compared")
+        return lines + [
+            f"the two runs differ in {name} ({a}; {b}), which their answers follow as well"
+            for name, (a, b) in self.differing.items()
+        ]
+
+    @property
+    def _sides(self) -> dict[str, Side]:
+        return {"a": self.a, "b": self.b}
 
 
 def compare(a: Side, b: Side) -> Comparison:
@@ -92,18 +104,17 @@ def compare(a: Side, b: Side) -> Comparison:
             f"{a.name} and {b.name} share no user with a common query; were they of the same data?"
         )
     left, right = zip(*users, strict=True)
-    measured: list[Measured] = [measure_users(one, left, a.mode), measure_users(two, right, b.mode)]
+    of_a, of_b = measure_users(one, left, a.mode), measure_users(two, right, b.mode)
+    tokens = ([query.tokens for user in side for query in user.queries] for side in (left, right))
     return Comparison(
         a=a,
         b=b,
         users=len(users),
         queries=_count(left),
         unpaired=_unpaired(a.run.users, b.run.users, left),
-        same_tokens=all(
-            q.tokens == r.tokens for x, y in users for q, r in zip(x.queries, y.queries, strict=True)
-        ),
+        same_tokens=len({tuple(counts) for counts in tokens}) == 1,
         differing=_differing(a.run, b.run),
-        against=measured[0].against(measured[1]),
+        against=over(paired, of_a, of_b),
     )
 
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from perfit_cloud.lamp.groups import Cell
 
-__all__ = ["UNITS", "Heat", "Points", "draw_heat", "draw_points"]
+__all__ = ["Heat", "Points", "draw_heat", "draw_points"]
 
-UNITS: Mapping[str, str] = {
+_UNITS: Mapping[str, str] = {
     "loss": "held-out loss\n(nats a target token)",
     "accuracy": "accuracy\n(share of queries)",
     "macro_f1": "macro-F1\n(0 to 1)",
@@ -35,7 +35,7 @@ class Points:
 
     title: str
     x_label: str
-    y_label: str
+    measure: str
     ticks: Sequence[str]
     series: Mapping[str, Sequence[Cell | None]]
     joined: int = 0  # so many first ticks are a scale: a line joins them
@@ -43,15 +43,15 @@ class Points:
 
 @dataclass(frozen=True)
 class Heat:
-    """One panel: `values[row][column]`, None where there was no run."""
+    """One panel: `cells[row][column]`, None where there was no run."""
 
     title: str
     x_label: str
     y_label: str
-    unit: str
-    columns: Sequence[str]
-    rows: Sequence[str]
-    values: Sequence[Sequence[float | None]]
+    measure: str
+    columns: Sequence[int]  # ticks
+    rows: Sequence[int]
+    cells: Sequence[Sequence[Cell | None]]
 
 
 def draw_points(path: Path, panels: Sequence[Sequence[Points]]) -> None:
@@ -82,7 +82,7 @@ def draw_points(path: Path, panels: Sequence[Sequence[Points]]) -> None:
         axes.set_xticks(range(len(panel.ticks)), panel.ticks)
         axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
         axes.grid(axis="y", alpha=0.3)
-        _name(axes, panel)
+        _name(axes, panel, _UNITS[panel.measure])
         if len(panel.series) > 1:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=_DPI)
@@ -92,25 +92,24 @@ def draw_heat(path: Path, panels: Sequence[Heat]) -> None:
     """Heat maps side by side, each cell with its number."""
     figure, grid = _grid([panels], height=3.4)
     for axes, panel in grid:
-        table = np.array([[np.nan if v is None else v for v in row] for row in panel.values], float)
+        table = np.array([[np.nan if c is None else c.value for c in row] for row in panel.cells], float)
         image = axes.imshow(table, cmap="viridis", aspect="auto")
-        known = [value for row in panel.values for value in row if value is not None]
-        middle = (min(known, default=0.0) + max(known, default=0.0)) / 2
+        middle = (np.nanmin(table) + np.nanmax(table)) / 2
         for (row, column), value in np.ndenumerate(table):
             if not np.isnan(value):
                 ink = "white" if value < middle else "black"  # viridis is dark below its middle
                 axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=ink)
-        axes.set_xticks(range(len(panel.columns)), panel.columns)
-        axes.set_yticks(range(len(panel.rows)), panel.rows)
-        _name(axes, panel)
-        figure.colorbar(image, ax=axes, label=panel.unit.replace("\n", " "))
+        axes.set_xticks(range(len(panel.columns)), map(str, panel.columns))
+        axes.set_yticks(range(len(panel.rows)), map(str, panel.rows))
+        _name(axes, panel, panel.y_label)
+        figure.colorbar(image, ax=axes, label=_UNITS[panel.measure].replace("\n", " "))
     figure.savefig(path, dpi=_DPI)
 
 
-def _name(axes: Axes, panel: Points | Heat) -> None:
+def _name(axes: Axes, panel: Points | Heat, y_label: str) -> None:
     axes.set_title(panel.title, fontsize="medium")
     axes.set_xlabel(panel.x_label)
-    axes.set_ylabel(panel.y_label)
+    axes.set_ylabel(y_label)
 
 
 def _grid(panels: Sequence[Sequence[_Panel]], height: float) -> tuple[Figure, list[tuple[Axes, _Panel]]]:

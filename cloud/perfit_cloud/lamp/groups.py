@@ -78,7 +78,7 @@ class RunGroup:
     def plain(self) -> bool:
         """The whole method, as the paper's main table has it."""
         return (
-            self.get("ablation", "full") == "full"
+            self.method == "perfit"
             and self.get("histories", "own") == "own"
             and self.get("collective_users") is None
             and self.get("artefact_prompts") == self.get("prompts")
@@ -93,6 +93,14 @@ class RunGroup:
     def foreign(self) -> bool:
         """With another task's collective shift."""
         return self.get("artefact_task") not in (None, self.task.name)
+
+    @property
+    def method(self) -> str:
+        return str(self.get("method"))
+
+    def seconds(self, part: str) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(summary["seconds"].get(part) or 0.0 for summary in self.summaries)
 
     def values(self, measure: str, mode: str) -> list[float | None]:
         """By seed."""

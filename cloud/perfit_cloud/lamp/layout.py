@@ -1,4 +1,4 @@
-"""What the report's tables are made of: cells, rows and panels from groups of runs."""
+"""What the report's tables are made of: rows and panels from groups of runs."""
 
 from __future__ import annotations
 
@@ -6,34 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perfit_cloud.lamp.figures import UNITS, Heat, Points
+from perfit_cloud.lamp.figures import Heat, Points
 from perfit_cloud.lamp.groups import Cell, RunGroup, nearest
-from perfit_cloud.lamp.paper import REMARKS, PaperTable
 
 __all__ = [
     "ABLATIONS",
-    "NONE",
     "TESTED",
     "Block",
     "Section",
-    "around",
+    "beside",
     "caption",
-    "cell_of",
-    "cited",
     "columns_of",
-    "not_at_hand",
-    "percent",
-    "section",
+    "panels",
     "setting",
     "tested",
-    "text",
     "tick",
-    "title",
     "variant",
     "variants",
 ]
-
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class Block:
     """A table, and the figure below it."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[object]]  # cells as `text_tables` writes them
     caption: str = ""
     points: Sequence[Sequence[Points]] = ()
     heat: Sequence[Heat] = ()
@@ -52,22 +42,36 @@ class Section:
     key: str  # of its PNGs' names
     title: str
     about: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Block]  # without a row where no run has anything for it
     paper: str  # where the paper's figures come from, or that they are not at hand
+
+
+ABLATIONS = {
+    "stage1": "stage 1 only",
+    "stage2": "stage 2 only (P)",
+    "stage2_sum": "stage 2 only (C+P)",
+    "full": "full",
+}
+TESTED = ("measure", "difference", "95 % interval", "p", "users better")
+
+
+# -- a group in words ------------------------------------------------------------------------------
 
 
 def setting(group: RunGroup, *, but: str = "") -> str:
     """Layers, ranks, positions, prompts and schedule; `but`: "layers" or "ranks", which a table varies."""
-    layers = ";".join(map(str, group.layers))
-    told = {"layers": f"layers {layers}", "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}"}
-    varied = [text for name, text in told.items() if name != but]
-    asked = f"{group.get('prompts')} prompts, {group.get('schedule')} schedule"
-    return ", ".join([*varied, group.get("positions", ""), asked])
+    told = {
+        "layers": f"layers {';'.join(map(str, group.layers))}",
+        "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}",
+        "positions": group.get("positions", ""),
+        "asked": f"{group.get('prompts')} prompts, {group.get('schedule')} schedule",
+    }
+    return ", ".join(text for name, text in told.items() if name != but)
 
 
 def variant(group: RunGroup) -> str:
     """What sets a group apart from the whole method."""
-    told = [ABLATIONS[group.get("ablation", "full")]]
+    told = [ABLATIONS.get(group.get("ablation", "full"), group.method)]
     if group.get("collective_users") is not None:
         told.append(f"{group.get('collective_users')} collective users")
     if group.foreign:
@@ -77,70 +81,6 @@ def variant(group: RunGroup) -> str:
     if group.get("histories", "own") != "own":
         told.append("another user's history")
     return ", ".join(told)
-
-
-ABLATIONS = {
-    "stage1": "stage 1 only",
-    "stage2": "stage 2 only (P)",
-    "stage2_sum": "stage 2 only (C+P)",
-    "full": "full",
-}
-
-
-def cell_of(group: RunGroup | None, measure: str, mode: str) -> Cell | None:
-    return None if group is None else group.cell(measure, mode)
-
-
-def text(cell: Cell | float | None) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.3f}"
-    return NONE if cell is None else str(cell)
-
-
-def percent(value: float | None) -> str:
-    return NONE if value is None else f"{value:.4f}"
-
-
-def cited(table: PaperTable) -> str:
-    return f"The paper's figures: {table.what} ({table.source})."
-
-
-def not_at_hand(key: str) -> str:
-    remark = REMARKS.get(key)
-    told = f" In words: {remark[0]} ({remark[1]})." if remark else ""
-    return f"The paper's figures for this table are not at hand.{told}"
-
-
-TESTED = ("measure", "difference", "95 % interval", "p", "users better")
-
-
-def tested(nest: Mapping[str, Any], group: RunGroup) -> list[list[str]]:
-    """Rows of TESTED for loss and the task's first metric, from a nest of `Paired` as JSON."""
-    metric = group.measures[1]
-    rows = []
-    for measure, found in (("loss", nest["loss"]), (metric, nest["mean_over_users"][metric])):
-        bounds, difference = found["interval"], found["difference"]
-        rows.append(
-            [
-                measure,
-                NONE if difference is None else f"{difference:+.3f}",
-                NONE if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
-                NONE if found["p"] is None else f"{found['p']:.4f}",
-                f"{found['better']} of {found['of']}",
-            ]
-        )
-    return rows
-
-
-def section(key: str, title: str, about: str, blocks: Sequence[Block], paper: str) -> Section | None:
-    """None when no run has anything for it."""
-    filled = [block for block in blocks if block.rows]
-    return Section(key, title, about, filled, paper) if filled else None
-
-
-def title(group: RunGroup) -> str:
-    """Of a panel."""
-    return tick(f"{group.task.name}\n{setting(group)}", group)
 
 
 def tick(name: str, group: RunGroup) -> str:
@@ -153,12 +93,54 @@ def caption(group: RunGroup, *, but: str = "") -> str:
     return f"{group.task.name}, {group.get('model', '')}, {told}, {group.get('users', '')} users"
 
 
-def columns_of(group: RunGroup) -> list[tuple[str, str]]:
-    """(measure, mode) of a table of variants."""
-    return [(m, mode) for m in group.measures for mode in ("collective", "personal") if mode in group.modes]
+# -- rows and panels -------------------------------------------------------------------------------
 
 
-def around(
+def tested(nest: Mapping[str, Any], group: RunGroup) -> list[list[str | None]]:
+    """Rows of TESTED for loss and the task's first metric, from a nest of `Paired` as JSON."""
+    metric = group.measures[1]
+    rows: list[list[str | None]] = []
+    for measure, found in (("loss", nest["loss"]), (metric, nest["mean_over_users"][metric])):
+        bounds, difference, p = found["interval"], found["difference"], found["p"]
+        told = None if difference is None else f"{difference:+.3f}"
+        interval = None if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
+        better = f"{found['better']} of {found['of']}"
+        rows.append([measure, told, interval, None if p is None else f"{p:.4f}", better])
+    return rows
+
+
+def panels(
+    title: str, x_label: str, ticks: Sequence[str], cells: Mapping[str, Sequence[Cell | None]]
+) -> list[Points]:
+    """A panel for each measure of `cells`, with a point at each tick."""
+    return [Points(title, x_label, measure, ticks, {measure: row}) for measure, row in cells.items()]
+
+
+def columns_of(group: RunGroup) -> dict[str, tuple[str, str]]:
+    """(measure, mode) of a table of variants, by the column's name."""
+    shown = [mode for mode in ("collective", "personal") if mode in group.modes]
+    return {f"{measure}, {mode}": (measure, mode) for measure in group.measures for mode in shown}
+
+
+def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0, but: str = "") -> Block:
+    """A table with a row for each variant, and a panel for each measure; `joined` as in Points."""
+    first = rows[0][1]
+    columns = columns_of(first)
+    modes = dict.fromkeys(mode for _, mode in columns.values())
+    ticks = [tick(name, group) for name, group in rows]
+
+    def series(measure: str) -> dict[str, list[Cell | None]]:
+        return {mode: [group.cell(measure, mode) for _, group in rows] for mode in modes}
+
+    return Block(
+        [what, *columns],
+        [[name, *(group.cell(*column) for column in columns.values())] for name, group in rows],
+        caption(first, but=but),
+        points=[[Points(first.task.name, what, m, ticks, series(m), joined) for m in first.measures]],
+    )
+
+
+def beside(
     special: Sequence[RunGroup],
     groups: Sequence[RunGroup],
     what: str,
@@ -170,33 +152,8 @@ def around(
     found: dict[int, list[RunGroup]] = {}
     for group in special:
         reference = nearest(group, groups)
-        members = found.setdefault(id(reference), [reference] if reference else [])
-        members.append(group)
+        found.setdefault(id(reference), [reference] if reference else []).append(group)
     return [
         variants(what, [(label(g)[1], g) for g in sorted(members, key=label)], joined=joined)
         for members in found.values()
     ]
-
-
-def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0, but: str = "") -> Block:
-    """A table with a row for each variant, and a panel for each measure; `joined` as in Points."""
-    first = rows[0][1]
-    columns = columns_of(first)
-    modes = list(dict.fromkeys(mode for _, mode in columns))
-    panels = [
-        Points(
-            first.task.name,
-            what,
-            UNITS[measure],
-            [tick(*row) for row in rows],
-            {mode: [group.cell(measure, mode) for _, group in rows] for mode in modes},
-            joined,
-        )
-        for measure in first.measures
-    ]
-    return Block(
-        [what, *(f"{measure}, {mode}" for measure, mode in columns)],
-        [[name, *(text(group.cell(*column)) for column in columns)] for name, group in rows],
-        caption(first, but=but),
-        points=[panels],
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["ABLATION", "MAIN", "PARAMETERS", "REMARKS", "PaperTable"]
+__all__ = ["ABLATION", "MAIN", "PARAMETERS", "REMARKS", "PaperTable", "not_at_hand"]
 
 _AUTHORS = "https://personalizedllm.github.io/papers/perfit/"
 _NOTES = (
@@ -24,6 +24,10 @@ class PaperTable:
     what: str
     source: str  # address
     figures: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    @property
+    def cited(self) -> str:
+        return f"The paper's figures: {self.what} ({self.source})."
 
     def get(self, task: str, measure: str, column: str) -> float | None:
         return self.figures.get(task, {}).get(measure, {}).get(column)
@@ -107,3 +111,10 @@ REMARKS: Mapping[str, tuple[str, str]] = {
     "collective_users": ("the method depends little on their number; with 10 it still beats OPPU", _NOTES),
     "seconds": ("training takes 17.0 to 35.8 % less time than the baselines'", _AUTHORS),
 }
+
+
+def not_at_hand(key: str) -> str:
+    """What is said of the paper's figures below a section without them."""
+    remark = REMARKS.get(key)
+    told = f" In words: {remark[0]} ({remark[1]})." if remark else ""
+    return f"The paper's figures for this table are not at hand.{told}"

@@ -28,7 +28,7 @@ def write_predictions(run: Run, people: People, *, model: str) -> None:
         answers = {query.id: query.answers[mode] for query in queries} | {e.id: "" for e in unanswered}
         data = {"task": task, "golds": _rows(people, answers), "model": model}
         write_json(run.folder / "predictions" / f"{mode}.json", data)
-        if mode == ("personal" if "personal" in run.modes else "collective"):
+        if mode == next(mode for mode in ("personal", "collective", "base") if mode in run.modes):
             write_json(run.folder / "predictions.json", data)
     golds = {query.id: query.gold for query in queries}
     golds |= {entry.id: entry.item[run.task.gold_field] for entry in unanswered}

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from perfit_cloud.lamp.figures import draw_heat, draw_points
 from perfit_cloud.lamp.groups import RunGroup, group_runs
-from perfit_cloud.lamp.layout import Block, Section, setting, variant
-from perfit_cloud.lamp.results import Run
+from perfit_cloud.lamp.layout import Section, setting, variant
+from perfit_cloud.lamp.results import Run, write_bytes
 from perfit_cloud.lamp.statistics import RESAMPLES
 from perfit_cloud.lamp.tables import SECTIONS
+from perfit_cloud.text_tables import markdown_table
 from perfit_shared.errors import InvalidInput
 
 __all__ = ["write_report"]
@@ -44,31 +45,31 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     folders = folders or distinct
     groups = group_runs(Run.load(folder) for folder in folders)
     out.mkdir(parents=True, exist_ok=True)
-    found = {name: make(groups) for name, make in SECTIONS.items()}
     lines = ["# LaMP", "", _HOW_TO_READ, ""]
-    for section in found.values():
-        if section is not None:
+    missing = []
+    for section in (make(groups) for make in SECTIONS):
+        if any(block.rows for block in section.blocks):
             lines += _written(section, out)
-    missing = [name for name, section in found.items() if section is None]
+        else:
+            missing.append(section.title[0].lower() + section.title[1:])
     if missing:
         lines += [f"No runs for: {', '.join(missing)}.", ""]
     lines += _runs(groups)
     path = out / "report.md"
-    new = path.with_name("report.md.new")
-    new.write_text("\n".join(lines), "utf-8")
-    new.replace(path)
+    write_bytes(path, "\n".join(lines).encode())
     return path
 
 
 def _written(section: Section, out: Path) -> list[str]:
     """The section's lines, its PNGs drawn."""
     lines = [f"## {section.title}", "", section.about, ""]
-    drawn = sum(bool(block.points or block.heat) for block in section.blocks)
+    blocks = [block for block in section.blocks if block.rows]
+    drawn = sum(bool(block.points or block.heat) for block in blocks)
     number = 0
-    for block in section.blocks:
+    for block in blocks:
         if block.caption:
             lines += [f"**{block.caption}**", ""]
-        lines += [*_table(block), ""]
+        lines += [*markdown_table(block.head, block.rows), ""]
         if not (block.points or block.heat):
             continue
         number += 1
@@ -79,11 +80,6 @@ def _written(section: Section, out: Path) -> list[str]:
             draw_heat(out / name, block.heat)
         lines += [f"![{section.title}]({name})", ""]
     return [*lines, section.paper, ""]
-
-
-def _table(block: Block) -> list[str]:
-    lines = [block.head, ["---"] * len(block.head), *block.rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines]
 
 
 def _runs(groups: Sequence[RunGroup]) -> list[str]:

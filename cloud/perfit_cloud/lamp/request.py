@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from perfit_cloud.lamp.measure import Decoding
+from perfit_cloud.lamp.methods import METHODS
 from perfit_shared.errors import InvalidInput
 from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.training import Schedule
@@ -70,22 +71,20 @@ class LampRun:
             learning_rate=1e-4 if self.learning_rate is None else self.learning_rate,
         )
         OptimizerConfig(1.0, 1, schedule=self.schedule)
-        self._check_stage1()
+        self._check_options()
 
-    def _check_stage1(self) -> None:
-        """No flag that would change nothing."""
-        if self.alone and self.artefact is not None:
-            raise InvalidInput(f"{self.ablation} uses no collective shift, so it takes no --artefact")
-        idle = {
-            "--collective-users": self.collective_users,
-            "--collective-epochs": self.collective_epochs,
-            "--collective-lr": self.collective_learning_rate,
-        }
-        given = ", ".join(flag for flag, value in idle.items() if value is not None)
-        if given and (self.artefact is not None or self.alone):
-            raise InvalidInput(f"{given}: there is no stage 1 to train in this run")
+    def _check_options(self) -> None:
+        """No option that would change nothing."""
+        method = METHODS[self.method]
+        of_methods = frozenset().union(*(each.options for each in METHODS.values()))
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        idle = sorted(given & (of_methods - method.options))
+        if idle:
+            names = ", ".join(name.replace("_", " ") for name in idle)
+            raise InvalidInput(f"{names}: {self.ablation} does not use that; leave it out")
+        method.check(self)
 
     @property
-    def alone(self) -> bool:
-        """Whether stage 2 stands without a collective shift."""
-        return self.ablation in ("stage2", "stage2_sum")
+    def method(self) -> str:
+        """The name in `methods.METHODS`."""
+        return "perfit" if self.ablation == "full" else f"perfit_{self.ablation}"

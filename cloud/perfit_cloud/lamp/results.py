@@ -2,7 +2,7 @@
 
     OUT/run.json                      settings of the run and how long it took
     OUT/users/{user_id}/result.json   one `UserResult`
-    OUT/users/{user_id}/personal.safetensors
+    OUT/users/{user_id}/stage2.json, seconds.json, and the state that the method fitted, if it fits any
 
 Everything that is reported (summary.json, comparisons, tables, figures) is computed from these.
 """
@@ -25,9 +25,9 @@ __all__ = [
     "MODES",
     "QueryResult",
     "Run",
+    "UserFolder",
     "UserResult",
     "completed",
-    "user_folder",
     "write_bytes",
     "write_json",
 ]
@@ -76,23 +76,62 @@ class UserResult:
         )
         return replace(self, queries=merged)
 
-    def save(self, folder: Path) -> None:
-        write_json(folder / "result.json", asdict(self))
 
-    @classmethod
-    def load(cls, folder: Path) -> UserResult:
+class UserFolder:
+    """One user's files in the folder of a run."""
+
+    def __init__(self, run: Path, user_id: str, state_file: str = "") -> None:
+        self.path = run / "users" / _file_name(user_id)
+        self.state_path = self.path / state_file
+
+    @property
+    def has_state(self) -> bool:
+        return self.state_path.is_file()
+
+    def save_state(self, state: bytes, *, losses: Sequence[float], seconds: float) -> None:
+        """`losses`: of every step. The state is written last: where it is, the rest is too."""
+        self._save_seconds(stage2=seconds)
+        write_json(self.path / "stage2.json", {"losses": losses, "seconds": seconds})
+        write_bytes(self.state_path, state)
+
+    @property
+    def steps(self) -> int:
+        path = self.path / "stage2.json"
+        return len(_read(path)["losses"]) if self.has_state and path.is_file() else 0
+
+    def has_measured(self, mode: str) -> bool:
+        return (self.path / "result.json").is_file() and mode in self.load().modes
+
+    def add_mode(self, measured: UserResult, seconds: float) -> None:
+        """Add the modes of `measured` to what is known of this user; `seconds` that they took."""
+        self._save_seconds(evaluation=self.seconds["evaluation"] + seconds)
+        known = self.load() if (self.path / "result.json").is_file() else measured
+        self.save(known.with_modes(measured.queries))
+
+    def save(self, result: UserResult) -> None:
+        write_json(self.path / "result.json", asdict(result))
+
+    def load(self) -> UserResult:
         """Raises InvalidData naming the file."""
-        path = folder / "result.json"
+        path = self.path / "result.json"
         try:
-            data = json.loads(path.read_text("utf-8"))
-            return cls(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
+            data = _read(path)
+            return UserResult(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InvalidData(f"{path} is not a user's result; remove it and run again") from error
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        path = self.path / "seconds.json"
+        return {"stage2": 0.0, "evaluation": 0.0} | (_read(path) if path.is_file() else {})
+
+    def _save_seconds(self, **seconds: float) -> None:
+        write_json(self.path / "seconds.json", self.seconds | seconds)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `settings`: plain JSON values, the keys of `run.Settings`."""
+    """A finished run. `settings`: plain JSON values, the keys of which run.py and the method write."""
 
     folder: Path
     task: Task
@@ -110,6 +149,10 @@ class Run:
         """Of `perfit_shared.prompts`."""
         return str(self.settings["prompts"])
 
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        return _read(self.folder / "summary.json")
+
     @property
     def decoding(self) -> str:
         """How answers are drawn, in words, seed aside."""
@@ -122,40 +165,34 @@ class Run:
 
     def save(self) -> None:
         """Write run.json; the users' files are there already."""
-        write_json(
-            self.folder / "run.json",
-            {
-                "format": _FORMAT,
-                "task": json.loads(self.task.to_json()),
-                "settings": dict(self.settings),
-                "seconds": dict(self.seconds),
-                "users": [user.user_id for user in self.users],
-            },
-        )
+        data = {
+            "format": _FORMAT,
+            "task": json.loads(self.task.to_json()),
+            "settings": dict(self.settings),
+            "seconds": dict(self.seconds),
+            "users": [user.user_id for user in self.users],
+        }
+        write_json(self.folder / "run.json", data)
 
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Raises InvalidData naming the folder when it holds no finished run."""
         try:
-            data = json.loads((folder / "run.json").read_text("utf-8"))
+            data = _read(folder / "run.json")
             if data["format"] != _FORMAT:
                 raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
             task = Task.from_json(json.dumps(data["task"]))
-            return cls(
-                folder=folder,
-                task=task,
-                settings=completed(data["settings"], task),
-                seconds=data["seconds"],
-                users=tuple(UserResult.load(user_folder(folder, user)) for user in data["users"]),
-            )
+            users = tuple(UserFolder(folder, user).load() for user in data["users"])
+            return cls(folder, task, completed(data["settings"], task), data["seconds"], users)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
 
 
 def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Settings of a run with what older versions did not write: how they trained and asked."""
-    prompts = prompts_of(task)
+    prompts, ablation = prompts_of(task), settings.get("ablation", "full")
     return {
+        "method": "perfit" if ablation == "full" else f"perfit_{ablation}",
         "schedule": "device",
         "prompts": prompts,
         "artefact_prompts": prompts,
@@ -165,13 +202,18 @@ def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
     }
 
 
-def user_folder(run: Path, user_id: str) -> Path:
-    """Where a user's files lie. Ids come from data files, so whatever a file name may not hold is escaped."""
+def _file_name(user_id: str) -> str:
+    """Ids come from data files, so whatever a file name may not hold is escaped."""
     # Capitals too: some file systems hold "Ann" and "ann" for the same.
     safe = "".join(c if c in _PLAIN else "".join(f"%{b:02x}" for b in c.encode()) for c in user_id)
     if len(safe) > _LONGEST_NAME:
         safe = f"{safe[:_LONGEST_NAME]}~{hashlib.sha256(user_id.encode()).hexdigest()[:16]}"
-    return run / "users" / (safe or "%")
+    return safe or "%"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return data
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,8 +1,8 @@
-"""One run of the method on one task: stage 1, stage 2 for every user, answers, summary.
+"""One run of a method on one task: what is shared, a state for every user, answers, summary.
 
     OUT/settings.json                what the run was asked for; a later one must share it
-    OUT/artefact/                    stage 1, unless an artefact was given
-    OUT/users/{user_id}/             personal.safetensors, result.json
+    OUT/artefact/                    stage 1 of PerFit, unless an artefact was given
+    OUT/users/{user_id}/             the user's state (personal.safetensors), result.json
     OUT/run.json, summary.json       written last
     OUT/predictions.json             personal answers in LaMP's schema, with golds.json (`predictions`)
 
@@ -14,42 +14,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.engine.gradients.session import UpdateEngine
-from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.lamp import stage2
-from perfit_cloud.lamp.measure import measure, use_of
-from perfit_cloud.lamp.people import People, Person, read_people, swap_histories
+from perfit_cloud.lamp.methods import METHODS
+from perfit_cloud.lamp.methods.interface import Asked, Method, TaskData, Work
+from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
 from perfit_cloud.lamp.predictions import write_predictions
 from perfit_cloud.lamp.request import LampRun
 from perfit_cloud.lamp.results import (
     MODES,
     QueryResult,
     Run,
+    UserFolder,
     UserResult,
     completed,
-    user_folder,
-    write_bytes,
     write_json,
 )
-from perfit_cloud.lamp.stage1 import artefact_for
 from perfit_cloud.lamp.summary import summarise
-from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
-from perfit_shared.presets import preset_for
 from perfit_shared.prompts import load_prompts, prompts_of
-from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
 
 __all__ = ["run_lamp"]
-
-_T = TypeVar("_T")
 
 _ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a training example
 
@@ -69,22 +61,22 @@ def run_lamp(
     task = load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     people = read_people(request.data, task, base, users=request.users)
-    say = Progress(0).say
-    _describe(people, task, say)
-    artefact, seconds = artefact_for(request, task, base, people, stop)
-    run = _Run(
-        request, task=task, base=base, people=people, artefact=artefact, stage1_seconds=seconds, stop=stop
-    )
-    return run.finished() or run.run()
+    _describe(people, task, Progress(0).say)
+    data = TaskData(task, base, people)
+    with closing(METHODS[request.method](request, data)) as method:
+        seconds = method.prepare(stop)
+        run = _LampRun(request, data, method, stop)
+        return run.finished() or run.run(seconds)
 
 
 def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
     histories = sum(len(person.history) for person in people.people)
-    golds = [question.gold for person in people.people for question in person.questions]
+    golds = [query.gold for person in people.people for query in person.queries]
+    counts = people.counts
     say(
         f"{len(people.people)} users, {histories} past examples, {len(golds)} queries; left out: "
-        f"{people.dropped_empty} with an empty field, {people.dropped_long} with an answer too long, "
-        f"{people.without_queries} users without queries; {people.shortened} prompts cut to fit "
+        f"{counts.dropped_empty} with an empty field, {counts.dropped_long} with an answer too long, "
+        f"{counts.without_queries} users without queries; {counts.shortened} prompts cut to fit "
         f"{people.token_cap} tokens with the answer; {prompts_of(task)} prompts"
     )
     unknown = sum(gold not in task.labels for gold in golds) if task.labels else 0
@@ -98,70 +90,42 @@ def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
         say(f"{people.extra_labels} {many} to no query; golds.json has those of the queries")
 
 
-class _Run:
+class _LampRun:
     """One run with everything loaded."""
 
     def __init__(
-        self,
-        request: LampRun,
-        *,
-        task: Task,
-        base: BaseModel,
-        people: People,
-        artefact: Artefact,
-        stage1_seconds: float,
-        stop: Callable[[], bool],
+        self, request: LampRun, data: TaskData, method: Method[Any], should_stop: Callable[[], bool]
     ) -> None:
-        self._request, self._task, self._base, self._artefact = request, task, base, artefact
-        self._out, self._stage1_seconds, self._wishes = request.out, stage1_seconds, stop
-        self._people = people.people if request.histories == "own" else swap_histories(people.people)
-        own = artefact.task.name == task.name
-        preset = preset_for(request.preset or task.name)
-        self._stage2 = stage2.Stage2Settings(
-            # Another task's artefact brings its shift and rate, not how long this task trains.
-            epochs=_given(request.epochs, artefact.epochs if own else preset.epochs),
-            learning_rate=_given(request.learning_rate, artefact.learning_rate),
-            batch_size=_given(request.batch_size, artefact.batch_size if own else preset.batch_size),
-            seed=request.seed,
-            schedule=request.schedule,
-        )
-        self._cohort = people
-        self._settings = self._described(people)
+        self._request, self._data, self._method = request, data, method
+        self._out, self._should_stop = request.out, should_stop
+        people = data.people.people
+        self._people = people if request.histories == "own" else swap_histories(people)
+        after = [*self._people[1:], self._people[0]]
+        self._next = {one.user_id: other for one, other in zip(self._people, after, strict=True)}
+        self._settings = self._described()
 
-    def _described(self, people: People) -> dict[str, Any]:
+    def _described(self) -> dict[str, Any]:
         """Everything that decides the figures, plain JSON values."""
-        request, spec = self._request, self._artefact.spec
+        request, task, base, people = self._request, self._data.task, self._data.base, self._data.people
         return {
-            "task": self._task.name,
-            "model": self._base.name,
-            "fingerprint": self._base.fingerprint,
-            "dtype": str(self._base.model.dtype).removeprefix("torch."),
-            "data": people.digest(),
-            "blocks": self._base.blocks,
-            "hidden_size": spec.hidden_size,
-            "layers": list(spec.layers),
-            "positions": spec.positions,
-            "collective_rank": 0 if request.alone else spec.collective_rank,
-            "personal_rank": spec.personal_rank,
-            "personal_parameters": spec.personal_parameters(),
-            **asdict(self._stage2),
+            "task": task.name,
+            "model": base.name,
+            "fingerprint": base.fingerprint,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "data": people.digest,
+            "method": self._method.name,
+            **self._method.settings,
+            "personal_parameters": self._method.parameters,
+            "seed": request.seed,
             "users": len(self._people),
             "users_together": request.users_together,
-            "collective_users": request.collective_users,
-            "collective_epochs": request.collective_epochs,
-            "collective_learning_rate": request.collective_learning_rate,
-            "preset": request.preset,
-            "ablation": request.ablation,
             "histories": request.histories,
-            "artefact": self._artefact.version,
-            "artefact_task": self._artefact.task.name,
-            "artefact_prompts": prompts_of(self._artefact.task),
-            "prompts": prompts_of(self._task),
+            "prompts": prompts_of(task),
             "decoding": asdict(request.decoding),
-            "answer_tokens": self._task.answer_tokens,
-            "stop": list(self._task.stop),
+            "answer_tokens": task.answer_tokens,
+            "stop": list(task.stop),
             "token_cap": people.token_cap,
-            "shortened": people.shortened,
+            "shortened": people.counts.shortened,
         }
 
     def finished(self) -> Run | None:
@@ -175,7 +139,8 @@ class _Run:
                 theirs = json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise InvalidData(f"{path} is damaged; use another --out") from error
-            theirs, ours = completed(theirs, self._task), json.loads(json.dumps(self._settings))
+            ours = json.loads(json.dumps(self._settings))
+            theirs, ours = (completed(settings, self._data.task) for settings in (theirs, ours))
             differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
             changed = sorted(differing - {"token_cap", "shortened"})  # what they do shows in the data
             if changed:
@@ -191,173 +156,116 @@ class _Run:
             return None
         return run if run.modes == self._modes() else None
 
-    def run(self) -> Run:
-        if self._request.ablation != "stage1":
-            self._train()
+    def run(self, stage1_seconds: float) -> Run:
+        """`stage1_seconds`: what preparing took, perhaps in an earlier run."""
+        if self._method.learns:
+            self._fit()
         self._evaluate()
-        users = tuple(UserResult.load(self._folder(person)) for person in self._people)
-        seconds = {
-            "stage1": self._stage1_seconds,
-            "stage2": sum(self._times(person)["stage2"] for person in self._people),
-            "evaluation": sum(self._times(person)["evaluation"] for person in self._people),
-        }
-        run = Run(self._out, self._task, self._settings, seconds, users)
+        folders = [self._folder(person) for person in self._people]
+        seconds = {"stage1": stage1_seconds}
+        for part in ("stage2", "evaluation"):
+            seconds[part] = sum(folder.seconds[part] for folder in folders)
+        users = tuple(folder.load() for folder in folders)
+        run = Run(self._out, self._data.task, self._settings, seconds, users)
         run.save()
-        write_predictions(run, self._cohort, model=self._base.name)
+        write_predictions(run, self._data.people, model=self._data.base.name)
         write_json(self._out / "summary.json", summarise(run))
         return run
 
-    # -- stage 2 -------------------------------------------------------------------------------
-
-    def _train(self) -> None:
-        """A personal shift for everyone with a history."""
-        learners = [person for person in self._people if person.history]
-        cohorts = stage2.cohorts(learners, self._request.users_together)
-        progress = Progress(sum(len(person.history) for person in learners) * self._stage2.epochs)
-        engine = UpdateEngine(self._base, keep_bytes=self._request.keep_bytes)
-        done = 0
-        try:
-            for cohort in cohorts:
-                missing = [p for p in cohort if not (self._folder(p) / "personal.safetensors").is_file()]
-                if missing:
-                    self._train_cohort(engine, cohort, progress, done=done, of=len(learners))
-                else:
-                    progress.skip(sum(len(p.history) for p in cohort) * self._stage2.epochs)
-                done += len(cohort)
-        finally:
-            engine.close()
-
-    def _train_cohort(
-        self, engine: UpdateEngine, cohort: Sequence[Person], progress: Progress, *, done: int, of: int
-    ) -> None:
-        checkpoint = self._out / "stage2.bin"
-        began = time.monotonic()
-
-        def tell(examples: int, finished: int) -> None:
-            progress.advance(examples, f"stage 2: {done + finished} of {of} users done")
-
-        trainings = stage2.train(
-            engine,
-            cohort,
-            self._artefact,
-            self._stage2,
-            checkpoint=checkpoint,
-            resumed=progress.skip,
-            progress=tell,
-            stop=self._stop,
-        )
-        for person, training in zip(cohort, trainings, strict=True):
-            folder = self._folder(person)
-            self._keep_times(person, stage2=training.seconds)
-            write_json(folder / "stage2.json", {"losses": training.losses, "seconds": training.seconds})
-            write_bytes(folder / "personal.safetensors", training.tensors.to_bytes())
-        checkpoint.unlink(missing_ok=True)
-        progress.say(f"stage 2: {len(cohort)} users in {time.monotonic() - began:.0f} s")
+    def _folder(self, person: Person) -> UserFolder:
+        return UserFolder(self._out, person.user_id, self._method.state_file)
 
     def _stop(self) -> None:
-        if self._wishes():
+        if self._should_stop():
             raise Cancelled("stopped; the same command goes on from there")
 
-    # -- evaluation ----------------------------------------------------------------------------
+    # -- a state for every user ----------------------------------------------------------------
 
-    def _evaluate(self) -> None:
-        """Losses and answers of everyone, in the modes that their result lacks."""
-        modes = self._modes()
-        cohorts = stage2.cohorts(self._people, self._request.users_together)
-        queries = sum(len(person.questions) for person in self._people)
-        progress = Progress(queries * len(modes) * _ANSWER)
-        engine = GradientEngine(self._base)
-        done = 0
-        try:
-            for cohort in cohorts:
-                found = [self._result(person) for person in cohort]
-                missing = [m for m in modes if not all(r is not None and m in r.modes for r in found)]
-                there = len(modes) - len(missing)
-                progress.skip(sum(len(p.questions) for p in cohort) * there * _ANSWER)
-                if missing:
-                    text = f"answers: {done} of {len(self._people)} users done"
-                    self._evaluate_cohort(engine, cohort, missing, progress, text=text)
-                done += len(cohort)
-        finally:
-            engine.close()
+    def _fit(self) -> None:
+        """Fit everyone with a history, cohort by cohort; one of which a state is missing goes on whole."""
+        method = self._method
+        learners = [person for person in self._people if method.can_fit(person)]
+        progress = Progress(sum(map(method.examples, learners)))
+        finished = 0
+        for cohort in cohorts(learners, method.together):
+            if all(self._folder(person).has_state for person in cohort):
+                progress.skip(sum(map(method.examples, cohort)))
+            else:
+                self._fit_cohort(cohort, progress, finished=finished, of=len(learners))
+            finished += len(cohort)
+
+    def _fit_cohort(self, cohort: Sequence[Person], progress: Progress, *, finished: int, of: int) -> None:
+        began = time.monotonic()
+
+        def done(examples: int, people: int) -> None:
+            progress.advance(examples, f"stage 2: {finished + people} of {of} users done")
+
+        work = Work(done, progress.skip, self._stop, self._out / "stage2.bin")
+        fitted = self._method.fit_cohort(cohort, work)
+        for person, one in zip(cohort, fitted, strict=True):
+            state = self._method.to_bytes(one.state)
+            self._folder(person).save_state(state, losses=one.losses, seconds=one.seconds)
+        work.checkpoint.unlink(missing_ok=True)
+        progress.say(f"stage 2: {len(cohort)} users in {time.monotonic() - began:.0f} s")
+
+    # -- answers -------------------------------------------------------------------------------
 
     def _modes(self) -> tuple[str, ...]:
-        left_out = {"full": (), "stage1": ("personal", "other")}.get(
-            self._request.ablation, ("collective", "seed")
-        )
-        alone = len(self._people) == 1
-        return tuple(m for m in MODES if m not in left_out and not (m == "other" and alone))
+        own = ("personal", "other") if len(self._people) > 1 else ("personal",)
+        measured = {*self._method.shared, *(own if self._method.learns else ())}
+        return tuple(mode for mode in MODES if mode in measured)
 
-    def _result(self, person: Person) -> UserResult | None:
-        folder = self._folder(person)
-        return UserResult.load(folder) if (folder / "result.json").is_file() else None
+    def _evaluate(self) -> None:
+        """Losses and answers of everyone, in the modes that their results lack."""
+        modes = self._modes()
+        queries = sum(len(person.queries) for person in self._people)
+        progress = Progress(queries * len(modes) * _ANSWER)
+        finished = 0
+        for cohort in cohorts(self._people, self._request.users_together):
+            for mode in modes:
+                if all(self._folder(person).has_measured(mode) for person in cohort):
+                    progress.skip(sum(len(person.queries) for person in cohort) * _ANSWER)
+                else:
+                    text = f"answers: {finished} of {len(self._people)} users done"
+                    self._measure(cohort, mode, progress, text)
+                    self._stop()
+            finished += len(cohort)
 
-    def _evaluate_cohort(
-        self,
-        engine: GradientEngine,
-        cohort: Sequence[Person],
-        modes: Sequence[str],
-        progress: Progress,
-        *,
-        text: str,
-    ) -> None:
-        """One mode after another, each kept when it is done."""
-        for mode in modes:
-            began = time.monotonic()
-            results = measure(
-                self._base,
-                engine,
-                self._task,
-                cohort,
-                decoding=self._request.decoding,
-                uses=[
-                    {mode: use_of(mode, self._artefact, self._shift(p), self._shift(self._next(p)))}
-                    for p in cohort
-                ],
-                done=lambda answers: progress.advance(answers * _ANSWER, text),
+    def _measure(self, cohort: Sequence[Person], mode: str, progress: Progress, text: str) -> None:
+        began, task, method = time.monotonic(), self._data.task, self._method
+        asked = []
+        for person in cohort:
+            state = self._state(person, mode)
+            for query in person.queries:
+                sampling = self._request.decoding.sampling(task, person.user_id, query)
+                asked.append(Asked(person.user_id, query, state, sampling))
+        scores = method.score(asked)
+        answers = method.answer(asked, lambda count: progress.advance(count * _ANSWER, text))
+        results = (
+            QueryResult(
+                one.query.id,
+                one.query.gold,
+                score.tokens,
+                loss={mode: -score.log_likelihood / score.tokens},
+                answers={mode: task.parse(answer)},
             )
-            seconds = (time.monotonic() - began) / len(cohort)
-            for person, queries in zip(cohort, results, strict=True):
-                self._keep_times(person, evaluation=self._times(person)["evaluation"] + seconds)
-                self._keep_result(person, queries)
-            self._stop()
+            for one, score, answer in zip(asked, scores, answers, strict=True)
+        )
+        own = [tuple(islice(results, len(person.queries))) for person in cohort]
+        seconds = (time.monotonic() - began) / len(cohort)
+        for person, queries in zip(cohort, own, strict=True):
+            folder = self._folder(person)
+            folder.add_mode(UserResult(person.user_id, len(person.history), folder.steps, queries), seconds)
 
-    def _keep_result(self, person: Person, queries: Sequence[QueryResult]) -> None:
-        result = self._result(person)
-        if result is None:
-            learned = (self._folder(person) / "personal.safetensors").is_file()
-            steps = self._stage2.schedule_for(person.lengths).steps if learned else 0
-            result = UserResult(person.user_id, len(person.history), steps, tuple(queries))
-        result.with_modes(queries).save(self._folder(person))
-
-    def _next(self, person: Person) -> Person:
-        """The user whose shift serves as someone else's."""
-        at = [p.user_id for p in self._people].index(person.user_id)
-        return self._people[(at + 1) % len(self._people)]
-
-    def _shift(self, person: Person) -> ShiftTensors | None:
-        path = self._folder(person) / "personal.safetensors"
-        if not path.is_file():
-            return None
-        spec = self._artefact.spec
+    def _state(self, person: Person, mode: str) -> Any:
+        """What answers this person in one of results.MODES."""
+        if mode in self._method.shared:
+            return self._method.shared[mode]
+        owner = person if mode == "personal" else self._next[person.user_id]
+        folder = self._folder(owner)
+        if not folder.has_state:
+            return self._method.start
         try:
-            return ShiftTensors.from_bytes(path.read_bytes(), spec, spec.personal_rank)
+            return self._method.from_bytes(folder.state_path.read_bytes())
         except PerfitError as error:
-            raise InvalidData(f"{path}: {error}; remove it and run again") from error
-
-    # -- files ---------------------------------------------------------------------------------
-
-    def _folder(self, person: Person) -> Path:
-        return user_folder(self._out, person.user_id)
-
-    def _times(self, person: Person) -> dict[str, float]:
-        path = self._folder(person) / "seconds.json"
-        times: Mapping[str, float] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return {"stage2": times.get("stage2", 0.0), "evaluation": times.get("evaluation", 0.0)}
-
-    def _keep_times(self, person: Person, **seconds: float) -> None:
-        write_json(self._folder(person) / "seconds.json", self._times(person) | seconds)
-
-
-def _given(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
+            raise InvalidData(f"{folder.state_path}: {error}; remove it and run again") from error

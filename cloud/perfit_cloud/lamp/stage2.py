@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.lamp.people import Person
+from perfit_cloud.lamp.people import Learner
 from perfit_cloud.lamp.results import write_bytes
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, UpdateFailed
 from perfit_shared.training import PaperSchedule, Schedule, Training
 
-__all__ = ["Stage2Settings", "cohorts", "train"]
+__all__ = ["Stage2Settings", "train"]
 
 _CHECKPOINT_SECONDS = 30.0
 
@@ -50,15 +50,9 @@ class Stage2Settings:
         return PaperSchedule(**asdict(device), lengths=tuple(lengths)) if self.schedule == "paper" else device
 
 
-def cohorts(people: Sequence[Person], size: int) -> list[list[Person]]:
-    """Users with histories of like length together, so that few wait for the longest of them."""
-    order = sorted(people, key=lambda person: len(person.history), reverse=True)
-    return [list(order[start : start + size]) for start in range(0, len(order), size)]
-
-
 def train(
     engine: UpdateEngine,
-    people: Sequence[Person],
+    people: Sequence[Learner],
     artefact: Artefact,
     settings: Stage2Settings,
     *,
@@ -109,7 +103,7 @@ def train(
     return trainings
 
 
-def _save(path: Path, people: Sequence[Person], trainings: Sequence[Training[Schedule]]) -> None:
+def _save(path: Path, people: Sequence[Learner], trainings: Sequence[Training[Schedule]]) -> None:
     """Whole or not at all."""
     states = [training.to_bytes() for training in trainings]
     header = json.dumps(
@@ -122,7 +116,7 @@ def _save(path: Path, people: Sequence[Person], trainings: Sequence[Training[Sch
 
 
 def _resumed(
-    path: Path, people: Sequence[Person], settings: Stage2Settings
+    path: Path, people: Sequence[Learner], settings: Stage2Settings
 ) -> list[Training[Schedule]] | None:
     """What an interrupted run of this cohort left, None when it left nothing. Raises InvalidData."""
     if not path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,40 +16,32 @@ from perfit_cloud.lamp.statistics import Paired, Statistic, interval, paired
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import Task
 
-__all__ = ["Measured", "as_json", "measure_users", "summarise"]
+__all__ = ["Nest", "as_json", "measure_users", "over", "summarise"]
 
 _COMPARED = (("personal", "collective"), ("personal", "seed"), ("personal", "other"))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one mode did for some users; row u of every statistic is the u-th user."""
-
-    loss: Statistic  # mean over users of the user's mean nats a target token
-    metrics: Mapping[str, Statistic]  # over all queries, as LaMP's scripts count
-    mean_over_users: Mapping[str, Statistic]  # of each user's own metric
-
-    def each(self, of: Callable[[Statistic], Any]) -> dict[str, Any]:
-        """{"loss", "metrics": {name}, "mean_over_users": {name}} of what `of` gives."""
-        return {
-            "loss": of(self.loss),
-            "metrics": {name: of(statistic) for name, statistic in self.metrics.items()},
-            "mean_over_users": {name: of(statistic) for name, statistic in self.mean_over_users.items()},
-        }
-
-    def against(self, other: Measured) -> dict[str, Any]:
-        """The same nest of `Paired`, self − other."""
-        return {
-            "loss": paired(self.loss, other.loss),
-            "metrics": {n: paired(s, other.metrics[n]) for n, s in self.metrics.items()},
-            "mean_over_users": {
-                n: paired(s, other.mean_over_users[n]) for n, s in self.mean_over_users.items()
-            },
-        }
+# {"loss", "metrics": {name}, "mean_over_users": {name}}, at the leaves whatever is said of each. The loss is
+# the mean over users of a user's mean nats a target token; "metrics" count all queries alike, as LaMP's
+# scripts do, "mean_over_users" each user's own.
+Nest = Mapping[str, Any]
 
 
-def measure_users(task: Task, users: Sequence[UserResult], mode: str) -> Measured:
-    """Raises InvalidData naming a user who has no queries."""
+def over(of: Callable[..., Any], *nests: Nest) -> dict[str, Any]:
+    """The nest of what `of` gives for the leaves that stand at one place in all of these."""
+    return {
+        key: over(of, *(nest[key] for nest in nests))
+        if isinstance(value, Mapping)
+        else of(*(nest[key] for nest in nests))
+        for key, value in nests[0].items()
+    }
+
+
+def measure_users(task: Task, users: Sequence[UserResult], mode: str) -> Nest:
+    """A nest of `Statistic`, the u-th row of each being the u-th user.
+
+    Raises InvalidData naming a user who has no queries.
+    """
     queries = [query for user in users for query in user.queries]
     counts = [len(user.queries) for user in users]
     if not queries or 0 in counts:
@@ -65,14 +57,12 @@ def measure_users(task: Task, users: Sequence[UserResult], mode: str) -> Measure
         )
         for name, table in parts.items()
     }
-    return Measured(
-        loss=Statistic.mean([user.loss(mode) for user in users], higher_is_better=False),
-        metrics=metrics,
-        mean_over_users={
-            name: Statistic.mean(s.by_user, higher_is_better=s.higher_is_better)
-            for name, s in metrics.items()
-        },
-    )
+    own = {
+        name: Statistic.mean(statistic.by_user, higher_is_better=statistic.higher_is_better)
+        for name, statistic in metrics.items()
+    }
+    loss = Statistic.mean([user.loss(mode) for user in users], higher_is_better=False)
+    return {"loss": loss, "metrics": metrics, "mean_over_users": own}
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -101,7 +91,7 @@ def summarise(run: Run) -> dict[str, Any]:
                 "settings": run.settings,
                 "intervals": _by_mode(measured, interval),
                 "paired": {
-                    f"{one}_vs_{two}": measured[one].against(measured[two])
+                    f"{one}_vs_{two}": over(paired, measured[one], measured[two])
                     for one, two in _COMPARED
                     if one in measured and two in measured
                 },
@@ -110,20 +100,12 @@ def summarise(run: Run) -> dict[str, Any]:
     )
 
 
-def _by_mode(measured: Mapping[str, Measured], of: Callable[[Statistic], Any]) -> dict[str, Any]:
+def _by_mode(measured: Mapping[str, Nest], of: Callable[[Statistic], Any]) -> dict[str, Any]:
     """{"loss": {mode}, "metrics": {name: {mode}}, "mean_over_users": {name: {mode}}}"""
-    each = {mode: one.each(of) for mode, one in measured.items()}
-    names = next(iter(measured.values())).metrics
-    return {
-        "loss": {mode: one["loss"] for mode, one in each.items()},
-        **{
-            kind: {name: {mode: one[kind][name] for mode, one in each.items()} for name in names}
-            for kind in ("metrics", "mean_over_users")
-        },
-    }
+    return over(lambda *each: dict(zip(measured, map(of, each), strict=True)), *measured.values())
 
 
-def _user(user: UserResult, index: int, measured: Mapping[str, Measured]) -> dict[str, Any]:
+def _user(user: UserResult, index: int, measured: Mapping[str, Nest]) -> dict[str, Any]:
     own = _by_mode(measured, lambda statistic: statistic.by_user[index])
     return {
         "user_id": user.user_id,

@@ -101,7 +101,7 @@ def _like_first(each: LampRun, sweep: str, first: Run | None) -> LampRun:
         return replace(each, learning_rate=first.settings["learning_rate"])
     if sweep != "ablations":
         return each
-    if each.alone:
+    if each.ablation.startswith("stage2"):
         full = first.settings
         return replace(
             each,

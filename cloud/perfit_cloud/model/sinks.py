@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from perfit_cloud.model.base import BaseModel, block_list
 from perfit_shared.positions import Positions
 
-__all__ = ["leading_sinks", "past_sinks"]
+__all__ = ["evenly", "leading_sinks", "past_sinks"]
+
+T = TypeVar("T")
 
 # A sink's norm over the median of its prompt. Sinks of trained models are at 35 to 160 behind middle
 # blocks (SmolLM2); begin-of-sequence tokens that are none, and delimiters, stay under 11.
@@ -45,13 +47,18 @@ def leading_sinks(base: BaseModel, prompts: Sequence[list[int]], first_block: in
     A token counts when it is one in most of the prompts (token ids; at most 16 of them, evenly drawn, are
     run) behind block `first_block` or any above: what is shifted below may keep a sink from forming.
     """
-    drawn = [p for p in prompts[:: -(-len(prompts) // _PROMPTS) or 1] if len(p) > 2 * _MOST_SKIPPED]
+    drawn = [p for p in evenly(prompts) if len(p) > 2 * _MOST_SKIPPED]
     votes = [0] * _MOST_SKIPPED
     for prompt in drawn:
         longest = _longest(base, prompt, first_block)
         for place in range(_MOST_SKIPPED):
             votes[place] += longest[place] > _FACTOR
     return max((place + 1 for place, count in enumerate(votes) if 2 * count > len(drawn)), default=0)
+
+
+def evenly(prompts: Sequence[T]) -> Sequence[T]:
+    """Those that are looked at: all of them, or at most 16 evenly drawn."""
+    return prompts[:: -(-len(prompts) // _PROMPTS) or 1]
 
 
 def _longest(base: BaseModel, prompt: Sequence[int], first_block: int) -> list[float]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
+from perfit_cloud.text_tables import aligned_table
 from perfit_shared.errors import Cancelled, InvalidInput
-
-if TYPE_CHECKING:
-    from perfit_cloud.lamp.results import Run
 
 _GIB, _MOST_GIB = 1 << 30, 1 << 20
 
@@ -130,21 +127,12 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     except Cancelled as error:
         typer.echo(f"perfit-cloud: {error}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    summaries = [each.summary() for each in runs]
     if as_json:
-        found = [json.loads((each.folder / "summary.json").read_text("utf-8")) for each in runs]
-        typer.echo(json.dumps(found[0] if sweep is None else found, ensure_ascii=False))
-    else:
-        for each in runs:
-            typer.echo("\n".join(_lines(each)))
-
-
-def _lines(run: Run) -> Sequence[str]:
-    """A small table of one run: a row each for loss and metrics, a column for each mode."""
-    summary: dict[str, Any] = json.loads((run.folder / "summary.json").read_text("utf-8"))
-    rows = {"loss, nats a token": summary["loss"], **summary["metrics"]}
-    width = max(map(len, rows))
-    head = f"{run.folder} ({len(run.users)} users)"
-    lines = [head, " " * width + "".join(f"{mode:>12}" for mode in run.modes)]
-    for name, values in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{values[mode]:12.4f}" for mode in run.modes))
-    return lines
+        typer.echo(json.dumps(summaries[0] if sweep is None else summaries, ensure_ascii=False))
+        return
+    for each, summary in zip(runs, summaries, strict=True):
+        rows = {"loss, nats a token": summary["loss"], **summary["metrics"]}
+        cells = [[name, *(f"{values[mode]:.4f}" for mode in each.modes)] for name, values in rows.items()]
+        typer.echo(f"{each.folder} ({len(each.users)} users)")
+        typer.echo("\n".join(aligned_table(["", *each.modes], cells)))

@@ -1,0 +1,53 @@
+"""What stage 1 reads of a file: the items to train on, by user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from perfit_shared.errors import InvalidInput
+
+__all__ = ["Items", "source_of"]
+
+
+def source_of(path: Path) -> str:
+    """A file's name and its folder's: enough to know it by, and no path of a machine."""
+    return f"{path.resolve().parent.name}/{path.name}"
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a file holds, by user, each user's items oldest first."""
+
+    source: str  # file name and its folder's, no path
+    kind: str  # "jsonl", "profile" or "query"
+    users: Mapping[str, list[dict[str, str]]]
+    dropped_empty: int  # items of the file with an empty field
+    # The latest of the profiles where queries are trained on; of a streamed file, of the longest ones.
+    profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    only_profiles: int = 0  # users left out, since they have no queries and others do
+    unnamed: int = 0  # users who are one line or one question, whoever wrote it
+
+    def history(self, user: str) -> list[dict[str, str]]:
+        """What a device of this user would hold: the profile, unless what is trained on is longer."""
+        return max(self.users[user], self.profiles.get(user, []), key=len)
+
+    def first_users(self, count: int, seed: int) -> Items:
+        """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
+
+        Raises InvalidInput when the file does not hold as many.
+        """
+        if not 1 <= count <= len(self.users):
+            raise InvalidInput(
+                f"{self.source} holds {len(self.users)} users, {count} of them cannot be taken"
+            )
+        names = sorted(self.users)
+        chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+        return replace(
+            self,
+            users={name: items for name, items in self.users.items() if name in chosen},
+            profiles={name: items for name, items in self.profiles.items() if name in chosen},
+        )

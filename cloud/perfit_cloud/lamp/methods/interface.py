@@ -1,0 +1,148 @@
+"""What a method of personalisation is to a LaMP run. The run knows nothing else of it.
+
+    method.prepare(stop)                       what everybody shares, such as stage 1
+    fitted = method.fit(person, work)          what is this person's own, of their history alone
+    texts = method.answer(asked, done)         held-out queries, each with the state that answers it
+
+A new method is one file in this folder and one entry in `methods.METHODS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.engine.interface import Sampling, Score
+from perfit_cloud.lamp.people import People, Person, Query
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.tasks import Task
+
+if TYPE_CHECKING:
+    from perfit_cloud.lamp.request import LampRun
+
+__all__ = ["Asked", "Fitted", "Method", "TaskData", "Work"]
+
+State = TypeVar("State")
+Done = Callable[[int], None]  # told how many examples or queries more are done
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task with the model that answers it and the people who are tested on it."""
+
+    task: Task
+    base: BaseModel
+    people: People
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.base, self.task)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a long fit reports, stops and resumes."""
+
+    done: Callable[[int, int], None]  # examples more trained on, people finished so far
+    resumed: Done  # examples that an interrupted run trained on
+    stop: Callable[[], None]  # may raise, after the method has saved what it wants to keep
+    checkpoint: Path  # the method's own file; the run removes it once the states are saved
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[State]):
+    state: State
+    losses: tuple[float, ...] = ()  # of every step
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Asked(Generic[State]):
+    """A query, and the state that answers it."""
+
+    user_id: str
+    query: Query
+    state: State
+    sampling: Sampling
+
+
+class Method(ABC, Generic[State]):
+    name: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()  # fields of the request that this method alone reads
+    learns: ClassVar[bool] = True  # false: `fit` is never called, and nobody has a state of their own
+    state_file: ClassVar[str] = "state.bin"  # in a user's folder
+
+    def __init__(self, request: LampRun, data: TaskData) -> None:
+        self.request, self.data = request, data
+
+    @classmethod
+    def check(cls, request: LampRun) -> None:
+        """Raise InvalidInput on options that do not go together. Runs before anything is read."""
+
+    @property
+    def together(self) -> int:
+        """How many people `fit_cohort` gets at once. Their states are saved when it returns."""
+        return 1
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Numbers that one person's state holds."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the figures besides what every method has, plain JSON values."""
+
+    @abstractmethod
+    def prepare(self, stop: Callable[[], bool]) -> float:
+        """Load or train what everybody shares; the seconds that its training took."""
+
+    @property
+    @abstractmethod
+    def start(self) -> State:
+        """Where everybody starts, and where people without a history stay."""
+
+    @property
+    @abstractmethod
+    def shared(self) -> Mapping[str, State]:
+        """States that are nobody's own, by the mode (results.MODES) in which they are measured."""
+
+    @abstractmethod
+    def fit(self, person: Person, work: Work) -> Fitted[State]:
+        """Learn from this person alone: the result must not depend on who was fitted before."""
+
+    def fit_cohort(self, people: Sequence[Person], work: Work) -> list[Fitted[State]]:
+        """`fit` of several. One that trains people side by side must leave no trace of one in another."""
+        return [self.fit(person, work) for person in people]
+
+    def can_fit(self, person: Person) -> bool:
+        """Whether the history is enough to learn from."""
+        return bool(person.history)
+
+    def examples(self, person: Person) -> int:
+        """How many examples fitting this person goes through. The time that is left is told by it."""
+        return len(person.history)
+
+    @abstractmethod
+    def answer(self, asked: Sequence[Asked[State]], done: Done) -> list[str]:
+        """The texts that follow the prompts. What shares a batch may depend on `asked` alone."""
+
+    @abstractmethod
+    def score(self, asked: Sequence[Asked[State]], answers: Sequence[str] | None = None) -> list[Score]:
+        """Log-likelihood of an answer to each query: the gold ones, or such as the labels of a task."""
+
+    @abstractmethod
+    def to_bytes(self, state: State) -> bytes: ...
+
+    @abstractmethod
+    def from_bytes(self, data: bytes) -> State:
+        """Raises PerfitError on what `to_bytes` did not make."""
+
+    def close(self) -> None:
+        """Give the model back as it was."""

@@ -1,0 +1,226 @@
+"""PerFit, and what its ablations leave of it: φ₁ alone, or φ₂ alone at one rank or at both ranks' sum.
+
+A state is the shift that answers: `ShiftUse`, the personal tensors of which are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from perfit_cloud.engine.gradients.batch import GradientEngine
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.engine.interface import Mode, Score, ShiftUse
+from perfit_cloud.lamp import stage1, stage2
+from perfit_cloud.lamp.measure import answer_frozen, score_frozen
+from perfit_cloud.lamp.methods.interface import Asked, Done, Fitted, Method, TaskData, Work
+from perfit_cloud.lamp.people import Learner, Person
+from perfit_cloud.model.artefacts import Artefact
+from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.presets import preset_for
+from perfit_shared.prompts import prompts_of
+from perfit_shared.shifts import ShiftTensors
+from perfit_shared.tasks import Task
+
+if TYPE_CHECKING:
+    from perfit_cloud.lamp.request import LampRun
+
+__all__ = ["BothRanks", "CollectiveOnly", "PerFit", "PersonalOnly"]
+
+_STAGE_1 = frozenset({"collective_users", "collective_epochs", "collective_learning_rate"})
+_SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
+_STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "keep_bytes"})
+
+_T = TypeVar("_T")
+
+
+class PerFit(Method[ShiftUse]):
+    """Stage 1 for everybody, stage 2 for each person on top of it."""
+
+    name = "perfit"
+    options = _STAGE_1 | _SHIFTS | _STAGE_2 | {"artefact"}
+    state_file = "personal.safetensors"
+
+    artefact: Artefact  # from `prepare` on
+
+    def __init__(self, request: LampRun, data: TaskData) -> None:
+        super().__init__(request, data)
+        self._engines = ExitStack()
+
+    @classmethod
+    def check(cls, request: LampRun) -> None:
+        given = [name for name in sorted(_STAGE_1) if getattr(request, name) is not None]
+        if request.artefact is not None and given:
+            names = ", ".join(name.replace("_", " ") for name in given)
+            raise InvalidInput(f"{names}: an artefact is given, so there is no stage 1 to train")
+
+    # -- what everybody shares -----------------------------------------------------------------
+
+    def prepare(self, stop: Callable[[], bool]) -> float:
+        self.artefact = stage1.collective_artefact(self.request, self.data.task, self.data.base, stop)
+        return float(self.artefact.card.get("seconds", 0.0))
+
+    @property
+    def start(self) -> ShiftUse:
+        """φ₂∘φ₁ as stage 1 left them."""
+        return ShiftUse(Mode.PERSONAL, self.artefact, self.artefact.seed)
+
+    @property
+    def shared(self) -> Mapping[str, ShiftUse]:
+        collective = ShiftUse(Mode.COLLECTIVE, self.artefact)
+        return {"base": ShiftUse(Mode.BASE), "collective": collective, "seed": self.start}
+
+    @property
+    def parameters(self) -> int:
+        return self.artefact.spec.personal_parameters()
+
+    @cached_property
+    def training(self) -> stage2.Stage2Settings:
+        return _stage2_settings(self.request, self.data.task, self.artefact)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        request, artefact, spec = self.request, self.artefact, self.artefact.spec
+        return {
+            "blocks": self.data.base.blocks,
+            "hidden_size": spec.hidden_size,
+            "layers": list(spec.layers),
+            "positions": spec.positions,
+            "collective_rank": spec.collective_rank,
+            "personal_rank": spec.personal_rank,
+            **asdict(self.training),
+            "collective_users": request.collective_users,
+            "collective_epochs": request.collective_epochs,
+            "collective_learning_rate": request.collective_learning_rate,
+            "preset": request.preset,
+            "ablation": request.ablation,
+            "artefact": artefact.version,
+            "artefact_task": artefact.task.name,
+            "artefact_prompts": prompts_of(artefact.task),
+        }
+
+    # -- one person's own ----------------------------------------------------------------------
+
+    @property
+    def together(self) -> int:
+        return self.request.users_together
+
+    def fit(self, person: Person, work: Work) -> Fitted[ShiftUse]:
+        return self.fit_cohort([person], work)[0]
+
+    def fit_cohort(self, people: Sequence[Person], work: Work) -> list[Fitted[ShiftUse]]:
+        learners = [Learner.of(person, self.data.encoder) for person in people]
+        trainings = stage2.train(
+            self._trainer,
+            learners,
+            self.artefact,
+            self.training,
+            checkpoint=work.checkpoint,
+            resumed=work.resumed,
+            progress=work.done,
+            stop=work.stop,
+        )
+        return [Fitted(self._use(t.tensors), t.losses, t.seconds) for t in trainings]
+
+    def examples(self, person: Person) -> int:
+        return len(person.history) * self.training.epochs
+
+    def _use(self, tensors: ShiftTensors) -> ShiftUse:
+        return ShiftUse(Mode.PERSONAL, self.artefact, tensors)
+
+    def to_bytes(self, state: ShiftUse) -> bytes:
+        if state.personal is None:
+            raise InvalidData("a shared state is nobody's own")
+        return state.personal.to_bytes()
+
+    def from_bytes(self, data: bytes) -> ShiftUse:
+        spec = self.artefact.spec
+        return self._use(ShiftTensors.from_bytes(data, spec, spec.personal_rank))
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def answer(self, asked: Sequence[Asked[ShiftUse]], done: Done) -> list[str]:
+        prompts = [self.data.encoder.query(one.query.item).pair[0] for one in asked]
+        return answer_frozen(
+            self.data.base, prompts, [one.state for one in asked], [one.sampling for one in asked], done
+        )
+
+    def score(self, asked: Sequence[Asked[ShiftUse]], answers: Sequence[str] | None = None) -> list[Score]:
+        items = [one.query.item for one in asked]
+        if answers is not None:
+            gold = self.data.task.gold_field
+            items = [{**item, gold: text} for item, text in zip(items, answers, strict=True)]
+        pairs = [self.data.encoder.query(item).pair for item in items]
+        return score_frozen(
+            self._scorer, pairs, [one.state for one in asked], owners=[one.user_id for one in asked]
+        )
+
+    # -- engines -------------------------------------------------------------------------------
+
+    @cached_property
+    def _trainer(self) -> UpdateEngine:
+        engine = UpdateEngine(self.data.base, keep_bytes=self.request.keep_bytes)
+        self._engines.callback(engine.close)
+        return engine
+
+    @cached_property
+    def _scorer(self) -> GradientEngine:
+        engine = GradientEngine(self.data.base)
+        self._engines.callback(engine.close)
+        return engine
+
+    def close(self) -> None:
+        self._engines.close()
+
+
+class CollectiveOnly(PerFit):
+    """Stage 1 alone."""
+
+    name = "perfit_stage1"
+    learns = False
+
+
+class PersonalOnly(PerFit):
+    """Stage 2 alone, from the identity, at the personal rank."""
+
+    name = "perfit_stage2"
+    options = _SHIFTS | _STAGE_2
+    sums_ranks: ClassVar[bool] = False
+
+    def prepare(self, stop: Callable[[], bool]) -> float:
+        self.artefact = stage1.identity_artefact(self.request, self.data, sums_ranks=self.sums_ranks)
+        return 0.0
+
+    @property
+    def shared(self) -> Mapping[str, ShiftUse]:
+        return {"base": ShiftUse(Mode.BASE)}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {**super().settings, "collective_rank": 0}
+
+
+class BothRanks(PersonalOnly):
+    """Stage 2 alone, with as many numbers as both stages have."""
+
+    name = "perfit_stage2_sum"
+    sums_ranks = True
+
+
+def _stage2_settings(request: LampRun, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
+    """Another task's artefact brings its shift and rate, not how long this task trains."""
+    like = artefact if artefact.task.name == task.name else preset_for(request.preset or task.name)
+    return stage2.Stage2Settings(
+        epochs=_given(request.epochs, like.epochs),
+        learning_rate=_given(request.learning_rate, artefact.learning_rate),
+        batch_size=_given(request.batch_size, like.batch_size),
+        seed=request.seed,
+        schedule=request.schedule,
+    )
+
+
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -1,0 +1,300 @@
+"""What every method of a LaMP run promises, and what a run does with one that it has never seen."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.lamp_files import TASK, write_files
+
+from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.engine.interface import Score
+from perfit_cloud.lamp.methods import METHODS
+from perfit_cloud.lamp.methods.interface import Asked, Fitted, Method, TaskData, Work
+from perfit_cloud.lamp.people import Learner, Person, read_people
+from perfit_cloud.lamp.request import ABLATIONS, LampRun
+from perfit_cloud.lamp.results import UserFolder
+from perfit_cloud.lamp.run import run_lamp
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_shared.tasks import load_task
+
+LEARNING = [
+    name for name in ABLATIONS if METHODS[LampRun("t", "m", Path(), Path(), ablation=name).method].learns
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> TaskData:
+    folder = write_files(tmp_path_factory.mktemp("lamp"))
+    task = load_task(folder, TASK)
+    return TaskData(task, base, read_people(folder, task, base))
+
+
+@pytest.fixture
+def request_for(
+    tmp_path: Path, base: BaseModel, make_artefact: Callable[..., Artefact]
+) -> Callable[..., LampRun]:
+    """Of a method by its ablation's name; those with a stage 1 are given an artefact."""
+
+    def make(ablation: str = "full", **changes: Any) -> LampRun:
+        values: dict[str, Any] = {
+            "task": TASK,
+            "model": "tiny",
+            "data": write_files(tmp_path / "data"),
+            "out": tmp_path / "out",
+            "epochs": 2,
+            "learning_rate": 1e-2,
+            "batch_size": 4,
+            "users_together": 2,
+        }
+        if ablation.startswith("stage2"):
+            values |= {"layers": (1,), "positions": "l2", "collective_rank": 2, "personal_rank": 1}
+        else:
+            make_artefact(base).save(tmp_path / "artefact")
+            values["artefact"] = tmp_path / "artefact"
+        return LampRun(ablation=ablation, **(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def open_method(
+    request_for: Callable[..., LampRun], data: TaskData
+) -> Iterator[Callable[[str], Method[Any]]]:
+    opened = []
+
+    def make(ablation: str) -> Method[Any]:
+        request = request_for(ablation)
+        method = METHODS[request.method](request, data)
+        opened.append(method)
+        method.prepare(lambda: False)
+        return method
+
+    yield make
+    for method in opened:
+        method.close()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    return Work(lambda examples, people: None, lambda examples: None, lambda: None, tmp_path / "checkpoint")
+
+
+def disguised(person: Person) -> Person:
+    """The same person with another habit, token for token as long."""
+    history = tuple({**item, "title": item["title"].replace("1", "2")} for item in person.history)
+    return replace(person, history=history)
+
+
+# -- what every method promises ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ablation", LEARNING)
+def test_who_was_fitted_before_leaves_no_trace(
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+) -> None:
+    """FACTS: a widely copied baseline trains user i on the data of users 0…i."""
+    first, second, third = data.people.people[:3]
+    alone = open_method(ablation)
+    expected = alone.to_bytes(alone.fit(third, work).state)
+    later = open_method(ablation)
+    states = [later.to_bytes(later.fit(person, work).state) for person in (first, second, third)]
+    assert states[2] == expected
+    assert len(set(states)) == 3, "or methods that learn nothing would pass too"
+
+
+@pytest.mark.parametrize("ablation", LEARNING)
+def test_who_is_fitted_beside_leaves_no_trace(
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+) -> None:
+    method = open_method(ablation)
+    first, second = data.people.people[:2]
+    ours, theirs = (
+        [method.to_bytes(one.state) for one in method.fit_cohort([who, second], work)]
+        for who in (first, disguised(first))
+    )
+    assert ours[0] != theirs[0] and ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("ablation", LEARNING)
+def test_a_state_survives_its_bytes(
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+) -> None:
+    method, person = open_method(ablation), data.people.people[0]
+    state = method.fit(person, work).state
+    written = method.to_bytes(state)
+    read = method.from_bytes(written)
+    assert method.to_bytes(read) == written
+    assert method.parameters > 0
+    sampling = request_sampling(data, person)
+    before, after = ([Asked(person.user_id, person.queries[0], s, sampling)] for s in (state, read))
+    assert method.answer(before, lambda count: None) == method.answer(after, lambda count: None)
+    assert method.score(before) == method.score(after)
+
+
+def request_sampling(data: TaskData, person: Person) -> Any:
+    request = LampRun(TASK, "m", Path(), Path())
+    return request.decoding.sampling(data.task, person.user_id, person.queries[0])
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_answers_come_in_the_order_asked(
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData
+) -> None:
+    method = open_method(ablation)
+    asked = [
+        Asked(person.user_id, query, method.start, request_sampling(data, person))
+        for person in data.people.people[:3]
+        for query in person.queries
+    ]
+    told: list[int] = []
+    answers, scores = method.answer(asked, told.append), method.score(asked)
+    assert sum(told) == len(answers) == len(scores) == len(asked)
+    for one, answer, score in zip(asked, answers, scores, strict=True):
+        assert method.answer([one], lambda count: None) == [answer]
+        assert method.score([one])[0].log_likelihood == pytest.approx(score.log_likelihood, abs=1e-4)
+    golds = [one.query.gold for one in asked]
+    assert method.score(asked, golds) == scores, "gold answers are scored where none are given"
+    assert method.score(asked, golds[1:] + golds[:1]) != scores
+
+
+def test_options_of_other_methods_are_refused(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
+    for ablation, changes in (
+        ("stage2", {"artefact": tmp_path}),
+        ("stage2_sum", {"collective_users": 3}),
+        ("full", {"collective_learning_rate": 1e-3}),  # beside an artefact
+    ):
+        with pytest.raises(InvalidInput, match=next(iter(changes)).replace("_", " ")):
+            request_for(ablation, **changes)
+
+
+def test_tokens_of_a_cohort_at_most_are_held(
+    request_for: Callable[..., LampRun], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ids, a history takes many times the memory of its text: a run held those of all users."""
+    made: list[weakref.ref[Learner]] = []
+    held: list[int] = []
+    of = Learner.of
+
+    def remembered(person: Person, encoder: Encoder) -> Learner:
+        learner = of(person, encoder)
+        made.append(weakref.ref(learner))
+        held.append(sum(ref() is not None for ref in made))
+        return learner
+
+    monkeypatch.setattr(Learner, "of", remembered)
+    run = run_lamp(request_for(), base=base)
+    assert len(run.users) == len(made) == 5 and max(held) == 2
+
+
+# -- what a run does with a method ---------------------------------------------------------------
+
+
+class Notebook(Method[tuple[str, ...]]):
+    """Keeps the titles of a history, and answers with them. Knows no shift."""
+
+    name = "notebook"
+    state_file = "titles.json"
+    together = 2
+    fitted: list[str]  # user ids; a test sets it
+
+    @property
+    def parameters(self) -> int:
+        return 7
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"pages": 3}
+
+    def prepare(self, stop: Callable[[], bool]) -> float:
+        return 2.5
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def shared(self) -> Mapping[str, tuple[str, ...]]:
+        return {"base": ("nothing",)}
+
+    def fit(self, person: Person, work: Work) -> Fitted[tuple[str, ...]]:
+        work.stop()
+        self.fitted.append(person.user_id)
+        work.done(len(person.history), 1)
+        return Fitted(tuple(item["title"] for item in person.history), (1.0, 0.5), seconds=0.25)
+
+    def answer(self, asked: Sequence[Asked[tuple[str, ...]]], done: Callable[[int], None]) -> list[str]:
+        done(len(asked))
+        return [" | ".join(one.state) for one in asked]
+
+    def score(
+        self, asked: Sequence[Asked[tuple[str, ...]]], answers: Sequence[str] | None = None
+    ) -> list[Score]:
+        return [Score(-2.0 * (one.query.gold.split()[0] not in " ".join(one.state)), 2) for one in asked]
+
+    def to_bytes(self, state: tuple[str, ...]) -> bytes:
+        return json.dumps(state).encode()
+
+    def from_bytes(self, data: bytes) -> tuple[str, ...]:
+        return tuple(json.loads(data))
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
+    monkeypatch.setitem(METHODS, "perfit", Notebook)  # type: ignore[call-overload]
+    monkeypatch.setattr(Notebook, "fitted", [], raising=False)
+    return Notebook
+
+
+def small_request(tmp_path: Path, **changes: Any) -> LampRun:
+    return LampRun(TASK, "tiny", write_files(tmp_path / "data"), tmp_path / "out", **changes)
+
+
+def test_a_run_takes_any_method(notebook: type[Notebook], base: BaseModel, tmp_path: Path) -> None:
+    request = small_request(tmp_path)
+    run = run_lamp(request, base=base)
+    users = json.loads((request.data / "user_top_100_history.json").read_text())
+    titles = {str(user["user_id"]): sorted(item["title"] for item in user["profile"]) for user in users}
+    assert sorted(notebook.fitted) == sorted(titles)
+    for user in run.users:
+        folder = UserFolder(run.folder, user.user_id, "titles.json")
+        state = json.loads(folder.state_path.read_text())
+        assert sorted(state) == titles[user.user_id], "their own, and nobody else's"
+        assert user.steps == 2
+    assert run.modes == ("base", "personal", "other")
+    one, two = run.users[:2]
+    assert one.queries[0].answers["other"] == two.queries[0].answers["personal"]
+    assert {query.answers["base"] for user in run.users for query in user.queries} == {"nothing"}
+    assert one.loss("personal") == 0 and one.loss("base") == 1
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert {k: summary["settings"][k] for k in ("method", "personal_parameters", "pages")} == {
+        "method": "notebook",
+        "personal_parameters": 7,
+        "pages": 3,
+    }
+    assert summary["seconds"]["stage1"] == 2.5 and summary["seconds"]["stage2"] == 5 * 0.25
+
+
+def test_who_is_fitted_is_not_fitted_again(notebook: type[Notebook], base: BaseModel, tmp_path: Path) -> None:
+    request, calls = small_request(tmp_path), iter(range(100))
+    with pytest.raises(Cancelled):
+        run_lamp(request, base=base, stop=lambda: next(calls) == 2)
+    assert len(notebook.fitted) == 2
+    run = run_lamp(request, base=base)
+    assert len(notebook.fitted) == 5 and len(run.users) == 5
+
+
+def test_a_method_gives_the_model_back(
+    request_for: Callable[..., LampRun], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(METHODS["perfit"], "close", lambda self: closed.append(self.name))
+    run_lamp(request_for(users=1), base=base)
+    assert closed == ["perfit"]
