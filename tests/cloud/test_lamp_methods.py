@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lamp_files import TASK, write_files
+from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective.encoding import Encoder
-from perfit_cloud.engine.interface import Score
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import Asked, Fitted, Method, TaskData, Work
 from perfit_cloud.lamp.people import Learner, Person, read_people
@@ -24,6 +23,7 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.tasks import load_task
+from perfit_shared.types import Score
 
 LEARNING = [
     name for name in ABLATIONS if METHODS[LampRun("t", "m", Path(), Path(), ablation=name).method].learns

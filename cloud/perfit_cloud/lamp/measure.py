@@ -10,12 +10,12 @@ from itertools import groupby
 from perfit_cloud.engine.generation.static import generate_batch
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import Score, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp.people import Query
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput
 from perfit_shared.tasks import Task
-from perfit_shared.types import Sampling
+from perfit_shared.types import Sampling, Score
 
 __all__ = ["Decoding", "answer_frozen", "score_frozen"]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from perfit_cloud.collective.encoding import Encoder
-from perfit_cloud.engine.interface import Sampling, Score
 from perfit_cloud.lamp.people import People, Person, Query
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.tasks import Task
+from perfit_shared.types import Sampling, Score
 
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRun

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from perfit_cloud.engine.gradients.batch import GradientEngine
 from perfit_cloud.engine.gradients.session import UpdateEngine
-from perfit_cloud.engine.interface import Mode, Score, ShiftUse
+from perfit_cloud.engine.gradients.stateless import GradientEngine
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
 from perfit_cloud.lamp.measure import answer_frozen, score_frozen
 from perfit_cloud.lamp.methods.interface import Asked, Done, Fitted, Method, TaskData, Work
@@ -24,6 +24,7 @@ from perfit_shared.presets import preset_for
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
+from perfit_shared.types import Mode, Score
 
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRun
