@@ -155,8 +155,12 @@ class Run:
 def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Settings of a run with what older versions did not write: how they trained and asked."""
     prompts = prompts_of(task)
+    if "asked_epochs" not in settings and settings.get("schedule", "device") == "device":
+        # It took the artefact's batches and epochs, however short a history was.
+        settings = {**settings, "schedule": "old device"}
     return {
-        "schedule": "device",
+        "asked_epochs": None,
+        "asked_batch_size": None,
         "prompts": prompts,
         "artefact_prompts": prompts,
         "answer_tokens": task.answer_tokens,

@@ -42,10 +42,11 @@ from perfit_cloud.lamp.summary import summarise
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
-from perfit_shared.presets import preset_for
+from perfit_shared.presets import PRESETS
 from perfit_shared.prompts import load_prompts, prompts_of
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
+from perfit_shared.training import Schedule
 
 __all__ = ["run_lamp"]
 
@@ -115,16 +116,7 @@ class _Run:
         self._request, self._task, self._base, self._artefact = request, task, base, artefact
         self._out, self._stage1_seconds, self._wishes = request.out, stage1_seconds, stop
         self._people = people.people if request.histories == "own" else swap_histories(people.people)
-        own = artefact.task.name == task.name
-        preset = preset_for(request.preset or task.name)
-        self._stage2 = stage2.Stage2Settings(
-            # Another task's artefact brings its shift and rate, not how long this task trains.
-            epochs=_given(request.epochs, artefact.epochs if own else preset.epochs),
-            learning_rate=_given(request.learning_rate, artefact.learning_rate),
-            batch_size=_given(request.batch_size, artefact.batch_size if own else preset.batch_size),
-            seed=request.seed,
-            schedule=request.schedule,
-        )
+        self._stage2 = _stage2_settings(request, task, artefact)
         self._cohort = people
         self._settings = self._described(people)
 
@@ -210,10 +202,14 @@ class _Run:
     # -- stage 2 -------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        """A personal shift for everyone with a history."""
-        learners = [person for person in self._people if person.history]
+        """A personal shift for everyone with a history that is long enough."""
+        learners = [person for person in self._people if self._stage2.trains(person)]
         cohorts = stage2.cohorts(learners, self._request.users_together)
-        progress = Progress(sum(len(person.history) for person in learners) * self._stage2.epochs)
+        progress = Progress(sum(map(self._stage2.work, learners)))
+        if steps := [self._stage2.schedule_for(person).steps for person in learners]:
+            progress.say(
+                f"stage 2 by the {self._stage2.schedule} schedule: {min(steps)} to {max(steps)} steps a user"
+            )
         engine = UpdateEngine(self._base, keep_bytes=self._request.keep_bytes)
         done = 0
         try:
@@ -222,7 +218,7 @@ class _Run:
                 if missing:
                     self._train_cohort(engine, cohort, progress, done=done, of=len(learners))
                 else:
-                    progress.skip(sum(len(p.history) for p in cohort) * self._stage2.epochs)
+                    progress.skip(sum(map(self._stage2.work, cohort)))
                 done += len(cohort)
         finally:
             engine.close()
@@ -250,7 +246,7 @@ class _Run:
             folder = self._folder(person)
             self._keep_times(person, stage2=training.seconds)
             write_json(folder / "stage2.json", {"losses": training.losses, "seconds": training.seconds})
-            write_bytes(folder / "personal.safetensors", training.tensors.to_bytes())
+            write_bytes(folder / "personal.safetensors", training.outcome.to_bytes())
         checkpoint.unlink(missing_ok=True)
         progress.say(f"stage 2: {len(cohort)} users in {time.monotonic() - began:.0f} s")
 
@@ -326,7 +322,7 @@ class _Run:
         result = self._result(person)
         if result is None:
             learned = (self._folder(person) / "personal.safetensors").is_file()
-            steps = self._stage2.schedule_for(person.lengths).steps if learned else 0
+            steps = self._stage2.schedule_for(person).steps if learned else 0
             result = UserResult(person.user_id, len(person.history), steps, tuple(queries))
         result.with_modes(queries).save(self._folder(person))
 
@@ -357,6 +353,30 @@ class _Run:
 
     def _keep_times(self, person: Person, **seconds: float) -> None:
         write_json(self._folder(person) / "seconds.json", self._times(person) | seconds)
+
+
+def _stage2_settings(request: LampRun, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
+    epochs, batch_size = request.figures or _figures(request, task, artefact)
+    rate = _given(request.learning_rate, artefact.learning_rate)
+    if request.schedule == Schedule.name:  # which fits to the history what nobody asked for
+        return stage2.Stage2Settings(
+            epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
+        )
+    epochs, batch_size = _given(request.epochs, epochs), _given(request.batch_size, batch_size)
+    return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
+
+
+def _figures(request: LampRun, task: Task, artefact: Artefact) -> tuple[int, int]:
+    """(epochs, batch size) that stage 2 starts from.
+
+    The paper's schedule takes Table 9's, and the artefact's for a task that the table lacks. A device
+    takes the artefact's; another task's brings its shift and rate, but not how long this task trains.
+    """
+    row = PRESETS.get(request.preset or task.name)
+    on_device = request.schedule == Schedule.name
+    takes_artefact = artefact.task.name == task.name if on_device else row is None or not row.from_paper
+    found = artefact if takes_artefact or row is None else row
+    return found.epochs, found.batch_size
 
 
 def _given(value: _T | None, default: _T) -> _T:

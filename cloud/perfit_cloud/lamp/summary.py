@@ -132,6 +132,7 @@ def _user(user: UserResult, index: int, measured: Mapping[str, Measured]) -> dic
         "queries": len(user.queries),
         "tokens": sum(q.tokens for q in user.queries),
         "examples": user.examples,
+        "steps": user.steps,
     }
 
 

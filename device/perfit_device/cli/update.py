@@ -228,6 +228,7 @@ def _plan(vault: Vault, place: str, artefact: Artefact, split: Split, asked: _As
     from dataclasses import asdict, replace
 
     from perfit_device.training import update as updates
+    from perfit_shared.training import Overrides, schedule_for
 
     wanted = asked.settings
     now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
@@ -245,18 +246,9 @@ def _plan(vault: Vault, place: str, artefact: Artefact, split: Split, asked: _As
         if old["history"] != now["history"]:
             reason = "your history changed"
         say(f"the update that was interrupted cannot be resumed, since {reason}; starting anew")
-    epochs, batch_size = updates.schedule(
-        artefact, len(split.train), epochs=wanted.get("epochs"), batch_size=wanted.get("batch_size")
-    )
+    schedule = schedule_for("device", artefact, len(split.train), Overrides(**wanted))
     return updates.Plan(
-        epochs=epochs,
-        learning_rate=float(wanted.get("learning_rate", artefact.learning_rate)),
-        batch_size=batch_size,
-        seed=int(wanted.get("seed", 0)),
-        fresh=asked.fresh,
-        history=split.digest(),
-        version=artefact.version,
-        examples=len(split.train),
+        **asdict(schedule), fresh=asked.fresh, history=split.digest(), version=artefact.version
     )
 
 

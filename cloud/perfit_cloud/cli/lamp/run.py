@@ -37,7 +37,11 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="Stage 2's batches and warm-up: paper, or device (what devices do).")
+        str,
+        typer.Option(
+            help="Of stage 2: paper (Table 9 as it stands), or device (what a device would do: more steps on "
+            "a short history, the latest part held out to choose the epoch)."
+        ),
     ] = "paper",
     users: Annotated[int | None, typer.Option(help="The first N users of the test cohort.")] = None,
     collective_users: Annotated[
@@ -143,7 +147,7 @@ def _lines(run: Run) -> Sequence[str]:
     summary: dict[str, Any] = json.loads((run.folder / "summary.json").read_text("utf-8"))
     rows = {"loss, nats a token": summary["loss"], **summary["metrics"]}
     width = max(map(len, rows))
-    head = f"{run.folder} ({len(run.users)} users)"
+    head = f"{run.folder} ({len(run.users)} users, {run.settings['schedule']} schedule)"
     lines = [head, " " * width + "".join(f"{mode:>12}" for mode in run.modes)]
     for name, values in rows.items():
         lines.append(f"{name:<{width}}" + "".join(f"{values[mode]:12.4f}" for mode in run.modes))
