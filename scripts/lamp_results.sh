@@ -12,7 +12,7 @@ threads=${THREADS:-0}
 lamp() { # task, model, out, options…
   echo "== $*"
   .venv/bin/perfit-cloud lamp run --task "$1" --data "$data/$1" --model "$2" --out "$runs/$3" \
-    --schedule device --threads "$threads" "${@:4}"
+    --threads "$threads" "${@:4}"
 }
 
 # The base model has read the collective users' headlines, so trial updates on them tell nothing about

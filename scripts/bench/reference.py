@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from perfit_cloud.model.base import BaseModel, block_list
-from perfit_shared.optimizer import OptimizerConfig, learning_rate_at
+from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.training import Schedule
 
 __all__ = ["Batch", "Reference", "make_batch", "train"]
 
@@ -129,27 +130,24 @@ def train(
     spec: ShiftSpec,
     collective: ShiftTensors,
     start: ShiftTensors,
-    plan_batches: Sequence[Sequence[int]],
-    learning_rate: float,
-    clip: float,
+    schedule: Schedule,
 ) -> tuple[ShiftTensors, float]:
-    """One user's personal tensors after a step on each of `plan_batches` (rows of `pairs`), and seconds.
+    """One user's personal tensors after the steps of a schedule, whose rows are those of `pairs`; seconds.
 
-    `learning_rate` is the peak. The seconds are of all that a user costs: modules, batches, steps.
+    The seconds are of all that a user costs: modules, batches, steps.
     """
     begun = time.perf_counter()
-    config = OptimizerConfig(learning_rate, len(plan_batches), clip=clip)
     positions = Positions.parse(spec.positions)
     reference = Reference(base, collective, start)
     try:
-        optimizer = torch.optim.AdamW(reference.parameters(), lr=learning_rate, weight_decay=0.0)
-        for step, rows in enumerate(plan_batches):
-            batch = make_batch([pairs[row] for row in rows], positions, base.device)
+        optimizer = torch.optim.AdamW(reference.parameters(), lr=schedule.learning_rate, weight_decay=0.0)
+        for step in range(schedule.steps):
+            batch = make_batch([pairs[row] for row in schedule.batch(step)], positions, base.device)
             with torch.enable_grad():
                 reference.loss(batch).backward()
-            nn.utils.clip_grad_norm_(reference.parameters(), config.clip)
+            nn.utils.clip_grad_norm_(reference.parameters(), OptimizerConfig.clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
+                group["lr"] = schedule.rate(step)
             optimizer.step()
             optimizer.zero_grad()
         tensors = reference.tensors()

@@ -2,7 +2,7 @@
 
     python scripts/bench/stage2.py --data ../shared/data/lamp_news --model ../shared/models/newslm --json stage2.json
 
-Real authors with their own histories, the presets' layers, ranks, batch and epochs; collective shift
+Real authors with their own histories, the presets' layers, ranks, and the paper's schedule; collective shift
 and seed are the identity. Both sides take the same batches in the same order from the same tensors at
 the same rates. Ours is what `perfit-cloud lamp run` calls, one user at a time and all users together;
 the reference (reference.py) knows one user at a time. The two take turns, user by user, so that
@@ -34,7 +34,6 @@ from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.people import Learner, Person, read_people
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import load_task
@@ -194,16 +193,13 @@ class Bench:
     def _reference(
         self, person: Tokens, artefact: Artefact, settings: stage2.Stage2Settings
     ) -> tuple[ShiftTensors, float]:
-        schedule = settings.schedule_for(person.lengths)
         return reference.train(
             self._base,
             person.history,
             spec=artefact.spec,
             collective=artefact.collective,
             start=artefact.seed,
-            plan_batches=[schedule.batch(step) for step in range(schedule.steps)],
-            learning_rate=self._rate,
-            clip=OptimizerConfig.clip,
+            schedule=settings.schedule_for(person),
         )
 
     def _loss(self, people: Sequence[Tokens], artefact: Artefact, tensors: Sequence[ShiftTensors]) -> float:

@@ -21,7 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -187,9 +187,7 @@ def effect(args: argparse.Namespace) -> dict[str, Any]:
     people = read_people(args.data, artefact.task, base).people
     encoder = Encoder(base, artefact.task)
     was = json.loads((args.run / "settings.json").read_text("utf-8"))
-    settings = stage2.Stage2Settings(
-        was["epochs"], was["learning_rate"], artefact.batch_size, was["seed"], was.get("schedule", "device")
-    )
+    settings = stage2.Stage2Settings(**{each.name: was[each.name] for each in fields(stage2.Stage2Settings)})
 
     def arrived(tensors: ShiftTensors, form: str) -> ShiftTensors:
         return ShiftTensors.from_bytes(tensors.to_bytes(dtype=form), spec, rank)

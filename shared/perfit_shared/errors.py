@@ -27,6 +27,7 @@ PerfitError
 │   └── VaultUnswept          the change is made; traces of what was deleted still lie in the file
 ├── StoreFailed               the cloud's record of devices cannot be read or written
 ├── UpdateFailed              an update cannot go on; its state is kept
+│   └── Diverged              its loss is no longer a number
 └── ConfigError               an unknown key, or a value that cannot be
 
 Both programs end with an exit code by the class of the error (`exit_code`):
@@ -64,6 +65,7 @@ __all__ = [
     "CertificateSuperseded",
     "CertificateValid",
     "ConfigError",
+    "Diverged",
     "ExamplesRefused",
     "IdentityRevoked",
     "InvalidData",
@@ -214,6 +216,16 @@ class StoreFailed(PerfitError):
 
 class UpdateFailed(PerfitError):
     code = "update_failed"
+
+
+class Diverged(UpdateFailed):
+    """`index` is that of the training, where several go on together."""
+
+    code = "diverged"
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class ConfigError(PerfitError):

@@ -31,6 +31,7 @@ class Preset:
     collective_epochs: int = 3  # passes over everybody's examples
     learning_rate: float = 1e-4  # for billions of parameters; chosen on data for small models
     of_any_depth: bool = False  # the paper has these layers for every backbone
+    from_paper: bool = True
 
     def layers_for(self, blocks: int) -> tuple[int, ...]:
         """Distinct blocks of a model with `blocks` blocks, nearest to the paper's depths."""
@@ -94,7 +95,7 @@ PRESETS: dict[str, Preset] = {
     "tweet_paraphrase": Preset(32, 16, (14, 15), "f7+l7", 4),
     "appendix_e4": Preset(32, 32, (7, 9, 11), "f7+l7", 2, of_any_depth=True),  # for every task
     # Not in the paper: the longest row of Table 9 that also suits short prompts.
-    "chat": Preset(32, 8, (14, 15), "f7+l7", 4),
+    "chat": Preset(32, 8, (14, 15), "f7+l7", 4, from_paper=False),
 }
 
 

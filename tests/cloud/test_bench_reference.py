@@ -15,6 +15,7 @@ from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.positions import Positions
+from perfit_shared.training import Schedule
 from perfit_shared.types import Mode
 
 RANK = 3
@@ -68,9 +69,7 @@ def test_it_learns_and_leaves_the_model_as_it_was(
         spec=artefact.spec,
         collective=artefact.collective,
         start=artefact.seed,
-        plan_batches=[[0, 1, 2, 3], [4, 5, 6, 7]] * 8,
-        learning_rate=2e-2,
-        clip=0.3,
+        schedule=Schedule(8, 2e-2, 4, 0, 8),
     )
     assert seconds > 0
     assert [len(module._forward_hooks) for module in base.model.modules()] == hooks

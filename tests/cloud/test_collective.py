@@ -128,16 +128,21 @@ def test_an_interrupted_run_ends_with_the_same_bits(request_for: Any, tmp_path: 
     assert not (request.out / FILE).exists()
 
 
-def test_an_interrupt_among_the_trials_changes_nothing(request_for: Any, tmp_path: Path) -> None:
+def test_an_interrupt_among_the_trials_changes_nothing(
+    request_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "LADDER", (1e-4, 1e-3))
     free = {"learning_rate": None, "device_learning_rate": None, "epochs": 1}
     whole = train_collective(request_for(out=tmp_path / "whole", **free))
     request = request_for(out=tmp_path / "parts", **free)
-    for _ in range(40):  # an unfinished trial begins anew, so stop after more steps than one has
+    interrupts = 0
+    while True:  # an unfinished trial begins anew, so stop after more steps than one has
         try:
-            done = train_collective(request, stop=StopAfter(31))
+            done = train_collective(request, stop=StopAfter(230))
             break
         except Cancelled:
-            continue
+            interrupts += 1
+    assert interrupts >= 2
     assert same(done, whole)
     assert done.card["trials"] == whole.card["trials"]
     assert done.card["device_trials"] == whole.card["device_trials"]

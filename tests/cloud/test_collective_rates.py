@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tests.support.collective import write_toy
 from perfit_cloud.collective import trials
 from perfit_cloud.collective.run import CollectiveRun, train_collective
 from perfit_cloud.collective.trials import Search
+from perfit_shared.training import Schedule
 
 
 def searched(losses: dict[float, float], start: float = 5.0) -> tuple[float, list[float]]:
@@ -120,15 +121,40 @@ def test_where_trial_updates_tell_nothing_devices_get_no_more_than_stage_1_s_rat
     make_request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "_TELLING", 1.0)
+    monkeypatch.setattr(trials, "LADDER", (1e-4, 1e-3))
     artefact = train_collective(make_request(device_learning_rate=None, learning_rate=3e-4))
-    assert artefact.card["device_trials"]
+    assert len(artefact.card["device_trials"]) == 2
     assert artefact.learning_rate <= 3e-4
 
 
-def test_profiles_are_tried_on_where_queries_are_too_few(make_request: Any, tmp_path: Path) -> None:
+def test_trial_updates_are_those_of_a_device(make_request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 examples 10 train, 3 are the gate's and 3 test; the card's 4 epochs of 16 are for long ones."""
+    seen: list[tuple[int, Schedule, int]] = []
+    train_people = trials.train_people
+
+    def noted(engine: Any, artefact: Any, histories: Any, trainings: Any) -> Iterator[list[int]]:
+        assert {each.judged for each in trainings} == {-1}, "so that no update is taken that is no better"
+        yield from train_people(engine, artefact, histories, trainings)
+        for history, done in zip(histories, trainings, strict=True):
+            seen.append((len(history), done.schedule, done.step))
+            assert done.judged == 150 and done.outcome is done.best
+
+    monkeypatch.setattr(trials, "train_people", noted)
+    monkeypatch.setattr(trials, "LADDER", (1e-2,))
+    monkeypatch.setattr(trials, "_FIRST", (1e-2,))
+    card = train_collective(make_request(device_learning_rate=None, device_epochs=4, batch_size=16)).card
+    (trial,) = card["device_trials"]
+    assert seen == [(13, Schedule(50, 1e-2, 4, 0, 10), 150)] * trial["users"]
+    assert trial["users"] >= 2 and trial["after"] != trial["before"]
+
+
+def test_profiles_are_tried_on_where_queries_are_too_few(
+    make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LaMP-3, 5 and 7: about one query a user to train on, and a long profile."""
     import json
 
+    monkeypatch.setattr(trials, "LADDER", (1e-4, 1e-3))
     data = write_toy(tmp_path / "rare", users=40, items=20)
     path = data / "user_others.json"
     users = json.loads(path.read_text())

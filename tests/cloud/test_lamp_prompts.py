@@ -111,25 +111,56 @@ def test_an_artefact_of_other_prompts_is_used_and_said(
 
 
 def test_the_paper_s_schedule_and_a_device_s(
-    request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
+    request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paper = run_lamp(request_for(out=tmp_path / "paper", **ALONE), base=base)
-    device = run_lamp(request_for(out=tmp_path / "device", schedule="device", **ALONE), base=base)
-    first = [json.loads((r.folder / "users/12/stage2.json").read_text())["losses"] for r in (paper, device)]
-    assert len(first[0]) == len(first[1]) and first[0] != first[1]
-    assert paper.users[0].loss("personal") != device.users[0].loss("personal")
+    """Histories of 24, 9, 16 and 5: 4 epochs of 16 a batch (Table 9), or what each of four devices does."""
+    request = request_for(out=tmp_path / "paper", epochs=None, batch_size=None, users=4, **ALONE)
+    paper = run_lamp(request, base=base)
+    assert [user.steps for user in paper.users] == [8, 4, 4, 4]
+    device = run_lamp(replace(request, out=tmp_path / "device", schedule="device"), base=base)
+    # 20 train, 6 and 13, 4 a batch; with 5 examples a device makes no update.
+    assert [user.steps for user in device.users] == [150, 150, 152, 0]
+    assert "stage 2 by the device schedule: 150 to 152 steps a user" in capsys.readouterr().err
+    last = device.users[-1]
+    assert last.loss("personal") == last.loss("base") != paper.users[-1].loss("personal")
+    summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (paper, device)]
+    assert [summary["settings"]["schedule"] for summary in summaries] == ["paper", "device"]
+    assert [user["steps"] for user in summaries[1]["users"]] == [150, 150, 152, 0]
     with pytest.raises(InvalidInput, match="other schedule"):
-        run_lamp(request_for(out=tmp_path / "paper", schedule="device", **ALONE), base=base)
+        run_lamp(replace(request, schedule="device"), base=base)
     with pytest.raises(InvalidInput, match='no schedule "mine"; there are device, paper'):
         request_for(schedule="mine", **ALONE)
 
 
+def test_a_device_s_epochs_as_asked(request_for: Callable[..., LampRun], base: BaseModel) -> None:
+    run = run_lamp(request_for(schedule="device", batch_size=None, **ALONE), base=base)
+    assert [user.steps for user in run.users] == [10, 4]
+    assert run.settings["asked_epochs"] == 2
+
+
+def test_the_paper_s_figures_stand_whatever_an_artefact_says(
+    request_for: Callable[..., LampRun],
+    base: BaseModel,
+    make_artefact: Callable[..., Artefact],
+    tmp_path: Path,
+) -> None:
+    """Table 9 has news_headline: 4 epochs of 16 a batch. The artefact's 2 of 4 are for devices."""
+    replace(make_artefact(base), task=TASKS[TASK]).save(tmp_path / "artefact")
+    spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
+    asked = spec | {"epochs": None, "batch_size": None, "users": 1, "artefact": tmp_path / "artefact"}
+    assert run_lamp(request_for(**asked), base=base).users[0].steps == 8
+    other = run_lamp(request_for(schedule="device", out=tmp_path / "other", **asked), base=base)
+    assert (other.settings["epochs"], other.settings["batch_size"]) == (2, 4)
+
+
 NEW = ("schedule", "prompts", "artefact_prompts", "answer_tokens", "stop", "token_cap", "shortened")
+NEW += ("asked_epochs", "asked_batch_size")
 
 
-def test_a_run_from_before_there_were_two_schedules_goes_on_as_a_device_s(
+def test_a_run_of_an_earlier_version_says_its_schedule_and_is_not_gone_on_with(
     request_for: Callable[..., LampRun], base: BaseModel
 ) -> None:
+    """Its "device" took the artefact's epochs and batches on the whole history, as no device does."""
     run = run_lamp(request_for(schedule="device", **ALONE), base=base)
     for name in ("settings.json", "run.json"):
         path = run.folder / name
@@ -138,10 +169,22 @@ def test_a_run_from_before_there_were_two_schedules_goes_on_as_a_device_s(
         for key in NEW:
             del settings[key]
         path.write_text(json.dumps(written))
-    assert run_lamp(request_for(schedule="device", **ALONE), base=base).users == run.users
-    assert Run.load(run.folder).prompts == "task"
-    with pytest.raises(InvalidInput, match="other schedule"):
-        run_lamp(request_for(**ALONE), base=base)
+    old = Run.load(run.folder)
+    assert (old.prompts, old.settings["schedule"]) == ("task", "old device")
+    for schedule in ("device", "paper"):
+        with pytest.raises(InvalidInput, match="schedule; use another --out"):
+            run_lamp(request_for(schedule=schedule, **ALONE), base=base)
+
+
+def test_a_paper_run_of_an_earlier_version_goes_on(
+    request_for: Callable[..., LampRun], base: BaseModel
+) -> None:
+    run = run_lamp(request_for(**ALONE), base=base)
+    path = run.folder / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["asked_epochs"], settings["asked_batch_size"]
+    path.write_text(json.dumps(settings))
+    assert run_lamp(request_for(**ALONE), base=base).users == run.users
 
 
 def test_long_examples_are_cut_not_left_out(data: Path, base: BaseModel, tmp_path: Path) -> None:

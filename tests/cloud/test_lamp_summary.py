@@ -67,6 +67,7 @@ def test_every_number_by_hand(tmp_path: Path, two_users: list[UserResult]) -> No
         "queries": 1,
         "tokens": 4,
         "examples": 10,
+        "steps": 5,
     }
     assert (bob["queries"], bob["tokens"], bob["loss"]["personal"]) == (3, 4, 1.5)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
-from tests.support.updates import ARTEFACT, TASK, make_split, plan_for
+from tests.support.updates import TASK, make_split, plan_for
 
 from perfit_device import history
 from perfit_device.history import HistoryItem
-from perfit_device.training import update as updates
 from perfit_shared.errors import InvalidData, InvalidInput
 
 
@@ -27,23 +25,6 @@ def test_nonsense_plans_are_refused() -> None:
     for changes in ({"epochs": 0}, {"batch_size": 0}, {"learning_rate": math.nan}, {"seed": -1}):
         with pytest.raises(InvalidInput):
             plan_for(split, **changes)
-
-
-def test_short_histories_take_at_least_150_steps() -> None:
-    """The demo's 77 examples took 30 steps at the artefact's figures, and learned next to nothing."""
-    paper = replace(ARTEFACT, epochs=6, batch_size=16)
-    assert updates.schedule(paper, 77) == (14, 7)  # 11 steps an epoch, 154 in all
-    assert updates.schedule(paper, 4) == (150, 4)
-    assert updates.schedule(paper, 3) == (150, 3)
-    assert updates.schedule(paper, 20) == (30, 4)
-    assert updates.schedule(paper, 1000) == (6, 16)
-    assert updates.schedule(replace(paper, batch_size=2), 77) == (6, 2)
-    # What the user says stays, and the other figure follows it.
-    assert updates.schedule(paper, 77, epochs=2) == (2, 7)
-    assert updates.schedule(paper, 77, batch_size=16) == (30, 16)
-    assert updates.schedule(paper, 77, batch_size=500) == (150, 77)
-    assert updates.schedule(paper, 77, epochs=1, batch_size=0) == (1, 0), "for Plan to refuse"
-    assert updates.schedule(paper, 77, batch_size=0)[1] == 0
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(10, (4, 3, 3)), (20, (13, 3, 4)), (100, (70, 12, 18))])

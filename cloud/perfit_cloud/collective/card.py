@@ -124,8 +124,8 @@ def _device_note(training: Stage1Training) -> str:
         return "No user has enough examples to try on, so it is stage 1's rate"
     users, held_out = int(trials[0]["users"]), training.corpus.held_out_histories
     note = (
-        "Simulated updates of the users with the longest histories, first three quarters of their examples, "
-        f"measured on the rest; {min(users, held_out)} of {users} were not part of stage 1. "
+        "Updates of the users with the longest histories, as devices make them, measured on the test part "
+        f"of their examples; {min(users, held_out)} of {users} were not part of stage 1. "
         "The lowest rate that gains nine tenths of what the best does"
     )
     if telling(trials):

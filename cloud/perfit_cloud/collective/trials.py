@@ -12,12 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from perfit_cloud.collective.optimizer import StiefelAdam
-from perfit_cloud.collective.steps import batches, from_torch, rate_at, trainable
+from perfit_cloud.collective.personal import train_people
+from perfit_cloud.collective.steps import from_torch, rate_at
 from perfit_cloud.collective.training import FORWARD, Stage1Training
 from perfit_cloud.engine.gradients.batch import Pair
+from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.model.artefacts import Artefact
+from perfit_shared.errors import Diverged
+from perfit_shared.shifts import ShiftTensors
+from perfit_shared.splits import LEAST_HISTORY, split_sizes
+from perfit_shared.training import Overrides, Schedule, Training, schedule_for
 
 __all__ = [
     "Search",
@@ -39,7 +43,7 @@ _SHARE = 0.1  # of all steps, one trial
 _LEAST, _MOST = 20, 100  # steps of one trial, and most of them never more than the run itself has
 _HOPELESS = 1.02  # half-way validation loss over the untouched model's, where a trial ends
 _DEVICE_SHARE = 0.2  # of stage 1's work, one device rate; at least two users in any case
-_LEAST_UPDATES = 20  # steps of a simulated update, by smaller batches where there are few examples
+_KEEP_BYTES = 1 << 30  # of activations, for the updates of devices
 
 
 @dataclass
@@ -139,12 +143,13 @@ def device_users(training: Stage1Training) -> list[list[Pair]]:
 
     All of them in a private run: how many examples were trained on may decide nothing that is told.
     """
+    long = [pairs for pairs in training.corpus.histories.values() if len(pairs) >= LEAST_HISTORY]
     if training.privacy is not None:
-        return list(training.corpus.histories.values())
+        return long
     work = _DEVICE_SHARE * len(training.examples) * training.settings.epochs
     chosen: list[list[Pair]] = []
-    for pairs in training.corpus.histories.values():
-        work -= len(pairs) * training.settings.device_epochs
+    for pairs in long:
+        work -= _work_of(training, pairs)
         if len(chosen) >= 2 and work < 0:
             break
         chosen.append(pairs)
@@ -153,17 +158,22 @@ def device_users(training: Stage1Training) -> list[list[Pair]]:
 
 def device_work(training: Stage1Training) -> float:
     """Units of all trial updates, about."""
-    examples = sum(len(pairs) * 3 // 4 for pairs in device_users(training))
-    return _TRIED * examples * training.settings.device_epochs
+    return _TRIED * sum(_work_of(training, pairs) for pairs in device_users(training))
+
+
+def _work_of(training: Stage1Training, pairs: Sequence[Pair]) -> int:
+    """Units of one update."""
+    schedule = _schedule(_artefact(training), pairs, _FIRST[0])
+    return schedule.epochs * schedule.examples
 
 
 def choose_device_rate(training: Stage1Training) -> float:
     """The devices' learning rate: given, else the one with the lowest mean held-out loss, or near it.
 
-    Simulates stage 2 (φ₁ frozen, φ₂ from the seed) on the earlier three quarters of each history and
-    measures on the rest; appends to `record.device_trials`, each with the losses before and after.
-    Users held out of stage 1 come first; the losses of others flatter. Where no trial gains enough
-    to rank the rates, or nobody has enough examples, it is never above stage 1's rate.
+    Makes the updates that devices would make and measures on the test part of each history; appends to
+    `record.device_trials`, each with the losses before and after. Users held out of stage 1 come first;
+    the losses of others flatter. Where no trial gains enough to rank the rates, or nobody has enough
+    examples, it is never above stage 1's rate.
     """
     record = training.record
     if training.settings.device_learning_rate is not None:
@@ -171,8 +181,11 @@ def choose_device_rate(training: Stage1Training) -> float:
     users = device_users(training)
     if not users:
         return record.learning_rate
-    before = _seed_loss(training, users)
-    rate = Search(lambda tried: _device_trial(training, users, tried, before=before), before).run()
+    engine = UpdateEngine(training.base, keep_bytes=_KEEP_BYTES)
+    try:
+        rate = _DeviceTrials(training, engine, users).search()
+    finally:
+        engine.close()
     return rate if telling(record.device_trials) else min(rate, record.learning_rate)
 
 
@@ -181,68 +194,86 @@ def telling(device_trials: Sequence[Mapping[str, Any]]) -> bool:
     return any(done["after"] < (1 - _TELLING) * done["before"] for done in device_trials)
 
 
-def _seed_loss(training: Stage1Training, users: Sequence[Sequence[Pair]]) -> float:
-    """Mean held-out loss before an update."""
-    if training.record.device_trials:  # of an interrupted run
-        return training.record.device_trials[0]["before"]
-    collective, personal = training.collective, training.personal
-    losses = [
-        training.losses.mean(_split(pairs)[1], collective=collective, personal=personal) for pairs in users
-    ]
-    return float(np.mean(losses))
-
-
-def _device_trial(
-    training: Stage1Training, users: Sequence[Sequence[Pair]], rate: float, *, before: float
-) -> float:
-    record = training.record
-    for done in record.device_trials:
-        if done["learning_rate"] == rate:
-            return done["after"]
-    after = float(np.mean([_update(training, pairs, rate) for pairs in users]))
-    after = after if math.isfinite(after) else math.inf  # it diverged
-    training.progress.say(f"device learning rate {rate:g}: held-out loss {before:.4f} -> {after:.4f}")
-    record.device_trials.append(
-        {
-            "learning_rate": rate,
-            "before": before,
-            "after": after,
-            "users": len(users),
-        }
-    )
-    training.save()
-    return after
-
-
-def _split(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """(what an update trains on, the latest quarter)."""
-    cut = len(pairs) * 3 // 4
-    return pairs[:cut], pairs[cut:]
-
-
-def _update(training: Stage1Training, pairs: Sequence[Pair], rate: float) -> float:
-    """The held-out loss of one user after an update."""
+def _artefact(training: Stage1Training) -> Artefact:
+    """What devices would get."""
     settings = training.settings
-    past, latest = _split(pairs)
-    collective = {layer: type(phi)(*(t.detach() for t in phi)) for layer, phi in training.collective.items()}
-    personal = trainable(from_torch(training.personal), training.base.device)
-    optimizer = StiefelAdam([personal])
-    lengths = [len(prompt) + len(target) for prompt, target in past]
-    # As many steps as a device's longer history would take: a handful cannot show that a rate is too high.
-    size = max(1, min(settings.batch_size, len(past) * settings.device_epochs // _LEAST_UPDATES))
-    plan = [
-        batch
-        for epoch in range(settings.device_epochs)
-        for batch in batches(lengths, batch_size=size, seed=settings.seed, epoch=epoch)
-    ]
-    for index, batch in enumerate(plan):
-        training.losses.step(
-            [past[i] for i in batch],
-            collective=collective,
-            personal=personal,
-            optimizer=optimizer,
-            rate=rate_at(index, len(plan), rate),
+    return Artefact(
+        name=training.task.name,
+        spec=settings.spec,
+        task=training.task,
+        fingerprint=training.base.fingerprint,
+        collective=from_torch(training.collective),
+        seed=from_torch(training.personal),
+        learning_rate=training.record.learning_rate,
+        epochs=settings.device_epochs,
+        batch_size=settings.batch_size,
+    )
+
+
+def _schedule(artefact: Artefact, pairs: Sequence[Pair], rate: float) -> Schedule:
+    """A device's, for a whole history."""
+    train, _gate, _test = split_sizes(len(pairs), test_apart=False)
+    return schedule_for("device", artefact, train, Overrides(learning_rate=rate))
+
+
+class _DeviceTrials:
+    """Updates of some users at one rate after another. Each process makes those of its share of users."""
+
+    def __init__(
+        self, training: Stage1Training, engine: UpdateEngine, users: Sequence[Sequence[Pair]]
+    ) -> None:
+        self._training, self._engine, self._count = training, engine, len(users)
+        self._users = training.processes.mine(users)
+        self._tests = [split_sizes(len(pairs), test_apart=False)[2] for pairs in self._users]
+        self._artefact = _artefact(training)
+        done = training.record.device_trials  # of an interrupted run
+        seeds = [self._artefact.seed] * len(self._users)
+        self._before = done[0]["before"] if done else self._mean(self._test_losses(seeds))
+
+    def search(self) -> float:
+        return Search(self._trial, self._before).run()
+
+    def _trial(self, rate: float) -> float:
+        record, progress = self._training.record, self._training.progress
+        for done in record.device_trials:
+            if done["learning_rate"] == rate:
+                return done["after"]
+        after = self._mean(self._update(rate))
+        after = after if math.isfinite(after) else math.inf  # it diverged
+        progress.say(f"device learning rate {rate:g}: held-out loss {self._before:.4f} -> {after:.4f}")
+        record.device_trials.append(
+            {"learning_rate": rate, "before": self._before, "after": after, "users": self._count}
         )
-        training.progress.advance(len(batch), f"trying device learning rate {rate:g}")
-        training.pause()
-    return training.losses.mean(latest, collective=collective, personal=personal)
+        self._training.save()
+        return after
+
+    def _mean(self, losses: Sequence[float]) -> float:
+        """Over the users of all processes, which meet there."""
+        self._training.pause()
+        return self._training.processes.add_up(sum(losses)) / self._count
+
+    def _update(self, rate: float) -> list[float]:
+        """The losses on the test parts after an update."""
+        processes, progress = self._training.processes, self._training.progress
+        trainings = [
+            Training.start(_schedule(self._artefact, pairs, rate), self._artefact.seed, judge_start=True)
+            for pairs in self._users
+        ]
+        past = [pairs[:-test] for pairs, test in zip(self._users, self._tests, strict=True)]
+        try:
+            for stepped in train_people(self._engine, self._artefact, past, trainings):
+                examples = sum(trainings[i].schedule.batch_size for i in stepped) * processes.count
+                progress.advance(examples, f"trying device learning rate {rate:g}")
+                if processes.count == 1:  # others may take more steps, and a pause is a meeting
+                    self._training.pause()
+        except Diverged:
+            return [math.inf]
+        return self._test_losses([each.outcome for each in trainings])
+
+    def _test_losses(self, tensors: Sequence[ShiftTensors]) -> list[float]:
+        found = []
+        for pairs, test, personal in zip(self._users, self._tests, tensors, strict=True):
+            with self._engine.open(pairs[-test:], self._artefact) as opened:
+                ((loss, _tokens),) = self._engine.losses([GradientRequest(opened, range(test), personal)])
+            found.append(loss)
+        return found

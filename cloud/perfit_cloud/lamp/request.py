@@ -29,7 +29,7 @@ class LampRun:
     artefact: Path | None = None  # a collective shift that is there already, perhaps of another task
     preset: str | None = None  # the task's own
     prompts: str | None = None  # of perfit_shared.prompts; task.json's, else LaMP's
-    schedule: str = "paper"  # of stage 2: as the paper trains, or as devices do
+    schedule: str = "paper"  # of stage 2: as the paper trains, or "device"
     users: int | None = None  # the first N of the test cohort
     collective_users: int | None = None  # so many of user_others.json, chosen by the seed
     ablation: str = "full"
@@ -43,6 +43,7 @@ class LampRun:
     collective_learning_rate: float | None = None
     epochs: int | None = None  # of stage 2
     learning_rate: float | None = None  # of stage 2
+    figures: tuple[int, int] | None = None  # epochs and batch size of a run that this one is like
     seed: int = 0
     decoding: Decoding = field(default_factory=Decoding)
     users_together: int = 8  # a cohort of stage 2

@@ -191,9 +191,13 @@ class Run:
 def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Settings of a run with what older versions did not write: how they trained and asked."""
     prompts, ablation = prompts_of(task), settings.get("ablation", "full")
+    if "asked_epochs" not in settings and settings.get("schedule", "device") == "device":
+        # It took the artefact's batches and epochs, however short a history was.
+        settings = {**settings, "schedule": "old device"}
     return {
         "method": "perfit" if ablation == "full" else f"perfit_{ablation}",
-        "schedule": "device",
+        "asked_epochs": None,
+        "asked_batch_size": None,
         "prompts": prompts,
         "artefact_prompts": prompts,
         "answer_tokens": task.answer_tokens,

@@ -186,6 +186,8 @@ class _LampRun:
         method = self._method
         learners = [person for person in self._people if method.can_fit(person)]
         progress = Progress(sum(map(method.examples, learners)))
+        if learners and (how := method.announce(learners)):
+            progress.say(how)
         finished = 0
         for cohort in cohorts(learners, method.together):
             if all(self._folder(person).has_state for person in cohort):

@@ -1,10 +1,9 @@
 """Stage 2 (PerFit, Algorithm 1) for many users at once, in this process.
 
-Every user takes the steps of `perfit_shared.training`, by the paper's schedule or a device's; the
-gradients come from the engine that serves devices. Users train in *cohorts*: one step of each member
-is one pass. Who is in a cohort is a function of the users alone, and an interrupted cohort goes on
-from one file with everybody in it, so that the passes, and with them the tensors, are those of an
-undisturbed run.
+Every user takes the steps of `perfit_shared.training`, by the paper's schedule or a device's. Users
+train in *cohorts*: one step of each member is one pass. Who is in a cohort is a function of the users
+alone, and an interrupted cohort goes on from one file with everybody in it, so that the passes, and
+with them the tensors, are those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -12,17 +11,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
-from perfit_cloud.lamp.people import Learner
+from perfit_cloud.collective.personal import train_people
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.lamp.results import write_bytes
 from perfit_cloud.model.artefacts import Artefact
-from perfit_shared.errors import InvalidData, UpdateFailed
-from perfit_shared.training import PaperSchedule, Schedule, Training
+from perfit_shared.errors import Diverged, InvalidData, UpdateFailed
+from perfit_shared.splits import LEAST_HISTORY, SMALLEST_PART, split_sizes
+from perfit_shared.training import Overrides, Schedule, Training, schedule_for
 
 __all__ = ["Stage2Settings", "train"]
 
@@ -31,23 +31,40 @@ _CHECKPOINT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Stage2Settings:
+    """The schedule, and the figures that it starts from.
+
+    By the "paper" schedule a user trains on the whole history, and the last step's tensors are taken. By
+    the "device" one a user trains as on a device: without the latest part of the history, which judges
+    the epochs, and the start, if no epoch is better.
+    """
+
     epochs: int
     learning_rate: float  # peak
     batch_size: int  # examples a step
     seed: int
-    schedule: str = "device"  # or "paper"
+    schedule: str = "paper"  # or "device"
+    asked_epochs: int | None = None  # what was asked for instead
+    asked_batch_size: int | None = None
 
-    def schedule_for(self, lengths: Sequence[int]) -> Schedule:
-        """`lengths`: of the examples of a history, tokens."""
-        examples = len(lengths)
-        device = Schedule(
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            batch_size=min(self.batch_size, examples),
-            examples=examples,
-        )
-        return PaperSchedule(**asdict(device), lengths=tuple(lengths)) if self.schedule == "paper" else device
+    @property
+    def on_device(self) -> bool:
+        return self.schedule == Schedule.name
+
+    def trains(self, person: Person | Learner) -> bool:
+        """Whether the history is long enough."""
+        least = LEAST_HISTORY - SMALLEST_PART if self.on_device else 1
+        return len(person.history) >= least
+
+    def schedule_for(self, person: Learner) -> Schedule:
+        """Of somebody who trains."""
+        lengths = person.lengths
+        if self.on_device:  # the queries are the test part
+            lengths = lengths[: split_sizes(len(lengths), test_apart=True)[0]]
+        overrides = Overrides(self.asked_epochs, self.asked_batch_size, seed=self.seed)
+        return schedule_for(self.schedule, self, len(lengths), overrides, lengths=lengths)
+
+    def start(self, person: Learner, artefact: Artefact) -> Training[Schedule]:
+        return Training.start(self.schedule_for(person), artefact.seed, judge_start=self.on_device)
 
 
 def train(
@@ -68,38 +85,23 @@ def train(
     in `checkpoint` (removed by the caller once the results are kept). Raises UpdateFailed naming the
     user whose loss is no longer a number.
     """
-    trainings = _resumed(checkpoint, people, settings) or [
-        Training.start(settings.schedule_for(person.lengths), artefact.seed) for person in people
-    ]
+    trainings = _resumed(checkpoint, people, settings) or [settings.start(p, artefact) for p in people]
     resumed(sum(len(t.schedule.batch(step)) for t in trainings for step in range(t.step)))
-    last_saved = clocked = time.monotonic()
-    with ExitStack() as open_ones:
-        adaptations = {
-            i: open_ones.enter_context(engine.open(person.history, artefact))
-            for i, person in enumerate(people)
-            if not trainings[i].done
-        }
-        while active := [i for i, t in enumerate(trainings) if not t.done]:
-            steps = [GradientRequest(adaptations[i], trainings[i].rows, trainings[i].tensors) for i in active]
-            gradients = engine.gradients(steps)
-            now = time.monotonic()
-            for i, gradient in zip(active, gradients, strict=True):
-                try:
-                    trainings[i] = trainings[i].stepped(
-                        gradient.loss, gradient.tensors, seconds=(now - clocked) / len(active)
-                    )
-                except UpdateFailed as error:
-                    raise UpdateFailed(f"user {people[i].user_id}: {error}") from error
-            clocked = now
-            progress(sum(len(step.rows) for step in steps), sum(t.done for t in trainings))
+    last_saved = time.monotonic()
+    try:
+        for stepped in train_people(engine, artefact, [person.history for person in people], trainings):
+            latest = [trainings[i].schedule.batch(trainings[i].step - 1) for i in stepped]
+            progress(sum(map(len, latest)), sum(t.done for t in trainings))
             try:
                 stop()
             except BaseException:
                 _save(checkpoint, people, trainings)
                 raise
-            if now - last_saved >= _CHECKPOINT_SECONDS:
+            if time.monotonic() - last_saved >= _CHECKPOINT_SECONDS:
                 _save(checkpoint, people, trainings)
-                last_saved = now
+                last_saved = time.monotonic()
+    except Diverged as error:
+        raise UpdateFailed(f"user {people[error.index].user_id}: {error}") from error
     return trainings
 
 
@@ -121,7 +123,7 @@ def _resumed(
     """What an interrupted run of this cohort left, None when it left nothing. Raises InvalidData."""
     if not path.is_file():
         return None
-    planned = [settings.schedule_for(person.lengths) for person in people]
+    planned = [settings.schedule_for(person) for person in people]
     data = path.read_bytes()
     try:
         start = 8 + int.from_bytes(data[:8], "big")

@@ -114,6 +114,7 @@ def _user(user: UserResult, index: int, measured: Mapping[str, Nest]) -> dict[st
         "queries": len(user.queries),
         "tokens": sum(q.tokens for q in user.queries),
         "examples": user.examples,
+        "steps": user.steps,
     }
 
 

@@ -110,7 +110,6 @@ def _like_first(each: LampRun, sweep: str, first: Run | None) -> LampRun:
             collective_rank=full["collective_rank"],
             personal_rank=full["personal_rank"],
             learning_rate=full["learning_rate"],
-            epochs=full["epochs"],
-            batch_size=full["batch_size"],
+            figures=(full["epochs"], full["batch_size"]),
         )
     return replace(each, artefact=each.artefact or first.folder / "artefact")

@@ -4,10 +4,9 @@
 """
 
 from perfit_device.history.items import HistoryItem, add, find, forget, forgotten, load, problems_of, usable
-from perfit_device.history.split import MINIMUM, Split, split
+from perfit_device.history.split import Split, split
 
 __all__ = [
-    "MINIMUM",
     "HistoryItem",
     "Split",
     "add",

@@ -16,6 +16,7 @@ from perfit_device.training import update as updates
 from perfit_device.training.gradients import Adapting
 from perfit_device.training.update import Finished, Plan, Result
 from perfit_shared.errors import ExamplesRefused, ShiftMismatch
+from perfit_shared.training import Overrides, schedule_for
 
 if TYPE_CHECKING:
     from perfit_device.history import Split
@@ -170,16 +171,7 @@ class _Run:
             self.profile.tell(
                 f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
             )
-        epochs, batch_size = updates.schedule(
-            artefact, len(split.train), epochs=wanted.get("epochs"), batch_size=wanted.get("batch_size")
-        )
+        schedule = schedule_for("device", artefact, len(split.train), Overrides(**wanted))
         return Plan(
-            epochs=epochs,
-            learning_rate=float(wanted.get("learning_rate", artefact.learning_rate)),
-            batch_size=batch_size,
-            seed=int(wanted.get("seed", 0)),
-            fresh=self.wanted.fresh,
-            history=split.digest(),
-            version=artefact.version,
-            examples=len(split.train),
+            **asdict(schedule), fresh=self.wanted.fresh, history=split.digest(), version=artefact.version
         )

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from perfit_device import personal, process_limits
@@ -18,9 +17,16 @@ from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
 from perfit_device.personal import Learned, PersonalShift
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
+from perfit_shared.errors import (
+    Diverged,
+    InvalidData,
+    InvalidInput,
+    UpdateFailed,
+    VaultDamaged,
+    VaultUnswept,
+)
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.training import Schedule, Training
+from perfit_shared.training import Schedule, Training, train
 
 __all__ = [
     "Plan",
@@ -32,11 +38,9 @@ __all__ = [
     "read_checkpoint",
     "read_finished",
     "row_name",
-    "schedule",
 ]
 
 _KIND, _FINISHED = "checkpoint", "finished"
-_FEWEST_STEPS = 150  # of an update, unless the user says otherwise
 # Both ask, and give what waits for the answer: called again, after an error, it asks again.
 Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
 Evaluate = Callable[[ShiftTensors], Callable[[], float]]
@@ -49,25 +53,6 @@ class Plan(Schedule):
     fresh: bool  # start from the seed shift rather than from the current one
     history: str  # digest of the split
     version: str  # of the artefact
-
-
-def schedule(
-    artefact: Artefact, examples: int, *, epochs: int | None = None, batch_size: int | None = None
-) -> tuple[int, int]:
-    """(epochs, batch size) of an update: what the user asks for, else the artefact's, fit to a short history.
-
-    The artefact's figures are made for long histories; on a short one they end before much is
-    learned. On the 77 training examples of the demo's Ravi 88 steps end at a test loss of 1.36, 154
-    at 0.93 and 220 at 0.80. So a batch is at most a tenth of the examples, or 4 where that is more,
-    and there are as many epochs as 150 steps take; the gate keeps the best one.
-    """
-    if batch_size is None:
-        batch_size = min(artefact.batch_size, max(4, examples // 10))
-    batch_size = min(batch_size, examples)
-    if epochs is None:
-        steps_per_epoch = math.ceil(examples / max(1, batch_size))  # Plan refuses a size below 1
-        epochs = max(artefact.epochs, math.ceil(_FEWEST_STEPS / steps_per_epoch))
-    return epochs, batch_size
 
 
 @dataclass(frozen=True)
@@ -181,10 +166,15 @@ class Update:
         self._progress = progress
         self._place = row_name(cloud_id, artefact.name, artefact.task.name)
         kept = read_checkpoint(vault, self._place)
-        self._state = kept if kept is not None and kept.schedule == plan else Training.start(plan, start)
+        resumes = kept is not None and kept.schedule == plan
+        self._training = [kept if kept is not None and resumes else Training.start(plan, start)]
         self._saved = self._state  # what the vault has; at first there may be nothing to keep
-        self._clocked = 0.0  # when the last step was done, by the monotonic clock
         self.resumed_from = self._state.step
+
+    @property
+    def _state(self) -> Training[Plan]:
+        """Where training stands; `train` replaces it."""
+        return self._training[0]
 
     @property
     def step(self) -> int:
@@ -210,6 +200,13 @@ class Update:
                 f"{error}; stopped after step {self.step} of {self._state.schedule.steps}, "
                 "and `perfit update` resumes there"
             ) from error
+        except Diverged as error:
+            # The steps before stay: what is no number may also be a cloud's doing.
+            self._save()
+            raise UpdateFailed(
+                f"{error}, or `perfit update` as before, which resumes after step {self.step}; "
+                "your shift stays as it was"
+            ) from error
         except BaseException:
             self._save()
             raise
@@ -225,14 +222,9 @@ class Update:
 
     def _train(self) -> None:
         """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
-        last_saved = last_done = self._clocked = time.monotonic()
-        answer = self._ask()
-        while answer is not None:
-            before = self._state.step
-            # In one assignment: an interrupt between two lines must not part step and tensors.
-            self._state = answer()
-            answer = self._ask()
-            if self._progress is not None and self.step > before:
+        last_saved = last_done = time.monotonic()
+        for stepped in train(self._training, gradients=self._ask_gradient, losses=self._ask_loss):
+            if self._progress is not None and stepped:
                 self._progress(self.step, self._state.schedule.steps, self._state.losses[-1])
             took, last_done = time.monotonic() - last_done, time.monotonic()
             # Another step as long as this one might otherwise be more than a kill may cost.
@@ -241,29 +233,22 @@ class Update:
                 last_saved = time.monotonic()
             process_limits.give_back()
 
-    def _ask(self) -> Callable[[], Training[Plan]] | None:
-        """Ask for what comes next; gives what waits for it and tells the new state. None: all is done."""
-        state = self._state
-        if state.at_epoch_end:
-            loss = self._evaluate(state.tensors)
-            return lambda: state.judge(self._retry_policy.call(loss))
-        if state.done:
-            return None
+    def _ask_gradient(
+        self, asked: Mapping[int, Training[Plan]]
+    ) -> Callable[[], list[tuple[float, ShiftTensors]]]:
+        (state,) = asked.values()
         found = self._gradient(state.rows, state.tensors)
-        return lambda: self._stepped(state, *self._retry_policy.call(found))
 
-    def _stepped(
-        self, state: Training[Plan], loss: float, _tokens: int, gradient: ShiftTensors
-    ) -> Training[Plan]:
-        seconds, self._clocked = time.monotonic() - self._clocked, time.monotonic()
-        try:
-            return state.stepped(loss, gradient, seconds=seconds)
-        except UpdateFailed as error:
-            # The steps before stay: what is no number may also be a cloud's doing.
-            raise UpdateFailed(
-                f"{error}, or `perfit update` as before, which resumes after step {state.step}; "
-                "your shift stays as it was"
-            ) from error
+        def wait() -> list[tuple[float, ShiftTensors]]:
+            loss, _tokens, gradient = self._retry_policy.call(found)
+            return [(loss, gradient)]
+
+        return wait
+
+    def _ask_loss(self, asked: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
+        (state,) = asked.values()
+        found = self._evaluate(state.tensors)
+        return lambda: [self._retry_policy.call(found)]
 
     def _save(self) -> None:
         if self._state is self._saved:

@@ -34,7 +34,11 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="Stage 2's batches and warm-up: paper, or device (what devices do).")
+        str,
+        typer.Option(
+            help="Of stage 2: paper (Table 9 as it stands), or device (what a device would do: more steps on "
+            "a short history, the latest part held out to choose the epoch)."
+        ),
     ] = "paper",
     users: Annotated[int | None, typer.Option(help="The first N users of the test cohort.")] = None,
     collective_users: Annotated[
@@ -134,5 +138,6 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     for each, summary in zip(runs, summaries, strict=True):
         rows = {"loss, nats a token": summary["loss"], **summary["metrics"]}
         cells = [[name, *(f"{values[mode]:.4f}" for mode in each.modes)] for name, values in rows.items()]
-        typer.echo(f"{each.folder} ({len(each.users)} users)")
+        how = f", {each.settings['schedule']} schedule" if "schedule" in each.settings else ""
+        typer.echo(f"{each.folder} ({len(each.users)} users{how})")
         typer.echo("\n".join(aligned_table(["", *each.modes], cells)))

@@ -129,6 +129,10 @@ class Method(ABC, Generic[State]):
         """How many examples fitting this person goes through. The time that is left is told by it."""
         return len(person.history)
 
+    def announce(self, people: Sequence[Person]) -> str:
+        """A line that says how these people will be fitted; empty where there is nothing to say."""
+        return ""
+
     @abstractmethod
     def answer(self, asked: Sequence[Asked[State]], done: Done) -> list[str]:
         """The texts that follow the prompts. What shares a batch may depend on `asked` alone."""

@@ -20,10 +20,11 @@ from perfit_cloud.lamp.methods.interface import Asked, Done, Fitted, Method, Tas
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
-from perfit_shared.presets import preset_for
+from perfit_shared.presets import PRESETS
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
+from perfit_shared.training import Schedule
 from perfit_shared.types import Mode, Score
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ __all__ = ["BothRanks", "CollectiveOnly", "PerFit", "PersonalOnly"]
 
 _STAGE_1 = frozenset({"collective_users", "collective_epochs", "collective_learning_rate"})
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
-_STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "keep_bytes"})
+_STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
 
 _T = TypeVar("_T")
 
@@ -50,6 +51,7 @@ class PerFit(Method[ShiftUse]):
     def __init__(self, request: LampRun, data: TaskData) -> None:
         super().__init__(request, data)
         self._engines = ExitStack()
+        self._schedules: dict[str, Schedule] = {}  # by user
 
     @classmethod
     def check(cls, request: LampRun) -> None:
@@ -124,10 +126,24 @@ class PerFit(Method[ShiftUse]):
             progress=work.done,
             stop=work.stop,
         )
-        return [Fitted(self._use(t.tensors), t.losses, t.seconds) for t in trainings]
+        return [Fitted(self._use(t.outcome), t.losses, t.seconds) for t in trainings]
+
+    def can_fit(self, person: Person) -> bool:
+        return self.training.trains(person)
 
     def examples(self, person: Person) -> int:
-        return len(person.history) * self.training.epochs
+        schedule = self._schedule(person)
+        return schedule.epochs * schedule.examples
+
+    def announce(self, people: Sequence[Person]) -> str:
+        steps = [self._schedule(person).steps for person in people]
+        return f"stage 2 by the {self.training.schedule} schedule: {min(steps)} to {max(steps)} steps a user"
+
+    def _schedule(self, person: Person) -> Schedule:
+        if person.user_id not in self._schedules:
+            learner = Learner.of(person, self.data.encoder)
+            self._schedules[person.user_id] = self.training.schedule_for(learner)
+        return self._schedules[person.user_id]
 
     def _use(self, tensors: ShiftTensors) -> ShiftUse:
         return ShiftUse(Mode.PERSONAL, self.artefact, tensors)
@@ -212,15 +228,27 @@ class BothRanks(PersonalOnly):
 
 
 def _stage2_settings(request: LampRun, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
-    """Another task's artefact brings its shift and rate, not how long this task trains."""
-    like = artefact if artefact.task.name == task.name else preset_for(request.preset or task.name)
-    return stage2.Stage2Settings(
-        epochs=_given(request.epochs, like.epochs),
-        learning_rate=_given(request.learning_rate, artefact.learning_rate),
-        batch_size=_given(request.batch_size, like.batch_size),
-        seed=request.seed,
-        schedule=request.schedule,
-    )
+    epochs, batch_size = request.figures or _figures(request, task, artefact)
+    rate = _given(request.learning_rate, artefact.learning_rate)
+    if request.schedule == Schedule.name:  # which fits to the history what nobody asked for
+        return stage2.Stage2Settings(
+            epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
+        )
+    epochs, batch_size = _given(request.epochs, epochs), _given(request.batch_size, batch_size)
+    return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
+
+
+def _figures(request: LampRun, task: Task, artefact: Artefact) -> tuple[int, int]:
+    """(epochs, batch size) that stage 2 starts from.
+
+    The paper's schedule takes Table 9's, and the artefact's for a task that the table lacks. A device
+    takes the artefact's; another task's brings its shift and rate, but not how long this task trains.
+    """
+    row = PRESETS.get(request.preset or task.name)
+    on_device = request.schedule == Schedule.name
+    takes_artefact = artefact.task.name == task.name if on_device else row is None or not row.from_paper
+    found = artefact if takes_artefact or row is None else row
+    return found.epochs, found.batch_size
 
 
 def _given(value: _T | None, default: _T) -> _T:
