@@ -32,11 +32,11 @@ PersonalizationService.Describe = stuck
 """
 STUCK_ENGINE = f"""
 import time
-from perfit_cloud.engine.gradients.scheduler import StepQueue
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 def stuck(self):
     print("stuck", flush=True)
     time.sleep({LONG})
-StepQueue.close = stuck
+GradientScheduler.close = stuck
 """
 
 
@@ -106,9 +106,9 @@ def test_a_thread_that_never_lets_python_go_on_is_ended_by_the_system(
     program = f"""
 import ctypes
 from perfit_cloud.cli import serve
-from perfit_cloud.engine.gradients.scheduler import StepQueue
+from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 serve._LAST_SECONDS = 2
-StepQueue.close = lambda self: ctypes.PyDLL(None).sleep({int(LONG)})
+GradientScheduler.close = lambda self: ctypes.PyDLL(None).sleep({int(LONG)})
 """
     with serving(program, tmp_path / "state", model_folder("llama"), 1) as (process, _):
         process.send_signal(signal.SIGTERM)

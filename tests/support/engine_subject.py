@@ -135,7 +135,7 @@ class EngineSuite:
             device_lock = DeviceLock()
             engine = type(self).kind(base, artefacts, replace(SMALL, **settings), device_lock)
             made.append(engine)
-            return Subject(base, artefacts, engine, device_lock.take)
+            return Subject(base, artefacts, engine, device_lock.hold)
 
         yield build
         for engine in made:
