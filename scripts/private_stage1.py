@@ -75,8 +75,7 @@ class _Measurement:
         self._losses.cache(pairs, [0] * len(pairs), lambda _: None)
         base = self._losses.mean(self._corpus.validation, collective=None, personal=None)
         print(
-            f"{len(self._corpus.train)} people, positions {self._spec.positions}, base {base:.4f}",
-            flush=True,
+            f"{len(self._corpus.train)} people, positions {self._spec.positions}, base {base:.4f}", flush=True
         )
         for people in self._args.people:
             for epsilon in self._args.epsilon:

@@ -30,10 +30,7 @@ SPEC = ["--layers", "2;3", "--positions", "f7+l7", "--collective-rank", "32", "-
 # Stage 1's rates are what its trials chose in an earlier run, fixed so that this one repeats it. The
 # base model has read the headlines of stage 1, so trial updates on them tell nothing: 5e-3 is the
 # yardstick's rate.
-RATES = {
-    "news_headline": ["--lr", "3e-4", "--device-lr", "5e-3"],
-    "news_categorize": ["--lr", "1e-4"],
-}
+RATES = {"news_headline": ["--lr", "3e-4", "--device-lr", "5e-3"], "news_categorize": ["--lr", "1e-4"]}
 # The paper's batch and epochs (Table 9), whatever the length of the history.
 UPDATE = {
     "news_headline": ["--batch-size", "16", "--epochs", "4"],

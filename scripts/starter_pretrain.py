@@ -52,10 +52,7 @@ def read_articles(data: Path) -> tuple[list[dict[str, str]], list[dict[str, str]
     articles = [a for a in by_title.values() if a.get("description")]
     users = sorted({a["user"] for a in articles})
     held = set(random.Random(7).sample(users, round(len(users) * HELD_OUT_USERS)))
-    return (
-        [a for a in articles if a["user"] not in held],
-        [a for a in articles if a["user"] in held],
-    )
+    return ([a for a in articles if a["user"] not in held], [a for a in articles if a["user"] in held])
 
 
 def read_books(data: Path) -> list[str]:

@@ -78,11 +78,7 @@ class Profile:
 
     @classmethod
     def create(
-        cls,
-        settings: DeviceSettings,
-        *,
-        passphrase: str | None,
-        tell: Callable[[str], None] = lambda _: None,
+        cls, settings: DeviceSettings, *, passphrase: str | None, tell: Callable[[str], None] = lambda _: None
     ) -> Profile:
         """A new profile, locked by `passphrase`, or by the OS keyring where it is None."""
         return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, tell)

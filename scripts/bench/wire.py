@@ -41,13 +41,7 @@ from perfit_device.cloud.codec import (
     shift_to_wire,
 )
 from perfit_shared.presets import preset_for
-from perfit_shared.shifts import (
-    LayerShift,
-    ShiftSpec,
-    ShiftTensors,
-    gradient_from_bytes,
-    gradient_to_bytes,
-)
+from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors, gradient_from_bytes, gradient_to_bytes
 from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb

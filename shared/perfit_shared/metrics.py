@@ -9,16 +9,7 @@ from typing import Any
 
 from perfit_shared.errors import InvalidInput
 
-__all__ = [
-    "HIGHER_IS_BETTER",
-    "accuracy",
-    "mae",
-    "measure",
-    "rating_errors",
-    "rmse",
-    "rouge",
-    "rouge_pairs",
-]
+__all__ = ["HIGHER_IS_BETTER", "accuracy", "mae", "measure", "rating_errors", "rmse", "rouge", "rouge_pairs"]
 
 HIGHER_IS_BETTER = {"accuracy": True, "mae": False, "rmse": False, "rouge_1": True, "rouge_l": True}
 

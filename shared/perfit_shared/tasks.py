@@ -319,15 +319,7 @@ TASKS: dict[str, Task] = {
             lamp="LaMP_7",
             history_template="tweet:",
         ),
-        Task(
-            "chat",
-            "{prompt}",
-            "{reply}",
-            "rouge_1",
-            stop=(),
-            answer_tokens=256,
-            chat=True,
-        ),
+        Task("chat", "{prompt}", "{reply}", "rouge_1", stop=(), answer_tokens=256, chat=True),
     )
 }
 

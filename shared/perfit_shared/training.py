@@ -30,15 +30,7 @@ from perfit_shared.errors import Diverged, InvalidData, InvalidInput, PerfitErro
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
 from perfit_shared.shifts import ShiftTensors
 
-__all__ = [
-    "Figures",
-    "Overrides",
-    "PaperSchedule",
-    "Schedule",
-    "Training",
-    "schedule_for",
-    "train",
-]
+__all__ = ["Figures", "Overrides", "PaperSchedule", "Schedule", "Training", "schedule_for", "train"]
 
 _LEAST_STEPS = 150  # of an update on a device, unless the user says otherwise
 _POOLED = 50  # batches, at most, whose examples are sorted by length together

@@ -45,12 +45,7 @@ def test_a_step_runs_only_what_the_tensors_can_change(llama: Any) -> None:
     engine.gradients([GradientRequest(session, [2, 5], person(artefact, 1))])  # layers 1 and 2, l4
     targets = [len(RAGGED[row][1]) for row in (2, 5)]
     rows = sum(4 + n - 1 for n in targets)
-    assert seen == {
-        "attention 2": rows,
-        "mlp 2": rows,
-        "attention 3": rows,
-        "mlp 3": sum(targets),
-    }
+    assert seen == {"attention 2": rows, "mlp 2": rows, "attention 3": rows, "mlp 3": sum(targets)}
 
 
 def test_nothing_is_left_after_close(make_artefact: Any) -> None:

@@ -112,11 +112,7 @@ class Parts:
 
 @pytest.fixture
 def parts(
-    run: Callable[..., Running],
-    base: Any,
-    artefact: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[..., Running], base: Any, artefact: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Parts]:
     engine = UpdateEngine(base, keep_bytes=KEEP)
     queue = Watched(engine)

@@ -16,11 +16,7 @@ from tests.support.waiting import wait_for
 
 from perfit_cloud.audit import memory
 from perfit_cloud.audit.memory import Look, check_allowed, cpu_seconds, look_at, processes_of, settle, stopped
-from perfit_cloud.audit.needles import (
-    Needle,
-    raw,
-    text,
-)
+from perfit_cloud.audit.needles import Needle, raw, text
 from perfit_cloud.audit.search import Index
 from perfit_shared.errors import ConfigError
 

@@ -34,11 +34,7 @@ def kinds(needles: list[Needle], data: bytes) -> set[str]:
 
 @pytest.mark.parametrize(
     "needle",
-    [
-        raw("wire", SECRET),
-        *text("text", [WORD]),
-        *token_ids("ids", [[901, 17, 4000, 33]]),
-    ],
+    [raw("wire", SECRET), *text("text", [WORD]), *token_ids("ids", [[901, 17, 4000, 33]])],
     ids=lambda needle: needle.kind,
 )
 def test_the_shortest_run_is_found_at_every_offset(needle: Needle) -> None:

@@ -190,12 +190,7 @@ def test_a_challenge_is_compared_in_constant_time(
 def test_renewal_needs_the_old_key_and_our_words(short: Authority) -> None:
     lapsed = Lapsed(short)
     good = lapsed.request()
-    forged = [
-        lapsed.sign(key=new_key()),
-        lapsed.sign(context=b""),
-        b"",
-        os.urandom(71),
-    ]
+    forged = [lapsed.sign(key=new_key()), lapsed.sign(context=b""), b"", os.urandom(71)]
     for signature in forged:
         with pytest.raises(NotAuthenticated, match="not signed"):
             short.renew_lapsed(**{**good, "signature": signature})

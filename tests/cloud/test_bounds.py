@@ -235,9 +235,7 @@ def sent(device: Device, method: str, messages: list[bytes]) -> tuple[str, str]:
 
 
 def test_a_million_of_anything_is_refused_before_it_is_unpacked(
-    run: Callable[..., Running],
-    artefact: Artefact,
-    honest: Callable[[Running], Honest],
+    run: Callable[..., Running], artefact: Artefact, honest: Callable[[Running], Honest]
 ) -> None:
     """One made lists of it: 3 GB and 7 s for an honest neighbour, or minutes of a handler."""
     running = run()
@@ -267,16 +265,10 @@ LONG_EXAMPLE = pb.Example(prompt=LONG_PROMPT)
     ("method", "message"),
     [
         ("Generate", pb.GenerateRequest(prompt=LONG_PROMPT)),
-        (
-            "Generate",
-            pb.GenerateRequest(prompt=LONG_CHAT),
-        ),
+        ("Generate", pb.GenerateRequest(prompt=LONG_CHAT)),
         ("Score", pb.ScoreRequest(candidates=[pb.Candidate(answer=LONG)])),
         ("ComputeGradient", pb.ComputeGradientRequest(examples=[pb.Example(target=LONG)])),
-        (
-            "Adapt",
-            pb.AdaptRequest(examples=pb.AdaptExamples(examples=[LONG_EXAMPLE])),
-        ),
+        ("Adapt", pb.AdaptRequest(examples=pb.AdaptExamples(examples=[LONG_EXAMPLE]))),
     ],
 )
 def test_texts_that_are_too_long_are_invalid_prompts(method: str, message: Any) -> None:

@@ -45,12 +45,7 @@ def test_every_number_by_hand(tmp_path: Path, two_users: list[UserResult]) -> No
     # Bob's base: (1·1 + 3·1 + 4·2) / 4 = 3; users count alike: (4 + 3) / 2.
     assert summary["loss"] == {"base": 3.5, "collective": 2.625, "personal": 1.25, "other": 4.25}
     # All four queries alike.
-    assert summary["metrics"]["accuracy"] == {
-        "base": 0.5,
-        "collective": 0.5,
-        "personal": 0.75,
-        "other": 0.25,
-    }
+    assert summary["metrics"]["accuracy"] == {"base": 0.5, "collective": 0.5, "personal": 0.75, "other": 0.25}
     # Ann 1 of 1, Bob 2 of 3.
     assert summary["mean_over_users"]["accuracy"]["personal"] == pytest.approx(5 / 6)
     # Personal answers a, b, b, b for a, b, b, a: a 2·1/3, b 2·2/5, c 0.

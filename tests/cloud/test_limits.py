@@ -119,8 +119,7 @@ def test_callers_without_a_certificate_are_known_by_their_network(peer: str, wan
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
-    [({"bytes_each": 1000}, "bytes_each"), ({"tokens_minute": 1000}, "tokens_minute")],
+    ("change", "says"), [({"bytes_each": 1000}, "bytes_each"), ({"tokens_minute": 1000}, "tokens_minute")]
 )
 def test_shares_that_no_request_fits_are_refused(change: dict[str, int], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

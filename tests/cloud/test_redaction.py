@@ -246,13 +246,7 @@ class Failing:
 
 @pytest.mark.parametrize(
     "error",
-    [
-        RuntimeError(),
-        Busy("busy", retry_ms=50),
-        TooSlow("late"),
-        Unavailable("gone"),
-        Cancelled("left"),
-    ],
+    [RuntimeError(), Busy("busy", retry_ms=50), TooSlow("late"), Unavailable("gone"), Cancelled("left")],
 )
 def test_engines_that_fail(
     run: Callable[..., Running], artefact: Artefact, heard: Heard, error: Exception

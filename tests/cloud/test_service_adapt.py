@@ -175,10 +175,7 @@ def test_a_step_that_failed_leaves_nothing_behind(
 
 
 def test_a_revoked_device_gets_no_further_response(
-    run: Callable[..., Running],
-    artefact: Artefact,
-    stream: Callable[..., Stream],
-    adaptations: UpdateEngine,
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], adaptations: UpdateEngine
 ) -> None:
     running = run()
     device = running.device()
@@ -193,10 +190,7 @@ def test_a_revoked_device_gets_no_further_response(
 
 
 def test_a_server_that_stops_ends_its_streams(
-    run: Callable[..., Running],
-    artefact: Artefact,
-    stream: Callable[..., Stream],
-    adaptations: UpdateEngine,
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], adaptations: UpdateEngine
 ) -> None:
     running = run()
     call = stream(running.device())

@@ -116,10 +116,7 @@ HOSTILE: dict[str, tuple[str, str, str, Hostile]] = {
 
 
 def test_hostile_streams_get_their_one_clear_error(
-    run: Callable[..., Running],
-    stream: Callable[..., Stream],
-    artefact: Artefact,
-    adaptations: UpdateEngine,
+    run: Callable[..., Running], stream: Callable[..., Stream], artefact: Artefact, adaptations: UpdateEngine
 ) -> None:
     """And harm nobody: a stream that was there before goes on as if nothing had been."""
     running = run(adapt_examples=6, adapt_tokens=300)
@@ -158,10 +155,7 @@ def test_streams_beyond_the_places_come_back_later(
     first = stream(device)
     first.ask(step(mine(artefact, 1), [0]))
     status, metadata, _ = failure(lambda: stream(device).ask())
-    assert (status, metadata) == (
-        "RESOURCE_EXHAUSTED",
-        {"perfit-code": "busy", "perfit-retry-ms": "750"},
-    )
+    assert (status, metadata) == ("RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"})
     first.end()
     assert list(first.call) == []
     assert stream(device).ask(step(mine(artefact, 1), [0])).tokens > 0
@@ -198,10 +192,7 @@ def test_a_silent_stream_does_not_hold_its_place(
 
 
 def test_no_stream_lasts_for_ever(
-    run: Callable[..., Running],
-    artefact: Artefact,
-    stream: Callable[..., Stream],
-    adaptations: UpdateEngine,
+    run: Callable[..., Running], artefact: Artefact, stream: Callable[..., Stream], adaptations: UpdateEngine
 ) -> None:
     running = run(stream_seconds=1)
     call = stream(running.device())
@@ -254,10 +245,7 @@ def test_one_device_leaves_room_for_the_others(
     for each in held:
         each.ask(step(mine(artefact, 1), [0]))
     status, metadata, text = failure(lambda: stream(device).ask())
-    assert (status, metadata) == (
-        "RESOURCE_EXHAUSTED",
-        {"perfit-code": "busy", "perfit-retry-ms": "750"},
-    )
+    assert (status, metadata) == ("RESOURCE_EXHAUSTED", {"perfit-code": "busy", "perfit-retry-ms": "750"})
     assert "this device" in text
     assert stream(running.device()).ask(step(mine(artefact, 1), [0])).tokens > 0
     held[0].end()

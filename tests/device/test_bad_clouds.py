@@ -86,9 +86,7 @@ def test_a_clock_that_is_wrong_is_named(cloud: FakeCloud, device: Cloud, age: ti
 
 
 def test_a_command_waits_for_a_cloud_that_is_back_soon(
-    ready: Perfit,
-    cloud: FakeCloud,
-    monkeypatch: pytest.MonkeyPatch,
+    ready: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cloud that was restarting ended what had only begun: describing it, and fetching the seed."""
     monkeypatch.setattr(profile, "OPENING_SECONDS", 10.0)
@@ -104,21 +102,13 @@ def test_a_command_waits_for_a_cloud_that_is_back_soon(
         assert ready("update", "--epochs", "2", "--fresh")[0] == 0
 
 
-def test_an_invite_waits_too(
-    perfit: Perfit,
-    cloud: FakeCloud,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_invite_waits_too(perfit: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "OPENING_SECONDS", 10.0)
     cloud.fail = first(Unavailable("stopping", retry_ms=30), of="Enroll")
     perfit.ok("enroll", cloud.invite().encode())
 
 
-def test_waiting_ends(
-    enrolled: Perfit,
-    cloud: FakeCloud,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_waiting_ends(enrolled: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "OPENING_SECONDS", 1.5)
     cloud.fail = lambda method: Busy("the cloud is busy", retry_ms=100)
     begun = time.monotonic()

@@ -80,11 +80,7 @@ def test_rates_as_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("count", "apart", "plain"),
-    [
-        (10, (7, 3, 0), (4, 3, 3)),
-        (20, (17, 3, 0), (13, 3, 4)),
-        (100, (85, 15, 0), (70, 12, 18)),
-    ],
+    [(10, (7, 3, 0), (4, 3, 3)), (20, (17, 3, 0), (13, 3, 4)), (100, (85, 15, 0), (70, 12, 18))],
 )
 def test_sizes_of_a_split(count: int, apart: tuple[int, int, int], plain: tuple[int, int, int]) -> None:
     assert split_sizes(count, test_apart=True) == apart

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from perfit_cloud.engine.interface import (
-    ShiftUse,
-)
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_shared.errors import InvalidPrompt, InvalidTensors, NotFound
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.types import Mode, Sampling

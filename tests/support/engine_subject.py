@@ -11,13 +11,7 @@ import pytest
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.interface import (
-    CompletionStream,
-    Engine,
-    EngineKind,
-    GenerationSettings,
-    ShiftUse,
-)
+from perfit_cloud.engine.interface import CompletionStream, Engine, EngineKind, GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.types import Mode, Sampling
@@ -121,9 +115,7 @@ class EngineSuite:
         made: list[Engine] = []
 
         def build(
-            family: str = "llama",
-            change: Callable[[BaseModel], BaseModel] | None = None,
-            **settings: Any,
+            family: str = "llama", change: Callable[[BaseModel], BaseModel] | None = None, **settings: Any
         ) -> Subject:
             base = load(family) if change is None else change(load(family))
             artefacts = {

@@ -23,13 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from perfit_cloud.service.identity import certificates
 from perfit_cloud.service.identity.certificates import CertificateAuthority
-from perfit_shared.errors import (
-    InvalidPrompt,
-    InviteRefused,
-    NotAuthenticated,
-    PerfitError,
-    to_status,
-)
+from perfit_shared.errors import InvalidPrompt, InviteRefused, NotAuthenticated, PerfitError, to_status
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
@@ -138,11 +132,7 @@ def quadratic(tensors: ShiftTensors, pull: float) -> tuple[float, ShiftTensors]:
     goal = ShiftTensors.identity(SPEC, SPEC.personal_rank, 7)
     loss, layers, size = 0.0, {}, SPEC.personal_parameters()
     for layer, shift in tensors.layers.items():
-        parts = (
-            shift.rotation - goal.layers[layer].rotation,
-            shift.source - pull,
-            shift.bias - pull,
-        )
+        parts = (shift.rotation - goal.layers[layer].rotation, shift.source - pull, shift.bias - pull)
         loss += sum(float((part**2).sum()) for part in parts) / 2
         layers[layer] = LayerShift(*(np.asarray(part, np.float32) / np.float32(size) for part in parts))
     return loss / size, ShiftTensors(layers)

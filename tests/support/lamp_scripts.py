@@ -49,12 +49,7 @@ CATEGORIES = {
     "healthy living",
 }
 # LaMP numbers its two second tasks alike; OPPU tells them apart.
-LABELS = {
-    "LaMP_1": {"[1]", "[2]"},
-    "LaMP_2": TAGS,
-    "LaMP_2M": TAGS,
-    "LaMP_2N": CATEGORIES,
-}
+LABELS = {"LaMP_1": {"[1]", "[2]"}, "LaMP_2": TAGS, "LaMP_2M": TAGS, "LaMP_2N": CATEGORIES}
 
 
 class Refused(Exception):

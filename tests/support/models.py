@@ -80,11 +80,7 @@ def tiny_tokenizer() -> Any:
     raw.train_from_iterator(["the cat sat on the mat and the dog ran to the door"] * 5, trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=256,
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
     )
 
 

@@ -109,10 +109,7 @@ class StoreContract:
     def test_an_answer_stays_until_its_certificate_is_used(self, open_store: Opener) -> None:
         enroll(open_store(), secret_hash=SECRET_HASH)
         store = open_store()
-        for mark, kept in (
-            (IdentityState(UNUSED, superseded=86400), enrolment()),
-            (IdentityState(1), None),
-        ):
+        for mark, kept in ((IdentityState(UNUSED, superseded=86400), enrolment()), (IdentityState(1), None)):
             store.write_marks({ANN: mark})
             state = store.invite(SECRET_HASH)
             assert state is not None

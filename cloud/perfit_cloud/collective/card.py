@@ -70,10 +70,7 @@ def make_card(
             "note": "collective is φ₁ alone, seed is φ₂∘φ₁: both were trained together",
         },
         "seconds": round(record.seconds, 1),
-        "speed": {
-            "steps_per_second": record.step / seconds,
-            "tokens_per_second": record.tokens / seconds,
-        },
+        "speed": {"steps_per_second": record.step / seconds, "tokens_per_second": record.tokens / seconds},
         "privacy": {"note": _privacy_note(training), "mechanism": privacy and privacy.to_json()},
         "libraries": _libraries(),
     }

@@ -15,13 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from perfit_cloud.engine.gradients.activation_cache import (
-    ActivationCache,
-    Examples,
-    join,
-    keep,
-    kept_bytes,
-)
+from perfit_cloud.engine.gradients.activation_cache import ActivationCache, Examples, join, keep, kept_bytes
 from perfit_cloud.engine.gradients.batch import (
     BatchBudget,
     Pair,

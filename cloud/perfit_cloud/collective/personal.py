@@ -35,9 +35,7 @@ def train_people(
             if not training.done or (judges and training.at_epoch_end)
         }
 
-        def gradients(
-            asked: Mapping[int, Training[S]],
-        ) -> Callable[[], list[tuple[float, ShiftTensors]]]:
+        def gradients(asked: Mapping[int, Training[S]]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
             steps = [GradientRequest(opened[i], each.rows, each.tensors) for i, each in asked.items()]
             return lambda: [(found.loss, found.tensors) for found in engine.gradients(steps)]
 

@@ -8,14 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.lamp.prepare_files import (
-    TASK_FILE,
-    Candidate,
-    Prepared,
-    Tell,
-    check_out,
-    write_folder,
-)
+from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Prepared, Tell, check_out, write_folder
 from perfit_shared.errors import InvalidData
 from perfit_shared.lamp import Entry, at, is_date, parse_json, read_text
 from perfit_shared.prompts import asking_for

@@ -26,15 +26,7 @@ from perfit_cloud.lamp.methods.interface import Asked, Method, TaskData, Work
 from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
 from perfit_cloud.lamp.predictions import write_predictions
 from perfit_cloud.lamp.request import LampRun
-from perfit_cloud.lamp.results import (
-    MODES,
-    QueryResult,
-    Run,
-    UserFolder,
-    UserResult,
-    completed,
-    write_json,
-)
+from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserFolder, UserResult, completed, write_json
 from perfit_cloud.lamp.summary import summarise
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError

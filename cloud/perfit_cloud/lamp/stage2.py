@@ -109,10 +109,7 @@ def _save(path: Path, people: Sequence[Learner], trainings: Sequence[Training[Sc
     """Whole or not at all."""
     states = [training.to_bytes() for training in trainings]
     header = json.dumps(
-        {
-            "users": [person.user_id for person in people],
-            "sizes": [len(state) for state in states],
-        }
+        {"users": [person.user_id for person in people], "sizes": [len(state) for state in states]}
     ).encode()
     write_bytes(path, len(header).to_bytes(8, "big") + header + b"".join(states))
 

@@ -40,13 +40,7 @@ class Artefact:
     def version(self) -> str:
         """16 hex digits that change with tensors, spec or base model."""
         text = json.dumps(
-            [
-                self.name,
-                self.spec.to_json(),
-                self.fingerprint,
-                self.collective.digest(),
-                self.seed.digest(),
-            ]
+            [self.name, self.spec.to_json(), self.fingerprint, self.collective.digest(), self.seed.digest()]
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

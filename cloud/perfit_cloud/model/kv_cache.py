@@ -158,8 +158,7 @@ class BatchMetadata:
     ) -> None:
         """`alone`: attention reads no other slot for a request's single token."""
         self.order = sorted(
-            range(len(places)),
-            key=lambda i: (counts[i] > 1, places[i].shelf.size, places[i].slot),
+            range(len(places)), key=lambda i: (counts[i] > 1, places[i].shelf.size, places[i].slot)
         )
         self._device = device
         self._members = [(places[i], counts[i]) for i in self.order]

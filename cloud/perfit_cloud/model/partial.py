@@ -127,10 +127,7 @@ class Packing:
         if self._past is None:
             return self._spread(key), self._spread(value)
         keys, values = self._past(layer)
-        return (
-            keys.index_copy_(0, self._key_slots, key),
-            values.index_copy_(0, self._key_slots, value),
-        )
+        return (keys.index_copy_(0, self._key_slots, key), values.index_copy_(0, self._key_slots, value))
 
     def _spread(self, rows: Tensor) -> Tensor:
         """(N, width) to (B · T, width), zeros behind shorter sequences."""

@@ -62,10 +62,7 @@ class Answers:
         Its place is free when it is over or cancelled, whether or not anybody reads on.
         """
         last, is_late = None, threading.Event()
-        with (
-            paid.refunded(),
-            _Held(self._rate_limiter.hold(device, "answers"), self._places.place()) as held,
-        ):
+        with paid.refunded(), _Held(self._rate_limiter.hold(device, "answers"), self._places.place()) as held:
             prompt = self._reader.prompt(request.prompt)
             sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
             most = sampling.max_new_tokens

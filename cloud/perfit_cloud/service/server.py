@@ -108,8 +108,7 @@ class CloudServer:
             )
             self._servers.append(enrol_server)
         self.addresses = Addresses(
-            address=config.public_address or bound,
-            enrol_address=config.public_enrol_address or enrol_bound,
+            address=config.public_address or bound, enrol_address=config.public_enrol_address or enrol_bound
         )
         self._register_model()
         self._register_identity()

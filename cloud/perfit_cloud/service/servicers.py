@@ -135,10 +135,7 @@ class EnrollmentService(enrol_grpc.EnrollmentServicer):
         self, request: enrol_pb.RenewLapsedRequest, context: grpc.ServicerContext
     ) -> enrol_pb.Credentials:
         certificate = self._authority.renew_lapsed(
-            certificate=request.certificate,
-            nonce=request.nonce,
-            signature=request.signature,
-            csr=request.csr,
+            certificate=request.certificate, nonce=request.nonce, signature=request.signature, csr=request.csr
         )
         return _credentials(self._authority, certificate, self._address)
 

@@ -17,14 +17,7 @@ from typing import BinaryIO
 from perfit_shared.errors import ConfigError
 from perfit_shared.ownership import check_ownership
 
-__all__ = [
-    "DATABASE",
-    "DEVICE_CA_CERTIFICATE",
-    "SERVER_IDENTITY",
-    "Addresses",
-    "check_state",
-    "only_server",
-]
+__all__ = ["DATABASE", "DEVICE_CA_CERTIFICATE", "SERVER_IDENTITY", "Addresses", "check_state", "only_server"]
 
 _ADDRESSES = "addresses.json"
 _LOCK = "serve.lock"

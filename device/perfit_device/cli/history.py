@@ -93,11 +93,7 @@ def import_(
 
 @app.command("list")
 def list_(
-    context: typer.Context,
-    *,
-    task: TaskOption = None,
-    profile: ProfileOption = None,
-    json: JsonFlag = False,
+    context: typer.Context, *, task: TaskOption = None, profile: ProfileOption = None, json: JsonFlag = False
 ) -> None:
     """Show the examples, oldest first: name, task, part, date, target.
 

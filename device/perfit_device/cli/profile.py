@@ -129,12 +129,7 @@ def profiles(context: typer.Context, *, json_: JsonFlag = False) -> None:
         say("there is no profile yet; `perfit enroll INVITE` makes one")
 
 
-def status(
-    context: typer.Context,
-    *,
-    profile: ProfileOption = None,
-    json_: JsonFlag = False,
-) -> None:
+def status(context: typer.Context, *, profile: ProfileOption = None, json_: JsonFlag = False) -> None:
     """Show the profile: its cloud, certificate, tasks, examples and shifts.
 
     The exit code is 3 when the cloud cannot be reached, and 4 when it refuses this device.

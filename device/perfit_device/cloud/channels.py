@@ -83,10 +83,7 @@ def translate(error: grpc.RpcError, address: str, server_ca: bytes) -> PerfitErr
     if code is not None:
         message = readable(str(call.details() if call else ""))
         return from_code(
-            status.name,
-            code,
-            message,
-            int(delay) if delay.isdecimal() and len(delay) < 9 else 0,
+            status.name, code, message, int(delay) if delay.isdecimal() and len(delay) < 9 else 0
         )
     # gRPC made this status itself, so its text is for programmers.
     return _transport_error(status, address, server_ca)

@@ -69,12 +69,7 @@ def renew(channel: grpc.Channel, enrolment: Enrolment) -> Enrolment:
     """
     new = Identity.create()
     stub: Any = services.IdentityStub(channel)
-    credentials = _call(
-        stub.Renew,
-        pb.RenewRequest(csr=new.csr()),
-        enrolment.address,
-        enrolment.server_ca,
-    )
+    credentials = _call(stub.Renew, pb.RenewRequest(csr=new.csr()), enrolment.address, enrolment.server_ca)
     return _renewed(enrolment, new, credentials)
 
 

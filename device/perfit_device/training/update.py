@@ -17,14 +17,7 @@ from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
 from perfit_device.personal import Learned, PersonalShift
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import (
-    Diverged,
-    InvalidData,
-    InvalidInput,
-    UpdateFailed,
-    VaultDamaged,
-    VaultUnswept,
-)
+from perfit_shared.errors import Diverged, InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Schedule, Training, train
 

@@ -289,11 +289,7 @@ def _attacking(attack: Attack, hostile: Sequence[Enrolment], pid: int, outcome: 
     context = multiprocessing.get_context("spawn")
     over, found = context.Event(), context.Queue()
     processes = [
-        context.Process(
-            target=_attack,
-            args=(attack, enrolment.to_bytes(), pid, over, found),
-            daemon=True,
-        )
+        context.Process(target=_attack, args=(attack, enrolment.to_bytes(), pid, over, found), daemon=True)
         for enrolment in hostile
     ]
     for process in processes:

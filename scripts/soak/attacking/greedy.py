@@ -30,10 +30,7 @@ def shift_of(attacker: Attacker, artefact: pb.Artefact) -> pb.Shift:
         )
     )
     return pb.Shift(
-        mode=pb.SHIFT_MODE_PERSONAL,
-        artefact=artefact.name,
-        version=artefact.version,
-        personal=seed.seed,
+        mode=pb.SHIFT_MODE_PERSONAL, artefact=artefact.name, version=artefact.version, personal=seed.seed
     )
 
 

@@ -24,14 +24,7 @@ from perfit_device.cloud.codec import (
     scores_from_wire,
 )
 from perfit_device.cloud.enrolment import check_expiry, wants_renewal
-from perfit_device.cloud.identity import (
-    Enrolment,
-    Identity,
-    certificate_life,
-    identity_in,
-    life_left,
-    pem,
-)
+from perfit_device.cloud.identity import Enrolment, Identity, certificate_life, identity_in, life_left, pem
 from perfit_device.history import HistoryItem
 from perfit_device.history.importers import read_history
 from perfit_shared.errors import PerfitError

@@ -165,7 +165,4 @@ def _stop(text: str, stops: tuple[str, ...], sent: int) -> tuple[int, bool]:
 
 def _overlap(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of text that begins a stop."""
-    return max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-        default=0,
-    )
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)

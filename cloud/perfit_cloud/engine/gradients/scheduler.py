@@ -79,12 +79,7 @@ class GradientScheduler:
         return self._engine.open(examples, artefact, left=left, owner=owner)
 
     def open_stateless(
-        self,
-        pairs: Sequence[Pair],
-        use: ShiftUse,
-        *,
-        left: threading.Event | None = None,
-        owner: str = "",
+        self, pairs: Sequence[Pair], use: ShiftUse, *, left: threading.Event | None = None, owner: str = ""
     ) -> StatelessSession:
         """The session of a single call, as the stateless engine's."""
         return self._engine.stateless.open(pairs, use, left=left, owner=owner)

@@ -94,12 +94,7 @@ class GradientEngine:
             handle.remove()
 
     def open(
-        self,
-        pairs: Sequence[Pair],
-        use: ShiftUse,
-        *,
-        left: threading.Event | None = None,
-        owner: str = "",
+        self, pairs: Sequence[Pair], use: ShiftUse, *, left: threading.Event | None = None, owner: str = ""
     ) -> StatelessSession:
         """Take what one call asks about. Raises InvalidInput when there is nothing."""
         if not pairs:
