@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow coverage bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page starter clean
+.PHONY: help setup peers demo test test-slow test-oldest coverage bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page starter clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
 	@echo "make test        set up, then the tests (under 6 minutes on two cores)"
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
+	@echo "make test-oldest what touches the model, with the oldest transformers that we take"
 	@echo "make coverage    the tests once more, with the lines and branches that they reach; no threshold"
 	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
 	@echo "make audit audit-intel fuzz kills load attacks   every figure of docs/security.md; SEED=n chooses what is drawn"
@@ -41,6 +42,19 @@ peers:
 
 test-slow: setup peers
 	$(BIN)/python -m pytest -m slow --timeout 900 --durations=20
+
+# The other end of the range in pyproject.toml; `make setup` has the newest.
+OLDEST := build/transformers-5.16.1
+ON_MODELS := $(addprefix tests/cloud/test_,engine_contract.py right.py partial.py static_engine.py kv_cache.py \
+	adaptation.py families.py loading.py tokens.py generation.py collective_forward.py)
+
+test-oldest: setup $(OLDEST)/.ready
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(TESTS) $(ON_MODELS)
+
+$(OLDEST)/.ready: constraints.txt
+	mkdir -p build && grep -v '^transformers==\|^huggingface_hub==' constraints.txt > build/oldest.txt
+	$(BIN)/pip install -q --target $(OLDEST) -c build/oldest.txt transformers==5.16.1
+	@touch $@
 
 RESULTS := docs/results/bench
 NEWSLM := ../shared/models/newslm

@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "final_logit_softcapping": 5.0,
+        "attn_implementation": "eager",  # as `load_base` has it: sdpa of older transformers leaves a cap out
     },
     "gemma3_text": {
         "sliding_window": 7,
