@@ -26,7 +26,7 @@ from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.history import HistoryItem, Split
 from perfit_device.training import gradients as adapting
 from perfit_device.training.gradients import Adapting
-from perfit_device.training.update import Plan, Update
+from perfit_device.training.update import Plan, Source, Update, UpdateSettings
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
@@ -100,9 +100,8 @@ class Parts:
                 self.artefact,
                 plan,
                 start=self.cloud.fetch_seed(self.artefact),
-                gradient=source.gradient,
-                evaluate=source.loss,
-                retry_policy=RetryPolicy(give_up=5.0, sleep=lambda _: None),
+                source=Source(source.gradient, source.loss),
+                settings=UpdateSettings(retry_policy=RetryPolicy(give_up=5.0, sleep=lambda _: None)),
             ).run()
             assert result.steps == 12 and result.gate.accepted
             shift = personal.load(vault, self.info.cloud_id, self.artefact)

@@ -80,8 +80,7 @@ def on_a_device(cloud: Cloud, items: list[HistoryItem], folder: Path) -> Steps:
             artefact,
             plan,
             start=cloud.fetch_seed(artefact),
-            gradient=gradient,
-            evaluate=source.loss,
+            source=updates.Source(gradient, source.loss),
         )
         assert run.run().gate.accepted
         shift = personal.load(vault, info.cloud_id, artefact)

@@ -12,7 +12,7 @@ from perfit_device import history
 from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.history import HistoryItem, Split
-from perfit_device.training.update import Plan, Update
+from perfit_device.training.update import Plan, Source, Update, UpdateSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
@@ -68,11 +68,9 @@ def plan_for(split: Split, **changes: Any) -> Plan:
 
 
 def prepared(vault: Vault, *, plan: Plan | None = None, **changes: Any) -> Update:
-    options: dict[str, Any] = {
-        "start": SEED,
-        "gradient": gradient,
-        "evaluate": evaluate,
-        "retry_policy": NO_WAIT,
-        "checkpoint_seconds": 0.0,
-    }
-    return Update(vault, "cloud", ARTEFACT, plan or plan_for(make_split()), **(options | changes))
+    """An update of a quadratic; `changes` are those of its start, its source and its settings."""
+    start = changes.pop("start", SEED)
+    source = Source(changes.pop("gradient", gradient), changes.pop("evaluate", evaluate))
+    settings = UpdateSettings(**({"retry_policy": NO_WAIT, "checkpoint_seconds": 0.0} | changes))
+    plan = plan or plan_for(make_split())
+    return Update(vault, "cloud", ARTEFACT, plan, start=start, source=source, settings=settings)

@@ -120,15 +120,16 @@ class _Run:
                 self.artefact,
                 plan,
                 start=start,
-                current=current,
-                forgotten=history.forgotten(self.vault, self.artefact.task.name),
-                fingerprint=info.fingerprint,
-                anyway=self.wanted.anyway,
-                gradient=source.gradient,
-                evaluate=source.loss,
-                retry_policy=self.retry_policy,
-                checkpoint_seconds=self.wanted.checkpoint_seconds,
-                progress=self.progress,
+                source=updates.Source(source.gradient, source.loss),
+                settings=updates.UpdateSettings(
+                    current=current,
+                    forgotten=history.forgotten(self.vault, self.artefact.task.name),
+                    fingerprint=info.fingerprint,
+                    anyway=self.wanted.anyway,
+                    retry_policy=self.retry_policy,
+                    checkpoint_seconds=self.wanted.checkpoint_seconds,
+                    progress=self.progress,
+                ),
             )
             self.profile.tell(
                 f"{self.artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"

@@ -10,7 +10,8 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from perfit_device import personal, process_limits
 from perfit_device.cloud.codec import Artefact
@@ -24,7 +25,9 @@ from perfit_shared.training import Schedule, Training, train
 __all__ = [
     "Plan",
     "Result",
+    "Source",
     "Update",
+    "UpdateSettings",
     "ValidationGate",
     "forget_checkpoint",
     "forget_finished",
@@ -117,14 +120,28 @@ def forget_finished(vault: Vault, place: str) -> bool:
     return vault.delete(_FINISHED, place)
 
 
-class Update:
-    """One update of one artefact's personal shift, from its first step or from its checkpoint.
+class Source(NamedTuple):
+    """Where gradients and losses come from: `gradient` of rows of the train part, `loss` of the gate's."""
 
-    `start` is what training begins with. `current` is the user's shift, None where there is none that
-    can be used: the gate compares with it, also when training begins at the seed. `gradient` is asked
-    for rows of the training part, `evaluate` for the loss of the gate's. `forgotten` is
-    `history.forgotten` of the task. With `anyway` the gate lets the new version through all the same.
-    """
+    gradient: Gradient
+    loss: Evaluate
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How an update runs, apart from its plan."""
+
+    current: PersonalShift | None = None  # the user's shift, with which the gate compares; None: the start
+    forgotten: int = 0  # `history.forgotten` of the task
+    fingerprint: str = ""  # of the cloud's base model
+    anyway: bool = False  # the gate lets the new version through all the same
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
+    checkpoint_seconds: float = 30.0  # between two checkpoints
+    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None  # called after a step
+
+
+class Update:
+    """One update of one artefact's personal shift, from its first step or from its checkpoint."""
 
     def __init__(
         self,
@@ -134,29 +151,16 @@ class Update:
         plan: Plan,
         *,
         start: ShiftTensors,
-        gradient: Gradient,
-        evaluate: Evaluate,
-        current: PersonalShift | None = None,
-        forgotten: int = 0,
-        fingerprint: str = "",
-        anyway: bool = False,
-        retry_policy: RetryPolicy | None = None,
-        checkpoint_seconds: float = 30.0,
-        progress: Callable[[int, int, float], None] | None = None,
+        source: Source,
+        settings: UpdateSettings | None = None,
     ) -> None:
+        """`start`: what training begins with, which may be the seed although there is a `current`."""
         self._vault = vault
         self._cloud_id = cloud_id
         self._artefact = artefact
         self._start = start
-        self._current = current
-        self._forgotten = forgotten
-        self._fingerprint = fingerprint
-        self._anyway = anyway
-        self._gradient = gradient
-        self._evaluate = evaluate
-        self._retry_policy = retry_policy or RetryPolicy()
-        self._checkpoint_seconds = checkpoint_seconds
-        self._progress = progress
+        self._source = source
+        self._settings = settings or UpdateSettings()
         self._place = row_name(cloud_id, artefact.name, artefact.task.name)
         kept = read_checkpoint(vault, self._place)
         resumes = kept is not None and kept.schedule == plan
@@ -184,9 +188,9 @@ class Update:
         self._vault.reserve(self._largest())
         try:
             self._train()
-            compared = self._start if self._current is None else self._current.tensors
-            before = self._retry_policy.call(self._evaluate(compared))
-            gate = ValidationGate(before, after=self._state.best_loss, anyway=self._anyway)
+            compared = self._start if self._settings.current is None else self._settings.current.tensors
+            before = self._settings.retry_policy.call(self._source.loss(compared))
+            gate = ValidationGate(before, after=self._state.best_loss, anyway=self._settings.anyway)
         except TRANSIENT as error:
             self._save()
             raise UpdateFailed(
@@ -217,11 +221,11 @@ class Update:
         """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
         last_saved = last_done = time.monotonic()
         for stepped in train(self._training, gradients=self._ask_gradient, losses=self._ask_loss):
-            if self._progress is not None and stepped:
-                self._progress(self.step, self._state.schedule.steps, self._state.losses[-1])
+            if stepped:
+                self._settings.progress(self.step, self._state.schedule.steps, self._state.losses[-1])
             took, last_done = time.monotonic() - last_done, time.monotonic()
             # Another step as long as this one might otherwise be more than a kill may cost.
-            if last_done - last_saved + took >= self._checkpoint_seconds:
+            if last_done - last_saved + took >= self._settings.checkpoint_seconds:
                 self._save()
                 last_saved = time.monotonic()
             process_limits.give_back()
@@ -230,18 +234,18 @@ class Update:
         self, asked: Mapping[int, Training[Plan]]
     ) -> Callable[[], list[tuple[float, ShiftTensors]]]:
         (state,) = asked.values()
-        found = self._gradient(state.rows, state.tensors)
+        found = self._source.gradient(state.rows, state.tensors)
 
         def wait() -> list[tuple[float, ShiftTensors]]:
-            loss, _tokens, gradient = self._retry_policy.call(found)
+            loss, _tokens, gradient = self._settings.retry_policy.call(found)
             return [(loss, gradient)]
 
         return wait
 
     def _ask_loss(self, asked: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
         (state,) = asked.values()
-        found = self._evaluate(state.tensors)
-        return lambda: [self._retry_policy.call(found)]
+        found = self._source.loss(state.tensors)
+        return lambda: [self._settings.retry_policy.call(found)]
 
     def _save(self) -> None:
         if self._state is self._saved:
@@ -258,14 +262,14 @@ class Update:
                 shift, learned = self._shift(self._state.best), self._learned(gate)
                 personal.store(self._vault, self._cloud_id, self._artefact, shift, learned)
             forget_checkpoint(self._vault, self._place)
-            finished = Finished(self._state.schedule, self._fingerprint, gate.accepted)
+            finished = Finished(self._state.schedule, self._settings.fingerprint, gate.accepted)
             self._vault.put(_FINISHED, self._place, json.dumps(asdict(finished)).encode())
 
     def _shift(self, tensors: ShiftTensors) -> PersonalShift:
         """The new version. What it goes on from says what it may know; afresh it knows what is there now."""
-        if self._state.schedule.fresh or self._current is None:
-            return PersonalShift(tensors, 1, self._forgotten)
-        return PersonalShift(tensors, self._current.updates + 1, self._current.forgotten)
+        if self._state.schedule.fresh or self._settings.current is None:
+            return PersonalShift(tensors, 1, self._settings.forgotten)
+        return PersonalShift(tensors, self._settings.current.updates + 1, self._settings.current.forgotten)
 
     def _learned(self, gate: ValidationGate) -> Learned:
         """What stays known of the new version."""

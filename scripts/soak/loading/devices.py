@@ -265,10 +265,8 @@ class Device:
                 artefact,
                 plan,
                 start=start,
-                gradient=source.gradient,
-                evaluate=source.loss,
-                retry_policy=retry_policy,
-                checkpoint_seconds=0.5,
+                source=updates.Source(source.gradient, source.loss),
+                settings=updates.UpdateSettings(retry_policy=retry_policy, checkpoint_seconds=0.5),
             )
             result = run.run()
         kept = personal.load(vault, info.cloud_id, artefact)
