@@ -16,7 +16,7 @@ from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.steps import from_torch
-from perfit_cloud.collective.training import FORWARD, Stage1Settings, Stage1Training
+from perfit_cloud.collective.training import FORWARD, RunControl, Stage1Settings, Stage1Training
 from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
@@ -139,7 +139,7 @@ def _begin(
     _report(corpus, progress)
     processes.from_main(lambda: _make_out(request.out))
     training = Stage1Training(
-        base, corpus, task, settings, out=request.out, progress=progress, processes=processes, stop=stop
+        base, corpus, task, settings, processes=processes, control=RunControl(request.out, progress, stop)
     )
     if (privacy := training.privacy) is not None:
         progress.say(

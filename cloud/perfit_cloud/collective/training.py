@@ -35,7 +35,7 @@ from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 
-__all__ = ["FORWARD", "Stage1Settings", "Stage1Training"]
+__all__ = ["FORWARD", "RunControl", "Stage1Settings", "Stage1Training"]
 
 FORWARD = 0.4  # cost of a forward pass alone, in units of one forward and backward
 _CHECKPOINT_SECONDS = 60.0
@@ -76,11 +76,20 @@ class Stage1Settings:
             raise InvalidInput("private training takes people one by one; leave out --accumulate")
 
 
+@dataclass(frozen=True)
+class RunControl:
+    """Where a run writes and reports, and when it ends."""
+
+    out: Path
+    progress: Progress
+    # Asked after every step. When any process says yes, the run is saved and Cancelled is raised on all.
+    stop: Callable[[], bool] = lambda: False
+
+
 class Stage1Training:
     """One run: its data, its two shifts and its record. It works inside `prepared()`.
 
-    `stop` is asked after every step; when any process says yes the run is saved and Cancelled is
-    raised on all. Raises InvalidInput when the processes differ in data or settings.
+    Raises InvalidInput when the processes differ in data or settings.
     """
 
     def __init__(
@@ -90,10 +99,8 @@ class Stage1Training:
         task: Task,
         settings: Stage1Settings,
         *,
-        out: Path,
-        progress: Progress,
         processes: Processes,
-        stop: Callable[[], bool] = lambda: False,
+        control: RunControl,
     ) -> None:
         self.base, self.corpus, self.task, self.settings = base, corpus, task, settings
         self.processes = processes
@@ -101,7 +108,7 @@ class Stage1Training:
         self.losses = Losses(self._forward, processes=processes, accumulate=settings.accumulate)
         self.examples = corpus.examples()
         self._lengths = [len(prompt) + len(target) for prompt, target in self.examples]
-        self.progress, self._stop, self._out = progress, stop, out
+        self.progress, self._stop, self._out = control.progress, control.stop, control.out
         self._arguments = _arguments(base, corpus, task, settings)
         self.privacy: Privacy | None = None
         self._private: PrivateSteps | None = None
