@@ -68,7 +68,7 @@ def test_a_step_equals_full_autograd(family: str, layers: Any, positions: str, m
     base = build(family)
     artefact = make_artefact(base, layers=layers, positions=positions)
     engine = UpdateEngine(base, keep_bytes=PLENTY)
-    assert engine.keeps == (family in KEPT)
+    assert engine.caches_activations == (family in KEPT)
     rows, mine = [2, 0, 7, 4, 5, 1], person(artefact, 3)
     wanted = by_autograd(base, artefact, mine, [RAGGED[row] for row in rows])
     with engine.open(RAGGED, artefact) as session:
@@ -95,7 +95,7 @@ def test_several_users_together_equal_each_alone(
     if family != "gpt2":
         changing = sum(len(prompt) > 1 for pairs in histories for prompt, _ in pairs)
         assert {PLENTY: kept == changing, 6000: 0 < kept < changing, 0: kept == 0}[keep_bytes]
-        assert sum(a.kept_bytes for a in opened) <= keep_bytes
+        assert sum(a.cached_bytes for a in opened) <= keep_bytes
     asked = [(0, [7, 0, 3]), (1, [0, 3, 2, 1]), (0, [5]), (2, [0, 1]), (3, [0, 2])]
     steps = [
         GradientRequest(opened[i], rows, person(artefacts[i], 10 + at)) for at, (i, rows) in enumerate(asked)
@@ -199,12 +199,12 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     everything = UpdateEngine(base, keep_bytes=PLENTY).open(RAGGED, artefact)
     assert (everything.cached_examples, everything.spilled_examples) == (7, 0)
     wanted = by_autograd(base, artefact, mine, RAGGED)
-    keep_bytes = spill_bytes = everything.kept_bytes // 3
+    keep_bytes = spill_bytes = everything.cached_bytes // 3
     engine = UpdateEngine(base, keep_bytes=keep_bytes, spill_bytes=spill_bytes)
     session = engine.open(RAGGED, artefact)
     counts = (session.cached_examples, session.spilled_examples)
     assert min(counts) > 0 and sum(counts) < 7
-    assert session.kept_bytes <= keep_bytes and session.spilled_bytes <= spill_bytes
+    assert session.cached_bytes <= keep_bytes and session.spilled_bytes <= spill_bytes
     costs = session.arrays.lengths
     there, host = session.cache.blocks.values()
     nowhere = costs[~session.cache.is_cached(np.arange(8))]

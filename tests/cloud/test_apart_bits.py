@@ -67,7 +67,7 @@ def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> l
         for n in range(neighbours)
     ]
     mine = queue.open(make_pairs([30, 12, 44, 25, 18, 50], 100), artefact, owner=MINE)
-    if alone and queue.keeps:
+    if alone and queue.caches_activations:
         assert 0 < mine.cached_examples < 6
     found: list[np.ndarray[Any, Any]] = []
     for number in range(3):

@@ -303,7 +303,7 @@ def test_gradients_go_out_whole_or_not_at_all(artefact: Artefact) -> None:
 
 def test_description_and_seed(base: BaseModel, artefact: Artefact) -> None:
     message = codec.encode_description(
-        Catalog(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, keeps=True
+        Catalog(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, caches_activations=True
     )
     assert (message.continuous, message.keeps) == (False, True)
     assert (message.base_model, message.fingerprint, message.cloud_id) == (base.name, base.fingerprint, "c0")

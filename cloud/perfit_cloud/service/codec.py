@@ -335,7 +335,7 @@ def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
     return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
 
 
-def encode_description(served: Catalog, *, continuous: bool, keeps: bool) -> pb.DescribeResponse:
+def encode_description(served: Catalog, *, continuous: bool, caches_activations: bool) -> pb.DescribeResponse:
     limits = served.limits
     return pb.DescribeResponse(
         base_model=served.base.name,
@@ -365,5 +365,5 @@ def encode_description(served: Catalog, *, continuous: bool, keeps: bool) -> pb.
         ),
         cloud_id=served.cloud_id,
         continuous=continuous,
-        keeps=keeps,
+        keeps=caches_activations,
     )

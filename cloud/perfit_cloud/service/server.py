@@ -308,7 +308,9 @@ class CloudServer:
         )
         personalization = PersonalizationService(
             model,
-            description=encode_description(served, continuous=parts.generation.continuous, keeps=steps.keeps),
+            description=encode_description(
+                served, continuous=parts.generation.continuous, caches_activations=steps.caches_activations
+            ),
             answers=answers,
             scheduler=steps,
             passes=passes,
