@@ -23,7 +23,7 @@ MINE, NEIGHBOURS = "mine", 7
 
 
 def attention_of(heads: int, keys: int, width: int, *, neighbours: int, alone: bool) -> torch.Tensor:
-    """What attention gave for a prompt and twelve tokens, on a shelf where others stood before."""
+    """What attention gave for a prompt and twelve tokens, in a pool where others stood before."""
     kv_cache, cpu = KVCache(4096), torch.device("cpu")
     others = [kv_cache.allocate(100) for _ in range(neighbours)]
     place, found = kv_cache.allocate(100), []

@@ -51,9 +51,9 @@ def leading_sinks(base: BaseModel, prompts: Sequence[list[int]], first_block: in
     votes = [0] * _MOST_SKIPPED
     for prompt in drawn:
         longest = _longest(base, prompt, first_block)
-        for place in range(_MOST_SKIPPED):
-            votes[place] += longest[place] > _FACTOR
-    return max((place + 1 for place, count in enumerate(votes) if 2 * count > len(drawn)), default=0)
+        for position in range(_MOST_SKIPPED):
+            votes[position] += longest[position] > _FACTOR
+    return max((position + 1 for position, count in enumerate(votes) if 2 * count > len(drawn)), default=0)
 
 
 def evenly(prompts: Sequence[T]) -> Sequence[T]:

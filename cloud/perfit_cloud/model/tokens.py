@@ -101,8 +101,8 @@ class TokenCodec:
         for start in range(0, len(parts), _TOGETHER):
             some = parts[start : start + _TOGETHER]
             with self._lock:
-                joint = self._tokenizer([anchor + part for part in some], add_special_tokens=False)
-            for part, found in zip(some, joint["input_ids"], strict=True):
+                encoded = self._tokenizer([anchor + part for part in some], add_special_tokens=False)
+            for part, found in zip(some, encoded["input_ids"], strict=True):
                 ids += found[len(before) :] if found[: len(before)] == before else self._other_ids(part)
         return ids
 
@@ -122,9 +122,9 @@ class TokenCodec:
     def _other_ids(self, text: str) -> list[int]:
         """As `_following`, of a text that melts into the first anchor."""
         for anchor, before in self._anchors[1:]:
-            joint = self._ids(anchor + text)
-            if joint[: len(before)] == before:
-                return joint[len(before) :]
+            encoded = self._ids(anchor + text)
+            if encoded[: len(before)] == before:
+                return encoded[len(before) :]
         return self._ids(text)
 
 

@@ -65,9 +65,9 @@ class Catalog:
             adapt_tokens=config.adapt_tokens,
             questions=config.questions,
         )
-        served = cls(base, by_name, limits, cloud_id)
-        needed = MessageBounds.largest(limits, served.tensor_bytes)
-        return replace(served, limits=replace(limits, message_bytes=min(config.message_bytes, needed)))
+        catalog = cls(base, by_name, limits, cloud_id)
+        needed = MessageBounds.largest(limits, catalog.tensor_bytes)
+        return replace(catalog, limits=replace(limits, message_bytes=min(config.message_bytes, needed)))
 
     @property
     def tensor_bytes(self) -> int:

@@ -335,11 +335,13 @@ def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
     return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
 
 
-def encode_description(served: Catalog, *, continuous: bool, caches_activations: bool) -> pb.DescribeResponse:
-    limits = served.limits
+def encode_description(
+    catalog: Catalog, *, continuous: bool, caches_activations: bool
+) -> pb.DescribeResponse:
+    limits = catalog.limits
     return pb.DescribeResponse(
-        base_model=served.base.name,
-        fingerprint=served.base.fingerprint,
+        base_model=catalog.base.name,
+        fingerprint=catalog.base.fingerprint,
         artefacts=[
             pb.Artefact(
                 name=artefact.name,
@@ -350,7 +352,7 @@ def encode_description(served: Catalog, *, continuous: bool, caches_activations:
                 epochs=artefact.epochs,
                 batch_size=artefact.batch_size,
             )
-            for artefact in served.artefacts.values()
+            for artefact in catalog.artefacts.values()
         ],
         limits=pb.Limits(
             prompt_tokens=limits.prompt_tokens,
@@ -363,7 +365,7 @@ def encode_description(served: Catalog, *, continuous: bool, caches_activations:
             context=limits.context,
             call_tokens=limits.call_tokens,
         ),
-        cloud_id=served.cloud_id,
+        cloud_id=catalog.cloud_id,
         continuous=continuous,
         keeps=caches_activations,
     )

@@ -94,7 +94,7 @@ class CloudServer:
         self._calls = CallSettings(
             self._drain, self.telemetry, parts.ended, config.call_seconds, config.stream_seconds
         )
-        self._watch = HealthMonitor(parts.engines, self.telemetry, stuck_seconds=config.stuck_seconds)
+        self._health = HealthMonitor(parts.engines, self.telemetry, stuck_seconds=config.stuck_seconds)
         self._credentials = ServerCredentials(self._server_identity())
         connections = Connections(config.connections, config.enrol_connections).within(descriptor_limit())
         devices = self._device_listener()
@@ -118,7 +118,7 @@ class CloudServer:
     def start(self) -> None:
         """Begin to answer, and leave the addresses where `perfit-cloud invite` finds them."""
         self._parts.authenticator.start()
-        self._watch.start()
+        self._health.start()
         for server in self._servers:
             server.start()
         if self._parts.issuer is not None:
@@ -131,7 +131,7 @@ class CloudServer:
         time is over, what still runs is cut off: its caller is told so, and its thread is not waited for.
         Says whether all ended by themselves.
         """
-        self._watch.stop()
+        self._health.stop()
         self.telemetry.draining()
         self._drain.begin()
         is_idle = self._drain.wait(grace, is_hurried)
@@ -152,7 +152,7 @@ class CloudServer:
         return partial(ServerIdentity.load, config.state / SERVER_IDENTITY, trusts_group=trusts_group)
 
     def _device_listener(self) -> ListenerSettings:
-        config, limits, memory = self._config, self._parts.served.limits, self._parts.memory
+        config, limits, memory = self._config, self._parts.catalog.limits, self._parts.memory
         at_once: dict[AtOnce, int] = {
             "calls": config.calls_each,
             "answers": config.answers_each,
@@ -163,10 +163,10 @@ class CloudServer:
         a_minute: dict[AMinute, int] = {"requests": config.requests_minute, "tokens": config.tokens_minute}
         return ListenerSettings(
             authenticator=self._parts.authenticator,
-            rate_limiter=self._shared("devices", at_once, a_minute),
-            gate=self._gate("calls", config.calls),
+            rate_limiter=self._rates("devices", at_once, a_minute),
+            limit=self._limit("calls", config.calls),
             room=self._budget("messages", memory.messages),
-            bounds=MessageBounds.of_devices(limits, self._parts.served.tensor_bytes),
+            bounds=MessageBounds.of_devices(limits, self._parts.catalog.tensor_bytes),
             tokens={
                 "Generate": limits.prompt_tokens,
                 "Ask": limits.prompt_tokens,
@@ -183,8 +183,8 @@ class CloudServer:
         }
         return ListenerSettings(
             authenticator=None,
-            rate_limiter=self._shared("enrolment", at_once, {"requests": self._config.enrol_requests_minute}),
-            gate=self._gate("enrol_calls", _ENROL_CALLS),
+            rate_limiter=self._rates("enrolment", at_once, {"requests": self._config.enrol_requests_minute}),
+            limit=self._limit("enrol_calls", _ENROL_CALLS),
             room=self._budget("enrol_messages", MESSAGE_COPIES * _ENROL_CALLS * _ENROL_MESSAGE_BYTES),
             bounds=MessageBounds.of_enrolment(),
         )
@@ -194,7 +194,7 @@ class CloudServer:
         return _Connection(
             count=connections.devices,
             threads=threads,
-            message_bytes=self._parts.served.limits.message_bytes,
+            message_bytes=self._parts.catalog.limits.message_bytes,
             idle_seconds=config.idle_seconds,
             streams=min(_DEVICE_STREAMS, threads // 2),
             age_seconds=config.call_seconds,
@@ -248,14 +248,14 @@ class CloudServer:
             raise ConfigError(f"cannot listen on {address}; is the port taken, or the host not ours?")
         return server, f"{address.rpartition(':')[0]}:{port}"
 
-    def _gate(self, name: str, places: int) -> ConcurrencyLimit:
+    def _limit(self, name: str, slots: int) -> ConcurrencyLimit:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
-        return ConcurrencyLimit(name, places=places, retry_ms=retry_ms, refused=refused)
+        return ConcurrencyLimit(name, slots=slots, retry_ms=retry_ms, refused=refused)
 
     def _budget(self, name: str, size: int) -> Budget:
         return Budget(name, size, retry_ms=self._config.retry_ms, refused=self.telemetry.refused)
 
-    def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> RateLimiter:
+    def _rates(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> RateLimiter:
         prefix = "" if listener == "devices" else "enrol_"
         rate_limiter = RateLimiter(
             Quota(at_once, a_minute),
@@ -271,8 +271,8 @@ class CloudServer:
             self.telemetry.watch(parts.engines)
         self.telemetry.describe(
             version=metadata.version("perfit"),
-            fingerprint=parts.served.base.fingerprint,
-            artefacts=",".join(f"{a.name}:{a.version}" for a in parts.served.artefacts.values()),
+            fingerprint=parts.catalog.base.fingerprint,
+            artefacts=",".join(f"{a.name}:{a.version}" for a in parts.catalog.artefacts.values()),
         )
         self.telemetry.descriptors(open_descriptors, descriptor_limit)
         authenticator = parts.authenticator
@@ -291,17 +291,17 @@ class CloudServer:
 
     def _register_model(self) -> None:
         config, parts = self._config, self._parts
-        served, steps = parts.served, parts.steps
-        passes = self._gate("gradients", 1 + config.gradient_waiting)
+        catalog, steps = parts.catalog, parts.steps
+        passes = self._limit("gradients", 1 + config.gradient_waiting)
         self.telemetry.line("gradients", lambda: max(0, passes.working - 1))
         model = ModelSettings(
-            served, PromptReader(served.base, served.limits), self._rate_limiter, self._calls
+            catalog, PromptReader(catalog.base, catalog.limits), self._rate_limiter, self._calls
         )
         answers = Answers(
             parts.generation,
             model.reader,
-            served.limits,
-            places=self._gate("answers", config.streams),
+            catalog.limits,
+            limit=self._limit("answers", config.streams),
             rate_limiter=self._rate_limiter,
             telemetry=self.telemetry,
             seconds=config.call_seconds,
@@ -309,16 +309,16 @@ class CloudServer:
         personalization = PersonalizationService(
             model,
             description=encode_description(
-                served, continuous=parts.generation.continuous, caches_activations=steps.caches_activations
+                catalog, continuous=parts.generation.continuous, caches_activations=steps.caches_activations
             ),
             answers=answers,
             scheduler=steps,
             passes=passes,
-            asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),
+            asking=Asking(catalog, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(
                 model,
-                queue=steps,
-                streams=self._gate("adaptations", config.adaptations),
+                scheduler=steps,
+                streams=self._limit("adaptations", config.adaptations),
                 room=self._budget("examples", parts.memory.examples),
             ),
         )
@@ -327,7 +327,7 @@ class CloudServer:
     def _register_identity(self) -> None:
         """Health everywhere; renewal and enrolment where certificates are issued."""
         for server in self._servers:
-            health_pb2_grpc.add_HealthServicer_to_server(self._watch.health, server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health.health, server)
         issuer, address = self._parts.issuer, self.addresses.address
         if issuer is not None:
             renewal, enrolment = IdentityService(issuer, address), EnrollmentService(issuer, address)

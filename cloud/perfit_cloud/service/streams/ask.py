@@ -26,12 +26,12 @@ from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Asking"]
 
-_IDLE_SECONDS = 120.0  # without a question, after which the tensors are given up
+_IDLE_SECONDS = 120.0  # without a question, after which the stream ends
 
 
 class Asking:
-    def __init__(self, served: Catalog, answers: Answers, *, drain: Drain, stream_seconds: float) -> None:
-        self._served = served
+    def __init__(self, catalog: Catalog, answers: Answers, *, drain: Drain, stream_seconds: float) -> None:
+        self._catalog = catalog
         self._answers = answers
         self._drain = drain
         self._stream_seconds = stream_seconds
@@ -43,9 +43,9 @@ class Asking:
         of the stream's time, Busy when more questions were refused than a device may make calls, and
         Unavailable when the cloud stops and what was asked before is answered.
         """
-        stream = _Stream(self._answers, call, slots=self._served.limits.questions)
+        stream = _Stream(self._answers, call, slots=self._catalog.limits.questions)
         try:
-            stream.start(requests, self._served.artefacts)
+            stream.start(requests, self._catalog.artefacts)
             # Called when the RPC ends, however it does: the caller left, or its deadline passed.
             if not call.add_callback(stream.close):
                 raise Cancelled("the caller left")
