@@ -286,7 +286,7 @@ def test_tokens_a_minute(run: Callable[..., Running], artefact: Artefact) -> Non
         call()
         spent = failure(lambda c=call: [c() for _ in range(100)])  # type: ignore[misc]
         assert (spent[0], spent[1]["perfit-code"]) == ("RESOURCE_EXHAUSTED", "busy")
-        running.server._rate_limiter._rate_limiter.clear()
+        running.server._rate_limiter._buckets.clear()
 
 
 def candidates() -> list[pb.Candidate]:

@@ -123,7 +123,7 @@ def _hardened(config: CloudConfig) -> Hardening:
     if config.hardening == "off":
         _log.warning("hardening is off: this process keeps traces of calls, and others can read them")
         return UNHARDENED
-    restart_hardened(gives_back=bool(config.memory_bytes))
+    restart_hardened(returns_memory=bool(config.memory_bytes))
     return harden()
 
 
@@ -156,7 +156,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     from perfit_cloud.engine.gradients.scheduler import GradientScheduler
     from perfit_cloud.engine.gradients.session import UpdateEngine
     from perfit_cloud.engine.interface import GenerationSettings
-    from perfit_cloud.hardening.allocator import keep_at_most
+    from perfit_cloud.hardening.allocator import cache_at_most
     from perfit_cloud.hardening.scrubber import MemoryScrubber
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
@@ -176,7 +176,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     catalog = Catalog.build(config, base, artefacts, authority.cloud_id)
     kind = engine_kind(base)
     memory = plan_memory(config, catalog, process=resident_bytes(), continuous=kind.continuous)
-    keep_at_most(memory.freed)
+    cache_at_most(memory.freed)
     settings = GenerationSettings(
         cache_tokens=memory.cache_tokens,
         batch_tokens=config.batch_tokens,
