@@ -14,6 +14,7 @@ from tests.support.models import build
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients.batch import BatchBudget
+from perfit_cloud.engine.gradients.example_cache import ON_DEVICE
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache
@@ -68,7 +69,7 @@ def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> l
     ]
     mine = queue.open(make_pairs([30, 12, 44, 25, 18, 50], 100), artefact, owner=MINE)
     if alone and queue.caches_activations:
-        assert 0 < mine.cached_examples < 6
+        assert 0 < mine.cache.count(ON_DEVICE) < 6
     found: list[np.ndarray[Any, Any]] = []
     for number in range(3):
         hold = threading.Event()

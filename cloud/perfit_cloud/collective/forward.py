@@ -31,7 +31,8 @@ from perfit_cloud.engine.gradients.batch import (
     target_log_likelihoods,
 )
 from perfit_cloud.engine.gradients.example_cache import CachedBlock, ExampleCache
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list
 from perfit_cloud.model.forward import recomputed
 from perfit_cloud.model.interventions import Shift, hooked
 from perfit_cloud.model.partial import Indices, PartialDecoder, supports

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from perfit_cloud.model.blocks import block_list, context_of, depends_on_length
+from perfit_cloud.model.blocks import block_list, context_of
 from perfit_cloud.model.capabilities import Capabilities, try_model
 from perfit_cloud.model.checkpoint import check_folder, check_loaded, check_name, weight_files
 from perfit_cloud.model.forward import arguments_of
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["BaseModel", "block_list", "depends_on_length", "fingerprint", "load_base", "model_folder"]
+__all__ = ["BaseModel", "fingerprint", "load_base", "model_folder"]
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = (

@@ -58,10 +58,10 @@ class Capabilities(NamedTuple):
     keeps_state: bool = False  # whether what the last pass computed stays on the model's modules
 
 
-def left_padded(sequences: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention mask and position ids, each (B, T), zeros in the positions of padding."""
+def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, attention mask and position ids, each (B, T), zeros in the padding."""
     width = max(map(len, sequences))
-    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
+    ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list, hidden_of
 from perfit_shared.positions import Positions
 
 __all__ = ["evenly", "leading_sinks", "past_sinks"]
@@ -66,8 +67,7 @@ def _longest(base: BaseModel, prompt: Sequence[int], first_block: int) -> list[f
     ratios: list[Tensor] = []
 
     def measure(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        norms = hidden[0].float().norm(dim=-1)  # (T,)
+        norms = hidden_of(output)[0].float().norm(dim=-1)  # (T,)
         ratios.append(norms / norms.median().clamp_min(torch.finfo(torch.float32).tiny))
 
     handles = [block.register_forward_hook(measure) for block in block_list(base.model)[first_block:]]

@@ -21,7 +21,8 @@ from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine
 from perfit_cloud.engine.generation.sampling import draw, log_probabilities
 from perfit_cloud.engine.interface import GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import depends_on_length
 from perfit_cloud.model.forward import forward
 from perfit_cloud.model.interventions import active_interventions, groups_of
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache, Slot, attend_over_cache

@@ -72,25 +72,7 @@ class UpdateSession(Session):
         self.arrays = Examples(pairs, self.positions, device)
         self.is_constant = self.arrays.marked == 0  # a prompt without an intervened token
         self.cache = ExampleCache(self.arrays)  # changed under the engine's lock
-        self.taken = [0, 0]  # bytes on the device and in host memory, of blocks still to be filled too
-
-    @property
-    def cached_examples(self) -> int:
-        """Examples cached on the model's device. What is neither cached nor spilled is computed anew."""
-        return self.cache.count(ON_DEVICE)
-
-    @property
-    def spilled_examples(self) -> int:
-        """Examples cached in host memory."""
-        return self.cache.count(SPILLED)
-
-    @property
-    def cached_bytes(self) -> int:
-        return self.taken[ON_DEVICE]
-
-    @property
-    def spilled_bytes(self) -> int:
-        return self.taken[SPILLED]
+        self.cached_bytes = [0, 0]  # on the device and in host memory, blocks still to be filled included
 
     @property
     def shared(self) -> Hashable:
@@ -124,7 +106,7 @@ class UpdateSession(Session):
         if not numbers:
             return 0
         block = self.cache.drop(numbers[-1])
-        self.taken[where] -= block.size
+        self.cached_bytes[where] -= block.size
         return block.size
 
     def erase(self) -> None:
@@ -289,8 +271,8 @@ class UpdateEngine:
                 session.check_open()
                 room = min(room, self._room[where])  # others may have taken some meanwhile
                 which = order[costs[order].cumsum() <= room]
-                session.taken[where] = int(costs[which].sum())
-                self._room[where] -= session.taken[where]
+                session.cached_bytes[where] = int(costs[which].sum())
+                self._room[where] -= session.cached_bytes[where]
             order = order[len(which) :]
             count = int(np.clip(arrays.lengths[which].sum() // self.budget.rows, 1, _BLOCKS))
             for part in np.array_split(which, min(count, len(which))) if len(which) else ():
@@ -326,7 +308,7 @@ class UpdateEngine:
         with self._device_lock.hold_long({session.owner: 1.0}, session.check_open), self._state:
             held: Counter[str] = Counter()
             for each in self._open:
-                held[each.owner] += each.taken[where]
+                held[each.owner] += each.cached_bytes[where]
             part = self._all_room[where] // len(held)
             most = max(self._room[where], min(wanted, part - held[session.owner]))
             for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
@@ -348,7 +330,7 @@ class UpdateEngine:
             for where in (ON_DEVICE, SPILLED):
                 while freed := session.drop_last(where):
                     self._room[where] += freed
-                self._room[where] += session.taken[where]  # of blocks that were never filled
+                self._room[where] += session.cached_bytes[where]  # of blocks that were never filled
 
 
 def _in_order_of(parts: Sequence[Part], which: Indices, examples: Indices) -> Indices:
