@@ -22,7 +22,7 @@ __all__ = ["build", "cache_at_most", "preloading", "take_cached"]
 _SOURCES = [str(Path(__file__).with_name(name)) for name in ("allocator.c", "stacks.c")]
 _FLAGS, _LIBRARIES = ["-O2", "-fno-builtin", "-shared", "-fPIC"], ["-ldl"]
 _SECONDS = 60  # for the compiler, and for the trial
-# Aborts if another allocator stands before glibc's: glibc would free what it never gave.
+# Aborts if another allocator is loaded before glibc's: glibc would free what it never gave.
 _TRIAL = (
     "import ctypes, threading; ours = ctypes.CDLL(None); ours.perfit_take_cached; "
     "[bytearray(size) for size in range(9999)]; threading.Thread(target=ours.perfit_overwrite_stack).start()"

@@ -132,7 +132,7 @@ class MemoryScrubber:
             try:
                 self.scrub()
             except Exception as error:  # a device out of memory: the next scrub tries again
-                _log.error("what calls left could not be swept: %s", type(error).__name__)
+                _log.error("what calls left could not be scrubbed: %s", type(error).__name__)
 
 
 def _of_mkl() -> Callable[[], object]:

@@ -55,8 +55,8 @@ class Packing:
 
     `starts` (B,): tokens of a sequence before its first row, `lengths` (B,): its rows. `past`, needed
     where a start is not 0, gives a layer's keys and values of the prefixes as two tensors
-    (B · keys, width) to be written to, prefixes from slot 0; what stands in other slots only has to
-    be finite. `capture` is handed (layer, keys, values) of every block, two (N, width).
+    (B · keys, width) to be written to, prefixes from slot 0; other slots only have to hold
+    finite numbers. `capture` is handed (layer, keys, values) of every block, two (N, width).
     """
 
     def __init__(

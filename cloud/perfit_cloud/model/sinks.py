@@ -46,7 +46,7 @@ def leading_sinks(base: BaseModel, prompts: Sequence[list[int]], first_block: in
     """How many leading tokens to leave out: up to the last sink among the first 4, 0 if there is none.
 
     A token counts when it is one in most of the prompts (token ids; at most 16 of them, evenly drawn, are
-    run) behind block `first_block` or any above: what is shifted below may keep a sink from forming.
+    run) behind block `first_block` or any above: a shift further down may keep a sink from forming.
     """
     drawn = [p for p in evenly(prompts) if len(p) > 2 * _MOST_SKIPPED]
     votes = [0] * _MOST_SKIPPED

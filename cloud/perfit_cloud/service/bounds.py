@@ -202,8 +202,8 @@ class _Field:
     name: str  # "Chat.messages"
     bound: Bound
     kind: _Kind | None  # of a message
-    is_packed: bool  # whether its values are numbers that stand one behind another
-    group: str  # what is counted together: the name of its oneof, of which the last member alone is kept
+    is_packed: bool  # whether its values are packed numbers
+    group: str  # the oneof it is counted with; a parser holds only the last member
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class _Walk:
 
     def __init__(self, data: bytes, charge: Charge) -> None:
         self._data, self._charge = data, charge
-        self._unknown = {"": 0}  # fields that nobody knows, wherever they stand
+        self._unknown = {"": 0}  # unknown fields, in the whole message
         self.fields = 0  # so far
 
     def over(self, at: int, end: int, kind: _Kind) -> None:

@@ -60,7 +60,7 @@ class Catalog:
             context=context,
             examples=config.examples,
             call_tokens=config.call_tokens,
-            message_bytes=config.message_bytes,  # and what is needed of it, below
+            message_bytes=config.message_bytes,  # lowered below to what is needed
             adapt_examples=config.adapt_examples,
             adapt_tokens=config.adapt_tokens,
             questions=config.questions,

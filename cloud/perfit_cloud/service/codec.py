@@ -1,7 +1,7 @@
 """Protobuf messages to and from what the engine takes and gives; protobuf stops here.
 
-`decode_…` checks everything that a device sent before it is used; `encode_…` is the way back. Messages
-of the errors say what to change and hold no text of a prompt and no number of a tensor.
+`decode_…` checks everything that a device sent before it is used; `encode_…` is the way back. Error
+messages say what to change; they hold no text of a prompt and no number of a tensor.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PromptReader:
         self._limits = limits
 
     def prompt(self, message: pb.Prompt) -> list[int]:
-        """Raises InvalidPrompt when it is missing, empty or too long, InvalidInput on a strange role."""
+        """Raises InvalidPrompt when it is missing, empty or too long, InvalidInput on an unknown role."""
         limit = self._limits.prompt_tokens
         form = message.WhichOneof("form")
         if form == "text":
@@ -190,7 +190,7 @@ def decode_shift(message: pb.Shift, artefacts: Mapping[str, Artefact]) -> ShiftU
         if message.artefact or message.version or message.personal:
             raise InvalidInput("base mode takes no artefact and no tensors")
         return ShiftUse(mode)
-    if mode is Mode.COLLECTIVE and not message.version:  # only tensors are trained against one
+    if mode is Mode.COLLECTIVE and not message.version:  # only tensors depend on a version
         artefact = find_artefact(message.artefact, artefacts)
     else:
         artefact = find_version(message.artefact, message.version, artefacts)

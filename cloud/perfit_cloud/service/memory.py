@@ -1,8 +1,8 @@
-"""What the process may take of memory: an operator's ceiling, cut into parts that fit together.
+"""The memory plan: an operator's ceiling, divided among the parts of the process.
 
-Parts that serving cannot do without have a least size; what the ceiling leaves beyond them is shared out in
-proportion to what each would like. Without a ceiling each has what it would like. The estimates are of what
-one pass or one message takes at its worst, from the shapes of the model.
+Parts that serving needs have a least size. What the ceiling leaves is shared in proportion to what each part
+wants beyond that. Without a ceiling each gets what it wants. The estimates are for the worst pass or message,
+from the shapes of the model.
 """
 
 from __future__ import annotations

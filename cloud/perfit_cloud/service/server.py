@@ -1,15 +1,14 @@
 """The two listeners: enrolment with server TLS only, everything else over mutual TLS.
 
-A call holds a thread from its headers on, and is counted by device (`RateLimiter`) as soon as it has one: a
-device has few calls at once over all its connections, none of them without end, whether it sends nothing or
-reads nothing, and what is over its share is refused before its message is taken. On the enrolment listener,
-which anybody may open, the same is counted by network address. A connection has few calls at once and a
-bounded age. What remains: several devices (or addresses) together can take all calls for as long as they
-like to.
+A call takes a thread when its headers arrive, and `RateLimiter` counts it by device from then on. A device
+has few calls at once over all its connections. Every call ends, even if the device sends or reads nothing.
+What exceeds the quota is refused before its message is read. The enrolment listener, which is open to
+anybody, counts by network address. A connection has few calls at once and a bounded age. What remains:
+several devices (or addresses) together can take all calls for as long as they like.
 
-Connections are counted by listener (`service/descriptors.py`): whoever says nothing is cut off after a few
-seconds, and those to the enrolment listener cannot take what devices need. One address may still take all
-connections of a listener for as long as it goes on, so that a firewall in front should count them.
+Each listener limits its connections (`service/descriptors.py`). A silent one is cut off after a few seconds,
+and those for enrolment cannot take what devices need. One address can still take all connections of a
+listener, so a firewall in front should limit them.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ _SPARE_THREADS = 4  # for calls that are refused at once, and health checks
 _ENROL_STREAMS = 4  # calls at once over one connection; enrolling makes one after the other
 _ENROL_AGE_SECONDS = 20
 _ENROL_IDLE_SECONDS = 5
-_HANDSHAKE_SECONDS = 5  # of TCP to the first frames of HTTP/2, at most; gRPC itself would wait for 120
-_DEVICE_STREAMS = 16  # calls at once over one connection; a device that makes more waits by itself
+_HANDSHAKE_SECONDS = 5  # from TCP to the first frames of HTTP/2; gRPC's own limit is 120
+_DEVICE_STREAMS = 16  # calls at once over one connection; a device with more waits
 _GRACE_SECONDS = 5
 _LAST_SECONDS = 2.0  # for the ends of calls to be sent when a server stops
 
@@ -76,13 +75,13 @@ class _Connection:
     idle_seconds: int
     streams: int  # calls at once
     age_seconds: int  # then it takes no new calls
-    grace_seconds: int  # and after this the ones that still run are cut off
+    grace_seconds: int  # after this, running calls are cut off
 
 
 class CloudServer:
     """Both gRPC servers. Ports are bound when it is made, and served from `start` on.
 
-    Without an issuer it opens no key of an authority, and neither enrols nor renews.
+    Without an issuer it has no key of an authority, and neither enrols nor renews.
     """
 
     def __init__(self, config: CloudConfig, parts: ServerParts) -> None:
@@ -127,9 +126,9 @@ class CloudServer:
     def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds.
 
-        Streams end between two messages. `is_hurried` is asked ten times a second; when it says so, or the
-        time is over, what still runs is cut off: its caller is told so, and its thread is not waited for.
-        Says whether all ended by themselves.
+        Streams end between two messages. When the time is over, or `is_hurried`, which is asked ten times a
+        second, the rest is cut off: the callers get an error, and nobody waits for the threads. Returns
+        whether all calls ended by themselves.
         """
         self._health.stop()
         self.telemetry.draining()
@@ -235,7 +234,7 @@ class CloudServer:
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.http2.max_ping_strikes", 2),  # who pings more often than that is hung up on
+                ("grpc.http2.max_ping_strikes", 2),  # a client that pings more often is disconnected
                 ("grpc.so_reuseport", 0),  # a second server on the port fails instead of sharing it
             ],
         )

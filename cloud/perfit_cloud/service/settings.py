@@ -1,4 +1,4 @@
-"""What several parts of the service are given at once."""
+"""Settings objects that several parts of the service share."""
 
 from __future__ import annotations
 

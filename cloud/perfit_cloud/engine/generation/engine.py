@@ -29,7 +29,7 @@ from perfit_shared.types import Mode, Sampling
 __all__ = ["GenerationRequest", "OwnEngine", "intervention", "sampler_of"]
 
 _log = logging.getLogger(__name__)
-_BUSY_MS = 1000  # what a refused request is told to wait
+_BUSY_MS = 1000  # before a refused request may retry
 
 
 def intervention(

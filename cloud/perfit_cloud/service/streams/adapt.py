@@ -69,12 +69,12 @@ class Adapting:
 
 
 class _Stream:
-    """The messages of one call, in the order that there is, and an end to every wait."""
+    """The messages of one call, checked for their order; every wait has an end."""
 
     def __init__(self, requests: Iterator[pb.AdaptRequest], call: Call, seconds: float) -> None:
         self._requests = requests
         self._ahead: pb.AdaptRequest | None = None  # the first step, which ended the examples
-        # One message at a time, when it is wanted: gRPC has no reading within a time.
+        # Reads one message at a time, on demand: gRPC cannot read with a timeout.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="perfit-adapt")
         # What comes next: the message that was wanted, or an error that ends the stream.
         self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()
