@@ -227,7 +227,7 @@ class Knot:
         self.itself = self
 
 
-def test_what_keeps_itself_is_swept_after_a_call() -> None:
+def test_what_keeps_itself_is_scrubbed_after_a_call() -> None:
     scrubber = MemoryScrubber(torch.device("cpu"), DeviceLock())
     gc.disable()
     try:
@@ -287,7 +287,7 @@ def test_calls_that_keep_ending_share_a_scrub_and_none_waits_long(monkeypatch: p
     assert np.diff(scrubbed)[:while_ending].max() <= 2 + 0.125
 
 
-def test_a_call_is_swept_after_soon_and_twice_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_scrubbed_after_soon_and_twice_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """For threads of the call that end a little later."""
     assert scrubs_for(Calls(step=7.0, last=7.0), monkeypatch) == [0.0, 7.5, 8.5, 11.5]
 

@@ -1,8 +1,9 @@
 """Continuous batching: answers for many devices from one batch, each with its own shift.
 
 Every pass takes one token of each answer under way and parts of the prompts that are still to be read,
-packed without padding. Before a pass the engine gives the hooks the rows of intervened prompt positions, and
-whose they are. Decoded tokens are never intervened on, so a pass without prompts runs as if there were no hooks.
+packed without padding. Before a pass the engine gives the hooks the rows of intervened prompt positions,
+and whose they are. Decoded tokens are never intervened on, so a pass without prompts runs as if there were
+no hooks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ask: several answers over one stream, the shift sent once.
 
-A thread of the stream reads its questions, and one for each question waits for the engine; the thread
-that gRPC gave the call sends what they have. A question holds its slot until its whole answer is sent, so a caller who reads slowly
-holds up nobody else, and few messages wait for it.
+One thread of the stream reads its questions, and one for each question waits for the engine. The call's own
+thread sends what they have. A question holds its slot until its whole answer is sent, so a caller who reads
+slowly holds up nobody else, and few messages wait for it.
 """
 
 from __future__ import annotations
