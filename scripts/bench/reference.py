@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list
 from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors

@@ -131,8 +131,8 @@ def run(
         authority = Authority(
             config.state, certificate_seconds=config.certificate_seconds, lapse_seconds=config.lapse_seconds
         )
-        served = Catalog.build(config, base, [artefact], authority.cloud_id)
-        memory = plan_memory(config, served, process=0, continuous=True)
+        catalog = Catalog.build(config, base, [artefact], authority.cloud_id)
+        memory = plan_memory(config, catalog, process=0, continuous=True)
         authenticator: Authenticator = authority
         if serves_only:
             authority.write_serving_files(config.state, ["localhost", "127.0.0.1"])
@@ -143,7 +143,7 @@ def run(
         parts = ServerParts(
             authenticator=authenticator,
             issuer=None if serves_only else authority,
-            served=served,
+            catalog=catalog,
             generation=engine or generation,
             steps=steps or step_queue,
             memory=memory,

@@ -11,11 +11,12 @@ from tests.support.gradients import PLENTY, RAGGED, Pairs, assert_equal, make_pa
 from tests.support.models import FAMILIES, KEPT, build
 
 from perfit_cloud.engine.gradients.batch import BatchBudget
+from perfit_cloud.engine.gradients.example_cache import ON_DEVICE, SPILLED
 from perfit_cloud.engine.gradients.requests import Sum, compute
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Gradient, ShiftUse
-from perfit_cloud.model.base import block_list
+from perfit_cloud.model.blocks import block_list
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.types import Mode
@@ -68,7 +69,7 @@ def test_a_step_equals_full_autograd(family: str, layers: Any, positions: str, m
     base = build(family)
     artefact = make_artefact(base, layers=layers, positions=positions)
     engine = UpdateEngine(base, keep_bytes=PLENTY)
-    assert engine.keeps == (family in KEPT)
+    assert engine.caches_activations == (family in KEPT)
     rows, mine = [2, 0, 7, 4, 5, 1], person(artefact, 3)
     wanted = by_autograd(base, artefact, mine, [RAGGED[row] for row in rows])
     with engine.open(RAGGED, artefact) as session:
@@ -91,11 +92,11 @@ def test_several_users_together_equal_each_alone(
     histories = [RAGGED, make_pairs([40, 20, 2, 1, 7], 1), make_pairs([1, 1], 2), make_pairs([9, 9, 9], 3)]
     artefacts = [artefact, artefact, artefact, other]
     opened = [engine.open(pairs, a) for pairs, a in zip(histories, artefacts, strict=True)]
-    kept = sum(a.cached_examples for a in opened)
+    kept = sum(a.cache.count(ON_DEVICE) for a in opened)
     if family != "gpt2":
         changing = sum(len(prompt) > 1 for pairs in histories for prompt, _ in pairs)
         assert {PLENTY: kept == changing, 6000: 0 < kept < changing, 0: kept == 0}[keep_bytes]
-        assert sum(a.kept_bytes for a in opened) <= keep_bytes
+        assert sum(a.cached_bytes[ON_DEVICE] for a in opened) <= keep_bytes
     asked = [(0, [7, 0, 3]), (1, [0, 3, 2, 1]), (0, [5]), (2, [0, 1]), (3, [0, 2])]
     steps = [
         GradientRequest(opened[i], rows, person(artefacts[i], 10 + at)) for at, (i, rows) in enumerate(asked)
@@ -197,14 +198,14 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
     artefact = make_artefact(base, positions=positions)
     mine = person(artefact, 3)
     everything = UpdateEngine(base, keep_bytes=PLENTY).open(RAGGED, artefact)
-    assert (everything.cached_examples, everything.spilled_examples) == (7, 0)
+    assert (everything.cache.count(ON_DEVICE), everything.cache.count(SPILLED)) == (7, 0)
     wanted = by_autograd(base, artefact, mine, RAGGED)
-    keep_bytes = spill_bytes = everything.kept_bytes // 3
+    keep_bytes = spill_bytes = everything.cached_bytes[ON_DEVICE] // 3
     engine = UpdateEngine(base, keep_bytes=keep_bytes, spill_bytes=spill_bytes)
     session = engine.open(RAGGED, artefact)
-    counts = (session.cached_examples, session.spilled_examples)
+    counts = (session.cache.count(ON_DEVICE), session.cache.count(SPILLED))
     assert min(counts) > 0 and sum(counts) < 7
-    assert session.kept_bytes <= keep_bytes and session.spilled_bytes <= spill_bytes
+    assert session.cached_bytes[ON_DEVICE] <= keep_bytes and session.cached_bytes[SPILLED] <= spill_bytes
     costs = session.arrays.lengths
     there, host = session.cache.blocks.values()
     nowhere = costs[~session.cache.is_cached(np.arange(8))]
@@ -220,7 +221,7 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
         assert got.log_likelihood == pytest.approx(score.log_likelihood, rel=1e-5)
     with engine.open(RAGGED, artefact) as late:  # what is left is too little even for the cheapest
         assert_equal(engine.gradients([GradientRequest(late, range(8), mine)])[0], wanted)
-    assert late.cached_examples + late.spilled_examples < sum(counts)
+    assert late.cache.count(ON_DEVICE) + late.cache.count(SPILLED) < sum(counts)
     session.close()
     assert engine._room == [keep_bytes, spill_bytes]
 

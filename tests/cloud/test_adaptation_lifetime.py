@@ -12,12 +12,13 @@ from tests.support.models import build
 from tests.support.waiting import SECONDS, wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.gradients import activation_cache as kept_module
+from perfit_cloud.engine.gradients import activation_cache as cache_module
 from perfit_cloud.engine.gradients import session as module
 from perfit_cloud.engine.gradients.batch import BatchBudget
+from perfit_cloud.engine.gradients.example_cache import ON_DEVICE
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import Gradient
-from perfit_cloud.model.base import block_list
+from perfit_cloud.model.blocks import block_list
 from perfit_shared.errors import InvalidInput, InvalidTensors
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
@@ -35,7 +36,7 @@ def test_a_step_runs_only_what_the_tensors_can_change(llama: Any) -> None:
     """Rows that meet each block and its MLP: none below the first intervened one, no past, few at the end."""
     _, artefact, engine = llama
     session = engine.open(RAGGED, artefact)
-    blocks = block_list(engine._tail._decoder)
+    blocks = block_list(engine._decoder._decoder)
     seen: dict[str, int] = {}
     for at, block in enumerate(blocks):
         for name, part in (("attention", block.self_attn.q_proj), ("mlp", block.mlp)):
@@ -54,11 +55,11 @@ def test_nothing_is_left_after_close(make_artefact: Any) -> None:
     engine = UpdateEngine(base, keep_bytes=6000, spill_bytes=9000)
     session = engine.open(RAGGED, artefact)
     held, taken = [session.arrays.ids], []
-    for kept in kept_by(session):
-        held += (own := [kept.hidden, *(t for pair in kept.past.values() for t in pair)])
+    for cache in caches_of(session):
+        held += (own := [cache.hidden, *(t for pair in cache.past.values() for t in pair)])
         taken.append(sum(t.nbytes for t in own))
     assert all(tensor.abs().sum() > 0 for tensor in held)
-    assert taken == [session.kept_bytes, session.spilled_bytes]
+    assert taken == session.cached_bytes
     assert engine._room == [6000 - taken[0], 9000 - taken[1]]
     step = GradientRequest(session, [0, 1], person(artefact, 1))
     engine.gradients([step])
@@ -77,14 +78,14 @@ def test_an_adaptation_closed_while_it_opens_holds_nothing(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, artefact, engine = llama
-    room, compute, made = list(engine._room), module.keep, []
+    room, compute, made = list(engine._room), module.build_cache, []
 
-    def keep(*arguments: Any, **how: Any) -> Any:
+    def build(*arguments: Any, **how: Any) -> Any:
         made.append(compute(*arguments, **how))
         engine.close()
         return made[0]
 
-    monkeypatch.setattr(module, "keep", keep)
+    monkeypatch.setattr(module, "build_cache", build)
     with pytest.raises(InvalidInput, match="closed"):
         engine.open(RAGGED, artefact)
     assert not made[0].hidden.any()
@@ -97,14 +98,14 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
     artefact, left = make_artefact(base, positions="l4"), threading.Event()
     engine = UpdateEngine(base, keep_bytes=PLENTY)
     engine.budget = BatchBudget(30, 2**20, 2**20)
-    fill, passes = kept_module._fill, []
+    fill, passes = cache_module._fill, []
 
-    def filled(tail: Any, part: Any, collective: Any) -> None:
-        passes.append(part.kept)
-        fill(tail, part, collective)
+    def filled(decoder: Any, part: Any, collective: Any) -> None:
+        passes.append(part.cache)
+        fill(decoder, part, collective)
         left.set()
 
-    monkeypatch.setattr(kept_module, "_fill", filled)
+    monkeypatch.setattr(cache_module, "_fill", filled)
     with pytest.raises(InvalidInput, match="closed"):
         engine.open(RAGGED, artefact, left=left)
     assert len(passes) == 1
@@ -115,14 +116,14 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
 def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, artefact, engine = llama
     mine, theirs = engine.open(RAGGED, artefact), engine.open(RAGGED, artefact)
-    at_work, go_on, compute = threading.Event(), threading.Event(), module.pass_from_kept
+    at_work, go_on, compute = threading.Event(), threading.Event(), module.pass_from_cache
 
     def slow(*arguments: Any) -> Any:
         at_work.set()
         assert go_on.wait(SECONDS)
         return compute(*arguments)
 
-    monkeypatch.setattr(module, "pass_from_kept", slow)
+    monkeypatch.setattr(module, "pass_from_cache", slow)
     found: list[Gradient] = []
     step = GradientRequest(mine, [2, 5], person(artefact, 1))
     worker = threading.Thread(target=lambda: found.extend(engine.gradients([step])))
@@ -132,11 +133,11 @@ def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.Monkey
     closing = threading.Thread(target=mine.close)
     closing.start()
     closing.join(0.05)
-    assert closing.is_alive() and all(kept.hidden.any() for kept in kept_by(mine)[:1])
+    assert closing.is_alive() and all(cache.hidden.any() for cache in caches_of(mine)[:1])
     go_on.set()
     worker.join(10)
     closing.join(10)
-    assert not closing.is_alive() and not kept_by(mine)
+    assert not closing.is_alive() and not caches_of(mine)
     assert np.isfinite(found[0].loss)
 
 
@@ -161,7 +162,7 @@ def test_passes_breathe_between_blocks(llama: Any, monkeypatch: pytest.MonkeyPat
 def test_an_adaptation_that_fails_to_open_holds_no_room(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, artefact, engine = llama
     room = list(engine._room)
-    monkeypatch.setattr(module, "keep", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(module, "build_cache", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.open(RAGGED, artefact)
     assert engine._room == room
@@ -172,11 +173,11 @@ def test_the_next_one_gets_the_room_that_a_closed_one_had(make_artefact: Any) ->
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
     probe = UpdateEngine(base, keep_bytes=PLENTY)
-    engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
+    engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).cached_bytes[ON_DEVICE])
     with engine.open(RAGGED, artefact, owner="a") as first:
-        assert first.cached_examples == 7
-        assert engine.open(RAGGED, artefact, owner="a").cached_examples == 0
-    assert engine.open(RAGGED, artefact, owner="a").cached_examples == 7
+        assert first.cache.count(ON_DEVICE) == 7
+        assert engine.open(RAGGED, artefact, owner="a").cache.count(ON_DEVICE) == 0
+    assert engine.open(RAGGED, artefact, owner="a").cache.count(ON_DEVICE) == 7
 
 
 def test_who_comes_later_takes_of_who_has_more_than_an_even_part(make_artefact: Any) -> None:
@@ -186,26 +187,26 @@ def test_who_comes_later_takes_of_who_has_more_than_an_even_part(make_artefact: 
     engine = UpdateEngine(base, keep_bytes=PLENTY)
     engine.budget = BatchBudget(40, 2**20, 2**20)  # so that a small adaptation has several blocks
     with engine.open(RAGGED, artefact) as probe:
-        whole = probe.kept_bytes
+        whole = probe.cached_bytes[ON_DEVICE]
     room = int(1.1 * whole)
     engine = UpdateEngine(base, keep_bytes=room)
     engine.budget = BatchBudget(40, 2**20, 2**20)
     greedy = [engine.open(RAGGED, artefact, owner="greedy") for _ in range(2)]
     step = GradientRequest(greedy[0], [2, 5], person(artefact, 1))
     (wanted,) = engine.gradients([step])
-    kept = kept_by(greedy[0])
+    kept = caches_of(greedy[0])
     assert engine.bytes_held()[0] > 0.9 * room
     late = engine.open(RAGGED, artefact, owner="late")
-    assert 0.3 * room < late.kept_bytes <= room // 2
+    assert 0.3 * room < late.cached_bytes[ON_DEVICE] <= room // 2
     assert engine.bytes_held()[0] <= room
     dropped = [each for each in kept if not each.hidden.any()]
-    assert dropped and len(dropped) == len(kept) - len(kept_by(greedy[0]))
+    assert dropped and len(dropped) == len(kept) - len(caches_of(greedy[0]))
     (again,) = engine.gradients([step])
     assert_equal(again, wanted)
     # Nobody takes of who has no more than an even part.
-    before = late.kept_bytes
+    before = late.cached_bytes[ON_DEVICE]
     engine.open(RAGGED, artefact, owner="greedy")
-    assert late.kept_bytes == before
+    assert late.cached_bytes[ON_DEVICE] == before
     engine.close()
     assert engine.bytes_held() == (0, 0)
 
@@ -215,12 +216,12 @@ def test_who_comes_later_takes_no_more_than_it_wants(make_artefact: Any) -> None
     base = build("llama")
     artefact = make_artefact(base, positions="l4")
     probe = UpdateEngine(base, keep_bytes=PLENTY)
-    engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).kept_bytes)
+    engine = UpdateEngine(base, keep_bytes=probe.open(RAGGED, artefact).cached_bytes[ON_DEVICE])
     engine.budget = BatchBudget(15, 2**20, 2**20)
     first = engine.open(RAGGED, artefact, owner="first")
-    kept = len(kept_by(first))
+    kept = len(caches_of(first))
     late = engine.open(RAGGED[2:3], artefact, owner="late")
-    assert (late.cached_examples, kept - len(kept_by(first))) == (1, 1)
+    assert (late.cache.count(ON_DEVICE), kept - len(caches_of(first))) == (1, 1)
     engine.close()
 
 
@@ -262,8 +263,8 @@ def test_without_room_for_anybody_nobody_waits_for_it(make_artefact: Any) -> Non
     engine.close()
 
 
-def kept_by(session: Any) -> list[Any]:
-    return [block.kept for block in session.cache.blocks.values()]
+def caches_of(session: Any) -> list[Any]:
+    return [block.activations for block in session.cache.blocks.values()]
 
 
 def test_steps_from_many_threads(llama: Any) -> None:

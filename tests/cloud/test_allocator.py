@@ -24,7 +24,7 @@ CHILD = """
 import ctypes, sys
 if "tensors" in sys.argv:
     import torch
-from perfit_cloud.hardening.allocator import take_kept
+from perfit_cloud.hardening.allocator import take_cached
 libc = ctypes.CDLL(None)
 for name in ("malloc", "realloc"):
     getattr(libc, name).restype = ctypes.c_void_p
@@ -124,7 +124,7 @@ def test_what_is_freed_is_overwritten(child: Callable[..., Child], library: int,
         assert of_this.holds(secret)
         copies = f"[ctypes.c_void_p(libc.malloc({size})) for _ in range(20)]"  # some may be used again
         of_this.do(f"copies = {copies}; [ctypes.memmove(copy, at, {len(secret)}) for copy in copies]")
-        of_this.do("libc.free(at); [libc.free(copy) for copy in copies]; take_kept()()")
+        of_this.do("libc.free(at); [libc.free(copy) for copy in copies]; take_cached()()")
         assert of_this.holds(secret) is (descriptor is None)
 
 
@@ -160,7 +160,7 @@ def test_a_tensor_gives_its_memory_to_the_next_of_its_size_and_to_nothing_else(
         of_this.do("assert not any(block - 400_000 < at < block + 400_000 for block in blocks)")
         of_this.do("other = torch.empty(90_000); assert other.data_ptr() != at")
         of_this.do("held = torch.empty(100_000); assert held.data_ptr() == at")
-        of_this.do("del held; take_kept()()")
+        of_this.do("del held; take_cached()()")
         assert not of_this.holds(secret)
         of_this.do("held = torch.empty(100_000); at = held.data_ptr()")
 
@@ -184,11 +184,11 @@ def test_what_a_kept_block_has_beyond_the_next_tensor_is_overwritten(tensors: Ch
 
 def test_no_more_than_a_gibibyte_is_kept(tensors: Child) -> None:
     resident = "int(open('/proc/self/statm').read().split()[1]) * 4096"
-    tensors.do(f"take_kept()(); before = {resident}")
+    tensors.do(f"take_cached()(); before = {resident}")
     tensors.do("held = [torch.full((10_000_000 + n * 100_000,), 1.0) for n in range(50)]")  # 2.5 GB
     tensors.do("del held")
     tensors.do(f"assert {resident} - before < 1.4e9, 'more is kept'")
-    tensors.do(f"take_kept()(); assert {resident} - before < 0.4e9, 'it is not given back'")
+    tensors.do(f"take_cached()(); assert {resident} - before < 0.4e9, 'it is not given back'")
 
 
 def test_large_memory_that_was_never_touched_does_not_come_in_to_be_overwritten(
@@ -214,7 +214,7 @@ def test_a_search_among_many_kept_blocks_is_short(tensors: Child) -> None:
 MANY = """
 import os, random, sys, threading
 import torch
-from perfit_cloud.hardening.allocator import take_kept
+from perfit_cloud.hardening.allocator import take_cached
 faults = []
 def work(seed):
     rng, mine = random.Random(seed), {}
@@ -237,7 +237,7 @@ def work(seed):
                     grown += bytes([value]) * (size // 4)
                 mine[key] = bytes(grown), value
             if turn % 500 == 7:
-                take_kept()()
+                take_cached()()
     except BaseException as fault:
         faults.append(repr(fault))
 threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]

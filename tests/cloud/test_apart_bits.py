@@ -14,6 +14,7 @@ from tests.support.models import build
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients.batch import BatchBudget
+from perfit_cloud.engine.gradients.example_cache import ON_DEVICE
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache
@@ -23,7 +24,7 @@ MINE, NEIGHBOURS = "mine", 7
 
 
 def attention_of(heads: int, keys: int, width: int, *, neighbours: int, alone: bool) -> torch.Tensor:
-    """What attention gave for a prompt and twelve tokens, on a shelf where others stood before."""
+    """What attention gave for a prompt and twelve tokens, in a pool where others stood before."""
     kv_cache, cpu = KVCache(4096), torch.device("cpu")
     others = [kv_cache.allocate(100) for _ in range(neighbours)]
     place, found = kv_cache.allocate(100), []
@@ -67,8 +68,8 @@ def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> l
         for n in range(neighbours)
     ]
     mine = queue.open(make_pairs([30, 12, 44, 25, 18, 50], 100), artefact, owner=MINE)
-    if alone and queue.keeps:
-        assert 0 < mine.cached_examples < 6
+    if alone and queue.caches_activations:
+        assert 0 < mine.cache.count(ON_DEVICE) < 6
     found: list[np.ndarray[Any, Any]] = []
     for number in range(3):
         hold = threading.Event()

@@ -30,7 +30,8 @@ from perfit_cloud.collective.steps import Losses, trainable
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import BaseModel, block_list, load_base
+from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.blocks import block_list
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import load_task

@@ -12,7 +12,8 @@ from torch import Tensor
 from perfit_cloud.collective.forward import Forward, FullForward, PartialForward, forward_for
 from perfit_cloud.collective.steps import trainable
 from perfit_cloud.engine.gradients.batch import Pair
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list
 from perfit_cloud.model.interventions import Phi
 from perfit_cloud.model.partial import PartialDecoder
 from perfit_shared.positions import Positions

@@ -14,7 +14,8 @@ import torch
 
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list
 from perfit_shared.types import Mode
 
 

@@ -101,14 +101,14 @@ def test_answers_and_a_long_pass_have_the_device_for_as_long_as_each_other(block
     assert had["answers"] > 60 * block - block - step
 
 
-def test_a_sweep_goes_between_two_passes_of_answers() -> None:
+def test_a_scrub_goes_between_two_passes_of_answers() -> None:
     device_lock, log = DeviceLock(), []
 
-    def sweep() -> None:
+    def scrub() -> None:
         with device_lock.hold("sweep"):
             log.append("sweep")
 
-    thread = threading.Thread(target=sweep)
+    thread = threading.Thread(target=scrub)
     with device_lock.hold():
         thread.start()
         until_waiting(device_lock)

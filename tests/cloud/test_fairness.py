@@ -13,7 +13,7 @@ from tests.support.limits import running_line, under_way
 from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.fairness import Reading
+from perfit_cloud.engine.fairness import PrefillScheduler
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.static import BatchedEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
@@ -227,18 +227,18 @@ STEP = 1 / 64  # seconds of a pass without prompts
 
 
 def test_prompts_wait_until_the_answers_of_others_had_as_much_time() -> None:
-    reading, mine, theirs = Reading(), Owned("a"), Owned("b")
+    reading, mine, theirs = PrefillScheduler(), Owned("a"), Owned("b")
     everybody = {"a", "b"}
-    reading.done({}, STEP, speaks=True, owners=everybody)  # what a pass without prompts takes
+    reading.done({}, STEP, decodes=True, owners=everybody)  # what a pass without prompts takes
     assert reading.order([mine], {"b"}) == [mine]
-    reading.done({"a": 100}, 11 * STEP, speaks=True, owners=everybody)
+    reading.done({"a": 100}, 11 * STEP, decodes=True, owners=everybody)
     for _ in range(10):
         assert reading.order([mine], {"b"}) == []
         assert reading.order([mine], {"a"}) == [mine]  # its own answers wait for it, as they like
         assert reading.order([mine, theirs], everybody) == [theirs]
-        reading.done({}, STEP, speaks=True, owners=everybody)
+        reading.done({}, STEP, decodes=True, owners=everybody)
     assert reading.order([mine], {"b"}) == [mine]
-    reading.done({"a": 100}, STEP, speaks=True, owners=everybody)  # a device with room to spare
+    reading.done({"a": 100}, STEP, decodes=True, owners=everybody)  # a device with room to spare
     assert reading.order([mine], {"b"}) == [mine]
-    reading.done({"a": 100}, 11 * STEP, speaks=True, owners={"a"})  # alone
+    reading.done({"a": 100}, 11 * STEP, decodes=True, owners={"a"})  # alone
     assert reading.order([mine], {"b"}) == [mine]

@@ -13,8 +13,8 @@ from perfit_cloud.engine.generation.static import generate_batch
 from perfit_cloud.engine.gradients.batch import make_batch, target_log_likelihoods
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model import forward
-from perfit_cloud.model.base import BaseModel, block_list
-from perfit_cloud.model.blocks import hidden_of, with_hidden
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list, hidden_of, with_hidden
 from perfit_shared.positions import Positions
 from perfit_shared.types import Mode, Sampling
 

@@ -37,70 +37,70 @@ def clock() -> Clock:
 
 def test_what_is_held_is_counted_by_caller_and_given_back(clock: Clock) -> None:
     told: list[str] = []
-    books = rate_limiter(clock, told.append)
+    limiter = rate_limiter(clock, told.append)
     with ExitStack() as held:
         for amount in (60, 40):
-            held.enter_context(books.hold("a", "bytes", amount))
-        with pytest.raises(Busy, match="this device") as caught, books.hold("a", "bytes", 1):
+            held.enter_context(limiter.hold("a", "bytes", amount))
+        with pytest.raises(Busy, match="this device") as caught, limiter.hold("a", "bytes", 1):
             pass
         assert caught.value.retry_ms == 500
-        with books.hold("b", "bytes", 100), books.hold("a", "calls"):
+        with limiter.hold("b", "bytes", 100), limiter.hold("a", "calls"):
             pass
-        with pytest.raises(Busy), books.hold("a", "answers"):  # not in the share
+        with pytest.raises(Busy), limiter.hold("a", "answers"):  # not in the share
             pass
-    with books.hold("a", "bytes", 100):
+    with limiter.hold("a", "bytes", 100):
         pass
     assert told == ["bytes_each", "answers_each"]
 
 
 def test_a_minute_s_share_fills_evenly_and_the_delay_is_true(clock: Clock) -> None:
-    books = rate_limiter(clock)
-    books.spend("a", "tokens", 6000)  # all at once, after a quiet minute
+    limiter = rate_limiter(clock)
+    limiter.spend("a", "tokens", 6000)  # all at once, after a quiet minute
     with pytest.raises(Busy) as caught:
-        books.spend("a", "tokens", 1000)
+        limiter.spend("a", "tokens", 1000)
     assert caught.value.retry_ms == 10_000
-    books.spend("b", "tokens", 6000)
+    limiter.spend("b", "tokens", 6000)
     clock.now += caught.value.retry_ms / 1000 - 0.1
     with pytest.raises(Busy):
-        books.spend("a", "tokens", 1000)
+        limiter.spend("a", "tokens", 1000)
     clock.now += 0.2
-    books.spend("a", "tokens", 1000)
-    books.settle("a", "tokens", 600, 0)
-    books.spend("a", "tokens", 600)
+    limiter.spend("a", "tokens", 1000)
+    limiter.settle("a", "tokens", 600, 0)
+    limiter.spend("a", "tokens", 600)
     with pytest.raises(Busy) as caught:
-        books.spend("a", "tokens", 20)
+        limiter.spend("a", "tokens", 20)
     assert caught.value.retry_ms == 500  # and never less
     clock.now += 3600
-    books.spend("a", "tokens", 6000)
+    limiter.spend("a", "tokens", 6000)
     with pytest.raises(Busy):  # an hour saves up no more than a minute
-        books.spend("a", "tokens", 100)
+        limiter.spend("a", "tokens", 100)
 
 
 def test_accounts_of_the_quiet_are_forgotten(clock: Clock) -> None:
     """A dictionary by identity that nothing was ever taken from would grow for ever."""
-    books = rate_limiter(clock)
-    with books.hold("held", "calls"):
+    limiter = rate_limiter(clock)
+    with limiter.hold("held", "calls"):
         for number in range(10_000):
             clock.now += 0.1
-            books.spend(f"caller {number}", "requests")
-            assert len(books) <= 1300  # those of two minutes
+            limiter.spend(f"caller {number}", "requests")
+            assert len(limiter) <= 1300  # those of two minutes
         clock.now += 61
-        books.spend("last", "requests")
-        assert len(books) == 2
+        limiter.spend("last", "requests")
+        assert len(limiter) == 2
         clock.now += 61
-        with pytest.raises(Busy), books.hold("held", "calls", 2):  # what it holds is not forgotten
+        with pytest.raises(Busy), limiter.hold("held", "calls", 2):  # what it holds is not forgotten
             pass
 
 
 def test_a_gate_lets_in_as_many_as_it_says() -> None:
     told: list[str] = []
-    gate = ConcurrencyLimit("answers", places=2, retry_ms=70, refused=told.append)
-    with gate.place(), gate.place():
-        assert gate.working == 2
-        with pytest.raises(Busy) as caught, gate.place():
+    limit = ConcurrencyLimit("answers", slots=2, retry_ms=70, refused=told.append)
+    with limit.hold(), limit.hold():
+        assert limit.working == 2
+        with pytest.raises(Busy) as caught, limit.hold():
             pass
-    assert (caught.value.retry_ms, told, gate.working) == (70, ["answers"], 0)
-    with gate.place():
+    assert (caught.value.retry_ms, told, limit.working) == (70, ["answers"], 0)
+    with limit.hold():
         pass
 
 
@@ -286,7 +286,7 @@ def test_tokens_a_minute(run: Callable[..., Running], artefact: Artefact) -> Non
         call()
         spent = failure(lambda c=call: [c() for _ in range(100)])  # type: ignore[misc]
         assert (spent[0], spent[1]["perfit-code"]) == ("RESOURCE_EXHAUSTED", "busy")
-        running.server._rate_limiter._rate_limiter.clear()
+        running.server._rate_limiter._buckets.clear()
 
 
 def candidates() -> list[pb.Candidate]:

@@ -81,8 +81,8 @@ def test_every_call_has_room_for_a_shift(
     planned: Callable[..., MemoryPlan], base: BaseModel, artefact: Artefact
 ) -> None:
     """A stream of questions keeps its shift when its message is not counted any more."""
-    served = Catalog.build(CloudConfig(), base, [artefact], "c0")
-    assert planned(calls=32).calls >= 32 * (served.limits.message_bytes + served.tensor_bytes + 2**19)
+    catalog = Catalog.build(CloudConfig(), base, [artefact], "c0")
+    assert planned(calls=32).calls >= 32 * (catalog.limits.message_bytes + catalog.tensor_bytes + 2**19)
 
 
 def test_what_the_process_has_is_read() -> None:

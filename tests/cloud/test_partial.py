@@ -29,14 +29,14 @@ def both(request: pytest.FixtureRequest) -> tuple[Any, PartialDecoder]:
 
 @torch.no_grad()
 def test_packed_blocks_and_head_equal_the_whole_model(both: Any) -> None:
-    model, tail = both
+    model, decoder = both
     device = torch.device("cpu")
     packing = Packing(np.zeros_like(LENGTHS), LENGTHS, device)
-    hidden = tail.embed(torch.cat(sequences()))
+    hidden = decoder.embed(torch.cat(sequences()))
     for first, last in ((0, 1), (1, 4)):  # in two goes
-        hidden = tail.run(hidden, range(first, last), packing)
+        hidden = decoder.run(hidden, range(first, last), packing)
     labels = torch.arange(len(hidden)) % 300
-    losses, gradient = tail.losses(hidden, labels)
+    losses, gradient = decoder.losses(hidden, labels)
     logits = torch.cat([model(ids[None]).logits[0] for ids in sequences()])
     torch.testing.assert_close(
         losses, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-4, atol=1e-5
@@ -47,14 +47,14 @@ def test_packed_blocks_and_head_equal_the_whole_model(both: Any) -> None:
 @torch.no_grad()
 def test_rows_behind_a_known_past_equal_the_whole(both: Any) -> None:
     """Keys and values of the first tokens are captured, and the rest runs behind them, narrowed."""
-    _, tail = both
+    _, decoder = both
     device, lengths = torch.device("cpu"), LENGTHS[:4]
     starts = np.array([4, 25, 1, 8])
-    embedded = tail.embed(torch.cat(sequences()[:4]))
-    whole = tail.run(embedded, range(4), Packing(np.zeros_like(starts), lengths, device))
+    embedded = decoder.embed(torch.cat(sequences()[:4]))
+    whole = decoder.run(embedded, range(4), Packing(np.zeros_like(starts), lengths, device))
     past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     first = lengths.cumsum() - lengths
-    tail.run(
+    decoder.run(
         embedded[ragged(first, starts)],
         range(4),
         Packing(np.zeros_like(starts), starts, device, capture=lambda layer, *kv: past.update({layer: kv})),
@@ -73,17 +73,17 @@ def test_rows_behind_a_known_past_equal_the_whole(both: Any) -> None:
     rows = torch.tensor([0, 3, 5, 9])
     behind = Packing(starts, lengths - starts, device, past=padded)
     places = ragged(first + starts, lengths - starts)
-    got = tail.run(embedded[places], range(4), behind, rows=rows)
+    got = decoder.run(embedded[places], range(4), behind, rows=rows)
     torch.testing.assert_close(got, whole[places][rows], rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_of_the_losses_equals_autograd(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tail = both
+    model, decoder = both
     monkeypatch.setattr("perfit_cloud.model.forward._LOGITS", 1)  # pieces of 256 rows
     torch.manual_seed(0)
     hidden, labels = torch.randn(600, 32), torch.randint(0, 300, (600,))
     weights = torch.rand(600)
-    losses, gradient = tail.losses(hidden, labels, weights)
+    losses, gradient = decoder.losses(hidden, labels, weights)
     leaf = hidden.clone().requires_grad_()
     logits = model.get_output_embeddings()(model.get_decoder().norm(leaf))
     cap = getattr(model.config, "final_logit_softcapping", None)

@@ -27,7 +27,7 @@ from perfit_cloud.hardening.process import harden, restart_hardened
 logging.basicConfig(format="%(message)s")
 print("started", file=sys.stderr)
 if "restart" in sys.argv:
-    restart_hardened(gives_back="ceiling" in sys.argv)
+    restart_hardened(returns_memory="ceiling" in sys.argv)
 held = asdict(harden())
 core = [line.split()[4:6] for line in open("/proc/self/limits") if line.startswith("Max core")]
 environment = {name: os.environ.get(name) for name in ("GLIBC_TUNABLES", "MALLOC_PERTURB_", "LD_PRELOAD")}

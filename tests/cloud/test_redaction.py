@@ -231,7 +231,7 @@ def test_who_may_not_call(caller: tuple[Caller, Running], heard: Heard) -> None:
 class Failing:
     """An engine that fails in its own words, which quote what it works on."""
 
-    continuous = keeps = True
+    continuous = caches_activations = True
 
     def __init__(self, error: Exception) -> None:
         self._error = error

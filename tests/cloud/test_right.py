@@ -90,7 +90,7 @@ def test_gradients_equal_local_autograd(name: str, load: Any, make_artefact: Any
 
 
 def _local_loss(base: Any, artefact: Any, leaves: Any, prompt: list[int], target: list[int]) -> torch.Tensor:
-    from perfit_cloud.model.base import block_list
+    from perfit_cloud.model.blocks import block_list
 
     positions = Positions.parse(artefact.spec.positions).indices(len(prompt))
     handles = []

@@ -1,4 +1,4 @@
-"""What the sweeper takes away after a call: cycles, and the stores of freed memory of numpy, MKL and CUDA."""
+"""What the scrubber takes away after a call: cycles, and what numpy, MKL and CUDA cache of freed memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_memory_of_small_arrays_is_overwritten() -> None:
     assert not any(needle in ctypes.string_at(*place) for place in places)
 
 
-# A program that is given numbers and multiplies them, and a sweep.
+# A program that is given numbers and multiplies them, and a scrub.
 MULTIPLIED = """
 import sys
 import numpy as np
@@ -73,14 +73,14 @@ elif "as it comes" in sys.argv:
     numbers.astype(np.float64) @ numbers.astype(np.float64).T
 del numbers
 pause("multiplied")
-scrubber.sweep()
-pause("swept")
+scrubber.scrub()
+pause("scrubbed")
 """
 NUMBERS = np.random.default_rng(3).standard_normal((32, 1024)).astype(np.float32)
 
 
-def found_around_a_sweep(how: str, forms: Mapping[str, bytes], given: Mapping[str, str]) -> list[set[str]]:
-    """Which forms of the numbers lie anywhere in the program, before the sweep and after it."""
+def found_around_a_scrub(how: str, forms: Mapping[str, bytes], given: Mapping[str, str]) -> list[set[str]]:
+    """Which forms of the numbers lie anywhere in the program, before the scrub and after it."""
     index, library = Index([raw(*form) for form in forms.items()]), build(given)  # none without a compiler
     found = []
     with subprocess.Popen(
@@ -93,7 +93,7 @@ def found_around_a_sweep(how: str, forms: Mapping[str, bytes], given: Mapping[st
     ) as child:
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(NUMBERS.tobytes())
-        for moment in (b"multiplied\n", b"swept\n"):
+        for moment in (b"multiplied\n", b"scrubbed\n"):
             assert child.stdout.readline() == moment
             found.append({index.needles[of.needle].kind for of in look_at(child.pid, index).found})
             child.stdin.write(b"\n")
@@ -139,7 +139,7 @@ def test_what_matrices_are_copied_to_is_overwritten(
         for form in (NUMBERS, NUMBERS.astype(np.float64))
         for order in ("C", "F")
     }
-    before, after = found_around_a_sweep(how, forms, kernels(which))
+    before, after = found_around_a_scrub(how, forms, kernels(which))
     left = set() if how == "overwritten" else {"float64"}
     assert {form.split()[0] for form in before} >= {"float32", *left}
     assert {form.split()[0] for form in after} == left
@@ -155,7 +155,7 @@ def test_what_matrices_in_bfloat16_are_packed_to_is_overwritten() -> None:
         for name, form in (("as they are", half), ("pairs of rows", pairs[0]), ("pairs of columns", pairs[1]))
         for order in ("C", "F")
     }
-    before, after = found_around_a_sweep("bfloat16", forms, os.environ)
+    before, after = found_around_a_scrub("bfloat16", forms, os.environ)
     assert before
     assert not after
 
@@ -185,16 +185,16 @@ def test_free_memory_of_a_cuda_device_is_overwritten_largest_first(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch, "empty", empty)
-    MemoryScrubber(torch.device("cuda:1"), DeviceLock()).sweep()
+    MemoryScrubber(torch.device("cuda:1"), DeviceLock()).scrub()
     assert [len(block) for block in taken] == [5 * mib, mib + 512, mib, mib - 512, 512]
     assert not any(block.any() for block in taken)
 
 
-def test_a_sweep_is_no_pass_of_answers() -> None:
+def test_a_scrub_is_no_pass_of_answers() -> None:
     """Four idle turns a second stood among the passes that an operator is told of."""
     device_lock, kinds = DeviceLock(), []
     device_lock.on_pass = lambda kind, _seconds: kinds.append(kind)
-    MemoryScrubber(torch.device("cpu"), device_lock).sweep()
+    MemoryScrubber(torch.device("cpu"), device_lock).scrub()
     assert kinds == ["sweep"]
 
 
@@ -227,7 +227,7 @@ class Knot:
         self.itself = self
 
 
-def test_what_keeps_itself_is_swept_after_a_call() -> None:
+def test_what_keeps_itself_is_scrubbed_after_a_call() -> None:
     scrubber = MemoryScrubber(torch.device("cpu"), DeviceLock())
     gc.disable()
     try:
@@ -260,39 +260,39 @@ class Calls(threading.Event):
             return True
         if timeout is None:
             self.over.set()
-            return super().wait()  # for the sweeper's end
+            return super().wait()  # for the scrubber's end
         self.now += timeout
         return False
 
 
-def sweeps_for(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def scrubs_for(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When there were any, by the calls' clock; that of the start is the first."""
-    swept: list[float] = []
+    scrubbed: list[float] = []
     scrubber = MemoryScrubber(torch.device("cpu"), DeviceLock(), clock=lambda: calls.now, ended=calls)
-    monkeypatch.setattr(scrubber, "sweep", lambda: swept.append(calls.now))
+    monkeypatch.setattr(scrubber, "scrub", lambda: scrubbed.append(calls.now))
     scrubber.start()
     try:
         assert calls.over.wait(TIMEOUT)
-        return list(swept)
+        return list(scrubbed)
     finally:
         scrubber.close()
         gc.unfreeze()
 
 
-def test_calls_that_keep_ending_share_a_sweep_and_none_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep for each took a tenth of a busy cloud's time."""
-    swept = np.array(sweeps_for(Calls(step=0.125, last=20.0), monkeypatch))
-    while_ending = int((swept < 20).sum())
+def test_calls_that_keep_ending_share_a_scrub_and_none_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrub for each took a tenth of a busy cloud's time."""
+    scrubbed = np.array(scrubs_for(Calls(step=0.125, last=20.0), monkeypatch))
+    while_ending = int((scrubbed < 20).sum())
     assert while_ending <= 1 + 20 / 2
-    assert np.diff(swept)[:while_ending].max() <= 2 + 0.125
+    assert np.diff(scrubbed)[:while_ending].max() <= 2 + 0.125
 
 
-def test_a_call_is_swept_after_soon_and_twice_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_scrubbed_after_soon_and_twice_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """For threads of the call that end a little later."""
-    assert sweeps_for(Calls(step=7.0, last=7.0), monkeypatch) == [0.0, 7.5, 8.5, 11.5]
+    assert scrubs_for(Calls(step=7.0, last=7.0), monkeypatch) == [0.0, 7.5, 8.5, 11.5]
 
 
-def test_every_call_tells_the_sweeper(run: Callable[..., Running]) -> None:
+def test_every_call_tells_the_scrubber(run: Callable[..., Running]) -> None:
     ended = threading.Semaphore(0)
     device = run(ended=ended.release).device()
     device.describe()

@@ -303,7 +303,7 @@ def test_gradients_go_out_whole_or_not_at_all(artefact: Artefact) -> None:
 
 def test_description_and_seed(base: BaseModel, artefact: Artefact) -> None:
     message = codec.encode_description(
-        Catalog(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, keeps=True
+        Catalog(base, {artefact.name: artefact}, LIMITS, "c0"), continuous=False, caches_activations=True
     )
     assert (message.continuous, message.keeps) == (False, True)
     assert (message.base_model, message.fingerprint, message.cloud_id) == (base.name, base.fingerprint, "c0")
@@ -324,10 +324,10 @@ def test_description_and_seed(base: BaseModel, artefact: Artefact) -> None:
 
 def test_served_refuses_what_does_not_fit(base: BaseModel, artefact: Artefact) -> None:
     config = CloudConfig()
-    served = Catalog.build(config, base, [artefact], "c0")
-    assert served.artefacts == {artefact.name: artefact}
-    assert served.limits.context == base.context
-    assert served.limits.prompt_tokens == base.context - 1  # never more than the model allows
+    catalog = Catalog.build(config, base, [artefact], "c0")
+    assert catalog.artefacts == {artefact.name: artefact}
+    assert catalog.limits.context == base.context
+    assert catalog.limits.prompt_tokens == base.context - 1  # never more than the model allows
     with pytest.raises(ConfigError, match="two artefacts"):
         Catalog.build(config, base, [artefact, artefact], "c0")
     with pytest.raises(ShiftMismatch, match="trained on another model"):

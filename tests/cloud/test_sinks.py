@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list
 from perfit_cloud.model.sinks import leading_sinks, past_sinks
 from perfit_shared.errors import InvalidInput
 

@@ -25,7 +25,7 @@ PARTS = ("library", "ctypes", "nothing")  # what overwrites: stacks.c; without a
 DEPTH = 200 << 10  # bytes
 POOL = """
 import ctypes, importlib.util, pathlib, sys, threading
-from perfit_cloud.hardening.allocator import take_kept
+from perfit_cloud.hardening.allocator import take_cached
 from perfit_cloud.hardening.stacks import DeadStacks
 
 program = ctypes.CDLL(None)
@@ -59,7 +59,7 @@ def in_pool(threads, do):
 def show():
     for secret in secrets.values():
         ctypes.memset(ctypes.byref(secret), 0, ctypes.sizeof(secret))
-    take_kept()()  # copies on their way to the stack
+    take_cached()()  # copies on their way to the stack
     print("ready", flush=True)
     sys.stdin.read()
 """
@@ -88,7 +88,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 is_done.wait()
 if is_told:
-    stacks.sweep()
+    stacks.overwrite_ended()
 show()
 """
 )

@@ -278,7 +278,7 @@ def test_an_update_that_hangs_and_a_worker_that_died_are_seen(
     steps: Any = engines.steps
     pairs = [(base.encode(prompt), base.encode_target(target)) for prompt, target in EXAMPLES]
     session = steps.open(pairs, artefact)
-    with held_up(engines.adaptations, "run_pass", monkeypatch) as entered:
+    with held_up(engines.updates, "run_pass", monkeypatch) as entered:
         future = steps.submit(GradientRequest(session, [0], mine(artefact, 1)))
         assert entered.wait(TIMEOUT)
         time.sleep(0.3)

@@ -87,7 +87,7 @@ class HeldAnswer:
 class Slow:
     """A scheduler whose scores take until the test lets them."""
 
-    keeps = True
+    caches_activations = True
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error

@@ -46,7 +46,7 @@ def alone(base: Any, prompt: list[int], use: ShiftUse, new: int = NEW) -> list[i
         return apply
 
     if use.artefact is not None:
-        from perfit_cloud.model.base import block_list
+        from perfit_cloud.model.blocks import block_list
 
         handles = [block_list(base.model)[i].register_forward_hook(hook(i)) for i in use.artefact.spec.layers]
     try:

@@ -1,4 +1,4 @@
-"""A clock that a test sets, accounts, and what a running server says of its lines."""
+"""A clock that a test sets, buckets, and what a running server says of its queues."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def rate_limiter(clock: Clock, refused: Callable[[str], None] = lambda _: None, 
 
 
 def under_way(running: Running, device: Device, what: AtOnce = "calls") -> int:
-    account = running.server._rate_limiter._rate_limiter.get(device.identity)
-    return account.held[what] if account else 0
+    bucket = running.server._rate_limiter._buckets.get(device.identity)
+    return bucket.held[what] if bucket else 0
 
 
 def running_line(running: Running) -> float | None:

@@ -79,7 +79,7 @@ def serve(  # noqa: PLR0917 - options of a command
 ) -> None:
     """Serve a base model and its artefacts until SIGTERM or Ctrl-C.
 
-    Once ready it prints one line that says what is served, and where.
+    Once ready it prints one line that says what is catalog, and where.
 
         perfit-cloud serve --model models/newslm --artefact runs/news_headline
 
@@ -123,7 +123,7 @@ def _hardened(config: CloudConfig) -> Hardening:
     if config.hardening == "off":
         _log.warning("hardening is off: this process keeps traces of calls, and others can read them")
         return UNHARDENED
-    restart_hardened(gives_back=bool(config.memory_bytes))
+    restart_hardened(returns_memory=bool(config.memory_bytes))
     return harden()
 
 
@@ -156,7 +156,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     from perfit_cloud.engine.gradients.scheduler import GradientScheduler
     from perfit_cloud.engine.gradients.session import UpdateEngine
     from perfit_cloud.engine.interface import GenerationSettings
-    from perfit_cloud.hardening.allocator import keep_at_most
+    from perfit_cloud.hardening.allocator import cache_at_most
     from perfit_cloud.hardening.scrubber import MemoryScrubber
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
@@ -173,10 +173,10 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     base = load_base(config.model, dtype=config.dtype, device=config.device)
     for name in _LOOSE_TONGUES:  # after loading, which sets a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    served = Catalog.build(config, base, artefacts, authority.cloud_id)
+    catalog = Catalog.build(config, base, artefacts, authority.cloud_id)
     kind = engine_kind(base)
-    memory = plan_memory(config, served, process=resident_bytes(), continuous=kind.continuous)
-    keep_at_most(memory.freed)
+    memory = plan_memory(config, catalog, process=resident_bytes(), continuous=kind.continuous)
+    cache_at_most(memory.freed)
     settings = GenerationSettings(
         cache_tokens=memory.cache_tokens,
         batch_tokens=config.batch_tokens,
@@ -184,10 +184,10 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         alone=config.apart == "bits",
     )
     device_lock = DeviceLock()
-    generation = kind(base, served.artefacts, settings, device_lock)
-    # Where the model is on the host, spilling would be keeping by another name.
+    generation = kind(base, catalog.artefacts, settings, device_lock)
+    # Where the model is on the host, it is all one memory.
     is_host = base.device.type == "cpu"
-    adaptations = UpdateEngine(
+    updates = UpdateEngine(
         base,
         keep_bytes=memory.kept if is_host else config.keep_bytes,
         spill_bytes=0 if is_host else memory.kept,
@@ -196,7 +196,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         parts=config.adaptations if config.apart == "bits" else 0,
     )
     steps = GradientScheduler(
-        adaptations,
+        updates,
         waiting=config.adaptations + 1 + config.gradient_waiting,
         retry_ms=config.retry_ms,
         alone=config.apart == "bits",
@@ -206,11 +206,11 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     parts = ServerParts(
         authenticator=authority,
         issuer=authority,
-        served=served,
+        catalog=catalog,
         generation=generation,
         steps=steps,
         memory=memory,
-        engines=Engines(generation, steps, adaptations, device_lock),
+        engines=Engines(generation, steps, updates, device_lock),
         ended=scrubber.call_ended,
     )
     server = CloudServer(config, parts)
@@ -220,7 +220,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         scrubber.start()
         hardening = _with_torch(hardening, scrubber)
     server.start()
-    print(_line(served, server.addresses, hardening, memory, as_json=as_json), flush=True)
+    print(_line(catalog, server.addresses, hardening, memory, as_json=as_json), flush=True)
     _answer(config, server, stops, generation.stop, steps.close, scrubber.close)
 
 
@@ -283,23 +283,23 @@ def _with_torch(hardening: Hardening, scrubber: MemoryScrubber) -> Hardening:
 
 
 def _line(
-    served: Catalog, addresses: Addresses, hardening: Hardening, memory: MemoryPlan, *, as_json: bool
+    catalog: Catalog, addresses: Addresses, hardening: Hardening, memory: MemoryPlan, *, as_json: bool
 ) -> str:
-    """What is served, where, and how."""
-    names = list(served.artefacts)
+    """What is catalog, where, and how."""
+    names = list(catalog.artefacts)
     if as_json:
         return json.dumps(
             {
                 "address": addresses.address,
                 "enrol_address": addresses.enrol_address,
-                "model": served.base.name,
-                "fingerprint": served.base.fingerprint,
+                "model": catalog.base.name,
+                "fingerprint": catalog.base.fingerprint,
                 "artefacts": names,
                 "hardening": asdict(hardening),
                 "memory": {**asdict(memory), "total": memory.total},
             }
         )
     return (
-        f"serving {served.base.name} ({served.base.fingerprint[:12]}) with "
+        f"serving {catalog.base.name} ({catalog.base.fingerprint[:12]}) with "
         f"{', '.join(names) or 'no artefacts'} on {addresses.address}, enrolment on {addresses.enrol_address}"
     )

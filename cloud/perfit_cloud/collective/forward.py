@@ -15,7 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from perfit_cloud.engine.gradients.activation_cache import ActivationCache, Examples, join, keep, kept_bytes
+from perfit_cloud.engine.gradients.activation_cache import (
+    ActivationCache,
+    Examples,
+    build_cache,
+    cache_bytes,
+    join,
+)
 from perfit_cloud.engine.gradients.batch import (
     BatchBudget,
     Pair,
@@ -25,7 +31,8 @@ from perfit_cloud.engine.gradients.batch import (
     target_log_likelihoods,
 )
 from perfit_cloud.engine.gradients.example_cache import CachedBlock, ExampleCache
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list
 from perfit_cloud.model.forward import recomputed
 from perfit_cloud.model.interventions import Shift, hooked
 from perfit_cloud.model.partial import Indices, PartialDecoder, supports
@@ -91,7 +98,7 @@ class PartialForward:
         self._device = base.device
         self._layer = spec.layers[0]
         self._positions = Positions.parse(spec.positions)
-        self._caps = BatchBudget.of(base.device)
+        self._budget = BatchBudget.of(base.device)
         self._room = (cache_bytes, spill_bytes)
         self._cache: ExampleCache | None = None
         self._rows: dict[PairKey, int] = {}  # of each cached pair
@@ -114,8 +121,8 @@ class PartialForward:
         weight: float | None,
     ) -> float:
         examples, total = cache.examples, 0.0
-        for places in self._caps.cut(examples.rows[which], examples.lengths[which]):
-            parts = list(cache.parts(which[places], lambda missing: self._compute(examples, missing)))
+        for chunk in self._budget.cut(examples.rows[which], examples.lengths[which]):
+            parts = list(cache.parts(which[chunk], lambda missing: self._compute(examples, missing)))
             joined = join(parts, [0] * len(parts), self._device)
             with torch.set_grad_enabled(weight is not None):
                 hidden = joined.run(self._decoder, collective, personal)
@@ -131,15 +138,15 @@ class PartialForward:
         examples = Examples(distinct, self._positions, self._device)
         self._cache = ExampleCache(examples)
         self._rows = {pair_key(pair): row for row, pair in enumerate(distinct)}
-        sizes = kept_bytes(self._decoder, examples, self._layer)
+        sizes = cache_bytes(self._decoder, examples, self._layer)
         left = np.argsort(sizes, kind="stable")  # the smallest first: most examples for the memory
         for where, room in enumerate(self._room):
             which = left[sizes[left].cumsum() <= room]
             left = left[len(which) :]
-            blocks = -(-int(examples.lengths[which].sum()) // (_BLOCK_PASSES * self._caps.rows))
+            blocks = -(-int(examples.lengths[which].sum()) // (_BLOCK_PASSES * self._budget.rows))
             for of_block in np.array_split(which, min(blocks, len(which))) if len(which) else ():
-                kept = self._compute(examples, of_block, spill=bool(where))
-                self._cache.add(CachedBlock(where, kept, of_block, int(sizes[of_block].sum())))
+                activations = self._compute(examples, of_block, spill=bool(where))
+                self._cache.add(CachedBlock(where, activations, of_block, int(sizes[of_block].sum())))
                 done(len(of_block))
 
     def recomputing(self) -> AbstractContextManager[None]:
@@ -154,7 +161,9 @@ class PartialForward:
 
     def _compute(self, examples: Examples, which: Indices, *, spill: bool = False) -> ActivationCache:
         """Activations before φ₁, which is trained."""
-        return keep(self._decoder, examples, which, self._layer, self._caps, collective=None, spill=spill)
+        return build_cache(
+            self._decoder, examples, which, self._layer, self._budget, collective=None, spill=spill
+        )
 
 
 class FullForward:

@@ -22,13 +22,13 @@ from perfit_cloud.model.blocks import block_list, hidden_of
 __all__ = ["DeviceLock", "yield_between_blocks"]
 
 _NOBODY: Mapping[str, float] = {"": 1.0}
-_CHECK_SECONDS = 0.2  # between two checks that a waiter still wants the lock
+_CHECK_SECONDS = 0.2  # between two checks whether a waiter still wants the lock
 
 
 @dataclass(eq=False)
 class _Waiter:
     is_long: bool
-    owners: Mapping[str, float]  # whose pass it is, and how much of it
+    owners: Mapping[str, float]  # by owner, its part of the pass
     go: threading.Event = field(default_factory=threading.Event)
 
 

@@ -16,8 +16,8 @@ Fair          Owners who want answers at the same time share passes and cache ev
 Bounded       An answer ends at `max_new_tokens`, at an end of sequence or before a stop text. A request
               takes at most `most_tokens`, and no more than `max_requests` are in flight.
 Reproducible  The same request with the same seed draws the same tokens.
-Cancellable   `cancel` frees the place of a request at once, from any thread, whether it waits or runs.
-Healthy       `vital` never blocks. A step that fails ends the answers that it was made for, and the
+Cancellable   `cancel` frees a request at once, from any thread, whether it waits or runs.
+Healthy       `health` never blocks. A step that fails ends the answers that it was made for, and the
               engine goes on; when it cannot go on, `is_alive` is false and nothing is taken any more.
 Forgetful     Soon after an answer is over, however it ended, the engine refers to nothing that came with
               the request, and keys and values of it are overwritten. No cache outlives a request.
@@ -35,7 +35,7 @@ from perfit_shared.shifts import ShiftTensors
 from perfit_shared.types import Chunk, Mode, Sampling
 
 if TYPE_CHECKING:
-    from perfit_cloud.engine.device_lock import DeviceLock  # which tells its own `EngineHealth`
+    from perfit_cloud.engine.device_lock import DeviceLock  # which imports `EngineHealth`
 
 __all__ = [
     "CompletionStream",
@@ -79,16 +79,16 @@ class CompletionStream(Protocol):
 
 
 class EngineHealth(NamedTuple):
-    """How an engine fares: what tells one that works from one that is stuck or dead."""
+    """What tells a working engine from a stuck or a dead one."""
 
     running: int  # requests or steps at work
-    waiting: int  # and in line
-    stalled_seconds: float  # since it last got on with them; 0 when there is nothing to do
-    is_alive: bool  # false: it takes up nothing any more
+    waiting: int  # requests or steps in the queue
+    stalled_seconds: float  # since the last progress; 0 when there is nothing to do
+    is_alive: bool  # false: it accepts nothing any more
 
     @property
     def in_flight(self) -> int:
-        """All that hold a place."""
+        """Running and waiting."""
         return self.running + self.waiting
 
 
@@ -98,7 +98,7 @@ class GenerationSettings:
     batch_tokens: int = 512  # most tokens of one pass, where long prompts are read in parts
     max_requests: int = 64  # answers in flight; more are refused with Busy
     alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
-    log_probabilities: bool = False  # whether streams tell them (nats, before temperature and top-k)
+    log_probabilities: bool = False  # whether streams give them (nats, before temperature and top-k)
 
 
 def most_tokens(context: int, cache_tokens: int) -> int:
@@ -128,9 +128,9 @@ class Engine(Protocol):
     ) -> CompletionStream:
         """Queue one answer and return at once. Owners share passes and cache evenly.
 
-        Raises Busy when all places are taken, InvalidPrompt when the prompt is empty, has a token that the
-        model does not know or is too long with its answer, InvalidTensors when the tensors are no shift of
-        the artefact's, NotFound when the engine does not have the artefact, Unavailable after `stop`.
+        Raises Busy when `max_requests` are in flight, InvalidPrompt when the prompt is empty, has a token
+        that the model does not know or is too long with its answer, InvalidTensors when the tensors are no
+        shift of the artefact's, NotFound when the engine has no such artefact, Unavailable after `stop`.
         """
 
     def health(self) -> EngineHealth:
@@ -138,11 +138,11 @@ class Engine(Protocol):
 
 
 class EngineKind(Protocol):
-    """A way to make engines, and what is known of them before one is made."""
+    """Makes engines, and says what they can do before one is made."""
 
     @property
     def continuous(self) -> bool:
-        """As of the engines; where it holds, long prompts are read in parts of `batch_tokens`."""
+        """As of the engines. If true, long prompts are read in parts of `batch_tokens`."""
 
     def __call__(
         self,
@@ -152,7 +152,7 @@ class EngineKind(Protocol):
         device_lock: DeviceLock | None = None,
         /,
     ) -> Engine:
-        """`turns`: the lock of the base's device, which all engines on it share."""
+        """All engines on the base's device share `device_lock`."""
 
 
 @dataclass(frozen=True)

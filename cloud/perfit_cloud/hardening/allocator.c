@@ -1,9 +1,9 @@
 /* free() and realloc() that overwrite what they let go of; loaded before the C library (hardening/allocator.py).
 
-   A tensor is not overwritten at once: the next one of its size does that, in the same pass, and what is left
-   is overwritten by a sweep between two passes. Done at once and by one thread, it took a tenth of a pass whose
-   threads each had their part of the tensor in a cache of their own. What is kept so goes to no other use:
-   only to posix_memalign, from which torch has its tensors, and never in part. */
+   A freed tensor is cached, not overwritten at once. The next tensor of its size reuses the block and overwrites
+   it in the same pass; the scrubber overwrites the rest between two passes. Overwriting at once, in one thread,
+   took a tenth of a pass, because each thread of the pass has its part of the tensor in its own CPU cache. Only
+   posix_memalign, from which torch gets its tensors, reuses a cached block, and only whole. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,18 +19,18 @@ extern void *__libc_memalign(size_t, size_t);
 extern void *__libc_realloc(void *, size_t);
 extern void __libc_free(void *);
 
-#define TENSOR ((size_t)64 << 10) /* bytes; what is smaller is overwritten at once */
-#define ALIGNED ((size_t)64)      /* as torch asks for them */
+#define TENSOR ((size_t)64 << 10) /* bytes; smaller blocks are overwritten at once */
+#define ALIGNED ((size_t)64)      /* bytes, as torch asks for */
 #define LISTS ((size_t)4096)      /* by size, in steps of STEP, over and over */
 #define STEP ((size_t)4096)
-#define LOOKS 32 /* at blocks of a list; a caller may fill one with others than the next wants */
+#define LOOKS 32 /* most blocks of a list to look at; other sizes may fill a list */
 #define MAPPED ((size_t)2) /* a bit of the size in front of a block (malloc.c): it has pages of its own */
 
 struct block { struct block *next; };
 
-static struct block *kept[LISTS];
-static size_t kept_bytes;
-static size_t most = (size_t)1 << 30; /* bytes kept */
+static struct block *cached[LISTS];
+static size_t cached_bytes;
+static size_t most = (size_t)1 << 30; /* bytes cached */
 static size_t page = 4096;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -51,40 +51,40 @@ static void overwrite(void *start, size_t size) {
 static int is_mapped(const void *block) { return (((const size_t *)block)[-1] & MAPPED) != 0; }
 
 static void let_go(void *block, size_t size) {
-    if (!is_mapped(block)) overwrite(block, size); /* else its pages go back to the system, which clears them */
+    if (!is_mapped(block)) overwrite(block, size); /* else its pages return to the system, which clears them */
     __libc_free(block);
 }
 
-static int keep(void *block, size_t size) {
+static int cache_block(void *block, size_t size) {
     if (size < TENSOR || (uintptr_t)block % ALIGNED) return 0;
-    struct block **list = &kept[size / STEP % LISTS];
+    struct block **list = &cached[size / STEP % LISTS];
     take_lock();
     if (*list == block) abort(); /* freed twice */
-    int fits = kept_bytes + size <= most;
+    int fits = cached_bytes + size <= most;
     if (fits) {
         ((struct block *)block)->next = *list;
         *list = block;
-        kept_bytes += size;
+        cached_bytes += size;
     }
     give_lock();
     return fits;
 }
 
-/* A kept block for so many bytes, what it has beyond them overwritten; or NULL. */
-static void *take(size_t size) {
+/* A cached block of this size, its surplus overwritten; or NULL. */
+static void *take_cached(size_t size) {
     size_t surplus = 2 * ALIGNED + 2 * page; /* at most, of what the C library gives for one and the same size */
     size_t usable = 0;
     struct block *found = NULL;
     if (size > most) return NULL;
     take_lock();
     for (size_t number = size / STEP; !found && number <= (size + surplus) / STEP; number++) {
-        struct block **at = &kept[number % LISTS];
+        struct block **at = &cached[number % LISTS];
         for (int looks = 0; *at && looks < LOOKS; at = &(*at)->next, looks++) {
             usable = malloc_usable_size(*at);
             if (usable >= size && usable - size <= surplus) {
                 found = *at;
                 *at = found->next;
-                kept_bytes -= usable;
+                cached_bytes -= usable;
                 break;
             }
         }
@@ -94,20 +94,20 @@ static void *take(size_t size) {
     return found;
 }
 
-void perfit_keep_at_most(size_t bytes) { most = bytes; }
+void perfit_cache_at_most(size_t bytes) { most = bytes; }
 
-/* All that is kept, for perfit_overwrite(): no tensor is made of it from here on. */
-void *perfit_take_kept(void) {
+/* Take all cached blocks, for perfit_overwrite(): no tensor reuses them from here on. */
+void *perfit_take_cached(void) {
     struct block *taken = NULL;
     take_lock();
     for (size_t number = 0; number < LISTS; number++)
-        while (kept[number]) {
-            struct block *block = kept[number];
-            kept[number] = block->next;
+        while (cached[number]) {
+            struct block *block = cached[number];
+            cached[number] = block->next;
             block->next = taken;
             taken = block;
         }
-    kept_bytes = 0;
+    cached_bytes = 0;
     give_lock();
     return taken;
 }
@@ -123,7 +123,7 @@ void perfit_overwrite(void *taken) {
 void free(void *block) {
     if (!block) return;
     size_t size = malloc_usable_size(block);
-    if (!keep(block, size)) let_go(block, size);
+    if (!cache_block(block, size)) let_go(block, size);
 }
 
 void *realloc(void *block, size_t size) {
@@ -147,10 +147,10 @@ void *realloc(void *block, size_t size) {
 int posix_memalign(void **made, size_t alignment, size_t size) {
     if (alignment < sizeof(void *) || (alignment & (alignment - 1))) return EINVAL;
     int before = errno;
-    void *block = alignment <= ALIGNED && size >= TENSOR ? take(size) : NULL;
+    void *block = alignment <= ALIGNED && size >= TENSOR ? take_cached(size) : NULL;
     if (!block) block = __libc_memalign(alignment, size);
     if (!block) {
-        perfit_overwrite(perfit_take_kept());
+        perfit_overwrite(perfit_take_cached());
         block = __libc_memalign(alignment, size);
     }
     errno = before;

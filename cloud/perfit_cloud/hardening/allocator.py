@@ -1,7 +1,7 @@
-"""A free() of our own (allocator.c), built anew at every start of a hardened server where a C compiler is.
+"""Our own free() (allocator.c), compiled at every start of a hardened server that has a C compiler.
 
-Without one, glibc does it itself, slower: it overwrites memory when it gives it out, too. With it comes
-what overwrites stacks (stacks.c, `hardening/stacks.py`).
+Without one, glibc overwrites freed memory itself, more slowly: it fills memory when it gives it out, too. The
+same library overwrites stacks (stacks.c, `hardening/stacks.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build", "keep_at_most", "preloading", "take_kept"]
+__all__ = ["build", "cache_at_most", "preloading", "take_cached"]
 
 _SOURCES = [str(Path(__file__).with_name(name)) for name in ("allocator.c", "stacks.c")]
 _FLAGS, _LIBRARIES = ["-O2", "-fno-builtin", "-shared", "-fPIC"], ["-ldl"]
 _SECONDS = 60  # for the compiler, and for the trial
-# Aborts where another allocator stands before glibc's, which is asked to free what it never gave.
+# Aborts if another allocator is loaded before glibc's: glibc would free what it never gave.
 _TRIAL = (
-    "import ctypes, threading; ours = ctypes.CDLL(None); ours.perfit_take_kept; "
+    "import ctypes, threading; ours = ctypes.CDLL(None); ours.perfit_take_cached; "
     "[bytearray(size) for size in range(9999)]; threading.Thread(target=ours.perfit_overwrite_stack).start()"
 )
 
@@ -58,18 +58,18 @@ def preloading(library: int, environment: Mapping[str, str]) -> str:
     return f"/proc/self/fd/{library}" + (f":{theirs}" if theirs else "")
 
 
-def keep_at_most(size: int) -> None:
-    """Let freed tensors have so many bytes until they are overwritten. Nothing without the library."""
-    keep = getattr(ctypes.CDLL(None), "perfit_keep_at_most", None)
-    if keep is not None:
-        keep.argtypes = [ctypes.c_size_t]
-        keep(size)
+def cache_at_most(size: int) -> None:
+    """Limit the bytes of freed tensors that wait to be overwritten. Does nothing without the library."""
+    limit = getattr(ctypes.CDLL(None), "perfit_cache_at_most", None)
+    if limit is not None:
+        limit.argtypes = [ctypes.c_size_t]
+        limit(size)
 
 
-def take_kept() -> Callable[[], None]:
-    """Take the memory that tensors had; what is returned overwrites it. Nothing without the library."""
+def take_cached() -> Callable[[], None]:
+    """Take the memory of freed tensors; what this returns overwrites it. Does nothing without the library."""
     program = ctypes.CDLL(None)
-    take, overwrite = (getattr(program, f"perfit_{name}", None) for name in ("take_kept", "overwrite"))
+    take, overwrite = (getattr(program, f"perfit_{name}", None) for name in ("take_cached", "overwrite"))
     if take is None or overwrite is None:
         return lambda: None
     take.restype, overwrite.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

@@ -1,10 +1,9 @@
-"""How the serving process starts, so that what a call leaves in its memory is overwritten and stays there.
+"""How the serving process starts, so that freed memory is overwritten and never reaches a disk.
 
-Python's `bytes`, protobuf's messages and gRPC's buffers cannot be overwritten from here: they are let go,
-and whoever frees them overwrites them: a free() of our own (`hardening/allocator.py`), or glibc when told so
-before the process starts. It has to be the only one: Python's own allocator for small objects keeps what
-was freed as it was, and so do glibc's per-thread lists, unless it is overwritten before it gets there.
-`hardening/scrubber.py` sees to what no allocator hears of.
+Python's `bytes`, protobuf's messages and gRPC's buffers cannot be overwritten from here. So the allocator
+overwrites what they free: our own free() (`hardening/allocator.py`), or glibc, which must be configured
+before the process starts. It has to be the only allocator: Python's own, for small objects, leaves freed
+memory as it was, and so do glibc's per-thread lists. `hardening/scrubber.py` handles what no allocator sees.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ _log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "PYTHONMALLOC": "malloc",  # small Python objects go to glibc as well
-    # What is looked up at its first call saves registers on the stack, and what was copied last with them.
+    # Lazy binding saves registers on the stack, and with them what was copied last.
     "LD_BIND_NOW": "1",
     "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
 }
-# Without a free() of our own: glibc fills what is freed with this byte, but not blocks on these lists.
+# Without our own free(): glibc fills freed memory with this byte, but not blocks on these lists.
 _FILLING = {"MALLOC_PERTURB_": "165"}
 _FILLING_TUNABLES = {
     "glibc.malloc.tcache_count": "0",
-    "glibc.pthread.stack_cache_size": "0",  # bytes; what threads that ended have on their stacks
+    "glibc.pthread.stack_cache_size": "0",  # bytes; stacks of threads that ended
 }
-# Memory that goes back to the system between two passes comes again page by page, to be filled anew. The
-# operator's own choice stands.
-_KEPT = {
-    "glibc.malloc.arena_max": "4",  # each keeps what it had at most
+# Memory that is returned to the system comes back page by page, each to be filled. So retain it. The
+# operator's own settings take precedence.
+_RETAINING = {
+    "glibc.malloc.arena_max": "4",  # each retains the most it ever had
     "glibc.malloc.mmap_threshold": str(32 << 20),  # bytes, as are these; the most there may be
     "glibc.malloc.trim_threshold": str(256 << 20),
-    "glibc.malloc.top_pad": str(64 << 20),  # a heap's size: none is given back
+    "glibc.malloc.top_pad": str(64 << 20),  # a heap's size: none is returned
 }
-# Under a ceiling it goes back at once.
-_GIVEN_BACK = {
+# Under a memory ceiling, return it at once.
+_RETURNING = {
     "glibc.malloc.arena_max": "2",
     "glibc.malloc.mmap_threshold": str(1 << 20),
     "glibc.malloc.trim_threshold": str(4 << 20),
@@ -77,16 +76,16 @@ UNHARDENED = Hardening(
 )
 
 
-def restart_hardened(*, gives_back: bool = False) -> None:
+def restart_hardened(*, returns_memory: bool = False) -> None:
     """Start this program again with an allocator that overwrites what is freed; returns if it was.
 
-    `gives_back`: whether memory that was used once goes back to the system at once, which takes time.
-    To be called before anything heavy is imported, which is then imported twice.
+    `returns_memory`: whether freed memory returns to the system at once, which takes time. Call this
+    before importing anything heavy, which would be imported twice.
     """
-    # The settings themselves would not do for a mark: a program with privileges of its own is not given them.
+    # The settings cannot serve as the mark: a privileged program does not receive them.
     if os.environ.get(_RESTARTED) == str(os.getpid()) or not sys.executable:
         return
-    environment = _environment(os.environ, build(os.environ), _GIVEN_BACK if gives_back else _KEPT)
+    environment = _environment(os.environ, build(os.environ), _RETURNING if returns_memory else _RETAINING)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # as it is for a program that was started without
             stream.flush()
@@ -94,11 +93,11 @@ def restart_hardened(*, gives_back: bool = False) -> None:
 
 
 def harden() -> Hardening:
-    """Close what the running process can close, and look what holds; logs what does not, and the help."""
+    """Harden what the running process can, and check what holds. Logs what does not, and the remedy."""
     _forget_preloading()
     held = Hardening(
         overwrites_freed=_overwrites_freed(),
-        overwrites_stacks=False,  # until it is tried, when torch is there
+        overwrites_stacks=False,  # until it is tried, once torch is loaded
         no_core_dumps=_forbids_core_dumps(),
         not_dumpable=_forbids_reading(),
         no_swap=_locks_memory() or not _has_swap(),
@@ -119,7 +118,7 @@ def harden() -> Hardening:
 
 
 def _environment(
-    given: Mapping[str, str], library: int | None, malloc: Mapping[str, str] = _KEPT
+    given: Mapping[str, str], library: int | None, malloc: Mapping[str, str] = _RETAINING
 ) -> dict[str, str]:
     """That of the new program; `library`: the descriptor of our free(), if there is one."""
     own = {} if library is not None else _FILLING_TUNABLES
@@ -198,7 +197,7 @@ def _may_lock_all() -> bool:
 
 
 def _has_swap() -> bool:
-    """Whether there is any, or it cannot be told."""
+    """Whether there is any; true if that is unknown."""
     try:
         return len(Path("/proc/swaps").read_text("utf-8").splitlines()) > 1
     except OSError:

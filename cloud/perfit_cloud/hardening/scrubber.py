@@ -4,8 +4,8 @@ It scrubs, shortly after a call has ended:
 
 - reference cycles: an error keeps the frames that it passed through, gRPC keeps the error of a caller who
   left, and Python's collector runs only after many more calls;
-- numpy's store of small arrays, MKL's copies of matrices, torch's store of CUDA memory, and the blocks that
-  our own free() keeps. `MKL_DISABLE_FAST_MM` would avoid MKL's copies; it makes a gradient a third slower.
+- numpy's cache of small arrays, MKL's copies of matrices, torch's cache of CUDA memory, and the blocks that
+  our own free() caches. `MKL_DISABLE_FAST_MM` would avoid MKL's copies; it makes a gradient a third slower.
 
 Dead stack is different: only the thread that owns a stack may overwrite it. Each thread does so at the end
 of its pass and of its call (`hardening/stacks.py`).
@@ -28,19 +28,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from perfit_cloud.hardening.allocator import take_kept
+from perfit_cloud.hardening.allocator import take_cached
 from perfit_cloud.hardening.stacks import DeadStacks
 
 __all__ = ["MemoryScrubber", "overwrite_small_arrays"]
 
 _log = logging.getLogger(__name__)
 
-_QUIET_SECONDS = 0.5  # without another call's end, after which there is a sweep
-_LATEST_SECONDS = 2.0  # from a call's end to a sweep, however many end meanwhile
-_AGAIN_SECONDS = (1.0, 3.0)  # to the next ones, for threads of the call that end a little later
-# numpy's store (multiarray/alloc.c): blocks of each size, and the first size that is not stored, bytes.
+_QUIET_SECONDS = 0.5  # scrub this long after a call's end, if no other call ends
+_LATEST_SECONDS = 2.0  # from a call's end to a scrub at most, however many end meanwhile
+_AGAIN_SECONDS = (1.0, 3.0)  # to the next scrubs, for threads of the call that end a little later
+# numpy's cache (multiarray/alloc.c): blocks of each size, and the first size, in bytes, that is not cached.
 _SMALL_BLOCKS, _NOT_SMALL = 7, 1024
-_TENSOR_BYTES = 1 << 22  # more than small things of other threads could overwrite
+_TENSOR_BYTES = 1 << 22  # more than small objects of other threads could overwrite
 _SMALL_CUDA = 1 << 20  # bytes: what is larger comes from torch's segments for large things (kSmallSize)
 
 
@@ -54,7 +54,7 @@ class PassLock(Protocol):
 
 
 class MemoryScrubber:
-    """A thread that sweeps after calls; `call_ended` says that one did."""
+    """A thread that scrubs after calls; `call_ended` announces one."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class MemoryScrubber:
         clock: Callable[[], float] = time.monotonic,
         ended: threading.Event | None = None,
     ) -> None:
-        """`pass_lock`: of all engines on the device. `ended` is set when a call has ended."""
+        """All engines on the device share `pass_lock`. `ended` is set when a call has ended."""
         self._device, self._pass_lock = device, pass_lock
         self._free_buffers = _of_mkl()
         self._stacks = DeadStacks(torch.get_num_threads())
@@ -75,12 +75,12 @@ class MemoryScrubber:
     def start(self) -> None:
         """Start the thread. The collector skips what exists now: the model and the libraries, which stay."""
         self._pass_lock.before_release = self._stacks.overwrite_all
-        self.sweep()
+        self.scrub()
         gc.freeze()
         self._thread.start()
 
     def call_ended(self) -> None:
-        """Overwrite what the call left on the stack of this thread, and sweep in a moment."""
+        """Overwrite what the call left on the stack of this thread, and scrub in a moment."""
         if self._thread.is_alive():
             self._stacks.overwrite()
             self._ended.set()
@@ -91,29 +91,29 @@ class MemoryScrubber:
         if self._thread.is_alive():
             self._thread.join()
 
-    def sweep(self) -> None:
+    def scrub(self) -> None:
         gc.collect()
         overwrite_small_arrays()
         # While this holds the lock, no pass has a buffer in use and none asks for the blocks taken here.
         with ExitStack() as after, self._pass_lock.hold("sweep"):
             self._free_buffers()
-            after.callback(take_kept())
+            after.callback(take_cached())
             if self._device.type == "cuda":
                 _overwrite_free_blocks(self._device)
-        self._stacks.sweep()
+        self._stacks.overwrite_ended()
 
     def overwrites_stacks(self) -> bool:
         """Tried, in threads of all kinds that compute."""
         return self._stacks.overwrites()
 
     def overwrites_tensors(self) -> bool:
-        """Tried: builds of torch may bring an allocator of their own, which no setting of ours reaches."""
+        """Tried, because a build of torch may bring an allocator of its own, beyond our settings."""
         secret = os.urandom(_TENSOR_BYTES)
-        found = bytearray(len(secret))  # now: it would be given the tensor's memory
+        found = bytearray(len(secret))  # allocated first, or it would get the tensor's memory
         tensor = torch.frombuffer(bytearray(secret), dtype=torch.uint8).clone()
         address = tensor.data_ptr()
         del tensor
-        self.sweep()
+        self.scrub()
         _read(address, found)
         return not any(found[at : at + 16] == secret[at : at + 16] for at in range(0, len(secret), 16))
 
@@ -130,13 +130,13 @@ class MemoryScrubber:
             else:
                 again = again[1:]
             try:
-                self.sweep()
-            except Exception as error:  # a device out of memory: the next sweep tries again
-                _log.error("what calls left could not be swept: %s", type(error).__name__)
+                self.scrub()
+            except Exception as error:  # a device out of memory: the next scrub tries again
+                _log.error("what calls left could not be scrubbed: %s", type(error).__name__)
 
 
 def _of_mkl() -> Callable[[], object]:
-    """MKL's `mkl_free_buffers`, by its name inside torch: the allocator overwrites what it lets go of."""
+    """MKL's `mkl_free_buffers`, by its name inside torch. The allocator overwrites what it frees."""
     if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return lambda: None
     for library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
@@ -151,7 +151,7 @@ def _of_mkl() -> Callable[[], object]:
 
 
 def _read(address: int, into: bytearray) -> None:
-    """Memory that may be there no more: then `into` stays as it is."""
+    """Read memory into `into`, which stays as it is if that memory is gone."""
 
     class Part(ctypes.Structure):  # struct iovec
         _fields_ = (("start", ctypes.c_void_p), ("size", ctypes.c_size_t))
@@ -166,18 +166,18 @@ def _read(address: int, into: bytearray) -> None:
 
 
 def overwrite_small_arrays() -> None:
-    """Overwrite the memory of freed small arrays: numpy gives all of it out again, filled with zeros."""
+    """Overwrite freed small arrays: take all of numpy's cache, filled with zeros."""
     for size in range(1, _NOT_SMALL):
         taken = [np.zeros(size, np.uint8) for _ in range(_SMALL_BLOCKS)]
-        del taken  # all at once, or the same one would have come again
+        del taken  # all at once, or numpy would give the same block again
 
 
 def _overwrite_free_blocks(device: torch.device) -> None:
-    """Overwrite the free memory of torch's store on a CUDA device: take every block of it, and fill it.
+    """Overwrite the free memory of torch's cache on a CUDA device: take every block, and fill it.
 
-    The store gives the smallest block that suffices, so the largest are asked for first. It gives nothing
-    larger than _SMALL_CUDA of its segments for small things, whose free blocks may be larger: those are
-    taken in pieces.
+    The cache gives the smallest block that suffices, so this asks for the largest first. From its segments
+    for small tensors it gives no more than _SMALL_CUDA at once, so larger free blocks there are taken in
+    parts.
     """
     torch.cuda.synchronize(device)
     sizes: list[int] = []

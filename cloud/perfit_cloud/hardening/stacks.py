@@ -1,7 +1,7 @@
-"""Overwrites what functions that have returned left on stacks, where kernels pack matrices (stacks.c).
+"""Overwrites what returned functions left on stacks, where kernels pack matrices (stacks.c).
 
-Without a C compiler a thread overwrites its own stack by ctypes, slower and to a fixed depth, and the
-threads that torch computes with for it keep what is on theirs: `overwrites` says so.
+Without a C compiler a thread overwrites only its own stack, by ctypes, more slowly and to a fixed depth. The
+stacks of torch's compute threads then stay as they are, and `overwrites` says so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["DeadStacks"]
 
-# Bytes of a call's argument. ctypes puts two copies of it on the stack, with a gap between: of two sizes each
+# Bytes of a call's argument. ctypes puts two copies of it on the stack, with a gap between. Each of two sizes
 # covers the other's gap.
 _ARGUMENTS = (256 << 10, 192 << 10)
 _LEAST_STACK = 2 << 20  # bytes, for arguments that large
@@ -25,10 +25,10 @@ _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class DeadStacks:
-    """Overwrites the part of stacks that nobody uses any more."""
+    """Overwrites the unused part of stacks."""
 
     def __init__(self, threads: int) -> None:
-        """`threads`: that torch computes with at once, for each thread that asks and with that one."""
+        """`threads`: torch's compute threads for one caller, the caller included."""
         self._threads = threads
         self._program = ctypes.CDLL(None)
         self._has_library = hasattr(self._program, "perfit_overwrite_stacks")
@@ -37,26 +37,26 @@ class DeadStacks:
             self._zeros = []
 
     def overwrite(self) -> None:
-        """The calling thread's."""
+        """Overwrite the calling thread's."""
         if self._has_library:
             self._program.perfit_overwrite_stack()
         else:
             _pass_on_stack(self._zeros)
 
     def overwrite_all(self) -> None:
-        """The calling thread's, and those of the threads that torch computes with for it."""
+        """Overwrite the calling thread's, and those of torch's compute threads for it."""
         if self._has_library:
             self._program.perfit_overwrite_stacks(self._threads)
         else:
             _pass_on_stack(self._zeros)
 
-    def sweep(self) -> None:
-        """Overwrite those of threads that have ended, where that was not done at their end."""
-        if not self._has_library:  # the C library gives them back when another ends (`hardening/process.py`)
+    def overwrite_ended(self) -> None:
+        """Overwrite those of ended threads, unless the library did so at their end."""
+        if not self._has_library:  # glibc frees them when another thread ends (`hardening/process.py`)
             _in_thread(self.overwrite)
 
     def overwrites(self) -> bool:
-        """Tried, in a thread of its own and in those that torch computes with for it."""
+        """Tried, in a new thread and in torch's compute threads for it."""
         secret, left = os.urandom(16), list[bool]()
 
         def work() -> None:
@@ -84,7 +84,7 @@ def _structure(data: bytes) -> ctypes.Structure:
 
 
 def _pass_on_stack(arguments: Sequence[ctypes.Structure]) -> None:
-    """Call a function that takes nothing with each of them."""
+    """Call a function that ignores its arguments with each of these."""
     for argument in arguments:
         ctypes.CDLL(None).getpid(argument)
 
@@ -96,7 +96,7 @@ def _in_thread(do: Callable[[], object]) -> None:
 
 
 def _is_on_stack(secret: bytes) -> bool:
-    """Whether the calling thread's holds it. Reads no page that was never touched: it would be, then."""
+    """Whether the calling thread's stack holds it. Skips untouched pages, which reading would touch."""
     program, start, size = ctypes.CDLL(None), ctypes.c_void_p(), ctypes.c_size_t()
     program.pthread_self.restype = ctypes.c_ulong
     about = ctypes.create_string_buffer(_ATTRIBUTES)

@@ -1,4 +1,4 @@
-"""Attention as both packed batches need it: grouped heads side by side, a bias, and soft-capping."""
+"""Attention for packed batches: grouped heads side by side, a bias, and soft-capping."""
 
 from __future__ import annotations
 

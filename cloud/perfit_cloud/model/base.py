@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from perfit_cloud.model.blocks import block_list, context_of, depends_on_length
+from perfit_cloud.model.blocks import block_list, context_of
 from perfit_cloud.model.capabilities import Capabilities, try_model
 from perfit_cloud.model.checkpoint import check_folder, check_loaded, check_name, weight_files
 from perfit_cloud.model.forward import arguments_of
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["BaseModel", "block_list", "depends_on_length", "fingerprint", "load_base", "model_folder"]
+__all__ = ["BaseModel", "fingerprint", "load_base", "model_folder"]
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILES = (
@@ -103,7 +103,7 @@ class BaseModel:
         ids = self._tokens.chat(messages)
         if ids is not None:
             return ids
-        # A model that was never taught turns reads them as plain text.
+        # A model without a chat template reads the turns as plain text.
         if len(messages) == 1:
             return self._tokens.plain_prompt(messages[0][1])
         turns = "\n".join(f"{role}: {text}" for role, text in messages)
@@ -131,18 +131,18 @@ class BaseModel:
     def share_weights(self) -> Any:
         """Another module tree over the very same tensors.
 
-        Continuous batching may switch a model's attention implementation, and hooks differ; a twin
-        keeps generation and gradients out of each other's way at no cost in memory.
+        Engines switch the attention implementation and register hooks. With a tree for each, they do not
+        disturb each other, and it costs no memory.
         """
         memo = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         for module in self.model.modules():
             # Some recurrent families leave the state of their last pass, with its graph, on their modules.
             left = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
             memo |= {id(state): state.detach().clone() for state in left}
-        twin = copy.deepcopy(self.model, memo=memo)
-        for module in twin.modules():
-            module._forward_hooks.clear()  # those of the original are not the twin's
-        return twin
+        copied = copy.deepcopy(self.model, memo=memo)
+        for module in copied.modules():
+            module._forward_hooks.clear()  # they belong to the original
+        return copied
 
 
 def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
@@ -231,11 +231,11 @@ def fingerprint(folder: Path) -> str:
     """
     h = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    kept = {k: v for k, v in config.items() if k not in _VOLATILE}
+    relevant = {k: v for k, v in config.items() if k not in _VOLATILE}
     generation = folder / "generation_config.json"
-    if generation.is_file():  # of its sampling defaults none is used
-        kept["end"] = json.loads(generation.read_text("utf-8")).get("eos_token_id")
-    h.update(json.dumps(kept, sort_keys=True).encode())
+    if generation.is_file():  # its sampling defaults are not used
+        relevant["end"] = json.loads(generation.read_text("utf-8")).get("eos_token_id")
+    h.update(json.dumps(relevant, sort_keys=True).encode())
     for path in [*(folder / name for name in _TOKENIZER_FILES), *weight_files(folder)]:
         if path.is_file():
             h.update(path.name.encode())

@@ -1,4 +1,4 @@
-"""Where a causal LM keeps its decoder and the decoder its blocks."""
+"""Finds the decoder of a causal LM, and the decoder's blocks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a family's model can do beside the plain pass of one sequence: tried when it is loaded, not looked up.
+"""What a model can do beside the plain pass of one sequence: tried at loading, not looked up by family.
 
-A recurrent state runs over padding, a compressed cache counts from the left end, a table of positions
-has an offset of its own: families differ, and a wrong guess is a wrong loss. So sequences of unequal
-lengths are run together and alone, through blocks, head, backward pass and `generate`. What differs is
-never run in that way; what raises does not fit either. Only what cannot be at all is refused.
+A recurrent state may run over padding, a compressed cache may count from the left end, a table of positions
+may have an offset. Families differ, and a wrong guess is a wrong loss. So a trial runs sequences of unequal
+lengths together and alone, through blocks, head, backward pass and `generate`. A way of running that differs
+or raises is never used. A model is refused only when no way works.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class Capabilities(NamedTuple):
     arguments: frozenset[str]  # of its forward pass that we give
     passes: Batching = Batching.ANY_LENGTHS  # forward and backward
     answers: Batching = Batching.ANY_LENGTHS  # `generate`
-    caches: bool = True  # whether `generate` may keep what it computed for earlier tokens
+    caches: bool = True  # whether `generate` may cache keys and values
     in_slices: bool = True  # whether the head can be run apart, on some rows
-    keeps_state: bool = False  # whether what the last pass computed stays on the model's modules
+    keeps_state: bool = False  # whether modules hold on to what the last pass computed
 
 
-def left_padded(sequences: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention mask and position ids, each (B, T), zeros in the positions of padding."""
+def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, attention mask and position ids, each (B, T), zeros in the padding."""
     width = max(map(len, sequences))
-    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences])
+    ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
@@ -269,7 +269,7 @@ class _Trial:
         return list(torch.stack(logits, 1))
 
     def _forced(self, number: int) -> int:
-        """The token that stands at this place of every answer."""
+        """The token at this index of every answer."""
         return int((5 * number + 3) % self._vocabulary)
 
     def _close(self, one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a folder holds a model that can be read, and whether all of it was: nothing may be left random."""
+"""Checks that a folder holds a readable model, and that all of it was read: no weight may be left random."""
 
 from __future__ import annotations
 

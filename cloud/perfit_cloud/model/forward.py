@@ -1,9 +1,9 @@
 """A causal LM's forward pass, with the arguments that its family takes, and only the logits that are read.
 
 Where a vocabulary is large, the head takes most of the time and of the memory. So `token_losses` runs the
-decoder once, picks the rows that predict a target token, and runs the head over a slice of them at a time.
-For that it calls the model's own forward with a decoder that gives back the picked rows, so that scales,
-soft-capping and whatever else a family does after its head are done as the family does them.
+decoder once, picks the rows that predict a target token, and runs the head over slices of them. For each
+slice it calls the model's own forward, with a decoder that returns those rows. So scales, soft-capping and
+whatever else a family does after its head stay the family's own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""φ on hidden states: a pure function, a book of which rows it touches, and hooks that read it.
+"""φ on hidden states: a pure function, the active interventions of a pass, and hooks that apply them.
 
-A *book* belongs to one forward pass. It is a list of groups; a group holds, for U owners at once,
-the rows (flattened batch × time) that they intervene on and the tensors to do it with. Hooks are
-registered once on a module tree and do nothing unless a book is open in their thread, so passes of
-different threads cannot see each other's.
+The active interventions of one forward pass are a list of groups. A group holds, for U owners, the rows
+(flattened batch × time) to shift and the tensors to shift them with. Hooks are registered once on a module
+tree. They read the interventions that are active in their own thread, so threads cannot see each other's.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class ShiftGroup:
 
 
 def row_index(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """(index, valid) of a Group from each owner's rows; every owner has at least one."""
+    """(index, valid) of a ShiftGroup from each owner's rows; every owner has at least one."""
     most = max(map(len, rows))
     index = torch.tensor([[*r, *[r[0]] * (most - len(r))] for r in rows], device=device)
     if all(len(r) == most for r in rows):
@@ -137,7 +136,7 @@ def shift_rows(hidden: Tensor, group: ShiftGroup, layer: int) -> Tensor:
     return flat.index_copy(0, index.reshape(-1), x.reshape(-1, flat.shape[-1])).view_as(hidden)
 
 
-_ACTIVE: ContextVar[Sequence[ShiftGroup]] = ContextVar("perfit_book", default=())
+_ACTIVE: ContextVar[Sequence[ShiftGroup]] = ContextVar("perfit_active_interventions", default=())
 
 
 @contextlib.contextmanager
@@ -151,7 +150,7 @@ def active_interventions(groups: Sequence[ShiftGroup]) -> Iterator[None]:
 
 
 def install(model: Any, layers: Iterable[int]) -> list[Any]:
-    """Register hooks on the outputs of these blocks; returns handles whose remove() takes them off."""
+    """Register hooks on the outputs of these blocks. Returns handles; their remove() takes them off."""
     blocks = block_list(model)
     return [blocks[layer].register_forward_hook(_hook(layer)) for layer in sorted(set(layers))]
 

@@ -1,8 +1,8 @@
 """A cache of keys and values of requests in flight, and an attention that reads it in place.
 
-Requests of similar size share one *shelf*: for every block, keys and values (slots, heads, size, D). The
-slots in use are always the first ones. So a decoding step attends over all requests of a shelf with one
-call, copies nothing, and pads only to the longest of them. A packed batch (1, N) holds any mix of decoding
+Requests of similar size share one *pool* of slots: for every block, keys and values (slots, heads, size,
+D). The slots in use always come first. So a decoding step attends over all requests of a pool in one call,
+copies nothing, and pads only to the longest of them. A packed batch (1, N) holds any mix of decoding
 rows and parts of prompts; everything but attention sees plain rows.
 """
 
@@ -20,18 +20,18 @@ from perfit_cloud.model.attention import attend, hiding
 
 __all__ = ["BatchMetadata", "KVCache", "Slot", "attend_over_cache"]
 
-_ATTENTION = "perfit_shelves"
+_ATTENTION = "perfit_kv_cache"
 _SMALLEST = 32  # tokens of a slot
-_FEWEST = 4  # slots of a new shelf, where there is room
+_FEWEST = 4  # slots of a new pool, if there is room
 
 
 class Slot:
     """The slot of one request, and how many tokens are in it."""
 
-    __slots__ = ("length", "shelf", "slot")
+    __slots__ = ("index", "length", "pool")
 
-    def __init__(self, shelf: _SlotPool, slot: int) -> None:
-        self.shelf, self.slot, self.length = shelf, slot, 0
+    def __init__(self, pool: _SlotPool, index: int) -> None:
+        self.pool, self.index, self.length = pool, index, 0
 
 
 class KVCache:
@@ -39,97 +39,97 @@ class KVCache:
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
-        self._kv_cache: dict[int, _SlotPool] = {}
+        self._pools: dict[int, _SlotPool] = {}
 
     @property
     def held(self) -> int:
         """Tokens of the slots in use. May be read from another thread."""
-        return sum(len(shelf.places) * shelf.size for shelf in list(self._kv_cache.values()))
+        return sum(len(pool.slots) * pool.size for pool in list(self._pools.values()))
 
     def allocate(self, tokens: int) -> Slot | None:
-        """A place for a request that will never have more than `tokens`; None when there is no room now.
+        """A slot for a request of at most `tokens`; None when there is no room now.
 
         An empty cache has room for any request of up to half of all tokens.
         """
         size = max(min(_SMALLEST, self._tokens), 1 << (tokens - 1).bit_length())
-        shelf = self._kv_cache.setdefault(size, _SlotPool(size))
-        if len(shelf.places) == shelf.slots:
-            free = self._tokens - sum(s.slots * s.size for s in self._kv_cache.values())
+        pool = self._pools.setdefault(size, _SlotPool(size))
+        if len(pool.slots) == pool.capacity:
+            free = self._tokens - sum(pool.capacity * pool.size for pool in self._pools.values())
             if free < size:
-                for other in self._kv_cache.values():
-                    free += (other.slots - len(other.places)) * other.size
-                    other.resize(len(other.places))
-            more = min(free // size, max(_FEWEST, shelf.slots))
+                for other in self._pools.values():
+                    free += (other.capacity - len(other.slots)) * other.size
+                    other.resize(len(other.slots))
+            more = min(free // size, max(_FEWEST, pool.capacity))
             if not more:
                 return None
-            shelf.resize(shelf.slots + more)
-        place = Slot(shelf, len(shelf.places))
-        shelf.places.append(place)
-        return place
+            pool.resize(pool.capacity + more)
+        slot = Slot(pool, len(pool.slots))
+        pool.slots.append(slot)
+        return slot
 
-    def free(self, place: Slot) -> None:
-        """Overwrite the slot and give it back. The shelf's last request moves into it."""
-        shelf = place.shelf
-        last = shelf.places.pop()
-        if last is not place:
-            shelf.move(last, place.slot, overwritten=place.length)
-            shelf.places[place.slot] = last
-        shelf.erase(len(shelf.places), max(place.length, last.length))
+    def free(self, slot: Slot) -> None:
+        """Overwrite the slot and give it back. The pool's last request moves into it."""
+        pool = slot.pool
+        last = pool.slots.pop()
+        if last is not slot:
+            pool.move(last, slot.index, overwritten=slot.length)
+            pool.slots[slot.index] = last
+        pool.erase(len(pool.slots), max(slot.length, last.length))
 
     def clear(self) -> None:
         """Overwrite and drop everything."""
-        for shelf in self._kv_cache.values():
-            shelf.places.clear()
-            shelf.resize(0)
-        self._kv_cache.clear()
+        for pool in self._pools.values():
+            pool.slots.clear()
+            pool.resize(0)
+        self._pools.clear()
 
 
 class _SlotPool:
     def __init__(self, size: int) -> None:
         self.size = size
-        self.slots = 0
-        self.places: list[Slot] = []  # by slot; the rest of the slots is free
+        self.capacity = 0
+        self.slots: list[Slot] = []  # those in use, by index
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}  # by block, made when first written to
 
     def stores(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (slots, heads, size, D) of a block; `like`: its packed keys (N, heads, D)."""
         if layer not in self._stores:
-            shape = (self.slots, like.shape[1], self.size, like.shape[2])
+            shape = (self.capacity, like.shape[1], self.size, like.shape[2])
             self._stores[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return self._stores[layer]
 
-    def resize(self, slots: int) -> None:
-        """Change the number of slots. There must be enough for those in use."""
-        if slots != self.slots:
-            kept = len(self.places)
+    def resize(self, capacity: int) -> None:
+        """Change the number of slots, but not below those in use."""
+        if capacity != self.capacity:
+            in_use = len(self.slots)
             for layer, old in self._stores.items():
-                new = tuple(t.new_zeros(slots, *t.shape[1:]) for t in old)
+                new = tuple(t.new_zeros(capacity, *t.shape[1:]) for t in old)
                 for to, of in zip(new, old, strict=True):
-                    to[:kept] = of[:kept]
+                    to[:in_use] = of[:in_use]
                     of.zero_()
                 self._stores[layer] = new[0], new[1]
-            self.slots = slots
-        if not slots:
+            self.capacity = capacity
+        if not capacity:
             self._stores.clear()
 
-    def move(self, place: Slot, slot: int, *, overwritten: int) -> None:
-        """Move `place` to a slot that held `overwritten` tokens."""
-        length = max(place.length, overwritten)  # its own slot holds zeros after its last token
+    def move(self, slot: Slot, index: int, *, overwritten: int) -> None:
+        """Move `slot` to an index that held `overwritten` tokens."""
+        length = max(slot.length, overwritten)  # its own slot holds zeros after its last token
         for store in self._stores.values():
             for tensor in store:
-                tensor[slot, :, :length] = tensor[place.slot, :, :length]
-        place.slot = slot
+                tensor[index, :, :length] = tensor[slot.index, :, :length]
+        slot.index = index
 
-    def erase(self, slot: int, length: int) -> None:
+    def erase(self, index: int, length: int) -> None:
         for store in self._stores.values():
             for tensor in store:
-                tensor[slot, :, :length] = 0
+                tensor[index, :, :length] = 0
 
 
 class _Singles(NamedTuple):
-    """The requests of one shelf that have a single token in the pass."""
+    """The requests of one pool that have a single token in the pass."""
 
-    shelf: _SlotPool
+    pool: _SlotPool
     rows: slice  # of the packed batch, by slot
     slots: Tensor  # (rows,)
     positions: Tensor  # (rows,)
@@ -140,62 +140,62 @@ class _Singles(NamedTuple):
 class _PromptChunk(NamedTuple):
     """Rows of one request that attend by themselves: part of its prompt, or one token."""
 
-    place: Slot
+    slot: Slot
     rows: slice
     start: int  # tokens that are in the cache already
 
 
 class BatchMetadata:
-    """One forward pass over a packed batch: the next `counts` tokens of each of `places`.
+    """One forward pass over a packed batch: the next `counts` tokens of each of `slots`.
 
     The batch holds the requests in the order `order`, which are indices of the arguments. `position_ids`
     (1, N) and `last` (requests), the row of each request's last token, are in this order too. Give the pass
-    to the model as `shelves=`.
+    to the model as `kv_cache=`.
     """
 
     def __init__(
-        self, places: Sequence[Slot], counts: Sequence[int], device: torch.device, *, alone: bool = False
+        self, slots: Sequence[Slot], counts: Sequence[int], device: torch.device, *, alone: bool = False
     ) -> None:
         """`alone`: attention reads no other slot for a request's single token."""
         self.order = sorted(
-            range(len(places)), key=lambda i: (counts[i] > 1, places[i].shelf.size, places[i].slot)
+            range(len(slots)), key=lambda i: (counts[i] > 1, slots[i].pool.size, slots[i].index)
         )
         self._device = device
-        self._members = [(places[i], counts[i]) for i in self.order]
-        self._pieces: list[_PromptChunk] = []
-        # By the number of singles or piece, and window: blocks with the same window share a mask.
+        self._members = [(slots[i], counts[i]) for i in self.order]
+        self._chunks: list[_PromptChunk] = []
+        # By the number of singles or chunk, and window: blocks with the same window share a mask.
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         positions: list[int] = []
         last, singles = [], dict[int, list[Slot]]()
-        for place, count in self._members:
+        for slot, count in self._members:
             if count == 1 and not alone:
-                singles.setdefault(place.shelf.size, []).append(place)
+                singles.setdefault(slot.pool.size, []).append(slot)
             else:
                 rows = slice(len(positions), len(positions) + count)
-                self._pieces.append(_PromptChunk(place, rows, place.length))
-            positions += range(place.length, place.length + count)
+                self._chunks.append(_PromptChunk(slot, rows, slot.length))
+            positions += range(slot.length, slot.length + count)
             last.append(len(positions) - 1)
         self._singles, row = [], 0
-        for of_shelf in singles.values():
+        for of_pool in singles.values():
             self._singles.append(
                 _Singles(
-                    of_shelf[0].shelf,
-                    slice(row, row + len(of_shelf)),
-                    torch.tensor([p.slot for p in of_shelf], device=device),
-                    torch.tensor([p.length for p in of_shelf], device=device),
-                    of_shelf[-1].slot + 1,
-                    max(p.length for p in of_shelf) + 1,
+                    of_pool[0].pool,
+                    slice(row, row + len(of_pool)),
+                    torch.tensor([slot.index for slot in of_pool], device=device),
+                    torch.tensor([slot.length for slot in of_pool], device=device),
+                    of_pool[-1].index + 1,
+                    max(slot.length for slot in of_pool) + 1,
                 )
             )
-            row += len(of_shelf)
+            row += len(of_pool)
         self.windows: dict[int, int | None] = {}  # the window that each block asked for
         self.position_ids = torch.tensor([positions], device=device)
         self.last = torch.tensor(last, device=device)
 
     def done(self) -> None:
         """The pass is over: its tokens are in the cache."""
-        for place, count in self._members:
-            place.length += count
+        for slot, count in self._members:
+            slot.length += count
 
     def attend(
         self,
@@ -213,7 +213,7 @@ class BatchMetadata:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         groups = query.shape[1] // key.shape[1]
         for number, single in enumerate(self._singles):
-            keys, values = single.shelf.stores(layer, key)
+            keys, values = single.pool.stores(layer, key)
             keys[single.slots, :, single.positions] = key[single.rows]
             values[single.slots, :, single.positions] = value[single.rows]
             keys, values = (t[: single.view, :, : single.keys] for t in (keys, values))
@@ -230,22 +230,22 @@ class BatchMetadata:
                 softcap=softcap,
             ).reshape(rows.shape)
             out[single.rows] = found if is_full else found[single.slots]
-        for number, piece in enumerate(self._pieces, len(self._singles)):
+        for number, chunk in enumerate(self._chunks, len(self._singles)):
             keys, values = (
-                t[piece.place.slot, :, : piece.start + piece.rows.stop - piece.rows.start]
-                for t in piece.place.shelf.stores(layer, key)
+                t[chunk.slot.index, :, : chunk.start + chunk.rows.stop - chunk.rows.start]
+                for t in chunk.slot.pool.stores(layer, key)
             )
-            keys[:, piece.start :] = key[piece.rows].transpose(0, 1)
-            values[:, piece.start :] = value[piece.rows].transpose(0, 1)
-            out[piece.rows] = self._attend_piece(
-                number, piece, query[piece.rows], keys, values, scale=scale, softcap=softcap, window=window
+            keys[:, chunk.start :] = key[chunk.rows].transpose(0, 1)
+            values[:, chunk.start :] = value[chunk.rows].transpose(0, 1)
+            out[chunk.rows] = self._attend_chunk(
+                number, chunk, query[chunk.rows], keys, values, scale=scale, softcap=softcap, window=window
             )
         return out
 
-    def _attend_piece(
+    def _attend_chunk(
         self,
         number: int,
-        piece: _PromptChunk,
+        chunk: _PromptChunk,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -256,7 +256,7 @@ class BatchMetadata:
     ) -> Tensor:
         """query (n, H, D) over keys and values (K, S, D) of the same request: (n, H, D)."""
         groups, count, total = query.shape[1] // keys.shape[0], len(query), keys.shape[1]
-        if softcap is None and not piece.start and (window is None or window >= total):
+        if softcap is None and not chunk.start and (window is None or window >= total):
             found = F.scaled_dot_product_attention(
                 query.transpose(0, 1).unsqueeze(0),
                 keys.unsqueeze(0),
@@ -266,7 +266,7 @@ class BatchMetadata:
                 enable_gqa=groups > 1,
             )
             return found[0].transpose(0, 1)
-        mask = self._piece_mask(number, piece, window, query.dtype)
+        mask = self._chunk_mask(number, chunk, window, query.dtype)
         # Heads that share keys become one long query, so that no key is repeated.
         rows = (
             query.reshape(count, -1, groups, query.shape[2])
@@ -289,11 +289,11 @@ class BatchMetadata:
             self._masks[number, window] = hiding(hidden[:, None, None], dtype)
         return self._masks[number, window]
 
-    def _piece_mask(self, number: int, piece: _PromptChunk, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(n, S) of a piece."""
+    def _chunk_mask(self, number: int, chunk: _PromptChunk, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(n, S) of a chunk."""
         if (number, window) not in self._masks:
-            keys = torch.arange(piece.start + piece.rows.stop - piece.rows.start, device=self._device)
-            self._masks[number, window] = hiding(_hidden(keys[piece.start :, None], keys, window), dtype)
+            keys = torch.arange(chunk.start + chunk.rows.stop - chunk.rows.start, device=self._device)
+            self._masks[number, window] = hiding(_hidden(keys[chunk.start :, None], keys, window), dtype)
         return self._masks[number, window]
 
 
@@ -324,10 +324,10 @@ def _packed_attention(
 
 
 def attend_over_cache(model: Any) -> None:
-    """Make a model's attention read and write the cache. Give it a twin, for the model changes for good.
+    """Make a model's attention read and write the cache. This changes it for good: pass a copy.
 
     The model must support the library's attention interface. Afterwards it takes packed ids (1, N) with
-    `position_ids` and `shelves=Pass(…)`, and nothing else.
+    `position_ids` and `kv_cache=BatchMetadata(…)`, and nothing else.
     """
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _packed_attention)
     model.set_attn_implementation(_ATTENTION)

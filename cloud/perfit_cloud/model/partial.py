@@ -1,13 +1,13 @@
 """Part of a decoder on packed rows: any of its blocks, over any hidden states, without padding.
 
 Sequences lie one behind another in one (N, d), and norms, projections and MLPs see nothing else.
-Attention alone needs them side by side, so the twin that this module drives has an attention of
-ours: it spreads the packed queries, keys and values over (B, T), puts the keys and values of a
-*prefix* that is known already in front, attends, and packs again. The blocks are the library's own.
+Only attention needs them side by side, so this module gives the model an attention of ours: it spreads
+the packed queries, keys and values over (B, T), puts the known keys and values of a *prefix* in front,
+attends, and packs again. The blocks are the library's own.
 
-Exact for the families of `supports`: between embedding and head they are blocks and one norm, all
-that tells their attention apart (scale, soft-capping, sliding window) reaches an attention function
-as an argument, and the embedding scales itself.
+Exact for the families of `supports`: between embedding and head they have blocks and one norm only. What
+differs in their attention (scale, soft-capping, sliding window) reaches an attention function as an
+argument, and the embedding scales itself.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Packing:
 
     `starts` (B,): tokens of a sequence before its first row, `lengths` (B,): its rows. `past`, needed
     where a start is not 0, gives a layer's keys and values of the prefixes as two tensors
-    (B · keys, width) to be written to, prefixes from slot 0; what stands in other slots only has to
-    be finite. `capture` is handed (layer, keys, values) of every block, two (N, width).
+    (B · keys, width) to be written to, prefixes from slot 0; other slots only have to hold
+    finite numbers. `capture` is handed (layer, keys, values) of every block, two (N, width).
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Packing:
                 q.transpose(1, 2), k, v, is_causal=True, scale=scaling, enable_gqa=groups > 1
             ).transpose(1, 2)
         else:
-            # The queries of heads that share keys become one long query, so that no key is repeated.
+            # Heads that share keys become one long query, so that no key is repeated.
             q = q.view(self.batch, self.longest, -1, groups, width).permute(0, 2, 3, 1, 4)
             q = q.reshape(self.batch, -1, groups * self.longest, width)  # (B, K, G · T, D)
             mask = self._mask(window, groups, q.dtype)
@@ -178,7 +178,7 @@ def _packed_attention(
 
 
 class PartialDecoder:
-    """Runs parts of one model on packed rows. `model` becomes this object's own: give it a twin."""
+    """Runs parts of one model on packed rows. It changes `model`: pass a copy from `share_weights`."""
 
     def __init__(self, model: Any) -> None:
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _packed_attention)
@@ -236,23 +236,23 @@ class PartialDecoder:
         """−log p of labels (M,) after hidden (M, d), the last block's output: (M,), float32.
 
         And the gradient of their sum, weighted by `weights` (M,), for hidden: (M, d), empty without
-        weights. Computed a piece at a time: logits of all rows never exist at once.
+        weights. Computed in chunks, so that logits of all rows never exist at once.
         """
         losses, gradients = [], [hidden.new_empty(0, hidden.shape[1])]
-        piece = slice_rows(self._config.vocab_size)
-        for at in range(0, len(hidden), piece):
-            part = hidden[at : at + piece].detach().requires_grad_(weights is not None)
+        chunk = slice_rows(self._config.vocab_size)
+        for at in range(0, len(hidden), chunk):
+            part = hidden[at : at + chunk].detach().requires_grad_(weights is not None)
             with torch.set_grad_enabled(weights is not None):
                 logits = self._head(self._decoder.norm(part))
                 if self._softcap is not None:
                     logits = torch.tanh(logits / self._softcap) * self._softcap
-            of_piece = labels[at : at + piece].unsqueeze(1)
+            of_chunk = labels[at : at + chunk].unsqueeze(1)
             scores = logits.detach().float().log_softmax(-1)
-            losses.append(-scores.gather(1, of_piece).squeeze(1))
+            losses.append(-scores.gather(1, of_chunk).squeeze(1))
             if weights is not None:
                 # (softmax − one-hot) · weight, made in place: autograd would write two more (M, V).
-                weight = weights[at : at + piece].unsqueeze(1)
-                slope = scores.exp_().mul_(weight).scatter_add_(1, of_piece, -weight)
+                weight = weights[at : at + chunk].unsqueeze(1)
+                slope = scores.exp_().mul_(weight).scatter_add_(1, of_chunk, -weight)
                 gradients += torch.autograd.grad(logits, part, slope.to(logits.dtype))
         return torch.cat(losses), torch.cat(gradients)
 

@@ -6,8 +6,8 @@ intkey_layer_{l}_comp_block_output_unit_pos_nunit_1#{k}.bin
 
 Interventions of one layer run in the order of config.json: #0 is φ₁ and #1 is φ₂, so that pyreft
 computes φ₂(φ₁(x)) too. All arrays are float32 and keep every bit. The folder says nothing about
-positions: pyreft is told them with each batch, and whether the first and the last tokens share
-weights, as ours do, shows nowhere either.
+positions: pyreft gets them with each batch. Nor does it say whether the first and the last tokens
+share weights, as ours do.
 """
 
 from __future__ import annotations

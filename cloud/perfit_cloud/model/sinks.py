@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from perfit_cloud.model.base import BaseModel, block_list
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import block_list, hidden_of
 from perfit_shared.positions import Positions
 
 __all__ = ["evenly", "leading_sinks", "past_sinks"]
@@ -45,15 +46,15 @@ def leading_sinks(base: BaseModel, prompts: Sequence[list[int]], first_block: in
     """How many leading tokens to leave out: up to the last sink among the first 4, 0 if there is none.
 
     A token counts when it is one in most of the prompts (token ids; at most 16 of them, evenly drawn, are
-    run) behind block `first_block` or any above: what is shifted below may keep a sink from forming.
+    run) behind block `first_block` or any above: a shift further down may keep a sink from forming.
     """
     drawn = [p for p in evenly(prompts) if len(p) > 2 * _MOST_SKIPPED]
     votes = [0] * _MOST_SKIPPED
     for prompt in drawn:
         longest = _longest(base, prompt, first_block)
-        for place in range(_MOST_SKIPPED):
-            votes[place] += longest[place] > _FACTOR
-    return max((place + 1 for place, count in enumerate(votes) if 2 * count > len(drawn)), default=0)
+        for position in range(_MOST_SKIPPED):
+            votes[position] += longest[position] > _FACTOR
+    return max((position + 1 for position, count in enumerate(votes) if 2 * count > len(drawn)), default=0)
 
 
 def evenly(prompts: Sequence[T]) -> Sequence[T]:
@@ -66,8 +67,7 @@ def _longest(base: BaseModel, prompt: Sequence[int], first_block: int) -> list[f
     ratios: list[Tensor] = []
 
     def measure(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        norms = hidden[0].float().norm(dim=-1)  # (T,)
+        norms = hidden_of(output)[0].float().norm(dim=-1)  # (T,)
         ratios.append(norms / norms.median().clamp_min(torch.finfo(torch.float32).tiny))
 
     handles = [block.register_forward_hook(measure) for block in block_list(base.model)[first_block:]]

@@ -13,8 +13,8 @@ from perfit_shared.errors import InvalidData, InvalidPrompt
 __all__ = ["TokenCodec", "check_vocabulary", "forget_words"]
 
 _log = logging.getLogger(__name__)
-# What a continuation is tokenised behind: its tokens are cut off again. A tokenizer that puts a space
-# in front of every text would put one in front of every answer otherwise.
+# A continuation is tokenised behind one of these, whose tokens are cut off again. Otherwise a tokenizer that
+# puts a space in front of every text would put one in front of every answer.
 _ANCHORS = ("\n", ":", "a")
 _SHOWN = 5  # tokens that a message names
 _TOGETHER = 1024  # parts of a text that are tokenised at once
@@ -45,7 +45,7 @@ class TokenCodec:
         return self._prompt(text, self._guarded)
 
     def continuation(self, text: str) -> list[int]:
-        """Tokens of a text that stands behind another one; names of special tokens in it are letters."""
+        """Tokens of a text that follows another one. Names of special tokens in it are letters."""
         return self._following(self._cut(text, self._guarded))
 
     def chat(self, turns: list[tuple[str, str]]) -> list[int] | None:
@@ -95,14 +95,14 @@ class TokenCodec:
         return whole[starts[-1] + len(own) :] if starts else []
 
     def _following(self, parts: Sequence[str]) -> list[int]:
-        """Token ids of parts that stand one behind another, behind some other text."""
+        """Token ids of parts that follow each other, after some other text."""
         anchor, before = self._anchors[0]
         ids: list[int] = []
         for start in range(0, len(parts), _TOGETHER):
             some = parts[start : start + _TOGETHER]
             with self._lock:
-                joint = self._tokenizer([anchor + part for part in some], add_special_tokens=False)
-            for part, found in zip(some, joint["input_ids"], strict=True):
+                encoded = self._tokenizer([anchor + part for part in some], add_special_tokens=False)
+            for part, found in zip(some, encoded["input_ids"], strict=True):
                 ids += found[len(before) :] if found[: len(before)] == before else self._other_ids(part)
         return ids
 
@@ -122,9 +122,9 @@ class TokenCodec:
     def _other_ids(self, text: str) -> list[int]:
         """As `_following`, of a text that melts into the first anchor."""
         for anchor, before in self._anchors[1:]:
-            joint = self._ids(anchor + text)
-            if joint[: len(before)] == before:
-                return joint[len(before) :]
+            encoded = self._ids(anchor + text)
+            if encoded[: len(before)] == before:
+                return encoded[len(before) :]
         return self._ids(text)
 
 
@@ -155,7 +155,7 @@ def _named(tokens: Sequence[tuple[int, str]]) -> str:
 
 
 def forget_words(tokenizer: Any) -> bool:
-    """Turn the BPE word cache off: it would keep words of prompts for the life of the process."""
+    """Turn off the BPE word cache, which holds words of prompts for the life of the process."""
     try:
         tokenizer.backend_tokenizer.model._resize_cache(0)
     except AttributeError:
@@ -181,7 +181,7 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _unused(text: str) -> str:
-    """A character for private use that stands nowhere in the text."""
+    """A private-use character that the text does not have."""
     for code in range(0xE000, 0xF900):
         if chr(code) not in text:
             return chr(code)

@@ -1,4 +1,4 @@
-"""How much a message may hold, looked at on its bytes before anything is made of it.
+"""How much a message may hold, checked on its bytes before it is parsed.
 
 An empty message in a repeated field takes two bytes on the wire and some fifty when it is parsed, and gzip
 makes a thousand of them one byte. So the bytes are walked first, by the descriptors of the protos: the walk
@@ -41,7 +41,7 @@ _EXAMPLES_BYTES = 2 * 2**20  # of a message of an update's examples; devices sen
 _UNKNOWN = 16  # fields that a later version may have, in a whole message
 _HIGH = bytes(range(128, 256))  # bytes that do not end a varint
 
-Charge = Callable[[int], None]  # is told of the bytes of every text before it is looked at
+Charge = Callable[[int], None]  # called with the bytes of every text before it is parsed
 
 
 class Bound(NamedTuple):
@@ -124,7 +124,7 @@ class MessageBounds:
         """The number of fields in a message, which is what the walk took.
 
         Raises InvalidInput on a message that is over a bound or that is none, and what `charge` raises.
-        `charge` is told of every text before anything in it is looked at.
+        `charge` is called for every text before anything in it is parsed.
         """
         most = self._sizes.get(path.rpartition("/")[2], _OVERHEAD)
         if len(data) > most:
@@ -202,8 +202,8 @@ class _Field:
     name: str  # "Chat.messages"
     bound: Bound
     kind: _Kind | None  # of a message
-    is_packed: bool  # whether its values are numbers that stand one behind another
-    group: str  # what is counted together: the name of its oneof, of which the last member alone is kept
+    is_packed: bool  # whether its values are packed numbers
+    group: str  # the oneof it is counted with; a parser holds only the last member
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class _Kind:
 
 
 # A later version may have fields that this one has not; the message's own size bounds theirs.
-_STRANGE = _Field("", Bound(2**31, _UNKNOWN), None, is_packed=False, group="")
+_UNKNOWN_FIELD = _Field("", Bound(2**31, _UNKNOWN), None, is_packed=False, group="")
 _VARINT, _LENGTH, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types
 
 
@@ -235,7 +235,7 @@ class _Walk:
 
     def __init__(self, data: bytes, charge: Charge) -> None:
         self._data, self._charge = data, charge
-        self._strange = {"": 0}  # fields that nobody knows, wherever they stand
+        self._unknown = {"": 0}  # unknown fields, in the whole message
         self.fields = 0  # so far
 
     def over(self, at: int, end: int, kind: _Kind) -> None:
@@ -244,7 +244,7 @@ class _Walk:
         while at < end:
             self.fields += 1
             tag, at = _varint(data, at)
-            field = kind.fields.get(tag >> 3, _STRANGE)
+            field = kind.fields.get(tag >> 3, _UNKNOWN_FIELD)
             bound = field.bound
             first, at = _value(data, at, tag & 7)
             if at > end:
@@ -253,7 +253,7 @@ class _Walk:
             if size > bound.size:
                 raise _too_large(field.name or kind.name, size, bound.size)
             several = max(1, len(data[first:at].translate(None, _HIGH))) if field.is_packed else 1
-            times = self._strange if field is _STRANGE else own
+            times = self._unknown if field is _UNKNOWN_FIELD else own
             times[field.group] = times.get(field.group, 0) + several
             if times[field.group] > bound.times:
                 what = field.group or f"a field of {kind.name} that this cloud does not know"

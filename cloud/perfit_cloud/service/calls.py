@@ -20,7 +20,7 @@ __all__ = ["Answers"]
 
 
 class Answers:
-    """The answers of Generate and of Ask: no more at once than there are places, none without end."""
+    """The answers of Generate and of Ask: a bounded number at once, none without end."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Answers:
         reader: PromptReader,
         limits: Limits,
         *,
-        places: ConcurrencyLimit,
+        limit: ConcurrencyLimit,
         rate_limiter: RateLimiter,
         telemetry: Telemetry,
         seconds: float,
@@ -36,14 +36,14 @@ class Answers:
         self._generation = generation
         self._reader = reader
         self._limits = limits
-        self._places = places
+        self._limit = limit
         self._rate_limiter = rate_limiter
         self._telemetry = telemetry
         self._seconds = seconds
         self._deadlines = Deadlines()
 
     def refused(self, device: str) -> None:
-        """A question that came to nothing costs as much as a call. Raises Busy."""
+        """A refused question costs as much as a call. Raises Busy."""
         self._rate_limiter.spend(device, "requests")
 
     def chunks(
@@ -55,14 +55,14 @@ class Answers:
         *,
         paid: Paid,
     ) -> Iterator[Chunk]:
-        """The chunks of one answer; what it asks for is checked when it has a place, and paid for.
+        """The chunks of one answer. The request is checked and paid for once it holds a slot.
 
-        `paid`: for its message already, most of which is given back when there is no room. `at_end(cancel)`
-        keeps `cancel` for when the caller leaves, and says false when it has left.
-        Its place is free when it is over or cancelled, whether or not anybody reads on.
+        `paid` is what its message cost; most of it is given back when there is no room. `at_end(cancel)`
+        registers `cancel` for when the caller leaves, and says false when it has left. The slot is free once
+        the answer is over or cancelled, whether or not anybody reads on.
         """
         last, is_late = None, threading.Event()
-        with paid.refunded(), _Held(self._rate_limiter.hold(device, "answers"), self._places.place()) as held:
+        with paid.refunded(), _Held(self._rate_limiter.hold(device, "answers"), self._limit.hold()) as held:
             prompt = self._reader.prompt(request.prompt)
             sampling = decode_sampling(request.sampling, prompt_tokens=len(prompt), limits=self._limits)
             most = sampling.max_new_tokens
@@ -79,7 +79,7 @@ class Answers:
                 cancel()
 
             try:
-                # From another thread, since this one may wait in the answer's `next` for ever.
+                # From another thread, because this one may wait in the answer's `next` for ever.
                 with self._deadlines.after(self._seconds, expire):
                     if not at_end(cancel):
                         raise Cancelled("the caller left")
@@ -93,7 +93,7 @@ class Answers:
             finally:
                 cancel()
         if last is not None:
-            yield last  # who hears that it is over finds the place free
+            yield last  # whoever hears that it is over finds the slot free
         elif is_late.is_set():
             raise TooSlow("the answer took longer than this cloud allows")
         else:
@@ -101,14 +101,14 @@ class Answers:
 
 
 class _Held:
-    """Places that are given back once, by whichever thread comes first."""
+    """Slots that are given back once, by whichever thread comes first."""
 
-    def __init__(self, *places: AbstractContextManager[None]) -> None:
+    def __init__(self, *slots: AbstractContextManager[None]) -> None:
         self._lock = threading.Lock()
         with ExitStack() as stack:
-            for place in places:
-                stack.enter_context(place)
-            self._places = stack.pop_all()
+            for slot in slots:
+                stack.enter_context(slot)
+            self._slots = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -118,4 +118,4 @@ class _Held:
 
     def release(self) -> None:
         with self._lock:
-            self._places.close()
+            self._slots.close()

@@ -60,14 +60,14 @@ class Catalog:
             context=context,
             examples=config.examples,
             call_tokens=config.call_tokens,
-            message_bytes=config.message_bytes,  # and what is needed of it, below
+            message_bytes=config.message_bytes,  # lowered below to what is needed
             adapt_examples=config.adapt_examples,
             adapt_tokens=config.adapt_tokens,
             questions=config.questions,
         )
-        served = cls(base, by_name, limits, cloud_id)
-        needed = MessageBounds.largest(limits, served.tensor_bytes)
-        return replace(served, limits=replace(limits, message_bytes=min(config.message_bytes, needed)))
+        catalog = cls(base, by_name, limits, cloud_id)
+        needed = MessageBounds.largest(limits, catalog.tensor_bytes)
+        return replace(catalog, limits=replace(limits, message_bytes=min(config.message_bytes, needed)))
 
     @property
     def tensor_bytes(self) -> int:

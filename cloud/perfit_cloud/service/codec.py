@@ -1,7 +1,7 @@
 """Protobuf messages to and from what the engine takes and gives; protobuf stops here.
 
-`decode_…` checks everything that a device sent before it is used; `encode_…` is the way back. Messages
-of the errors say what to change and hold no text of a prompt and no number of a tensor.
+`decode_…` checks everything that a device sent before it is used; `encode_…` is the way back. Error
+messages say what to change; they hold no text of a prompt and no number of a tensor.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PromptReader:
         self._limits = limits
 
     def prompt(self, message: pb.Prompt) -> list[int]:
-        """Raises InvalidPrompt when it is missing, empty or too long, InvalidInput on a strange role."""
+        """Raises InvalidPrompt when it is missing, empty or too long, InvalidInput on an unknown role."""
         limit = self._limits.prompt_tokens
         form = message.WhichOneof("form")
         if form == "text":
@@ -190,7 +190,7 @@ def decode_shift(message: pb.Shift, artefacts: Mapping[str, Artefact]) -> ShiftU
         if message.artefact or message.version or message.personal:
             raise InvalidInput("base mode takes no artefact and no tensors")
         return ShiftUse(mode)
-    if mode is Mode.COLLECTIVE and not message.version:  # only tensors are trained against one
+    if mode is Mode.COLLECTIVE and not message.version:  # only tensors depend on a version
         artefact = find_artefact(message.artefact, artefacts)
     else:
         artefact = find_version(message.artefact, message.version, artefacts)
@@ -335,11 +335,13 @@ def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
     return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
 
 
-def encode_description(served: Catalog, *, continuous: bool, keeps: bool) -> pb.DescribeResponse:
-    limits = served.limits
+def encode_description(
+    catalog: Catalog, *, continuous: bool, caches_activations: bool
+) -> pb.DescribeResponse:
+    limits = catalog.limits
     return pb.DescribeResponse(
-        base_model=served.base.name,
-        fingerprint=served.base.fingerprint,
+        base_model=catalog.base.name,
+        fingerprint=catalog.base.fingerprint,
         artefacts=[
             pb.Artefact(
                 name=artefact.name,
@@ -350,7 +352,7 @@ def encode_description(served: Catalog, *, continuous: bool, keeps: bool) -> pb.
                 epochs=artefact.epochs,
                 batch_size=artefact.batch_size,
             )
-            for artefact in served.artefacts.values()
+            for artefact in catalog.artefacts.values()
         ],
         limits=pb.Limits(
             prompt_tokens=limits.prompt_tokens,
@@ -363,7 +365,7 @@ def encode_description(served: Catalog, *, continuous: bool, keeps: bool) -> pb.
             context=limits.context,
             call_tokens=limits.call_tokens,
         ),
-        cloud_id=served.cloud_id,
+        cloud_id=catalog.cloud_id,
         continuous=continuous,
-        keeps=keeps,
+        keeps=caches_activations,
     )

@@ -1,4 +1,4 @@
-"""An end to every call, from one thread: a timer for each would be a thread for each."""
+"""Ends calls that are over their time. One thread serves all; a timer for each would be a thread for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 __all__ = ["Deadlines"]
 
 _LOOK_SECONDS = 0.25  # a cut comes this late at most
-_IDLE_SECONDS = 60.0  # without anything to watch, after which the thread ends until there is
+_IDLE_SECONDS = 60.0  # with nothing to watch, after which the thread ends until needed again
 
 
 class Deadlines:
@@ -26,7 +26,7 @@ class Deadlines:
         """Call `cut`, which must not wait, from another thread, unless the block is left within `seconds`."""
         key = object()
         with self._changed:
-            if not self._is_running:  # before anything is noted: a system out of threads raises
+            if not self._is_running:  # first, because a system out of threads raises
                 threading.Thread(target=self._run, name="perfit-deadlines", daemon=True).start()
                 self._is_running = True
             self._watched[key] = (time.monotonic() + seconds, cut)
@@ -43,7 +43,7 @@ class Deadlines:
             time.sleep(_LOOK_SECONDS)
 
     def _look(self) -> bool:
-        """Cut off what is late, in a frame of its own: between two looks the thread holds nobody's call."""
+        """Cut off late calls, in a frame of its own, so that the sleeping thread refers to no call."""
         with self._changed:
             if not self._changed.wait_for(lambda: bool(self._watched), _IDLE_SECONDS):
                 self._is_running = False

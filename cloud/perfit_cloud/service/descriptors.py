@@ -1,7 +1,7 @@
 """Open files and connections: how many there may be, and how many of them are whose.
 
-A connection takes a descriptor from the moment it is there, before anybody is known. So each listener has a
-number of its own, both fit under the system's limit, and what the process itself needs lies beside them.
+A connection takes a descriptor before its caller is known. So each listener has a limit of its own. Both fit
+under the system's limit, beside what the process itself needs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Connections(NamedTuple):
 
 
 def open_descriptors() -> int:
-    """How many are open. Not by /proc, which a process that cannot be dumped may not read of itself."""
+    """How many are open. A process that is not dumpable may not read its own /proc, so this asks poll()."""
     found, first, step = 0, 0, min(4096, descriptor_limit())  # poll() takes no more than the limit
     while first < descriptor_limit():
         poll = select.poll()

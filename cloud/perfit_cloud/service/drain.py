@@ -1,4 +1,4 @@
-"""How a cloud stops: calls under way end, new ones are told to come back, streams end between messages."""
+"""How a cloud stops: calls under way end, new ones are refused, streams end between messages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from perfit_shared.errors import Unavailable
 __all__ = ["Drain", "stopping"]
 
 _LOOK_SECONDS = 0.1  # between two looks whether somebody is in a hurry
-_RETRY_MS = 2000  # a cloud that restarts needs longer, one behind the same address does not
+_RETRY_MS = 2000  # a restart takes longer; another cloud behind the address is there at once
 
 
 def stopping() -> Unavailable:
-    """What callers are told, with a delay."""
+    """The error that callers get, with a retry delay."""
     return Unavailable("the cloud is stopping; try again in a moment", retry_ms=_RETRY_MS)
 
 
@@ -52,26 +52,26 @@ class Drain:
                 self._changed.notify_all()
 
     @contextmanager
-    def listening(self, told: Callable[[], None]) -> Iterator[None]:
-        """`told` is called when the drain begins, at once when it has, from any thread; it must not wait."""
+    def listening(self, on_begin: Callable[[], None]) -> Iterator[None]:
+        """Call `on_begin` when the drain begins, or now if it has. From any thread; it must not wait."""
         with self._changed:
-            self._listeners.add(told)
+            self._listeners.add(on_begin)
             is_late = self._is_on
         if is_late:
-            told()
+            on_begin()
         try:
             yield
         finally:
             with self._changed:
-                self._listeners.discard(told)
+                self._listeners.discard(on_begin)
 
     def begin(self) -> None:
         """Take no more calls. Harmless twice."""
         with self._changed:
             self._is_on = True
             listeners = list(self._listeners)
-        for told in listeners:
-            told()
+        for listener in listeners:
+            listener()
 
     def wait(self, seconds: float, is_hurried: Callable[[], bool]) -> bool:
         """Whether all calls ended within `seconds`, and before anybody was in a hurry."""

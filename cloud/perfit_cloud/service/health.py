@@ -1,4 +1,4 @@
-"""Health that tells the truth: NOT_SERVING while an engine is stuck or dead, and once the cloud stops."""
+"""The health service: NOT_SERVING while an engine is stuck or dead, and once the cloud stops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODEL = ("", "perfit.v1.Personalization")
 
 
 class HealthMonitor:
-    """Keeps the health service and looks after the engines."""
+    """Runs the health service and watches the engines."""
 
     def __init__(self, engines: Engines | None, telemetry: Telemetry, *, stuck_seconds: float) -> None:
         self.health = health.HealthServicer()

@@ -1,12 +1,12 @@
-"""What stands in front of every RPC: who calls, how many, and how an error is told.
+"""What runs before every RPC: it authenticates, counts, and translates errors.
 
-gRPC looks at a certificate once, at the handshake, and knows no revocation list; here both its time and
-its identity are checked on every call and before every message of a stream.
+gRPC checks a certificate once, at the handshake, and has no revocation list. The interceptor checks expiry
+and identity on every call and before every message of a stream.
 
-Whatever a method's kind, gRPC is told that it streams both ways, and hands on bytes. So the guard runs as
-soon as a call's headers are there, not when its message is (until when it would hold a thread and nobody
-could count or end it); it sees how large a message is before it is read; and a reply counts as under way
-until it is sent. On the wire both are the same.
+It declares every method to gRPC as streaming both ways, over bytes; on the wire both are the same. So it
+runs when a call's headers arrive, not when its message does: until then the call would hold a thread that
+nobody counts or ends. It sees the size of a message before parsing it, and a reply counts as under way
+until it is sent.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ from perfit_shared.errors import Cancelled, InvalidInput, NotAuthenticated, Perf
 __all__ = ["Call", "CallInterceptor", "caller", "public_error"]
 
 _log = logging.getLogger(__name__)
-# Answered also when there is no room for calls and when the cloud is stopping: that is what it tells.
+# Answered even when there is no room for calls or the cloud is stopping.
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
-# Not served: a watch holds no thread and ends by itself never, so that a few hundred would take all calls;
-# the library has no list.
+# Refused: a watch never ends by itself, so a few hundred would take all calls; the library has no list.
 _NOT_SERVED = ("/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/List")
 _MESSAGE_SECONDS = 60.0  # for the one message of a call: the largest there may be, at 3 Mbit/s
-_ROOM_SECONDS = 30.0  # that a message may wait for others to be dealt with
-_LATE_SECONDS = 5.0  # after its time a call is cut off; until then it ends by itself, and says why
+_ROOM_SECONDS = 30.0  # that a message may wait for room
+_LATE_SECONDS = 5.0  # past its time, before a call is cut off; it may end by itself and say why
 
 
 def caller(context: grpc.ServicerContext) -> x509.Certificate:
@@ -76,7 +75,7 @@ class Call:
         return cap if remaining is None else min(cap, max(0.0, remaining))
 
     def __getattr__(self, name: str) -> Any:
-        """All else is gRPC's."""
+        """Everything else is gRPC's."""
         return getattr(self._context, name)
 
 
@@ -135,14 +134,14 @@ class CallInterceptor(grpc.ServerInterceptor):
             is_health=path == _HEALTH_CHECK,
         )
 
-        def guarded(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
+        def intercepted(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
             with self._calls.telemetry.call(method.name) as outcome, translated(context, path, outcome):
                 yield from self._responses(method, requests, context)
 
-        return grpc.stream_stream_rpc_method_handler(guarded, None, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(intercepted, None, handler.response_serializer)
 
     def _unknown(self, _: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """A method that is none. It is counted as a call, and told as gRPC would tell it."""
+        """An unknown method. It counts as a call, and gets the error that gRPC would give."""
         with self._calls.telemetry.call("unknown") as outcome:
             with translated(context, "unknown", outcome), self._admitted(context, self._certificate(context)):
                 self._refused("method")
@@ -156,10 +155,9 @@ class CallInterceptor(grpc.ServerInterceptor):
 
     @contextmanager
     def _admitted(self, context: grpc.ServicerContext, certificate: x509.Certificate | None) -> Iterator[str]:
-        """The identity that calls, or its network: whoever it is pays for the call, also for a refusal.
+        """The identity that calls, or its network. It pays for the call, and for a refusal, too.
 
-        A refusal is not paid of the identity's own share: whoever has a key of it that is retired would
-        use that up.
+        A refusal is not charged to the identity's own quota, or whoever holds a retired key could use it up.
         """
         who = network_of(context) if certificate is None else identity_of(certificate)
         try:
@@ -193,7 +191,7 @@ class CallInterceptor(grpc.ServerInterceptor):
             who = held.enter_context(self._admitted(context, certificate))
             if not method.is_health:
                 held.enter_context(calls.drain.call())
-                held.enter_context(listener.gate.place())
+                held.enter_context(listener.limit.hold())
             payment = Payment(self._rate_limiter, who, listener.tokens.get(method.name, 0))
 
             @contextmanager
@@ -217,7 +215,7 @@ class CallInterceptor(grpc.ServerInterceptor):
                     raise
 
             if listener.tokens:
-                self._rate_limiter.spend(who, "tokens", 0)  # who owes sends nothing more
+                self._rate_limiter.spend(who, "tokens", 0)  # a caller in debt sends nothing more
             messages = _Messages(requests, read, arrive)
             held.callback(messages.close)
             request: Any = messages
@@ -234,7 +232,7 @@ class CallInterceptor(grpc.ServerInterceptor):
 
 
 class _Messages(Iterator[Any]):
-    """What a caller sends, as messages; each counts as in flight until the next is wanted."""
+    """What a caller sends, as messages. Each counts as in flight until the next is read."""
 
     def __init__(
         self,
@@ -244,7 +242,7 @@ class _Messages(Iterator[Any]):
     ) -> None:
         """`arrive` is entered when a message has come, and left when it was dealt with."""
         self._requests, self._read, self._arrive = requests, read, arrive
-        self._lock = threading.Lock()  # it is read in another thread than the one that closes it
+        self._lock = threading.Lock()  # one thread reads, another closes
         self._held = ExitStack()
         self._is_closed = False
 
@@ -255,7 +253,7 @@ class _Messages(Iterator[Any]):
         try:
             data = next(self._requests)
         except grpc.RpcError as error:  # gRPC's word for it, with no code
-            error.with_traceback(None)  # gRPC keeps the error, and that all frames it came through
+            error.with_traceback(None)  # gRPC keeps the error, and it all frames that it passed through
             raise Cancelled("the caller left") from None
         arrived = ExitStack()
         arrived.enter_context(self._arrive(data))  # not under the lock: it may wait for room
@@ -288,7 +286,7 @@ def _parsed(read: Callable[[bytes], Any], data: bytes) -> Any:
 
 @contextmanager
 def translated(context: grpc.ServicerContext, method: str, outcome: CallOutcome) -> Iterator[None]:
-    """Tell any error in the one way there is: status, public message, code word, retry delay."""
+    """Give the caller any error in one form: status, public message, code word, retry delay."""
     try:
         yield
         outcome.status = "OK"
@@ -303,10 +301,10 @@ def translated(context: grpc.ServicerContext, method: str, outcome: CallOutcome)
 
 
 def public_error(error: Exception, method: str) -> tuple[str, str, str, int]:
-    """What a caller is told of an error (`to_status`); the log gets what no caller should see."""
+    """What a caller sees of an error (`to_status`). The log gets the rest."""
     status = to_status(error)
     if status[0] == "INTERNAL":
-        # Made of a type and a place where it was raised anew; a message of any other may quote a prompt.
+        # A PerfitError holds type and line. The message of any other error may quote a prompt.
         where = str(error) if type(error) is PerfitError else error_location(error)
         _log.error("%s failed: %s", method, where)
     return status

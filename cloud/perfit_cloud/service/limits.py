@@ -1,7 +1,7 @@
 """What one request may ask for, what one caller may take, and how many may be at it.
 
-A Gate counts what all callers have under way, RateLimiter what each of them has and took of late. Both refuse
-with Busy, which says when to come back, and tell why they did, but not whom.
+ConcurrencyLimit counts what all callers have under way. RateLimiter counts what each of them has under way
+and took recently. Both refuse with Busy, which says when to retry, and report the reason but not the caller.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
 AMinute = Literal["requests", "tokens"]
-Refused = Callable[[str], None]  # is told the reason of every refusal
+Refused = Callable[[str], None]  # called with the reason of every refusal
 
 _MINUTE = 60.0  # seconds
 MESSAGE_COPIES = 3  # of a message while it is worked on: its bytes, parsed, decoded
@@ -44,8 +44,8 @@ BYTES_A_TOKEN = 4  # what is paid for a text before it is tokenized: ordinary te
 # What looking at a message is worth. A candidate has four fields and two tokens at least, so that an honest
 # message is not dearer for it.
 FIELDS_A_TOKEN = 2
-_SMALL_PART = 256  # of a budget: what is no larger stands in no line
-_SWEEP_SECONDS = 60.0  # between two looks for accounts that can be forgotten
+_SMALL_PART = 256  # of a budget: a smaller amount waits behind nobody
+_PRUNE_SECONDS = 60.0  # between two looks for buckets that can be dropped
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,25 @@ class Limits:
 
 @dataclass(frozen=True)
 class Quota:
-    """What one caller may take, over all its connections together. What is not named it may not take."""
+    """What one caller may take, over all its connections. It may take nothing that is not named."""
 
     at_once: Mapping[AtOnce, int]
     a_minute: Mapping[AMinute, int]  # as many at once, after a quiet minute
 
 
 class ConcurrencyLimit:
-    """Lets `places` callers work at once; the rest come back later."""
+    """Lets `slots` callers work at once; the rest come back later."""
 
-    def __init__(self, name: str, *, places: int, retry_ms: int, refused: Refused) -> None:
-        self._name, self._places, self._retry_ms, self._refused = name, places, retry_ms, refused
+    def __init__(self, name: str, *, slots: int, retry_ms: int, refused: Refused) -> None:
+        self._name, self._slots, self._retry_ms, self._refused = name, slots, retry_ms, refused
         self._lock = threading.Lock()
-        self.working = 0  # callers who have a place
+        self.working = 0  # callers who hold a slot
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place to work. Raises Busy when there is none."""
+    def hold(self) -> Iterator[None]:
+        """Hold a slot. Raises Busy when there is none."""
         with self._lock:
-            if self.working >= self._places:
+            if self.working >= self._slots:
                 self._refused(self._name)
                 raise Busy("the cloud is busy; try again shortly", retry_ms=self._retry_ms)
             self.working += 1
@@ -95,25 +95,25 @@ class ConcurrencyLimit:
 
 
 class Budget:
-    """Bytes that all callers together may take, given out in the order in which they were asked for.
+    """Bytes that all callers together may take, first come, first served.
 
-    Only what is small waits behind nobody: so many callers as there are leave room for a large one.
+    Small amounts skip the queue: however many callers there are, they leave room for a large one.
     """
 
     def __init__(self, name: str, size: int, *, retry_ms: int, refused: Refused) -> None:
         self._name, self._retry_ms, self._refused = name, retry_ms, refused
         self._changed = threading.Condition()
         self._free, self._small = size, size // _SMALL_PART
-        self._line: deque[object] = deque()
+        self._queue: deque[object] = deque()
 
     @property
     def waiting(self) -> int:
-        """Callers in line."""
-        return len(self._line)
+        """Callers in the queue."""
+        return len(self._queue)
 
     @contextmanager
     def hold(self, amount: int, seconds: float = 0.0) -> Iterator[Callable[[int], None]]:
-        """Take so much, after waiting for it for `seconds` at most; what it gives takes less from then on.
+        """Take `amount`, waiting `seconds` for it at most. The function it gives lowers the amount later.
 
         Raises Busy.
         """
@@ -127,15 +127,16 @@ class Budget:
                 self._changed.notify_all()
 
         with self._changed:
-            self._line.append(mine)
+            self._queue.append(mine)
             try:
                 has_room = self._changed.wait_for(
-                    lambda: amount <= self._free and (amount <= self._small or self._line[0] is mine), seconds
+                    lambda: amount <= self._free and (amount <= self._small or self._queue[0] is mine),
+                    seconds,
                 )
                 if has_room:
                     set_held(amount)
             finally:
-                self._line.remove(mine)
+                self._queue.remove(mine)
                 self._changed.notify_all()
         if not has_room:
             self._refused(self._name)
@@ -147,90 +148,90 @@ class Budget:
 
 
 class RateLimiter:
-    """What every caller has under way and took of late. Thread-safe.
+    """What every caller has under way and took recently. Thread-safe.
 
-    A caller is a text: a device's identity, or an address where there is none. An account is made by
-    the first thing taken, and forgotten a minute or two after the last: as many are kept as called since.
+    A caller is a text: a device's identity, or an address where there is none. The first thing taken makes
+    the caller's bucket, which is dropped a minute or two after the last.
     """
 
     def __init__(
-        self, share: Quota, *, retry_ms: int, refused: Refused, clock: Callable[[], float] = time.monotonic
+        self, quota: Quota, *, retry_ms: int, refused: Refused, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._share, self._retry_ms, self._refused, self._clock = share, retry_ms, refused, clock
+        self._quota, self._retry_ms, self._refused, self._clock = quota, retry_ms, refused, clock
         self._lock = threading.Lock()
-        self._rate_limiter: dict[str, _TokenBucket] = {}
-        self._swept = clock()
+        self._buckets: dict[str, _TokenBucket] = {}
+        self._pruned = clock()
 
     def __len__(self) -> int:
-        return len(self._rate_limiter)
+        return len(self._buckets)
 
     @contextmanager
     def hold(self, caller: str, what: AtOnce, amount: int = 1) -> Iterator[None]:
-        """Take so much of what is counted at once. Raises Busy when it would be more than the share."""
+        """Take `amount` of what is counted at once. Raises Busy when it would exceed the quota."""
         with self._lock:
-            account = self._account(caller)
-            if account.held[what] + amount > self._share.at_once.get(what, 0):
+            bucket = self._bucket(caller)
+            if bucket.held[what] + amount > self._quota.at_once.get(what, 0):
                 self._refused(f"{what}_each")
                 message = "this device has as much under way as one may; try again shortly"
                 raise Busy(message, retry_ms=self._retry_ms)
-            account.held[what] += amount
+            bucket.held[what] += amount
         try:
             yield
         finally:
             with self._lock:
-                account.held[what] -= amount
-                if not account.held[what]:
-                    del account.held[what]
+                bucket.held[what] -= amount
+                if not bucket.held[what]:
+                    del bucket.held[what]
 
     def spend(self, caller: str, what: AMinute, amount: int = 1) -> None:
-        """Take so much of a minute's share. Raises Busy, with the time after which there is enough again."""
-        most = self._share.a_minute.get(what, 0)
+        """Take `amount` of a minute's quota. Raises Busy, with the time after which there is enough again."""
+        most = self._quota.a_minute.get(what, 0)
         with self._lock:
             now = self._clock()
-            account = self._account(caller)
-            spent = account.spent_by(what, most, now) + amount
+            bucket = self._bucket(caller)
+            spent = bucket.spent_by(what, most, now) + amount
             if spent > most:
                 self._refused(f"{what}_minute")
                 wait_ms = math.ceil(1000 * _MINUTE * (spent - most) / max(1, most))
                 message = "this device asked for more than one may in a minute; try again later"
                 raise Busy(message, retry_ms=max(self._retry_ms, wait_ms))
-            account.spent[what] = (spent, now)
+            bucket.spent[what] = (spent, now)
 
     def fine(self, caller: str, what: AMinute, amount: int) -> None:
-        """Take it whether or not the share has so much left: what is refused costs, too.
+        """Take `amount` even if the quota has less left: a refused request costs, too.
 
-        Who owes may `spend` nothing until it has worn off, a minute at most after the share was taken.
+        A caller in debt may `spend` nothing until the debt has worn off, a minute at most.
         """
-        most = self._share.a_minute.get(what, 0)
+        most = self._quota.a_minute.get(what, 0)
         with self._lock:
             now = self._clock()
-            account = self._account(caller)
-            account.spent[what] = (min(2.0 * most, account.spent_by(what, most, now) + amount), now)
+            bucket = self._bucket(caller)
+            bucket.spent[what] = (min(2.0 * most, bucket.spent_by(what, most, now) + amount), now)
 
     def settle(self, caller: str, what: AMinute, paid: int, amount: int) -> None:
         """Take the rest of `amount`, or give back what was paid too much. Raises Busy as `spend` does."""
         if amount > paid:
             self.spend(caller, what, amount - paid)
         with self._lock:
-            account = self._rate_limiter.get(caller)
-            if account is not None and what in account.spent and amount < paid:
-                spent, at = account.spent[what]
-                account.spent[what] = (max(0.0, spent - (paid - amount)), at)
+            bucket = self._buckets.get(caller)
+            if bucket is not None and what in bucket.spent and amount < paid:
+                spent, at = bucket.spent[what]
+                bucket.spent[what] = (max(0.0, spent - (paid - amount)), at)
 
-    def _account(self, caller: str) -> _TokenBucket:
-        """Called under the lock; now and then it forgets whoever is quiet."""
+    def _bucket(self, caller: str) -> _TokenBucket:
+        """Called under the lock. Now and then it drops the buckets of quiet callers."""
         now = self._clock()
-        if now - self._swept >= _SWEEP_SECONDS:
-            self._swept = now
-            self._rate_limiter = {c: a for c, a in self._rate_limiter.items() if not a.is_quiet(now)}
-        return self._rate_limiter.setdefault(caller, _TokenBucket())
+        if now - self._pruned >= _PRUNE_SECONDS:
+            self._pruned = now
+            self._buckets = {c: b for c, b in self._buckets.items() if not b.is_quiet(now)}
+        return self._buckets.setdefault(caller, _TokenBucket())
 
 
 class Payment:
     """What a caller pays for its messages before anybody works on them. Thread-safe.
 
-    Texts by their bytes, and never more than the tokens that a message may have: whoever tokenized them
-    `take`s it and settles. What nobody takes, of a message that was refused, is not given back.
+    Texts are paid for by their bytes, up to the tokens that a message may have. Whoever tokenized them
+    `take`s the payment and settles it. The payment of a refused message is not given back.
     """
 
     def __init__(self, rate_limiter: RateLimiter, caller: str, most: int) -> None:
@@ -248,12 +249,12 @@ class Payment:
                 self._paid += tokens
 
     def walked(self, fields: int) -> None:
-        """So many fields were looked at, which is paid for whatever becomes of the message."""
+        """Note that the walk looked at so many fields. They are paid for whatever becomes of the message."""
         with self._lock:
             self._fields += fields
 
     def take(self) -> Paid:
-        """What was paid since this was called last."""
+        """What was paid since the last call of this."""
         with self._lock:
             paid = Paid(self._rate_limiter, self._caller, self._paid, self._fields // FIELDS_A_TOKEN)
             self._paid = self._fields = 0
@@ -261,7 +262,7 @@ class Payment:
 
 
 class Paid:
-    """What was paid for one request so far, and what is never given back of it. Not thread-safe."""
+    """What was paid for one request so far, and the least that is never given back. Not thread-safe."""
 
     def __init__(self, rate_limiter: RateLimiter, caller: str, tokens: int, least: int) -> None:
         """`least`: tokens that reading the message is worth."""
@@ -277,7 +278,7 @@ class Paid:
 
     @contextmanager
     def refunded(self) -> Iterator[None]:
-        """Give back what the cloud has no room to work for: on Busy and Unavailable, all but the least."""
+        """On Busy and Unavailable, give back all but the least."""
         try:
             yield
         except (Busy, Unavailable):

@@ -1,8 +1,8 @@
-"""What the process may take of memory: an operator's ceiling, cut into parts that fit together.
+"""The memory plan: an operator's ceiling, divided among the parts of the process.
 
-Parts that serving cannot do without have a least size; what the ceiling leaves beyond them is shared out in
-proportion to what each would like. Without a ceiling each has what it would like. The estimates are of what
-one pass or one message takes at its worst, from the shapes of the model.
+Parts that serving needs have a least size. What the ceiling leaves is shared in proportion to what each part
+wants beyond that. Without a ceiling each gets what it wants. The estimates are for the worst pass or message,
+from the shapes of the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MemoryPlan:
     cache: int  # keys and values of answers
     answers: int  # a pass of answers
     gradients: int  # a pass of gradients
-    kept: int  # of examples of updates, with `spill_bytes`
+    kept: int  # cached activations of updates
     freed: int  # tensors that were freed and are overwritten a moment later
     cache_tokens: int
     pass_tokens: int  # of one gradient pass
@@ -68,19 +68,19 @@ def resident_bytes() -> int:
         return 0
 
 
-def plan_memory(config: CloudConfig, served: Catalog, *, process: int, continuous: bool) -> MemoryPlan:
-    """`process`: bytes that it has before it serves. `continuous`: whether long prompts are read in pieces.
+def plan_memory(config: CloudConfig, catalog: Catalog, *, process: int, continuous: bool) -> MemoryPlan:
+    """`process`: bytes that it has before it serves. `continuous`: whether long prompts are read in chunks.
 
     Raises ConfigError that names the parts when they cannot fit the ceiling.
     """
-    limits, shapes = served.limits, _Shapes(served)
-    is_host = served.base.device.type == "cpu"
+    limits, shapes = catalog.limits, _Shapes(catalog)
+    is_host = catalog.base.device.type == "cpu"
     largest = MESSAGE_COPIES * limits.message_bytes
     update = UPDATE_TOKEN_BYTES * limits.adapt_tokens
     updates = min(config.adaptations, config.adaptations_each + 1)  # one device leaves room for another's
     most_tokens = config.cache_tokens
-    # An Ask keeps its shift when the message that brought it is dealt with.
-    each = limits.message_bytes + served.tensor_bytes + _CALL_BYTES
+    # An Ask holds its shift after the message that brought it is done.
+    each = limits.message_bytes + catalog.tensor_bytes + _CALL_BYTES
     fixed = {"process": process, "calls": config.calls * each}
     parts = {
         "messages": _Part(min(4, config.calls) * largest, config.calls * largest),
@@ -93,7 +93,7 @@ def plan_memory(config: CloudConfig, served: Catalog, *, process: int, continuou
         parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
         least = max(limits.context, 64)
         # No engine takes on more.
-        most = max(least, most_pass_tokens(served.base.device), BatchBudget.of(served.base.device).rows)
+        most = max(least, most_pass_tokens(catalog.base.device), BatchBudget.of(catalog.base.device).rows)
         parts["gradients"] = _Part(*(tokens * shapes.differentiated for tokens in (least, most)))
         parts["kept"] = _Part(0, config.keep_bytes)
     else:
@@ -113,9 +113,9 @@ def _shared(parts: dict[str, _Part], room: int, fixed: dict[str, int]) -> dict[s
     left = room - sum(fixed.values()) - sum(part.least for part in parts.values())
     if left < 0:
         named = {**fixed, **{name: part.least for name, part in parts.items()}}
-        told = ", ".join(f"{name} {-(-size // _MIB)}" for name, size in named.items() if size)
+        least = ", ".join(f"{name} {-(-size // _MIB)}" for name, size in named.items() if size)
         raise ConfigError(
-            f"memory_bytes is too small by {-(left // _MIB)} MiB: the least are {told} MiB; raise it, or "
+            f"memory_bytes is too small by {-(left // _MIB)} MiB: the least are {least} MiB; raise it, or "
             "lower calls, message_bytes, adapt_tokens, batch_tokens or max_requests"
         )
     wanted = sum(part.most - part.least for part in parts.values())
@@ -126,16 +126,16 @@ def _shared(parts: dict[str, _Part], room: int, fixed: dict[str, int]) -> dict[s
 class _Shapes:
     """Bytes that one token takes, by the model's configuration."""
 
-    def __init__(self, served: Catalog) -> None:
-        config = served.base.model.config.get_text_config()
-        hidden, size = int(config.hidden_size), served.base.model.dtype.itemsize
+    def __init__(self, catalog: Catalog) -> None:
+        config = catalog.base.model.config.get_text_config()
+        hidden, size = int(config.hidden_size), catalog.base.model.dtype.itemsize
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         width = int(getattr(config, "head_dim", None) or hidden // heads)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
         inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-        blocks = served.base.blocks
+        blocks = catalog.base.blocks
         block = (8 * hidden + 4 * heads * width + 4 * inner) * size  # numbers that one block holds of it
-        self.logits = 4 * int(served.base.model.get_input_embeddings().num_embeddings)
-        self.cached = int(2 * blocks * groups * width * size * (1 + 1 / blocks))  # a shelf grows by blocks
+        self.logits = 4 * int(catalog.base.model.get_input_embeddings().num_embeddings)
+        self.cached = int(2 * blocks * groups * width * size * (1 + 1 / blocks))  # pools grow block by block
         self.row = 2 * block
         self.differentiated = blocks * block + _LOGITS * self.logits

@@ -1,15 +1,14 @@
 """The two listeners: enrolment with server TLS only, everything else over mutual TLS.
 
-A call holds a thread from its headers on, and is counted by device (`RateLimiter`) as soon as it has one: a
-device has few calls at once over all its connections, none of them without end, whether it sends nothing or
-reads nothing, and what is over its share is refused before its message is taken. On the enrolment listener,
-which anybody may open, the same is counted by network address. A connection has few calls at once and a
-bounded age. What remains: several devices (or addresses) together can take all calls for as long as they
-like to.
+A call takes a thread when its headers arrive, and `RateLimiter` counts it by device from then on. A device
+has few calls at once over all its connections. Every call ends, even if the device sends or reads nothing.
+What exceeds the quota is refused before its message is read. The enrolment listener, which is open to
+anybody, counts by network address. A connection has few calls at once and a bounded age. What remains:
+several devices (or addresses) together can take all calls for as long as they like.
 
-Connections are counted by listener (`service/descriptors.py`): whoever says nothing is cut off after a few
-seconds, and those to the enrolment listener cannot take what devices need. One address may still take all
-connections of a listener for as long as it goes on, so that a firewall in front should count them.
+Each listener limits its connections (`service/descriptors.py`). A silent one is cut off after a few seconds,
+and those for enrolment cannot take what devices need. One address can still take all connections of a
+listener, so a firewall in front should limit them.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ _SPARE_THREADS = 4  # for calls that are refused at once, and health checks
 _ENROL_STREAMS = 4  # calls at once over one connection; enrolling makes one after the other
 _ENROL_AGE_SECONDS = 20
 _ENROL_IDLE_SECONDS = 5
-_HANDSHAKE_SECONDS = 5  # of TCP to the first frames of HTTP/2, at most; gRPC itself would wait for 120
-_DEVICE_STREAMS = 16  # calls at once over one connection; a device that makes more waits by itself
+_HANDSHAKE_SECONDS = 5  # from TCP to the first frames of HTTP/2; gRPC's own limit is 120
+_DEVICE_STREAMS = 16  # calls at once over one connection; a device with more waits
 _GRACE_SECONDS = 5
 _LAST_SECONDS = 2.0  # for the ends of calls to be sent when a server stops
 
@@ -76,13 +75,13 @@ class _Connection:
     idle_seconds: int
     streams: int  # calls at once
     age_seconds: int  # then it takes no new calls
-    grace_seconds: int  # and after this the ones that still run are cut off
+    grace_seconds: int  # after this, running calls are cut off
 
 
 class CloudServer:
     """Both gRPC servers. Ports are bound when it is made, and served from `start` on.
 
-    Without an issuer it opens no key of an authority, and neither enrols nor renews.
+    Without an issuer it has no key of an authority, and neither enrols nor renews.
     """
 
     def __init__(self, config: CloudConfig, parts: ServerParts) -> None:
@@ -94,7 +93,7 @@ class CloudServer:
         self._calls = CallSettings(
             self._drain, self.telemetry, parts.ended, config.call_seconds, config.stream_seconds
         )
-        self._watch = HealthMonitor(parts.engines, self.telemetry, stuck_seconds=config.stuck_seconds)
+        self._health = HealthMonitor(parts.engines, self.telemetry, stuck_seconds=config.stuck_seconds)
         self._credentials = ServerCredentials(self._server_identity())
         connections = Connections(config.connections, config.enrol_connections).within(descriptor_limit())
         devices = self._device_listener()
@@ -118,7 +117,7 @@ class CloudServer:
     def start(self) -> None:
         """Begin to answer, and leave the addresses where `perfit-cloud invite` finds them."""
         self._parts.authenticator.start()
-        self._watch.start()
+        self._health.start()
         for server in self._servers:
             server.start()
         if self._parts.issuer is not None:
@@ -127,11 +126,11 @@ class CloudServer:
     def stop(self, grace: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Turn health to NOT_SERVING, refuse new calls, let running ones end within `grace` seconds.
 
-        Streams end between two messages. `is_hurried` is asked ten times a second; when it says so, or the
-        time is over, what still runs is cut off: its caller is told so, and its thread is not waited for.
-        Says whether all ended by themselves.
+        Streams end between two messages. When the time is over, or `is_hurried`, which is asked ten times a
+        second, the rest is cut off: the callers get an error, and nobody waits for the threads. Returns
+        whether all calls ended by themselves.
         """
-        self._watch.stop()
+        self._health.stop()
         self.telemetry.draining()
         self._drain.begin()
         is_idle = self._drain.wait(grace, is_hurried)
@@ -152,7 +151,7 @@ class CloudServer:
         return partial(ServerIdentity.load, config.state / SERVER_IDENTITY, trusts_group=trusts_group)
 
     def _device_listener(self) -> ListenerSettings:
-        config, limits, memory = self._config, self._parts.served.limits, self._parts.memory
+        config, limits, memory = self._config, self._parts.catalog.limits, self._parts.memory
         at_once: dict[AtOnce, int] = {
             "calls": config.calls_each,
             "answers": config.answers_each,
@@ -163,10 +162,10 @@ class CloudServer:
         a_minute: dict[AMinute, int] = {"requests": config.requests_minute, "tokens": config.tokens_minute}
         return ListenerSettings(
             authenticator=self._parts.authenticator,
-            rate_limiter=self._shared("devices", at_once, a_minute),
-            gate=self._gate("calls", config.calls),
+            rate_limiter=self._rates("devices", at_once, a_minute),
+            limit=self._limit("calls", config.calls),
             room=self._budget("messages", memory.messages),
-            bounds=MessageBounds.of_devices(limits, self._parts.served.tensor_bytes),
+            bounds=MessageBounds.of_devices(limits, self._parts.catalog.tensor_bytes),
             tokens={
                 "Generate": limits.prompt_tokens,
                 "Ask": limits.prompt_tokens,
@@ -183,8 +182,8 @@ class CloudServer:
         }
         return ListenerSettings(
             authenticator=None,
-            rate_limiter=self._shared("enrolment", at_once, {"requests": self._config.enrol_requests_minute}),
-            gate=self._gate("enrol_calls", _ENROL_CALLS),
+            rate_limiter=self._rates("enrolment", at_once, {"requests": self._config.enrol_requests_minute}),
+            limit=self._limit("enrol_calls", _ENROL_CALLS),
             room=self._budget("enrol_messages", MESSAGE_COPIES * _ENROL_CALLS * _ENROL_MESSAGE_BYTES),
             bounds=MessageBounds.of_enrolment(),
         )
@@ -194,7 +193,7 @@ class CloudServer:
         return _Connection(
             count=connections.devices,
             threads=threads,
-            message_bytes=self._parts.served.limits.message_bytes,
+            message_bytes=self._parts.catalog.limits.message_bytes,
             idle_seconds=config.idle_seconds,
             streams=min(_DEVICE_STREAMS, threads // 2),
             age_seconds=config.call_seconds,
@@ -235,7 +234,7 @@ class CloudServer:
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                ("grpc.http2.max_ping_strikes", 2),  # who pings more often than that is hung up on
+                ("grpc.http2.max_ping_strikes", 2),  # a client that pings more often is disconnected
                 ("grpc.so_reuseport", 0),  # a second server on the port fails instead of sharing it
             ],
         )
@@ -248,14 +247,14 @@ class CloudServer:
             raise ConfigError(f"cannot listen on {address}; is the port taken, or the host not ours?")
         return server, f"{address.rpartition(':')[0]}:{port}"
 
-    def _gate(self, name: str, places: int) -> ConcurrencyLimit:
+    def _limit(self, name: str, slots: int) -> ConcurrencyLimit:
         retry_ms, refused = self._config.retry_ms, self.telemetry.refused
-        return ConcurrencyLimit(name, places=places, retry_ms=retry_ms, refused=refused)
+        return ConcurrencyLimit(name, slots=slots, retry_ms=retry_ms, refused=refused)
 
     def _budget(self, name: str, size: int) -> Budget:
         return Budget(name, size, retry_ms=self._config.retry_ms, refused=self.telemetry.refused)
 
-    def _shared(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> RateLimiter:
+    def _rates(self, listener: str, at_once: dict[AtOnce, int], a_minute: dict[AMinute, int]) -> RateLimiter:
         prefix = "" if listener == "devices" else "enrol_"
         rate_limiter = RateLimiter(
             Quota(at_once, a_minute),
@@ -271,8 +270,8 @@ class CloudServer:
             self.telemetry.watch(parts.engines)
         self.telemetry.describe(
             version=metadata.version("perfit"),
-            fingerprint=parts.served.base.fingerprint,
-            artefacts=",".join(f"{a.name}:{a.version}" for a in parts.served.artefacts.values()),
+            fingerprint=parts.catalog.base.fingerprint,
+            artefacts=",".join(f"{a.name}:{a.version}" for a in parts.catalog.artefacts.values()),
         )
         self.telemetry.descriptors(open_descriptors, descriptor_limit)
         authenticator = parts.authenticator
@@ -291,32 +290,34 @@ class CloudServer:
 
     def _register_model(self) -> None:
         config, parts = self._config, self._parts
-        served, steps = parts.served, parts.steps
-        passes = self._gate("gradients", 1 + config.gradient_waiting)
+        catalog, steps = parts.catalog, parts.steps
+        passes = self._limit("gradients", 1 + config.gradient_waiting)
         self.telemetry.line("gradients", lambda: max(0, passes.working - 1))
         model = ModelSettings(
-            served, PromptReader(served.base, served.limits), self._rate_limiter, self._calls
+            catalog, PromptReader(catalog.base, catalog.limits), self._rate_limiter, self._calls
         )
         answers = Answers(
             parts.generation,
             model.reader,
-            served.limits,
-            places=self._gate("answers", config.streams),
+            catalog.limits,
+            limit=self._limit("answers", config.streams),
             rate_limiter=self._rate_limiter,
             telemetry=self.telemetry,
             seconds=config.call_seconds,
         )
         personalization = PersonalizationService(
             model,
-            description=encode_description(served, continuous=parts.generation.continuous, keeps=steps.keeps),
+            description=encode_description(
+                catalog, continuous=parts.generation.continuous, caches_activations=steps.caches_activations
+            ),
             answers=answers,
             scheduler=steps,
             passes=passes,
-            asking=Asking(served, answers, drain=self._drain, stream_seconds=config.stream_seconds),
+            asking=Asking(catalog, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(
                 model,
-                queue=steps,
-                streams=self._gate("adaptations", config.adaptations),
+                scheduler=steps,
+                streams=self._limit("adaptations", config.adaptations),
                 room=self._budget("examples", parts.memory.examples),
             ),
         )
@@ -325,7 +326,7 @@ class CloudServer:
     def _register_identity(self) -> None:
         """Health everywhere; renewal and enrolment where certificates are issued."""
         for server in self._servers:
-            health_pb2_grpc.add_HealthServicer_to_server(self._watch.health, server)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health.health, server)
         issuer, address = self._parts.issuer, self.addresses.address
         if issuer is not None:
             renewal, enrolment = IdentityService(issuer, address), EnrollmentService(issuer, address)

@@ -1,4 +1,4 @@
-"""The RPCs: decode, ask the engine, encode. Errors go up to the guard, which tells them."""
+"""The RPCs: decode, ask the engine, encode. Errors go up to the interceptor, which translates them."""
 
 # ruff: noqa: N802 - methods are named as the protos name them
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         adapting: Adapting,
     ) -> None:
         self._model = model
-        self._served = model.served
+        self._catalog = model.catalog
         self._reader = model.reader
         self._description = description
         self._answers = answers
@@ -61,10 +61,10 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         return self._description
 
     def FetchSeed(self, request: pb.FetchSeedRequest, context: grpc.ServicerContext) -> pb.FetchSeedResponse:
-        return encode_seed(find_artefact(request.artefact, self._served.artefacts))
+        return encode_seed(find_artefact(request.artefact, self._catalog.artefacts))
 
     def Generate(self, request: pb.GenerateRequest, call: Call) -> Iterator[pb.GenerateResponse]:
-        shift = decode_shift(request.shift, self._served.artefacts)
+        shift = decode_shift(request.shift, self._catalog.artefacts)
         paid = call.payment.take()
         for chunk in self._answers.chunks(request, shift, call.device, call.add_callback, paid=paid):
             yield encode_chunk(chunk)
@@ -74,8 +74,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
 
     def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         paid = call.payment.take()
-        with paid.refunded(), self._place(call) as wait:
-            shift = decode_shift(request.shift, self._served.artefacts)
+        with paid.refunded(), self._slot(call) as wait:
+            shift = decode_shift(request.shift, self._catalog.artefacts)
             pairs = self._settled(self._reader.candidates(request.candidates), paid)
             with self._scheduler.open_stateless(pairs, shift, left=wait.left, owner=call.device) as session:
                 scores = wait.result(self._scheduler.score(session.whole))
@@ -83,8 +83,8 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
 
     def ComputeGradient(self, request: pb.ComputeGradientRequest, call: Call) -> pb.ComputeGradientResponse:
         paid = call.payment.take()
-        with paid.refunded(), self._place(call) as wait:
-            shift = decode_shift(request.shift, self._served.artefacts)
+        with paid.refunded(), self._slot(call) as wait:
+            shift = decode_shift(request.shift, self._catalog.artefacts)
             if shift.mode is not Mode.PERSONAL:
                 raise InvalidInput("a gradient is computed in personal mode")
             pairs = self._settled(self._reader.examples(request.examples), paid)
@@ -96,9 +96,9 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
         return self._adapting.steps(request_iterator, call)
 
     @contextmanager
-    def _place(self, call: Call) -> Iterator[CallWait]:
-        """A place among the calls that wait for the scheduler. Raises Busy, Cancelled."""
-        with self._model.rate_limiter.hold(call.device, "gradients"), self._passes.place():
+    def _slot(self, call: Call) -> Iterator[CallWait]:
+        """A slot among the calls that wait for the scheduler. Raises Busy, Cancelled."""
+        with self._model.rate_limiter.hold(call.device, "gradients"), self._passes.hold():
             yield CallWait(
                 call,
                 call.seconds_left(self._model.calls.call_seconds),

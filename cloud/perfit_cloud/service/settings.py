@@ -1,4 +1,4 @@
-"""What several parts of the service are given at once."""
+"""Settings objects that several parts of the service share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ServerParts:
 
     authenticator: Authenticator  # who may call
     issuer: Authority | None  # who issues certificates; None: this process only serves
-    served: Catalog
+    catalog: Catalog
     generation: Engine
     steps: GradientScheduler
     memory: MemoryPlan  # what each part may take
@@ -51,7 +51,7 @@ class ListenerSettings:
 
     authenticator: Authenticator | None  # None: anybody may call, as for enrolment
     rate_limiter: RateLimiter  # what each caller may take
-    gate: ConcurrencyLimit  # calls at once
+    limit: ConcurrencyLimit  # calls at once
     room: Budget  # bytes of all messages that are worked on
     bounds: MessageBounds
     # Most tokens of a message's texts, by the name of the method; empty where tokens are not counted.
@@ -62,7 +62,7 @@ class ListenerSettings:
 class ModelSettings:
     """What every RPC of the model uses."""
 
-    served: Catalog
+    catalog: Catalog
     reader: PromptReader
     rate_limiter: RateLimiter
     calls: CallSettings

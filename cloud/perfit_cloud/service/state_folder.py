@@ -1,6 +1,6 @@
-"""The state folder: whose it is, where its server is reached, and that it is the one.
+"""The state folder: who may write it, where its server is reached, and its lock.
 
-It knows no model, so that `perfit-cloud invite`, and a second `serve`, say at once what they have to say.
+Imports no model, so that `perfit-cloud invite` and a second `serve` answer at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FILES = (
 def check_state(state: Path, *, trusts_group: bool) -> None:
     """Raises ConfigError when others could change or swap the folder, or a file of ours in it.
 
-    Whoever could would issue certificates, or put an authority of theirs in its place.
+    They could issue certificates, or put an authority of theirs in its place.
     """
     try:
         _check(state, trusts_group=trusts_group)

@@ -1,6 +1,6 @@
 """Numbers for an operator, in the form that Prometheus reads; docs/operating.md says what each means.
 
-Nothing here tells who called or what about: labels are names of RPCs, limits and engines, and values are
+Nothing here says who called or what about: labels are names of RPCs, limits and engines, and values are
 counts, seconds, bytes and tokens over everybody.
 """
 
@@ -35,15 +35,15 @@ _CALL_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 
 _PASS_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 120)
 
 
-class _Steps(Protocol):
+class _Scheduler(Protocol):
     def health(self) -> EngineHealth: ...
 
 
-class _Adaptations(Protocol):
+class _UpdateEngine(Protocol):
     def bytes_held(self) -> tuple[int, int]: ...
 
 
-class _Turns(Protocol):
+class _DeviceLock(Protocol):
     on_pass: Callable[[str, float], None]
 
     def health(self) -> EngineHealth: ...
@@ -51,12 +51,12 @@ class _Turns(Protocol):
 
 @dataclass(frozen=True)
 class Engines:
-    """Where what is measured of the engines is read."""
+    """The engines that are measured and watched."""
 
     generation: Engine
-    steps: _Steps
-    adaptations: _Adaptations
-    device_lock: _Turns
+    steps: _Scheduler
+    updates: _UpdateEngine
+    device_lock: _DeviceLock
 
     def engine_health(self) -> dict[str, EngineHealth]:
         return {
@@ -69,7 +69,7 @@ class Engines:
 class CallOutcome:
     """How a call ended: the name of its gRPC status."""
 
-    status = "CANCELLED"  # what is never told otherwise ended with its caller
+    status = "CANCELLED"  # unless set, the caller left
 
 
 class Telemetry:
@@ -204,23 +204,23 @@ class _OfEngines(Collector):
         work = GaugeMetricFamily(
             "perfit_engine_work", "Requests or steps in each engine", labels=["engine", "state"]
         )
-        still = GaugeMetricFamily(
+        stalled = GaugeMetricFamily(
             "perfit_engine_still_seconds", "Without progress while there is work", labels=["engine"]
         )
         alive = GaugeMetricFamily("perfit_engine_alive", "0: its thread is gone", labels=["engine"])
         for name, health in engines.engine_health().items():
             work.add_metric([name, "waiting"], health.waiting)
             work.add_metric([name, "running"], health.running)
-            still.add_metric([name], health.stalled_seconds)
+            stalled.add_metric([name], health.stalled_seconds)
             alive.add_metric([name], health.is_alive)
-        kept = GaugeMetricFamily(
+        cached = GaugeMetricFamily(
             "perfit_kept_bytes", "Kept of the examples of updates under way", labels=["where"]
         )
-        for where, taken in zip(("device", "host"), engines.adaptations.bytes_held(), strict=True):
-            kept.add_metric([where], taken)
+        for where, taken in zip(("device", "host"), engines.updates.bytes_held(), strict=True):
+            cached.add_metric([where], taken)
         cache = GaugeMetricFamily(
             "perfit_cache_tokens",
             "Tokens of keys and values set aside for answers under way",
             value=engines.generation.cache_tokens_held,
         )
-        return (work, still, alive, kept, cache)
+        return (work, stalled, alive, cached, cache)

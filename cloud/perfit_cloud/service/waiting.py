@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 class CallWait:
     def __init__(self, call: Call, seconds: float, *, too_slow: str) -> None:
-        """`too_slow`: what the caller is told when the call has lasted `seconds`. Raises Cancelled."""
+        """`too_slow`: the caller's error message when the call has lasted `seconds`. Raises Cancelled."""
         self.left = threading.Event()  # set when nobody waits for answers any more
         self._ends = time.monotonic() + seconds
         self._too_slow = too_slow
@@ -42,7 +42,7 @@ class CallWait:
     def result(self, future: Future[_T]) -> _T:
         """What was computed. Raises TooSlow, Cancelled, and what ended the future.
 
-        No caller should keep the future: its error's frames, and what they hold, would keep each other.
+        A caller must not hold on to the future: it and its error's frames would form a cycle.
         """
         self._future = future
         try:

@@ -49,8 +49,8 @@ _FILES = ("artefact.json", "collective.safetensors", "seed.safetensors")
 def targets(tiny: Tiny, work: Path) -> list[Target]:
     base = load_base(str(tiny.model))
     artefacts = [Artefact.load(folder) for folder in tiny.artefacts]
-    served = Catalog.build(CloudConfig(model="tiny", new_tokens=16, examples=8), base, artefacts, "0" * 32)
-    codec = _Codec(served)
+    catalog = Catalog.build(CloudConfig(model="tiny", new_tokens=16, examples=8), base, artefacts, "0" * 32)
+    codec = _Codec(catalog)
     known = Known.of(artefacts[0].name, artefacts[0].version, artefacts[0].spec)
     hints = hints_for(known)
     csr = Identity.create().csr()
@@ -63,17 +63,17 @@ def targets(tiny: Tiny, work: Path) -> list[Target]:
         Target("cloud: shift specs", 2, messages(pb.ShiftSpec, hints), lambda m: str(decode_spec(m))[:9]),
         Target("cloud: certificate requests", 3, edited([csr, csr + b"\0"]), _csr),
         Target("cloud: certificates", 3, edited(_certificates(work)), _certificate),
-        *counts.targets(served),
+        *counts.targets(catalog),
         Target("artefact folders", 3, _folders(tiny), _Folder(tiny, work / "artefact").check),
     ]
 
 
 class _Codec:
-    def __init__(self, served: Catalog) -> None:
-        self._served = served
-        self._limits: Limits = served.limits
-        self._base: BaseModel = served.base
-        self._reader = PromptReader(served.base, served.limits)
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._limits: Limits = catalog.limits
+        self._base: BaseModel = catalog.base
+        self._reader = PromptReader(catalog.base, catalog.limits)
 
     def generate(self, message: pb.GenerateRequest) -> None:
         self._shift(message.shift)
@@ -99,17 +99,17 @@ class _Codec:
             self._ids(target, self._limits.new_tokens + 1)
 
     def step(self, message: pb.AdaptStep) -> None:
-        artefact = next(iter(self._served.artefacts.values()))
+        artefact = next(iter(self._catalog.artefacts.values()))
         rows, tensors = decode_step(message, artefact.spec, 5)
         tensors.check(artefact.spec, artefact.spec.personal_rank)
         if not rows or len(set(rows)) != len(rows) or not all(0 <= row < 5 for row in rows):
             raise Unsound("rows that are no examples")
 
     def _shift(self, message: pb.Shift) -> None:
-        use = decode_shift(message, self._served.artefacts)
+        use = decode_shift(message, self._catalog.artefacts)
         if use.personal is not None and use.artefact is not None:
             use.personal.check(use.artefact.spec, use.artefact.spec.personal_rank)
-            find_version(message.artefact, message.version, self._served.artefacts)
+            find_version(message.artefact, message.version, self._catalog.artefacts)
 
     def _ids(self, ids: list[int], most: int) -> None:
         vocabulary = self._base.model.config.vocab_size

@@ -77,9 +77,9 @@ def _reached(kind: Descriptor) -> list[tuple[tuple[int, ...], Descriptor]]:
     return found
 
 
-def targets(served: Catalog) -> list[Target]:
+def targets(catalog: Catalog) -> list[Target]:
     devices, strangers = (
-        MessageBounds.of_devices(served.limits, served.tensor_bytes),
+        MessageBounds.of_devices(catalog.limits, catalog.tensor_bytes),
         MessageBounds.of_enrolment(),
     )
 

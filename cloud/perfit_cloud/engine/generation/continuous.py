@@ -1,8 +1,9 @@
 """Continuous batching: answers for many devices from one batch, each with its own shift.
 
 Every pass takes one token of each answer under way and parts of the prompts that are still to be read,
-packed without padding. Before a pass the engine tells the hooks which rows are intervened prompt positions,
-and whose. Decoded tokens are never intervened on, so a pass without prompts runs as if there were no hooks.
+packed without padding. Before a pass the engine gives the hooks the rows of intervened prompt positions,
+and whose they are. Decoded tokens are never intervened on, so a pass without prompts runs as if there were
+no hooks.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from typing import Any
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.fairness import Reading, in_turns
+from perfit_cloud.engine.fairness import PrefillScheduler, round_robin
 from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine
 from perfit_cloud.engine.generation.sampling import draw, log_probabilities
 from perfit_cloud.engine.interface import GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import BaseModel, depends_on_length
+from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.blocks import depends_on_length
 from perfit_cloud.model.forward import forward
 from perfit_cloud.model.interventions import active_interventions, groups_of
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache, Slot, attend_over_cache
 
 __all__ = ["GenerationEngine", "can_share"]
 
-_SHARERS = 4  # a pass reads this many prompts side by side, where there are as many
+_PROMPTS_A_PASS = 4  # a pass reads this many prompts side by side, where there are as many
 
 
 class GenerationEngine(OwnEngine):
@@ -46,13 +48,10 @@ class GenerationEngine(OwnEngine):
         super().__init__(base, artefacts, settings, device_lock)
         attend_over_cache(self._model)
         self._kv_cache = KVCache(settings.cache_tokens)
-        self._places: dict[
-            GenerationRequest, Slot
-        ] = {}  # of the requests in the batch, in the order they came
-        self._newest: dict[
-            GenerationRequest, int
-        ] = {}  # the token that the next pass reads, of answers under way
-        self._reading = Reading()
+        self._slots: dict[GenerationRequest, Slot] = {}  # by request in the batch, oldest first
+        # By answer under way: the token that the next pass reads.
+        self._newest: dict[GenerationRequest, int] = {}
+        self._prefills = PrefillScheduler()
         # With `settings.alone`, `_share` counts the seconds of each owner's passes; else it is not used.
 
     @property
@@ -60,7 +59,7 @@ class GenerationEngine(OwnEngine):
         return self._kv_cache.held
 
     def _has_work(self) -> bool:
-        return bool(self._waiting or self._places)
+        return bool(self._waiting or self._slots)
 
     def _round(self) -> None:
         self._admit()
@@ -78,8 +77,8 @@ class GenerationEngine(OwnEngine):
         read = Counter[str]()
         for request, count in reading.items():
             read[request.owner] += count
-        owners = {request.owner for request in self._places}
-        self._reading.done(read, seconds, speaks=len(reading) < len(plan), owners=owners)
+        owners = {request.owner for request in self._slots}
+        self._prefills.done(read, seconds, decodes=len(reading) < len(plan), owners=owners)
         if self.settings.alone:
             for owner in {request.owner for request in plan}:
                 self._share.charge(owner, seconds)
@@ -89,10 +88,10 @@ class GenerationEngine(OwnEngine):
 
     def _rest(self) -> None:
         super()._rest()
-        self._reading.rest()
+        self._prefills.rest()
 
     def _drop(self) -> None:
-        self._places.clear()
+        self._slots.clear()
         self._newest.clear()
         self._kv_cache.clear()
 
@@ -102,28 +101,28 @@ class GenerationEngine(OwnEngine):
 
     def _release(self, request: GenerationRequest) -> None:
         self._newest.pop(request, None)
-        self._kv_cache.free(self._places.pop(request))
+        self._kv_cache.free(self._slots.pop(request))
 
     def _admit(self) -> None:
-        """Free the places of those who left, and take in those who wait, as far as there is room.
+        """Free the slots of those who left, and admit those who wait while there is room.
 
-        The owner who holds least of the cache is next, and nobody overtakes it when there is no room for it.
+        The owner who holds least of the cache is next. Nobody overtakes it when there is no room for it.
         """
-        for request in [r for r in self._places if r.has_left]:
+        for request in [r for r in self._slots if r.has_left]:
             self._release(request)
         while True:
             with self._changed:
                 if not self._waiting:
                     return
                 held = Counter[str]()
-                for placed in self._places:
-                    held[placed.owner] += len(placed.prompt) + placed.sampling.max_new_tokens
+                for running in self._slots:
+                    held[running.owner] += len(running.prompt) + running.sampling.max_new_tokens
                 request = min(self._waiting, key=lambda waiting: held[waiting.owner])
-            # Outside of the condition: growing the cache takes time, and callers would have to wait.
-            place = self._kv_cache.allocate(len(request.prompt) + request.sampling.max_new_tokens)
-            if place is None:
+            # Not under the condition: growing the cache takes time, and callers would wait.
+            slot = self._kv_cache.allocate(len(request.prompt) + request.sampling.max_new_tokens)
+            if slot is None:
                 return
-            self._places[request] = place
+            self._slots[request] = slot
             with self._changed:
                 if request in self._waiting:
                     self._waiting.remove(request)
@@ -133,20 +132,20 @@ class GenerationEngine(OwnEngine):
     def _plan(self) -> dict[GenerationRequest, int]:
         """How many tokens of each request the next pass takes.
 
-        One token of every answer under way. The prompts whose turn it is share the rest of the pass, so that
-        a short prompt does not wait for a long one, and a long one goes on all the while.
+        Every answer under way takes one token. The next prompts share the rest of the pass: a short prompt
+        does not wait for a long one, and the long one goes on meanwhile.
         """
         if self.settings.alone:
             return self._plan_for_one()
         plan = dict.fromkeys(self._newest, 1)
         room = max(1, self.settings.batch_tokens - len(plan))
-        least = max(1, room // _SHARERS)
+        least = max(1, room // _PROMPTS_A_PASS)
         sampled = {request.owner for request in plan}
-        prompts = [request for request in self._places if request not in plan]
-        reading = self._reading.order(prompts, sampled)
+        prompts = [request for request in self._slots if request not in plan]
+        reading = self._prefills.order(prompts, sampled)
         for number, request in enumerate(reading):
             share = max(least, room // (len(reading) - number))
-            count = min(len(request.prompt) - self._places[request].length, share, room)
+            count = min(len(request.prompt) - self._slots[request].length, share, room)
             plan[request] = count
             room -= count
             if not room:
@@ -155,12 +154,12 @@ class GenerationEngine(OwnEngine):
 
     def _plan_for_one(self) -> dict[GenerationRequest, int]:
         """The next tokens of one request, as many as if there were no other."""
-        self._share.wanted_by(request.owner for request in self._places)
-        for request in in_turns(self._places, self._share)[:1]:
-            self._places[request] = self._places.pop(request)  # to the end of its owner's line
+        self._share.wanted_by(request.owner for request in self._slots)
+        for request in round_robin(self._slots, self._share)[:1]:
+            self._slots[request] = self._slots.pop(request)  # to the end of its owner's queue
             if request in self._newest:
                 return {request: 1}
-            left = len(request.prompt) - self._places[request].length
+            left = len(request.prompt) - self._slots[request].length
             return {request: min(left, self.settings.batch_tokens)}
         return {}
 
@@ -169,16 +168,15 @@ class GenerationEngine(OwnEngine):
         """One pass. Gives logits (n, V), and the n requests whose next token they choose."""
         requests, device = list(plan), self._base.device
         kv_cache = BatchMetadata(
-            [self._places[r] for r in requests], list(plan.values()), device, alone=self.settings.alone
+            [self._slots[r] for r in requests], list(plan.values()), device, alone=self.settings.alone
         )
         ids: list[int] = []
         marks: dict[GenerationRequest, list[int]] = {}
-        sampled: list[
-            tuple[GenerationRequest, int]
-        ] = []  # who gets a token, and its place in the pass's order
+        # Who gets a token, and its index in the pass's order.
+        sampled: list[tuple[GenerationRequest, int]] = []
         for at, number in enumerate(kv_cache.order):
             request, count = requests[number], plan[requests[number]]
-            start, row = self._places[request].length, len(ids)
+            start, row = self._slots[request].length, len(ids)
             if request in self._newest:
                 ids.append(self._newest[request])
                 sampled.append((request, at))
@@ -205,9 +203,8 @@ class GenerationEngine(OwnEngine):
 def can_share(base: BaseModel) -> bool:
     """Whether packed requests get from this model what each would get alone.
 
-    Tries it: two prompts in parts, then one token more, must give the logits of the model as it is. So
-    short a trial cannot see windows of attention, so every block must also tell its attention the window
-    that the configuration has.
+    Tries it: two prompts in parts, then one token more, must give the model's own logits. The trial is too
+    short to see attention windows, so every block must also pass the window of the configuration.
     """
     config = base.model.config.get_text_config()
     if not getattr(base.model, "_supports_attention_backend", False) or depends_on_length(base.model):
@@ -216,11 +213,13 @@ def can_share(base: BaseModel) -> bool:
     with torch.no_grad(), suppress(Exception):
         model, kv_cache = base.share_weights(), KVCache(128)
         attend_over_cache(model)
-        places = [kv_cache.allocate(len(prompt)) for prompt in prompts]
+        slots = [kv_cache.allocate(len(prompt)) for prompt in prompts]
         found: list[torch.Tensor] = []
         for cut in (slice(None, -1), slice(-1, None)):
             parts = [prompt[cut] for prompt in prompts]
-            step = BatchMetadata([p for p in places if p is not None], list(map(len, parts)), base.device)
+            step = BatchMetadata(
+                [slot for slot in slots if slot is not None], list(map(len, parts)), base.device
+            )
             packed = [i for number in step.order for i in parts[number]]
             logits = model(
                 input_ids=torch.tensor([packed], device=base.device),

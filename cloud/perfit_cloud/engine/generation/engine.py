@@ -1,4 +1,4 @@
-"""What both engines of our own have in common: requests, places, a thread, streams."""
+"""What both of our own engines share: requests, admission, a thread, streams."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from perfit_shared.types import Mode, Sampling
 __all__ = ["GenerationRequest", "OwnEngine", "intervention", "sampler_of"]
 
 _log = logging.getLogger(__name__)
-_BUSY_MS = 1000  # what a refused request is told to wait
+_BUSY_MS = 1000  # before a refused request may retry
 
 
 def intervention(
@@ -79,7 +79,7 @@ class OwnEngine(ABC):
         settings: GenerationSettings,
         device_lock: DeviceLock | None = None,
     ) -> None:
-        """`turns`: of all engines on the base's device."""
+        """All engines on the base's device share `device_lock`."""
         self.settings = settings
         self._base, self._device_lock = base, device_lock or DeviceLock()
         self._end_ids = frozenset(base.end_ids)
@@ -90,9 +90,9 @@ class OwnEngine(ABC):
         self._collective = {name: to_torch(a.collective, base.device) for name, a in artefacts.items()}
         self._changed = threading.Condition()
         # Both are changed under the condition alone.
-        self._requests: set[GenerationRequest] = set()  # all that hold a place
-        self._waiting: deque[GenerationRequest] = deque()  # those of them that no pass has seen
-        self._share = FairShare()  # of what the subclass shares out by owner
+        self._requests: set[GenerationRequest] = set()  # all in flight
+        self._waiting: deque[GenerationRequest] = deque()  # those that no pass has seen
+        self._share = FairShare()  # of what the subclass divides among owners
         self._thread: threading.Thread | None = None
         self._is_stopped = False
         self._moved = time.monotonic()  # when it last began a round or made a token
@@ -115,11 +115,11 @@ class OwnEngine(ABC):
 
     @property
     def cache_tokens_held(self) -> int:
-        """Tokens that have a place in a cache of our own; the model library's caches are not counted."""
+        """Tokens reserved in a cache of our own. The model library's caches are not counted."""
         return 0
 
     def health(self) -> EngineHealth:
-        """Does not take the condition: a thread that is stuck may hold it."""
+        """Does not take the condition, which a stuck thread may hold."""
         held, waiting, thread = len(self._requests), len(self._waiting), self._thread
         is_alive = not self._is_stopped and not (held and thread is not None and not thread.is_alive())
         return EngineHealth(
@@ -163,7 +163,7 @@ class OwnEngine(ABC):
         self._share.wanted_by(())
 
     def _end(self, request: GenerationRequest) -> None:
-        """Its last token is there. Gives up its place first, so that who reads the token finds it free."""
+        """The last token is there. Frees the request first, so that whoever reads the token finds room."""
         with self._changed:
             self._requests.discard(request)
 
@@ -214,8 +214,8 @@ class OwnEngine(ABC):
             stream=TextStream(self._base, len(prompt), sampling, leave),
             owner=owner,
         )
-        # Weak, or request and stream would refer to each other. What a request holds must go with the
-        # engine's last use of it, and not at some later collection of cycles.
+        # Weak, or request and stream would form a cycle, and what a request holds would outlive the
+        # engine's last use of it until the next garbage collection.
         known = weakref.ref(request)
         return request
 
@@ -226,7 +226,7 @@ class OwnEngine(ABC):
                 self._requests.discard(request)
                 if request in self._waiting:
                     self._waiting.remove(request)
-                self._changed.notify()  # its place can be given to someone who waits
+                self._changed.notify()  # a waiting request may have its room
 
     def _ensure_thread(self) -> None:
         """Called under the condition. Raises Unavailable."""
@@ -253,7 +253,7 @@ class OwnEngine(ABC):
             self._fail()
 
     def _rounds(self) -> None:
-        """While there is work; others get the device between two rounds, if they had less of it."""
+        """Run rounds while there is work. Between two, others get the device if they had less of it."""
         while not self._is_stopped and self._has_work():
             self._moved = time.monotonic()
             self._round()
@@ -276,7 +276,7 @@ class OwnEngine(ABC):
             self._drop()
         except Exception as error:
             _log.error("what answers left cannot be dropped: %s", error_location(error))
-            with self._changed:  # a device that cannot even forget will not answer either
+            with self._changed:  # a device that cannot drop its caches cannot answer either
                 self._is_stopped = True
         for request in requests:
             request.stream.fail()

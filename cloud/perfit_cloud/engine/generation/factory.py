@@ -37,5 +37,5 @@ def build_engine(
     device_lock: DeviceLock | None = None,
     name: str = "auto",
 ) -> Engine:
-    """An engine of `engine_kind`. `turns`: of all engines on the base's device."""
+    """An engine of `engine_kind`. All engines on the base's device share `device_lock`."""
     return engine_kind(base, name)(base, artefacts, settings, device_lock)

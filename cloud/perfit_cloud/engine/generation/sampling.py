@@ -16,9 +16,7 @@ from perfit_shared.types import Sampling
 
 __all__ = ["Sampler", "draw", "log_probabilities"]
 
-
-# Top-k and top-p look at this many of the likeliest tokens at most. Sorting more for every token of an answer
-# would keep everybody waiting.
+# The most tokens that top-k and top-p look at. Sorting more for every token would stall the batch.
 _CANDIDATES = 1024
 
 

@@ -3,7 +3,7 @@
 For research, where all prompts are known beforehand, and to serve families that continuous batching
 does not take. Prompts are padded on the left. Shifts are active for one forward pass, that of the prompts:
 decoded tokens are never intervened on. The family's capabilities say which prompts may share a batch, and
-whether `generate` may keep keys and values between passes.
+whether `generate` may cache keys and values between passes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from perfit_cloud.engine.device_lock import DeviceLock
-from perfit_cloud.engine.fairness import in_turns
+from perfit_cloud.engine.fairness import round_robin
 from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine, intervention, sampler_of
 from perfit_cloud.engine.generation.sampling import Sampler, draw, log_probabilities
 from perfit_cloud.engine.generation.stream import AnswerText, finish_of
@@ -66,7 +66,7 @@ def generate_batch(
     artefacts = {id(use.artefact): use.artefact for use in uses if use.artefact is not None}
     collective = {key: to_torch(artefact.collective, base.device) for key, artefact in artefacts.items()}
     rows = [
-        _Whole(
+        _TextRow(
             prompt, intervention(use, len(prompt), lambda of: collective[id(of)], base.device), sampling, base
         )
         for prompt, use, sampling in zip(prompts, uses, samplings, strict=True)
@@ -81,7 +81,7 @@ def generate_batch(
 
 
 class BatchedEngine(OwnEngine):
-    """Static batches: who comes while one runs waits for its end. For every family."""
+    """Static batches, for every family. A request that comes while one runs waits for its end."""
 
     continuous = False
 
@@ -106,9 +106,9 @@ class BatchedEngine(OwnEngine):
         if members:
             _generate(
                 self._model,
-                [_Served(request, self._produced, lambda: self._is_stopped) for request in members],
+                [_StreamedRow(request, self._produced, lambda: self._is_stopped) for request in members],
                 caches=self._base.capabilities.caches,
-                tells=self.settings.log_probabilities,
+                with_log_probabilities=self.settings.log_probabilities,
                 between=self._device_lock.yield_to_waiting,
             )
 
@@ -118,7 +118,7 @@ class BatchedEngine(OwnEngine):
             self._share.wanted_by(request.owner for request in self._waiting)
             members: list[GenerationRequest] = []
             later: list[GenerationRequest] = []
-            for request in in_turns(self._waiting, self._share):
+            for request in round_robin(self._waiting, self._share):
                 (members if self._fits(members, request) else later).append(request)
             self._waiting = deque(request for request in self._waiting if request in later)
         return members
@@ -134,7 +134,7 @@ class BatchedEngine(OwnEngine):
         return not self.settings.alone and self._base.capabilities.answers.fits(lengths)
 
     def _drop(self) -> None:
-        """All that was held lay in `generate`."""
+        """Nothing: all that was held lay in `generate`."""
 
 
 class _Row(ABC):
@@ -155,7 +155,7 @@ class _Row(ABC):
         """Its next token."""
 
 
-class _Served(_Row):
+class _StreamedRow(_Row):
     """A row whose tokens go out as they come."""
 
     def __init__(
@@ -176,7 +176,7 @@ class _Served(_Row):
         self._is_done = self._produced(self._request, token, log_probability)
 
 
-class _Whole(_Row):
+class _TextRow(_Row):
     """A row whose text is wanted when it is over."""
 
     def __init__(self, prompt: list[int], shift: Intervention, sampling: Sampling, base: BaseModel) -> None:
@@ -205,12 +205,12 @@ def _generate(
     rows: Sequence[_Row],
     *,
     caches: bool,
-    tells: bool = False,
+    with_log_probabilities: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> None:
     """One `generate` on a model whose hooks are on; calls `between` its passes.
 
-    `tells`: whether rows get the log-probabilities of their tokens.
+    `with_log_probabilities`: whether rows get the log-probabilities of their tokens.
     Without caches every pass reads the prompts again, and they are shifted again.
     """
     prompts = [row.prompt for row in rows]
@@ -224,16 +224,16 @@ def _generate(
             ((row.shift, [start + p for p in row.shift.positions]) for start, row in shifted), model.device
         )
 
-    with ExitStack() as book:
+    with ExitStack() as active:
 
         def after(length: int) -> None:
-            book.close()  # harmless when repeated
+            active.close()  # may be repeated
             if not caches:
-                book.enter_context(active_interventions(groups(length + 1)))
+                active.enter_context(active_interventions(groups(length + 1)))
             between()
 
-        book.enter_context(active_interventions(groups(ids.shape[1])))
-        choice = _Choice(rows, after, tells=tells)
+        active.enter_context(active_interventions(groups(ids.shape[1])))
+        choice = _Choice(rows, after, with_log_probabilities)
         model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -254,17 +254,19 @@ def _starts(prompts: Sequence[list[int]], length: int) -> list[int]:
 class _Choice(LogitsProcessor):  # type: ignore[misc]
     """Leaves the chosen token alone in the scores; `generate` takes the arg-max."""
 
-    def __init__(self, rows: Sequence[_Row], after: Callable[[int], None], *, tells: bool) -> None:
+    def __init__(
+        self, rows: Sequence[_Row], after: Callable[[int], None], with_log_probabilities: bool
+    ) -> None:
         """`after` is called behind every pass, with the tokens that a row has so far."""
-        self._rows, self._after, self._tells = rows, after, tells
+        self._rows, self._after, self._with_log_probabilities = rows, after, with_log_probabilities
         self.log_probabilities: list[float] | None = None  # of the chosen tokens
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self._after(ids.shape[1])
         samplers = [None if row.is_over else row.sampler for row in self._rows]
-        if any(samplers) or self._tells:
+        if any(samplers) or self._with_log_probabilities:
             chosen = draw(scores, samplers)
-            if self._tells:
+            if self._with_log_probabilities:
                 self.log_probabilities = log_probabilities(scores, chosen)
             scores.fill_(-torch.inf)
             scores[range(len(chosen)), chosen] = 0

@@ -62,7 +62,7 @@ class TextStream(Iterator[Chunk]):
     def __init__(
         self, base: BaseModel, prompt_tokens: int, sampling: Sampling, leave: Callable[[], None]
     ) -> None:
-        """`leave`: frees the request's place in the engine; may be called more than once."""
+        """`leave`: frees the request in the engine; may be called more than once."""
         self.log_probabilities: list[float] = []
         self._answer = AnswerText(base, prompt_tokens, sampling)
         self._one_by_one = bool(sampling.stop)
@@ -106,7 +106,7 @@ class TextStream(Iterator[Chunk]):
         raise StopIteration
 
     def cancel(self) -> None:
-        """Free the request's place. Harmless when the answer is over."""
+        """Free the request in the engine. Harmless when the answer is over."""
         self._is_over = True
         self._leave()
         self._tokens.put(None)  # wakes a reader in another thread

@@ -1,4 +1,4 @@
-"""Activations that training cannot change, cached by example, and passes that are joined from them.
+"""Activations that training cannot change, cached by example, and passes built from them.
 
 A shift changes hidden states from the first intervened token and the first intervened block on. So of
 an example with prompt p and target t, a pass needs
@@ -28,7 +28,7 @@ from perfit_cloud.model.interventions import Shift, ShiftGroup, shift_rows
 from perfit_cloud.model.partial import Indices, Packing, PartialDecoder, ragged
 from perfit_shared.positions import Positions
 
-__all__ = ["ActivationCache", "Examples", "Joined", "Part", "join", "keep", "kept_bytes"]
+__all__ = ["ActivationCache", "Examples", "Joined", "Part", "build_cache", "cache_bytes", "join"]
 
 
 class Examples:
@@ -62,13 +62,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class ActivationCache:
-    """Cached rows and pasts of some examples, one behind another; *place* i is the i-th of them."""
+    """Cached rows and pasts of some examples, one behind another. *Entry* i is the i-th example."""
 
     layer: int  # the first intervened block, whose output the rows are
     is_shifted: bool  # whether φ₁ of that block is applied to them
     hidden: Tensor  # (R, d)
     past: dict[int, tuple[Tensor, Tensor]]  # by later block: keys and values (Q, width)
-    first_row: Indices  # by place
+    first_row: Indices  # by entry
     first_past: Indices
 
     def erase(self) -> None:
@@ -76,13 +76,15 @@ class ActivationCache:
         for tensor in (self.hidden, *(t for pair in self.past.values() for t in pair)):
             tensor.zero_()
 
-    def moved(self, places: Indices, rows: Indices, starts: Indices, device: torch.device) -> ActivationCache:
-        """A copy on `device` of the examples at these places, which have so many rows and past tokens."""
-        past_from = self.first_past[places]
+    def moved(
+        self, entries: Indices, rows: Indices, starts: Indices, device: torch.device
+    ) -> ActivationCache:
+        """Copy these entries, which have so many rows and past tokens, to `device`."""
+        past_from = self.first_past[entries]
         return ActivationCache(
             layer=self.layer,
             is_shifted=self.is_shifted,
-            hidden=_runs(self.hidden, self.first_row[places], rows, device),
+            hidden=_runs(self.hidden, self.first_row[entries], rows, device),
             past={
                 block: (_runs(keys, past_from, starts, device), _runs(values, past_from, starts, device))
                 for block, (keys, values) in self.past.items()
@@ -93,31 +95,31 @@ class ActivationCache:
 
 
 class Part(NamedTuple):
-    """Examples of one owner, and at which places of a cache they lie."""
+    """Examples of one owner, and their entries in a cache."""
 
     examples: Examples
     which: Indices
-    kept: ActivationCache
-    places: Indices
+    cache: ActivationCache
+    entries: Indices
 
 
 # -- filling -----------------------------------------------------------------------------------------
 
 
-def kept_bytes(tail: PartialDecoder, examples: Examples, layer: int) -> Indices:
-    """Bytes that `keep` takes for each example."""
-    of_row = tail.hidden_size * tail.dtype.itemsize
-    of_past = 2 * tail.past_width * tail.dtype.itemsize * (tail.blocks - layer - 1)
+def cache_bytes(decoder: PartialDecoder, examples: Examples, layer: int) -> Indices:
+    """Bytes of each example in a cache."""
+    of_row = decoder.hidden_size * decoder.dtype.itemsize
+    of_past = 2 * decoder.past_width * decoder.dtype.itemsize * (decoder.blocks - layer - 1)
     taken: Indices = examples.rows * of_row + examples.starts * of_past
     return taken
 
 
-def keep(
-    tail: PartialDecoder,
+def build_cache(
+    decoder: PartialDecoder,
     examples: Examples,
     which: Indices,
     layer: int,
-    caps: BatchBudget,
+    budget: BatchBudget,
     *,
     collective: Shift | None,
     working: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -125,45 +127,46 @@ def keep(
 ) -> ActivationCache:
     """Compute rows and pasts of examples `which`, on their device or (`spill`) in host memory.
 
-    `layer`: the first intervened block. `collective`: the shift that its rows get; None: none, so that it
-    can be trained. `caps`: of one pass. `working` is entered for each pass, and what it raises ends it.
+    `layer` is the first intervened block. `collective` is the shift applied to its rows; None leaves them
+    unshifted, so that φ₁ can be trained. `budget` bounds each pass. `working` is entered for each pass, and
+    what it raises ends the build.
     """
     device = examples.ids.device
     rows, starts = examples.rows[which], examples.starts[which]
 
     def store(count: int, width: int) -> Tensor:
-        """Zeros: passes fill it one by one, and new tensors show what memory held before."""
-        if spill:  # locked in memory, or a copy from there would wait for the CPU
-            return torch.zeros(count, width, dtype=tail.dtype, pin_memory=device.type == "cuda")
-        return torch.zeros(count, width, dtype=tail.dtype, device=device)
+        """Zeros, because passes fill it one by one, and an empty tensor shows what memory held before."""
+        if spill:  # pinned, or a copy to the device would wait for the CPU
+            return torch.zeros(count, width, dtype=decoder.dtype, pin_memory=device.type == "cuda")
+        return torch.zeros(count, width, dtype=decoder.dtype, device=device)
 
     past_tokens = int(starts.sum())
-    kept = ActivationCache(
+    cache = ActivationCache(
         layer=layer,
         is_shifted=collective is not None,
-        hidden=store(rows.sum(), tail.hidden_size),
+        hidden=store(rows.sum(), decoder.hidden_size),
         past={
-            later: (store(past_tokens, tail.past_width), store(past_tokens, tail.past_width))
-            for later in range(layer + 1, tail.blocks)
+            later: (store(past_tokens, decoder.past_width), store(past_tokens, decoder.past_width))
+            for later in range(layer + 1, decoder.blocks)
         },
         first_row=_first(rows),
         first_past=_first(starts),
     )
     lengths = rows + starts
     try:
-        for places in caps.cut(lengths, lengths):
+        for entries in budget.cut(lengths, lengths):
             with working(), torch.no_grad():
-                _fill(tail, Part(examples, which[places], kept, places), collective)
+                _fill(decoder, Part(examples, which[entries], cache, entries), collective)
     except BaseException:
-        kept.erase()
+        cache.erase()
         raise
-    return kept
+    return cache
 
 
-def _fill(tail: PartialDecoder, part: Part, collective: Shift | None) -> None:
-    """Run whole examples up to the first intervened block and, for their pasts, the past on to the end."""
-    examples, which, kept, places = part
-    device, store, layer = examples.ids.device, kept.hidden.device, kept.layer
+def _fill(decoder: PartialDecoder, part: Part, collective: Shift | None) -> None:
+    """Run whole examples up to the first intervened block, then their pasts through all later blocks."""
+    examples, which, cache, entries = part
+    device, store, layer = examples.ids.device, cache.hidden.device, cache.layer
     starts, rows = examples.starts[which], examples.rows[which]
     first = _first(starts + rows)  # of each example among the packed rows
 
@@ -171,27 +174,27 @@ def _fill(tail: PartialDecoder, part: Part, collective: Shift | None) -> None:
         return torch.from_numpy(ragged(of, count)).to(device)
 
     none = np.zeros_like(starts)
-    hidden = tail.embed(examples.ids.index_select(0, index(examples.first_id[which], starts + rows)))
-    hidden = tail.run(hidden, range(layer + 1), Packing(none, starts + rows, device))
+    hidden = decoder.embed(examples.ids.index_select(0, index(examples.first_id[which], starts + rows)))
+    hidden = decoder.run(hidden, range(layer + 1), Packing(none, starts + rows, device))
     if collective is not None:
         marks = examples.marks_of(which) + np.repeat(first + starts, examples.marked[which])
         group = ShiftGroup(torch.from_numpy(marks).to(device).unsqueeze(0), None, collective, None)
         hidden = shift_rows(hidden, group, layer)
-    there = index(kept.first_row[places], rows).to(store)
-    kept.hidden.index_copy_(0, there, hidden.index_select(0, index(first + starts, rows)).to(store))
-    if not kept.past or not starts.any():
+    there = index(cache.first_row[entries], rows).to(store)
+    cache.hidden.index_copy_(0, there, hidden.index_select(0, index(first + starts, rows)).to(store))
+    if not cache.past or not starts.any():
         return
-    there = index(kept.first_past[places], starts).to(store)
+    there = index(cache.first_past[entries], starts).to(store)
 
     def capture(block: int, keys: Tensor, values: Tensor) -> None:
-        for cached, new in zip(kept.past[block], (keys, values), strict=True):
+        for cached, new in zip(cache.past[block], (keys, values), strict=True):
             cached.index_copy_(0, there, new.to(store))
 
     behind = starts > 0
     packing = Packing(none[behind], starts[behind], device, capture=capture)
     hidden = hidden.index_select(0, index(first, starts))
-    # Nobody wants the last block's output, only its keys and values.
-    tail.run(hidden, range(layer + 1, tail.blocks), packing, rows=there[:0].to(device))
+    # Only the last block's keys and values are used, not its output.
+    decoder.run(hidden, range(layer + 1, decoder.blocks), packing, rows=there[:0].to(device))
 
 
 # -- joining -----------------------------------------------------------------------------------------
@@ -211,13 +214,13 @@ class Joined:
     labels: Tensor  # (M,) the tokens
     label_owners: Indices  # (M,) 0 … U − 1
 
-    def run(self, tail: PartialDecoder, collective: Shift, personal: Shift | None) -> Tensor:
+    def run(self, decoder: PartialDecoder, collective: Shift, personal: Shift | None) -> Tensor:
         """The last block's output at `label_rows`, (M, d), under φ₂∘φ₁; without tensors, the model's own."""
         both = ShiftGroup(self.index, self.valid, collective, personal)
         first = ShiftGroup(self.index, self.valid, personal or {}, None) if self.is_shifted else both
         hidden = shift_rows(self.hidden, first, self.layer)
-        blocks = range(self.layer + 1, tail.blocks)
-        return tail.run(hidden, blocks, self.packing, groups=[both], rows=self.label_rows)
+        blocks = range(self.layer + 1, decoder.blocks)
+        return decoder.run(hidden, blocks, self.packing, groups=[both], rows=self.label_rows)
 
 
 def join(parts: Sequence[Part], owners: Sequence[int], device: torch.device) -> Joined:
@@ -232,13 +235,13 @@ def join(parts: Sequence[Part], owners: Sequence[int], device: torch.device) -> 
     hidden, labels = [], []
     for part in parts:
         examples, which = part.examples, part.which
-        row_runs = ragged(part.kept.first_row[part.places], examples.rows[which])
-        hidden.append((part.kept.hidden, torch.from_numpy(row_runs).to(device)))
+        row_runs = ragged(part.cache.first_row[part.entries], examples.rows[which])
+        hidden.append((part.cache.hidden, torch.from_numpy(row_runs).to(device)))
         label_runs = ragged(examples.first_label[which], examples.targets[which])
         labels.append((examples.ids, torch.from_numpy(label_runs).to(device)))
     return Joined(
-        layer=parts[0].kept.layer,
-        is_shifted=parts[0].kept.is_shifted,
+        layer=parts[0].cache.layer,
+        is_shifted=parts[0].cache.is_shifted,
         hidden=_gather(hidden),
         packing=Packing(starts, rows, device, past=_past(parts, device) if starts.any() else None),
         index=torch.from_numpy(index).to(device),
@@ -261,12 +264,12 @@ def _past(parts: Sequence[Part], device: torch.device) -> Callable[[int], tuple[
     slots = np.arange(max(start.max() for start in starts) + longest_rows)  # (S,)
     indices = []
     for part, start in zip(parts, starts, strict=True):
-        # Slots behind a past hold its last token again: any finite numbers do.
-        index = part.kept.first_past[part.places, None] + np.minimum(slots, start[:, None] - 1)
+        # Slots behind a past repeat its last token. Any finite numbers would do.
+        index = part.cache.first_past[part.entries, None] + np.minimum(slots, start[:, None] - 1)
         indices.append(torch.from_numpy(index.reshape(-1)).to(device))
 
     def of_layer(layer: int) -> tuple[Tensor, Tensor]:
-        pasts = [part.kept.past[layer] for part in parts]
+        pasts = [part.cache.past[layer] for part in parts]
         keys = _gather([(past[0], index) for past, index in zip(pasts, indices, strict=True)])
         values = _gather([(past[1], index) for past, index in zip(pasts, indices, strict=True)])
         return keys, values
@@ -275,11 +278,11 @@ def _past(parts: Sequence[Part], device: torch.device) -> Callable[[int], tuple[
 
 
 def _by_owner(rows: Indices, owner: Indices, owners: int) -> tuple[Indices, npt.NDArray[np.bool_] | None]:
-    """(index, valid) of a Group from rows sorted by owner, who are 0 … `owners` − 1."""
+    """(index, valid) of a ShiftGroup from rows sorted by owner, who are 0 … `owners` − 1."""
     counts = np.bincount(owner, minlength=owners)
-    places = np.arange(counts.max())
-    index = rows[_first(counts)[:, None] + np.minimum(places, counts[:, None] - 1)]
-    return index, None if counts.min() == counts.max() else places < counts[:, None]
+    entries = np.arange(counts.max())
+    index = rows[_first(counts)[:, None] + np.minimum(entries, counts[:, None] - 1)]
+    return index, None if counts.min() == counts.max() else entries < counts[:, None]
 
 
 def _gather(sources: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -90,7 +90,7 @@ class BatchBudget(NamedTuple):
 def passes(pairs: Sequence[Pair], batching: Batching, most: int = PASS_TOKENS) -> list[list[int]]:
     """Indices of all pairs, shortest first, in forward passes of at most `most` tokens when padded."""
     lengths = np.array([len(prompt) + len(target) for prompt, target in pairs], dtype=np.int64)
-    return [piece.tolist() for piece in BatchBudget.of_whole(batching, most).cut(lengths, lengths)]
+    return [chunk.tolist() for chunk in BatchBudget.of_whole(batching, most).cut(lengths, lengths)]
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Batch:
 
 def make_batch(pairs: Sequence[Pair], positions: Positions, device: torch.device) -> Batch:
     longest = max(len(p) + len(t) for p, t in pairs)
-    keep = max(len(t) for _, t in pairs)
+    width = max(len(t) for _, t in pairs)
     ids, mask, position_ids = left_padded([[*prompt, *target] for prompt, target in pairs])
-    labels = torch.full((len(pairs), keep), -100)
+    labels = torch.full((len(pairs), width), -100)
     rows = []
     for b, (prompt, target) in enumerate(pairs):
         start = longest - len(prompt) - len(target)
-        labels[b, keep - len(target) :] = torch.tensor(target)
+        labels[b, width - len(target) :] = torch.tensor(target)
         rows.append([b * longest + start + i for i in positions.indices(len(prompt))])
     return Batch(ids.to(device), mask.to(device), position_ids.to(device), labels.to(device), rows)
 

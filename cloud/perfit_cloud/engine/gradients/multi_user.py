@@ -23,7 +23,7 @@ from perfit_cloud.model.partial import Indices, PartialDecoder
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["PassResult", "UserBatch", "pass_from_kept", "pass_in_full"]
+__all__ = ["PassResult", "UserBatch", "pass_from_cache", "pass_in_full"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -68,17 +68,17 @@ class PassResult(NamedTuple):
     gradients: dict[int, LayerShift]  # by layer (U, …); empty where nothing was differentiated
 
 
-def pass_from_kept(
-    tail: PartialDecoder, parts: Sequence[Part], owners: Sequence[int], users: UserBatch
+def pass_from_cache(
+    decoder: PartialDecoder, parts: Sequence[Part], owners: Sequence[int], users: UserBatch
 ) -> PassResult:
-    """The blocks above the first intervened one; `owners` (ascending) says whose each part is."""
-    device = parts[0].kept.hidden.device
+    """Run the blocks above the first intervened one. `owners` (ascending) says whose each part is."""
+    device = parts[0].cache.hidden.device
     joined = join(parts, owners, device)
     with torch.set_grad_enabled(users.differentiates):
         personal = users.stacked(device)
-        hidden = joined.run(tail, users.collective, personal)
+        hidden = joined.run(decoder, users.collective, personal)
     weights = users.weights_of(joined.label_owners, device)
-    losses, seed = tail.losses(hidden.detach(), joined.labels, weights)
+    losses, seed = decoder.losses(hidden.detach(), joined.labels, weights)
     targets = np.concatenate([part.examples.targets[part.which] for part in parts])
     examples = np.repeat(np.arange(len(targets)), targets)  # whose each target token is
     # bincount adds in the order of the tokens, on any device.
@@ -89,9 +89,9 @@ def pass_from_kept(
 def pass_in_full(
     base: BaseModel, pairs: Sequence[Pair], owners: Indices, users: UserBatch, positions: Positions
 ) -> PassResult:
-    """All of the model, whose hooks are on; `owners` says whose each pair is.
+    """Run all of the model, whose hooks are on. `owners` says whose each pair is.
 
-    Each of several users has an intervened token; a single one may have none.
+    With several users, each has an intervened token; a single one may have none.
     """
     device = base.device
     batch = make_batch(pairs, positions, device)

@@ -210,11 +210,11 @@ def compute(sums: Iterable[Sum]) -> None:
 def cut_into_passes(shares: Sequence[PassShare]) -> Iterator[list[PassShare]]:
     """Passes over all of this, which is of one kind; examples of like length together whoever asks."""
     whose = np.repeat(np.arange(len(shares)), [len(which) for _, which in shares])
-    places = np.concatenate([which for _, which in shares])
+    members = np.concatenate([which for _, which in shares])
     sizes = [total.session.sizes(total.examples[which]) for total, which in shares]
     rows, lengths = (np.concatenate(of_all) for of_all in zip(*sizes, strict=True))
-    for piece in shares[0][0].session.engine.budget.cut(rows, lengths):
-        yield [(shares[u][0], places[piece[whose[piece] == u]]) for u in np.unique(whose[piece]).tolist()]
+    for chunk in shares[0][0].session.engine.budget.cut(rows, lengths):
+        yield [(shares[u][0], members[chunk[whose[chunk] == u]]) for u in np.unique(whose[chunk]).tolist()]
 
 
 def users_of(shares: Sequence[PassShare]) -> UserBatch:

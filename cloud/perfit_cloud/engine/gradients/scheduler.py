@@ -28,44 +28,44 @@ _STOPPING = "the cloud is stopping; try again later"
 
 
 class GradientScheduler:
-    """A thread that takes, again and again, as much of the waiting requests as a pass holds.
+    """A thread that fills one pass after another from the queue of requests.
 
-    The owner whose requests took least of late goes first, and an owner's requests go in the order they
-    came. Whatever shares a pass with the first and fits beside it whole goes along. A request too big for
-    one pass is cut: while others wait it gets half of each, and goes to the end of the line for the rest.
-    So whoever fits beside it waits for what is at work, and for no other request. The device has a line of
-    its own (`Turns`), in which updates that open stand beside our passes.
+    The owner whose requests took least recently goes first; an owner's requests go in the order they came.
+    Requests that can share the pass and fit whole go along. A request too big for one pass is cut: while
+    others wait it gets half of each pass, and returns to the end of the queue for the rest. So whoever fits
+    beside it waits only for the pass at work. Opening updates queue for the device beside our passes
+    (`DeviceLock`).
     """
 
     def __init__(
         self, engine: UpdateEngine, *, waiting: int = 64, retry_ms: int = 500, alone: bool = False
     ) -> None:
-        """`waiting`: the most requests in line; who comes then is told to come back in `retry_ms`.
+        """`waiting` is the longest queue; who comes then is refused, and may retry after `retry_ms`.
 
-        `alone`: no pass has two requests, and none is cut otherwise because others wait.
+        With `alone` no pass has two requests, and others do not change how a request is cut.
         """
         self._engine, self._most, self._retry_ms, self._alone = engine, waiting, retry_ms, alone
         self._share = FairShare()  # of rows, by the blocks that they run through
         self._changed = threading.Condition()  # of what follows
-        self._line: list[_Task] = []
+        self._queue: list[_Task] = []
         self._is_open = True
         self._moved = time.monotonic()  # when it last began a round
         self._worker = threading.Thread(target=self._work, name="perfit-steps", daemon=True)
         self._worker.start()
 
     @property
-    def keeps(self) -> bool:
-        """As the engine's."""
-        return self._engine.keeps
+    def caches_activations(self) -> bool:
+        """Whether steps run from cached activations."""
+        return self._engine.caches_activations
 
     def health(self) -> EngineHealth:
-        """Without the condition: whoever is stuck may hold it.
+        """Without the condition, which a stuck thread may hold.
 
-        A round waits for one pass each of all who stand before it at the device; as they get on, so does it.
+        A round waits for the passes before it at the device. It counts as progressing while they do.
         """
-        waiting, is_alive = len(self._line), self._is_open and self._worker.is_alive()
-        still = time.monotonic() - max(self._moved, self._engine.moved) if waiting else 0.0
-        return EngineHealth(0, waiting, still, is_alive)
+        waiting, is_alive = len(self._queue), self._is_open and self._worker.is_alive()
+        stalled = time.monotonic() - max(self._moved, self._engine.moved) if waiting else 0.0
+        return EngineHealth(0, waiting, stalled, is_alive)
 
     def open(
         self,
@@ -87,30 +87,30 @@ class GradientScheduler:
     def submit(self, step: GradientRequest, *, loss_only: bool = False) -> Future[Gradient]:
         """The step's loss and gradient (without tensors for `loss_only`), as if it were alone.
 
-        Cancelling the future takes the step out of the line; a pass at work goes on, and closing the
-        session waits for it. Raises Busy or Unavailable, and InvalidInput or InvalidTensors on a step that
-        cannot be; the future may end in any of these but Busy, and in a PerfitError that says what failed
-        where.
+        Cancelling the future takes the step out of the queue; a pass at work goes on, and closing the
+        session waits for it. Raises Busy or Unavailable, and InvalidInput or InvalidTensors on an
+        impossible step. The future may end in any of these but Busy, or in a PerfitError that says what
+        failed where.
         """
         total = Sum(step, differentiate=not loss_only)
-        return self._queue(total, total.gradient)
+        return self._enqueue(total, total.gradient)
 
     def score(self, step: GradientRequest) -> Future[list[Score]]:
         """The log-likelihood of each example; a pass without gradients. Otherwise as `submit`."""
         total = Sum(step, differentiate=False)
-        return self._queue(total, total.scores)
+        return self._enqueue(total, total.scores)
 
-    def _queue(self, total: Sum, found: Callable[[], Any]) -> Future[Any]:
+    def _enqueue(self, total: Sum, found: Callable[[], Any]) -> Future[Any]:
         task = _Task(total, found)
         with self._changed:
             if not self._is_open:
                 raise Unavailable(_STOPPING)
-            self._line = [task for task in self._line if not task.future.cancelled()]
-            if len(self._line) >= self._most:
+            self._queue = [task for task in self._queue if not task.future.cancelled()]
+            if len(self._queue) >= self._most:
                 raise Busy("too many requests wait for the cloud; try again shortly", retry_ms=self._retry_ms)
-            if not self._line:
+            if not self._queue:
                 self._moved = time.monotonic()
-            self._line.append(task)
+            self._queue.append(task)
             self._changed.notify()
         return task.future
 
@@ -128,40 +128,40 @@ class GradientScheduler:
         try:
             while self._round():
                 pass
-        finally:  # however it ends: nobody is left waiting
+        finally:  # nobody is left waiting
             with self._changed:
                 self._is_open = False
-                for task in self._line:
+                for task in self._queue:
                     task.fail(Unavailable(_STOPPING))
-                self._line = []
+                self._queue = []
 
     def _round(self) -> bool:
-        """One pass's worth, in a frame of its own: while the thread waits it holds nobody's tensors."""
+        """Run one pass, in a frame of its own, so that the waiting thread holds nobody's tensors."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line or not self._is_open)
+            self._changed.wait_for(lambda: self._queue or not self._is_open)
             if not self._is_open:
                 return False
-            self._line = [each for each in self._line if not each.future.cancelled()]
+            self._queue = [each for each in self._queue if not each.future.cancelled()]
             taken = self._next()
         self._moved = time.monotonic()
         self._run(taken)
         with self._changed:
-            self._line = [task for task in self._line if task not in taken]
-            self._line += [task for task in taken if not task.future.done()]
-            if not self._line:
+            self._queue = [task for task in self._queue if task not in taken]
+            self._queue += [task for task in taken if not task.future.done()]
+            if not self._queue:
                 self._share.wanted_by(())  # forget who had what
         return True
 
     def _next(self) -> dict[_Task, Indices]:
-        """What the next pass takes on: the first request or a part of it, and others that fit whole."""
+        """What the next pass takes: the first request or a part of it, and others that fit whole."""
         taken: dict[_Task, Indices] = {}
         room = 0
-        self._share.wanted_by(task.owner for task in self._line)
-        for task in sorted(self._line, key=lambda task: self._share.had(task.owner)):
+        self._share.wanted_by(task.owner for task in self._queue)
+        for task in sorted(self._queue, key=lambda task: self._share.had(task.owner)):
             cost = task.cost
             if not taken:
                 kind, room = task.total.kind, task.total.session.engine.budget.rows
-                is_shared = cost > room and len(self._line) > 1 and not self._alone
+                is_shared = cost > room and len(self._queue) > 1 and not self._alone
                 taken[task] = task.take(room // 2 if is_shared else room)
                 room -= room // 2 if is_shared else cost
             elif task.total.kind == kind and cost <= room and not self._alone:
@@ -173,7 +173,7 @@ class GradientScheduler:
         return taken
 
     def _run(self, taken: dict[_Task, Indices]) -> None:
-        """All that was taken, in as many passes as it needs; an end to whoever has nothing left to do."""
+        """Run all that was taken, in as many passes as it needs, and end the requests that are done."""
         tasks = {task.total: task for task in taken}
         if taken:
             for shares in cut_into_passes([(task.total, which) for task, which in taken.items()]):
@@ -182,7 +182,7 @@ class GradientScheduler:
             task.end_if_done()
 
     def _run_pass(self, shares: Sequence[PassShare], tasks: dict[Sum, _Task]) -> None:
-        """What fails is run again, each alone, so that everyone fails for themselves."""
+        """Run a pass. If it fails, run each request alone, so that only the culprit fails."""
         if not shares:
             return
         try:
@@ -196,7 +196,7 @@ class GradientScheduler:
 
 
 class _Task:
-    """A request on its way through the line."""
+    """A request on its way through the queue."""
 
     def __init__(self, total: Sum, found: Callable[[], Any]) -> None:
         """`found`: what the future ends in, once every part is in the sum."""
@@ -212,7 +212,7 @@ class _Task:
 
     @property
     def cost(self) -> int:
-        """Rows still to do."""
+        """Rows stalled to do."""
         return int(self._costs.sum())
 
     def take(self, room: int) -> Indices:

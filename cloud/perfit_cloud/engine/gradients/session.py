@@ -1,4 +1,4 @@
-"""Updates: sessions whose examples are kept between steps, as far as no user's tensors can change them.
+"""Updates: sessions whose examples stay cached between steps, as far as no user's tensors change them.
 
 A step then runs the blocks above the first intervened one, from the first intervened token on, and the head
 on the target tokens: `multi_user`, on what `activation_cache` holds. Families that `model/partial.py` does
@@ -18,10 +18,16 @@ import numpy as np
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock, yield_between_blocks
-from perfit_cloud.engine.gradients.activation_cache import ActivationCache, Examples, Part, keep, kept_bytes
+from perfit_cloud.engine.gradients.activation_cache import (
+    ActivationCache,
+    Examples,
+    Part,
+    build_cache,
+    cache_bytes,
+)
 from perfit_cloud.engine.gradients.batch import PASS_TOKENS, BatchBudget, Pair
 from perfit_cloud.engine.gradients.example_cache import ON_DEVICE, SPILLED, CachedBlock, ExampleCache
-from perfit_cloud.engine.gradients.multi_user import pass_from_kept
+from perfit_cloud.engine.gradients.multi_user import pass_from_cache
 from perfit_cloud.engine.gradients.requests import (
     GradientRequest,
     PassShare,
@@ -43,7 +49,7 @@ from perfit_shared.types import Mode
 __all__ = ["GradientRequest", "UpdateEngine", "UpdateSession"]
 
 
-_BLOCKS = 8  # into which an adaptation's examples are cut at most, to be dropped one by one
+_BLOCKS = 8  # most blocks of a session's examples; blocks are dropped one by one
 
 
 class UpdateSession(Session):
@@ -66,25 +72,7 @@ class UpdateSession(Session):
         self.arrays = Examples(pairs, self.positions, device)
         self.is_constant = self.arrays.marked == 0  # a prompt without an intervened token
         self.cache = ExampleCache(self.arrays)  # changed under the engine's lock
-        self.taken = [0, 0]  # bytes on the device and in host memory, of blocks still to be filled too
-
-    @property
-    def cached_examples(self) -> int:
-        """How many are kept on the model's device. What is neither kept nor spilled is computed anew."""
-        return self.cache.count(ON_DEVICE)
-
-    @property
-    def spilled_examples(self) -> int:
-        """How many are kept in host memory."""
-        return self.cache.count(SPILLED)
-
-    @property
-    def kept_bytes(self) -> int:
-        return self.taken[ON_DEVICE]
-
-    @property
-    def spilled_bytes(self) -> int:
-        return self.taken[SPILLED]
+        self.cached_bytes = [0, 0]  # on the device and in host memory, blocks still to be filled included
 
     @property
     def shared(self) -> Hashable:
@@ -99,7 +87,7 @@ class UpdateSession(Session):
         return self.arrays.rows[which], self.arrays.lengths[which]
 
     def costs(self, which: Indices) -> Indices:
-        """What is not kept has to be computed from its first token on."""
+        """What is not cached is computed from its first token on."""
         rows, lengths = self.sizes(which)
         found: Indices = np.where(self.cache.is_cached(which), rows, lengths)
         return found
@@ -118,17 +106,17 @@ class UpdateSession(Session):
         if not numbers:
             return 0
         block = self.cache.drop(numbers[-1])
-        self.taken[where] -= block.size
+        self.cached_bytes[where] -= block.size
         return block.size
 
     def erase(self) -> None:
-        """Overwrite the tokens, and what they told."""
+        """Overwrite the tokens and the losses."""
         self.arrays.ids.zero_()
         self.constants.fill(0)
 
 
 class UpdateEngine:
-    """Adaptations of one base model. One pass at a time; thread-safe."""
+    """Update sessions over one base model. One pass at a time; thread-safe."""
 
     def __init__(
         self,
@@ -140,36 +128,36 @@ class UpdateEngine:
         pass_tokens: int = PASS_TOKENS,
         parts: int = 0,
     ) -> None:
-        """`keep_bytes`: what all open adaptations together may keep on the model's device.
+        """`keep_bytes` bounds what all open sessions together cache on the model's device.
 
-        Owners share it: one alone may take all, and who comes later takes of those who have more than an
-        even part. With `parts` it is cut into so many, and an adaptation has one, whoever else is there.
+        Owners share it. One alone may take all; a later one takes from those who have more than an even
+        part. With `parts` it is cut into so many equal parts, and every session has one.
 
-        What does not fit when its adaptation opens is kept in host memory as long as `spill_bytes`
-        last, and copied to the device at every step that has it (of no use where the device is the
-        host). The rest is computed anew, through the same code. The past of a long prompt is the
-        big part. `turns`: of all engines on the device. `pass_tokens`: of one pass, beyond one example.
+        `spill_bytes` bounds what sessions cache in host memory because the device had no room. Each step
+        copies it to the device. The rest is computed anew, through the same code. The past of a long prompt
+        is the largest part. All engines on the device share `device_lock`. A pass takes `pass_tokens` at
+        most, or one example.
         """
         self._base = base
         self._device_lock = device_lock or DeviceLock()
         self.stateless = GradientEngine(base, self._device_lock, pass_tokens=pass_tokens)
         self.budget = self.stateless.budget
-        self._tail: PartialDecoder | None = None
+        self._decoder: PartialDecoder | None = None
         if supports(base.model):
             own = base.share_weights()
-            self._tail = PartialDecoder(own)
+            self._decoder = PartialDecoder(own)
             yield_between_blocks(own, self._device_lock)
             self.budget = BatchBudget.of(base.device).within(pass_tokens)
         self._room = [keep_bytes, spill_bytes]
         self._all_room = (keep_bytes, spill_bytes)
         self._room_parts = parts
-        self._state = threading.Lock()  # of what follows, of _room, and of every adaptation's blocks
+        self._state = threading.Lock()  # guards what follows, _room, and the blocks of every session
         self._open: set[UpdateSession] = set()
 
     @property
-    def keeps(self) -> bool:
-        """Whether steps of this model run from what is kept; those of other families run in full."""
-        return self._tail is not None
+    def caches_activations(self) -> bool:
+        """Whether steps run from cached activations. Families that cannot do so run in full."""
+        return self._decoder is not None
 
     @property
     def moved(self) -> float:
@@ -178,15 +166,15 @@ class UpdateEngine:
 
     def depth_above(self, layer: int) -> int:
         """Blocks that a row of a step runs through; the last block's output still goes to the head."""
-        return self._base.blocks if self._tail is None else max(1, self._base.blocks - layer - 1)
+        return self._base.blocks if self._decoder is None else max(1, self._base.blocks - layer - 1)
 
     def bytes_held(self) -> tuple[int, int]:
-        """What all open adaptations keep on the model's device, and in host memory."""
+        """Bytes that all open sessions cache on the model's device, and in host memory."""
         device, host = (whole - left for whole, left in zip(self._all_room, self._room, strict=True))
         return device, host
 
     def close(self) -> None:
-        """Close every adaptation that is still open."""
+        """Close every open session."""
         for session in list(self._open):
             session.close()
         self.stateless.close()
@@ -201,8 +189,8 @@ class UpdateEngine:
     ) -> UpdateSession:
         """Take the examples of an update. Raises InvalidInput when there is none or one is empty.
 
-        Whoever sets `left`, from any thread, has no pass begin for it from then on; it is to be
-        closed all the same. All of one `owner` share the device's time and memory; without one it is its own.
+        Once `left` is set, from any thread, no pass begins for the session; it must be closed all the same.
+        The sessions of one `owner` share the device's time and memory. Without one, a session is its own.
         """
         if not examples or not all(prompt and target for prompt, target in examples):
             raise InvalidInput("an update needs examples, each with a prompt and a target")
@@ -212,8 +200,8 @@ class UpdateEngine:
             self._open.add(session)
         try:
             self._compute_constants(session, left)
-            if self._tail is not None:
-                self._fill(session, self._tail)
+            if self._decoder is not None:
+                self._fill(session, self._decoder)
         except BaseException:
             session.close()
             raise
@@ -222,8 +210,8 @@ class UpdateEngine:
     def gradients(self, steps: Sequence[GradientRequest]) -> list[Gradient]:
         """Each step's mean loss over its target tokens, and its gradient, as if it were alone.
 
-        In this thread. Steps under one artefact share passes. Raises InvalidInput on rows that are not
-        there and on a closed adaptation, InvalidTensors on tensors that are not of the artefact's shapes.
+        Computed in this thread. Steps under one artefact share passes. Raises InvalidInput on unknown rows
+        and on a closed session, InvalidTensors on tensors of other shapes than the artefact's.
         """
         sums = [Sum(step, differentiate=True) for step in steps]
         compute(sums)
@@ -236,7 +224,7 @@ class UpdateEngine:
         return [(found.loss, found.tokens) for found in (total.gradient() for total in sums)]
 
     def run_pass(self, shares: Sequence[PassShare]) -> None:
-        if self._tail is None:
+        if self._decoder is None:
             self.stateless.run_pass(shares)
             return
         with working(self._device_lock, shares):
@@ -245,20 +233,22 @@ class UpdateEngine:
             owners: list[int] = []
             for u, (total, which) in enumerate(shares):
                 session = cast("UpdateSession", total.session)  # no other sessions are ours
-                compute_now = partial(self._activations, self._tail, session)
+                compute_now = partial(self._activations, self._decoder, session)
                 of_user = list(session.cache.parts(total.examples[which], compute_now))
                 parts += of_user
                 owners += [u] * len(of_user)
                 ordered.append((total, _in_order_of(of_user, which, total.examples[which])))
-            outcome = pass_from_kept(self._tail, parts, owners, users_of(shares))
+            outcome = pass_from_cache(self._decoder, parts, owners, users_of(shares))
         add(ordered, outcome)
 
     def _activations(
-        self, tail: PartialDecoder, session: UpdateSession, which: Indices, **options: Any
+        self, decoder: PartialDecoder, session: UpdateSession, which: Indices, **options: Any
     ) -> ActivationCache:
-        """Of these examples, behind φ₁; `options` are those of `keep`."""
+        """Activations of these examples behind φ₁; `options` are those of `build_cache`."""
         shift = session.collective
-        return keep(tail, session.arrays, which, session.layer, self.budget, collective=shift, **options)
+        return build_cache(
+            decoder, session.arrays, which, session.layer, self.budget, collective=shift, **options
+        )
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -269,37 +259,37 @@ class UpdateEngine:
             found = self.stateless.score(pairs, ShiftUse(Mode.BASE), left=left, owner=session.owner)
             session.constants[constant] = [-score.log_likelihood for score in found]
 
-    def _fill(self, session: UpdateSession, tail: PartialDecoder) -> None:
-        """Keep as many examples as there is room for, the cheapest first."""
+    def _fill(self, session: UpdateSession, decoder: PartialDecoder) -> None:
+        """Cache as many examples as there is room for, the cheapest first."""
         arrays = session.arrays
-        costs = kept_bytes(tail, arrays, session.layer)
+        costs = cache_bytes(decoder, arrays, session.layer)
         changing = np.flatnonzero(~session.is_constant)
         order = changing[np.argsort(costs[changing], kind="stable")]
         for where in (ON_DEVICE, SPILLED):
             room = self._room_for(session, where, int(costs[order].sum()))
             with self._state:
                 session.check_open()
-                room = min(room, self._room[where])  # which others may have taken of meanwhile
+                room = min(room, self._room[where])  # others may have taken some meanwhile
                 which = order[costs[order].cumsum() <= room]
-                session.taken[where] = int(costs[which].sum())
-                self._room[where] -= session.taken[where]
+                session.cached_bytes[where] = int(costs[which].sum())
+                self._room[where] -= session.cached_bytes[where]
             order = order[len(which) :]
             count = int(np.clip(arrays.lengths[which].sum() // self.budget.rows, 1, _BLOCKS))
             for part in np.array_split(which, min(count, len(which))) if len(which) else ():
-                self._fill_block(session, tail, part, where, int(costs[part].sum()))
+                self._fill_block(session, decoder, part, where, int(costs[part].sum()))
 
     def _fill_block(
-        self, session: UpdateSession, tail: PartialDecoder, which: Indices, where: int, size: int
+        self, session: UpdateSession, decoder: PartialDecoder, which: Indices, where: int, size: int
     ) -> None:
         working = partial(self._filling, session)
-        kept = self._activations(tail, session, which, working=working, spill=where == SPILLED)
+        activations = self._activations(decoder, session, which, working=working, spill=where == SPILLED)
         with self._state:
             try:
                 session.check_open()
             except InvalidInput:
-                kept.erase()
+                activations.erase()
                 raise
-            session.cache.add(CachedBlock(where, kept, which, size))
+            session.cache.add(CachedBlock(where, activations, which, size))
 
     @contextmanager
     def _filling(self, session: UpdateSession) -> Iterator[None]:
@@ -308,17 +298,17 @@ class UpdateEngine:
             yield
 
     def _room_for(self, session: UpdateSession, where: int, wanted: int) -> int:
-        """Bytes that it may take: what is free, or what others have above an even part and now give up."""
+        """Bytes that the session may take: what is free, and what others give up above an even part."""
         with self._state:
             if self._room_parts:
                 return min(self._room[where], self._all_room[where] // self._room_parts)
             if wanted <= self._room[where] or not self._all_room[where]:
                 return min(wanted, self._room[where])
-        # No pass reads what is dropped.
+        # With the lock held, no pass reads what is dropped.
         with self._device_lock.hold_long({session.owner: 1.0}, session.check_open), self._state:
             held: Counter[str] = Counter()
             for each in self._open:
-                held[each.owner] += each.taken[where]
+                held[each.owner] += each.cached_bytes[where]
             part = self._all_room[where] // len(held)
             most = max(self._room[where], min(wanted, part - held[session.owner]))
             for other in sorted(self._open, key=lambda each: held[each.owner], reverse=True):
@@ -331,7 +321,7 @@ class UpdateEngine:
             return most
 
     def release(self, session: UpdateSession) -> None:
-        """Of an adaptation that closed: overwrite all of it, and take back its room."""
+        """Overwrite a closed session, and take back its room."""
         with self._state:
             if session not in self._open:
                 return
@@ -340,7 +330,7 @@ class UpdateEngine:
             for where in (ON_DEVICE, SPILLED):
                 while freed := session.drop_last(where):
                     self._room[where] += freed
-                self._room[where] += session.taken[where]  # of blocks that never came to be
+                self._room[where] += session.cached_bytes[where]  # of blocks that were never filled
 
 
 def _in_order_of(parts: Sequence[Part], which: Indices, examples: Indices) -> Indices:

@@ -1,4 +1,4 @@
-"""Scores and gradients of requests that bring all that they need; nothing is kept for another."""
+"""Scores and gradients of requests that bring all that they need; nothing is cached between them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StatelessSession(Session):
 
     @property
     def shared(self) -> Hashable:
-        """Nobody else's."""
+        """Shares passes with nobody."""
         return self
 
     @property
@@ -78,13 +78,13 @@ class GradientEngine:
     def __init__(
         self, base: BaseModel, device_lock: DeviceLock | None = None, *, pass_tokens: int = PASS_TOKENS
     ) -> None:
-        """`turns`: of all engines on the base's device. `pass_tokens`: of one pass, beyond a single pair."""
+        """All engines on the device share `device_lock`. A pass takes `pass_tokens` at most, or one pair."""
         most = min(pass_tokens, most_pass_tokens(base.device))
         self.budget = BatchBudget.of_whole(base.capabilities.passes, most)
         self.blocks = base.blocks
         self._base = replace(base, model=base.share_weights())
         self._device_lock = device_lock or DeviceLock()
-        # On every block: a hook whose layer no open book names does nothing.
+        # On every block: a hook does nothing at a layer that no active intervention names.
         self._handles = install(self._base.model, range(base.blocks))
         self._handles += yield_between_blocks(self._base.model, self._device_lock)
 

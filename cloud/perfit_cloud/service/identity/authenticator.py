@@ -1,4 +1,4 @@
-"""What a process that serves knows of identities: who may call, but no key of an authority.
+"""Who may call. A process that serves needs no key of an authority.
 
 It needs the state folder's database and two files, which `Authority.write_serving_files` makes:
 
@@ -42,7 +42,7 @@ class ServerIdentity:
     key_pem: bytes
     certificate_pem: bytes
     starts_at: float  # unix seconds
-    renew_at: float  # half of its life is over
+    renew_at: float  # when half of its life is over
     ends_at: float
 
     @classmethod
@@ -78,9 +78,9 @@ class Authenticator:
 
     @classmethod
     def open(cls, state: Path, *, trusts_group: bool = False) -> Authenticator:
-        """Of a state folder that a process with an `Authority` made; `trusts_group`: its group may write it.
+        """Open a state folder that an `Authority` made. `trusts_group`: its group may write it.
 
-        Raises ConfigError when something is missing, damaged, or others' to write; Busy.
+        Raises ConfigError when a file is missing, damaged or writable by others; Busy.
         """
         check_state(state, trusts_group=trusts_group)
         try:
@@ -94,12 +94,12 @@ class Authenticator:
         return self._device_ca_certificate.public_bytes(serialization.Encoding.PEM)
 
     def ends(self) -> dict[str, float]:
-        """When the certificates of the authorities that it knows end, unix seconds; nothing renews them."""
+        """When the authorities' certificates end, unix seconds. Nothing renews them."""
         return {"device_ca": self._device_ca_certificate.not_valid_after_utc.timestamp()}
 
     @property
     def identities_age_seconds(self) -> float:
-        """Since the store was last looked at for what other processes wrote."""
+        """Since the last look at what other processes wrote to the store."""
         return self._identities.age_seconds
 
     def start(self) -> None:
@@ -111,7 +111,7 @@ class Authenticator:
         self._identities.refresh()
 
     def close(self) -> None:
-        """A call that outlives it, when a server stops, is told so."""
+        """Close the store. Calls that are still open get Unavailable."""
         self._identities.stop()
         self._store.close()
 
@@ -120,7 +120,7 @@ class Authenticator:
     def check(self, certificate: x509.Certificate) -> str:
         """The identity of a caller whose certificate TLS accepted when the channel was opened.
 
-        As things stand now; nothing is waited for. Raises CertificateExpired, CertificateSuperseded,
+        Answers from memory, without waiting. Raises CertificateExpired, CertificateSuperseded,
         IdentityRevoked or NotAuthenticated, Unavailable once closed.
         """
         identity = self.recheck(certificate)
@@ -128,7 +128,7 @@ class Authenticator:
         return identity
 
     def recheck(self, certificate: x509.Certificate) -> str:
-        """The same for a call that is open: a newer certificate lets it end in its own time."""
+        """The same for a call that is open: a newer certificate does not end it."""
         now = time.time()
         if now > certificate.not_valid_after_utc.timestamp():
             raise CertificateExpired("this device's certificate has expired; it can be renewed")
@@ -150,7 +150,7 @@ class Authenticator:
         self._identities.mark_used(identity, generation)
 
     def _state(self, identity: str) -> IdentityState:
-        """Of an identity that is welcome. Raises NotAuthenticated, IdentityRevoked."""
+        """The state of an identity that may call. Raises NotAuthenticated, IdentityRevoked."""
         state = self._identities.get(identity)
         if state is None:
             raise unknown_identity()

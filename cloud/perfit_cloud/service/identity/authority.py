@@ -1,4 +1,4 @@
-"""Who issues certificates: invites, enrolment, renewal, and what the operator says of identities.
+"""Issues certificates: invites, enrolment, renewal, revocation.
 
 A state folder (0700) holds
 
@@ -9,8 +9,8 @@ A state folder (0700) holds
 `perfit-cloud invite` and `revoke` write the database while a server runs; the server sees it within a
 second, and no call waits for the database (`identity_cache`).
 
-A renewal retires what it replaces. Every certificate carries its generation, one more than the newest
-before it; replies get lost, so an older one holds until a newer one was used, and then never again.
+A renewal retires the certificate it replaces. Every certificate carries its generation, one more than the
+newest before it. Replies get lost, so an older one stays valid until a newer one was used.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Authority(Authenticator):
     ) -> None:
         """Open or make the state folder; `trusts_group`: its group may write it.
 
-        Raises ConfigError when it is damaged, cannot be made, or is others' to write; Busy.
+        Raises ConfigError when it is damaged, cannot be made or is writable by others; Busy.
         """
         self._life = datetime.timedelta(seconds=certificate_seconds)
         self._lapse = lapse_seconds
@@ -103,7 +103,7 @@ class Authority(Authenticator):
         return ServerIdentity.of(key, self._server_ca.issue_server(key.public_key(), names, _SERVER_LIFE))
 
     def write_serving_files(self, folder: Path, names: Sequence[str]) -> None:
-        """What a process that only serves needs beside the database; again in time renews its certificate."""
+        """Write the files that a serving process needs. Call again in time to renew its certificate."""
         identity = self.server_identity(names)
         write_private(folder / DEVICE_CA_CERTIFICATE, self.device_ca_pem, replaces=True)
         write_private(folder / SERVER_IDENTITY, identity.key_pem + identity.certificate_pem, replaces=True)
@@ -117,9 +117,10 @@ class Authority(Authenticator):
         return secret, expires
 
     def enroll(self, secret: bytes, csr: bytes) -> bytes:
-        """Certificate in DER for a new identity; the same one again for the same invite and key.
+        """Certificate in DER for a new identity.
 
-        The latter until the certificate was used. Raises InviteRefused, IdentityRevoked or InvalidInput.
+        The same invite and key get the same one again, until it was used. Raises InviteRefused,
+        IdentityRevoked or InvalidInput.
         """
         key = read_csr(csr)
         secret_hash, key_hash = _hash(secret), _hash(_key_bytes(key))
@@ -152,8 +153,7 @@ class Authority(Authenticator):
     def renew(self, certificate: x509.Certificate, csr: bytes) -> bytes:
         """The next certificate of an identity, in DER, against one that may call.
 
-        It retires what came before when it is used for the first time. Raises as `check` does, and
-        InvalidInput.
+        Its first use retires the older ones. Raises as `check` does, and InvalidInput.
         """
         self.check(certificate)
         return self._renew(certificate, read_csr(csr))
@@ -165,13 +165,13 @@ class Authority(Authenticator):
     def renew_lapsed(self, *, certificate: bytes, nonce: bytes, signature: bytes, csr: bytes) -> bytes:
         """The next certificate, against one whose time is over, and proof of its key.
 
-        Also against one whose time has not come, as a clock that was ahead may have made it: no listener
-        takes it. The nonce is spent last: only who would get a certificate makes the store write. Raises
+        A certificate that is not valid yet is accepted, too: a fast clock may have made it, and no listener
+        takes it. The nonce is spent last, so that only a successful renewal writes to the store. Raises
         NotAuthenticated, CertificateExpired, CertificateValid, CertificateSuperseded, IdentityRevoked or
         InvalidInput.
         """
         old = read_certificate(certificate)
-        # Not asked before we know it for ours: a key of a strange kind is an error of the library's.
+        # Only if we issued it: the library raises on keys of unknown kinds.
         key = old.public_key() if self._device_ca.issued(old) else None
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise NotAuthenticated("this cloud did not issue that certificate; enrol with `perfit enroll`")
@@ -215,7 +215,7 @@ class Authority(Authenticator):
     # -- the operator ----------------------------------------------------------------------------
 
     def revoke(self, prefix: str) -> str:
-        """Withdraw the one identity that starts with `prefix`, and return it; again changes nothing.
+        """Withdraw the one identity that starts with `prefix`, and return it. May be repeated.
 
         Raises InvalidInput when the prefix is short or fits several, NotFound when it fits none.
         """
@@ -236,10 +236,10 @@ class Authority(Authenticator):
         return self._store.devices()
 
     def prune(self, day: datetime.date) -> tuple[int, int]:
-        """Delete the identities and invites that nobody could use any more on that day: how many of each.
+        """Delete the identities and invites that had ended by that day; returns how many of each.
 
-        The day is the operator's word: a wrong clock of this machine deletes nothing. Raises InvalidInput
-        when the day is still to come by that clock.
+        The operator names the day, so that a wrong clock deletes nothing. Raises InvalidInput when the day is
+        in the future by this machine's clock.
         """
         start = datetime.datetime.combine(day, datetime.time(), datetime.UTC).timestamp()
         if start > time.time():

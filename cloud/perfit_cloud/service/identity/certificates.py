@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _CA_LIFE = datetime.timedelta(days=3650)
-_CLOCK_SKEW = datetime.timedelta(minutes=5)  # a new certificate is valid for clocks that lag this much
+_CLOCK_SKEW = datetime.timedelta(minutes=5)  # a new certificate is valid on clocks that are this much behind
 _CSR_CAP = 8192  # bytes; a P-256 request needs 250
 _IDENTITY_BYTES = 16
 
@@ -55,7 +55,7 @@ class CertificateAuthority:
         """Load the authority in `path`, or make one there (key and certificate in one file, 0600).
 
         `trusts_group`: the file's group may read it. Raises ConfigError when the file is damaged or
-        readable by others; it is never replaced.
+        readable by others; the file is never replaced.
         """
         if not path.exists():
             write_private(path, _new_authority(common_name), replaces=False)
@@ -101,7 +101,7 @@ class CertificateAuthority:
         return builder.sign(self.key, hashes.SHA256())
 
     def issued(self, certificate: x509.Certificate) -> bool:
-        """Whether this authority signed it (its time and revocation are other questions)."""
+        """Whether this authority signed it, whatever its dates and revocation."""
         try:
             certificate.verify_directly_issued_by(self.certificate)
         except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
@@ -135,7 +135,7 @@ class CertificateAuthority:
 
 
 def read_csr(data: bytes) -> ec.EllipticCurvePublicKey:
-    """The key of a PKCS#10 request in DER. Subject and extensions are not looked at.
+    """The key of a PKCS#10 request in DER. Subject and extensions are ignored.
 
     Raises InvalidInput unless it is a P-256 key and the request is signed by it.
     """
@@ -158,7 +158,7 @@ def read_certificate(data: bytes, *, pem: bool = False) -> x509.Certificate:
     """Raises NotAuthenticated on anything that is no certificate."""
     try:
         certificate = x509.load_pem_x509_certificate(data) if pem else x509.load_der_x509_certificate(data)
-        _ = certificate.subject  # read when it is asked for, and not before
+        _ = certificate.subject  # the library parses it only when asked
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise NotAuthenticated("not a certificate; enrol with `perfit enroll`") from error
     return certificate
@@ -173,7 +173,7 @@ def identity_of(certificate: x509.Certificate) -> str:
 
 
 def generation_of(certificate: x509.Certificate) -> int:
-    """The how many-th of its identity it is: 1, 2, …; 0 for those of before there were numbers.
+    """Which certificate of its identity it is: 1, 2, …; 0 for those from before there were numbers.
 
     Raises NotAuthenticated when it is no number.
     """
@@ -245,7 +245,7 @@ def _general_name(name: str) -> x509.GeneralName:
 
 def _new_authority(common_name: str) -> bytes:
     key = ec.generate_private_key(ec.SECP256R1())
-    # A random part: roots of two clouds have different names, so no chain is built to the wrong one.
+    # A random part gives every cloud's root a name of its own, so no chain leads to a wrong one.
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{common_name} {secrets.token_hex(4)}")])
     now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
     certificate = (
@@ -254,7 +254,7 @@ def _new_authority(common_name: str) -> bytes:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CA_LIFE)  # made while the clock was ahead, it holds all the same
+        .not_valid_before(now - _CA_LIFE)  # valid even if the clock was ahead
         .not_valid_after(now + _CA_LIFE)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(key_cert_sign=True), critical=True)
@@ -265,7 +265,7 @@ def _new_authority(common_name: str) -> bytes:
 
 
 def write_private(path: Path, data: bytes, *, replaces: bool) -> None:
-    """Write `path` whole or not at all, 0600. Without `replaces` the file of whoever came first stays."""
+    """Write `path` whole or not at all, 0600. Without `replaces` an existing file stays."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

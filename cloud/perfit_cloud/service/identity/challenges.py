@@ -1,11 +1,11 @@
 """Challenges (nonces) that a device signs to prove that it holds a key.
 
-A challenge is 32 bytes: the time, chance, and a tag over both under a key that all processes of one cloud
-share. The tag makes it recognisable without being stored, so that asking for challenges fills no memory and
-writes nothing but a new key every two minutes. Only a challenge that was used is stored, as a hash.
+A challenge is 32 bytes: the time, random bytes, and a tag over both under a key that all processes of one
+cloud share. The tag makes it recognisable without storing it, so asking for challenges fills no memory and
+writes only a new key every two minutes. Used challenges are stored, as hashes.
 
-A used challenge stays used whatever the clock does: it is forgotten only when its key is dropped, and
-without the key nobody accepts it.
+A used challenge stays used whatever the clock does. It is forgotten when its key is dropped, and without
+the key nobody accepts it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from perfit_shared.errors import NotAuthenticated
 
 __all__ = ["Challenges"]
 
-_SECONDS = 60  # that a challenge holds
+_SECONDS = 60  # that a challenge is valid
 _SKEW_SECONDS = 5  # that the clocks of two processes may differ
-_KEY_SECONDS = 120  # that a key makes challenges; they hold while it is the newest or the one before
-_HEAD_BYTES = 16  # time and chance
+_KEY_SECONDS = 120  # that a key makes challenges; they are valid while it is the newest or the one before
+_HEAD_BYTES = 16  # time and random bytes
 
 
 class Challenges:
-    """Thread-safe. Whichever process is asked knows the challenges of the others."""
+    """Thread-safe. Every process accepts the challenges of the others."""
 
     def __init__(self, store: IdentityStore) -> None:
         self._store = store
@@ -50,16 +50,16 @@ class Challenges:
             raise NotAuthenticated("the challenge was used already; try again")
 
     def _key_of(self, now: int) -> ChallengeKey:
-        """The newest key; a new one where that is old, or of a time to come."""
+        """The newest key; a new one if that is old, or from the future."""
         keys = self._keys if _is_fresh(self._keys, now) else self._read()
         if not _is_fresh(keys, now):
             after = keys[0].number if keys else 0
             self._store.add_challenge_key(secrets.token_bytes(32), made=now, after=after)
-            keys = self._read()  # ours, or that of a process that was faster
+            keys = self._read()  # ours, or that of a faster process
         return keys[0]
 
     def _find(self, head: bytes, tag: bytes) -> ChallengeKey | None:
-        """The key that made the tag; another process may have made it after we read last."""
+        """The key that made the tag. Another process may have added it since the last read."""
         return _made_by(self._keys, head, tag) or _made_by(self._read(), head, tag)
 
     def _read(self) -> list[ChallengeKey]:

@@ -1,8 +1,8 @@
-"""Identities in memory: what every call asks, so that no call waits for the store.
+"""Identities in memory, so that no call waits for the store.
 
-A thread looks twice a second for what other processes wrote (`perfit-cloud revoke`), and writes down which
-certificates were used. When the store cannot be read, calls go on with what was known last, and the log and
-a metric say since when.
+A thread looks twice a second for what other processes wrote (`perfit-cloud revoke`), and writes which
+certificates were used. When the store cannot be read, calls use the last known state, and the log and a
+metric say since when.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ __all__ = ["IdentityCache"]
 
 _log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 0.5
-_LOOK_SECONDS = 1.0  # how long a call of an unknown device waits for another one's look
-_STALE_SECONDS = 10.0  # without a look at the store, after which the log says so
-_STOP_SECONDS = 5.0  # for the thread to end, should the store be stuck
+_LOOK_SECONDS = 1.0  # that a call of an unknown device waits for the look of another
+_STALE_SECONDS = 10.0  # without a look at the store, before the log says so
+_STOP_SECONDS = 5.0  # for the thread to end when the store is stuck
 _DAY = 86400
 
 
 class IdentityCache:
-    """Thread-safe. Without `start`, `refresh` is what looks at the store."""
+    """Thread-safe. Without `start`, only `refresh` looks at the store."""
 
     def __init__(self, store: IdentityStore) -> None:
         """Raises Busy, StoreFailed."""
         self._store = store
         self._looking = threading.Lock()  # held while the store is read
-        self._lock = threading.Lock()  # held for moments, never while the store is waited for
+        self._lock = threading.Lock()  # held briefly, never while waiting for the store
         self._sequence = 0  # of the changes read last
         self._states: dict[str, IdentityState] = {}
-        self._unwritten: dict[str, IdentityState] = {}  # marks that the store does not have yet
+        self._unwritten: dict[str, IdentityState] = {}  # marks not in the store yet
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._read_at = time.monotonic()
@@ -44,7 +44,7 @@ class IdentityCache:
     # -- what a call asks ------------------------------------------------------------------------
 
     def get(self, identity: str) -> IdentityState | None:
-        """As known now; one that is not known may be new, so the store is looked at first.
+        """The last known state. An unknown identity may be new, so this looks at the store first.
 
         Raises Unavailable when the cloud is stopping.
         """
@@ -55,7 +55,7 @@ class IdentityCache:
         return self._states.get(identity)
 
     def look(self) -> None:
-        """Read what was written until now, if the store lets us. Calls that wait together share one look."""
+        """Read the latest changes, if the store allows. Calls that wait together share one look."""
         asked_at = time.monotonic()
         if not self._looking.acquire(timeout=_LOOK_SECONDS):
             return
@@ -68,14 +68,14 @@ class IdentityCache:
             self._looking.release()
 
     def mark_used(self, identity: str, generation: int) -> None:
-        """A certificate of that generation was used: older ones are retired, from now on."""
+        """Note the use of a certificate of that generation, which retires older ones."""
         with self._lock:
             state = self._states.get(identity)
             if state is not None and generation > state.used:
                 self._mark(identity, state._replace(used=generation))
 
     def mark_superseded(self, identity: str) -> None:
-        """A retired certificate was presented. Noted by day: it makes no more than one write a day."""
+        """Note the day on which a retired certificate was presented: at most one write a day."""
         today = int(time.time()) // _DAY * _DAY
         with self._lock:
             state = self._states.get(identity)
@@ -133,7 +133,7 @@ class IdentityCache:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and write what is not written yet, where the store lets us."""
+        """End the thread, and write what is not written yet, if the store allows."""
         if self._over.is_set():
             return
         self._over.set()

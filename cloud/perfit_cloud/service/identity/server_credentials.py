@@ -1,4 +1,4 @@
-"""The server's certificate towards gRPC, replaced at half its life without a restart."""
+"""The server's certificate for gRPC, replaced at half its life without a restart."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class ServerCredentials:
             )
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """Asked at every handshake; None: the one that gRPC has.
+            """Called at every handshake; None: gRPC uses the one it has.
 
-            When gRPC is given one, it frees what it has, and other handshakes of that moment may be using
-            it: devices that came back together after a cut ended the process.
+            A new one makes gRPC free the old one, which other handshakes may be using: devices that all
+            reconnected after a network cut crashed the process.
             """
             nonlocal given
             current = self._current()
@@ -55,7 +55,7 @@ class ServerCredentials:
 
     def _current(self) -> ServerIdentity:
         with self._lock:
-            # Before its time too: it was made while the clock was ahead, and nobody takes it now.
+            # Renew one that is not valid yet, too: a fast clock made it, and nobody accepts it.
             if not self._identity.starts_at <= time.time() < self._identity.renew_at:
                 self._identity = self._renew()
             return self._identity

@@ -1,7 +1,7 @@
 """The store in one SQLite file, `authority.db`, which several processes of one machine may open.
 
-What a row held before stands in no file: `secure_delete` overwrites it, and the rollback journal is gone
-after each change (a write-ahead log kept the dates of earlier certificates).
+No file holds what a row held before: `secure_delete` overwrites it, and each change deletes the rollback
+journal (a write-ahead log kept the dates of earlier certificates).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from perfit_shared.errors import Busy, StoreFailed
 
 __all__ = ["SQLiteStore"]
 
-_LOCK_SECONDS = 2.0  # how long another thread's, then another process's write is waited for
+_LOCK_SECONDS = 2.0  # to wait for another thread's write, then for another process's
 _RETRY_MS = 1000
-_SYNCHRONOUS = "FULL"  # a change stands on the disk before anybody is told of it
+_SYNCHRONOUS = "FULL"  # a change is on the disk before anybody hears of it
 
 
 class SQLiteStore(IdentityStore):
@@ -67,7 +67,7 @@ class SQLiteStore(IdentityStore):
 
     def close(self) -> None:
         if not self._lock.acquire(timeout=_LOCK_SECONDS):
-            return  # a thread hangs in the file system; the process ends all the same
+            return  # a thread hangs in the file system; let the process end
         try:
             self._is_closed = True
             self._db.close()
@@ -159,7 +159,7 @@ class SQLiteStore(IdentityStore):
                 )
                 if mark.used > UNUSED:
                     db.execute("DELETE FROM enrolments WHERE identity = ?", (identity,))
-                # No new sequence number: it would tell the time of day, and no other process asks.
+                # No new sequence number: it would reveal the time of day, and no other process asks.
                 if mark.superseded is not None:
                     db.execute(
                         "UPDATE devices SET superseded = ? WHERE identity = ?", (mark.superseded, identity)
@@ -182,7 +182,7 @@ class SQLiteStore(IdentityStore):
     def changes(self, since: int) -> Changes:
         with self._transaction("DEFERRED") as db:
             last, pruned = int(_meta(db, "sequence")), int(_meta(db, "pruned"))
-            # `since` is after the last where an old copy of the file was put back.
+            # `since` is after the last if an old copy of the file was restored.
             is_complete = since == 0 or since < pruned or since > last
             rows = (
                 []
@@ -218,7 +218,7 @@ class SQLiteStore(IdentityStore):
                 "(SELECT secret_hash FROM enrolments)",
                 (invites_before,),
             ).rowcount
-            if identities:  # a reader that asks with an earlier number is told all anew
+            if identities:  # a reader with an earlier number gets everything anew
                 db.execute("UPDATE meta SET value = ? WHERE key = 'pruned'", (str(_next_sequence(db)),))
         return identities, invites
 

@@ -1,16 +1,16 @@
 """What the cloud remembers of invites, identities and challenges: the interface that every store offers.
 
-    invites      of each a hash, when it ends and whether it was used: nothing that leads to an identity
-    enrolments   the answer to an invite, because replies get lost; it goes when its certificate is first
-                 used, and with it what joined invite and identity
+    invites      a hash of each, when it ends and whether it was used; nothing that leads to an identity
+    enrolments   the answer to an invite, because replies get lost; deleted when its certificate is first
+                 used, and with it the link from invite to identity
     identities   dates of the newest certificate, how many there were, the newest that was used
     challenges   the keys that challenges are made with, and hashes of the challenges that were used
 
-A store holds no rule about who may call: it reads and writes, each method whole or not at all, also when
-several processes share it. `tests/support/store_contract.py` asks every store for what is promised here.
+A store has no rule about who may call. Each method reads or writes whole or not at all, also when several
+processes share the store. Every store passes `tests/support/store_contract.py`.
 
-Every method raises Busy when the store cannot be had in time, StoreFailed when it is damaged or gone, and
-Unavailable once it was closed.
+Every method raises Busy when the store is not free in time, StoreFailed when it is damaged or gone, and
+Unavailable once it is closed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 UNUSED = -1  # no certificate was used yet; certificates older than generations count as generation 0
-MOST_CHALLENGES = 10_000  # used ones that a store keeps for one key
+MOST_CHALLENGES = 10_000  # used ones that a store holds for one key
 
 
 class IdentityState(NamedTuple):
@@ -92,7 +92,7 @@ class IdentityStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the store. Calls that come later are told that the cloud is stopping."""
+        """Close the store. Later calls raise Unavailable."""
 
     @abstractmethod
     def setting(self, key: str, default: str) -> str:
@@ -112,7 +112,7 @@ class IdentityStore(ABC):
     def enroll(self, secret_hash: bytes, enrolment: Enrolment, *, issued: int, expires: int) -> bool:
         """Spend the invite on a new identity, whose first certificate has these dates (unix seconds).
 
-        Say False, and change nothing, when the invite is unknown or used: of several who try at once, one
+        Returns False and changes nothing when the invite is unknown or used. Of several who try at once, one
         succeeds.
         """
 
@@ -122,17 +122,17 @@ class IdentityStore(ABC):
     def renew(self, identity: str, *, generation: int, issued: int, expires: int) -> int | None:
         """The generation of the identity's next certificate, which has these dates (unix seconds).
 
-        No two calls get the same, and none gets less than `generation` + 1, the one of the certificate that
-        asks: where an old copy of the store was put back, certificates are ahead of it. None when the
-        identity is unknown or revoked.
+        No two calls get the same, and none gets less than `generation` + 1, with that of the certificate that
+        asks: certificates may be ahead of a store restored from an old copy. None when the identity is
+        unknown or revoked.
         """
 
     @abstractmethod
     def write_marks(self, marks: Mapping[str, IdentityState]) -> None:
         """Note which generations were used, and the days on which retired certificates were presented.
 
-        `used` only grows, a day of None changes nothing, and `is_revoked` is not looked at. The enrolment of
-        an identity whose certificate was used is deleted.
+        `used` only grows, a day of None changes nothing, and `is_revoked` is ignored. Deletes the enrolment
+        of an identity whose certificate was used.
         """
 
     @abstractmethod
@@ -141,14 +141,14 @@ class IdentityStore(ABC):
 
     @abstractmethod
     def revoke(self, identity: str, at: int) -> None:
-        """Withdraw an identity at that time (unix seconds); again changes nothing."""
+        """Withdraw an identity at that time (unix seconds). May be repeated."""
 
     @abstractmethod
     def changes(self, since: int) -> Changes:
         """The identities that came, were revoked or used a new certificate after that sequence number.
 
-        0 asks for all. Numbers become visible in their order, so a reader that asks again and again with the
-        number it got last misses nothing, whoever writes meanwhile.
+        0 asks for all. Numbers become visible in order, so a reader that asks with the last number it got
+        misses nothing, whoever writes meanwhile.
         """
 
     @abstractmethod
@@ -159,7 +159,7 @@ class IdentityStore(ABC):
     def prune(self, *, identities_before: int, invites_before: int) -> tuple[int, int]:
         """Delete what ended before those unix seconds: how many identities, and how many invites.
 
-        Nothing else deletes them, since a clock may be wrong. An invite whose enrolment is still there stays.
+        Nothing else deletes them, because a clock may be wrong. An invite stays while its enrolment does.
         """
 
     # -- challenges ------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ class IdentityStore(ABC):
     def add_challenge_key(self, key: bytes, *, made: int, after: int) -> None:
         """Put a new key before the key of number `after` (0: before none), and drop all older ones.
 
-        The challenges that were used under a dropped key are forgotten, for nothing is accepted under it.
-        Changes nothing when another process was faster, so that `after` is the newest no more.
+        Challenges used under a dropped key are forgotten, because nothing is accepted under it. Changes
+        nothing when another process was faster, so that `after` is no longer the newest.
         """
 
     @abstractmethod
     def use_challenge(self, key_number: int, challenge_hash: bytes) -> bool:
         """Whether this is its first use, and its key still there; it is used from now on.
 
-        Raises Busy when as many were used under one key as the store keeps (MOST_CHALLENGES).
+        Raises Busy when MOST_CHALLENGES were used under one key.
         """

@@ -20,17 +20,17 @@ from perfit_shared.wire import personalization_pb2 as pb
 __all__ = ["Adapting"]
 
 _ROOM_SECONDS = 10.0  # that an update may wait for others to be read
-_IDLE_SECONDS = 120.0  # without a message, after which what the stream holds is given up
+_IDLE_SECONDS = 120.0  # without a message, after which the stream ends
 
 
 class Adapting:
     def __init__(
-        self, model: ModelSettings, *, queue: GradientScheduler, streams: ConcurrencyLimit, room: Budget
+        self, model: ModelSettings, *, scheduler: GradientScheduler, streams: ConcurrencyLimit, room: Budget
     ) -> None:
         """`room`: bytes of the tokens of all updates."""
         self._model = model
-        self._served = model.served
-        self._queue = queue
+        self._catalog = model.catalog
+        self._scheduler = scheduler
         self._streams = streams
         self._room = room
 
@@ -43,36 +43,38 @@ class Adapting:
         """
         with (
             self._model.rate_limiter.hold(call.device, "adaptations"),
-            self._streams.place(),
-            # Until its tokens are known it has room for as many as there may be.
-            self._room.hold(UPDATE_TOKEN_BYTES * self._served.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
+            self._streams.hold(),
+            # Until its tokens are counted, it reserves the most there may be.
+            self._room.hold(UPDATE_TOKEN_BYTES * self._catalog.limits.adapt_tokens, _ROOM_SECONDS) as shrink,
             _Stream(requests, call, call.seconds_left(self._model.calls.stream_seconds)) as stream,
             self._model.calls.drain.listening(stream.stop),
         ):
             opening = stream.next("open").open
-            artefact = find_version(opening.artefact, opening.version, self._served.artefacts)
+            artefact = find_version(opening.artefact, opening.version, self._catalog.artefacts)
             pairs = self._model.reader.update(stream.examples())
             tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
             call.payment.take().settle(tokens)
             self._model.calls.telemetry.tokens("example", tokens)
             shrink(UPDATE_TOKEN_BYTES * tokens)
-            with self._queue.open(pairs, artefact, left=stream.wait.left, owner=call.device) as session:
+            with self._scheduler.open(pairs, artefact, left=stream.wait.left, owner=call.device) as session:
                 del pairs
                 while (step := stream.step()) is not None:
                     rows, personal = decode_step(step, artefact.spec, session.examples)
                     found = stream.wait.result(
-                        self._queue.submit(GradientRequest(session, rows, personal), loss_only=step.loss_only)
+                        self._scheduler.submit(
+                            GradientRequest(session, rows, personal), loss_only=step.loss_only
+                        )
                     )
                     yield encode_step(found, step.personal, loss_only=step.loss_only)
 
 
 class _Stream:
-    """The messages of one call, in the order that there is, and an end to every wait."""
+    """The messages of one call, checked for their order; every wait has an end."""
 
     def __init__(self, requests: Iterator[pb.AdaptRequest], call: Call, seconds: float) -> None:
         self._requests = requests
         self._ahead: pb.AdaptRequest | None = None  # the first step, which ended the examples
-        # One message at a time, when it is wanted: gRPC has no reading within a time.
+        # Reads one message at a time, on demand: gRPC cannot read with a timeout.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="perfit-adapt")
         # What comes next: the message that was wanted, or an error that ends the stream.
         self._events: queue.SimpleQueue[pb.AdaptRequest | Exception] = queue.SimpleQueue()

@@ -1,8 +1,8 @@
 """Ask: several answers over one stream, the shift sent once.
 
-A thread of the stream reads its questions, and one for each question waits for the engine; the thread
-that gRPC gave the call sends what they have. A question keeps its slot until its answer has been sent to
-the end, so that a caller who reads slowly holds up nobody else, and little waits for them.
+One thread of the stream reads its questions, and one for each question waits for the engine. The call's own
+thread sends what they have. A question holds its slot until its whole answer is sent, so a caller who reads
+slowly holds up nobody else, and few messages wait for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = ["Asking"]
 
-_IDLE_SECONDS = 120.0  # without a question, after which the tensors are given up
+_IDLE_SECONDS = 120.0  # without a question, after which the stream ends
 
 
 class Asking:
-    def __init__(self, served: Catalog, answers: Answers, *, drain: Drain, stream_seconds: float) -> None:
-        self._served = served
+    def __init__(self, catalog: Catalog, answers: Answers, *, drain: Drain, stream_seconds: float) -> None:
+        self._catalog = catalog
         self._answers = answers
         self._drain = drain
         self._stream_seconds = stream_seconds
@@ -43,9 +43,9 @@ class Asking:
         of the stream's time, Busy when more questions were refused than a device may make calls, and
         Unavailable when the cloud stops and what was asked before is answered.
         """
-        stream = _Stream(self._answers, call, slots=self._served.limits.questions)
+        stream = _Stream(self._answers, call, slots=self._catalog.limits.questions)
         try:
-            stream.start(requests, self._served.artefacts)
+            stream.start(requests, self._catalog.artefacts)
             # Called when the RPC ends, however it does: the caller left, or its deadline passed.
             if not call.add_callback(stream.close):
                 raise Cancelled("the caller left")
@@ -64,8 +64,7 @@ class _Stream:
         self._payment = call.payment
         self._slots = threading.Semaphore(slots)
         self._pool = ThreadPoolExecutor(slots + 1, thread_name_prefix="perfit-ask")
-        # What to send; None when there are no more questions, or none are taken any more; an error that
-        # ends the stream.
+        # What to send; None when no more questions are taken; an error ends the stream.
         self._events: queue.SimpleQueue[pb.AskResponse | Exception | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting: dict[int, Callable[[], None] | None] = {}  # number → how to cancel its answer
@@ -77,7 +76,7 @@ class _Stream:
         self._pool.submit(self._read, requests, artefacts)
 
     def stop(self) -> None:
-        """Take no more questions, and end when those under way are answered; from any thread."""
+        """Take no more questions, and end when those under way are answered. From any thread."""
         self._is_stopping = True
         self._events.put(None)
 
@@ -112,7 +111,7 @@ class _Stream:
                 is_asked = True
                 continue
             is_last = bool(event.failure.code or event.part.finish)
-            if is_last:  # who hears that it is over may ask under its number again
+            if is_last:  # the number is free before the caller hears the end
                 with self._lock:
                     del self._waiting[event.number]
             yield event
@@ -167,5 +166,5 @@ class _Stream:
             self._events.put(pb.AskResponse(number=question.number, failure=failure))
             try:
                 self._answers.refused(self._device)
-            except Busy as over:  # or questions that are refused would be free, and without number
+            except Busy as over:  # else refused questions would be free and unlimited
                 self._events.put(over)
