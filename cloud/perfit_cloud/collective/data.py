@@ -23,7 +23,8 @@ from perfit_cloud.collective.streaming import stream_users
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at, id_of, item_of, parse_json, read_text, read_users
+from perfit_shared.json_input import at, id_of, parse_json, read_text
+from perfit_shared.lamp import item_of, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["Corpus", "find_data", "read_items", "tokenise"]

@@ -18,7 +18,8 @@ import ijson
 
 from perfit_cloud.collective.items import Items, source_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, at, labels_beside, read_golds, users_of
+from perfit_shared.json_input import at
+from perfit_shared.lamp import Entry, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
 __all__ = ["stream_users"]

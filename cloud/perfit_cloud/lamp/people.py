@@ -18,7 +18,8 @@ from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, Labels, User, Users, at, read_users
+from perfit_shared.json_input import at
+from perfit_shared.lamp import Entry, Labels, User, Users, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["Learner", "People", "Person", "Query", "cohorts", "read_people", "swap_histories"]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from perfit_cloud.lamp.prepare_files import Candidate, Prepared, Tell, check_out, write_folder
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, User, at, is_date, labels_beside, read_users
+from perfit_shared.json_input import at, is_date
+from perfit_shared.lamp import Entry, User, labels_beside, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["find_questions", "prepare_lamp"]

@@ -10,7 +10,8 @@ from typing import Any
 
 from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Prepared, Tell, check_out, write_folder
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, at, is_date, parse_json, read_text
+from perfit_shared.json_input import at, is_date, parse_json, read_text
+from perfit_shared.lamp import Entry
 from perfit_shared.prompts import asking_for
 from perfit_shared.tasks import Task, task_named
 

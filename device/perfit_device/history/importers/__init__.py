@@ -23,7 +23,7 @@ from perfit_device.history.importers import jsonl, lamp, listing, table
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at
+from perfit_shared.json_input import at
 from perfit_shared.tasks import Task
 
 __all__ = ["read_history"]

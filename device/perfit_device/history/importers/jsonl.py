@@ -9,7 +9,7 @@ from perfit_device.history.importers.rows import collect
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import parse_json
+from perfit_shared.json_input import parse_json
 from perfit_shared.tasks import Task
 
 __all__ = ["fits", "read"]

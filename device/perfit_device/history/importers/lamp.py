@@ -9,7 +9,8 @@ from __future__ import annotations
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, User, is_date, labels_beside, read_golds, users_of
+from perfit_shared.json_input import is_date
+from perfit_shared.lamp import Entry, User, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
 __all__ = ["fits", "read"]

@@ -9,7 +9,7 @@ from perfit_device.history.importers.rows import date_and_part
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem, problems_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at
+from perfit_shared.json_input import at
 from perfit_shared.tasks import TASK_NAME, TASKS, Task, is_text
 
 __all__ = ["fits", "read"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from perfit_device.history.items import HistoryItem, problems_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at, is_date
+from perfit_shared.json_input import at, is_date
 from perfit_shared.tasks import Task
 
 __all__ = ["collect", "date_and_part", "names_of"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perfit_device.history.importers.text import decoded, read_bytes
-from perfit_shared.lamp import parse_json
+from perfit_shared.json_input import parse_json
 from perfit_shared.tasks import Task
 
 __all__ = ["TABLES", "Source"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import refuse_html
+from perfit_shared.json_input import refuse_html
 
 __all__ = ["LARGEST", "decoded", "read_bytes"]
 
