@@ -5,9 +5,9 @@ command line parses, asks and prints around them.
 
     with Profile.open(Settings("default"), passphrase=ask) as profile:
         asked = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
-        for piece in asked.stream(Mode.PERSONAL): …
+        for chunk in asked.stream(Mode.PERSONAL): …
 
-Nothing here prints or asks: `passphrase` is called when the vault needs one, and `tell` takes a line for a
+Nothing here prints or asks: `passphrase` is called when the vault needs one, and `notify` takes a line for a
 person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from perfit_device import personal
 from perfit_device.cloud.retry import RetryPolicy
-from perfit_device.known import read_enrolment, recall, remember, write_enrolment
+from perfit_device.cloud_record import read_enrolment, read_record, write_enrolment, write_record
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
@@ -47,10 +47,10 @@ class Profile:
     """
 
     def __init__(
-        self, settings: DeviceSettings, vault: Vault, passphrase: str | None, tell: Callable[[str], None]
+        self, settings: DeviceSettings, vault: Vault, passphrase: str | None, notify: Callable[[str], None]
     ) -> None:
         self.settings = settings
-        self.tell = tell
+        self.notify = notify
         self._vault = vault
         self._passphrase = passphrase  # nobody may be there to type it again in mid-run
         self._connecting = threading.Lock()
@@ -64,7 +64,7 @@ class Profile:
         settings: DeviceSettings,
         *,
         passphrase: Callable[[], str],
-        tell: Callable[[str], None] = lambda _: None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> Profile:
         """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged."""
         path, costly = settings.vault_path, settings.costly_vault
@@ -74,14 +74,18 @@ class Profile:
                 "--profile chooses another, and `perfit profiles` lists them"
             )
         given = passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
-        return cls(settings, Vault.open(path, given, costly=costly), given, tell)
+        return cls(settings, Vault.open(path, given, costly=costly), given, notify)
 
     @classmethod
     def create(
-        cls, settings: DeviceSettings, *, passphrase: str | None, tell: Callable[[str], None] = lambda _: None
+        cls,
+        settings: DeviceSettings,
+        *,
+        passphrase: str | None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> Profile:
         """A new profile, locked by `passphrase`, or by the OS keyring where it is None."""
-        return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, tell)
+        return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, notify)
 
     def close(self) -> None:
         """Ends every call in flight."""
@@ -140,7 +144,7 @@ class Profile:
 
     def while_opening(self) -> RetryPolicy:
         """For first calls: somebody waits for them, and is told why they take longer."""
-        return RetryPolicy(give_up=OPENING_SECONDS, tell=self.tell)
+        return RetryPolicy(give_up=OPENING_SECONDS, notify=self.notify)
 
     def _connect(self, retry_policy: RetryPolicy) -> tuple[Cloud, CloudInfo]:
         cloud, info = retry_policy.call(self._connector())
@@ -151,7 +155,7 @@ class Profile:
                     "is enrolled with; ask the operator for a new invite"
                 )
             with self.vault() as vault:
-                remember(vault, info)
+                write_record(vault, info)
             return cloud, info
         except BaseException:
             cloud.close()
@@ -202,15 +206,15 @@ class Profile:
     def task(self, name: str | None) -> Task:
         """A task by name, as the cloud last described it; offline, and before enrolment too."""
         with self.vault() as vault:
-            known = recall(vault)
+            record = read_record(vault)
         if name is None:
-            if not known.tasks:
+            if not record.tasks:
                 raise NotFound("say which task the examples are of, with --task NAME")
-            name = self._default_task(known.tasks, known.cloud_id)
-        if name in known.tasks:
-            return Task.from_json(known.tasks[name])
-        if known.tasks:
-            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(known.tasks)}')
+            name = self._default_task(record.tasks, record.cloud_id)
+        if name in record.tasks:
+            return Task.from_json(record.tasks[name])
+        if record.tasks:
+            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(record.tasks)}')
         return task_named(name)
 
     def _default_task(self, names: Iterable[str], cloud_id: str) -> str:
@@ -226,7 +230,7 @@ class Profile:
     def trained(self, task: str | None) -> tuple[str, str]:
         """(cloud id, artefact) of the personal shift that is meant. The cloud is not asked."""
         with self.vault() as vault:
-            cloud_id = recall(vault).cloud_id
+            cloud_id = read_record(vault).cloud_id
             names = personal.artefacts(vault, cloud_id)
         if task is None and len(names) == 1:
             return cloud_id, names[0]
@@ -241,13 +245,13 @@ class Profile:
         )
 
     def usable(self, items: Iterable[HistoryItem], task: Task) -> list[HistoryItem]:
-        """The examples that have the task's fields; `tell` hears how many have not."""
+        """The examples that have the task's fields; `notify` hears how many have not."""
         from perfit_device import history
 
         items = list(items)
         usable = history.usable(items, task)
         if len(usable) < len(items):
-            self.tell(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
+            self.notify(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
         return usable
 
 

@@ -80,7 +80,7 @@ def _prepare(command: Any, *, is_root: bool = False) -> None:
     for child in children.values():
         _prepare(child)
     if not children and command.callback is not None:
-        command.callback = _taking_text(command.callback)
+        command.callback = _check_text(command.callback)
 
 
 def _show_version(context: Any, _parameter: Any, wanted: bool) -> None:
@@ -91,7 +91,7 @@ def _show_version(context: Any, _parameter: Any, wanted: bool) -> None:
         context.exit()
 
 
-def _taking_text(callback: Callable[..., Any]) -> Callable[..., Any]:
+def _check_text(callback: Callable[..., Any]) -> Callable[..., Any]:
     """The callback, with arguments that are text in UTF-8. Paths may be any bytes."""
 
     def checked(name: str, value: Any) -> Any:
@@ -146,13 +146,13 @@ def _report(error: BaseException, program: str, *, as_json: bool) -> int:
         return 1  # whoever read our output has left, and wants no more
     if os.environ.get("PERFIT_TRACEBACK"):
         traceback.print_exception(error)
-    code, message = _said(error, program)
+    code, message = _describe(error, program)
     message = one_line(message)
     print(_as_json(code, message) if as_json else f"{program}: {message}", file=sys.stderr)
     return 1 if isinstance(error, typer.Abort) else exit_code(error)
 
 
-def _said(error: BaseException, program: str) -> tuple[str, str]:
+def _describe(error: BaseException, program: str) -> tuple[str, str]:
     """(code word, one line)."""
     if isinstance(error, PerfitError):
         return error.code, str(error)
@@ -164,9 +164,9 @@ def _said(error: BaseException, program: str) -> tuple[str, str]:
     if isinstance(error, typer.Abort):
         return "aborted", "the input ended before it was complete"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - no file to open
+    location = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - no file to open
     return INTERNAL, (
-        f"a fault inside {program} ({type(error).__name__} at {place}); please report it, with what "
+        f"a fault inside {program} ({type(error).__name__} at {location}); please report it, with what "
         "PERFIT_TRACEBACK=1 shows"
     )
 

@@ -17,8 +17,8 @@ from perfit_shared.errors import InvalidData
 
 __all__ = [
     "as_text",
-    "at",
     "date_of",
+    "error_context",
     "id_of",
     "is_date",
     "is_list_of_objects",
@@ -68,12 +68,12 @@ def parse_json(text: str) -> Any:
 
 
 @contextmanager
-def at(place: str) -> Iterator[None]:
-    """Put `place` before the message of an InvalidData."""
+def error_context(context: str) -> Iterator[None]:
+    """Put `context` before the message of an InvalidData."""
     try:
         yield
     except InvalidData as error:
-        raise InvalidData(f"{place}: {error}") from error
+        raise InvalidData(f"{context}: {error}") from error
 
 
 # -- values ------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from typing import Any
 
 from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import (
-    at,
     date_of,
+    error_context,
     id_of,
     is_date,
     is_list_of_objects,
@@ -124,7 +124,7 @@ def read_users(path: Path, task: Task, *, golds: Path | None = None) -> Users:
     file = golds or labels_beside(path)
     labels = Labels() if file is None else read_labels(file)
     source = f"{path.resolve().parent.name}/{path.name}"
-    with at(str(path)):
+    with error_context(str(path)):
         found = users_of(parse_json(read_text(path)), task, golds=labels.golds, source=source)
     return replace(found, labels=labels)
 
@@ -136,7 +136,7 @@ def read_golds(path: Path) -> Mapping[str, str]:
 
 def read_labels(path: Path) -> Labels:
     """LaMP's outputs.json or OPPU's label file. Raises InvalidData."""
-    with at(str(path)):
+    with error_context(str(path)):
         data = parse_json(read_text(path))
         entries = data.get("golds") if isinstance(data, dict) else None
         if not is_list_of_objects(entries):
@@ -144,7 +144,7 @@ def read_labels(path: Path) -> Labels:
         golds: dict[str, str] = {}
         raw_ids: dict[str, str | int] = {}
         for number, entry in enumerate(entries):
-            with at(f"gold {shown_id(entry, number)}"):
+            with error_context(f"gold {shown_id(entry, number)}"):
                 name = id_of(entry)
                 if name in golds:
                     raise InvalidData("it is there twice")
@@ -176,7 +176,7 @@ def users_of(records: Any, task: Task, *, golds: Mapping[str, str], source: str)
     reader = _Reader(task, golds)
     users: dict[str, User] = {}
     for record in raw:
-        with at(record.place):
+        with error_context(record.origin):
             if record.user_id in users:
                 raise InvalidData("it is there twice")
             users[record.user_id] = reader.user(record, aside=aside)
@@ -196,7 +196,7 @@ class _Record:
     """A user before its entries are looked at."""
 
     user_id: str
-    place: str  # for messages
+    origin: str  # for messages
     profile: list[dict[str, Any]]
     query: list[dict[str, Any]]
     person: str | int | None
@@ -204,15 +204,15 @@ class _Record:
 
 def _record(record: Mapping[str, Any], number: int, *, questions: bool) -> _Record:
     key = "id" if questions else "user_id"
-    place = f"{'question' if questions else 'user'} {shown_id(record, number, key)}"
-    with at(place):
+    origin = f"{'question' if questions else 'user'} {shown_id(record, number, key)}"
+    with error_context(origin):
         name = id_of(record, key)
         named = questions and "user_id" in record and id_of(record, "user_id")
         if not questions and not {"profile", "query"} & record.keys():
             raise InvalidData('field "profile" is missing')
         return _Record(
             name,
-            place,
+            origin,
             list_of(record, "profile"),
             [dict(record)] if questions else list_of(record, "query"),
             record["user_id"] if named else None,
@@ -246,7 +246,7 @@ class _Reader:
         return replace(user, profile=tuple(ordered))
 
     def _profile(self, raw: Mapping[str, Any], number: int) -> Entry | None:
-        with at(f"profile item {shown_id(raw, number)}"):
+        with error_context(f"profile item {shown_id(raw, number)}"):
             item = item_of(raw, self._task)
             name, raw_id = (id_of(raw), raw["id"]) if "id" in raw else (str(number), "")
             date = date_of(raw)
@@ -258,7 +258,7 @@ class _Reader:
         return Entry(name, date, item, extra, raw_id)
 
     def _query(self, raw: Mapping[str, Any], number: int) -> Entry | None:
-        with at(f"query {shown_id(raw, number)}"):
+        with error_context(f"query {shown_id(raw, number)}"):
             name = id_of(raw)
             if name in self._queries:
                 raise InvalidData("another query of the file has this id")

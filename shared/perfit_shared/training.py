@@ -71,8 +71,8 @@ class Schedule:
 
     def batch(self, step: int) -> list[int]:
         """Row indices of one step; every epoch is a permutation of its own."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> list[int]:
         rows: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.examples).tolist()
@@ -253,7 +253,7 @@ class Training(Generic[S]):
         parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
         if self.best is not None:
             parts.append(self.best.to_bytes())
-        return b"".join(piece for part in parts for piece in (len(part).to_bytes(8, "big"), part))
+        return b"".join(item for part in parts for item in (len(part).to_bytes(8, "big"), part))
 
     @classmethod
     def from_bytes(cls, data: bytes, schedule: type[S]) -> Self:

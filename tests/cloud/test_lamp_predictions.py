@@ -83,7 +83,7 @@ def test_downloads_become_predictions_that_the_scripts_take(
     """Ids were written as text, and LaMP_2 as LaMP_2M, whose tags LaMP's script measures by overlap."""
     task, data = TASKS["movie_tagging"], tmp_path / "data"
     files = find_questions(download(tmp_path / "time", kind, name, people=True), print)
-    prepare_lamp(files, task, data, users=3, least=1, force=False, tell=print)
+    prepare_lamp(files, task, data, users=3, least=1, force=False, notify=print)
     out = run(data, task.name)
     for labels in (data / LABELS, out / "golds.json"):
         for predictions in (out / "predictions.json", *(out / "predictions").iterdir()):
@@ -186,7 +186,7 @@ def test_outputs_of_two_tasks_are_refused(tmp_path: Path) -> None:
             users=3,
             least=1,
             force=False,
-            tell=print,
+            notify=print,
         )
 
 

@@ -99,7 +99,7 @@ def test_another_process_renewed(cloud: FakeCloud, device: tuple[Cloud, list[Enr
     errors = iter([RETIRED])
     vault[0] = enrolled_with(cloud)
     cloud.fail = lambda method: next(errors, None) if method == "Generate" else None
-    assert "".join(piece.text for piece in opened.generate("x", ShiftUse(), Sampling(4)))
+    assert "".join(chunk.text for chunk in opened.generate("x", ShiftUse(), Sampling(4)))
     assert opened.enrolment is vault[0]
 
 

@@ -53,7 +53,7 @@ class Foresight:
     def answer(self, prompt: str, personal: ShiftTensors, sampling: Sampling) -> tuple[str, list[int]]:
         """The whole answer's text, and its token ids."""
         answer = self._generation.submit(self.base.encode(prompt), self._use(personal), sampling)
-        return "".join(piece.text for piece in answer), answer.ids
+        return "".join(chunk.text for chunk in answer), answer.ids
 
     def gradient(self, pairs: Sequence[tuple[str, str]], personal: ShiftTensors) -> ShiftTensors:
         """What ComputeGradient finds for (prompt, target) texts."""

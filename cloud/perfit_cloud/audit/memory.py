@@ -45,7 +45,7 @@ _IN_USE = np.uint64(3 << 62)  # of an entry of pagemap: in memory, or swapped ou
 # A page's fingerprint is the sum of its words times these: odd, random, and nobody else's.
 _FACTORS = np.frombuffer(os.urandom(_PAGE), np.uint64) | np.uint64(1)
 _POLL_SECONDS = 0.1
-_PIECE = 2**22  # bytes read at a time
+_CHUNK_BYTES = 2**22  # bytes read at a time
 _LINE = re.compile(r"(\w+)-(\w+) (\S+) \w+ \S+ (\d+)\s*(.*)")
 Keys = npt.NDArray[np.uint64]
 _KERNELS_OWN = ("[vvar", "[vsyscall]", "[vdso]")
@@ -65,7 +65,7 @@ class Found:
     where: str  # "heap", "stack", "stack of a thread", "anonymous memory", a mapped file's name, "file NAME"
     blocks: int  # aligned blocks that belong to such runs
     address: int  # of the first; an offset in a file
-    spans: frozenset[tuple[int, int, int]]  # (piece, start, stop) of the needle
+    spans: frozenset[tuple[int, int, int]]  # (part, start, stop) of the needle
 
 
 class Pages:
@@ -204,11 +204,11 @@ class _Reader:
     def search(self, found: dict[tuple[int, str], Match], unreadable: list[str]) -> int:
         """Adds to `found` and `unreadable`; returns how many bytes were looked at."""
         looked_at = 0
-        buffer = np.zeros(_PIECE + 2 * MARGIN, np.uint8)
+        buffer = np.zeros(_CHUNK_BYTES + 2 * MARGIN, np.uint8)
         with _opened(f"/proc/{self._pid}/mem") as memory, _opened(f"/proc/{self._pid}/pagemap") as pagemap:
             for region in _regions(self._pid):
-                for at, end in _pieces(region, pagemap):
-                    # A run may begin or end in the piece beside this one, or in the next region.
+                for at, end in _chunks(region, pagemap):
+                    # A run may begin or end in the chunk beside this one, or in the next region.
                     low, high = _reach(memory, at, end, buffer)
                     if high < end:
                         unreadable.append(f"{region.where} at {at:#x}, {end - at} bytes")
@@ -233,10 +233,10 @@ class _Reader:
         return _runs(self._since.differ(self._pid, at, prints), at)
 
 
-def _pieces(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
+def _chunks(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
     for start, stop in _used(region, pagemap):
-        for at in range(start, stop, _PIECE):
-            yield at, min(stop, at + _PIECE)
+        for at in range(start, stop, _CHUNK_BYTES):
+            yield at, min(stop, at + _CHUNK_BYTES)
 
 
 def _reach(memory: int, at: int, end: int, buffer: npt.NDArray[np.uint8]) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def audit(  # noqa: PLR0917 - options of a command
             flags=("--threads", str(threads), "--dtype", dtype),
         )
         with Foresight(base, Artefact.load(artefact)) as foresight:
-            rows = run(plan, foresight, _tell)
+            rows = run(plan, foresight, _notify)
     if as_json is not None:
         written = {
             "kept": is_kept(rows),
@@ -119,7 +119,7 @@ def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> tup
     return tuple(name for name in known if not given or name in given)
 
 
-def _tell(row: Row) -> None:
+def _notify(row: Row) -> None:
     """Progress, on stderr."""
     fault = f" ({', '.join(row.found)}): {row.fault}" if row.fault else ""
     look = f"hardening {row.hardening}, {row.rpc} {row.ending}, {row.moment}: {_count(row)}"

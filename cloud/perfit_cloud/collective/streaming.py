@@ -18,7 +18,7 @@ import ijson
 
 from perfit_cloud.collective.items import Items, source_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import at
+from perfit_shared.json_input import error_context
 from perfit_shared.lamp import Entry, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
@@ -61,7 +61,7 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
     seen: set[str] = set()
     asked: set[str] = set()
     dropped = only_profiles = unnamed = 0
-    with at(str(path)):
+    with error_context(str(path)):
         for record in _records(path):
             found = users_of(
                 [{**record, "profile": []} if aside else record], task, golds=golds, source=path.name
@@ -105,7 +105,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 def _leaves_profiles_aside(path: Path, task: Task) -> bool:
     """Whether no profile item has the task's fields, while queries do the same service (as `users_of`)."""
     some = asked = False
-    with at(str(path)):
+    with error_context(str(path)):
         for record in _records(path):
             if not isinstance(record, dict):
                 raise InvalidData("it should be a list of users with user_id, profile and query")

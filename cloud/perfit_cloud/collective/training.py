@@ -171,15 +171,15 @@ class Stage1Training:
         self.progress.advance(FORWARD * examples, "running once what no step changes")
         if (
             self.processes.count == 1
-        ):  # a pause is a meeting, and processes fill in different numbers of pieces
+        ):  # a pause is a meeting, and processes fill in different numbers of chunks
             self.pause()
 
     def batch(self, index: int) -> list[Pair]:
         """The examples of step `index` of the run."""
-        epoch, place = divmod(index, self.steps_an_epoch)
+        epoch, number = divmod(index, self.steps_an_epoch)
         if epoch != self._planned:
             self._planned, self._plan = epoch, self._batches(epoch)
-        return [self.examples[i] for i in self._plan[place]]
+        return [self.examples[i] for i in self._plan[number]]
 
     def _batches(self, epoch: int) -> list[list[int]]:
         size, seed = self.settings.batch_size, self.settings.seed

@@ -18,7 +18,7 @@ from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import at
+from perfit_shared.json_input import error_context
 from perfit_shared.lamp import Entry, Labels, User, Users, read_users
 from perfit_shared.tasks import Task
 
@@ -137,7 +137,7 @@ class _Reader:
         self.dropped_long += len(user.profile) - len(fitting)
         queries, asked = [], []
         for entry in user.query:
-            with at(f"query {entry.id}"):
+            with error_context(f"query {entry.id}"):
                 asked.append(self.encoder.query(entry.item))
             queries.append(Query(entry.id, entry.item[self._task.gold_field].strip(), entry.item))
         self.shortened += sum(encoded.is_cut for encoded in [*(x for _, x in fitting), *asked])

@@ -20,9 +20,9 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.lamp import Entry
 from perfit_shared.tasks import Task
 
-__all__ = ["TASK_FILE", "Candidate", "Prepared", "Tell", "check_out", "write_folder"]
+__all__ = ["TASK_FILE", "Candidate", "Notify", "Prepared", "check_out", "write_folder"]
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 TASK_FILE = "task.json"
 _OTHERS, _TOP, _LABELS = "user_others.json", "user_top_100_history.json", "user_top_100_history_label.json"
@@ -75,7 +75,7 @@ def write_folder(
     users: int,
     least: int,
     left_out: Mapping[str, int],
-    tell: Tell,
+    notify: Notify,
     label_task: str = "",
     task_json: dict[str, Any] | None = None,
 ) -> Prepared:
@@ -94,7 +94,7 @@ def write_folder(
             f"more; a cohort of {users} leaves nobody to test on or nobody to learn from"
         )
     if len(cohort) < users:
-        tell(f"{task.name}: {len(cohort)} people, not {users}, have a history of {least} or more")
+        notify(f"{task.name}: {len(cohort)} people, not {users}, have a history of {least} or more")
     numbers = {id(person): number for number, person in enumerate([*cohort, *others])}
 
     def record(person: Candidate, profile: Iterable[Entry], query: Iterable[Entry]) -> str:

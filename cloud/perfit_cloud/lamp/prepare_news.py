@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Prepared, Tell, check_out, write_folder
+from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Notify, Prepared, check_out, write_folder
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import at, is_date, parse_json, read_text
+from perfit_shared.json_input import error_context, is_date, parse_json, read_text
 from perfit_shared.lamp import Entry
 from perfit_shared.prompts import asking_for
 from perfit_shared.tasks import Task, task_named
@@ -38,7 +38,7 @@ class _Article:
 
 
 def prepare_news(
-    file: Path, out: Path, *, users: int, least: int, lamp_labels: bool, force: bool, tell: Tell
+    file: Path, out: Path, *, users: int, least: int, lamp_labels: bool, force: bool, notify: Notify
 ) -> tuple[Prepared, ...]:
     """Turn the News Category Dataset (JSON lines) into the folders news_headline and news_categorize.
 
@@ -51,7 +51,7 @@ def prepare_news(
     check_out(out / headline.name, force=force)
     check_out(out / categorize.name, force=force, also=(TASK_FILE,))
     articles, left_out = _read_articles(file)
-    tell(f"{file}: {len(articles)} articles of {len({article.author for article in articles})} authors")
+    notify(f"{file}: {len(articles)} articles of {len({article.author for article in articles})} authors")
     prepared = [
         write_folder(
             headline,
@@ -60,7 +60,7 @@ def prepare_news(
             users=users,
             least=least,
             left_out=left_out,
-            tell=tell,
+            notify=notify,
         )
     ]
     if lamp_labels:
@@ -78,7 +78,7 @@ def prepare_news(
             users=users,
             least=least,
             left_out=left_out,
-            tell=tell,
+            notify=notify,
             task_json=written,
         )
     )
@@ -89,12 +89,12 @@ def _read_articles(path: Path) -> tuple[list[_Article], dict[str, int]]:
     """By time, and how many were left out: with an empty field, or in an author's same words again."""
     articles: dict[tuple[str, ...], _Article] = {}
     left_out = {"empty_field": 0, "repeated": 0}
-    with at(str(path)):
+    with error_context(str(path)):
         # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
         for number, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
-            with at(f"line {number}"):
+            with error_context(f"line {number}"):
                 article = _article(parse_json(line), number)
             words = (article.author, article.headline.casefold(), article.description.casefold())
             if not all((*words, article.category)):

@@ -77,18 +77,18 @@ def ask(
 
 
 def _answer(asked: Asked, mode: Mode, *, show: bool) -> tuple[str, Chunk]:
-    """(the whole answer, its last piece); written to stdout as it comes if `show`."""
+    """(the whole answer, its last chunk); written to stdout as it comes if `show`."""
     from perfit_shared.types import Chunk
 
-    pieces: list[str] = []
+    chunks: list[str] = []
     last = Chunk("")
     for last in asked.stream(mode):
-        pieces.append(last.text)
+        chunks.append(last.text)
         if show:
             print(clean(last.text), end="", flush=True)
     if show:
         print(flush=True)
-    return "".join(pieces), last
+    return "".join(chunks), last
 
 
 def _compare(session: Session, asked: Asked) -> None:

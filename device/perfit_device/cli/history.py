@@ -157,8 +157,8 @@ def forget(
 
 def _report(session: Session, done: Added) -> None:
     if session.json:
-        session.emit({"task": done.task, "added": done.added, "known": done.known})
+        session.emit({"task": done.task, "added": done.added, "known": done.duplicates})
     say(
         f"{done.task}: {done.added} examples added"
-        + (f", {done.known} were there already" if done.known else "")
+        + (f", {done.duplicates} were there already" if done.duplicates else "")
     )

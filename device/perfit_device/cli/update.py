@@ -84,7 +84,7 @@ def update(
         patience_seconds=retry_policy,
     )
     progress = Progress()
-    with progress, session.open_profile(tell=progress.say) as opened:
+    with progress, session.open_profile(notify=progress.say) as opened:
         done = operation.update(opened, wanted, progress.step)
         cloud, _ = opened.connect()
     if session.json:

@@ -60,7 +60,7 @@ def ask_all(
 
 
 def _alone(cloud: Cloud, use: ShiftUse, prompt: Prompt, sampling: Sampling, retry_policy: RetryPolicy) -> str:
-    return "".join(piece.text for piece in retry_policy.stream(lambda: cloud.generate(prompt, use, sampling)))
+    return "".join(chunk.text for chunk in retry_policy.stream(lambda: cloud.generate(prompt, use, sampling)))
 
 
 class _Answers:

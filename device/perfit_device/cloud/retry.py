@@ -26,11 +26,11 @@ class RetryPolicy:
     longest_wait: float = 8.0
     sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
-    tell: Callable[[str], None] | None = None  # of the first wait, why
+    notify: Callable[[str], None] | None = None  # of the first wait, why
 
     def call(self, call: Callable[[], _T]) -> _T:
         """The call's value; while the cloud is busy or away, again with growing, jittered waits."""
-        since, wait, told = self.clock(), self.first_wait, self.tell is None
+        since, wait, told = self.clock(), self.first_wait, self.notify is None
         while True:
             try:
                 return call()
@@ -39,8 +39,8 @@ class RetryPolicy:
                 pause = max(random.uniform(wait / 2, wait), error.retry_ms / 1000)  # noqa: S311
                 if self.clock() - since + pause > self.give_up:
                     raise
-                if self.tell is not None and not told:
-                    self.tell(f"{error}; waiting, for {self.give_up:.0f} s at most")
+                if self.notify is not None and not told:
+                    self.notify(f"{error}; waiting, for {self.give_up:.0f} s at most")
                     told = True
                 self.sleep(pause)
                 wait = min(2 * wait, self.longest_wait)

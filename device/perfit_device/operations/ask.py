@@ -44,16 +44,16 @@ class Asked:
     _retry_policy: RetryPolicy
 
     def stream(self, mode: Mode) -> Iterator[Chunk]:
-        """The answer of one of the modes it was prepared for, as it comes; counts are on the last piece.
+        """The answer of one of the modes it was prepared for, as it comes; counts are on the last chunk.
 
         White space at its front belongs to the prompt's form and is left out.
         """
         is_at_front = True
         use = self._uses[mode]
-        for piece in self._retry_policy.stream(lambda: self._cloud.generate(self.prompt, use, self.sampling)):
-            text = piece.text.lstrip() if is_at_front else piece.text
+        for chunk in self._retry_policy.stream(lambda: self._cloud.generate(self.prompt, use, self.sampling)):
+            text = chunk.text.lstrip() if is_at_front else chunk.text
             is_at_front = is_at_front and not text
-            yield replace(piece, text=text)
+            yield replace(chunk, text=text)
 
 
 def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Asked:
@@ -76,7 +76,7 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Aske
         stop=artefact.task.stop,
     )
     uses = {mode: _use(profile, artefact, mode) for mode in modes}
-    return Asked(artefact, prompt, sampling, cloud, uses, RetryPolicy(tell=profile.tell))
+    return Asked(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
 def _prompt(artefact: Artefact, text: str) -> Prompt:
@@ -98,7 +98,7 @@ def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
         mine = personal.load(vault, info.cloud_id, artefact)
     if mine is not None:
         return ShiftUse(artefact, mine.tensors)
-    profile.tell(
+    profile.notify(
         f"no personal shift for {artefact.name} yet, so this is the seed; `perfit update` trains one"
     )
     return ShiftUse(artefact, profile.while_opening().call(lambda: cloud.fetch_seed(artefact)))

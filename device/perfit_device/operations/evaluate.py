@@ -100,7 +100,7 @@ def prepare(
     """The test part, and the shifts to measure on it; `shift` is somebody's exported one."""
     cloud, info = profile.connect()
     artefact = profile.artefact(task)
-    retry_policy = RetryPolicy(tell=profile.tell)
+    retry_policy = RetryPolicy(notify=profile.notify)
     with profile.vault() as vault:
         items = history.load(vault, artefact.task.name)
         # As an update splits them, or its gate's examples could be among these.
@@ -109,7 +109,7 @@ def prepare(
         test = history.split(usable).test
         mine = personal.load(vault, info.cloud_id, artefact)
     if mine is None:
-        profile.tell("no personal shift yet, so personal is the seed; `perfit update` trains one")
+        profile.notify("no personal shift yet, so personal is the seed; `perfit update` trains one")
     uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
     if with_seed or mine is None:
         uses["seed"] = ShiftUse(artefact, retry_policy.call(lambda: cloud.fetch_seed(artefact)))

@@ -58,7 +58,7 @@ def update(
 
     It holds the vault until it ends. An interrupt leaves the steps that were done in the vault.
     """
-    retry_policy = RetryPolicy(give_up=wanted.patience_seconds, tell=profile.tell)
+    retry_policy = RetryPolicy(give_up=wanted.patience_seconds, notify=profile.notify)
     cloud, info = profile.connect(retry_policy)
     artefact = profile.artefact(wanted.task)
     with profile.vault() as vault:
@@ -69,7 +69,7 @@ def update(
             fitting = [item for item in usable if item.name not in refusals.names]
             if len(fitting) < len(usable):
                 left_out = len(usable) - len(fitting)
-                profile.tell(f"{left_out} examples are too long for this cloud and are left out")
+                profile.notify(f"{left_out} examples are too long for this cloud and are left out")
             run = _Run(profile, vault, wanted, artefact, history.split(fitting), retry_policy, progress)
             try:
                 return run.train([item.name for item in items if item not in fitting])
@@ -78,7 +78,7 @@ def update(
                 client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
                 more = client.refused_among(rest)
                 refusals = refusals.with_names(vault, [*error.names, *(item.name for item in more)])
-                updates.forget_checkpoint(vault, refusals.place)  # of a plan with these examples
+                updates.forget_checkpoint(vault, refusals.row)  # of a plan with these examples
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class _Run:
 
     def train(self, skipped: Sequence[str]) -> Updated:
         _, info = self.profile.connect()
-        place = updates.row_name(info.cloud_id, self.artefact.name, self.artefact.task.name)
-        plan = self._plan(place)
-        last = updates.read_finished(self.vault, place)
+        row = updates.update_row(info.cloud_id, self.artefact.name, self.artefact.task.name)
+        plan = self._plan(row)
+        last = updates.read_finished(self.vault, row)
         if last is not None and self._is_in_vain(last, plan, info.fingerprint):
             return Updated(self.artefact, plan, skipped, was_accepted=last.accepted)
         return Updated(self.artefact, plan, skipped, self._result(plan))
@@ -130,14 +130,14 @@ class _Run:
                 checkpoint_seconds=self.wanted.checkpoint_seconds,
                 progress=self.progress,
             )
-            self.profile.tell(
+            self.profile.notify(
                 f"{self.artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
                 + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
             )
             try:
                 return run.run()
             except KeyboardInterrupt:
-                self.profile.tell(
+                self.profile.notify(
                     f"stopped after step {run.step} of {plan.steps}; `perfit update` resumes there"
                 )
                 raise
@@ -151,13 +151,13 @@ class _Run:
                 raise
             return None  # made for another artefact, so the gate cannot measure it
 
-    def _plan(self, place: str) -> Plan:
+    def _plan(self, row: str) -> Plan:
         """The half-done plan if it still holds and nothing else is asked for, else a new one."""
         artefact, split, wanted = self.artefact, self.split, dict(self.wanted.settings)
         now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
         if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
             wanted["batch_size"] = min(wanted["batch_size"], len(split.train))
-        kept = updates.read_checkpoint(self.vault, place)
+        kept = updates.read_checkpoint(self.vault, row)
         if kept is not None:
             old = asdict(kept.schedule)
             again = replace(kept.schedule, **wanted, fresh=self.wanted.fresh or kept.schedule.fresh)
@@ -168,7 +168,7 @@ class _Run:
                 reason = "the cloud's artefact changed"
             if old["history"] != now["history"]:
                 reason = "your history changed"
-            self.profile.tell(
+            self.profile.notify(
                 f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
             )
         schedule = schedule_for("device", artefact, len(split.train), Overrides(**wanted))

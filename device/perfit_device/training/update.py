@@ -30,7 +30,7 @@ __all__ = [
     "forget_finished",
     "read_checkpoint",
     "read_finished",
-    "row_name",
+    "update_row",
 ]
 
 _KIND, _FINISHED = "checkpoint", "finished"
@@ -73,14 +73,14 @@ class Result:
     resumed_from: int  # step
 
 
-def row_name(cloud_id: str, artefact: str, task: str) -> str:
+def update_row(cloud_id: str, artefact: str, task: str) -> str:
     """The name of a checkpoint in the vault. It ends in the task, by which `forget` finds it."""
-    return f"{personal.row_name(cloud_id, artefact)}/{task}"
+    return f"{personal.shift_row(cloud_id, artefact)}/{task}"
 
 
-def read_checkpoint(vault: Vault, place: str) -> Training[Plan] | None:
+def read_checkpoint(vault: Vault, row: str) -> Training[Plan] | None:
     """A half-done update, None when there is none. Raises VaultDamaged."""
-    data = vault.get(_KIND, place)
+    data = vault.get(_KIND, row)
     if data is None:
         return None
     try:
@@ -89,8 +89,8 @@ def read_checkpoint(vault: Vault, place: str) -> Training[Plan] | None:
         raise VaultDamaged("the vault holds a half-done update that cannot be read") from error
 
 
-def forget_checkpoint(vault: Vault, place: str) -> bool:
-    return vault.delete(_KIND, place)
+def forget_checkpoint(vault: Vault, row: str) -> bool:
+    return vault.delete(_KIND, row)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Finished:
     accepted: bool
 
 
-def read_finished(vault: Vault, place: str) -> Finished | None:
+def read_finished(vault: Vault, row: str) -> Finished | None:
     """None when there was none, or one of another version of perfit."""
-    data = vault.get(_FINISHED, place)
+    data = vault.get(_FINISHED, row)
     try:
         values = json.loads(data or b"")
         return Finished(Plan(**values["plan"]), str(values["fingerprint"]), bool(values["accepted"]))
@@ -112,9 +112,9 @@ def read_finished(vault: Vault, place: str) -> Finished | None:
         return None
 
 
-def forget_finished(vault: Vault, place: str) -> bool:
+def forget_finished(vault: Vault, row: str) -> bool:
     """What it came to is not in use any more, so an equal update would not be in vain."""
-    return vault.delete(_FINISHED, place)
+    return vault.delete(_FINISHED, row)
 
 
 class Update:
@@ -157,8 +157,8 @@ class Update:
         self._retry_policy = retry_policy or RetryPolicy()
         self._checkpoint_seconds = checkpoint_seconds
         self._progress = progress
-        self._place = row_name(cloud_id, artefact.name, artefact.task.name)
-        kept = read_checkpoint(vault, self._place)
+        self._row = update_row(cloud_id, artefact.name, artefact.task.name)
+        kept = read_checkpoint(vault, self._row)
         resumes = kept is not None and kept.schedule == plan
         self._training = [kept if kept is not None and resumes else Training.start(plan, start)]
         self._saved = self._state  # what the vault has; at first there may be nothing to keep
@@ -248,7 +248,7 @@ class Update:
             return
         # What a full disk keeps from being overwritten is the checkpoint before, until the next one.
         with contextlib.suppress(VaultUnswept):
-            self._vault.put(_KIND, self._place, self._state.to_bytes())
+            self._vault.put(_KIND, self._row, self._state.to_bytes())
         self._saved = self._state
 
     def _finish(self, gate: ValidationGate) -> None:
@@ -257,9 +257,9 @@ class Update:
             if gate.accepted and self._state.best is not None:
                 shift, learned = self._shift(self._state.best), self._learned(gate)
                 personal.store(self._vault, self._cloud_id, self._artefact, shift, learned)
-            forget_checkpoint(self._vault, self._place)
+            forget_checkpoint(self._vault, self._row)
             finished = Finished(self._state.schedule, self._fingerprint, gate.accepted)
-            self._vault.put(_FINISHED, self._place, json.dumps(asdict(finished)).encode())
+            self._vault.put(_FINISHED, self._row, json.dumps(asdict(finished)).encode())
 
     def _shift(self, tensors: ShiftTensors) -> PersonalShift:
         """The new version. What it goes on from says what it may know; afresh it knows what is there now."""

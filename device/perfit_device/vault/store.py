@@ -37,7 +37,7 @@ __all__ = ["Vault"]
 _OUR_KDF = KdfParams()  # what `create` locks by
 _RESERVE = ("reserve", "")  # kind and name of the row that `reserve` writes
 _UNSWEPT = 1  # user_version while the file may hold copies of removed rows
-_Place = tuple[str, bytes]  # kind, row id
+_RowRef = tuple[str, bytes]  # kind, row id
 Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
 
 
@@ -51,7 +51,7 @@ class Vault:
         self._file = path.open("rb")  # for filesum
         self._header = header
         self._key = DataKey(key, header.vault_id)
-        self._listed: dict[_Place, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
+        self._listed: dict[_RowRef, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._lock = threading.RLock()
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
@@ -170,16 +170,16 @@ class Vault:
 
     def get(self, kind: str, name: str) -> bytes | None:
         """The row's bytes, or None."""
-        place = (kind, self._key.row_id(kind, name))
+        ref = (kind, self._key.row_id(kind, name))
         with self._lock:
-            if place not in self._listed:
+            if ref not in self._listed:
                 return None
             rows = self._execute(
-                "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *place
+                "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *ref
             )
         if not rows:
             raise VaultDamaged("a row of the vault is gone; restore a copy of the file")
-        return _unpack(self._key.unseal(*place, *rows[0]))[1]
+        return _unpack(self._key.unseal(*ref, *rows[0]))[1]
 
     def has(self, kind: str, name: str) -> bool:
         with self._lock:
@@ -193,30 +193,30 @@ class Vault:
 
     def put(self, kind: str, name: str, data: bytes) -> None:
         """Write a row, as its next version if it is there. Atomic, by itself or in a transaction."""
-        place = (kind, self._key.row_id(kind, name))
+        ref = (kind, self._key.row_id(kind, name))
         with self._lock:
-            version = self._listed.get(place, (0, b""))[0] + 1
-            wrapped, sealed = self._key.seal(*place, version, _pack(name, data))
+            version = self._listed.get(ref, (0, b""))[0] + 1
+            wrapped, sealed = self._key.seal(*ref, version, _pack(name, data))
             del data  # megabytes, of which SQLite makes copies
             digest = _row_digest(wrapped, sealed)
             with self.transaction():
                 self._execute(
-                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *place, version, wrapped, sealed
+                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *ref, version, wrapped, sealed
                 )
                 del sealed
                 self._removed = self._removed or version > 1
-                self._listed[place] = (version, digest)
+                self._listed[ref] = (version, digest)
 
     def delete(self, kind: str, name: str) -> bool:
         """Remove a row and its key for good; whether it was there."""
-        place = (kind, self._key.row_id(kind, name))
+        ref = (kind, self._key.row_id(kind, name))
         with self._lock:
-            if place not in self._listed:
+            if ref not in self._listed:
                 return False
             with self.transaction():
-                self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *place)
+                self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *ref)
                 self._removed = True
-                del self._listed[place]
+                del self._listed[ref]
             return True
 
     def reserve(self, size: int) -> None:
@@ -263,7 +263,7 @@ class Vault:
         if self._removed:
             self._sweep()
 
-    def _roll_back(self, before: dict[_Place, tuple[int, bytes]]) -> None:
+    def _roll_back(self, before: dict[_RowRef, tuple[int, bytes]]) -> None:
         """To the list of rows as it was; unless Ctrl-C came when the change was made already."""
         with contextlib.suppress(sqlite3.Error):
             # A full disk makes SQLite roll back by itself.

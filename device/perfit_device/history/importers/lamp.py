@@ -29,7 +29,7 @@ def read(source: Source, task: Task) -> list[HistoryItem]:
     golds = {} if labels is None else read_golds(labels)
     found = users_of(source.records, task, golds=golds, source=source.path.name)
     if found.dropped_empty:
-        source.tell(f"{found.dropped_empty} entries of the file have an empty field and were left out")
+        source.notify(f"{found.dropped_empty} entries of the file have an empty field and were left out")
     return _of_user(_chosen(found.users, source.user), task, queries_are_history=found.no_profiles)
 
 
@@ -51,7 +51,7 @@ def _chosen(users: tuple[User, ...], wanted: str | None) -> User:
 def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[HistoryItem]:
     def found(kind: str, entry: Entry, *, dated: bool, part: str = "") -> HistoryItem:
         date = entry.date if dated else ""
-        return HistoryItem(task.name, entry.item, date=date, part=part, place=f"{kind} {entry.id}")
+        return HistoryItem(task.name, entry.item, date=date, part=part, origin=f"{kind} {entry.id}")
 
     part = "" if queries_are_history else "test"
     # Dates that cannot order a profile are dropped: the order of adding stands for them.

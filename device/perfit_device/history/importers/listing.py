@@ -9,7 +9,7 @@ from perfit_device.history.importers.rows import date_and_part
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem, problems_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import at
+from perfit_shared.json_input import error_context
 from perfit_shared.tasks import TASK_NAME, TASKS, Task, is_text
 
 __all__ = ["fits", "read"]
@@ -36,19 +36,19 @@ def read(source: Source, task: Task | None) -> list[HistoryItem]:
     An example must have its task's fields, where there is a task of that name: `task`, one that the source
     knows, or one of perfit's own. Of others nobody can say what fields they have.
     """
-    tasks = {**TASKS, **source.known, **({task.name: task} if task else {})}
+    tasks = {**TASKS, **source.tasks, **({task.name: task} if task else {})}
     found = []
     for number, record in enumerate(source.records):
-        place = f"item {number}"
-        with at(place):
-            found.append(_item(record, tasks, place))
+        origin = f"item {number}"
+        with error_context(origin):
+            found.append(_item(record, tasks, origin))
     wanted = [item for item in found if task is None or item.task == task.name]
     if len(wanted) < len(found):
-        source.tell(f"{len(found) - len(wanted)} examples of the file are of other tasks and were left out")
+        source.notify(f"{len(found) - len(wanted)} examples of the file are of other tasks and were left out")
     return wanted
 
 
-def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], place: str) -> HistoryItem:
+def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], origin: str) -> HistoryItem:
     task, fields = record["task"], record["fields"]
     if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
         raise InvalidData('field "task" should be the name of a task')
@@ -59,7 +59,7 @@ def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], place: str) -> H
         problems = problems_of(tasks[task], fields) + problems
     if problems:
         raise InvalidData("; ".join(problems))
-    return HistoryItem(task, dict(fields), date=date, part=part, place=place)
+    return HistoryItem(task, dict(fields), date=date, part=part, origin=origin)
 
 
 def _says_something(value: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from perfit_device.history.items import HistoryItem, problems_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import at, is_date
+from perfit_shared.json_input import error_context, is_date
 from perfit_shared.tasks import Task
 
 __all__ = ["collect", "date_and_part", "names_of"]
@@ -23,12 +23,12 @@ def collect(rows: Iterable[tuple[str, Any]], task: Task) -> list[HistoryItem]:
     """
     found: list[HistoryItem] = []
     wrong: list[InvalidData] = []
-    for place, values in rows:
+    for origin, values in rows:
         try:
-            with at(place):
+            with error_context(origin):
                 if isinstance(values, InvalidData):
                     raise values
-                found.append(_item(values, task, place))
+                found.append(_item(values, task, origin))
         except InvalidData as error:
             wrong.append(error)
     if len(wrong) > 1:
@@ -56,7 +56,7 @@ def date_and_part(values: Mapping[str, Any]) -> tuple[str, str, list[str]]:
     return str(date), "test" if part == "test" else "", problems
 
 
-def _item(values: Any, task: Task, place: str) -> HistoryItem:
+def _item(values: Any, task: Task, origin: str) -> HistoryItem:
     if not isinstance(values, dict):
         raise InvalidData("it should be an object with the task's fields")
     # A name that is right as it stands wins over one that only looks like it.
@@ -67,4 +67,4 @@ def _item(values: Any, task: Task, place: str) -> HistoryItem:
         wrong[-1] += f" (an example of {task.name} has {' and '.join(task.fields_of(named))})"
     if wrong or others:
         raise InvalidData("; ".join(wrong + others))
-    return HistoryItem.make(task, named, date=date, part=part, place=place)
+    return HistoryItem.make(task, named, date=date, part=part, origin=origin)

@@ -69,14 +69,14 @@ def _first_row(reader: Any) -> list[str]:
 def _rows(reader: Any, task: Task, skipped: int) -> Iterator[tuple[str, Any]]:
     header = _header(_first_row(reader), task)
     for row in reader:
-        place = f"row {reader.line_num + skipped}"
+        origin = f"row {reader.line_num + skipped}"
         cells, rest = row[: len(header)], row[len(header) :]
         if not any(map(str.strip, row)):
             continue
         if len(cells) < len(header) or any(map(str.strip, rest)):
-            yield place, InvalidData("it has not as many columns as the first row")
+            yield origin, InvalidData("it has not as many columns as the first row")
         else:
-            yield place, dict(zip(header, cells, strict=True))
+            yield origin, dict(zip(header, cells, strict=True))
 
 
 def _header(row: list[str], task: Task) -> list[str]:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from perfit_device.cloud.identity import Enrolment
     from perfit_device.vault.store import Vault
 
-__all__ = ["Known", "read_enrolment", "recall", "remember", "write_enrolment"]
+__all__ = ["CloudRecord", "read_enrolment", "read_record", "write_enrolment", "write_record"]
 
-_INFO_PLACE = ("cloud", "describe")
-_ENROLMENT_PLACE = ("identity", "current")
+_INFO_ROW = ("cloud", "describe")
+_ENROLMENT_ROW = ("identity", "current")
 
 
 @dataclass(frozen=True)
-class Known:
+class CloudRecord:
     """What the cloud said last of what it serves, for offline use; empty before it was first asked."""
 
     cloud_id: str = ""
@@ -39,7 +39,7 @@ class Known:
         return {task.name: task for task in map(Task.from_json, self.tasks.values())}
 
 
-def remember(vault: Vault, info: CloudInfo) -> None:
+def write_record(vault: Vault, info: CloudInfo) -> None:
     """Keep what the cloud serves, so that history can be sorted offline."""
     values = {
         "cloud_id": info.cloud_id,
@@ -49,25 +49,25 @@ def remember(vault: Vault, info: CloudInfo) -> None:
         "new_tokens": info.limits.new_tokens,
     }
     data = json.dumps(values).encode()
-    if vault.get(*_INFO_PLACE) != data:
-        vault.put(*_INFO_PLACE, data)
+    if vault.get(*_INFO_ROW) != data:
+        vault.put(*_INFO_ROW, data)
 
 
-def recall(vault: Vault) -> Known:
-    data = vault.get(*_INFO_PLACE)
+def read_record(vault: Vault) -> CloudRecord:
+    data = vault.get(*_INFO_ROW)
     if data is None:
-        return Known()
+        return CloudRecord()
     values = json.loads(data)
     del values["base_model"]
-    return Known(**values)
+    return CloudRecord(**values)
 
 
 def read_enrolment(vault: Vault) -> Enrolment | None:
     from perfit_device.cloud.identity import Enrolment
 
-    data = vault.get(*_ENROLMENT_PLACE)
+    data = vault.get(*_ENROLMENT_ROW)
     return None if data is None else Enrolment.from_bytes(data)
 
 
 def write_enrolment(vault: Vault, enrolment: Enrolment) -> None:
-    vault.put(*_ENROLMENT_PLACE, enrolment.to_bytes())
+    vault.put(*_ENROLMENT_ROW, enrolment.to_bytes())
