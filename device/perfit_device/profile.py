@@ -3,9 +3,9 @@
 What a profile can do stands in `operations`, a file for each; they take a `Profile` and give values. The
 command line parses, asks and prints around them.
 
-    with Profile.open(Settings("default"), passphrase=ask) as profile:
-        asked = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
-        for chunk in asked.stream(Mode.PERSONAL): …
+    with Profile.open(DeviceSettings("default"), passphrase=ask) as profile:
+        prepared = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
+        for chunk in prepared.stream(Mode.PERSONAL): …
 
 Nothing here prints or asks: `passphrase` is called when the vault needs one, and `notify` takes a line for a
 person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.

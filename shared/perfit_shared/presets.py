@@ -39,11 +39,11 @@ class Preset:
             return self.paper_layers
         if blocks < len(self.paper_layers):
             raise InvalidInput(f"a model of {blocks} blocks has no {len(self.paper_layers)} to intervene on")
-        wanted = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
-        near = range(max(0, int(wanted[0]) - len(wanted)), min(blocks, int(wanted[-1]) + len(wanted) + 1))
+        targets = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
+        near = range(max(0, int(targets[0]) - len(targets)), min(blocks, int(targets[-1]) + len(targets) + 1))
         return min(
-            combinations(near, len(wanted)),
-            key=lambda c: (sum(abs(a - b) for a, b in zip(c, wanted, strict=True)), c),
+            combinations(near, len(targets)),
+            key=lambda c: (sum(abs(a - b) for a, b in zip(c, targets, strict=True)), c),
         )
 
     def _as_printed(self, blocks: int) -> bool:

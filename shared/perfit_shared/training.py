@@ -305,24 +305,24 @@ def train(
     caller does meanwhile falls into the wait. Raises Diverged.
     """
     clocked = time.monotonic()
-    asked = _ask(trainings, gradients, losses)
-    while asked is not None:
-        steps = asked.gradients()
-        seconds, clocked = _share(clocked, steps)
-        for i, (loss, gradient) in zip(asked.stepped, steps, strict=True):
+    current = _next_round(trainings, gradients, losses)
+    while current is not None:
+        steps = current.gradients()
+        seconds, clocked = _seconds_each(clocked, steps)
+        for i, (loss, gradient) in zip(current.stepped, steps, strict=True):
             try:
                 trainings[i] = trainings[i].stepped(loss, gradient, seconds=seconds)
             except UpdateFailed as error:
                 raise Diverged(str(error), i) from error
-        for i, loss in zip(asked.judged, asked.losses(), strict=True):
+        for i, loss in zip(current.judged, current.losses(), strict=True):
             trainings[i] = trainings[i].judge(loss)
-        stepped = asked.stepped
-        asked = _ask(trainings, gradients, losses)
+        stepped = current.stepped
+        current = _next_round(trainings, gradients, losses)
         yield stepped
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Round:
     """One round: who takes a step, whose epoch is judged, and what waits for the answers."""
 
     stepped: list[int]
@@ -331,15 +331,15 @@ class _Asked:
     losses: Callable[[], Sequence[float]]
 
 
-def _ask(
+def _next_round(
     trainings: Sequence[Training[S]], gradients: Gradients[S], losses: Losses[S] | None
-) -> _Asked | None:
+) -> _Round | None:
     """Ask for the next round; None when there is none."""
     judged = {i: t for i, t in enumerate(trainings) if losses is not None and t.at_epoch_end}
     stepped = {i: t for i, t in enumerate(trainings) if i not in judged and not t.done}
     if not judged and not stepped:
         return None
-    return _Asked(
+    return _Round(
         list(stepped),
         list(judged),
         gradients(stepped) if stepped else list,
@@ -347,7 +347,7 @@ def _ask(
     )
 
 
-def _share(clocked: float, steps: Sequence[object]) -> tuple[float, float]:
+def _seconds_each(clocked: float, steps: Sequence[object]) -> tuple[float, float]:
     """(seconds of one of these steps, now); where there is none, the time counts to the next ones."""
     now = time.monotonic()
     return ((now - clocked) / len(steps), now) if steps else (0.0, clocked)

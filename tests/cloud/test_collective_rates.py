@@ -120,7 +120,7 @@ def test_without_users_to_try_on_devices_get_stage_1_s_rate(make_request: Any, t
 def test_where_trial_updates_tell_nothing_devices_get_no_more_than_stage_1_s_rate(
     make_request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_TELLING", 1.0)
+    monkeypatch.setattr(trials, "_LEAST_GAIN", 1.0)
     monkeypatch.setattr(trials, "LADDER", (1e-4, 1e-3))
     artefact = train_collective(make_request(device_learning_rate=None, learning_rate=3e-4))
     assert len(artefact.card["device_trials"]) == 2

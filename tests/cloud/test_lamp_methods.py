@@ -14,7 +14,7 @@ from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import Asked, Fitted, Method, TaskData, Work
+from perfit_cloud.lamp.methods.interface import Fitted, Method, QueryRequest, TaskData, Work
 from perfit_cloud.lamp.people import Learner, Person, read_people
 from perfit_cloud.lamp.request import ABLATIONS, LampRun
 from perfit_cloud.lamp.results import UserFolder
@@ -134,7 +134,7 @@ def test_a_state_survives_its_bytes(
     assert method.to_bytes(read) == written
     assert method.parameters > 0
     sampling = request_sampling(data, person)
-    before, after = ([Asked(person.user_id, person.queries[0], s, sampling)] for s in (state, read))
+    before, after = ([QueryRequest(person.user_id, person.queries[0], s, sampling)] for s in (state, read))
     assert method.answer(before, lambda count: None) == method.answer(after, lambda count: None)
     assert method.score(before) == method.score(after)
 
@@ -149,20 +149,20 @@ def test_answers_come_in_the_order_asked(
     ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData
 ) -> None:
     method = open_method(ablation)
-    asked = [
-        Asked(person.user_id, query, method.start, request_sampling(data, person))
+    requests = [
+        QueryRequest(person.user_id, query, method.start, request_sampling(data, person))
         for person in data.people.people[:3]
         for query in person.queries
     ]
     told: list[int] = []
-    answers, scores = method.answer(asked, told.append), method.score(asked)
-    assert sum(told) == len(answers) == len(scores) == len(asked)
-    for one, answer, score in zip(asked, answers, scores, strict=True):
+    answers, scores = method.answer(requests, told.append), method.score(requests)
+    assert sum(told) == len(answers) == len(scores) == len(requests)
+    for one, answer, score in zip(requests, answers, scores, strict=True):
         assert method.answer([one], lambda count: None) == [answer]
         assert method.score([one])[0].log_likelihood == pytest.approx(score.log_likelihood, abs=1e-4)
-    golds = [one.query.gold for one in asked]
-    assert method.score(asked, golds) == scores, "gold answers are scored where none are given"
-    assert method.score(asked, golds[1:] + golds[:1]) != scores
+    golds = [one.query.gold for one in requests]
+    assert method.score(requests, golds) == scores, "gold answers are scored where none are given"
+    assert method.score(requests, golds[1:] + golds[:1]) != scores
 
 
 def test_options_of_other_methods_are_refused(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
@@ -231,14 +231,16 @@ class Notebook(Method[tuple[str, ...]]):
         work.done(len(person.history), 1)
         return Fitted(tuple(item["title"] for item in person.history), (1.0, 0.5), seconds=0.25)
 
-    def answer(self, asked: Sequence[Asked[tuple[str, ...]]], done: Callable[[int], None]) -> list[str]:
-        done(len(asked))
-        return [" | ".join(one.state) for one in asked]
+    def answer(
+        self, requests: Sequence[QueryRequest[tuple[str, ...]]], done: Callable[[int], None]
+    ) -> list[str]:
+        done(len(requests))
+        return [" | ".join(one.state) for one in requests]
 
     def score(
-        self, asked: Sequence[Asked[tuple[str, ...]]], answers: Sequence[str] | None = None
+        self, requests: Sequence[QueryRequest[tuple[str, ...]]], answers: Sequence[str] | None = None
     ) -> list[Score]:
-        return [Score(-2.0 * (one.query.gold.split()[0] not in " ".join(one.state)), 2) for one in asked]
+        return [Score(-2.0 * (one.query.gold.split()[0] not in " ".join(one.state)), 2) for one in requests]
 
     def to_bytes(self, state: tuple[str, ...]) -> bytes:
         return json.dumps(state).encode()

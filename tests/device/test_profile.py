@@ -43,7 +43,7 @@ def answer(profile: Profile, mode: Mode) -> str:
     return "".join(chunk.text for chunk in asked.stream(mode))
 
 
-SHORT = update.Wanted(settings={"epochs": 2})
+SHORT = update.UpdateRequest(settings={"epochs": 2})
 
 
 def test_a_day_with_a_profile(profile: Profile, messages: list[str]) -> None:
@@ -55,7 +55,7 @@ def test_a_day_with_a_profile(profile: Profile, messages: list[str]) -> None:
     done = update.update(profile, SHORT, lambda step, *_: steps.append(step))
     assert done.result is not None and done.result.gate.accepted
     assert steps == list(range(1, done.result.steps + 1))
-    update.update(profile, update.Wanted(settings={"epochs": 3}))
+    update.update(profile, update.UpdateRequest(settings={"epochs": 3}))
     name, kept = versions.read(profile, None)
     assert (name, [v.number for v in kept.kept], kept.current) == ("news_headline", [1, 2], 2)
     assert kept.kept[0].learned.gate_after == done.result.gate.after

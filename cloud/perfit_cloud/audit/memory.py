@@ -51,7 +51,7 @@ Keys = npt.NDArray[np.uint64]
 _KERNELS_OWN = ("[vvar", "[vsyscall]", "[vdso]")
 _STATUS = Path("/proc/self/status")
 _CAP_SYS_PTRACE = 19
-_SAYS_NO = (
+_NOT_ALLOWED = (
     "looking into the server's memory needs CAP_SYS_PTRACE; run it as root, or give the interpreter that "
     "capability with `setcap cap_sys_ptrace+ep`"
 )
@@ -109,7 +109,7 @@ def check_allowed() -> None:
         raise ConfigError("an audit needs Linux: it looks into the server by /proc")
     effective = re.search(r"^CapEff:\s*(\w+)", _STATUS.read_text(), re.MULTILINE)
     if effective is None or not int(effective[1], 16) >> _CAP_SYS_PTRACE & 1:
-        raise ConfigError(_SAYS_NO)
+        raise ConfigError(_NOT_ALLOWED)
 
 
 def processes_of(pid: int) -> list[int]:
@@ -305,7 +305,7 @@ def _opened(path: str) -> Iterator[int]:
     try:
         file = os.open(path, os.O_RDONLY)
     except PermissionError:
-        raise ConfigError(_SAYS_NO) from None
+        raise ConfigError(_NOT_ALLOWED) from None
     except OSError as error:
         raise PerfitError(f"the server is gone: {path}: {error.strerror}") from error
     try:
@@ -322,7 +322,7 @@ def _open_files(pid: int) -> Iterable[tuple[str, Path]]:
                 target = link.readlink()  # of a socket or pipe no file, as the reading of it will find
                 yield f"open file {target.name}", link
     except PermissionError:
-        raise ConfigError(_SAYS_NO) from None
+        raise ConfigError(_NOT_ALLOWED) from None
 
 
 def _state(pid: int) -> str:

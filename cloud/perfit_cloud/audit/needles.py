@@ -63,7 +63,7 @@ class Needle:
             kept.append(part[begin:])
         return Needle(self.kind, tuple(part for part in kept if len(part) >= self.run), self.run, self.item)
 
-    def telling(self, part: bytes) -> npt.NDArray[np.bool_]:
+    def is_distinctive(self, part: bytes) -> npt.NDArray[np.bool_]:
         """Whether the run that starts at each byte of a part says something, by its distinct items."""
         data = np.frombuffer(part, np.uint8)
         starts = np.zeros(len(data), bool)

@@ -124,8 +124,8 @@ class _Auditor:
         for effort in range(1, _TRIES + 1):
             call = self._call(rpc, dtype, effort)
             began = time.monotonic()
-            watch = _Watch(self._server, self._hardening, rpc, ending, call.needles)
-            rows = [watch.before()]
+            search = _ScenarioSearch(self._server, self._hardening, rpc, ending, call.needles)
+            rows = [search.before()]
             # Of a call that ends so: long enough for some looks, short enough to wait for.
             seconds = 2 + 4 * (time.monotonic() - began) * effort if ending == "deadline" else _SECONDS
             connection = self._server.connect(device)
@@ -136,25 +136,25 @@ class _Auditor:
                         running = call.refused(connection.personalization, seconds)
                     else:
                         running = call.start(connection.personalization, seconds)
-                        row = self._caught(running, watch, held)
+                        row = self._caught(running, search, held)
                         if row is None:
                             continue
                         rows.append(row)
                         _end(running, ending, connection, seconds)
-                _ended(running, call, ending, watch.name)
-                watch.add(call.received(running.replies))
+                _ended(running, call, ending, search.name)
+                search.add(call.received(running.replies))
                 if ending != "gone":  # whose channel ended with it
-                    rows.append(watch.at_rest("after"))
+                    rows.append(search.at_rest("after"))
             finally:
                 connection.close()
             yield from rows
-            yield watch.at_rest("closed")
+            yield search.at_rest("closed")
             return
         raise PerfitError(
             f"{rpc} {ending}: the call ended before the server was caught at it; audit a larger model"
         )
 
-    def _caught(self, running: Running, watch: _Watch, held: ExitStack) -> Row | None:
+    def _caught(self, running: Running, search: _ScenarioSearch, held: ExitStack) -> Row | None:
         """What was found while the server was at it; it is stopped until `held` ends. None: it was over."""
         for number in range(_LOOKS):
             _let_work(self._server.pid, 0.02 * 1.5**number, running)
@@ -162,7 +162,7 @@ class _Auditor:
                 hold.enter_context(stopped(self._server.pid))
                 if running.status is not None:
                     return None
-                row = watch.during()
+                row = search.during()
                 if not row.fault or number == _LOOKS - 1:
                     held.push(hold.pop_all())
                     return row
@@ -194,17 +194,17 @@ class _Auditor:
     ) -> Iterator[Row]:
         """A call too short to be caught at work; its connection still holds what it sent, and shows it."""
         with connection:
-            watch = _Watch(self._server, self._hardening, rpc, ending, needles)
-            yield watch.before()
+            search = _ScenarioSearch(self._server, self._hardening, rpc, ending, needles)
+            yield search.before()
             try:
                 call(timeout=_SECONDS)
                 status = "OK"
             except grpc.RpcError as error:
                 status = error.code().name
             if status not in _STATUS[ending]:
-                raise PerfitError(f"{watch.name}: the call ended with {status}")
-            yield watch.at_rest("after")
-        yield watch.at_rest("closed")
+                raise PerfitError(f"{search.name}: the call ended with {status}")
+            yield search.at_rest("after")
+        yield search.at_rest("closed")
 
     # -- many devices ----------------------------------------------------------------------------
 
@@ -217,8 +217,8 @@ class _Auditor:
             for n in range(count)
         ]
         needles = [needle for call in calls for needle in call.needles]
-        watch = _Watch(self._server, self._hardening, "every RPC", f"{count} devices", needles)
-        yield watch.before()  # first: the server closes connections that stay idle meanwhile
+        search = _ScenarioSearch(self._server, self._hardening, "every RPC", f"{count} devices", needles)
+        yield search.before()  # first: the server closes connections that stay idle meanwhile
         connections = [self._server.connect(device) for device in self._server.enrol(count)]
         try:
             for connection in connections:  # the handshakes are no part of the load
@@ -229,18 +229,18 @@ class _Auditor:
             ]
             _let_work(self._server.pid, 0.2, running[0])
             with stopped(self._server.pid):
-                yield watch.during()
+                yield search.during()
                 for of_call, ending, connection in zip(running, endings, connections, strict=True):
                     if of_call.status is None:
                         _end(of_call, ending, connection, _SECONDS)
             for n, (call, of_call, ending) in enumerate(zip(calls, running, endings, strict=True)):
                 _ended(of_call, call, ending, f"{call.rpc} of device {n} of {count}")
-                watch.add(call.received(of_call.replies))
-            yield watch.at_rest("after")
+                search.add(call.received(of_call.replies))
+            yield search.at_rest("after")
         finally:
             for connection in connections:
                 connection.close()
-        yield watch.at_rest("closed")
+        yield search.at_rest("closed")
 
     def _call(self, rpc: str, dtype: str, effort: int) -> PersonalCall:
         """`effort`: 0 for little work, else so many times what a server can be caught at."""
@@ -256,7 +256,7 @@ class _Auditor:
         return made
 
 
-class _Watch:
+class _ScenarioSearch:
     """The looks at a server for the needles of one scenario."""
 
     def __init__(

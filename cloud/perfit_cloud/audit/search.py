@@ -83,7 +83,7 @@ class _Table:
     def __init__(self, needles: Sequence[Needle], width: int) -> None:
         self._width, self._stride = width, min(width, _STRIDE)
         gap = bytes(2 * width)
-        source, owners, telling = [gap], [np.full(2 * width, -1)], [np.zeros(2 * width, bool)]
+        source, owners, distinctive = [gap], [np.full(2 * width, -1)], [np.zeros(2 * width, bool)]
         self._parts: list[tuple[int, int, int]] = []  # (needle, part, where it begins) by owner
         size = 2 * width
         positions: list[Positions] = []
@@ -91,17 +91,17 @@ class _Table:
             if needle.run != 2 * width:
                 continue
             for part, data in enumerate(needle.parts):
-                says = needle.telling(data)
+                says = needle.is_distinctive(data)
                 positions.append(size + _useful(data, says, needle, width))
                 source += [data, gap]
                 owners += [np.full(len(data), len(self._parts)), np.full(2 * width, -1)]
-                telling += [says, np.zeros(2 * width, bool)]
+                distinctive += [says, np.zeros(2 * width, bool)]
                 self._parts.append((number, part, size))
                 size += len(data) + 2 * width
         self._source = np.frombuffer(b"".join(source), np.uint8)
         self._owner = np.concatenate(owners).astype(np.int32)
-        # How many telling runs begin before each byte.
-        self._telling = np.concatenate([[0], np.cumsum(np.concatenate(telling))])
+        # How many distinctive runs begin before each byte.
+        self._distinctive = np.concatenate([[0], np.cumsum(np.concatenate(distinctive))])
         self._build(np.concatenate(positions) if positions else np.zeros(0, np.int64))
 
     def _build(self, positions: Positions) -> None:
@@ -152,7 +152,7 @@ class _Table:
         right = np.minimum.accumulate(same[:, 2 * width :], axis=1).sum(1)
         first, last = position - left, position + width + right - 2 * width  # where a run may begin
         is_run = same[:, width : 2 * width].all(1) & (first <= last)
-        is_run &= self._telling[np.maximum(first, last + 1)] > self._telling[first]
+        is_run &= self._distinctive[np.maximum(first, last + 1)] > self._distinctive[first]
         for row in np.flatnonzero(is_run):
             needle, part, begin = self._parts[self._owner[position[row]]]
             span = (part, int(first[row] - begin), int(last[row] - begin) + 2 * width)
@@ -171,15 +171,15 @@ class _Table:
 
 
 def _useful(part: bytes, says: npt.NDArray[np.bool_], needle: Needle, width: int) -> Positions:
-    """Where in a part blocks begin that a telling run holds, and that an aligned address can."""
+    """Where in a part blocks begin that a distinctive run holds, and that an aligned address can."""
     if len(says) < 2 * width:
         return np.zeros(0, np.int64)
     runs = np.concatenate([[0], np.cumsum(says)])
     begins = np.arange(0, len(says) - width + 1, min(needle.item, _STRIDE, width))
     begins = begins[runs[begins + 1] > runs[np.maximum(begins - width, 0)]]
     blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(part, np.uint8), width)[begins]
-    telling: Positions = begins[(blocks != blocks[:, :1]).any(1)]
-    return telling
+    distinctive: Positions = begins[(blocks != blocks[:, :1]).any(1)]
+    return distinctive
 
 
 def _keys(data: Bytes, width: int, stride: int) -> Keys:

@@ -14,7 +14,7 @@ import numpy as np
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Stage1Training
-from perfit_cloud.collective.trials import telling, trial_steps
+from perfit_cloud.collective.trials import ranks_rates, trial_steps
 from perfit_cloud.text_tables import markdown_table
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftSpec
@@ -125,7 +125,7 @@ def _device_note(training: Stage1Training) -> str:
         f"of their examples; {min(users, held_out)} of {users} were not part of stage 1. "
         "The lowest rate that gains nine tenths of what the best does"
     )
-    if telling(trials):
+    if ranks_rates(trials):
         return note
     return f"{note}, but not above stage 1's rate, since they gained too little to tell rates apart"
 
@@ -161,7 +161,7 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         "",
         "![losses](loss.png)",
         "",
-        f"**Data.** {data['source']} ({data['rows']}): {_told(data)}. Validation: "
+        f"**Data.** {data['source']} ({data['rows']}): {_data_words(data)}. Validation: "
         f"{data['validation_examples']} examples {_validation_of(data['validation_users'])}.",
         "",
         f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, "
@@ -169,7 +169,7 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay"
         f"{_clipped(hyper['gradient_clipping'])}, no weight decay, seed {hyper['seed']}"
         f"{_train_loss(losses['train_last'])}. The shifts are those of step {losses['taken_at_step']}, "
-        f"where the validation loss was lowest{_ended(losses['stopped_early'])}. {card['seconds']:.0f} s, "
+        f"where the validation loss was lowest{_early(losses['stopped_early'])}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
         f"**Learning rate.** {card['trials_note']}.",
@@ -189,11 +189,11 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
 _LOSSES = {"base": "base model", "collective": "collective (φ₁)", "seed": "with the seed (φ₂∘φ₁)"}
 
 
-def _ended(early: bool) -> str:
+def _early(early: bool) -> str:
     return "; training ended early, since it no longer fell" if early else ""
 
 
-def _told(data: Mapping[str, Any]) -> str:
+def _data_words(data: Mapping[str, Any]) -> str:
     """Of data that were trained on privately, only how many people there were."""
     if "examples" not in data:
         return f"{data['users']:,} people"

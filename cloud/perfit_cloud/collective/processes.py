@@ -39,29 +39,29 @@ class Processes:
         self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
 
-    def device(self, asked: str) -> str:
+    def device(self, requested: str) -> str:
         """Where this process should put the base, given what the operator asked for.
 
         Raises InvalidInput when several processes are to use one device, or another kind than they
         were launched for.
         """
         if self.count == 1:
-            return asked
+            return requested
         given: torch.device = self._accelerator.device
-        if asked not in ("auto", given.type):
+        if requested not in ("auto", given.type):
             raise InvalidInput(
                 f"{self.count} processes were launched, each for a {given.type} of its own; leave out "
                 "--device (for CPUs, launch with ACCELERATE_USE_CPU=true)"
             )
         return "cpu" if given.type == "cpu" else str(given)
 
-    def dtype(self, asked: str) -> str:
+    def dtype(self, requested: str) -> str:
         """The base's dtype: as asked for, where that is "auto" what accelerate was told.
 
         A frozen base needs no float32 copy beside the one it computes with, so mixed precision
         comes down to loading it in that precision: φ computes in float32 and the shifts are float32.
         """
-        return _DTYPES.get(self._accelerator.mixed_precision, asked) if asked == "auto" else asked
+        return _DTYPES.get(self._accelerator.mixed_precision, requested) if requested == "auto" else requested
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
@@ -85,9 +85,9 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
         return float(total[0])
 
-    def any(self, wish: bool) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether any process wishes it."""
-        return self.add_up(float(wish)) > 0
+        return self.add_up(float(flag)) > 0
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main process; all raise a PerfitError or OSError (a full disk) of it."""

@@ -59,7 +59,7 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
     profiles: Entries = {}  # of everybody, until somebody has queries
     longest = _Longest(latest)
     seen: set[str] = set()
-    asked: set[str] = set()
+    query_ids: set[str] = set()
     dropped = only_profiles = unnamed = 0
     with error_context(str(path)):
         for record in _records(path):
@@ -69,10 +69,10 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
             dropped += found.dropped_empty
             (user,) = found.users
             names = [entry.id for entry in (*user.query, *found.empty_queries)]
-            if user.user_id in seen or not asked.isdisjoint(names):
+            if user.user_id in seen or not query_ids.isdisjoint(names):
                 raise InvalidData(f"user {user.user_id[:40]} or one of the queries is there twice")
             seen.add(user.user_id)
-            asked.update(names)
+            query_ids.update(names)
             if user.query and not found.held_out:
                 profiles.clear()  # queries are trained on where there are any
                 queries[user.user_id] = _items(user.query)
@@ -104,7 +104,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _leaves_profiles_aside(path: Path, task: Task) -> bool:
     """Whether no profile item has the task's fields, while queries do the same service (as `users_of`)."""
-    some = asked = False
+    some = query_ids = False
     with error_context(str(path)):
         for record in _records(path):
             if not isinstance(record, dict):
@@ -114,5 +114,5 @@ def _leaves_profiles_aside(path: Path, task: Task) -> bool:
                 some = True
                 if isinstance(item, dict) and set(task.fields_of(item)) <= item.keys():
                     return False
-            asked |= bool(record.get("query")) or "input" in record
-    return some and asked
+            query_ids |= bool(record.get("query")) or "input" in record
+    return some and query_ids

@@ -129,11 +129,11 @@ def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         key = _key(run.settings)
-        twins = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
-        if any(twin.settings.get("artefact") == run.settings.get("artefact") for twin in twins):
-            raise InvalidInput(f"{run.folder} and {twins[0].folder} are the same run; give one of them")
+        same_seed = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
+        if any(other.settings.get("artefact") == run.settings.get("artefact") for other in same_seed):
+            raise InvalidInput(f"{run.folder} and {same_seed[0].folder} are the same run; give one of them")
         # Of one seed and yet another artefact: not a seed more, but another collective shift.
-        found.setdefault(f"{key} {run.settings.get('artefact')}" if twins else key, []).append(run)
+        found.setdefault(f"{key} {run.settings.get('artefact')}" if same_seed else key, []).append(run)
     return sorted((_group(sorted(members, key=_seed)) for members in found.values()), key=_order)
 
 

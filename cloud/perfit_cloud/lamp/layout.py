@@ -60,27 +60,27 @@ TESTED = ("measure", "difference", "95 % interval", "p", "users better")
 
 def setting(group: RunGroup, *, but: str = "") -> str:
     """Layers, ranks, positions, prompts and schedule; `but`: "layers" or "ranks", which a table varies."""
-    told = {
+    words = {
         "layers": f"layers {';'.join(map(str, group.layers))}",
         "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}",
         "positions": group.get("positions", ""),
         "asked": f"{group.get('prompts')} prompts, {group.get('schedule')} schedule",
     }
-    return ", ".join(text for name, text in told.items() if name != but)
+    return ", ".join(text for name, text in words.items() if name != but)
 
 
 def variant(group: RunGroup) -> str:
     """What sets a group apart from the whole method."""
-    told = [ABLATIONS.get(group.get("ablation", "full"), group.method)]
+    words = [ABLATIONS.get(group.get("ablation", "full"), group.method)]
     if group.get("collective_users") is not None:
-        told.append(f"{group.get('collective_users')} collective users")
+        words.append(f"{group.get('collective_users')} collective users")
     if group.foreign:
-        told.append(f"collective shift of {group.get('artefact_task')}")
+        words.append(f"collective shift of {group.get('artefact_task')}")
     elif group.get("artefact_prompts") != group.get("prompts"):
-        told.append(f"collective shift trained with {group.get('artefact_prompts')} prompts")
+        words.append(f"collective shift trained with {group.get('artefact_prompts')} prompts")
     if group.get("histories", "own") != "own":
-        told.append("another user's history")
-    return ", ".join(told)
+        words.append("another user's history")
+    return ", ".join(words)
 
 
 def tick(name: str, group: RunGroup) -> str:
@@ -89,8 +89,8 @@ def tick(name: str, group: RunGroup) -> str:
 
 
 def caption(group: RunGroup, *, but: str = "") -> str:
-    told = setting(group, but=but)
-    return f"{group.task.name}, {group.get('model', '')}, {told}, {group.get('users', '')} users"
+    words = setting(group, but=but)
+    return f"{group.task.name}, {group.get('model', '')}, {words}, {group.get('users', '')} users"
 
 
 # -- rows and panels -------------------------------------------------------------------------------
@@ -102,10 +102,10 @@ def tested(nest: Mapping[str, Any], group: RunGroup) -> list[list[str | None]]:
     rows: list[list[str | None]] = []
     for measure, found in (("loss", nest["loss"]), (metric, nest["mean_over_users"][metric])):
         bounds, difference, p = found["interval"], found["difference"], found["p"]
-        told = None if difference is None else f"{difference:+.3f}"
+        words = None if difference is None else f"{difference:+.3f}"
         interval = None if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
         better = f"{found['better']} of {found['of']}"
-        rows.append([measure, told, interval, None if p is None else f"{p:.4f}", better])
+        rows.append([measure, words, interval, None if p is None else f"{p:.4f}", better])
     return rows
 
 

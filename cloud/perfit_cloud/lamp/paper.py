@@ -116,5 +116,5 @@ REMARKS: Mapping[str, tuple[str, str]] = {
 def not_at_hand(key: str) -> str:
     """What is said of the paper's figures below a section without them."""
     remark = REMARKS.get(key)
-    told = f" In words: {remark[0]} ({remark[1]})." if remark else ""
-    return f"The paper's figures for this table are not at hand.{told}"
+    words = f" In words: {remark[0]} ({remark[1]})." if remark else ""
+    return f"The paper's figures for this table are not at hand.{words}"

@@ -135,14 +135,14 @@ class _Reader:
     def person(self, user: User) -> Person:
         fitting = [(e.item, x) for e in user.profile if (x := self.encoder.example(e.item)) is not None]
         self.dropped_long += len(user.profile) - len(fitting)
-        queries, asked = [], []
+        queries, encoded = [], []
         for entry in user.query:
             with error_context(f"query {entry.id}"):
-                asked.append(self.encoder.query(entry.item))
+                encoded.append(self.encoder.query(entry.item))
             queries.append(Query(entry.id, entry.item[self._task.gold_field].strip(), entry.item))
-        self.shortened += sum(encoded.is_cut for encoded in [*(x for _, x in fitting), *asked])
+        self.shortened += sum(encoded.is_cut for encoded in [*(x for _, x in fitting), *encoded])
         history = [example.pair for _, example in fitting]
-        rows = [(q.id, q.gold, encoded.pair) for q, encoded in zip(queries, asked, strict=True)]
+        rows = [(q.id, q.gold, encoded.pair) for q, encoded in zip(queries, encoded, strict=True)]
         self.hash.update(json.dumps([user.user_id, history, rows]).encode())
         return Person(user.user_id, tuple(item for item, _ in fitting), tuple(queries))
 

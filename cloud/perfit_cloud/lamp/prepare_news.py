@@ -145,7 +145,7 @@ def _authors(articles: Iterable[_Article], task: Task) -> list[Candidate]:
     people = []
     for author, theirs in by_author.items():
         profile = [_entry(article, task) for article in theirs]
-        queries = [_asked(entry, task) for entry in profile]
+        queries = [_as_query(entry, task) for entry in profile]
         count = min(max(1, round(_HELD_OUT * len(theirs))), _HELD_OUT_MOST)
         people.append(
             Candidate(
@@ -169,7 +169,7 @@ def _entry(article: _Article, task: Task) -> Entry:
     return Entry(str(article.line), article.date, item, extra)
 
 
-def _asked(entry: Entry, task: Task) -> Entry:
+def _as_query(entry: Entry, task: Task) -> Entry:
     """A profile item as a query: the prompt without the answer's cue, as in LaMP's `input`."""
     asking = task.template[: task.template.rindex("{text}") + len("{text}")]
     return replace(entry, extra={"input": asking.format_map(entry.item)})

@@ -157,11 +157,11 @@ class Run:
     def decoding(self) -> str:
         """How answers are drawn, in words, seed aside."""
         drawn = self.settings.get("decoding", {})
-        told = [f"{name.replace('_', '-')} {drawn[name]}" for name in _DRAWN if name in drawn]
+        words = [f"{name.replace('_', '-')} {drawn[name]}" for name in _DRAWN if name in drawn]
         stops = " or ".join(map(json.dumps, self.settings["stop"]))
         stop = f"to {stops}" if stops else "no stop"
-        told = ["greedy"] if drawn.get("temperature") == 0 else told
-        return ", ".join([*told, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
+        words = ["greedy"] if drawn.get("temperature") == 0 else words
+        return ", ".join([*words, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
 
     def save(self) -> None:
         """Write run.json; the users' files are there already."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import Asked, Method, TaskData, Work
+from perfit_cloud.lamp.methods.interface import Method, QueryRequest, TaskData, Work
 from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
 from perfit_cloud.lamp.predictions import write_predictions
 from perfit_cloud.lamp.request import LampRun
@@ -227,14 +227,14 @@ class _LampRun:
 
     def _measure(self, cohort: Sequence[Person], mode: str, progress: Progress, text: str) -> None:
         began, task, method = time.monotonic(), self._data.task, self._method
-        asked = []
+        requests = []
         for person in cohort:
             state = self._state(person, mode)
             for query in person.queries:
                 sampling = self._request.decoding.sampling(task, person.user_id, query)
-                asked.append(Asked(person.user_id, query, state, sampling))
-        scores = method.score(asked)
-        answers = method.answer(asked, lambda count: progress.advance(count * _ANSWER, text))
+                requests.append(QueryRequest(person.user_id, query, state, sampling))
+        scores = method.score(requests)
+        answers = method.answer(requests, lambda count: progress.advance(count * _ANSWER, text))
         results = (
             QueryResult(
                 one.query.id,
@@ -243,7 +243,7 @@ class _LampRun:
                 loss={mode: -score.log_likelihood / score.tokens},
                 answers={mode: task.parse(answer)},
             )
-            for one, score, answer in zip(asked, scores, answers, strict=True)
+            for one, score, answer in zip(requests, scores, answers, strict=True)
         )
         own = [tuple(islice(results, len(person.queries))) for person in cohort]
         seconds = (time.monotonic() - began) / len(cohort)

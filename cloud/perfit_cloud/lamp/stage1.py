@@ -39,9 +39,9 @@ def collective_artefact(request: LampRun, task: Task, base: BaseModel, stop: Cal
     _check(artefact, request, base, folder)
     if request.artefact is None:
         _check_own(artefact, request, task, folder)
-    elif artefact.task.name == task.name and _asked(artefact.task) != _asked(task):
-        trained, asked = prompts_of(artefact.task), prompts_of(task)
-        say(f"{folder} was trained with other prompts ({trained}) than are asked here ({asked})")
+    elif artefact.task.name == task.name and _prompt_texts(artefact.task) != _prompt_texts(task):
+        trained, requested = prompts_of(artefact.task), prompts_of(task)
+        say(f"{folder} was trained with other prompts ({trained}) than are asked here ({requested})")
     return artefact
 
 
@@ -81,7 +81,7 @@ def identity_artefact(request: LampRun, data: TaskData, *, sums_ranks: bool) -> 
     )
 
 
-def _asked(task: Task) -> tuple[str, ...]:
+def _prompt_texts(task: Task) -> tuple[str, ...]:
     return task.template, task.answer, task.history_template
 
 
@@ -111,9 +111,9 @@ def _check(artefact: Artefact, request: LampRun, base: BaseModel, folder: Path) 
     """Raises ShiftMismatch or InvalidInput unless the artefact fits model and request."""
     if artefact.fingerprint != base.fingerprint:
         raise ShiftMismatch(f"{folder} was trained on another base model than {base.name}")
-    asked = {name: getattr(request, name) for name in ("layers", "collective_rank", "personal_rank")}
-    asked["positions"] = _positions(request, artefact)
-    differing = [k for k, v in asked.items() if v is not None and getattr(artefact.spec, k) != v]
+    requested = {name: getattr(request, name) for name in ("layers", "collective_rank", "personal_rank")}
+    requested["positions"] = _positions(request, artefact)
+    differing = [k for k, v in requested.items() if v is not None and getattr(artefact.spec, k) != v]
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)
         raise InvalidInput(f"{folder} was trained with other {names}; leave them out, or train anew")
@@ -123,24 +123,24 @@ def _positions(request: LampRun, artefact: Artefact) -> str | None:
     """What is asked for; where that leaves skipped tokens to the model, those that the artefact skips."""
     if request.positions is None:
         return None
-    asked = Positions.parse(request.positions)
-    if not request.positions.startswith("s") and asked.first:
-        asked = replace(asked, skipped=Positions.parse(artefact.spec.positions).skipped)
-    return str(asked)
+    requested = Positions.parse(request.positions)
+    if not request.positions.startswith("s") and requested.first:
+        requested = replace(requested, skipped=Positions.parse(artefact.spec.positions).skipped)
+    return str(requested)
 
 
 def _check_own(artefact: Artefact, request: LampRun, task: Task, folder: Path) -> None:
     """Raises InvalidInput when the artefact that OUT holds was trained in another way than is asked now."""
     trained = artefact.card.get("hyper_parameters", {})
-    asked = {
+    requested = {
         "seed": request.seed,
         "epochs": request.collective_epochs,
         "batch_size": request.batch_size,
         "learning_rate": request.collective_learning_rate,
         "preset": request.preset,
     }
-    differing = [k for k, v in asked.items() if v is not None and k in trained and trained[k] != v]
-    if _asked(artefact.task) != _asked(task):
+    differing = [k for k, v in requested.items() if v is not None and k in trained and trained[k] != v]
+    if _prompt_texts(artefact.task) != _prompt_texts(task):
         differing.append("prompts")
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)

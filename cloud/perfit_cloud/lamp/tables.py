@@ -37,8 +37,8 @@ def _main(groups: Sequence[RunGroup]) -> Section:
         for measure in group.measures:
             ours = [group.cell(measure, mode) for mode in MODES]
             theirs = [MAIN.get(task, measure, column) for column in ("perfit", "oppu")]
-            told = [task, group.get("model", ""), setting(group), group.decoding, users, seeds]
-            rows.append([*told, measure, *ours, *theirs])
+            label = [task, group.get("model", ""), setting(group), group.decoding, users, seeds]
+            rows.append([*label, measure, *ours, *theirs])
         cells = {m: [group.cell(m, mode) for mode in group.modes] for m in group.measures}
         points.append(panels(tick(f"{task}\n{setting(group)}", group), "shift", group.modes, cells))
     head = ["task", "model", "setting", "decoding", "users", "seeds", "measure", *MODES]
@@ -137,7 +137,7 @@ def _ablation_cells(parts: Mapping[str, RunGroup], measure: str) -> list[Cell | 
 def _ablation_tests(parts: Mapping[str, RunGroup]) -> list[list[object]]:
     """Full minus each part, user by user, for the first seed that both have (else their first seeds)."""
     full, rows = parts["full"], list[list[object]]()
-    for name, told in ABLATIONS.items():
+    for name, label in ABLATIONS.items():
         if name == "full" or name not in parts:
             continue
         part = parts[name]
@@ -145,7 +145,7 @@ def _ablation_tests(parts: Mapping[str, RunGroup]) -> list[list[object]]:
         one, two = (g.runs[0 if seed is None else g.seeds.index(seed)] for g in (full, part))
         found = compare(Side(one, "personal"), Side(two, _ablation_mode(name, part)))
         for cells in tested(as_json(found.against), full):
-            rows.append([full.task.name, setting(full), seed, f"full − {told}", *cells])
+            rows.append([full.task.name, setting(full), seed, f"full − {label}", *cells])
     return rows
 
 

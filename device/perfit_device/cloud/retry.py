@@ -30,7 +30,7 @@ class RetryPolicy:
 
     def call(self, call: Callable[[], _T]) -> _T:
         """The call's value; while the cloud is busy or away, again with growing, jittered waits."""
-        since, wait, told = self.clock(), self.first_wait, self.notify is None
+        since, wait, notified = self.clock(), self.first_wait, self.notify is None
         while True:
             try:
                 return call()
@@ -39,9 +39,9 @@ class RetryPolicy:
                 pause = max(random.uniform(wait / 2, wait), error.retry_ms / 1000)  # noqa: S311
                 if self.clock() - since + pause > self.give_up:
                     raise
-                if self.notify is not None and not told:
+                if self.notify is not None and not notified:
                     self.notify(f"{error}; waiting, for {self.give_up:.0f} s at most")
-                    told = True
+                    notified = True
                 self.sleep(pause)
                 wait = min(2 * wait, self.longest_wait)
 

@@ -16,7 +16,7 @@ from perfit_device.profile import Profile
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
 from perfit_shared.types import Chunk, Mode, Sampling
 
-__all__ = ["Asked", "Question", "prepare"]
+__all__ = ["PreparedQuestion", "Question", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedQuestion:
     """A question that is ready to be sent. It needs the vault no more."""
 
     artefact: Artefact
@@ -56,7 +56,7 @@ class Asked:
             yield replace(chunk, text=text)
 
 
-def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Asked:
+def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
     """Find artefact, prompt and shifts. Raises InvalidPrompt or InvalidInput on what cannot be asked."""
     text = question.text.strip()
     if not text:
@@ -76,7 +76,7 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Aske
         stop=artefact.task.stop,
     )
     uses = {mode: _use(profile, artefact, mode) for mode in modes}
-    return Asked(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
+    return PreparedQuestion(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
 def _prompt(artefact: Artefact, text: str) -> Prompt:

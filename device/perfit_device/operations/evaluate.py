@@ -61,10 +61,10 @@ class Evaluation:
                 self.judged[name] = self.judged[first]
                 continue
 
-            def told(done: int, name: str = name) -> None:
+            def report(done: int, name: str = name) -> None:
                 progress(name, done, total)
 
-            self.judged[name] = self._client.judge(self.test, use, progress=told)
+            self.judged[name] = self._client.judge(self.test, use, progress=report)
 
     def report(self) -> Report:
         """Of what is measured. Raises InvalidData when no example is left."""

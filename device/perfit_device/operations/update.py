@@ -13,7 +13,7 @@ from perfit_device.evaluation import TaskClient
 from perfit_device.profile import Profile
 from perfit_device.refusals import Refusals
 from perfit_device.training import update as updates
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_device.training.update import Finished, Plan, Result
 from perfit_shared.errors import ExamplesRefused, ShiftMismatch
 from perfit_shared.training import Overrides, schedule_for
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from perfit_device.personal import PersonalShift
     from perfit_device.vault.store import Vault
 
-__all__ = ["Updated", "Wanted", "update"]
+__all__ = ["UpdateRequest", "Updated", "update"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class UpdateRequest:
     """What the user asks for."""
 
     task: str | None = None  # name of an artefact
@@ -37,7 +37,7 @@ class Wanted:
     again: bool = False  # also when nothing is new
     anyway: bool = False  # take the new version even where the gate finds it no better
     checkpoint_seconds: float = 30.0
-    patience_seconds: float = 60.0  # to wait for a cloud that is gone
+    retry_seconds: float = 60.0  # to wait for a cloud that is gone
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Updated:
 
 
 def update(
-    profile: Profile, wanted: Wanted, progress: Callable[[int, int, float], None] = lambda *_: None
+    profile: Profile, request: UpdateRequest, progress: Callable[[int, int, float], None] = lambda *_: None
 ) -> Updated:
     """Train. `progress` is told step, steps and loss.
 
     It holds the vault until it ends. An interrupt leaves the steps that were done in the vault.
     """
-    retry_policy = RetryPolicy(give_up=wanted.patience_seconds, notify=profile.notify)
+    retry_policy = RetryPolicy(give_up=request.retry_seconds, notify=profile.notify)
     cloud, info = profile.connect(retry_policy)
-    artefact = profile.artefact(wanted.task)
+    artefact = profile.artefact(request.task)
     with profile.vault() as vault:
         refusals = Refusals.read(vault, info, artefact)
         items = history.load(vault, artefact.task.name)
@@ -70,7 +70,7 @@ def update(
             if len(fitting) < len(usable):
                 left_out = len(usable) - len(fitting)
                 profile.notify(f"{left_out} examples are too long for this cloud and are left out")
-            run = _Run(profile, vault, wanted, artefact, history.split(fitting), retry_policy, progress)
+            run = _Run(profile, vault, request, artefact, history.split(fitting), retry_policy, progress)
             try:
                 return run.train([item.name for item in items if item not in fitting])
             except ExamplesRefused as error:
@@ -87,7 +87,7 @@ class _Run:
 
     profile: Profile
     vault: Vault
-    wanted: Wanted
+    request: UpdateRequest
     artefact: Artefact
     split: Split
     retry_policy: RetryPolicy
@@ -103,13 +103,13 @@ class _Run:
         return Updated(self.artefact, plan, skipped, self._result(plan))
 
     def _is_in_vain(self, last: Finished, plan: Plan, fingerprint: str) -> bool:
-        wants_it = self.wanted.again or (self.wanted.anyway and not last.accepted)
-        return not wants_it and (last.plan, last.fingerprint) == (plan, fingerprint)
+        requested = self.request.again or (self.request.anyway and not last.accepted)
+        return not requested and (last.plan, last.fingerprint) == (plan, fingerprint)
 
     def _result(self, plan: Plan) -> Result:
         cloud, info = self.profile.connect()
         current = self._current(plan)
-        with Adapting(cloud, self.artefact, info.limits, self.split) as source:
+        with GradientSource(cloud, self.artefact, info.limits, self.split) as source:
             if current is not None and not plan.fresh:
                 start = current.tensors
             else:
@@ -123,11 +123,11 @@ class _Run:
                 current=current,
                 forgotten=history.forgotten(self.vault, self.artefact.task.name),
                 fingerprint=info.fingerprint,
-                anyway=self.wanted.anyway,
+                anyway=self.request.anyway,
                 gradient=source.gradient,
                 evaluate=source.loss,
                 retry_policy=self.retry_policy,
-                checkpoint_seconds=self.wanted.checkpoint_seconds,
+                checkpoint_seconds=self.request.checkpoint_seconds,
                 progress=self.progress,
             )
             self.profile.notify(
@@ -153,14 +153,14 @@ class _Run:
 
     def _plan(self, row: str) -> Plan:
         """The half-done plan if it still holds and nothing else is asked for, else a new one."""
-        artefact, split, wanted = self.artefact, self.split, dict(self.wanted.settings)
+        artefact, split, request = self.artefact, self.split, dict(self.request.settings)
         now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
-        if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
-            wanted["batch_size"] = min(wanted["batch_size"], len(split.train))
+        if "batch_size" in request:  # as plans hold it: no batch is larger than the history
+            request["batch_size"] = min(request["batch_size"], len(split.train))
         kept = updates.read_checkpoint(self.vault, row)
         if kept is not None:
             old = asdict(kept.schedule)
-            again = replace(kept.schedule, **wanted, fresh=self.wanted.fresh or kept.schedule.fresh)
+            again = replace(kept.schedule, **request, fresh=self.request.fresh or kept.schedule.fresh)
             if {key: old[key] for key in now} == now and again == kept.schedule:
                 return kept.schedule
             reason = "you asked for other settings"
@@ -171,7 +171,7 @@ class _Run:
             self.profile.notify(
                 f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
             )
-        schedule = schedule_for("device", artefact, len(split.train), Overrides(**wanted))
+        schedule = schedule_for("device", artefact, len(split.train), Overrides(**request))
         return Plan(
-            **asdict(schedule), fresh=self.wanted.fresh, history=split.digest(), version=artefact.version
+            **asdict(schedule), fresh=self.request.fresh, history=split.digest(), version=artefact.version
         )

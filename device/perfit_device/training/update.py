@@ -227,9 +227,9 @@ class Update:
             process_limits.give_back()
 
     def _ask_gradient(
-        self, asked: Mapping[int, Training[Plan]]
+        self, trainings: Mapping[int, Training[Plan]]
     ) -> Callable[[], list[tuple[float, ShiftTensors]]]:
-        (state,) = asked.values()
+        (state,) = trainings.values()
         found = self._gradient(state.rows, state.tensors)
 
         def wait() -> list[tuple[float, ShiftTensors]]:
@@ -238,8 +238,8 @@ class Update:
 
         return wait
 
-    def _ask_loss(self, asked: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
-        (state,) = asked.values()
+    def _ask_loss(self, trainings: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
+        (state,) = trainings.values()
         found = self._evaluate(state.tensors)
         return lambda: [self._retry_policy.call(found)]
 

@@ -25,7 +25,7 @@ from perfit_shared.types import Sampling, Score
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRun
 
-__all__ = ["Asked", "Fitted", "Method", "TaskData", "Work"]
+__all__ = ["Fitted", "Method", "QueryRequest", "TaskData", "Work"]
 
 State = TypeVar("State")
 Done = Callable[[int], None]  # told how many examples or queries more are done
@@ -62,7 +62,7 @@ class Fitted(Generic[State]):
 
 
 @dataclass(frozen=True)
-class Asked(Generic[State]):
+class QueryRequest(Generic[State]):
     """A query, and the state that answers it."""
 
     user_id: str
@@ -134,11 +134,13 @@ class Method(ABC, Generic[State]):
         return ""
 
     @abstractmethod
-    def answer(self, asked: Sequence[Asked[State]], done: Done) -> list[str]:
-        """The texts that follow the prompts. What shares a batch may depend on `asked` alone."""
+    def answer(self, requests: Sequence[QueryRequest[State]], done: Done) -> list[str]:
+        """The texts that follow the prompts. What shares a batch may depend on `requests` alone."""
 
     @abstractmethod
-    def score(self, asked: Sequence[Asked[State]], answers: Sequence[str] | None = None) -> list[Score]:
+    def score(
+        self, requests: Sequence[QueryRequest[State]], answers: Sequence[str] | None = None
+    ) -> list[Score]:
         """Log-likelihood of an answer to each query: the gold ones, or such as the labels of a task."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
 from perfit_cloud.lamp.measure import answer_frozen, score_frozen
-from perfit_cloud.lamp.methods.interface import Asked, Done, Fitted, Method, TaskData, Work
+from perfit_cloud.lamp.methods.interface import Done, Fitted, Method, QueryRequest, TaskData, Work
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
@@ -159,20 +159,22 @@ class PerFit(Method[ShiftUse]):
 
     # -- answers -------------------------------------------------------------------------------
 
-    def answer(self, asked: Sequence[Asked[ShiftUse]], done: Done) -> list[str]:
-        prompts = [self.data.encoder.query(one.query.item).pair[0] for one in asked]
+    def answer(self, requests: Sequence[QueryRequest[ShiftUse]], done: Done) -> list[str]:
+        prompts = [self.data.encoder.query(one.query.item).pair[0] for one in requests]
         return answer_frozen(
-            self.data.base, prompts, [one.state for one in asked], [one.sampling for one in asked], done
+            self.data.base, prompts, [one.state for one in requests], [one.sampling for one in requests], done
         )
 
-    def score(self, asked: Sequence[Asked[ShiftUse]], answers: Sequence[str] | None = None) -> list[Score]:
-        items = [one.query.item for one in asked]
+    def score(
+        self, requests: Sequence[QueryRequest[ShiftUse]], answers: Sequence[str] | None = None
+    ) -> list[Score]:
+        items = [one.query.item for one in requests]
         if answers is not None:
             gold = self.data.task.gold_field
             items = [{**item, gold: text} for item, text in zip(items, answers, strict=True)]
         pairs = [self.data.encoder.query(item).pair for item in items]
         return score_frozen(
-            self._scorer, pairs, [one.state for one in asked], owners=[one.user_id for one in asked]
+            self._scorer, pairs, [one.state for one in requests], owners=[one.user_id for one in requests]
         )
 
     # -- engines -------------------------------------------------------------------------------

@@ -33,19 +33,19 @@ def read(source: Source, task: Task) -> list[HistoryItem]:
     return _of_user(_chosen(found.users, source.user), task, queries_are_history=found.no_profiles)
 
 
-def _chosen(users: tuple[User, ...], wanted: str | None) -> User:
-    """The one with the id `wanted`, else at the index from 0."""
-    if wanted is None:
+def _chosen(users: tuple[User, ...], user_id: str | None) -> User:
+    """The one with the id `user_id`, else at the index from 0."""
+    if user_id is None:
         if len(users) == 1:
             return users[0]
         raise InvalidData(f"it holds {len(users)} users; say which with --user ID")
     for user in users:
-        if user.user_id == wanted:
+        if user.user_id == user_id:
             return user
-    if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) < len(users):
-        return users[int(wanted)]
+    if user_id.isascii() and user_id.isdigit() and len(user_id) < 10 and int(user_id) < len(users):
+        return users[int(user_id)]
     some = ", ".join(user.user_id for user in users[:8])
-    raise InvalidData(f'it has no user "{wanted[:40]}"; there are {some}{" …" if len(users) > 8 else ""}')
+    raise InvalidData(f'it has no user "{user_id[:40]}"; there are {some}{" …" if len(users) > 8 else ""}')
 
 
 def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[HistoryItem]:

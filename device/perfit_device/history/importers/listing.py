@@ -42,10 +42,10 @@ def read(source: Source, task: Task | None) -> list[HistoryItem]:
         origin = f"item {number}"
         with error_context(origin):
             found.append(_item(record, tasks, origin))
-    wanted = [item for item in found if task is None or item.task == task.name]
-    if len(wanted) < len(found):
-        source.notify(f"{len(found) - len(wanted)} examples of the file are of other tasks and were left out")
-    return wanted
+    chosen = [item for item in found if task is None or item.task == task.name]
+    if len(chosen) < len(found):
+        source.notify(f"{len(found) - len(chosen)} examples of the file are of other tasks and were left out")
+    return chosen
 
 
 def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], origin: str) -> HistoryItem:
