@@ -22,7 +22,9 @@ __all__ = [
     "id_of",
     "is_date",
     "is_list_of_objects",
+    "is_text",
     "list_of",
+    "numbered_lines",
     "parse_json",
     "read_text",
     "refuse_html",
@@ -65,6 +67,14 @@ def parse_json(text: str) -> Any:
         raise InvalidData(f"not JSON ({error.msg}, line {error.lineno}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets 100,000 deep
         raise InvalidData("not JSON") from error
+
+
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of JSON lines, without empty ones.
+
+    Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
+    """
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 @contextmanager
@@ -134,13 +144,15 @@ def as_text(value: Any) -> str | None:
         return str(int(value)) if value.is_integer() else str(value)  # a score of 4.0 is the label "4"
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, str):
-        return None
+    return value.strip() if is_text(value) else None
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """A string that UTF-8 can carry: JSON also makes lone surrogates."""
     try:
-        value.encode()  # JSON makes lone surrogates
+        return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
-        return None
-    return value.strip()
+        return False
 
 
 def shown_id(record: Mapping[str, Any], number: int, key: str = "id") -> str:

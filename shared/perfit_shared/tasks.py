@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from perfit_shared.errors import InvalidData, NotFound
+from perfit_shared.json_input import is_text
 from perfit_shared.metrics import HIGHER_IS_BETTER
 
-__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "is_text", "load_task", "task_named"]
+__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "load_task", "task_named"]
 
 _FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -166,17 +167,6 @@ class Task:
             return cls(**json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidData("not a task: unknown or missing keys") from error
-
-
-def is_text(value: object) -> bool:
-    """A string that UTF-8 can carry: JSON also makes lone surrogates."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _fields(template: str) -> list[str]:

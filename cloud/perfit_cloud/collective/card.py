@@ -17,7 +17,6 @@ from perfit_cloud.collective.training import Stage1Training
 from perfit_cloud.collective.trials import ranks_rates, trial_steps
 from perfit_cloud.text_tables import markdown_table
 from perfit_shared.prompts import prompts_of
-from perfit_shared.shifts import ShiftSpec
 
 __all__ = ["draw_losses", "make_card", "write_card"]
 
@@ -51,7 +50,7 @@ def make_card(
             "accumulate": settings.accumulate,
             "gradient_checkpointing": settings.gradient_checkpointing,
             "optimizer": "Adam, rotations on the Stiefel manifold by QR retraction",
-            "collective_parameters": _parameters(settings.spec, settings.spec.collective_rank),
+            "collective_parameters": settings.spec.parameters(settings.spec.collective_rank),
             "personal_parameters": settings.spec.personal_parameters(),
             "device_learning_rate": device_rate,
             "device_epochs": settings.device_epochs,
@@ -75,10 +74,6 @@ def make_card(
         "libraries": _libraries(),
     }
     return dict(_plain(card))
-
-
-def _parameters(spec: ShiftSpec, rank: int) -> int:
-    return len(spec.layers) * rank * (2 * spec.hidden_size + 1)
 
 
 def _privacy_note(training: Stage1Training) -> str:

@@ -23,7 +23,7 @@ from perfit_cloud.collective.streaming import stream_users
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import error_context, id_of, parse_json, read_text
+from perfit_shared.json_input import error_context, id_of, numbered_lines, parse_json, read_text
 from perfit_shared.lamp import item_of, read_users
 from perfit_shared.tasks import Task
 
@@ -157,10 +157,7 @@ def _read_lines(path: Path, task: Task) -> Items:
     users: dict[str, list[dict[str, str]]] = {}
     dropped = unnamed = 0
     with error_context(str(path)):
-        # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
+        for number, line in numbered_lines(read_text(path)):
             with error_context(f"line {number}"):
                 values = parse_json(line)
                 if not isinstance(values, dict):

@@ -10,7 +10,7 @@ from typing import Any
 
 from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Notify, Prepared, check_out, write_folder
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import error_context, is_date, parse_json, read_text
+from perfit_shared.json_input import error_context, is_date, numbered_lines, parse_json, read_text
 from perfit_shared.lamp import Entry
 from perfit_shared.prompts import asking_for
 from perfit_shared.tasks import Task, task_named
@@ -90,10 +90,7 @@ def _read_articles(path: Path) -> tuple[list[_Article], dict[str, int]]:
     articles: dict[tuple[str, ...], _Article] = {}
     left_out = {"empty_field": 0, "repeated": 0}
     with error_context(str(path)):
-        # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
+        for number, line in numbered_lines(read_text(path)):
             with error_context(f"line {number}"):
                 article = _article(parse_json(line), number)
             words = (article.author, article.headline.casefold(), article.description.casefold())

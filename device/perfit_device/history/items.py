@@ -12,8 +12,8 @@ from typing import Any
 from perfit_device import personal
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamaged
-from perfit_shared.json_input import as_text
-from perfit_shared.tasks import Task, is_text
+from perfit_shared.json_input import as_text, is_text
+from perfit_shared.tasks import Task
 
 __all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of", "usable"]
 

@@ -9,8 +9,8 @@ from perfit_device.history.importers.rows import date_and_part
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem, problems_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.json_input import error_context
-from perfit_shared.tasks import TASK_NAME, TASKS, Task, is_text
+from perfit_shared.json_input import error_context, is_text
+from perfit_shared.tasks import TASK_NAME, TASKS, Task
 
 __all__ = ["fits", "read"]
 
@@ -63,4 +63,4 @@ def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], origin: str) -> 
 
 
 def _says_something(value: object) -> bool:
-    return is_text(value) and bool(str(value).strip())
+    return is_text(value) and bool(value.strip())
