@@ -7,8 +7,8 @@ command line parses, asks and prints around them.
         prepared = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
         for chunk in prepared.stream(Mode.PERSONAL): …
 
-Nothing here prints or asks: `passphrase` is called when the vault needs one, and `notify` takes a line for a
-person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
+Nothing here prints or prompts: it calls `passphrase` when the vault needs one, and `notify` with lines for
+a person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Profile:
         self.settings = settings
         self.notify = notify
         self._vault = vault
-        self._passphrase = passphrase  # nobody may be there to type it again in mid-run
+        self._passphrase = passphrase  # reopens a released vault without another prompt
         self._connecting = threading.Lock()
         self._connected: tuple[Cloud, CloudInfo] | None = None
 
@@ -134,8 +134,8 @@ class Profile:
     def connect(self, retry_policy: RetryPolicy | None = None) -> tuple[Cloud, CloudInfo]:
         """The profile's cloud, and what it serves; one connection as long as the profile is open.
 
-        `patience` is that of `while_opening` unless said otherwise. Raises NotAuthenticated when the
-        profile is not enrolled.
+        The default policy is that of `while_opening`. Raises NotAuthenticated when the profile is not
+        enrolled.
         """
         with self._connecting:
             if self._connected is None:
@@ -143,7 +143,7 @@ class Profile:
             return self._connected
 
     def while_opening(self) -> RetryPolicy:
-        """For first calls: somebody waits for them, and is told why they take longer."""
+        """For first calls: a person waits for them, so `notify` says why they take longer."""
         return RetryPolicy(give_up=OPENING_SECONDS, notify=self.notify)
 
     def _connect(self, retry_policy: RetryPolicy) -> tuple[Cloud, CloudInfo]:
@@ -171,14 +171,14 @@ class Profile:
                 f'the profile "{self.settings.profile}" is not enrolled; `perfit enroll INVITE` does it'
             )
 
-        def keep(new: Enrolment) -> None:
-            nonlocal enrolment  # for the next try: this one may have been used, which retired the old one
+        def save(new: Enrolment) -> None:
+            nonlocal enrolment  # the next try needs the new one: its first use retires the old one
             with self.vault() as vault:
                 write_enrolment(vault, new)
             enrolment = new
 
         def connect() -> tuple[Cloud, CloudInfo]:
-            cloud = Cloud(enrolment, on_renewed=keep, read_anew=self._enrolment)
+            cloud = Cloud(enrolment, on_renewed=save, reload_enrolment=self._enrolment)
             try:
                 return cloud, cloud.describe()
             except BaseException:
@@ -245,7 +245,7 @@ class Profile:
         )
 
     def usable(self, items: Iterable[HistoryItem], task: Task) -> list[HistoryItem]:
-        """The examples that have the task's fields; `notify` hears how many have not."""
+        """The examples that have the task's fields; `notify` gets how many lack one."""
         from perfit_device import history
 
         items = list(items)

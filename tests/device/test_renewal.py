@@ -85,7 +85,7 @@ def test_a_clock_that_is_ahead_renews_over_the_channel(cloud: FakeCloud) -> None
 def device(cloud: FakeCloud) -> Iterator[tuple[Cloud, list[Enrolment | None]]]:
     """A device, and what another process of it left in the vault."""
     vault: list[Enrolment | None] = [None]
-    with Cloud(enrolled_with(cloud), read_anew=lambda: vault[0]) as opened:
+    with Cloud(enrolled_with(cloud), reload_enrolment=lambda: vault[0]) as opened:
         yield opened, vault
 
 

@@ -30,18 +30,18 @@ __all__ = ["GradientSource"]
 
 _T = TypeVar("_T")
 _STREAM_SECONDS = 86400.0  # clouds end it earlier
-_FIRST_SECONDS = 1800.0  # without the first response, after which no stream is tried any more
-_STEP_SECONDS = 300.0  # without one of the others, after which the stream is given up
+_FIRST_SECONDS = 1800.0  # timeout of the first response; no other stream is tried after it
+_STEP_SECONDS = 300.0  # timeout of every other response
 _MESSAGE_BYTES = 1 << 20  # of examples; the cloud's limit may be lower
-_RETRYABLE = (*TRANSIENT, Cancelled, CertificateExpired)  # after which another stream may be had
+_RETRYABLE = (*TRANSIENT, Cancelled, CertificateExpired)  # after which another stream is worth a try
 
 
 class GradientSource:
-    """What an `Update` asks a cloud. Use `with`.
+    """Gradients and losses for an `Update`, from a cloud. Use `with`.
 
-    Where a stream cannot be had, or breaks, it goes on call by call; and when an epoch is judged it
-    tries another stream, unless the cloud refused this one for good, or took too long to open it: the
-    cloud works through all examples before its first response, and would have to again.
+    Without a stream, or after one breaks, it goes on call by call. When an epoch is judged it tries
+    another stream, unless the cloud refused this one for good or took too long to open it: the cloud
+    works through all examples before its first response, and would repeat that.
     """
 
     def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
@@ -63,15 +63,15 @@ class GradientSource:
     def gradient(
         self, rows: Sequence[int], tensors: ShiftTensors
     ) -> Callable[[], tuple[float, int, ShiftTensors]]:
-        """Ask for (nats a token, target tokens, d loss / d tensors) of rows of the training part.
+        """Request (nats a token, target tokens, d loss / d tensors) of rows of the training part.
 
-        What it gives waits for the answer; called again, after an error, it asks again.
+        The result waits for the answer; called again after an error, it repeats the request.
         """
         items = [self._split.train[row] for row in rows]
         return self._ask(rows, tensors, self._decoded, partial(self._gradient_of, items, tensors))
 
     def loss(self, tensors: ShiftTensors) -> Callable[[], float]:
-        """Ask for the mean nats a token of the gate's part. As `gradient`."""
+        """Request the mean nats a token of the gate's part. As `gradient`."""
         self._may_open = self._stream_allowed
         first = len(self._split.train)
         use = ShiftUse(self._artefact, tensors)
@@ -110,7 +110,7 @@ class GradientSource:
         return answer
 
     def _raise_refused(self, reason: InvalidPrompt) -> None:
-        """Raises ExamplesRefused before a step is lost to them: the stream takes all examples, or none."""
+        """Raises ExamplesRefused before they cost a step: the stream takes all examples or none."""
         refused = self._client.refused_among([*self._split.train, *self._split.gate])
         if refused:
             raise refusal(refused, reason) from reason
@@ -171,7 +171,7 @@ class _AdaptStream:
         return response
 
     def _read(self) -> None:
-        """In a thread of the stream's own, since gRPC knows no wait with an end."""
+        """Runs in its own thread, since gRPC cannot wait with a timeout."""
         try:
             for response in self._responses:
                 self._received.put(response)
@@ -180,5 +180,5 @@ class _AdaptStream:
             self._received.put(error)
 
     def close(self) -> None:
-        self._steps.put(None)  # gRPC's thread waits there
+        self._steps.put(None)  # wakes gRPC's thread
         self._responses.close()

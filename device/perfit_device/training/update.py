@@ -1,7 +1,7 @@
 """An update: training a personal shift step by step, with gradients that somebody else computes.
 
-Knows no gRPC. What an interrupted update needs lies in one sealed checkpoint: tensors, moments,
-step, and the plan they belong to.
+It knows no gRPC. One sealed checkpoint holds what an interrupted update needs: tensors, moments, step and
+plan.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _KIND, _FINISHED = "checkpoint", "finished"
-# Both ask, and give what waits for the answer: called again, after an error, it asks again.
+# Both send a request and return what waits for the answer; called again after an error, it repeats it.
 Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
 Evaluate = Callable[[ShiftTensors], Callable[[], float]]
 
@@ -113,17 +113,17 @@ def read_finished(vault: Vault, row: str) -> Finished | None:
 
 
 def forget_finished(vault: Vault, row: str) -> bool:
-    """What it came to is not in use any more, so an equal update would not be in vain."""
+    """After an undo its result is not in use, so an equal update is useful again."""
     return vault.delete(_FINISHED, row)
 
 
 class Update:
     """One update of one artefact's personal shift, from its first step or from its checkpoint.
 
-    `start` is what training begins with. `current` is the user's shift, None where there is none that
-    can be used: the gate compares with it, also when training begins at the seed. `gradient` is asked
-    for rows of the training part, `evaluate` for the loss of the gate's. `forgotten` is
-    `history.forgotten` of the task. With `anyway` the gate lets the new version through all the same.
+    `start` is what training begins with. `current` is the user's shift, None where none can be used: the
+    gate compares with it, also when training begins at the seed. `gradient` takes rows of the training
+    part, `evaluate` gives the loss of the gate's. `forgotten` is `history.forgotten` of the task. With
+    `anyway` the gate accepts the new version in any case.
     """
 
     def __init__(
@@ -158,10 +158,11 @@ class Update:
         self._checkpoint_seconds = checkpoint_seconds
         self._progress = progress
         self._row = update_row(cloud_id, artefact.name, artefact.task.name)
-        kept = read_checkpoint(vault, self._row)
-        resumes = kept is not None and kept.schedule == plan
-        self._training = [kept if kept is not None and resumes else Training.start(plan, start)]
-        self._saved = self._state  # what the vault has; at first there may be nothing to keep
+        checkpoint = read_checkpoint(vault, self._row)
+        if checkpoint is None or checkpoint.schedule != plan:
+            checkpoint = Training.start(plan, start)
+        self._training = [checkpoint]
+        self._saved = self._state  # what the vault has, or nothing worth saving yet
         self.resumed_from = self._state.step
 
     @property
@@ -194,7 +195,7 @@ class Update:
                 "and `perfit update` resumes there"
             ) from error
         except Diverged as error:
-            # The steps before stay: what is no number may also be a cloud's doing.
+            # Keep the steps so far: the cloud may be at fault.
             self._save()
             raise UpdateFailed(
                 f"{error}, or `perfit update` as before, which resumes after step {self.step}; "
@@ -214,13 +215,13 @@ class Update:
         return 5 * len(self._start.to_bytes()) + 24 * self._state.schedule.steps
 
     def _train(self) -> None:
-        """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
+        """Step by step. The bookkeeping of one step runs while the cloud computes the next."""
         last_saved = last_done = time.monotonic()
         for stepped in train(self._training, gradients=self._ask_gradient, losses=self._ask_loss):
             if self._progress is not None and stepped:
                 self._progress(self.step, self._state.schedule.steps, self._state.losses[-1])
             took, last_done = time.monotonic() - last_done, time.monotonic()
-            # Another step as long as this one might otherwise be more than a kill may cost.
+            # Save early where one more such step would exceed what a kill may cost.
             if last_done - last_saved + took >= self._checkpoint_seconds:
                 self._save()
                 last_saved = time.monotonic()
@@ -246,13 +247,13 @@ class Update:
     def _save(self) -> None:
         if self._state is self._saved:
             return
-        # What a full disk keeps from being overwritten is the checkpoint before, until the next one.
+        # On a full disk traces of the last checkpoint stay in the file until the next save.
         with contextlib.suppress(VaultUnswept):
             self._vault.put(_KIND, self._row, self._state.to_bytes())
         self._saved = self._state
 
     def _finish(self, gate: ValidationGate) -> None:
-        """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""
+        """Store the new version if the gate accepts it, and drop the checkpoint, in one transaction."""
         with self._vault.transaction():
             if gate.accepted and self._state.best is not None:
                 shift, learned = self._shift(self._state.best), self._learned(gate)
@@ -262,13 +263,13 @@ class Update:
             self._vault.put(_FINISHED, self._row, json.dumps(asdict(finished)).encode())
 
     def _shift(self, tensors: ShiftTensors) -> PersonalShift:
-        """The new version. What it goes on from says what it may know; afresh it knows what is there now."""
+        """The new version. It inherits `forgotten` from the version that it continues."""
         if self._state.schedule.fresh or self._current is None:
             return PersonalShift(tensors, 1, self._forgotten)
         return PersonalShift(tensors, self._current.updates + 1, self._current.forgotten)
 
     def _learned(self, gate: ValidationGate) -> Learned:
-        """What stays known of the new version."""
+        """The record that stays with the new version."""
         first, last = self._losses()
         return Learned(self._state.schedule.examples, first, last, gate.before, gate.after)
 

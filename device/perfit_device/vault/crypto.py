@@ -272,7 +272,7 @@ class DataKey:
             return wrapped, AESGCM(row_key).encrypt(_SEAL_NONCE, plain, bound)
 
     def unseal(self, kind: str, row_id: bytes, version: int, wrapped: bytes, sealed: bytes) -> bytes:
-        """Raises VaultDamaged unless these very bytes were sealed for this place."""
+        """Raises VaultDamaged unless these very bytes were sealed for this row."""
         bound = self._bound(kind, row_id, version)
         try:
             with wiped(bytearray(_KEY_BYTES)) as row_key:

@@ -1,10 +1,10 @@
 """The device's sealed store: one SQLite file of rows that only its owner's passphrase opens.
 
-    header(data, list_mac)                             sealing.Header, MAC over the list of rows
-    rows(kind, id, version, wrapped_key, sealed)       sealing.DataKey
+    header(data, list_mac)                             crypto.Header, MAC over the list of rows
+    rows(kind, id, version, wrapped_key, sealed)       crypto.DataKey
 
 Promises: a crash at any byte leaves the old or the new version (a rollback journal, synchronous=FULL,
-one transaction a change); every row is bound to its place and the list of rows to the key, so a
+one transaction a change); every row is bound to its kind and id, and the list of rows to the key, so a
 changed, swapped, dropped or revived row is VaultDamaged on opening; nothing of a deleted or replaced
 row stays in the file or its journal; two processes never hold one vault at once. A whole file of an
 earlier day, put back, is not noticed.
@@ -48,14 +48,14 @@ class Vault:
         self.path = path
         self.closed = False
         self._connection = connection
-        self._file = path.open("rb")  # for filesum
+        self._file = path.open("rb")  # for the checksum
         self._header = header
         self._key = DataKey(key, header.vault_id)
         self._listed: dict[_RowRef, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._lock = threading.RLock()
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
-        self._noted = False  # whether the checksum beside the file is up to date
+        self._checksum_current = False  # whether the checksum beside the file is up to date
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Vault:
             with translated(path):
                 vault._verify()
                 is_swept = vault._is_swept()
-                vault._noted = checksum.check(vault._file, path, is_swept=is_swept)
+                vault._checksum_current = checksum.check(vault._file, path, is_swept=is_swept)
                 vault._clean_up(is_swept=is_swept)
                 vault._migrate(passphrase)
         except BaseException:
@@ -141,14 +141,14 @@ class Vault:
             self._write_header(header)
 
     def close(self) -> None:
-        """Release the file, with a note of how it was left."""
+        """Write the checksum and release the file."""
         if self.closed:
             return
         self.closed = True
         try:
             with contextlib.suppress(sqlite3.Error, VaultError):
-                # Not of an unswept file: after a crash SQLite brings back all of it but free pages.
-                if not self._noted and self._is_swept():
+                # Not for an unswept file: after a crash SQLite restores all but its free pages.
+                if not self._checksum_current and self._is_swept():
                     checksum.write(self._file, self.path)
         finally:
             self._release()
@@ -197,7 +197,7 @@ class Vault:
         with self._lock:
             version = self._listed.get(ref, (0, b""))[0] + 1
             wrapped, sealed = self._key.seal(*ref, version, _pack(name, data))
-            del data  # megabytes, of which SQLite makes copies
+            del data  # megabytes; SQLite makes copies
             digest = _row_digest(wrapped, sealed)
             with self.transaction():
                 self._execute(
@@ -249,7 +249,7 @@ class Vault:
         self._removed = False
         try:
             self._execute("BEGIN IMMEDIATE")
-            self._noted = False
+            self._checksum_current = False
             yield
             self._execute("UPDATE header SET list_mac = ?", self._key.list_mac(self._list_bytes()))
             if self._removed:
@@ -278,7 +278,7 @@ class Vault:
 
     def _sweep(self) -> None:
         """Rebuild the file from what is in it. Where that fails it is tried again at the next change."""
-        self._noted = False
+        self._checksum_current = False
         try:
             self._execute("VACUUM")
             self._execute("PRAGMA user_version=0")
