@@ -1,4 +1,4 @@
-"""What a vault knows of its cloud: the enrolment, and what the cloud said last of what it serves."""
+"""What a vault records of its cloud: the enrolment, and the last description of what it serves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ENROLMENT_ROW = ("identity", "current")
 
 @dataclass(frozen=True)
 class CloudRecord:
-    """What the cloud said last of what it serves, for offline use; empty before it was first asked."""
+    """The cloud's last description of what it serves, for offline use; empty before the first."""
 
     cloud_id: str = ""
     tasks: Mapping[str, str] = field(default_factory=dict)  # artefact name → task JSON
@@ -40,7 +40,7 @@ class CloudRecord:
 
 
 def write_record(vault: Vault, info: CloudInfo) -> None:
-    """Keep what the cloud serves, so that history can be sorted offline."""
+    """Record what the cloud serves."""
     values = {
         "cloud_id": info.cloud_id,
         "base_model": info.base_model,

@@ -1,6 +1,6 @@
 """Vaults of earlier formats, brought to today's; `Vault.open` does it, in one transaction.
 
-Format 1 kept of a shift the current version, as a row "shift" named CLOUD/ARTEFACT, and the one before as
+Format 1 stored the current version of a shift as a row "shift" named CLOUD/ARTEFACT, and the one before as
 a row "previous" named CLOUD/ARTEFACT/TASK. Both were safetensors whose metadata said what they were.
 Format 2 keeps the last ten versions, as `personal` describes.
 """

@@ -50,14 +50,14 @@ class PersonalShift:
 
     tensors: ShiftTensors
     updates: int
-    # How often examples of its task had been forgotten (`history.forgotten`) before it, or the shift
-    # that it goes on from, began at the seed. What was forgotten since, it may know.
+    # The value of `history.forgotten` when this shift, or the one that it continues, began at the seed.
+    # It may remember what was forgotten since.
     forgotten: int = 0
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a version was made of. None where nobody knows: vaults of format 1 did not say.
+    """What a version was made of. None where unknown: vaults of format 1 did not record it.
 
     Losses are in nats a token. Those of training are means over the first and the last epoch's steps;
     the gate's are of the version before, and of this one.
@@ -78,7 +78,7 @@ class Version:
     artefact_version: str
     updates: int
     forgotten: int = 0  # as of PersonalShift
-    date: str = ""  # ISO 8601, UTC; "" where nobody knows
+    date: str = ""  # ISO 8601, UTC; "" where unknown
     learned: Learned = field(default_factory=Learned)
 
 
@@ -173,8 +173,8 @@ def store(
 ) -> None:
     """Add a version behind the current one, and make it current.
 
-    Versions that were undone go, and the oldest of more than ten. So do those that may know what this one
-    does not: a shift that was trained afresh, after examples were forgotten, is there to unlearn them.
+    It removes undone versions, and the oldest of more than ten. It also removes versions that may remember
+    what this one does not: a shift trained afresh after examples were forgotten is there to unlearn them.
     """
     row = shift_row(cloud_id, artefact.name)
     old = read_versions(vault, cloud_id, artefact.name)

@@ -1,4 +1,4 @@
-"""Examples that a cloud refused, so that no later update stops at them again."""
+"""Examples that a cloud refused: later updates leave them out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Refusals:
         return cls(row, of, frozenset(values["names"] if values.get("of") == of else ()))
 
     def with_names(self, vault: Vault, names: Iterable[str]) -> Refusals:
-        """These and more, kept in the vault."""
+        """These and more, written to the vault."""
         more = Refusals(self.row, self.of, self.names | set(names))
         data = json.dumps({"of": self.of, "names": sorted(more.names)}).encode()
         vault.put(_KIND, self.row, data)

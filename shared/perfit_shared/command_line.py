@@ -30,7 +30,7 @@ from perfit_shared.terminal import discard_unwritable, one_line, prepare_streams
 
 __all__ = ["command_of", "run_command"]
 
-# Signals that end a program, and leave it the time to save what it has.
+# Signals that end a program but leave it time to save its work.
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -47,19 +47,19 @@ def run_command(program: str, app: typer.Typer) -> None:
             sys.stdout.flush()
         except KeyboardInterrupt:
             code = INTERRUPTED
-        except BaseException as error:  # of which only SystemExit says itself how to end
+        except BaseException as error:
             if isinstance(error, SystemExit):
                 raise
             code = _report(error, program, as_json=_wants_json(command, words))
     discard_unwritable()
     if code == INTERRUPTED and received:
-        code = 128 + received[0]  # as a shell tells of a signal
+        code = 128 + received[0]  # as shells report a signal
     sys.exit(code)
 
 
 @functools.cache
 def command_of(app: typer.Typer) -> Any:
-    """The whole tree: every command knows --version, and takes no text that is none."""
+    """The whole tree: every command has --version and refuses arguments that are not UTF-8."""
     command = typer.main.get_command(app)
     _prepare(command, is_root=True)
     return command
@@ -143,7 +143,7 @@ def _report(error: BaseException, program: str, *, as_json: bool) -> int:
     if isinstance(error, TyperException):
         return _report_usage(error, as_json=as_json)
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return 1  # whoever read our output has left, and wants no more
+        return 1  # the reader of our output has closed it
     if os.environ.get("PERFIT_TRACEBACK"):
         traceback.print_exception(error)
     code, message = _describe(error, program)

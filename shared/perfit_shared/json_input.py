@@ -79,7 +79,7 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def error_context(context: str) -> Iterator[None]:
-    """Put `context` before the message of an InvalidData."""
+    """Prefix the message of an InvalidData with `context`."""
     try:
         yield
     except InvalidData as error:
@@ -156,7 +156,7 @@ def is_text(value: Any) -> TypeGuard[str]:
 
 
 def shown_id(record: Mapping[str, Any], number: int, key: str = "id") -> str:
-    """An id for a message: on one line, not long; the place, from 1, when there is none to show."""
+    """An id for a message, on one short line; the number from 1 where there is none."""
     value = record.get(key)
     text = " ".join((as_text(value) or "").split())[:_SHOWN] if isinstance(value, str | int) else ""
     return text or f"number {number + 1}"

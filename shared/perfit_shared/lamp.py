@@ -50,7 +50,7 @@ __all__ = [
 class Entry:
     """One profile item or query. `item`: the task's fields as text, numbers such as scores included."""
 
-    id: str  # the file's, as text; of a profile item without one, its place from 0
+    id: str  # the file's, as text; of a profile item without one, its index from 0
     date: str  # as the file has it; "" if it has none, as queries
     item: Mapping[str, str]
     extra: Mapping[str, str] = field(default_factory=dict)  # a query's `input`; other texts, as 2N's title

@@ -64,7 +64,7 @@ class Task:
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def _check(self) -> None:
-        """Types first: JSON may hold anything, whatever the annotations say."""
+        """Types first: JSON may hold anything."""
         for key in ("template", "answer", "metric", "marker", "lamp", "history_template"):
             if not is_text(getattr(self, key)):
                 raise InvalidData(f"its {key} should be text")
@@ -208,7 +208,7 @@ _NEWS = (
     "style & beauty",
     "healthy living",
 )
-# The same in the order of the instruction, as OPPU asks it.
+# The same in the order of OPPU's instruction.
 _NEWS_ASKED = (
     "travel",
     "education",

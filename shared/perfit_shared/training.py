@@ -6,7 +6,7 @@ of learning rates in process.
     schedule = schedule_for("device", artefact, len(examples))
     trainings = [Training.start(schedule, tensors)]
     for stepped in train(trainings, gradients=…, losses=…):
-        …                     # progress, checkpoints, a wish to stop
+        …                     # progress, checkpoints, a stop
 
 A `Training` is never changed, so an interrupt between two lines leaves the old one or the new one.
 The order of examples is a function of seed and epoch, so a resumed run takes the very steps that an
@@ -128,7 +128,7 @@ class Figures(Protocol):
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user asks for instead; None asks for nothing."""
+    """The user's own figures; None where the user gives none."""
 
     epochs: int | None = None
     batch_size: int | None = None
@@ -150,7 +150,7 @@ def schedule_for(
     are made for long histories; on a short one they end before much is learned. On the 77 training
     examples of the demo's Ravi 88 steps end at a test loss of 1.36, 154 at 0.93 and 220 at 0.80. So on
     a "device" a batch is at most a tenth of the examples, or 4 where that is more, and there are as
-    many epochs as 150 steps take; the gate keeps the best one. What a user asks for stays.
+    many epochs as 150 steps take; the gate keeps the best one. Overrides always win.
     """
     on_device = name == Schedule.name
     batch_size, epochs = overrides.batch_size, overrides.epochs
@@ -210,7 +210,7 @@ class Training(Generic[S]):
 
     @property
     def at_epoch_end(self) -> bool:
-        """Whether an epoch ended here that `judge` has not been told of."""
+        """Whether an epoch ended here that `judge` has not seen."""
         return self.step > self.judged and self.step % self.schedule.steps_per_epoch == 0
 
     def stepped(self, loss: float, gradient: ShiftTensors, *, seconds: float = 0.0) -> Self:
@@ -231,7 +231,7 @@ class Training(Generic[S]):
         )
 
     def judge(self, loss: float) -> Self:
-        """After measuring held-out examples at an epoch's end; the best epoch's tensors are kept.
+        """After measuring held-out examples at an epoch's end; keeps the best epoch's tensors.
 
         A later epoch may have learned the training examples by heart.
         """
@@ -286,8 +286,8 @@ class Training(Generic[S]):
             raise InvalidData("not the state of a training run") from error
 
 
-# Each is given the trainings that need an answer, by their index. It asks for the answers to all of
-# them, and gives what waits for these.
+# Each takes the trainings that need an answer, by their index, and sends their requests. The result waits
+# for the answers.
 Gradients = Callable[[Mapping[int, Training[S]]], Callable[[], Sequence[tuple[float, ShiftTensors]]]]
 Losses = Callable[[Mapping[int, Training[S]]], Callable[[], Sequence[float]]]
 
@@ -300,9 +300,9 @@ def train(
     `gradients` gives mean loss and gradient over a training's `rows` at its `tensors`, `losses` that
     over its held-out examples when an epoch ends; without it no epoch is judged.
 
-    The elements of `trainings` are replaced one by one, so an interrupt at any moment leaves each of
-    them before a step or after it. The next round is asked for before one is told of, so that what the
-    caller does meanwhile falls into the wait. Raises Diverged.
+    It replaces the elements of `trainings` one by one, so an interrupt leaves each before a step or after
+    it. It requests the next round before it yields one, so the caller's work overlaps the wait. Raises
+    Diverged.
     """
     clocked = time.monotonic()
     current = _next_round(trainings, gradients, losses)
@@ -323,7 +323,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Round:
-    """One round: who takes a step, whose epoch is judged, and what waits for the answers."""
+    """One round: which trainings step, which judge an epoch, and what waits for the answers."""
 
     stepped: list[int]
     judged: list[int]
@@ -334,7 +334,7 @@ class _Round:
 def _next_round(
     trainings: Sequence[Training[S]], gradients: Gradients[S], losses: Losses[S] | None
 ) -> _Round | None:
-    """Ask for the next round; None when there is none."""
+    """Request the next round; None when there is none."""
     judged = {i: t for i, t in enumerate(trainings) if losses is not None and t.at_epoch_end}
     stepped = {i: t for i, t in enumerate(trainings) if i not in judged and not t.done}
     if not judged and not stepped:
@@ -348,6 +348,6 @@ def _next_round(
 
 
 def _seconds_each(clocked: float, steps: Sequence[object]) -> tuple[float, float]:
-    """(seconds of one of these steps, now); where there is none, the time counts to the next ones."""
+    """(seconds a step, now); without steps the time counts to the next round."""
     now = time.monotonic()
     return ((now - clocked) / len(steps), now) if steps else (0.0, clocked)

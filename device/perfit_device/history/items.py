@@ -111,10 +111,10 @@ def load(vault: Vault, task: str | None = None) -> list[HistoryItem]:
 
 
 def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
-    """Delete these examples and their keys for good, and what saw them and can go.
+    """Delete these examples and their keys for good, and whatever else depends on them.
 
-    That is every half-done update, all versions of the shift but the current one, and what was noted of
-    the last update and of examples that a cloud refused: these hold digests of texts.
+    That is every half-done update, all versions of the shift but the current one, and the records of the
+    last update and of refused examples, which hold digests of texts.
     """
     count, tasks = 0, set()
     with vault.transaction():
@@ -126,13 +126,13 @@ def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
                 if name.rpartition("/")[2] in tasks:
                     vault.delete(kind, name)
         personal.forget_earlier(vault, tasks)
-        for task in tasks if personal.artefacts(vault) else ():  # where there is no shift, nothing knows them
+        for task in tasks if personal.artefacts(vault) else ():  # only a shift can remember them
             vault.put("forgotten", task, str(forgotten(vault, task) + 1).encode())
     return count
 
 
 def forgotten(vault: Vault, task: str) -> int:
-    """How many times examples of a task were forgotten: a shift is told what it may know by it."""
+    """How many times examples of a task were forgotten, which shows what a shift may remember."""
     return int(vault.get("forgotten", task) or b"0")
 
 

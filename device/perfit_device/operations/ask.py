@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class PreparedQuestion:
-    """A question that is ready to be sent. It needs the vault no more."""
+    """A question that is ready to send. It needs no vault."""
 
     artefact: Artefact
     prompt: Prompt
@@ -46,7 +46,7 @@ class PreparedQuestion:
     def stream(self, mode: Mode) -> Iterator[Chunk]:
         """The answer of one of the modes it was prepared for, as it comes; counts are on the last chunk.
 
-        White space at its front belongs to the prompt's form and is left out.
+        It leaves out leading white space, which belongs to the prompt's form.
         """
         is_at_front = True
         use = self._uses[mode]
@@ -88,7 +88,7 @@ def _prompt(artefact: Artefact, text: str) -> Prompt:
 
 
 def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
-    """Which shift answers. A user without one of their own has the seed, and is told so."""
+    """Which shift answers. A user without one gets the seed, and a notice."""
     if mode is Mode.BASE:
         return ShiftUse()
     if mode is Mode.COLLECTIVE:

@@ -49,9 +49,9 @@ def enroll(profile: Profile, invite: Invite, *, replace: bool = False) -> Enroll
 
 
 def _enrolment(profile: Profile, vault: Vault, invite: Invite, *, replace: bool) -> Enrolment:
-    """The key is sealed before the call and kept until its answer: when the answer is lost, the
-    same invite with the same key gets it again. Of an invite that was answered the digest stays, so
-    that the same command does no harm: the cloud takes no invite again once its certificate was used."""
+    """Seal the key before the call, and keep it until the answer: when the answer gets lost, the same
+    invite with the same key gets it again. The digest of an answered invite stays, so repeating the
+    command is harmless: the cloud refuses an invite once its certificate was used."""
     used = hashlib.sha256(invite.secret).digest()
     pending = vault.get(*_PENDING)
     current = read_enrolment(vault)

@@ -38,7 +38,7 @@ class Report:
 
 @dataclass
 class Evaluation:
-    """What is to be measured, and what is measured so far. It needs the vault no more."""
+    """What is to be measured, and what is measured so far. It needs no vault."""
 
     artefact: Artefact
     test: Sequence[HistoryItem]
@@ -48,7 +48,7 @@ class Evaluation:
     judged: dict[str, Judged] = field(default_factory=dict)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
-        """Measure; shifts that are the same are measured once. `progress` is told name, done and total.
+        """Measure; equal shifts are measured once. `progress` gets name, done and total.
 
         After an error or an interrupt `judged` has what was measured until then.
         """
@@ -103,7 +103,7 @@ def prepare(
     retry_policy = RetryPolicy(notify=profile.notify)
     with profile.vault() as vault:
         items = history.load(vault, artefact.task.name)
-        # As an update splits them, or its gate's examples could be among these.
+        # Split as an update does, or examples of its gate could be among these.
         refused = Refusals.read(vault, info, artefact).names
         usable = [item for item in profile.usable(items, artefact.task) if item.name not in refused]
         test = history.split(usable).test

@@ -1,4 +1,4 @@
-"""The examples that a shift learns from: adding, importing, finding, forgetting. The cloud is not asked."""
+"""The examples that a shift learns from: adding, importing, finding, forgetting. All of it works offline."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def import_file(
 
 
 def _warn_of_long_ones(profile: Profile, items: Sequence[HistoryItem], record: CloudRecord) -> None:
-    """By the limits that the cloud named last: what it has more words than tokens of, it will refuse."""
+    """The cloud will refuse an item with more words than its last known limit of tokens."""
     limits = (record.prompt_tokens, record.new_tokens)
     if not all(limits):
         return

@@ -28,7 +28,7 @@ __all__ = ["UpdateRequest", "Updated", "update"]
 
 @dataclass(frozen=True)
 class UpdateRequest:
-    """What the user asks for."""
+    """What the user wants."""
 
     task: str | None = None  # name of an artefact
     # Of the plan: epochs, learning_rate, batch_size, seed. What is missing is the artefact's, or 0.
@@ -54,9 +54,9 @@ class Updated:
 def update(
     profile: Profile, request: UpdateRequest, progress: Callable[[int, int, float], None] = lambda *_: None
 ) -> Updated:
-    """Train. `progress` is told step, steps and loss.
+    """Train. `progress` gets step, steps and loss.
 
-    It holds the vault until it ends. An interrupt leaves the steps that were done in the vault.
+    It holds the vault until it ends. After an interrupt the finished steps are in the vault.
     """
     retry_policy = RetryPolicy(give_up=request.retry_seconds, notify=profile.notify)
     cloud, info = profile.connect(retry_policy)
@@ -98,11 +98,11 @@ class _Run:
         row = updates.update_row(info.cloud_id, self.artefact.name, self.artefact.task.name)
         plan = self._plan(row)
         last = updates.read_finished(self.vault, row)
-        if last is not None and self._is_in_vain(last, plan, info.fingerprint):
+        if last is not None and self._is_redundant(last, plan, info.fingerprint):
             return Updated(self.artefact, plan, skipped, was_accepted=last.accepted)
         return Updated(self.artefact, plan, skipped, self._result(plan))
 
-    def _is_in_vain(self, last: Finished, plan: Plan, fingerprint: str) -> bool:
+    def _is_redundant(self, last: Finished, plan: Plan, fingerprint: str) -> bool:
         requested = self.request.again or (self.request.anyway and not last.accepted)
         return not requested and (last.plan, last.fingerprint) == (plan, fingerprint)
 
@@ -155,14 +155,16 @@ class _Run:
         """The half-done plan if it still holds and nothing else is asked for, else a new one."""
         artefact, split, request = self.artefact, self.split, dict(self.request.settings)
         now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
-        if "batch_size" in request:  # as plans hold it: no batch is larger than the history
+        if "batch_size" in request:  # plans hold no batch larger than the history
             request["batch_size"] = min(request["batch_size"], len(split.train))
-        kept = updates.read_checkpoint(self.vault, row)
-        if kept is not None:
-            old = asdict(kept.schedule)
-            again = replace(kept.schedule, **request, fresh=self.request.fresh or kept.schedule.fresh)
-            if {key: old[key] for key in now} == now and again == kept.schedule:
-                return kept.schedule
+        checkpoint = updates.read_checkpoint(self.vault, row)
+        if checkpoint is not None:
+            old = asdict(checkpoint.schedule)
+            again = replace(
+                checkpoint.schedule, **request, fresh=self.request.fresh or checkpoint.schedule.fresh
+            )
+            if {key: old[key] for key in now} == now and again == checkpoint.schedule:
+                return checkpoint.schedule
             reason = "you asked for other settings"
             if old["version"] != now["version"]:
                 reason = "the cloud's artefact changed"

@@ -45,8 +45,8 @@ def read_history(
 
     They are of `task`, or where that is None, of the tasks that our own listing names (looked up in
     `tasks`, by their names), and in other files of `default()`. `data` is the file's content where it was
-    read already. `notify` takes a line about what was assumed. Raises InvalidData; then nothing should be
-    kept of it.
+    read already. `notify` gets lines about assumptions. Raises InvalidData; then the caller should
+    keep nothing of it.
     """
     with error_context(str(path)):
         source = Source.read(path, data, notify, user=user, tasks=tasks or {})

@@ -16,7 +16,7 @@ __all__ = ["fits", "read"]
 
 
 def fits(source: Source) -> bool:
-    """Any text: what is no JSON is said line by line."""
+    """Any text: `read` reports lines that are no JSON."""
     return True
 
 

@@ -17,7 +17,7 @@ _PARTS = ("", "test", "history")
 
 
 def collect(rows: Iterable[tuple[str, Any]], task: Task) -> list[HistoryItem]:
-    """Examples of (place, values) pairs; values may also be the InvalidData that kept them from being read.
+    """Examples of (place, values) pairs; values may also be the InvalidData that reading them raised.
 
     Raises InvalidData with all that is wrong with the first bad row, and how many more are bad.
     """

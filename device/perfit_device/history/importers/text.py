@@ -35,7 +35,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decoded(data: bytes, notify: Callable[[str], None]) -> str:
-    """By its mark, else UTF-8, else Windows-1252, of which `notify` is told. Raises InvalidData.
+    """By its mark, else UTF-8, else Windows-1252, which `notify` reports. Raises InvalidData.
 
     UTF-8 with a few bad bytes is refused: as Windows-1252 every accent of it would be two letters.
     """
