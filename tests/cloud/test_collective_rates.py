@@ -12,7 +12,7 @@ import pytest
 from tests.support.collective import write_toy
 
 from perfit_cloud.collective import trials
-from perfit_cloud.collective.run import CollectiveRun, train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.collective.trials import Search
 from perfit_shared.training import Schedule
 
@@ -58,11 +58,11 @@ def test_a_search_ends_where_everything_diverges() -> None:
 
 
 @pytest.fixture
-def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRun]:
+def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRequest]:
     data = write_toy(tmp_path / "news")
 
-    def make(**changes: Any) -> CollectiveRun:
-        request = CollectiveRun(
+    def make(**changes: Any) -> CollectiveRequest:
+        request = CollectiveRequest(
             task="news_headline",
             data=data,
             model=str(model_folder("llama")),

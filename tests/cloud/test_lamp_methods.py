@@ -16,7 +16,7 @@ from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import Fitted, Method, QueryRequest, TaskData, Work
 from perfit_cloud.lamp.people import Learner, Person, read_people
-from perfit_cloud.lamp.request import ABLATIONS, LampRun
+from perfit_cloud.lamp.request import ABLATIONS, LampRequest
 from perfit_cloud.lamp.results import UserFolder
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.artefacts import Artefact
@@ -26,7 +26,7 @@ from perfit_shared.tasks import load_task
 from perfit_shared.types import Score
 
 LEARNING = [
-    name for name in ABLATIONS if METHODS[LampRun("t", "m", Path(), Path(), ablation=name).method].learns
+    name for name in ABLATIONS if METHODS[LampRequest("t", "m", Path(), Path(), ablation=name).method].learns
 ]
 
 
@@ -40,10 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> TaskData:
 @pytest.fixture
 def request_for(
     tmp_path: Path, base: BaseModel, make_artefact: Callable[..., Artefact]
-) -> Callable[..., LampRun]:
+) -> Callable[..., LampRequest]:
     """Of a method by its ablation's name; those with a stage 1 are given an artefact."""
 
-    def make(ablation: str = "full", **changes: Any) -> LampRun:
+    def make(ablation: str = "full", **changes: Any) -> LampRequest:
         values: dict[str, Any] = {
             "task": TASK,
             "model": "tiny",
@@ -59,14 +59,14 @@ def request_for(
         else:
             make_artefact(base).save(tmp_path / "artefact")
             values["artefact"] = tmp_path / "artefact"
-        return LampRun(ablation=ablation, **(values | changes))
+        return LampRequest(ablation=ablation, **(values | changes))
 
     return make
 
 
 @pytest.fixture
 def open_method(
-    request_for: Callable[..., LampRun], data: TaskData
+    request_for: Callable[..., LampRequest], data: TaskData
 ) -> Iterator[Callable[[str], Method[Any]]]:
     opened = []
 
@@ -140,7 +140,7 @@ def test_a_state_survives_its_bytes(
 
 
 def request_sampling(data: TaskData, person: Person) -> Any:
-    request = LampRun(TASK, "m", Path(), Path())
+    request = LampRequest(TASK, "m", Path(), Path())
     return request.decoding.sampling(data.task, person.user_id, person.queries[0])
 
 
@@ -165,7 +165,9 @@ def test_answers_come_in_the_order_asked(
     assert method.score(requests, golds[1:] + golds[:1]) != scores
 
 
-def test_options_of_other_methods_are_refused(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
+def test_options_of_other_methods_are_refused(
+    request_for: Callable[..., LampRequest], tmp_path: Path
+) -> None:
     for ablation, changes in (
         ("stage2", {"artefact": tmp_path}),
         ("stage2_sum", {"collective_users": 3}),
@@ -176,7 +178,7 @@ def test_options_of_other_methods_are_refused(request_for: Callable[..., LampRun
 
 
 def test_tokens_of_a_cohort_at_most_are_held(
-    request_for: Callable[..., LampRun], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    request_for: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ids, a history takes many times the memory of its text: a run held those of all users."""
     made: list[weakref.ref[Learner]] = []
@@ -256,8 +258,8 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
     return Notebook
 
 
-def small_request(tmp_path: Path, **changes: Any) -> LampRun:
-    return LampRun(TASK, "tiny", write_files(tmp_path / "data"), tmp_path / "out", **changes)
+def small_request(tmp_path: Path, **changes: Any) -> LampRequest:
+    return LampRequest(TASK, "tiny", write_files(tmp_path / "data"), tmp_path / "out", **changes)
 
 
 def test_a_run_takes_any_method(notebook: type[Notebook], base: BaseModel, tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_who_is_fitted_is_not_fitted_again(notebook: type[Notebook], base: BaseM
 
 
 def test_a_method_gives_the_model_back(
-    request_for: Callable[..., LampRun], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    request_for: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[str] = []
     monkeypatch.setattr(METHODS["perfit"], "close", lambda self: closed.append(self.name))

@@ -13,7 +13,7 @@ from tests.support.lamp_files import WORDS, write_files
 from tests.support.lamp_scripts import Refused, lamp_script, oppu_script
 
 from perfit_cloud.lamp.prepare import find_questions, prepare_lamp
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
@@ -38,7 +38,8 @@ def run(base: BaseModel, tmp_path: Path) -> Run:
             "batch_size": 64,
         }
         run_lamp(
-            LampRun(task=task, model="tiny", data=data, out=tmp_path / "out", **values | changes), base=base
+            LampRequest(task=task, model="tiny", data=data, out=tmp_path / "out", **values | changes),
+            base=base,
         )
         return tmp_path / "out"
 

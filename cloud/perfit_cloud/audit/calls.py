@@ -100,7 +100,7 @@ class Running:
         self._call.cancel()
 
     def wait(self, seconds: float, is_enough: Callable[[list[Any]], bool] = lambda _: False) -> None:
-        """Until it is over or its replies are enough. Raises TimeoutError."""
+        """Wait for its end or enough replies. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._status or is_enough(self._replies), seconds):
                 raise TimeoutError

@@ -1,8 +1,8 @@
 """What a server will compute of a request, computed here first.
 
-Of a call that is cut off nobody receives an answer or a gradient, and token ids and exact gradients are
-never sent at all. To look for them the auditor runs the server's own engines on the same model: the same
-request gives the same bits.
+Nobody receives the answer or gradient of a call that is cut off, and the server never sends token ids and
+exact gradients. To search for them the auditor runs the server's engines on the same model: the same request
+gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Another process, looked at from outside: its memory, its open files, and folders that it may write.
 
-Nothing but what the kernel shows of it under /proc is used, so it need not help, or even know. It is
-stopped while it is looked at: nothing moves meanwhile.
+It reads only what the kernel shows under /proc, so the process need not help, or even know. The process is
+stopped meanwhile, so nothing moves.
 
 Left out: mapped files that the process cannot write (code and weights, the same bytes as on disk), and
-pages of anonymous memory that were never touched or were given back, which hold nothing. A look may be
-told of one before the secret was sent: pages that are what they were then do not hold it, and are read
+pages of anonymous memory that were never touched or were given back, which hold nothing. A look may
+get the pages of one before the secret was sent: pages that did not change since cannot hold it, and are read
 but not searched. GPU memory cannot be seen from here.
 """
 
@@ -72,17 +72,17 @@ class Pages:
     """What the pages of processes held, by fingerprints of 64 bits."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], np.uint64] = {}  # by process and address
+        self._prints: dict[tuple[int, int], np.uint64] = {}  # by process and address
 
     def add(self, pid: int, start: int, prints: Keys) -> None:
         addresses = range(start, start + len(prints) * _PAGE, _PAGE)
-        self._known.update(((pid, at), of_page) for at, of_page in zip(addresses, prints, strict=True))
+        self._prints.update(((pid, at), of_page) for at, of_page in zip(addresses, prints, strict=True))
 
     def differ(self, pid: int, start: int, prints: Keys) -> npt.NDArray[np.bool_]:
         """Which of the pages from `start` on held something else, or nothing."""
         addresses = range(start, start + len(prints) * _PAGE, _PAGE)
-        known = [self._known.get((pid, at)) for at in addresses]
-        return np.array([k is None or k != p for k, p in zip(known, prints, strict=True)], bool)
+        total = [self._prints.get((pid, at)) for at in addresses]
+        return np.array([k is None or k != p for k, p in zip(total, prints, strict=True)], bool)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Look:
     """What one look at a process found."""
 
     found: tuple[Found, ...]
-    searched: int  # bytes, with those that were known to hold nothing
+    searched: int  # bytes, unchanged pages included
     unreadable: tuple[str, ...]  # regions and files that could not be read, and why
-    pages: Pages  # of memory; none where an earlier look's were given
+    pages: Pages  # of memory; empty where an earlier look's were given
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Region:
     start: int
     stop: int
     where: str
-    is_private: bool  # anonymous: what is not in use of it holds nothing
+    is_private: bool  # anonymous: its unused pages hold nothing
 
 
 def check_allowed() -> None:
@@ -140,9 +140,9 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def settle(pid: int, *, rest: float = 0.3, seconds: float = 60.0) -> None:
-    """Wait until the process has had next to nothing to do for `rest` seconds.
+    """Wait until the process has been nearly idle for `rest` seconds.
 
-    Raises PerfitError when it has not come to that after `seconds`.
+    Raises PerfitError when it is not so within `seconds`.
     """
     end, quiet, before = time.monotonic() + seconds, 0, cpu_seconds(pid)
     while quiet * _POLL_SECONDS < rest:
@@ -216,12 +216,12 @@ class _Reader:
                     looked_at += end - at
                     data = buffer[: high - low]
                     for start, stop in self._changed(data[at - low : end - low], at):
-                        # And a part of it in a page that did not change.
+                        # Part of a run may lie in a page that did not change.
                         first, last = max(low, start - MARGIN), min(high, stop + MARGIN)
                         for number, match in self._index.search(data, first - low, last - low).items():
-                            known = found.setdefault((number, region.where), Match(first=match.first + low))
-                            known.blocks += match.blocks
-                            known.spans |= match.spans
+                            total = found.setdefault((number, region.where), Match(first=match.first + low))
+                            total.blocks += match.blocks
+                            total.spans |= match.spans
         return looked_at
 
     def _changed(self, data: npt.NDArray[np.uint8], at: int) -> Iterable[tuple[int, int]]:

@@ -69,7 +69,7 @@ class Plan:
 
 
 def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> list[Row]:
-    """All rows; each is told to `report` as it comes. Raises PerfitError when a scenario cannot be played."""
+    """All rows; `report` gets each as it comes. Raises PerfitError when a scenario fails to play out."""
     rows: list[Row] = []
     for hardening in ("off", "on"):
         of_mode = _of_mode(plan, hardening)
@@ -88,7 +88,7 @@ def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> li
 
 
 def _of_mode(plan: Plan, hardening: str) -> Plan:
-    """With hardening off each RPC once, whatever is asked for: it is the control of all the others."""
+    """With hardening off each RPC runs once, as the control of all others."""
     devices = 0 if plan.is_quick else plan.devices
     if hardening == "off":
         rpcs = () if plan.is_quick else tuple(rpc for rpc in plan.rpcs if rpc != "Generate")
@@ -126,7 +126,7 @@ class _Auditor:
             began = time.monotonic()
             search = _ScenarioSearch(self._server, self._hardening, rpc, ending, call.needles)
             rows = [search.before()]
-            # Of a call that ends so: long enough for some looks, short enough to wait for.
+            # Long enough for some looks, short enough to wait for.
             seconds = 2 + 4 * (time.monotonic() - began) * effort if ending == "deadline" else _SECONDS
             connection = self._server.connect(device)
             try:
@@ -155,7 +155,7 @@ class _Auditor:
         )
 
     def _caught(self, running: Running, search: _ScenarioSearch, held: ExitStack) -> Row | None:
-        """What was found while the server was at it; it is stopped until `held` ends. None: it was over."""
+        """What was found while the server worked; `held` keeps it stopped. None: the call was over."""
         for number in range(_LOOKS):
             _let_work(self._server.pid, 0.02 * 1.5**number, running)
             with ExitStack() as hold:
@@ -171,7 +171,7 @@ class _Auditor:
     # -- identities ------------------------------------------------------------------------------
 
     def _identities(self, device: DeviceKey) -> Iterator[Row]:
-        """Enroll carries the invite's secret. A device's key is never sent, and looked for all the same."""
+        """Enroll carries the invite's secret. A device never sends its key; the search covers it anyway."""
         for ending in ("done", "refused"):
             if "Enroll" in self._plan.rpcs and ending in self._plan.endings:
                 invite, new = self._server.invites(1)[0], DeviceKey()
@@ -209,7 +209,7 @@ class _Auditor:
     # -- many devices ----------------------------------------------------------------------------
 
     def _load(self, count: int) -> Iterator[Row]:
-        """All devices at once, each with canaries of its own; of four one cancels and one is cut off."""
+        """All devices at once, each with its own canaries; of four, one cancels and one is cut off."""
         kinds = [rpc for rpc in self._plan.rpcs if rpc in CALLS] or list(CALLS)
         endings = [("done", "cancelled", "done", "gone")[n % 4] for n in range(count)]
         calls = [
@@ -243,7 +243,7 @@ class _Auditor:
         yield search.at_rest("closed")
 
     def _call(self, rpc: str, dtype: str, effort: int) -> PersonalCall:
-        """`effort`: 0 for little work, else so many times what a server can be caught at."""
+        """`effort`: 0 for little work, else a multiple of what keeps a server busy."""
         self._made += 1
         canaries = Canaries([self._plan.seed, self._made, self._hardening == "on"], self._foresight)
         size: dict[str, Any]
@@ -264,7 +264,7 @@ class _ScenarioSearch:
     ) -> None:
         self._server, self._hardening, self._rpc, self._ending = server, hardening, rpc, ending
         self._index = Index(needles)
-        self._pages: Pages | None = None  # before the call: what did not change since is not of the call
+        self._pages: Pages | None = None  # before the call: unchanged pages hold nothing of it
 
     @property
     def name(self) -> str:
@@ -276,10 +276,9 @@ class _ScenarioSearch:
             self._index = Index([*self._index.needles, *needles])
 
     def before(self) -> Row:
-        """What was found before anything was sent; needles that cannot tell are dropped.
+        """What was found before anything was sent; drops needles that prove nothing.
 
-        The words of an answer and the ids of tokens are the model's own. Some of their runs stand in
-        libraries, and say nothing.
+        The words of an answer and token ids are the model's own. Some of their runs stand in libraries.
         """
         settle(self._server.pid)
         look, needles = self._stopped(), self._index.needles
@@ -296,7 +295,7 @@ class _ScenarioSearch:
         return row
 
     def during(self) -> Row:
-        """Of a server that is stopped."""
+        """Search a stopped server."""
         return self._row("during", look_at(self._server.pid, self._index, since=self._pages))
 
     def at_rest(self, moment: str) -> Row:

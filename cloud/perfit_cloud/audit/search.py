@@ -23,7 +23,7 @@ __all__ = ["MARGIN", "Index", "Match"]
 
 MARGIN = 32  # bytes beside a block that a comparison may look at
 _STRIDE = 8  # bytes; blocks of 4 go by 4
-_CHUNK = 2**18  # bytes looked at in one go: what is computed of them stays in the cache
+_CHUNK = 2**18  # bytes searched at once: their keys stay in the processor's cache
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio: multiplying by it spreads keys
 _ODD_2 = np.uint64(0xC2B2AE3D27D4EB4F)
 _MOST_BITS = 25  # of a table of hashes: 32 MiB
@@ -71,9 +71,9 @@ class Index:
         found: dict[int, Match] = {}
         for shift in range(_STRIDE):
             for number, match in self.search(np.frombuffer(data, np.uint8)[shift:].copy()).items():
-                known = found.setdefault(number, Match(first=match.first + shift))
-                known.blocks += match.blocks
-                known.spans |= match.spans
+                total = found.setdefault(number, Match(first=match.first + shift))
+                total.blocks += match.blocks
+                total.spans |= match.spans
         return found
 
 
@@ -91,11 +91,11 @@ class _Table:
             if needle.run != 2 * width:
                 continue
             for part, data in enumerate(needle.parts):
-                says = needle.is_distinctive(data)
-                positions.append(size + _useful(data, says, needle, width))
+                distinct = needle.is_distinctive(data)
+                positions.append(size + _useful(data, distinct, needle, width))
                 source += [data, gap]
                 owners += [np.full(len(data), len(self._parts)), np.full(2 * width, -1)]
-                distinctive += [says, np.zeros(2 * width, bool)]
+                distinctive += [distinct, np.zeros(2 * width, bool)]
                 self._parts.append((number, part, size))
                 size += len(data) + 2 * width
         self._source = np.frombuffer(b"".join(source), np.uint8)
@@ -140,7 +140,7 @@ class _Table:
     def _compare(
         self, data: Bytes, at: Positions, position: Positions
     ) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-        """Of blocks at data[at] that may be those at source[place], those within a run that counts."""
+        """Of blocks at data[at] that may be those at source[position], those within a run that counts."""
         width = self._width
         around = np.arange(-width, 2 * width)
         there = at[:, None] + around
@@ -170,12 +170,12 @@ class _Table:
         return hashes.view(np.int64)
 
 
-def _useful(part: bytes, says: npt.NDArray[np.bool_], needle: Needle, width: int) -> Positions:
+def _useful(part: bytes, distinct: npt.NDArray[np.bool_], needle: Needle, width: int) -> Positions:
     """Where in a part blocks begin that a distinctive run holds, and that an aligned address can."""
-    if len(says) < 2 * width:
+    if len(distinct) < 2 * width:
         return np.zeros(0, np.int64)
-    runs = np.concatenate([[0], np.cumsum(says)])
-    begins = np.arange(0, len(says) - width + 1, min(needle.item, _STRIDE, width))
+    runs = np.concatenate([[0], np.cumsum(distinct)])
+    begins = np.arange(0, len(distinct) - width + 1, min(needle.item, _STRIDE, width))
     begins = begins[runs[begins + 1] > runs[np.maximum(begins - width, 0)]]
     blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(part, np.uint8), width)[begins]
     distinctive: Positions = begins[(blocks != blocks[:, :1]).any(1)]

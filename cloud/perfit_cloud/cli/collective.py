@@ -104,9 +104,9 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     accelerate launch --num_processes 4 $(which perfit-cloud) collective train --task chat --data chats.jsonl --model llama --out artefacts/chat
     """  # noqa: E501 - \b keeps an example on one line
     from perfit_cloud.collective.processes import Processes, leave
-    from perfit_cloud.collective.run import CollectiveRun, train_collective
+    from perfit_cloud.collective.run import CollectiveRequest, train_collective
 
-    request = CollectiveRun(
+    request = CollectiveRequest(
         task=task,
         data=data,
         model=model,

@@ -26,7 +26,7 @@ def layers_of(text: str | None) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
+    """Turn the first Ctrl-C or SIGTERM into a stop after the step; a second one stops at once."""
     stopped = False
 
     def stop(number: int, _frame: Any) -> None:

@@ -148,7 +148,7 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
 
 
 def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
-    """Load everything, then answer until told to stop."""
+    """Load everything, then answer until a signal to stop."""
     import torch
 
     from perfit_cloud.engine.device_lock import DeviceLock
@@ -236,7 +236,7 @@ def _stops() -> queue.SimpleQueue[None]:
 def _answer(
     config: CloudConfig, server: CloudServer, stops: queue.SimpleQueue[None], *closes: Callable[[], None]
 ) -> None:
-    """Until told to stop; then end calls, and call `closes`."""
+    """Wait for a signal to stop; then end calls, and call `closes`."""
     try:
         while stops.empty():
             # The system may give the signal to any thread, and its handler waits for this one to wake.

@@ -1,4 +1,4 @@
-"""What is told about a trained artefact: its card, the same as CARD.md, and a picture of the losses."""
+"""The card of a trained artefact, the same as CARD.md, and a plot of its losses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def make_card(
 
 
 def _privacy_note(training: Stage1Training) -> str:
-    """Who can hold φ₁, and what it may tell of whom it was learned from."""
+    """Who can hold φ₁, and what it may reveal of the people it was learned from."""
     holders = (
         "Every enrolled device can recover φ₁ from about as many gradient calls as a hidden state has "
         "numbers, so it is as good as published to all members"
@@ -207,7 +207,7 @@ def _data_words(data: Mapping[str, Any]) -> str:
 def _batches(card: Mapping[str, Any]) -> str:
     hyper = card["hyper_parameters"]
     if card["privacy"]["mechanism"] is not None:
-        return ""  # told under privacy
+        return ""  # private training has no batches of examples
     spread = f" over {hyper['processes']} processes" if hyper["processes"] > 1 else ""
     return f" of {hyper['batch_size']} examples{spread}"
 

@@ -199,13 +199,13 @@ class PrivateSteps:
         rng: np.random.Generator | None = None,
     ) -> None:
         """`rng`: for tests. Who is drawn and the noise come from the system's entropy otherwise, never from
-        the run's seed: the card tells that, and noise that can be drawn again protects nobody.
+        the run's seed: the card shows it, and noise that can be drawn again protects nobody.
         """
         self._losses, self._people, self._privacy = losses, people, privacy
         self._rng = rng or np.random.default_rng()
 
     def step(self, *, collective: Shift, personal: Shift, optimizer: StiefelAdam, rate: float) -> int:
-        """One step; returns how many examples it ran, which nobody may be told."""
+        """One step; returns how many examples it ran, which must not be published."""
         sums = [torch.zeros_like(g) for g in optimizer.gradients()]
         examples = 0
         for name in draw(list(self._people), self._privacy.sampling_rate, self._rng):

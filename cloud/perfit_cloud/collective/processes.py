@@ -33,14 +33,14 @@ class Processes:
     def __init__(self) -> None:
         from accelerate import Accelerator
 
-        # Told that it runs on CPUs, accelerate uses gloo; it would not find out by itself.
+        # accelerate uses gloo only when it is told that it runs on CPUs.
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
 
     def device(self, requested: str) -> str:
-        """Where this process should put the base, given what the operator asked for.
+        """Where this process should put the base, given the operator's request.
 
         Raises InvalidInput when several processes are to use one device, or another kind than they
         were launched for.
@@ -56,7 +56,7 @@ class Processes:
         return "cpu" if given.type == "cpu" else str(given)
 
     def dtype(self, requested: str) -> str:
-        """The base's dtype: as asked for, where that is "auto" what accelerate was told.
+        """The base's dtype: as requested, or for "auto" what accelerate was launched with.
 
         A frozen base needs no float32 copy beside the one it computes with, so mixed precision
         comes down to loading it in that precision: φ computes in float32 and the shifts are float32.
@@ -86,7 +86,7 @@ class Processes:
         return float(total[0])
 
     def any(self, flag: bool) -> bool:
-        """Whether any process wishes it."""
+        """Whether the flag is set on any process."""
         return self.add_up(float(flag)) > 0
 
     def from_main(self, work: Callable[[], T]) -> T:

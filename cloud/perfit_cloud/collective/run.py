@@ -28,11 +28,11 @@ from perfit_shared.prompts import load_prompts
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
 
-__all__ = ["CollectiveRun", "train_collective"]
+__all__ = ["CollectiveRequest", "train_collective"]
 
 
 @dataclass(frozen=True)
-class CollectiveRun:
+class CollectiveRequest:
     """What an operator asks for; None stands for the preset's value, or a choice on the data."""
 
     task: str
@@ -63,7 +63,7 @@ class CollectiveRun:
 
 
 def train_collective(
-    request: CollectiveRun,
+    request: CollectiveRequest,
     *,
     base: BaseModel | None = None,
     progress: Progress | None = None,
@@ -102,7 +102,7 @@ def train_collective(
 
 
 def _begin(
-    request: CollectiveRun,
+    request: CollectiveRequest,
     base: BaseModel | None,
     processes: Processes,
     progress: Progress,
@@ -126,7 +126,7 @@ def _begin(
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
     spec = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
-    # Where the sinks are is told as well, so private prompts do not decide it.
+    # The spec is public, so private prompts must not decide where the sinks are.
     prompts = [prompt for prompt, _ in corpus.validation]
     positions = processes.from_main(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
@@ -150,7 +150,7 @@ def _begin(
     return training
 
 
-def _check_private(request: CollectiveRun, items: Items) -> None:
+def _check_private(request: CollectiveRequest, items: Items) -> None:
     """Raises InvalidInput where one person could stand as several, or decide what others' data do."""
     if request.validation is None:
         raise InvalidInput(
@@ -173,7 +173,7 @@ def _check_private(request: CollectiveRun, items: Items) -> None:
 
 
 def _artefact(
-    training: Stage1Training, request: CollectiveRun, device_rate: float, losses: Mapping[str, float]
+    training: Stage1Training, request: CollectiveRequest, device_rate: float, losses: Mapping[str, float]
 ) -> Artefact:
     settings, task = training.settings, training.task
     card = make_card(training, preset=request.preset or task.name, device_rate=device_rate, losses=losses)
@@ -199,7 +199,7 @@ def _write(artefact: Artefact, training: Stage1Training, out: Path, *, base_loss
     (out / checkpoint.FILE).unlink(missing_ok=True)
 
 
-def _check_out(request: CollectiveRun) -> None:
+def _check_out(request: CollectiveRequest) -> None:
     out = request.out
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"{out} is a file; --out should be a folder")
@@ -214,7 +214,7 @@ def _make_out(out: Path) -> None:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _spec(request: CollectiveRun, base: BaseModel) -> ShiftSpec:
+def _spec(request: CollectiveRequest, base: BaseModel) -> ShiftSpec:
     """The preset's with what the request overrides."""
     return preset_for(request.preset or request.task).spec(
         blocks=base.blocks,
@@ -226,7 +226,7 @@ def _spec(request: CollectiveRun, base: BaseModel) -> ShiftSpec:
     )
 
 
-def _settings(request: CollectiveRun, spec: ShiftSpec) -> Stage1Settings:
+def _settings(request: CollectiveRequest, spec: ShiftSpec) -> Stage1Settings:
     preset = preset_for(request.preset or request.task)
     return Stage1Settings(
         spec=spec,

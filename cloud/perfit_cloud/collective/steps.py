@@ -48,7 +48,7 @@ def rate_at(index: int, total: int, peak: float, *, schedule: str = "device") ->
 def batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices of all examples once, shuffled, in batches of like length so that padding is small.
 
-    A function of its arguments alone, so an interrupted run finds its place again.
+    A function of its arguments alone, so an interrupted run resumes with the same batches.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths)).tolist()

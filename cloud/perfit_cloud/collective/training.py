@@ -1,4 +1,4 @@
-"""Stage 1 (PerFit, Algorithm 1): φ₁ and φ₂ learned jointly on everybody's examples.
+"""Stage 1 (PerFit, Algorithm 1): φ₁ and φ₂ learned together on everybody's examples.
 
 The base stays frozen; both shifts start as exact identities and are applied as φ₂∘φ₁ by the same
 code that serves them. What comes out is the collective shift φ₁ and the seed φ₂ that every user
@@ -79,8 +79,8 @@ class Stage1Settings:
 class Stage1Training:
     """One run: its data, its two shifts and its record. It works inside `prepared()`.
 
-    `stop` is asked after every step; when any process says yes the run is saved and Cancelled is
-    raised on all. Raises InvalidInput when the processes differ in data or settings.
+    `stop` runs after every step; when it is true on any process, all save the run and raise
+    Cancelled. Raises InvalidInput when the processes differ in data or settings.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Stage1Training:
         """All steps that are left, at `record.learning_rate`; ends with the shifts that validate best.
 
         Those are the untouched model's (the identity) where no step made it better. It ends early when
-        the validation loss no longer falls. Raises Cancelled when asked to stop.
+        the validation loss no longer falls. Raises Cancelled on a stop.
         """
         record = self.record
         if not record.validation:
@@ -220,7 +220,7 @@ class Stage1Training:
     def _step(self, rate: float) -> int:
         """One step; returns how many examples it took."""
         record, collective, personal = self.record, self.collective, self.personal
-        if self._private is not None:  # keeps nothing of what it saw: no loss, no tokens
+        if self._private is not None:  # records no loss and no tokens
             return self._private.step(
                 collective=collective, personal=personal, optimizer=self._optimizer, rate=rate
             )
@@ -242,7 +242,7 @@ class Stage1Training:
     def _checks(self) -> set[int]:
         """Steps of an epoch, modulo its length, after which the validation loss is measured."""
         count = _MOST_CHECKS
-        if self.privacy is None:  # how many examples people have may decide nothing that is told
+        if self.privacy is None:  # the number of examples must not show in anything published
             room = _CHECK_SHARE * len(self.examples) / (FORWARD * len(self.corpus.validation))
             count = min(max(round(room), _LEAST_CHECKS), _MOST_CHECKS)
         count = min(count, self.steps_an_epoch)
@@ -309,7 +309,7 @@ class Stage1Training:
         checkpoint.save(self._out, self._arguments, snapshot)
 
     def pause(self) -> None:
-        """Save when a minute has passed, and stop here when asked to."""
+        """Save when a minute has passed, and stop here on a stop."""
         if self.processes.any(self._stop()):
             self.save()
             raise Cancelled(

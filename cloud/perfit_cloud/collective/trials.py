@@ -1,7 +1,7 @@
 """Learning rates chosen by trying: stage 1's on the validation slice, the devices' on single users.
 
-Both walk one ladder, in decades first and then in half decades around the best, on as many steps as
-tell one rate from another. Of rates that do about equally well the lowest is taken: a rate that is
+Both walk one ladder, in decades first and then in half decades around the best, with enough steps to rank
+the rates. Of rates that do about equally well the lowest is taken: a rate that is
 too low costs some of the gain, one that is too high spoils the model.
 """
 
@@ -141,7 +141,7 @@ def _trial(training: Stage1Training, rate: float) -> float:
 def device_users(training: Stage1Training) -> list[list[Pair]]:
     """Histories whose updates are simulated: as many as one rate may cost, at least two if there are.
 
-    All of them in a private run: how many examples were trained on may decide nothing that is told.
+    All of them in a private run: the number of examples must not show in anything published.
     """
     long = [pairs for pairs in training.corpus.histories.values() if len(pairs) >= LEAST_HISTORY]
     if training.privacy is not None:

@@ -1,6 +1,6 @@
 """Which runs belong together: seeds of one setting, and the sweeps and variants around it.
 
-All is decided from `run.settings`, the keys of which run.py writes.
+`run.settings` decides; run.py writes its keys.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
         same_seed = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
         if any(other.settings.get("artefact") == run.settings.get("artefact") for other in same_seed):
             raise InvalidInput(f"{run.folder} and {same_seed[0].folder} are the same run; give one of them")
-        # Of one seed and yet another artefact: not a seed more, but another collective shift.
+        # One seed with another artefact is another collective shift, not another seed.
         found.setdefault(f"{key} {run.settings.get('artefact')}" if same_seed else key, []).append(run)
     return sorted((_group(sorted(members, key=_seed)) for members in found.values()), key=_order)
 

@@ -1,8 +1,8 @@
 """The test cohort as text: each user's history to learn from and held-out queries to answer.
 
-Tokens are made where they are needed, by `collective.encoding`: as ids, a history takes many times the
-memory of its text. Reading encodes everybody once, person by person, to count and to leave out what
-does not fit, and to tell by a digest whether another run had the same.
+`collective.encoding` makes tokens where they are needed: as ids, a history takes many times the memory of
+its text. Reading encodes everybody once, person by person: to count, to leave out what does not fit, and
+for a digest that shows whether another run had the same data.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _array(records: Iterable[str]) -> Iterable[str]:
-    """A JSON list, a record a line, without ever being in memory as a whole."""
+    """A JSON list, a record a line, without holding it whole in memory."""
     separator = "[\n"
     for record in records:
         yield separator + record
@@ -151,7 +151,7 @@ def _array(records: Iterable[str]) -> Iterable[str]:
 
 
 def _write_all(out: Path, files: Mapping[str, Iterable[str]]) -> None:
-    """None unless all can be written: to temporary files that then take the old ones' places in a row."""
+    """All files or none: write temporary files first, then replace the old ones."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         for name, parts in files.items():

@@ -19,7 +19,7 @@ __all__ = ["prepare_news"]
 
 _HELD_OUT, _HELD_OUT_MOST = 0.2, 30  # of an author's articles, the latest; articles
 # Labels of LaMP's that HuffPost has under other names. Which ones LaMP joined it does not say.
-_JOINED = {
+_LAMP_LABELS = {
     "science": "science & technology",
     "tech": "science & technology",
     "arts": "culture & arts",
@@ -64,8 +64,8 @@ def prepare_news(
         )
     ]
     if lamp_labels:
-        joined = [replace(a, category=_JOINED.get(a.category, a.category)) for a in articles]
-        kept = [article for article in joined if article.category in categorize.labels]
+        renamed = [replace(a, category=_LAMP_LABELS.get(a.category, a.category)) for a in articles]
+        kept = [article for article in renamed if article.category in categorize.labels]
         left_out = {**left_out, "other_category": len(articles) - len(kept)}
     else:
         kept, categorize = articles, _with_labels(categorize, articles)

@@ -1,13 +1,13 @@
 """One run of a method on one task: what is shared, a state for every user, answers, summary.
 
-    OUT/settings.json                what the run was asked for; a later one must share it
+    OUT/settings.json                the run's settings; a later one must share them
     OUT/artefact/                    stage 1 of PerFit, unless an artefact was given
     OUT/users/{user_id}/             the user's state (personal.safetensors), result.json
     OUT/run.json, summary.json       written last
     OUT/predictions.json             personal answers in LaMP's schema, with golds.json (`predictions`)
 
-Whatever is finished is kept, so that the same command goes on after a kill at any moment, and ends
-with the same figures.
+Finished work stays, so the same command continues after a kill at any moment and ends with the same
+figures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import Method, QueryRequest, TaskData, Work
 from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
 from perfit_cloud.lamp.predictions import write_predictions
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserFolder, UserResult, completed, write_json
 from perfit_cloud.lamp.summary import summarise
 from perfit_cloud.model.base import BaseModel, load_base
@@ -39,7 +39,7 @@ _ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a tr
 
 
 def run_lamp(
-    request: LampRun, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
+    request: LampRequest, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
 ) -> Run:
     """Run it, or go on with an interrupted run of the same request; a finished one is only read.
 
@@ -86,7 +86,7 @@ class _LampRun:
     """One run with everything loaded."""
 
     def __init__(
-        self, request: LampRun, data: TaskData, method: Method[Any], should_stop: Callable[[], bool]
+        self, request: LampRequest, data: TaskData, method: Method[Any], should_stop: Callable[[], bool]
     ) -> None:
         self._request, self._data, self._method = request, data, method
         self._out, self._should_stop = request.out, should_stop

@@ -77,7 +77,7 @@ _TICKS = {"stage1": "stage 1", "stage2": "stage 2\n(P)", "stage2_sum": "stage 2\
 def _ablation(groups: Sequence[RunGroup]) -> Section:
     rows: list[list[object]] = []
     points, tests = [], []
-    for parts in _wholes_and_parts(groups):
+    for parts in _ablation_groups(groups):
         full = parts["full"]
         task = full.task.name
         cells = {measure: _ablation_cells(parts, measure) for measure in full.measures}
@@ -103,12 +103,12 @@ def _ablation(groups: Sequence[RunGroup]) -> Section:
     )
 
 
-def _wholes_and_parts(groups: Sequence[RunGroup]) -> list[dict[str, RunGroup]]:
+def _ablation_groups(groups: Sequence[RunGroup]) -> list[dict[str, RunGroup]]:
     """For each whole method that ablations belong to: {"full": …} and they, by their name."""
     found: list[dict[str, RunGroup]] = []
     for group in groups:
         name = group.get("ablation", "full")
-        if name != "full" and (full := _whole(group, groups)):
+        if name != "full" and (full := _full_method(group, groups)):
             free = next((one for one in found if one["full"] is full and name not in one), None)
             if free is None:
                 found.append(free := {"full": full})
@@ -116,7 +116,7 @@ def _wholes_and_parts(groups: Sequence[RunGroup]) -> list[dict[str, RunGroup]]:
     return found
 
 
-def _whole(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
+def _full_method(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
     """The whole method that an ablation leaves parts out of: with the personal rank, or the ranks' sum."""
     summed, rank = group.get("ablation") == "stage2_sum", group.ranks[1]
     return nearest(group, groups, also=lambda full: (sum(full.ranks) if summed else full.ranks[1]) == rank)

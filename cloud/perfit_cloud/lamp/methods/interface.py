@@ -23,12 +23,12 @@ from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling, Score
 
 if TYPE_CHECKING:
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
 
 __all__ = ["Fitted", "Method", "QueryRequest", "TaskData", "Work"]
 
 State = TypeVar("State")
-Done = Callable[[int], None]  # told how many examples or queries more are done
+Done = Callable[[int], None]  # gets how many more examples or queries are done
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class Method(ABC, Generic[State]):
     learns: ClassVar[bool] = True  # false: `fit` is never called, and nobody has a state of their own
     state_file: ClassVar[str] = "state.bin"  # in a user's folder
 
-    def __init__(self, request: LampRun, data: TaskData) -> None:
+    def __init__(self, request: LampRequest, data: TaskData) -> None:
         self.request, self.data = request, data
 
     @classmethod
-    def check(cls, request: LampRun) -> None:
+    def check(cls, request: LampRequest) -> None:
         """Raise InvalidInput on options that do not go together. Runs before anything is read."""
 
     @property
@@ -126,11 +126,11 @@ class Method(ABC, Generic[State]):
         return bool(person.history)
 
     def examples(self, person: Person) -> int:
-        """How many examples fitting this person goes through. The time that is left is told by it."""
+        """How many examples fitting this person goes through. Progress estimates the time left by it."""
         return len(person.history)
 
     def announce(self, people: Sequence[Person]) -> str:
-        """A line that says how these people will be fitted; empty where there is nothing to say."""
+        """A line on how these people will be fitted; empty for none."""
         return ""
 
     @abstractmethod

@@ -28,7 +28,7 @@ from perfit_shared.training import Schedule
 from perfit_shared.types import Mode, Score
 
 if TYPE_CHECKING:
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
 
 __all__ = ["BothRanks", "CollectiveOnly", "PerFit", "PersonalOnly"]
 
@@ -48,13 +48,13 @@ class PerFit(Method[ShiftUse]):
 
     artefact: Artefact  # from `prepare` on
 
-    def __init__(self, request: LampRun, data: TaskData) -> None:
+    def __init__(self, request: LampRequest, data: TaskData) -> None:
         super().__init__(request, data)
         self._engines = ExitStack()
         self._schedules: dict[str, Schedule] = {}  # by user
 
     @classmethod
-    def check(cls, request: LampRun) -> None:
+    def check(cls, request: LampRequest) -> None:
         given = [name for name in sorted(_STAGE_1) if getattr(request, name) is not None]
         if request.artefact is not None and given:
             names = ", ".join(name.replace("_", " ") for name in given)
@@ -229,10 +229,10 @@ class BothRanks(PersonalOnly):
     sums_ranks = True
 
 
-def _stage2_settings(request: LampRun, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
+def _stage2_settings(request: LampRequest, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
     epochs, batch_size = request.figures or _figures(request, task, artefact)
     rate = _given(request.learning_rate, artefact.learning_rate)
-    if request.schedule == Schedule.name:  # which fits to the history what nobody asked for
+    if request.schedule == Schedule.name:  # which fits unset values to the history
         return stage2.Stage2Settings(
             epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
         )
@@ -240,7 +240,7 @@ def _stage2_settings(request: LampRun, task: Task, artefact: Artefact) -> stage2
     return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
 
 
-def _figures(request: LampRun, task: Task, artefact: Artefact) -> tuple[int, int]:
+def _figures(request: LampRequest, task: Task, artefact: Artefact) -> tuple[int, int]:
     """(epochs, batch size) that stage 2 starts from.
 
     The paper's schedule takes Table 9's, and the artefact's for a task that the table lacks. A device
