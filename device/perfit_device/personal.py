@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_VERSIONS",
-    "Learned",
     "PersonalShift",
+    "TrainingSummary",
     "Version",
     "Versions",
     "artefacts",
@@ -56,7 +56,7 @@ class PersonalShift:
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainingSummary:
     """What a version was made of. None where unknown: vaults of format 1 did not record it.
 
     Losses are in nats a token. Those of training are means over the first and the last epoch's steps;
@@ -79,7 +79,7 @@ class Version:
     updates: int
     forgotten: int = 0  # as of PersonalShift
     date: str = ""  # ISO 8601, UTC; "" where unknown
-    learned: Learned = field(default_factory=Learned)
+    learned: TrainingSummary = field(default_factory=TrainingSummary)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class Versions:
         """Raises VaultDamaged."""
         try:
             values = json.loads(data)
-            kept = [Version(**each | {"learned": Learned(**each["learned"])}) for each in values["kept"]]
+            kept = [
+                Version(**each | {"learned": TrainingSummary(**each["learned"])}) for each in values["kept"]
+            ]
             versions = cls(values["task"], values["current"], tuple(kept))
             if versions.find(versions.current) is None:
                 raise ValueError("the current version is not kept")
@@ -169,7 +171,11 @@ def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> Shi
 
 
 def store(
-    vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift, learned: Learned | None = None
+    vault: Vault,
+    cloud_id: str,
+    artefact: Artefact,
+    shift: PersonalShift,
+    learned: TrainingSummary | None = None,
 ) -> None:
     """Add a version behind the current one, and make it current.
 
@@ -185,7 +191,7 @@ def store(
         updates=shift.updates,
         forgotten=shift.forgotten,
         date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        learned=learned or Learned(),
+        learned=learned or TrainingSummary(),
     )
     earlier = [
         each

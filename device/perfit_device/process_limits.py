@@ -12,13 +12,13 @@ import os
 import sys
 from collections.abc import Callable
 
-__all__ = ["give_back", "stay_small"]
+__all__ = ["limit_process", "release_memory"]
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of malloc.h
 _LARGE = 256 * 1024  # bytes
 
 
-def stay_small() -> None:
+def limit_process() -> None:
     """One thread for BLAS, one heap for all threads, and large blocks that return to the system once free.
 
     The last costs a step 10 ms of page faults. Call it before numpy is imported and threads start.
@@ -30,7 +30,7 @@ def stay_small() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return the heap's free memory to the system; takes about 1 ms."""
     trim = _of_glibc("malloc_trim")
     if trim is not None:

@@ -14,7 +14,7 @@ from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import Fitted, Method, QueryRequest, TaskData, Work
+from perfit_cloud.lamp.methods.interface import FitContext, Fitted, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.people import Learner, Person, read_people
 from perfit_cloud.lamp.request import ABLATIONS, LampRequest
 from perfit_cloud.lamp.results import UserFolder
@@ -83,8 +83,10 @@ def open_method(
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Work:
-    return Work(lambda examples, people: None, lambda examples: None, lambda: None, tmp_path / "checkpoint")
+def context(tmp_path: Path) -> FitContext:
+    return FitContext(
+        lambda examples, people: None, lambda examples: None, lambda: None, tmp_path / "checkpoint"
+    )
 
 
 def disguised(person: Person) -> Person:
@@ -98,26 +100,26 @@ def disguised(person: Person) -> Person:
 
 @pytest.mark.parametrize("ablation", LEARNING)
 def test_who_was_fitted_before_leaves_no_trace(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     """FACTS: a widely copied baseline trains user i on the data of users 0…i."""
     first, second, third = data.people.people[:3]
     alone = open_method(ablation)
-    expected = alone.to_bytes(alone.fit(third, work).state)
+    expected = alone.to_bytes(alone.fit(third, context).state)
     later = open_method(ablation)
-    states = [later.to_bytes(later.fit(person, work).state) for person in (first, second, third)]
+    states = [later.to_bytes(later.fit(person, context).state) for person in (first, second, third)]
     assert states[2] == expected
     assert len(set(states)) == 3, "or methods that learn nothing would pass too"
 
 
 @pytest.mark.parametrize("ablation", LEARNING)
 def test_who_is_fitted_beside_leaves_no_trace(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     method = open_method(ablation)
     first, second = data.people.people[:2]
     ours, theirs = (
-        [method.to_bytes(one.state) for one in method.fit_cohort([who, second], work)]
+        [method.to_bytes(one.state) for one in method.fit_cohort([who, second], context)]
         for who in (first, disguised(first))
     )
     assert ours[0] != theirs[0] and ours[1] == theirs[1]
@@ -125,10 +127,10 @@ def test_who_is_fitted_beside_leaves_no_trace(
 
 @pytest.mark.parametrize("ablation", LEARNING)
 def test_a_state_survives_its_bytes(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     method, person = open_method(ablation), data.people.people[0]
-    state = method.fit(person, work).state
+    state = method.fit(person, context).state
     written = method.to_bytes(state)
     read = method.from_bytes(written)
     assert method.to_bytes(read) == written
@@ -227,10 +229,10 @@ class Notebook(Method[tuple[str, ...]]):
     def shared(self) -> Mapping[str, tuple[str, ...]]:
         return {"base": ("nothing",)}
 
-    def fit(self, person: Person, work: Work) -> Fitted[tuple[str, ...]]:
-        work.stop()
+    def fit(self, person: Person, context: FitContext) -> Fitted[tuple[str, ...]]:
+        context.stop()
         self.fitted.append(person.user_id)
-        work.done(len(person.history), 1)
+        context.done(len(person.history), 1)
         return Fitted(tuple(item["title"] for item in person.history), (1.0, 0.5), seconds=0.25)
 
     def answer(

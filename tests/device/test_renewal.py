@@ -13,7 +13,7 @@ import pytest
 from tests.support.device import Perfit
 from tests.support.fake_cloud import FakeCloud
 
-from perfit_device import known, profile
+from perfit_device import cloud_record, profile
 from perfit_device.cli import common
 from perfit_device.cloud import enrolment as enrolments
 from perfit_device.cloud.client import Cloud
@@ -153,14 +153,14 @@ def test_a_command_that_released_the_vault_reads_it_anew(
             return None
         if who == "another command":
             with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
-                known.write_enrolment(vault, other)
+                cloud_record.write_enrolment(vault, other)
         return left.pop()
 
     cloud.fail = fail
     if who == "another command":
         enrolled.ok("ask", "x", "--mode", "base")
         with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
-            kept = known.read_enrolment(vault)
+            kept = cloud_record.read_enrolment(vault)
         assert kept is not None
         assert kept.certificate == other.certificate
     else:
@@ -179,7 +179,7 @@ def test_a_vault_that_is_busy_is_waited_for_in_mid_run(
             return None
         if not holders:
             holders.append(Vault.open(path, "correct horse"))
-            known.write_enrolment(holders[0], other)
+            cloud_record.write_enrolment(holders[0], other)
             return RETIRED
         if not holders[0].closed:
             holders[0].close()

@@ -32,7 +32,7 @@ from tests.support.old_files import (
 from perfit_device import history, personal
 from perfit_device.cloud.identity import identity_in
 from perfit_device.cloud_record import read_enrolment, read_record
-from perfit_device.personal import Learned
+from perfit_device.personal import TrainingSummary
 from perfit_device.training import update as updates
 from perfit_device.vault.crypto import Header
 from perfit_device.vault.store import Vault
@@ -100,7 +100,7 @@ def test_what_is_known_of_a_version_is_kept(kept: Path) -> None:
     with Vault.open(kept, PASSPHRASE) as vault:
         mine = personal.read_versions(vault, CLOUD, ARTEFACT.name)
     assert mine is not None
-    assert [version.learned for version in mine.kept] == [Learned(), LEARNED]
+    assert [version.learned for version in mine.kept] == [TrainingSummary(), LEARNED]
     assert mine.now.date[:2] == "20" and mine.now.date[-1] == "Z"
 
 

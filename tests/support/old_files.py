@@ -23,7 +23,7 @@ from perfit_device.cloud.codec import Artefact, CloudInfo, Limits
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_device.cloud_record import write_enrolment, write_record
 from perfit_device.history import HistoryItem
-from perfit_device.personal import Learned, PersonalShift
+from perfit_device.personal import PersonalShift, TrainingSummary
 from perfit_device.training import update as updates
 from perfit_device.training.update import Finished, Plan
 from perfit_device.vault.crypto import Header, KdfParams
@@ -44,7 +44,7 @@ ROW = updates.update_row(CLOUD, "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
 NEXT = ShiftTensors.identity(SPEC, SPEC.personal_rank, 2)
 OTHER = replace(ARTEFACT, name="news_categorize", task=TASKS["news_categorize"])
-LEARNED = Learned(8, 1.5, 1.0, 1.4, 1.2)
+LEARNED = TrainingSummary(8, 1.5, 1.0, 1.4, 1.2)
 STEPS = 2
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import grpc
 
 from perfit_cloud.audit.calls import CALLS, Canaries, PersonalCall, Running
-from perfit_cloud.audit.foreseen import Foresight
 from perfit_cloud.audit.memory import Look, Pages, cpu_seconds, look_at, settle, stopped
 from perfit_cloud.audit.needles import Needle, raw
+from perfit_cloud.audit.reference import ReferenceEngines
 from perfit_cloud.audit.rows import Row
 from perfit_cloud.audit.search import Index
 from perfit_cloud.audit.server import AuditedServer, Connection, DeviceKey, signature_of
@@ -68,7 +68,7 @@ class Plan:
     flags: Sequence[str] = ()  # more, for `perfit-cloud serve`
 
 
-def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> list[Row]:
+def audit(plan: Plan, reference: ReferenceEngines, report: Callable[[Row], None]) -> list[Row]:
     """All rows; `report` gets each as it comes. Raises PerfitError when a scenario fails to play out."""
     rows: list[Row] = []
     for hardening in ("off", "on"):
@@ -81,7 +81,7 @@ def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> li
             flags=plan.flags,
         )
         with server:
-            for row in _Auditor(of_mode, server, foresight, hardening).rows():
+            for row in _Auditor(of_mode, server, reference, hardening).rows():
                 rows.append(row)
                 report(row)
     return rows
@@ -100,9 +100,11 @@ def _of_mode(plan: Plan, hardening: str) -> Plan:
 class _Auditor:
     """The scenarios of one server."""
 
-    def __init__(self, plan: Plan, server: AuditedServer, foresight: Foresight, hardening: str) -> None:
-        self._plan, self._server, self._foresight, self._hardening = plan, server, foresight, hardening
-        self._tokens = min(_MANY_TOKENS, foresight.base.context - 64)
+    def __init__(
+        self, plan: Plan, server: AuditedServer, reference: ReferenceEngines, hardening: str
+    ) -> None:
+        self._plan, self._server, self._foresight, self._hardening = plan, server, reference, hardening
+        self._tokens = min(_MANY_TOKENS, reference.base.context - 64)
         self._made = 0  # calls
 
     def rows(self) -> Iterator[Row]:

@@ -66,7 +66,7 @@ def audit(  # noqa: PLR0917 - options of a command
 
     import torch
 
-    from perfit_cloud.audit.foreseen import Foresight
+    from perfit_cloud.audit.reference import ReferenceEngines
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
 
@@ -85,8 +85,8 @@ def audit(  # noqa: PLR0917 - options of a command
             is_quick=quick,
             flags=("--threads", str(threads), "--dtype", dtype),
         )
-        with Foresight(base, Artefact.load(artefact)) as foresight:
-            rows = run(plan, foresight, _notify)
+        with ReferenceEngines(base, Artefact.load(artefact)) as reference:
+            rows = run(plan, reference, _notify)
     if as_json is not None:
         written = {
             "kept": passed(rows),

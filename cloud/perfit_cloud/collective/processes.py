@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perfit_shared.errors import InvalidInput, PerfitError
 
-__all__ = ["Processes", "leave"]
+__all__ = ["Processes", "close_processes"]
 
 T = TypeVar("T")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -64,7 +64,7 @@ class Processes:
         return _DTYPES.get(self._accelerator.mixed_precision, requested) if requested == "auto" else requested
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """One process of every host goes first, so that it downloads and the others find."""
         with self._accelerator.local_main_process_first():
             yield
@@ -73,7 +73,7 @@ class Processes:
         """This process's share: every count-th, so that neighbours of like length spread evenly."""
         return items[self.index :: self.count]
 
-    def add_up(self, numbers: float, tensors: Sequence[Tensor] = ()) -> float:
+    def all_reduce(self, numbers: float, tensors: Sequence[Tensor] = ()) -> float:
         """The sum over all processes of a number, and of tensors in place."""
         if self.count == 1:
             return numbers
@@ -87,9 +87,9 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return self.add_up(float(flag)) > 0
+        return self.all_reduce(float(flag)) > 0
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main process; all raise a PerfitError or OSError (a full disk) of it."""
         if self.count == 1:
             return work()
@@ -108,7 +108,7 @@ class Processes:
         return result
 
 
-def leave() -> None:
+def close_processes() -> None:
     """At the end of a program: close what connects the processes, if anything does."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

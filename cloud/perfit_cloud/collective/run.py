@@ -84,7 +84,7 @@ def train_collective(
     processes = Processes()
     if progress is None or not processes.main:
         progress = Progress(0, shown=processes.main)
-    processes.from_main(lambda: _check_out(request))
+    processes.broadcast_from_main(lambda: _check_out(request))
     if request.threads > 0:
         torch.set_num_threads(request.threads)
     training = _begin(request, base, processes, progress, stop)
@@ -120,7 +120,7 @@ def _begin(
         items = items.first_users(request.users, request.seed)
     if base is None:
         device, dtype = processes.device(request.device), processes.dtype(request.dtype)
-        with processes.one_first():
+        with processes.local_main_first():
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
@@ -128,7 +128,7 @@ def _begin(
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
     # The spec is public, so private prompts must not decide where the sinks are.
     prompts = [prompt for prompt, _ in corpus.validation]
-    positions = processes.from_main(
+    positions = processes.broadcast_from_main(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
     )
     settings = _settings(request, spec := replace(spec, positions=positions))
@@ -137,7 +137,7 @@ def _begin(
     if (skipped := _skipped(positions)) is not None:
         progress.say(skipped)
     _report(corpus, progress)
-    processes.from_main(lambda: _make_out(request.out))
+    processes.broadcast_from_main(lambda: _make_out(request.out))
     training = Stage1Training(
         base, corpus, task, settings, out=request.out, progress=progress, processes=processes, stop=stop
     )

@@ -319,9 +319,9 @@ class Stage1Training:
             self.save()
 
     def _resume(self) -> None:
-        if self.processes.from_main(lambda: self._arguments) != self._arguments:
+        if self.processes.broadcast_from_main(lambda: self._arguments) != self._arguments:
             raise InvalidInput("the processes of this run read different models, data or settings")
-        snapshot = self.processes.from_main(lambda: checkpoint.load(self._out, self._arguments))
+        snapshot = self.processes.broadcast_from_main(lambda: checkpoint.load(self._out, self._arguments))
         if snapshot is None:
             return
         self.record = snapshot.record

@@ -250,7 +250,7 @@ class _DeviceTrials:
     def _mean(self, losses: Sequence[float]) -> float:
         """Over the users of all processes, which meet there."""
         self._training.pause()
-        return self._training.processes.add_up(sum(losses)) / self._count
+        return self._training.processes.all_reduce(sum(losses)) / self._count
 
     def _update(self, rate: float) -> list[float]:
         """The losses on the test parts after an update."""

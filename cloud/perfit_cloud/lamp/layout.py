@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perfit_cloud.lamp.figures import Heat, Points
+from perfit_cloud.lamp.figures import HeatMap, PointPlot
 from perfit_cloud.lamp.groups import Cell, RunGroup, nearest
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "TESTED",
     "Block",
     "Section",
-    "beside",
     "caption",
     "columns_of",
     "panels",
@@ -23,6 +22,7 @@ __all__ = [
     "tick",
     "variant",
     "variants",
+    "with_full_method",
 ]
 
 
@@ -33,8 +33,8 @@ class Block:
     head: Sequence[str]
     rows: Sequence[Sequence[object]]  # cells as `text_tables` writes them
     caption: str = ""
-    points: Sequence[Sequence[Points]] = ()
-    heat: Sequence[Heat] = ()
+    points: Sequence[Sequence[PointPlot]] = ()
+    heat: Sequence[HeatMap] = ()
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def tested(nest: Mapping[str, Any], group: RunGroup) -> list[list[str | None]]:
 
 def panels(
     title: str, x_label: str, ticks: Sequence[str], cells: Mapping[str, Sequence[Cell | None]]
-) -> list[Points]:
+) -> list[PointPlot]:
     """A panel for each measure of `cells`, with a point at each tick."""
-    return [Points(title, x_label, measure, ticks, {measure: row}) for measure, row in cells.items()]
+    return [PointPlot(title, x_label, measure, ticks, {measure: row}) for measure, row in cells.items()]
 
 
 def columns_of(group: RunGroup) -> dict[str, tuple[str, str]]:
@@ -123,7 +123,7 @@ def columns_of(group: RunGroup) -> dict[str, tuple[str, str]]:
 
 
 def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0, but: str = "") -> Block:
-    """A table with a row for each variant, and a panel for each measure; `joined` as in Points."""
+    """A table with a row for each variant, and a panel for each measure; `joined` as in PointPlot."""
     first = rows[0][1]
     columns = columns_of(first)
     modes = dict.fromkeys(mode for _, mode in columns.values())
@@ -136,11 +136,11 @@ def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0
         [what, *columns],
         [[name, *(group.cell(*column) for column in columns.values())] for name, group in rows],
         caption(first, but=but),
-        points=[[Points(first.task.name, what, m, ticks, series(m), joined) for m in first.measures]],
+        points=[[PointPlot(first.task.name, what, m, ticks, series(m), joined) for m in first.measures]],
     )
 
 
-def beside(
+def with_full_method(
     special: Sequence[RunGroup],
     groups: Sequence[RunGroup],
     what: str,

@@ -22,7 +22,7 @@ from typing import Any
 
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import Method, QueryRequest, TaskData, Work
+from perfit_cloud.lamp.methods.interface import FitContext, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
 from perfit_cloud.lamp.predictions import write_predictions
 from perfit_cloud.lamp.request import LampRequest
@@ -194,7 +194,7 @@ class _LampRun:
         def done(examples: int, people: int) -> None:
             progress.advance(examples, f"stage 2: {finished + people} of {of} users done")
 
-        work = Work(done, progress.skip, self._stop, self._out / "stage2.bin")
+        work = FitContext(done, progress.skip, self._stop, self._out / "stage2.bin")
         fitted = self._method.fit_cohort(cohort, work)
         for person, one in zip(cohort, fitted, strict=True):
             state = self._method.to_bytes(one.state)

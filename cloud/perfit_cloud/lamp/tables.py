@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from perfit_cloud.lamp.compare import Side, compare
-from perfit_cloud.lamp.figures import Heat
+from perfit_cloud.lamp.figures import HeatMap
 from perfit_cloud.lamp.groups import Cell, RunGroup, main_groups, nearest, rank_grids, sweeps
 from perfit_cloud.lamp.layout import (
     ABLATIONS,
     TESTED,
     Block,
     Section,
-    beside,
     caption,
     columns_of,
     panels,
@@ -21,6 +20,7 @@ from perfit_cloud.lamp.layout import (
     tick,
     variant,
     variants,
+    with_full_method,
 )
 from perfit_cloud.lamp.paper import ABLATION, MAIN, PARAMETERS, REMARKS, not_at_hand
 from perfit_cloud.lamp.results import MODES
@@ -176,7 +176,9 @@ def _ranks(groups: Sequence[RunGroup]) -> Section:
             ]
             rows += [[measure, rank, *row] for rank, row in zip(collective, cells, strict=True)]
             name = f"{family[0].task.name}: {measure}"
-            heat.append(Heat(name, "personal rank", "collective rank", measure, personal, collective, cells))
+            heat.append(
+                HeatMap(name, "personal rank", "collective rank", measure, personal, collective, cells)
+            )
         head = ["measure", "collective rank", *(f"personal rank {p}" for p in personal)]
         blocks.append(Block(head, rows, caption(family[0], but="ranks"), heat=heat))
     about = "The personal mode; all else equal, but for a learning rate that trials chose."
@@ -193,7 +195,7 @@ def _collective_users(groups: Sequence[RunGroup]) -> Section:
         "collective_users",
         "Few collective users (Table 14)",
         "Stage 1 saw only so many users; those measured are the same.",
-        beside(few, groups, "collective users", number, joined=len(groups)),
+        with_full_method(few, groups, "collective users", number, joined=len(groups)),
         not_at_hand("collective_users"),
     )
 
@@ -207,7 +209,7 @@ def _histories(groups: Sequence[RunGroup]) -> Section:
         "histories",
         "Other users' batches (Table 15)",
         "Each user's φ₂ trained on another user's batches, measured on the user's own queries.",
-        beside(swapped, groups, "stage 2 trained on", whose),
+        with_full_method(swapped, groups, "stage 2 trained on", whose),
         not_at_hand("histories"),
     )
 
@@ -220,7 +222,9 @@ def _foreign(groups: Sequence[RunGroup]) -> Section:
         "artefact_task",
         "Another task's collective shift (Table 16)",
         "Stage 2 on top of another task's φ₁ and seed.",
-        beside([group for group in groups if group.foreign], groups, "collective shift of", of_task),
+        with_full_method(
+            [group for group in groups if group.foreign], groups, "collective shift of", of_task
+        ),
         not_at_hand("artefact_task"),
     )
 

@@ -70,7 +70,7 @@ def update(
     session = Session.of(context, profile=profile, json=json)
     _check_seconds("--checkpoint", checkpoint)
     _check_seconds("--patience", patience)
-    process_limits.stay_small()
+    process_limits.limit_process()
     from perfit_device.operations import update as operation
 
     given = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from perfit_device import personal, process_limits
 from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
-from perfit_device.personal import Learned, PersonalShift
+from perfit_device.personal import PersonalShift, TrainingSummary
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import Diverged, InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
@@ -225,7 +225,7 @@ class Update:
             if last_done - last_saved + took >= self._checkpoint_seconds:
                 self._save()
                 last_saved = time.monotonic()
-            process_limits.give_back()
+            process_limits.release_memory()
 
     def _ask_gradient(
         self, trainings: Mapping[int, Training[Plan]]
@@ -268,10 +268,10 @@ class Update:
             return PersonalShift(tensors, 1, self._forgotten)
         return PersonalShift(tensors, self._current.updates + 1, self._current.forgotten)
 
-    def _learned(self, gate: ValidationGate) -> Learned:
+    def _learned(self, gate: ValidationGate) -> TrainingSummary:
         """The record that stays with the new version."""
         first, last = self._losses()
-        return Learned(self._state.schedule.examples, first, last, gate.before, gate.after)
+        return TrainingSummary(self._state.schedule.examples, first, last, gate.before, gate.after)
 
     def _losses(self) -> tuple[float, float]:
         """Means over the first and the last epoch's steps."""

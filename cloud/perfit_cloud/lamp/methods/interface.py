@@ -1,8 +1,8 @@
 """What a method of personalisation is to a LaMP run. The run knows nothing else of it.
 
     method.prepare(stop)                       what everybody shares, such as stage 1
-    fitted = method.fit(person, work)          what is this person's own, of their history alone
-    texts = method.answer(asked, done)         held-out queries, each with the state that answers it
+    fitted = method.fit(person, context)       what is this person's own, of their history alone
+    texts = method.answer(requests, done)      held-out queries, each with the state that answers it
 
 A new method is one file in this folder and one entry in `methods.METHODS`.
 """
@@ -25,7 +25,7 @@ from perfit_shared.types import Sampling, Score
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["Fitted", "Method", "QueryRequest", "TaskData", "Work"]
+__all__ = ["FitContext", "Fitted", "Method", "QueryRequest", "TaskData"]
 
 State = TypeVar("State")
 Done = Callable[[int], None]  # gets how many more examples or queries are done
@@ -45,7 +45,7 @@ class TaskData:
 
 
 @dataclass(frozen=True)
-class Work:
+class FitContext:
     """How a long fit reports, stops and resumes."""
 
     done: Callable[[int, int], None]  # examples more trained on, people finished so far
@@ -114,12 +114,12 @@ class Method(ABC, Generic[State]):
         """States that are nobody's own, by the mode (results.MODES) in which they are measured."""
 
     @abstractmethod
-    def fit(self, person: Person, work: Work) -> Fitted[State]:
+    def fit(self, person: Person, context: FitContext) -> Fitted[State]:
         """Learn from this person alone: the result must not depend on who was fitted before."""
 
-    def fit_cohort(self, people: Sequence[Person], work: Work) -> list[Fitted[State]]:
+    def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[State]]:
         """`fit` of several. One that trains people side by side must leave no trace of one in another."""
-        return [self.fit(person, work) for person in people]
+        return [self.fit(person, context) for person in people]
 
     def can_fit(self, person: Person) -> bool:
         """Whether the history is enough to learn from."""

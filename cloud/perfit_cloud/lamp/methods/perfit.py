@@ -16,7 +16,7 @@ from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
 from perfit_cloud.lamp.measure import answer_frozen, score_frozen
-from perfit_cloud.lamp.methods.interface import Done, Fitted, Method, QueryRequest, TaskData, Work
+from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
@@ -111,20 +111,20 @@ class PerFit(Method[ShiftUse]):
     def together(self) -> int:
         return self.request.users_together
 
-    def fit(self, person: Person, work: Work) -> Fitted[ShiftUse]:
-        return self.fit_cohort([person], work)[0]
+    def fit(self, person: Person, context: FitContext) -> Fitted[ShiftUse]:
+        return self.fit_cohort([person], context)[0]
 
-    def fit_cohort(self, people: Sequence[Person], work: Work) -> list[Fitted[ShiftUse]]:
+    def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
         learners = [Learner.of(person, self.data.encoder) for person in people]
         trainings = stage2.train(
             self._trainer,
             learners,
             self.artefact,
             self.training,
-            checkpoint=work.checkpoint,
-            resumed=work.resumed,
-            progress=work.done,
-            stop=work.stop,
+            checkpoint=context.checkpoint,
+            resumed=context.resumed,
+            progress=context.done,
+            stop=context.stop,
         )
         return [Fitted(self._use(t.outcome), t.losses, t.seconds) for t in trainings]
 

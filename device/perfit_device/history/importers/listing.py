@@ -52,7 +52,7 @@ def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], origin: str) -> 
     task, fields = record["task"], record["fields"]
     if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
         raise InvalidData('field "task" should be the name of a task')
-    if not 1 <= len(fields) <= _FIELDS or not all(map(_says_something, [*fields, *fields.values()])):
+    if not 1 <= len(fields) <= _FIELDS or not all(map(_is_nonempty_text, [*fields, *fields.values()])):
         raise InvalidData('field "fields" should hold names and texts, none empty')
     date, part, problems = date_and_part(record)
     if task in tasks:
@@ -62,5 +62,5 @@ def _item(record: Mapping[str, Any], tasks: Mapping[str, Task], origin: str) -> 
     return HistoryItem(task, dict(fields), date=date, part=part, origin=origin)
 
 
-def _says_something(value: object) -> bool:
+def _is_nonempty_text(value: object) -> bool:
     return is_text(value) and bool(value.strip())

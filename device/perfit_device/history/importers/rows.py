@@ -10,7 +10,7 @@ from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import error_context, is_date
 from perfit_shared.tasks import Task
 
-__all__ = ["collect", "date_and_part", "names_of"]
+__all__ = ["canonical_names", "collect", "date_and_part"]
 
 _OPTIONAL = ("date", "part")
 _PARTS = ("", "test", "history")
@@ -39,7 +39,7 @@ def collect(rows: Iterable[tuple[str, Any]], task: Task) -> list[HistoryItem]:
     return found
 
 
-def names_of(names: Iterable[str], task: Task) -> list[str]:
+def canonical_names(names: Iterable[str], task: Task) -> list[str]:
     """Names as the task and we write them, whatever their case and the spaces around them."""
     known = {name.casefold(): name for name in (*task.field_names, *_OPTIONAL)}
     return [known.get(name.strip().casefold(), name.strip()) for name in names]
@@ -60,7 +60,7 @@ def _item(values: Any, task: Task, origin: str) -> HistoryItem:
     if not isinstance(values, dict):
         raise InvalidData("it should be an object with the task's fields")
     # A name that is right as it stands wins over one that only looks like it.
-    named = dict(zip(names_of(values, task), values.values(), strict=True)) | values
+    named = dict(zip(canonical_names(values, task), values.values(), strict=True)) | values
     wrong = problems_of(task, named)
     date, part, others = date_and_part(named)
     if wrong:

@@ -21,12 +21,12 @@ from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.types import Mode, Sampling
 
-__all__ = ["Foresight"]
+__all__ = ["ReferenceEngines"]
 
 _KEEP_BYTES = 2**28
 
 
-class Foresight:
+class ReferenceEngines:
     """The engines, for the length of a with block."""
 
     def __init__(self, base: BaseModel, artefact: Artefact) -> None:
