@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from perfit_device import personal
@@ -96,9 +95,7 @@ class Profile:
     def __enter__(self) -> Profile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- the vault -----------------------------------------------------------------------------
@@ -228,7 +225,7 @@ class Profile:
         return names[0] if len(names) == 1 else mine[0]
 
     def trained(self, task: str | None) -> tuple[str, str]:
-        """(cloud id, artefact) of the personal shift that is meant. The cloud is not asked."""
+        """(cloud id, artefact) of the personal shift that is meant. Works offline."""
         with self.vault() as vault:
             cloud_id = read_record(vault).cloud_id
             names = personal.artefacts(vault, cloud_id)

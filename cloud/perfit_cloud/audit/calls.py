@@ -124,14 +124,14 @@ class Running:
 
 
 class PersonalCall(ABC):
-    """One call of an RPC that carries what is personal, ready to be made."""
+    """One call of an RPC that carries personal data, ready to start."""
 
     rpc: ClassVar[str]
     needles: list[Needle]
 
     @abstractmethod
     def start(self, stub: Any, seconds: float) -> Running:
-        """Send as much as puts the server to work, with a deadline in so many seconds."""
+        """Send enough to put the server to work, with this deadline."""
 
     @abstractmethod
     def refused(self, stub: Any, seconds: float) -> Running:

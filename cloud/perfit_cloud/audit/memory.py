@@ -198,7 +198,7 @@ class _Reader:
     """The memory of one process."""
 
     def __init__(self, pid: int, index: Index, since: Pages | None, pages: Pages) -> None:
-        """Adds to `pages` what is there, when there is no `since`."""
+        """Records the pages in `pages` when there is no `since`."""
         self._pid, self._index, self._since, self._pages = pid, index, since, pages
 
     def search(self, found: dict[tuple[int, str], Match], unreadable: list[str]) -> int:

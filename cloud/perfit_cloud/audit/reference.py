@@ -8,7 +8,6 @@ gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from perfit_cloud.engine.generation.factory import build_engine
@@ -38,9 +37,7 @@ class ReferenceEngines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._generation.stop()
         self._gradients.close()
         self._adaptations.close()

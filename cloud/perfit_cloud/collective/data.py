@@ -67,7 +67,7 @@ class Corpus:
         return h.hexdigest()
 
     def private_summary(self) -> dict[str, Any]:
-        """What the card may tell of data that nobody else may learn of: how many people there are."""
+        """What the card may publish about private data: how many people there are."""
         return {
             "source": self.source,
             "rows": self.kind,
@@ -163,7 +163,7 @@ def _read_lines(path: Path, task: Task) -> Items:
                 if not isinstance(values, dict):
                     raise InvalidData("it should be an object with the task's fields")
                 named = "user_id" in values
-                # Without a name, a line is somebody of their own.
+                # A line without a name counts as a person of its own.
                 user = id_of(values, "user_id") if named else f"line {number}"
                 item = item_of(values, task)
             if item is None:
@@ -215,7 +215,7 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: It
 class _Split(NamedTuple):
     train: Mapping[str, list[Pair]]
     validation: list[Pair]
-    users: set[str]  # whom validation examples are of, unless they are trained on too
+    users: set[str]  # of the validation examples, unless they are trained on too
 
 
 def _with_examples(encoded: Mapping[str, list[Encoded]]) -> dict[str, list[Pair]]:

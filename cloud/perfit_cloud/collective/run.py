@@ -23,7 +23,7 @@ from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
-from perfit_shared.presets import preset_for
+from perfit_shared.presets import preset_for, value_or
 from perfit_shared.prompts import load_prompts
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
@@ -230,9 +230,9 @@ def _settings(request: CollectiveRequest, spec: ShiftSpec) -> Stage1Settings:
     preset = preset_for(request.preset or request.task)
     return Stage1Settings(
         spec=spec,
-        epochs=_or(request.epochs, preset.collective_epochs),
-        batch_size=_or(request.batch_size, preset.batch_size),
-        device_epochs=_or(request.device_epochs, preset.epochs),
+        epochs=value_or(request.epochs, preset.collective_epochs),
+        batch_size=value_or(request.batch_size, preset.batch_size),
+        device_epochs=value_or(request.device_epochs, preset.epochs),
         learning_rate=request.learning_rate,
         device_learning_rate=request.device_learning_rate,
         seed=request.seed,
@@ -240,10 +240,6 @@ def _settings(request: CollectiveRequest, spec: ShiftSpec) -> Stage1Settings:
         gradient_checkpointing=request.gradient_checkpointing,
         budget=request.budget,
     )
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def _skipped(positions: str) -> str | None:
@@ -269,7 +265,7 @@ def _report(corpus: Corpus, progress: Progress) -> None:
 
 
 def _plan_work(training: Stage1Training, progress: Progress) -> None:
-    """Add up the units of all phases, so that the remaining time counts what is still to come."""
+    """Add up the units of all phases, so that the remaining time covers all of them."""
     settings, validation = training.settings, FORWARD * len(training.corpus.validation)
     units = len(training.examples) * settings.epochs + validation * (
         settings.epochs * training.checks_an_epoch + 4

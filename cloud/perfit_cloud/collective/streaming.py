@@ -1,4 +1,4 @@
-"""LaMP's and OPPU's files of gigabytes, read person by person: what nobody trains on is never held.
+"""LaMP's and OPPU's files of gigabytes, read person by person, holding only what is trained on.
 
 Parsed as a whole, a file takes several times its size. A first look over it settles what holds for the
 file; a second keeps of each person the entries that stage 1 trains on, and the latest of the longest
@@ -24,7 +24,7 @@ from perfit_shared.tasks import Task
 
 __all__ = ["stream_users"]
 
-_PROFILES = 512  # kept to try updates on: enough that some are of people who are not trained on
+_PROFILES = 512  # kept for trial updates; enough that some people are not trained on
 
 Entries = dict[str, list[dict[str, str]]]  # the task's fields of every item, by user id
 
@@ -56,7 +56,7 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
     golds = {} if labels is None else read_golds(labels)
     aside = _leaves_profiles_aside(path, task)
     queries: Entries = {}
-    profiles: Entries = {}  # of everybody, until somebody has queries
+    profiles: Entries = {}  # of everybody, until the first queries
     longest = _Longest(latest)
     seen: set[str] = set()
     query_ids: set[str] = set()

@@ -258,7 +258,7 @@ class Stage1Training:
         """Measure the validation loss; keep these shifts if it is the lowest, or see that none will be."""
         record = self.record
         loss = self.validation_loss()
-        # A loss that is no number is worse than any.
+        # NaN counts as the worst loss.
         record.validation.append((record.step, loss if math.isfinite(loss) else math.inf))
         if record.best_step == record.step:
             self._best = self._copy()

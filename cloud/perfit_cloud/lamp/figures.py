@@ -38,7 +38,7 @@ class PointPlot:
     measure: str
     ticks: Sequence[str]
     series: Mapping[str, Sequence[Cell | None]]
-    joined: int = 0  # so many first ticks are a scale: a line joins them
+    joined: int = 0  # a line joins this many first ticks, which form a scale
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class RunGroup:
         return [_look_up(summary, measure, mode) for summary in self.summaries]
 
     def cell(self, measure: str, mode: str) -> Cell | None:
-        """None where the mode was not measured, or a seed's number is none."""
+        """None where the mode was not measured, or not for every seed."""
         values = [value for value in self.values(measure, mode) if value is not None]
         if not values or len(values) < len(self.summaries):
             return None

@@ -49,10 +49,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Somebody, before it is known who is in the cohort."""
+    """A person, before the cohort is chosen."""
 
     name: str | int  # `user_id` of LaMP's records; as text it orders people of equally long histories
-    numbered: bool  # the name stays here, and a number goes into the files
+    numbered: bool  # the files get a number instead of the name
     profile: Sequence[Entry]
     query: Sequence[Entry]
     history: Sequence[Entry]  # of the profile, what a member of the cohort learns from

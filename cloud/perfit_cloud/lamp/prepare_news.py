@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,8 @@ def prepare_news(
     check_out(out / categorize.name, force=force, also=(TASK_FILE,))
     articles, left_out = _read_articles(file)
     notify(f"{file}: {len(articles)} articles of {len({article.author for article in articles})} authors")
-    prepared = [
-        write_folder(
-            headline,
-            out / headline.name,
-            _authors(articles, headline),
-            users=users,
-            least=least,
-            left_out=left_out,
-            notify=notify,
-        )
-    ]
+    write = partial(write_folder, users=users, least=least, notify=notify)
+    headlines = write(headline, out / headline.name, _authors(articles, headline), left_out=left_out)
     if lamp_labels:
         renamed = [replace(a, category=_LAMP_LABELS.get(a.category, a.category)) for a in articles]
         kept = [article for article in renamed if article.category in categorize.labels]
@@ -70,19 +62,8 @@ def prepare_news(
     else:
         kept, categorize = articles, _with_labels(categorize, articles)
     written = {"task": categorize.name, "template": categorize.template, "labels": categorize.labels}
-    prepared.append(
-        write_folder(
-            categorize,
-            out / categorize.name,
-            _authors(kept, categorize),
-            users=users,
-            least=least,
-            left_out=left_out,
-            notify=notify,
-            task_json=written,
-        )
-    )
-    return tuple(prepared)
+    people = _authors(kept, categorize)
+    return headlines, write(categorize, out / categorize.name, people, left_out=left_out, task_json=written)
 
 
 def _read_articles(path: Path) -> tuple[list[_Article], dict[str, int]]:

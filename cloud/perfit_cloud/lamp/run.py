@@ -144,12 +144,12 @@ class _LampRun:
             return None
         try:
             run = Run.load(self._out)
-        except InvalidData:  # a file is gone or damaged; what is left of it is made again
+        except InvalidData:  # a file is missing or damaged; the run repairs it
             return None
         return run if run.modes == self._modes() else None
 
     def run(self, stage1_seconds: float) -> Run:
-        """`stage1_seconds`: what preparing took, perhaps in an earlier run."""
+        """`stage1_seconds`: what preparation took, perhaps in an earlier run."""
         if self._method.learns:
             self._fit()
         self._evaluate()
@@ -174,7 +174,7 @@ class _LampRun:
     # -- a state for every user ----------------------------------------------------------------
 
     def _fit(self) -> None:
-        """Fit everyone with a history, cohort by cohort; one of which a state is missing goes on whole."""
+        """Fit everyone with a history, cohort by cohort; refit a whole cohort where a state is missing."""
         method = self._method
         learners = [person for person in self._people if method.can_fit(person)]
         progress = Progress(sum(map(method.examples, learners)))

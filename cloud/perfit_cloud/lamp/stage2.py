@@ -56,7 +56,7 @@ class Stage2Settings:
         return len(person.history) >= least
 
     def schedule_for(self, person: Learner) -> Schedule:
-        """Of somebody who trains."""
+        """The schedule of a person who trains."""
         lengths = person.lengths
         if self.on_device:  # the queries are the test part
             lengths = lengths[: split_sizes(len(lengths), test_apart=True)[0]]

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import chain, islice
-from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
@@ -106,9 +105,7 @@ class Cloud:
     def __enter__(self) -> Cloud:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

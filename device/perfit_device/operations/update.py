@@ -152,7 +152,7 @@ class _Run:
             return None  # made for another artefact, so the gate cannot measure it
 
     def _plan(self, row: str) -> Plan:
-        """The half-done plan if it still holds and nothing else is asked for, else a new one."""
+        """The half-done plan if it still holds and the request agrees, else a new one."""
         artefact, split, request = self.artefact, self.split, dict(self.request.settings)
         now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
         if "batch_size" in request:  # plans hold no batch larger than the history

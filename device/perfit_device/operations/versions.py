@@ -1,4 +1,4 @@
-"""The versions of a personal shift: what there are, and back to one of them. The cloud is not asked."""
+"""The versions of a personal shift: listing them, and going back to one. Works offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An update: training a personal shift step by step, with gradients that somebody else computes.
+"""An update: training a personal shift step by step, with gradients that others compute.
 
 It knows no gRPC. One sealed checkpoint holds what an interrupted update needs: tensors, moments, step and
 plan.

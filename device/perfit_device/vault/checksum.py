@@ -54,7 +54,7 @@ def check(file: BinaryIO, path: Path, *, is_swept: bool) -> bool:
 
 def write(file: BinaryIO, path: Path) -> None:
     """Note the file as it is now. A failure is harmless: an outdated note is ignored."""
-    new = path.with_name(f"{path.name}.sum.new")  # left by a kill, or nobody's: we hold the vault
+    new = path.with_name(f"{path.name}.sum.new")  # a leftover of a kill at most: we hold the vault
     try:
         head, size = _head(file)
         body = head[_COUNTER] + _digest(file, size)

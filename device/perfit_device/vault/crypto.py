@@ -66,7 +66,7 @@ class KdfParams:
             raise VaultDamaged("the vault's header asks for an impossible key derivation")
 
     def check(self, most: KdfParams) -> None:
-        """Raises VaultError when this costs more than `most`, which nobody has to pay to find out."""
+        """Raises VaultError when this costs more than `most`, before any of that cost is paid."""
         if any(value > limit for value, limit in zip(astuple(self), astuple(most), strict=True)):
             raise VaultError(
                 f"opening this vault takes {self.memory_kib >> 10} MiB, {self.iterations} passes and "

@@ -1,7 +1,7 @@
-"""What a method of personalisation is to a LaMP run. The run knows nothing else of it.
+"""The interface between a LaMP run and a method of personalisation.
 
     method.prepare(stop)                       what everybody shares, such as stage 1
-    fitted = method.fit(person, context)       what is this person's own, of their history alone
+    fitted = method.fit(person, context)       one person's own state, from their history alone
     texts = method.answer(requests, done)      held-out queries, each with the state that answers it
 
 A new method is one file in this folder and one entry in `methods.METHODS`.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
@@ -20,7 +20,7 @@ from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, Method
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
-from perfit_shared.presets import PRESETS
+from perfit_shared.presets import PRESETS, value_or
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
@@ -35,8 +35,6 @@ __all__ = ["BothRanks", "CollectiveOnly", "PerFit", "PersonalOnly"]
 _STAGE_1 = frozenset({"collective_users", "collective_epochs", "collective_learning_rate"})
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
 _STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
-
-_T = TypeVar("_T")
 
 
 class PerFit(Method[ShiftUse]):
@@ -231,12 +229,12 @@ class BothRanks(PersonalOnly):
 
 def _stage2_settings(request: LampRequest, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
     epochs, batch_size = request.figures or _figures(request, task, artefact)
-    rate = _given(request.learning_rate, artefact.learning_rate)
+    rate = value_or(request.learning_rate, artefact.learning_rate)
     if request.schedule == Schedule.name:  # which fits unset values to the history
         return stage2.Stage2Settings(
             epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
         )
-    epochs, batch_size = _given(request.epochs, epochs), _given(request.batch_size, batch_size)
+    epochs, batch_size = value_or(request.epochs, epochs), value_or(request.batch_size, batch_size)
     return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
 
 
@@ -251,7 +249,3 @@ def _figures(request: LampRequest, task: Task, artefact: Artefact) -> tuple[int,
     takes_artefact = artefact.task.name == task.name if on_device else row is None or not row.from_paper
     found = artefact if takes_artefact or row is None else row
     return found.epochs, found.batch_size
-
-
-def _given(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
