@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perfit_cloud.lamp.measure import Decoding
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.run import run_lamp
 
 _TASK = "news_headline"
@@ -41,7 +41,7 @@ def main() -> None:
     for positions in args.positions:
         out = args.out / positions
         run_lamp(
-            LampRun(
+            LampRequest(
                 task=_TASK,
                 model=args.model,
                 data=data,

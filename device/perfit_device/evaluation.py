@@ -1,6 +1,6 @@
 """How well the cloud answers for this user: loss and task metric, with and without their shift.
 
-Also what binds an update to a cloud: gradients and losses of history items.
+It also computes losses and gradients of history items for an update.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "refus
 _T = TypeVar("_T")
 _SCORES_A_CALL = 16  # candidates; fewer where the cloud says so
 _IN_FLIGHT = 8  # questions of one Ask at a time
-_FINE_IN_A_ROW = 4  # examples, after which shorter ones are taken to be fine
+_ACCEPTED_IN_A_ROW = 4  # examples, after which shorter ones count as accepted
 _NAMED = 8  # examples in a message
 
 
@@ -37,9 +37,9 @@ def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False) -> Prompt:
     return [Message("user", text)] if task.chat else text
 
 
-def pair_of(task: Task, item: HistoryItem) -> tuple[Prompt, str]:
-    """Prompt and target of an item as an update takes them."""
-    return prompt_of(task, item, cut=True), task.target(item.fields, cut=True)
+def pair_of(task: Task, item: HistoryItem, *, cut: bool = True) -> tuple[Prompt, str]:
+    """Prompt and target of an item; `cut` as an update takes them."""
+    return prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Judged:
 class TaskClient:
     """One task at one cloud: losses and answers of items under a shift.
 
-    Every call has `patience` of its own. `progress` is told how many items are done.
+    Every call has the retries of `retry_policy`. `progress` gets the number of items done.
     """
 
     cloud: Cloud
@@ -75,7 +75,7 @@ class TaskClient:
     def judge(
         self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
     ) -> Judged:
-        """Score and answer (greedily) all items. `progress` is told how many of 2 · len(items) are done."""
+        """Score and answer (greedily) all items. `progress` gets how many of 2 · len(items) are done."""
         scored = self.scores(items, use, progress=progress)
         done = len(items)
         return Judged(scored, self.answers(items, use, progress=lambda more: progress(done + more)))
@@ -98,7 +98,7 @@ class TaskClient:
         task = self.task
 
         def score(chunk: Sequence[HistoryItem]) -> list[Score]:
-            pairs = [(prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)) for item in chunk]
+            pairs = [pair_of(task, item, cut=cut) for item in chunk]
             return self.retry_policy.call(lambda: self.cloud.score(pairs, use))
 
         most = min(_SCORES_A_CALL, self.limits.examples)
@@ -129,19 +129,19 @@ class TaskClient:
     def refused_among(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
         """The examples that the cloud refuses, as an update takes them.
 
-        Which they are the cloud alone knows, for it has the tokenizer. They are looked for from the
-        longest down, until some in a row are fine; one that is missed is refused by name later.
+        Only the cloud knows, since it has the tokenizer. The search goes from the longest down until some
+        in a row are accepted; a missed one is refused by name later.
         """
-        found, fine = [], 0
+        found, accepted = [], 0
         for item in sorted(items, key=_length, reverse=True):
             pair = pair_of(self.task, item)
             try:
                 self.retry_policy.call(partial(self.cloud.score, [pair], ShiftUse()))
-                fine += 1
+                accepted += 1
             except InvalidPrompt:
                 found.append(item)
-                fine = 0
-            if fine == _FINE_IN_A_ROW:
+                accepted = 0
+            if accepted == _ACCEPTED_IN_A_ROW:
                 break
         return found
 
@@ -156,8 +156,8 @@ def _chunks(
 ) -> list[Sequence[HistoryItem]]:
     """Parts of `items` that one call takes each: at most `most` items and `call_tokens` tokens.
 
-    A device has no tokenizer. A token stands for a byte of UTF-8 at least, so bytes are counted, and
-    one more for the end of each answer. An item that is larger goes alone, for the cloud to judge.
+    A device has no tokenizer. A token stands for at least one byte of UTF-8, so the device counts bytes,
+    plus one for the end of each answer. A larger item goes alone, and the cloud decides.
     """
     chunks: list[list[HistoryItem]] = [[]]
     room = call_tokens
@@ -205,13 +205,13 @@ def gradient_of(
 
     def gradient(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
         chunks = _chunks(task, items, limits.examples, limits.call_tokens)
-        parts = [_naming_the_refused(partial(once, tensors=tensors), chunk) for chunk in chunks]
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        parts = [_call_or_name_refused(partial(once, tensors=tensors), chunk) for chunk in chunks]
+        return parts[0] if len(parts) == 1 else _merge_batches(parts)
 
     return gradient
 
 
-def _naming_the_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequence[HistoryItem]) -> _T:
+def _call_or_name_refused(call: Callable[[Sequence[HistoryItem]], _T], items: Sequence[HistoryItem]) -> _T:
     """`call(items)`. Raises ExamplesRefused with those that the cloud refuses."""
     try:
         return call(items)
@@ -238,8 +238,8 @@ def refusal(items: Sequence[HistoryItem], reason: InvalidPrompt) -> ExamplesRefu
     )
 
 
-def _joined(parts: Sequence[tuple[float, int, ShiftTensors]]) -> tuple[float, int, ShiftTensors]:
-    """One batch from its parts: means over tokens, so parts weigh as many tokens as they have."""
+def _merge_batches(parts: Sequence[tuple[float, int, ShiftTensors]]) -> tuple[float, int, ShiftTensors]:
+    """One batch from its parts; every part weighs as much as it has tokens."""
     tokens = sum(count for _, count, _ in parts)
     loss = sum(part_loss * count for part_loss, count, _ in parts) / tokens
     layers = {}

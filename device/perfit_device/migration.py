@@ -1,6 +1,6 @@
 """Vaults of earlier formats, brought to today's; `Vault.open` does it, in one transaction.
 
-Format 1 kept of a shift the current version, as a row "shift" named CLOUD/ARTEFACT, and the one before as
+Format 1 stored the current version of a shift as a row "shift" named CLOUD/ARTEFACT, and the one before as
 a row "previous" named CLOUD/ARTEFACT/TASK. Both were safetensors whose metadata said what they were.
 Format 2 keeps the last ten versions, as `personal` describes.
 """
@@ -30,9 +30,9 @@ def _from_1_to_2(vault: Vault) -> None:
     earlier = {name.rpartition("/")[0]: data for name, data in vault.list("previous").items()}
     for name in vault.list("previous"):
         vault.delete("previous", name)
-    for place, current in vault.list("shift").items():
-        rows = [earlier[place], current] if place in earlier else [current]
+    for row, current in vault.list("shift").items():
+        rows = [earlier[row], current] if row in earlier else [current]
         try:
-            import_versions(vault, place, [(data, read_metadata(data)) for data in rows])
+            import_versions(vault, row, [(data, read_metadata(data)) for data in rows])
         except InvalidTensors as error:
             raise VaultDamaged("the vault holds a shift that cannot be read") from error

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_VERSIONS",
-    "Learned",
     "PersonalShift",
+    "TrainingSummary",
     "Version",
     "Versions",
     "artefacts",
@@ -35,7 +35,7 @@ __all__ = [
     "load",
     "read_tensors",
     "read_versions",
-    "row_name",
+    "shift_row",
     "store",
     "undo",
 ]
@@ -50,14 +50,14 @@ class PersonalShift:
 
     tensors: ShiftTensors
     updates: int
-    # How often examples of its task had been forgotten (`history.forgotten`) before it, or the shift
-    # that it goes on from, began at the seed. What was forgotten since, it may know.
+    # The value of `history.forgotten` when this shift, or the one that it continues, began at the seed.
+    # It may remember what was forgotten since.
     forgotten: int = 0
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What a version was made of. None where nobody knows: vaults of format 1 did not say.
+class TrainingSummary:
+    """What a version was made of. None where unknown: vaults of format 1 did not record it.
 
     Losses are in nats a token. Those of training are means over the first and the last epoch's steps;
     the gate's are of the version before, and of this one.
@@ -78,8 +78,8 @@ class Version:
     artefact_version: str
     updates: int
     forgotten: int = 0  # as of PersonalShift
-    date: str = ""  # ISO 8601, UTC; "" where nobody knows
-    learned: Learned = field(default_factory=Learned)
+    date: str = ""  # ISO 8601, UTC; "" where unknown
+    learned: TrainingSummary = field(default_factory=TrainingSummary)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class Versions:
         """Raises VaultDamaged."""
         try:
             values = json.loads(data)
-            kept = [Version(**each | {"learned": Learned(**each["learned"])}) for each in values["kept"]]
+            kept = [
+                Version(**each | {"learned": TrainingSummary(**each["learned"])}) for each in values["kept"]
+            ]
             versions = cls(values["task"], values["current"], tuple(kept))
             if versions.find(versions.current) is None:
                 raise ValueError("the current version is not kept")
@@ -121,7 +123,7 @@ class Versions:
             raise VaultDamaged("the vault holds a list of versions that cannot be read") from error
 
 
-def row_name(cloud_id: str, artefact: str) -> str:
+def shift_row(cloud_id: str, artefact: str) -> str:
     """The name under which the vault keeps what belongs to one (cloud, artefact)."""
     return f"{cloud_id}/{artefact}"
 
@@ -134,7 +136,7 @@ def artefacts(vault: Vault, cloud_id: str = "") -> list[str]:
 
 def read_versions(vault: Vault, cloud_id: str, artefact: str) -> Versions | None:
     """None when this user has no shift for the artefact. Raises VaultDamaged."""
-    data = vault.get(_INDEX, row_name(cloud_id, artefact))
+    data = vault.get(_INDEX, shift_row(cloud_id, artefact))
     return None if data is None else Versions.from_bytes(data)
 
 
@@ -149,7 +151,7 @@ def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | Non
     check_version(
         now.artefact_version, artefact, "your personal shift", "`perfit update --fresh` trains a new one"
     )
-    data = _read(vault, row_name(cloud_id, artefact.name), now.number)
+    data = _read(vault, shift_row(cloud_id, artefact.name), now.number)
     tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
     return PersonalShift(tensors, now.updates, now.forgotten)
 
@@ -161,7 +163,7 @@ def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> Shi
 
     from perfit_shared.shifts import ShiftTensors
 
-    data = _read(vault, row_name(cloud_id, artefact), number)
+    data = _read(vault, shift_row(cloud_id, artefact), number)
     try:
         return ShiftTensors.from_named(safetensors.numpy.load(data))
     except (InvalidTensors, safetensors.SafetensorError) as error:
@@ -169,14 +171,18 @@ def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> Shi
 
 
 def store(
-    vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift, learned: Learned | None = None
+    vault: Vault,
+    cloud_id: str,
+    artefact: Artefact,
+    shift: PersonalShift,
+    learned: TrainingSummary | None = None,
 ) -> None:
     """Add a version behind the current one, and make it current.
 
-    Versions that were undone go, and the oldest of more than ten. So do those that may know what this one
-    does not: a shift that was trained afresh, after examples were forgotten, is there to unlearn them.
+    It removes undone versions, and the oldest of more than ten. It also removes versions that may remember
+    what this one does not: a shift trained afresh after examples were forgotten is there to unlearn them.
     """
-    place = row_name(cloud_id, artefact.name)
+    row = shift_row(cloud_id, artefact.name)
     old = read_versions(vault, cloud_id, artefact.name)
     kept = () if old is None else old.kept
     version = Version(
@@ -185,7 +191,7 @@ def store(
         updates=shift.updates,
         forgotten=shift.forgotten,
         date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        learned=learned or Learned(),
+        learned=learned or TrainingSummary(),
     )
     earlier = [
         each
@@ -194,19 +200,19 @@ def store(
     ]
     new = Versions(artefact.task.name, version.number, (*earlier, version)[-MOST_VERSIONS:])
     with vault.transaction():
-        _write(vault, place, old, new)
-        vault.put(_TENSORS, f"{place}/{version.number}", shift.tensors.to_bytes())
+        _write(vault, row, old, new)
+        vault.put(_TENSORS, f"{row}/{version.number}", shift.tensors.to_bytes())
 
 
-def import_versions(vault: Vault, place: str, rows: Sequence[tuple[bytes, Mapping[str, str]]]) -> None:
+def import_versions(vault: Vault, row: str, rows: Sequence[tuple[bytes, Mapping[str, str]]]) -> None:
     """Make these (tensors, metadata) the versions of a shift that has no list yet; the last is current."""
     kept = []
     for number, (data, metadata) in enumerate(rows, start=1):
         updates, forgotten = (int(metadata.get(key, "0")) for key in ("updates", "forgotten"))
         kept.append(Version(number, metadata.get("version", ""), updates, forgotten))
-        vault.put(_TENSORS, f"{place}/{number}", data)
-    task = rows[-1][1].get("task", place.rpartition("/")[2])
-    _write(vault, place, None, Versions(task, len(kept), tuple(kept)))
+        vault.put(_TENSORS, f"{row}/{number}", data)
+    task = rows[-1][1].get("task", row.rpartition("/")[2])
+    _write(vault, row, None, Versions(task, len(kept), tuple(kept)))
 
 
 def undo(vault: Vault, cloud_id: str, artefact: str, to: int | None = None) -> Version:
@@ -224,16 +230,16 @@ def undo(vault: Vault, cloud_id: str, artefact: str, to: int | None = None) -> V
         raise NotFound(f"version {to} of {artefact} is not kept; `perfit undo --list` shows those that are")
     if version is None:
         raise NotFound(f"there is no earlier version of your shift for {artefact} to go back to")
-    _write(vault, row_name(cloud_id, artefact), versions, replace(versions, current=version.number))
+    _write(vault, shift_row(cloud_id, artefact), versions, replace(versions, current=version.number))
     return version
 
 
 def forget_earlier(vault: Vault, tasks: Collection[str]) -> None:
     """Delete all versions of these tasks' shifts for good, but for the current ones."""
-    for place, data in vault.list(_INDEX).items():
+    for row, data in vault.list(_INDEX).items():
         versions = Versions.from_bytes(data)
         if versions.task in tasks and len(versions.kept) > 1:
-            _write(vault, place, versions, replace(versions, kept=(versions.now,)))
+            _write(vault, row, versions, replace(versions, kept=(versions.now,)))
 
 
 def check_version(version: str, artefact: Artefact, whose: str, remedy: str) -> None:
@@ -244,19 +250,19 @@ def check_version(version: str, artefact: Artefact, whose: str, remedy: str) -> 
         )
 
 
-def _read(vault: Vault, place: str, number: int) -> bytes:
-    data = vault.get(_TENSORS, f"{place}/{number}")
+def _read(vault: Vault, row: str, number: int) -> bytes:
+    data = vault.get(_TENSORS, f"{row}/{number}")
     if data is None:
         raise VaultDamaged("the vault lacks a version of a shift that it lists")
     return data
 
 
-def _write(vault: Vault, place: str, old: Versions | None, new: Versions) -> None:
+def _write(vault: Vault, row: str, old: Versions | None, new: Versions) -> None:
     """The list, and nothing of versions that are no longer in it."""
     with vault.transaction():
-        vault.put(_INDEX, place, new.to_bytes())
+        vault.put(_INDEX, row, new.to_bytes())
         for number in _numbers(old.kept if old else ()) - _numbers(new.kept):
-            vault.delete(_TENSORS, f"{place}/{number}")
+            vault.delete(_TENSORS, f"{row}/{number}")
 
 
 def _numbers(versions: Iterable[Version]) -> set[int]:

@@ -1,9 +1,8 @@
-"""How little an update takes of the device: one core, and no memory that it has no use for.
+"""Limits on what an update takes of the device: one core, and no unused memory.
 
-Measured at Llama-2-7B's width with 786k numbers. numpy's BLAS starts a thread a core, which on a busy
-machine wait for one another: a step of 18 ms took 900. And glibc keeps what is freed for later use, for
-every thread apart: an update had 152 MB resident, before its first checkpoint, and has 97 with this. On
-systems other than glibc's nothing is given back.
+Measured at Llama-2-7B's width with 786k numbers. numpy's BLAS starts a thread a core. On a busy machine
+they wait for one another: a step of 18 ms took 900. glibc keeps freed memory for each thread: an update had
+152 MB resident before its first checkpoint, and has 97 with this. Other systems than glibc's return nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ import os
 import sys
 from collections.abc import Callable
 
-__all__ = ["give_back", "stay_small"]
+__all__ = ["limit_process", "release_memory"]
 
 _MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of malloc.h
 _LARGE = 256 * 1024  # bytes
 
 
-def stay_small() -> None:
-    """One thread for BLAS, one heap for all threads, and large blocks that go back once they are free.
+def limit_process() -> None:
+    """One thread for BLAS, one heap for all threads, and large blocks that return to the system once free.
 
-    A step pays for the last with 10 ms of page faults. To be called before numpy is imported, and
-    before threads start.
+    The last costs a step 10 ms of page faults. Call it before numpy is imported and threads start.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     mallopt = _of_glibc("mallopt")
@@ -32,8 +30,8 @@ def stay_small() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
-def give_back() -> None:
-    """What is free in the heap now goes back; takes about 1 ms."""
+def release_memory() -> None:
+    """Return the heap's free memory to the system; takes about 1 ms."""
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)

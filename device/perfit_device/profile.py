@@ -3,12 +3,12 @@
 What a profile can do stands in `operations`, a file for each; they take a `Profile` and give values. The
 command line parses, asks and prints around them.
 
-    with Profile.open(Settings("default"), passphrase=ask) as profile:
-        asked = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
-        for piece in asked.stream(Mode.PERSONAL): …
+    with Profile.open(DeviceSettings("default"), passphrase=ask) as profile:
+        prepared = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
+        for chunk in prepared.stream(Mode.PERSONAL): …
 
-Nothing here prints or asks: `passphrase` is called when the vault needs one, and `tell` takes a line for a
-person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
+Nothing here prints or prompts: it calls `passphrase` when the vault needs one, and `notify` with lines for
+a person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from perfit_device import personal
 from perfit_device.cloud.retry import RetryPolicy
-from perfit_device.known import read_enrolment, recall, remember, write_enrolment
+from perfit_device.cloud_record import read_enrolment, read_record, write_enrolment, write_record
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
@@ -47,12 +46,12 @@ class Profile:
     """
 
     def __init__(
-        self, settings: DeviceSettings, vault: Vault, passphrase: str | None, tell: Callable[[str], None]
+        self, settings: DeviceSettings, vault: Vault, passphrase: str | None, notify: Callable[[str], None]
     ) -> None:
         self.settings = settings
-        self.tell = tell
+        self.notify = notify
         self._vault = vault
-        self._passphrase = passphrase  # nobody may be there to type it again in mid-run
+        self._passphrase = passphrase  # reopens a released vault without another prompt
         self._connecting = threading.Lock()
         self._connected: tuple[Cloud, CloudInfo] | None = None
 
@@ -64,7 +63,7 @@ class Profile:
         settings: DeviceSettings,
         *,
         passphrase: Callable[[], str],
-        tell: Callable[[str], None] = lambda _: None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> Profile:
         """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged."""
         path, costly = settings.vault_path, settings.costly_vault
@@ -74,14 +73,18 @@ class Profile:
                 "--profile chooses another, and `perfit profiles` lists them"
             )
         given = passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
-        return cls(settings, Vault.open(path, given, costly=costly), given, tell)
+        return cls(settings, Vault.open(path, given, costly=costly), given, notify)
 
     @classmethod
     def create(
-        cls, settings: DeviceSettings, *, passphrase: str | None, tell: Callable[[str], None] = lambda _: None
+        cls,
+        settings: DeviceSettings,
+        *,
+        passphrase: str | None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> Profile:
         """A new profile, locked by `passphrase`, or by the OS keyring where it is None."""
-        return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, tell)
+        return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, notify)
 
     def close(self) -> None:
         """Ends every call in flight."""
@@ -92,9 +95,7 @@ class Profile:
     def __enter__(self) -> Profile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- the vault -----------------------------------------------------------------------------
@@ -130,8 +131,8 @@ class Profile:
     def connect(self, retry_policy: RetryPolicy | None = None) -> tuple[Cloud, CloudInfo]:
         """The profile's cloud, and what it serves; one connection as long as the profile is open.
 
-        `patience` is that of `while_opening` unless said otherwise. Raises NotAuthenticated when the
-        profile is not enrolled.
+        The default policy is that of `while_opening`. Raises NotAuthenticated when the profile is not
+        enrolled.
         """
         with self._connecting:
             if self._connected is None:
@@ -139,8 +140,8 @@ class Profile:
             return self._connected
 
     def while_opening(self) -> RetryPolicy:
-        """For first calls: somebody waits for them, and is told why they take longer."""
-        return RetryPolicy(give_up=OPENING_SECONDS, tell=self.tell)
+        """For first calls: a person waits for them, so `notify` says why they take longer."""
+        return RetryPolicy(give_up=OPENING_SECONDS, notify=self.notify)
 
     def _connect(self, retry_policy: RetryPolicy) -> tuple[Cloud, CloudInfo]:
         cloud, info = retry_policy.call(self._connector())
@@ -151,7 +152,7 @@ class Profile:
                     "is enrolled with; ask the operator for a new invite"
                 )
             with self.vault() as vault:
-                remember(vault, info)
+                write_record(vault, info)
             return cloud, info
         except BaseException:
             cloud.close()
@@ -167,14 +168,14 @@ class Profile:
                 f'the profile "{self.settings.profile}" is not enrolled; `perfit enroll INVITE` does it'
             )
 
-        def keep(new: Enrolment) -> None:
-            nonlocal enrolment  # for the next try: this one may have been used, which retired the old one
+        def save(new: Enrolment) -> None:
+            nonlocal enrolment  # the next try needs the new one: its first use retires the old one
             with self.vault() as vault:
                 write_enrolment(vault, new)
             enrolment = new
 
         def connect() -> tuple[Cloud, CloudInfo]:
-            cloud = Cloud(enrolment, on_renewed=keep, read_anew=self._enrolment)
+            cloud = Cloud(enrolment, on_renewed=save, reload_enrolment=self._enrolment)
             try:
                 return cloud, cloud.describe()
             except BaseException:
@@ -202,15 +203,15 @@ class Profile:
     def task(self, name: str | None) -> Task:
         """A task by name, as the cloud last described it; offline, and before enrolment too."""
         with self.vault() as vault:
-            known = recall(vault)
+            record = read_record(vault)
         if name is None:
-            if not known.tasks:
+            if not record.tasks:
                 raise NotFound("say which task the examples are of, with --task NAME")
-            name = self._default_task(known.tasks, known.cloud_id)
-        if name in known.tasks:
-            return Task.from_json(known.tasks[name])
-        if known.tasks:
-            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(known.tasks)}')
+            name = self._default_task(record.tasks, record.cloud_id)
+        if name in record.tasks:
+            return Task.from_json(record.tasks[name])
+        if record.tasks:
+            raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(record.tasks)}')
         return task_named(name)
 
     def _default_task(self, names: Iterable[str], cloud_id: str) -> str:
@@ -224,9 +225,9 @@ class Profile:
         return names[0] if len(names) == 1 else mine[0]
 
     def trained(self, task: str | None) -> tuple[str, str]:
-        """(cloud id, artefact) of the personal shift that is meant. The cloud is not asked."""
+        """(cloud id, artefact) of the personal shift that is meant. Works offline."""
         with self.vault() as vault:
-            cloud_id = recall(vault).cloud_id
+            cloud_id = read_record(vault).cloud_id
             names = personal.artefacts(vault, cloud_id)
         if task is None and len(names) == 1:
             return cloud_id, names[0]
@@ -241,13 +242,13 @@ class Profile:
         )
 
     def usable(self, items: Iterable[HistoryItem], task: Task) -> list[HistoryItem]:
-        """The examples that have the task's fields; `tell` hears how many have not."""
+        """The examples that have the task's fields; `notify` gets how many lack one."""
         from perfit_device import history
 
         items = list(items)
         usable = history.usable(items, task)
         if len(usable) < len(items):
-            self.tell(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
+            self.notify(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
         return usable
 
 

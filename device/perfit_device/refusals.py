@@ -1,4 +1,4 @@
-"""Examples that a cloud refused, so that no later update stops at them again."""
+"""Examples that a cloud refused: later updates leave them out."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _KIND = "refused"
 class Refusals:
     """The names of the examples. They hold for a model, an artefact and limits: others may take them."""
 
-    place: str
+    row: str
     of: str
     names: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, vault: Vault, info: CloudInfo, artefact: Artefact) -> Refusals:
-        place = updates.row_name(info.cloud_id, artefact.name, artefact.task.name)
+        row = updates.update_row(info.cloud_id, artefact.name, artefact.task.name)
         limits = info.limits
         of = f"{info.fingerprint} {artefact.version} {limits.prompt_tokens} {limits.new_tokens}"
-        values = json.loads(vault.get(_KIND, place) or b"{}")
-        return cls(place, of, frozenset(values["names"] if values.get("of") == of else ()))
+        values = json.loads(vault.get(_KIND, row) or b"{}")
+        return cls(row, of, frozenset(values["names"] if values.get("of") == of else ()))
 
     def with_names(self, vault: Vault, names: Iterable[str]) -> Refusals:
-        """These and more, kept in the vault."""
-        more = Refusals(self.place, self.of, self.names | set(names))
+        """These and more, written to the vault."""
+        more = Refusals(self.row, self.of, self.names | set(names))
         data = json.dumps({"of": self.of, "names": sorted(more.names)}).encode()
-        vault.put(_KIND, self.place, data)
+        vault.put(_KIND, self.row, data)
         return more

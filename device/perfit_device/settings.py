@@ -32,7 +32,7 @@ class DeviceSettings:
     def from_environment(cls, profile: str | None) -> DeviceSettings:
         """The profile named, else PERFIT_PROFILE's, else "default"."""
         home = Path(os.environ.get("PERFIT_HOME") or "~/.perfit")
-        with contextlib.suppress(RuntimeError):  # nobody's home is known; "~" is a folder's name then
+        with contextlib.suppress(RuntimeError):  # without a known home "~" is a folder's name
             home = home.expanduser()
         return cls(profile=profile or os.environ.get("PERFIT_PROFILE") or "default", home=home)
 

@@ -85,7 +85,7 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
     ]
     optimizer = StiefelAdamW(OptimizerConfig(1e-4, steps))
     times = []
-    process_limits.stay_small()
+    process_limits.limit_process()
     with threadpool_limits(1):
         for step in range(steps):
             begun = time.perf_counter()

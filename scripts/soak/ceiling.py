@@ -32,7 +32,7 @@ from perfit_device.cloud.identity import Identity
 from perfit_device.cloud.questions import ask_all
 from perfit_device.cloud.retry import TRANSIENT
 from perfit_device.history import HistoryItem, Split
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.types import Sampling
@@ -157,7 +157,7 @@ class _Load:
         ]
         split = Split(tuple(items[:-1]), tuple(items[-1:]), ())
         tensors = cloud.fetch_seed(artefact)
-        with Adapting(cloud, artefact, info.limits, split) as source:
+        with GradientSource(cloud, artefact, info.limits, split) as source:
             for rows in (range(64), range(16)):
                 source.gradient(rows, tensors)()
 

@@ -30,7 +30,7 @@ from perfit_shared.terminal import discard_unwritable, one_line, prepare_streams
 
 __all__ = ["command_of", "run_command"]
 
-# Signals that end a program, and leave it the time to save what it has.
+# Signals that end a program but leave it time to save its work.
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -47,19 +47,19 @@ def run_command(program: str, app: typer.Typer) -> None:
             sys.stdout.flush()
         except KeyboardInterrupt:
             code = INTERRUPTED
-        except BaseException as error:  # of which only SystemExit says itself how to end
+        except BaseException as error:
             if isinstance(error, SystemExit):
                 raise
             code = _report(error, program, as_json=_wants_json(command, words))
     discard_unwritable()
     if code == INTERRUPTED and received:
-        code = 128 + received[0]  # as a shell tells of a signal
+        code = 128 + received[0]  # as shells report a signal
     sys.exit(code)
 
 
 @functools.cache
 def command_of(app: typer.Typer) -> Any:
-    """The whole tree: every command knows --version, and takes no text that is none."""
+    """The whole tree: every command has --version and refuses arguments that are not UTF-8."""
     command = typer.main.get_command(app)
     _prepare(command, is_root=True)
     return command
@@ -80,7 +80,7 @@ def _prepare(command: Any, *, is_root: bool = False) -> None:
     for child in children.values():
         _prepare(child)
     if not children and command.callback is not None:
-        command.callback = _taking_text(command.callback)
+        command.callback = _check_text(command.callback)
 
 
 def _show_version(context: Any, _parameter: Any, wanted: bool) -> None:
@@ -91,7 +91,7 @@ def _show_version(context: Any, _parameter: Any, wanted: bool) -> None:
         context.exit()
 
 
-def _taking_text(callback: Callable[..., Any]) -> Callable[..., Any]:
+def _check_text(callback: Callable[..., Any]) -> Callable[..., Any]:
     """The callback, with arguments that are text in UTF-8. Paths may be any bytes."""
 
     def checked(name: str, value: Any) -> Any:
@@ -143,16 +143,16 @@ def _report(error: BaseException, program: str, *, as_json: bool) -> int:
     if isinstance(error, TyperException):
         return _report_usage(error, as_json=as_json)
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return 1  # whoever read our output has left, and wants no more
+        return 1  # the reader of our output has closed it
     if os.environ.get("PERFIT_TRACEBACK"):
         traceback.print_exception(error)
-    code, message = _said(error, program)
+    code, message = _describe(error, program)
     message = one_line(message)
     print(_as_json(code, message) if as_json else f"{program}: {message}", file=sys.stderr)
     return 1 if isinstance(error, typer.Abort) else exit_code(error)
 
 
-def _said(error: BaseException, program: str) -> tuple[str, str]:
+def _describe(error: BaseException, program: str) -> tuple[str, str]:
     """(code word, one line)."""
     if isinstance(error, PerfitError):
         return error.code, str(error)
@@ -164,9 +164,9 @@ def _said(error: BaseException, program: str) -> tuple[str, str]:
     if isinstance(error, typer.Abort):
         return "aborted", "the input ended before it was complete"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - no file to open
+    location = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - no file to open
     return INTERNAL, (
-        f"a fault inside {program} ({type(error).__name__} at {place}); please report it, with what "
+        f"a fault inside {program} ({type(error).__name__} at {location}); please report it, with what "
         "PERFIT_TRACEBACK=1 shows"
     )
 

@@ -12,16 +12,24 @@ field is left out and counted.
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from perfit_shared.errors import InvalidData
+from perfit_shared.json_input import (
+    date_of,
+    error_context,
+    id_of,
+    is_date,
+    is_list_of_objects,
+    list_of,
+    parse_json,
+    read_text,
+    shown_id,
+    text_of,
+)
 from perfit_shared.tasks import Task
 
 __all__ = [
@@ -29,30 +37,20 @@ __all__ = [
     "Labels",
     "User",
     "Users",
-    "as_text",
-    "at",
-    "id_of",
-    "is_date",
     "item_of",
     "labels_beside",
-    "parse_json",
     "read_golds",
     "read_labels",
-    "read_text",
     "read_users",
-    "refuse_html",
     "users_of",
 ]
-
-_DATE = re.compile(r"\d{4}(-\d\d(-\d\d([T ][0-9:.]+(Z|[+-]\d\d:?\d\d)?)?)?)?")
-_SHOWN = 40  # characters of an id in a message
 
 
 @dataclass(frozen=True)
 class Entry:
     """One profile item or query. `item`: the task's fields as text, numbers such as scores included."""
 
-    id: str  # the file's, as text; of a profile item without one, its place from 0
+    id: str  # the file's, as text; of a profile item without one, its index from 0
     date: str  # as the file has it; "" if it has none, as queries
     item: Mapping[str, str]
     extra: Mapping[str, str] = field(default_factory=dict)  # a query's `input`; other texts, as 2N's title
@@ -126,7 +124,7 @@ def read_users(path: Path, task: Task, *, golds: Path | None = None) -> Users:
     file = golds or labels_beside(path)
     labels = Labels() if file is None else read_labels(file)
     source = f"{path.resolve().parent.name}/{path.name}"
-    with at(str(path)):
+    with error_context(str(path)):
         found = users_of(parse_json(read_text(path)), task, golds=labels.golds, source=source)
     return replace(found, labels=labels)
 
@@ -138,20 +136,20 @@ def read_golds(path: Path) -> Mapping[str, str]:
 
 def read_labels(path: Path) -> Labels:
     """LaMP's outputs.json or OPPU's label file. Raises InvalidData."""
-    with at(str(path)):
+    with error_context(str(path)):
         data = parse_json(read_text(path))
         entries = data.get("golds") if isinstance(data, dict) else None
-        if not _is_list_of_objects(entries):
+        if not is_list_of_objects(entries):
             raise InvalidData('it should be {"task": …, "golds": [{"id": …, "output": …}]}')
         golds: dict[str, str] = {}
         raw_ids: dict[str, str | int] = {}
         for number, entry in enumerate(entries):
-            with at(f"gold {_shown(entry, number)}"):
+            with error_context(f"gold {shown_id(entry, number)}"):
                 name = id_of(entry)
                 if name in golds:
                     raise InvalidData("it is there twice")
-                golds[name], raw_ids[name] = _text(entry, "output"), entry["id"]
-        return Labels(_text(data, "task") if "task" in data else "", golds, raw_ids)
+                golds[name], raw_ids[name] = text_of(entry, "output"), entry["id"]
+        return Labels(text_of(data, "task") if "task" in data else "", golds, raw_ids)
 
 
 def labels_beside(path: Path) -> Path | None:
@@ -162,45 +160,6 @@ def labels_beside(path: Path) -> Path | None:
     return None
 
 
-def read_text(path: Path) -> str:
-    """A file as text, UTF-8 with or without a mark. Raises InvalidData, also on a web page saved as data."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidData("not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise InvalidData(f"cannot be read ({error.strerror})") from error
-    refuse_html(text)
-    return text
-
-
-def refuse_html(text: str) -> None:
-    """Raises InvalidData on a web page saved as data."""
-    if re.match(r"\s*<", text):
-        raise InvalidData(
-            "an HTML page, not data: the download went wrong; check its address, fetch it again"
-        )
-
-
-def parse_json(text: str) -> Any:
-    """Raises InvalidData on what is no JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidData(f"not JSON ({error.msg}, line {error.lineno}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets 100,000 deep
-        raise InvalidData("not JSON") from error
-
-
-@contextmanager
-def at(place: str) -> Iterator[None]:
-    """Put `place` before the message of an InvalidData."""
-    try:
-        yield
-    except InvalidData as error:
-        raise InvalidData(f"{place}: {error}") from error
-
-
 # -- users -------------------------------------------------------------------------------------------
 
 
@@ -209,7 +168,7 @@ def users_of(records: Any, task: Task, *, golds: Mapping[str, str], source: str)
 
     Raises InvalidData naming user, item and field.
     """
-    if not _is_list_of_objects(records):
+    if not is_list_of_objects(records):
         raise InvalidData("it should be a list of users with user_id, profile and query, or of questions")
     questions = bool(records) and "input" in records[0] and "query" not in records[0]
     raw = [_record(record, number, questions=questions) for number, record in enumerate(records)]
@@ -217,7 +176,7 @@ def users_of(records: Any, task: Task, *, golds: Mapping[str, str], source: str)
     reader = _Reader(task, golds)
     users: dict[str, User] = {}
     for record in raw:
-        with at(record.place):
+        with error_context(record.origin):
             if record.user_id in users:
                 raise InvalidData("it is there twice")
             users[record.user_id] = reader.user(record, aside=aside)
@@ -237,7 +196,7 @@ class _Record:
     """A user before its entries are looked at."""
 
     user_id: str
-    place: str  # for messages
+    origin: str  # for messages
     profile: list[dict[str, Any]]
     query: list[dict[str, Any]]
     person: str | int | None
@@ -245,17 +204,17 @@ class _Record:
 
 def _record(record: Mapping[str, Any], number: int, *, questions: bool) -> _Record:
     key = "id" if questions else "user_id"
-    place = f"{'question' if questions else 'user'} {_shown(record, number, key)}"
-    with at(place):
+    origin = f"{'question' if questions else 'user'} {shown_id(record, number, key)}"
+    with error_context(origin):
         name = id_of(record, key)
         named = questions and "user_id" in record and id_of(record, "user_id")
         if not questions and not {"profile", "query"} & record.keys():
             raise InvalidData('field "profile" is missing')
         return _Record(
             name,
-            place,
-            _list(record, "profile"),
-            [dict(record)] if questions else _list(record, "query"),
+            origin,
+            list_of(record, "profile"),
+            [dict(record)] if questions else list_of(record, "query"),
             record["user_id"] if named else None,
         )
 
@@ -287,10 +246,10 @@ class _Reader:
         return replace(user, profile=tuple(ordered))
 
     def _profile(self, raw: Mapping[str, Any], number: int) -> Entry | None:
-        with at(f"profile item {_shown(raw, number)}"):
+        with error_context(f"profile item {shown_id(raw, number)}"):
             item = item_of(raw, self._task)
             name, raw_id = (id_of(raw), raw["id"]) if "id" in raw else (str(number), "")
-            date = _date(raw)
+            date = date_of(raw)
         if item is None:
             self.dropped_empty += 1
             return None
@@ -299,14 +258,14 @@ class _Reader:
         return Entry(name, date, item, extra, raw_id)
 
     def _query(self, raw: Mapping[str, Any], number: int) -> Entry | None:
-        with at(f"query {_shown(raw, number)}"):
+        with error_context(f"query {shown_id(raw, number)}"):
             name = id_of(raw)
             if name in self._queries:
                 raise InvalidData("another query of the file has this id")
             self._queries.add(name)
-            text, gold = _text(raw, "input"), self._gold(raw, name)
+            text, gold = text_of(raw, "input"), self._gold(raw, name)
             item = self._task.item_from_query(text, gold)
-        entry = Entry(name, _date(raw), item, {"input": text}, raw["id"])
+        entry = Entry(name, date_of(raw), item, {"input": text}, raw["id"])
         if not all(value.strip() for value in item.values()):
             self.dropped_empty += 1
             self.empty_queries.append(entry)
@@ -315,7 +274,7 @@ class _Reader:
 
     def _gold(self, raw: Mapping[str, Any], name: str) -> str:
         key = "gold" if "gold" in raw else "output"  # what LaMP's own merging of its two files makes
-        own, label = _text(raw, key) if key in raw else None, self._golds.get(name)
+        own, label = text_of(raw, key) if key in raw else None, self._golds.get(name)
         if own and label and own != label:
             raise InvalidData(f'field "{key}" is not what the label file has')
         if own is None and label is None:
@@ -332,76 +291,5 @@ def item_of(values: Mapping[str, Any], task: Task) -> dict[str, str] | None:
     Raises InvalidData naming the field that is missing or neither text nor a number.
     """
     names = task.fields_of(values)
-    item = {name: _text(values, name) for name in names}
+    item = {name: text_of(values, name) for name in names}
     return item if all(item.values()) else None
-
-
-def id_of(record: Mapping[str, Any], key: str = "id") -> str:
-    """An id as text. Raises InvalidData when it is missing, empty or neither text nor a whole number."""
-    value = _value(record, key)
-    if not isinstance(value, str | int) or isinstance(value, bool) or not (text := as_text(value)):
-        raise InvalidData(f'field "{key}" should be text or a whole number')
-    return text
-
-
-def is_date(text: str) -> bool:
-    """Whether it is an ISO 8601 date, year alone or with a time included: these sort as text."""
-    return _DATE.fullmatch(text) is not None
-
-
-def _date(raw: Mapping[str, Any]) -> str:
-    value = raw.get("date")
-    if value is None:
-        return ""
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise InvalidData('field "date" should be text')
-    return as_text(value) or ""  # LaMP-5's dates are years, as numbers
-
-
-def _list(record: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    value = record.get(key, [])
-    if not _is_list_of_objects(value):
-        raise InvalidData(f'field "{key}" should be a list of objects')
-    return value
-
-
-def _is_list_of_objects(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def _value(record: Mapping[str, Any], key: str) -> Any:
-    if key not in record:
-        raise InvalidData(f'field "{key}" is missing')
-    return record[key]
-
-
-def _text(record: Mapping[str, Any], key: str) -> str:
-    """A field as stripped text; "" for null. Raises InvalidData on any other type."""
-    text = as_text(_value(record, key))
-    if text is None:
-        raise InvalidData(f'field "{key}" should be text')
-    return text
-
-
-def as_text(value: Any) -> str | None:
-    """A field as items hold it, stripped; None for what is no finite number, nor text that UTF-8 carries."""
-    if value is None:
-        return ""
-    if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else str(value)  # a score of 4.0 is the label "4"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        return None
-    try:
-        value.encode()  # JSON makes lone surrogates
-    except UnicodeEncodeError:
-        return None
-    return value.strip()
-
-
-def _shown(record: Mapping[str, Any], number: int, key: str = "id") -> str:
-    """An id for a message: on one line, not long; the place, from 1, when there is none to show."""
-    value = record.get(key)
-    text = " ".join((as_text(value) or "").split())[:_SHOWN] if isinstance(value, str | int) else ""
-    return text or f"number {number + 1}"

@@ -86,9 +86,9 @@ class StiefelAdamW:
 
     def copy(self) -> StiefelAdamW:
         """Steps of the copy leave this one as it is."""
-        twin = StiefelAdamW(self.config)
-        twin.steps, twin._first, twin._second = self.steps, dict(self._first), dict(self._second)
-        return twin
+        copy = StiefelAdamW(self.config)
+        copy.steps, copy._first, copy._second = self.steps, dict(self._first), dict(self._second)
+        return copy
 
     def step(self, tensors: ShiftTensors, gradient: ShiftTensors) -> ShiftTensors:
         """The tensors after one step; neither argument is changed."""

@@ -46,7 +46,7 @@ def check_ownership(path: Path, *, trusts_group: bool = False) -> None:
         try:
             found = os.lstat(at)
         except (FileNotFoundError, NotADirectoryError):
-            return  # whoever opens it says so
+            return  # opening it will raise
         except OSError as error:
             raise ConfigError(f"cannot look at {at}: {error.strerror}") from error
         if not stat.S_ISLNK(found.st_mode):
@@ -80,7 +80,7 @@ def _check(path: Path, found: os.stat_result, *, is_last: bool, trusts_group: bo
     if not others and not group:
         return
     if mode & stat.S_ISVTX and stat.S_ISDIR(mode) and not is_last:
-        return  # nobody but the owner renames or removes what lies there
+        return  # only the owner may rename or remove what lies there
     raise ConfigError(
         f"others can write {path}, and so swap what is in it; run "
         f"chmod {group}{others}-w {shlex.quote(str(path))}, or use another folder"

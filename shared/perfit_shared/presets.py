@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 from perfit_shared.errors import InvalidInput, NotFound
 from perfit_shared.shifts import ShiftSpec
 
-__all__ = ["PRESETS", "Preset", "preset_for"]
+__all__ = ["PRESETS", "Preset", "preset_for", "value_or"]
+
+T = TypeVar("T")
 
 _PAPER_BLOCKS = 32
 
@@ -39,11 +42,11 @@ class Preset:
             return self.paper_layers
         if blocks < len(self.paper_layers):
             raise InvalidInput(f"a model of {blocks} blocks has no {len(self.paper_layers)} to intervene on")
-        wanted = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
-        near = range(max(0, int(wanted[0]) - len(wanted)), min(blocks, int(wanted[-1]) + len(wanted) + 1))
+        targets = [layer / _PAPER_BLOCKS * blocks for layer in self.paper_layers]
+        near = range(max(0, int(targets[0]) - len(targets)), min(blocks, int(targets[-1]) + len(targets) + 1))
         return min(
-            combinations(near, len(wanted)),
-            key=lambda c: (sum(abs(a - b) for a, b in zip(c, wanted, strict=True)), c),
+            combinations(near, len(targets)),
+            key=lambda c: (sum(abs(a - b) for a, b in zip(c, targets, strict=True)), c),
         )
 
     def _as_printed(self, blocks: int) -> bool:
@@ -76,13 +79,14 @@ class Preset:
             layers=chosen,
             positions=positions or self.positions,
             # A given rank is taken as it is, or refused; the preset's may be too large for a small model.
-            collective_rank=_or(collective_rank, min(self.collective_rank, hidden_size)),
-            personal_rank=_or(personal_rank, min(self.personal_rank, hidden_size)),
+            collective_rank=value_or(collective_rank, min(self.collective_rank, hidden_size)),
+            personal_rank=value_or(personal_rank, min(self.personal_rank, hidden_size)),
             hidden_size=hidden_size,
         )
 
 
-def _or(value: int | None, default: int) -> int:
+def value_or(value: T | None, default: T) -> T:
+    """`value`, or `default` where it is None."""
     return default if value is None else value
 
 

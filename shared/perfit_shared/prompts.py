@@ -1,4 +1,4 @@
-"""Whose prompts a LaMP task is asked with: OPPU's, which the paper uses, LaMP's own, or a task.json's.
+"""The prompts of a LaMP task: OPPU's, which the paper uses, LaMP's own, or a task.json's.
 
     lamp   what LaMP's `input` says, with the answer's cue after it on the same line; what TASKS hold
     oppu   the same with line breaks between instruction, text and cue, and answers of 200 tokens
@@ -49,7 +49,7 @@ def load_prompts(folder: Path, name: str, prompts: str | None = None) -> Task:
 
 
 def with_prompts(task: Task, prompts: str) -> Task:
-    """The task asked in other words; its fields, labels and metric stay. Raises InvalidInput."""
+    """The task with other prompts; its fields, labels and metric stay. Raises InvalidInput."""
     if prompts not in PROMPTS:
         raise InvalidInput(f'no prompts "{prompts[:20]}"; there are {", ".join(PROMPTS)}')
     if prompts == "task":
@@ -78,6 +78,6 @@ def asking_for(template: str, labels: tuple[str, ...]) -> str:
 
 
 def prompts_of(task: Task) -> str:
-    """Which of PROMPTS a task is asked with; what is nobody else's is "task"."""
+    """Which of PROMPTS a task has; "task" where it is neither OPPU's nor LaMP's."""
     known = [name for name in ("oppu", "lamp") if task.name in _OPPU and with_prompts(task, name) == task]
     return known[0] if known else "task"

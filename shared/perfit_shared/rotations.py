@@ -21,7 +21,7 @@ def nearest_rotation(rounded: Wide, step: Wide) -> npt.NDArray[np.float32] | Non
     """The matrix with orthonormal rows nearest to `rounded` (r, d), which went in steps of `step`.
 
     Rounding moved each entry by up to half a step, evenly: Δ has variance step² / 12. That makes
-    RΔᵀ + ΔRᵀ + ΔΔᵀ of RRᵀ − I, of which the first two have a spread that can be told, and the last a mean.
+    RΔᵀ + ΔRᵀ + ΔΔᵀ of RRᵀ − I, of which the first two have a known spread, and the last a known mean.
     None when RRᵀ − I is larger than that.
     """
     gram, off = off_orthonormal(rounded)

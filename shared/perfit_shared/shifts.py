@@ -106,9 +106,13 @@ class ShiftSpec:
         except (TypeError, KeyError) as error:
             raise InvalidInput("a shift spec needs layers, positions, ranks and hidden_size") from error
 
+    def parameters(self, rank: int) -> int:
+        """How many numbers a shift of this rank has."""
+        return len(self.layers) * rank * (2 * self.hidden_size + 1)
+
     def personal_parameters(self) -> int:
         """How many numbers a personal shift has."""
-        return len(self.layers) * self.personal_rank * (2 * self.hidden_size + 1)
+        return self.parameters(self.personal_rank)
 
 
 class LayerShift(NamedTuple):
@@ -335,7 +339,7 @@ def _load(
     data: bytes, forms: Mapping[str, Mapping[str, tuple[str, str]]], spec: ShiftSpec, rank: int
 ) -> tuple[str, dict[int, Parts]]:
     """The form, and the parts by layer. Raises InvalidTensors unless all is as the form wants it."""
-    if len(data) > 4 * len(spec.layers) * rank * (2 * spec.hidden_size + 1) + _HEADER_CAP:
+    if len(data) > 4 * spec.parameters(rank) + _HEADER_CAP:
         raise InvalidTensors("more bytes than a shift of this spec has")
     try:
         named = safetensors.numpy.load(data)

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from perfit_shared.errors import InvalidData, NotFound
+from perfit_shared.json_input import is_text
 from perfit_shared.metrics import HIGHER_IS_BETTER
 
-__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "is_text", "load_task", "task_named"]
+__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "load_task", "task_named"]
 
 _FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -63,7 +64,7 @@ class Task:
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def _check(self) -> None:
-        """Types first: JSON may hold anything, whatever the annotations say."""
+        """Types first: JSON may hold anything."""
         for key in ("template", "answer", "metric", "marker", "lamp", "history_template"):
             if not is_text(getattr(self, key)):
                 raise InvalidData(f"its {key} should be text")
@@ -168,17 +169,6 @@ class Task:
             raise InvalidData("not a task: unknown or missing keys") from error
 
 
-def is_text(value: object) -> bool:
-    """A string that UTF-8 can carry: JSON also makes lone surrogates."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _fields(template: str) -> list[str]:
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
@@ -218,7 +208,7 @@ _NEWS = (
     "style & beauty",
     "healthy living",
 )
-# The same in the order of the instruction, as OPPU asks it.
+# The same in the order of OPPU's instruction.
 _NEWS_ASKED = (
     "travel",
     "education",

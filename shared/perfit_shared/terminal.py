@@ -76,7 +76,7 @@ def read_stdin(most: int) -> str:
 # -- output --------------------------------------------------------------------------------------
 
 
-class _Forgiving(io.FileIO):
+class _LossyWriter(io.FileIO):
     """Stderr that is full or closed: what is said there is lost, and the work goes on."""
 
     def write(self, data: Any, /) -> int:
@@ -103,7 +103,7 @@ def prepare_streams() -> None:
     if sys.stderr is None or sys.stderr is sys.__stderr__:
         encoding = getattr(sys.stderr, "encoding", None)
         # Forgiving from the bottom: libraries write to the buffer as well.
-        buffer = io.BufferedWriter(_Forgiving(2, "w", closefd=False))
+        buffer = io.BufferedWriter(_LossyWriter(2, "w", closefd=False))
         sys.stderr = io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -6,7 +6,7 @@ of learning rates in process.
     schedule = schedule_for("device", artefact, len(examples))
     trainings = [Training.start(schedule, tensors)]
     for stepped in train(trainings, gradients=…, losses=…):
-        …                     # progress, checkpoints, a wish to stop
+        …                     # progress, checkpoints, a stop
 
 A `Training` is never changed, so an interrupt between two lines leaves the old one or the new one.
 The order of examples is a function of seed and epoch, so a resumed run takes the very steps that an
@@ -71,8 +71,8 @@ class Schedule:
 
     def batch(self, step: int) -> list[int]:
         """Row indices of one step; every epoch is a permutation of its own."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _order(self, epoch: int) -> list[int]:
         rows: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.examples).tolist()
@@ -128,7 +128,7 @@ class Figures(Protocol):
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user asks for instead; None asks for nothing."""
+    """The user's own figures; None where the user gives none."""
 
     epochs: int | None = None
     batch_size: int | None = None
@@ -150,7 +150,7 @@ def schedule_for(
     are made for long histories; on a short one they end before much is learned. On the 77 training
     examples of the demo's Ravi 88 steps end at a test loss of 1.36, 154 at 0.93 and 220 at 0.80. So on
     a "device" a batch is at most a tenth of the examples, or 4 where that is more, and there are as
-    many epochs as 150 steps take; the gate keeps the best one. What a user asks for stays.
+    many epochs as 150 steps take; the gate keeps the best one. Overrides always win.
     """
     on_device = name == Schedule.name
     batch_size, epochs = overrides.batch_size, overrides.epochs
@@ -210,7 +210,7 @@ class Training(Generic[S]):
 
     @property
     def at_epoch_end(self) -> bool:
-        """Whether an epoch ended here that `judge` has not been told of."""
+        """Whether an epoch ended here that `judge` has not seen."""
         return self.step > self.judged and self.step % self.schedule.steps_per_epoch == 0
 
     def stepped(self, loss: float, gradient: ShiftTensors, *, seconds: float = 0.0) -> Self:
@@ -231,7 +231,7 @@ class Training(Generic[S]):
         )
 
     def judge(self, loss: float) -> Self:
-        """After measuring held-out examples at an epoch's end; the best epoch's tensors are kept.
+        """After measuring held-out examples at an epoch's end; keeps the best epoch's tensors.
 
         A later epoch may have learned the training examples by heart.
         """
@@ -253,7 +253,7 @@ class Training(Generic[S]):
         parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
         if self.best is not None:
             parts.append(self.best.to_bytes())
-        return b"".join(piece for part in parts for piece in (len(part).to_bytes(8, "big"), part))
+        return b"".join(item for part in parts for item in (len(part).to_bytes(8, "big"), part))
 
     @classmethod
     def from_bytes(cls, data: bytes, schedule: type[S]) -> Self:
@@ -286,8 +286,8 @@ class Training(Generic[S]):
             raise InvalidData("not the state of a training run") from error
 
 
-# Each is given the trainings that need an answer, by their index. It asks for the answers to all of
-# them, and gives what waits for these.
+# Each takes the trainings that need an answer, by their index, and sends their requests. The result waits
+# for the answers.
 Gradients = Callable[[Mapping[int, Training[S]]], Callable[[], Sequence[tuple[float, ShiftTensors]]]]
 Losses = Callable[[Mapping[int, Training[S]]], Callable[[], Sequence[float]]]
 
@@ -300,30 +300,30 @@ def train(
     `gradients` gives mean loss and gradient over a training's `rows` at its `tensors`, `losses` that
     over its held-out examples when an epoch ends; without it no epoch is judged.
 
-    The elements of `trainings` are replaced one by one, so an interrupt at any moment leaves each of
-    them before a step or after it. The next round is asked for before one is told of, so that what the
-    caller does meanwhile falls into the wait. Raises Diverged.
+    It replaces the elements of `trainings` one by one, so an interrupt leaves each before a step or after
+    it. It requests the next round before it yields one, so the caller's work overlaps the wait. Raises
+    Diverged.
     """
     clocked = time.monotonic()
-    asked = _ask(trainings, gradients, losses)
-    while asked is not None:
-        steps = asked.gradients()
-        seconds, clocked = _share(clocked, steps)
-        for i, (loss, gradient) in zip(asked.stepped, steps, strict=True):
+    current = _next_round(trainings, gradients, losses)
+    while current is not None:
+        steps = current.gradients()
+        seconds, clocked = _seconds_each(clocked, steps)
+        for i, (loss, gradient) in zip(current.stepped, steps, strict=True):
             try:
                 trainings[i] = trainings[i].stepped(loss, gradient, seconds=seconds)
             except UpdateFailed as error:
                 raise Diverged(str(error), i) from error
-        for i, loss in zip(asked.judged, asked.losses(), strict=True):
+        for i, loss in zip(current.judged, current.losses(), strict=True):
             trainings[i] = trainings[i].judge(loss)
-        stepped = asked.stepped
-        asked = _ask(trainings, gradients, losses)
+        stepped = current.stepped
+        current = _next_round(trainings, gradients, losses)
         yield stepped
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """One round: who takes a step, whose epoch is judged, and what waits for the answers."""
+class _Round:
+    """One round: which trainings step, which judge an epoch, and what waits for the answers."""
 
     stepped: list[int]
     judged: list[int]
@@ -331,15 +331,15 @@ class _Asked:
     losses: Callable[[], Sequence[float]]
 
 
-def _ask(
+def _next_round(
     trainings: Sequence[Training[S]], gradients: Gradients[S], losses: Losses[S] | None
-) -> _Asked | None:
-    """Ask for the next round; None when there is none."""
+) -> _Round | None:
+    """Request the next round; None when there is none."""
     judged = {i: t for i, t in enumerate(trainings) if losses is not None and t.at_epoch_end}
     stepped = {i: t for i, t in enumerate(trainings) if i not in judged and not t.done}
     if not judged and not stepped:
         return None
-    return _Asked(
+    return _Round(
         list(stepped),
         list(judged),
         gradients(stepped) if stepped else list,
@@ -347,7 +347,7 @@ def _ask(
     )
 
 
-def _share(clocked: float, steps: Sequence[object]) -> tuple[float, float]:
-    """(seconds of one of these steps, now); where there is none, the time counts to the next ones."""
+def _seconds_each(clocked: float, steps: Sequence[object]) -> tuple[float, float]:
+    """(seconds a step, now); without steps the time counts to the next round."""
     now = time.monotonic()
     return ((now - clocked) / len(steps), now) if steps else (0.0, clocked)

@@ -1,4 +1,4 @@
-"""What both sides say about an answer: how it is asked for, and what comes back."""
+"""What both sides say about an answer: its settings, and what comes back."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from perfit_device.cloud.identity import Identity
 from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.history import HistoryItem, Split
 from perfit_device.training import gradients as adapting
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_device.training.update import Plan, Source, Update, UpdateSettings
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
@@ -78,10 +78,10 @@ class Parts:
     def artefact(self) -> Artefact:
         return self.info.artefacts[0]
 
-    def adapting(self, **limits: int) -> Adapting:
-        return Adapting(self.cloud, self.artefact, replace(self.info.limits, **limits), self.split)
+    def adapting(self, **limits: int) -> GradientSource:
+        return GradientSource(self.cloud, self.artefact, replace(self.info.limits, **limits), self.split)
 
-    def update(self, source: Adapting, name: str) -> ShiftTensors:
+    def update(self, source: GradientSource, name: str) -> ShiftTensors:
         """The final tensors of an update of 3 epochs and 12 steps."""
         plan = Plan(
             epochs=3,
@@ -207,14 +207,14 @@ def test_a_loss_that_is_no_number_is_asked_for_call_by_call(
     seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
         wanted = source.loss(seed)()
-    receive = adapting._Stream.receive
+    receive = adapting._AdaptStream.receive
 
     def altered(self: Any) -> Any:
         response = receive(self)
         response.loss = loss
         return response
 
-    monkeypatch.setattr(adapting._Stream, "receive", altered)
+    monkeypatch.setattr(adapting._AdaptStream, "receive", altered)
     with parts.adapting() as source:
         assert source.loss(seed)() == pytest.approx(wanted, rel=1e-5)
     assert parts.streams == ["Adapt"] * 2
@@ -237,7 +237,7 @@ def test_an_example_that_the_cloud_refuses_is_named_before_the_first_step(parts:
     for part in ("train", "gate"):
         items = (*getattr(parts.split, part), too_long)
         split = replace(parts.split, **{part: items})
-        with Adapting(parts.cloud, parts.artefact, parts.info.limits, split) as source:
+        with GradientSource(parts.cloud, parts.artefact, parts.info.limits, split) as source:
             seed = parts.cloud.fetch_seed(parts.artefact)
             with pytest.raises(ExamplesRefused, match=f"perfit history forget {too_long.short}") as raised:
                 source.gradient([0], seed)()

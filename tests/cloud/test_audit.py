@@ -12,7 +12,7 @@ import pytest
 
 from perfit_cloud.audit.calls import Generate, Running
 from perfit_cloud.audit.processor import processor
-from perfit_cloud.audit.rows import Row, forms_seen, is_kept, unseen
+from perfit_cloud.audit.rows import Row, forms_found, passed, unseen
 from perfit_cloud.audit.scenarios import _ended
 from perfit_shared.errors import PerfitError
 
@@ -79,12 +79,12 @@ DURING = row("on", "during", TENSOR | TEXT)
     ],
 )
 def test_the_promise_is_kept_only_where_every_control_finds(rows: list[Row], kept: bool) -> None:
-    assert is_kept(rows) is kept
+    assert passed(rows) is kept
 
 
 def test_it_is_said_which_needles_no_look_found() -> None:
     rows = [row("off", "before", TEXT), CONTROL, row("on", "after", {"tensor fp16": ("heap",)}), CLEAN]
-    assert forms_seen(rows) == {
+    assert forms_found(rows) == {
         "tensor": {"fp16": True, "fp32": True},
         "prompt text": {"utf-8": False},
         "prompt ids": {"int64": False},

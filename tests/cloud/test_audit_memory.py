@@ -131,7 +131,7 @@ def test_a_run_across_two_reads_is_found(
     child: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, place: int, block: int
 ) -> None:
     """Of memory read page by page; the secret lies on the border of two pages."""
-    monkeypatch.setattr(memory, "_PIECE", 4096)
+    monkeypatch.setattr(memory, "_CHUNK_BYTES", 4096)
     code = (
         "import mmap; m = mmap.mmap(-1, 65536, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
         f"for i, b in enumerate({bytes(b ^ 90 for b in SECRET[:16])!r}): m[{place} + i] = b ^ 90\n"
@@ -146,7 +146,7 @@ def test_pieces_of_a_secret_in_several_pages_are_told_together(
     child: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of memory read page by page. The audit drops what turns out public, and has to know all of it."""
-    monkeypatch.setattr(memory, "_PIECE", 4096)
+    monkeypatch.setattr(memory, "_CHUNK_BYTES", 4096)
     code = (
         "import mmap; m = mmap.mmap(-1, 65536, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
         "def put(at, data):\n for i, b in enumerate(data): m[at + i] = b ^ 90\n"

@@ -39,7 +39,7 @@ def kinds(needles: list[Needle], data: bytes) -> set[str]:
 )
 def test_the_shortest_run_is_found_at_every_offset(needle: Needle) -> None:
     index = Index([needle])
-    secret = needle.pieces[0][: needle.run] if needle.kind == "wire" else needle.pieces[0]
+    secret = needle.parts[0][: needle.run] if needle.kind == "wire" else needle.parts[0]
     assert len(secret) == needle.run
     for offset in range(0, 40, needle.item):
         data = bytearray(RNG.integers(128, 256, 200, dtype=np.uint8).tobytes())
@@ -66,9 +66,9 @@ def test_zeros_beside_a_secret_are_no_part_of_it() -> None:
 
 
 def test_a_run_lies_within_one_piece() -> None:
-    pieces = Needle("two", (SECRET[:12], SECRET[12:24], SECRET[24:60]))
-    assert not kinds([pieces], SECRET[:24] + bytes(64))
-    assert kinds([pieces], bytes(8) + SECRET[24:60] + bytes(64))
+    parts = Needle("two", (SECRET[:12], SECRET[12:24], SECRET[24:60]))
+    assert not kinds([parts], SECRET[:24] + bytes(64))
+    assert kinds([parts], bytes(8) + SECRET[24:60] + bytes(64))
 
 
 def test_runs_across_the_bounds_of_what_is_searched_are_found() -> None:
@@ -82,7 +82,7 @@ def test_runs_across_the_chunks_of_a_search_are_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr("perfit_cloud.audit.search._CHUNK", 64)
     for needle in (raw("wire", SECRET[:16]), *text("t", [WORD]), *token_ids("i", [[9, 8, 70000, 5]])):
         for offset in range(0, 200, needle.item):
-            data = bytes(offset) + needle.pieces[0] + bytes(200)
+            data = bytes(offset) + needle.parts[0] + bytes(200)
             assert kinds([needle], data), (needle.kind, offset)
 
 
@@ -124,7 +124,7 @@ def test_what_is_cut_out_of_a_needle_is_not_found_and_its_neighbours_are() -> No
 def test_arrays_in_files_are_found_at_any_offset() -> None:
     needle = Needle("fp64", (np.frombuffer(SECRET, np.float32).astype(np.float64).tobytes(),), item=8)
     for offset in range(8):
-        found = Index([needle]).search_unaligned(bytes(offset) + needle.pieces[0][:16] + bytes(16))
+        found = Index([needle]).search_unaligned(bytes(offset) + needle.parts[0][:16] + bytes(16))
         assert found[0].first == offset
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from perfit_cloud.collective import trials
 from perfit_cloud.collective.checkpoint import FILE
-from perfit_cloud.collective.run import CollectiveRun, train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.collective.steps import batches, rate_at, spread
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
@@ -32,9 +32,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def request_for(
     toy: Path, model_folder: Callable[[str], Path], tmp_path: Path
-) -> Callable[..., CollectiveRun]:
-    def make(**changes: Any) -> CollectiveRun:
-        request = CollectiveRun(
+) -> Callable[..., CollectiveRequest]:
+    def make(**changes: Any) -> CollectiveRequest:
+        request = CollectiveRequest(
             task="news_headline",
             data=toy,
             model=str(model_folder("llama")),
@@ -78,7 +78,7 @@ def test_training_lowers_the_loss_and_writes_everything(
     )
     assert len(card["device_trials"]) >= 4
     rates = {trial["learning_rate"] for trial in card["device_trials"]}
-    if trials.telling(card["device_trials"]):
+    if trials.ranks_rates(card["device_trials"]):
         assert artefact.learning_rate in rates
     else:
         assert artefact.learning_rate <= card["hyper_parameters"]["learning_rate"]

@@ -25,7 +25,7 @@ from perfit_cloud.collective.data import read_items, tokenise
 from perfit_cloud.collective.forward import Forward, forward_for
 from perfit_cloud.collective.optimizer import StiefelAdam
 from perfit_cloud.collective.processes import Processes
-from perfit_cloud.collective.run import CollectiveRun, train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.collective.steps import Losses, trainable
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.stateless import GradientEngine
@@ -58,9 +58,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def request_for(
     toy: Path, model_folder: Callable[[str], Path], tmp_path: Path
-) -> Callable[..., CollectiveRun]:
-    def make(**changes: Any) -> CollectiveRun:
-        request = CollectiveRun(
+) -> Callable[..., CollectiveRequest]:
+    def make(**changes: Any) -> CollectiveRequest:
+        request = CollectiveRequest(
             task="news_headline",
             data=toy / "items.jsonl",
             model=str(model_folder("llama")),

@@ -26,7 +26,7 @@ from perfit_cloud.collective.privacy import (
     epsilon_spent,
     noise_for,
 )
-from perfit_cloud.collective.run import CollectiveRun, train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.collective.steps import trainable
 from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
@@ -175,11 +175,11 @@ def test_budgets_that_promise_nothing(values: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRun]:
+def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRequest]:
     data, public = write_toy(tmp_path / "news", users=30, items=4), write_toy(tmp_path / "public", users=4)
 
-    def make(**changes: Any) -> CollectiveRun:
-        request = CollectiveRun(
+    def make(**changes: Any) -> CollectiveRequest:
+        request = CollectiveRequest(
             task="news_headline",
             data=data,
             model=str(model_folder("llama")),

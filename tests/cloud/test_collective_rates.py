@@ -12,7 +12,7 @@ import pytest
 from tests.support.collective import write_toy
 
 from perfit_cloud.collective import trials
-from perfit_cloud.collective.run import CollectiveRun, train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.collective.trials import Search
 from perfit_shared.training import Schedule
 
@@ -58,11 +58,11 @@ def test_a_search_ends_where_everything_diverges() -> None:
 
 
 @pytest.fixture
-def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRun]:
+def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., CollectiveRequest]:
     data = write_toy(tmp_path / "news")
 
-    def make(**changes: Any) -> CollectiveRun:
-        request = CollectiveRun(
+    def make(**changes: Any) -> CollectiveRequest:
+        request = CollectiveRequest(
             task="news_headline",
             data=data,
             model=str(model_folder("llama")),
@@ -120,7 +120,7 @@ def test_without_users_to_try_on_devices_get_stage_1_s_rate(make_request: Any, t
 def test_where_trial_updates_tell_nothing_devices_get_no_more_than_stage_1_s_rate(
     make_request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_TELLING", 1.0)
+    monkeypatch.setattr(trials, "_LEAST_GAIN", 1.0)
     monkeypatch.setattr(trials, "LADDER", (1e-4, 1e-3))
     artefact = train_collective(make_request(device_learning_rate=None, learning_rate=3e-4))
     assert len(artefact.card["device_trials"]) == 2

@@ -14,9 +14,9 @@ from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import Asked, Fitted, Method, TaskData, Work
+from perfit_cloud.lamp.methods.interface import FitContext, Fitted, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.people import Learner, Person, read_people
-from perfit_cloud.lamp.request import ABLATIONS, LampRun
+from perfit_cloud.lamp.request import ABLATIONS, LampRequest
 from perfit_cloud.lamp.results import UserFolder
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.artefacts import Artefact
@@ -26,7 +26,7 @@ from perfit_shared.tasks import load_task
 from perfit_shared.types import Score
 
 LEARNING = [
-    name for name in ABLATIONS if METHODS[LampRun("t", "m", Path(), Path(), ablation=name).method].learns
+    name for name in ABLATIONS if METHODS[LampRequest("t", "m", Path(), Path(), ablation=name).method].learns
 ]
 
 
@@ -40,10 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> TaskData:
 @pytest.fixture
 def request_for(
     tmp_path: Path, base: BaseModel, make_artefact: Callable[..., Artefact]
-) -> Callable[..., LampRun]:
+) -> Callable[..., LampRequest]:
     """Of a method by its ablation's name; those with a stage 1 are given an artefact."""
 
-    def make(ablation: str = "full", **changes: Any) -> LampRun:
+    def make(ablation: str = "full", **changes: Any) -> LampRequest:
         values: dict[str, Any] = {
             "task": TASK,
             "model": "tiny",
@@ -59,14 +59,14 @@ def request_for(
         else:
             make_artefact(base).save(tmp_path / "artefact")
             values["artefact"] = tmp_path / "artefact"
-        return LampRun(ablation=ablation, **(values | changes))
+        return LampRequest(ablation=ablation, **(values | changes))
 
     return make
 
 
 @pytest.fixture
 def open_method(
-    request_for: Callable[..., LampRun], data: TaskData
+    request_for: Callable[..., LampRequest], data: TaskData
 ) -> Iterator[Callable[[str], Method[Any]]]:
     opened = []
 
@@ -83,8 +83,10 @@ def open_method(
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Work:
-    return Work(lambda examples, people: None, lambda examples: None, lambda: None, tmp_path / "checkpoint")
+def context(tmp_path: Path) -> FitContext:
+    return FitContext(
+        lambda examples, people: None, lambda examples: None, lambda: None, tmp_path / "checkpoint"
+    )
 
 
 def disguised(person: Person) -> Person:
@@ -98,26 +100,26 @@ def disguised(person: Person) -> Person:
 
 @pytest.mark.parametrize("ablation", LEARNING)
 def test_who_was_fitted_before_leaves_no_trace(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     """FACTS: a widely copied baseline trains user i on the data of users 0…i."""
     first, second, third = data.people.people[:3]
     alone = open_method(ablation)
-    expected = alone.to_bytes(alone.fit(third, work).state)
+    expected = alone.to_bytes(alone.fit(third, context).state)
     later = open_method(ablation)
-    states = [later.to_bytes(later.fit(person, work).state) for person in (first, second, third)]
+    states = [later.to_bytes(later.fit(person, context).state) for person in (first, second, third)]
     assert states[2] == expected
     assert len(set(states)) == 3, "or methods that learn nothing would pass too"
 
 
 @pytest.mark.parametrize("ablation", LEARNING)
 def test_who_is_fitted_beside_leaves_no_trace(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     method = open_method(ablation)
     first, second = data.people.people[:2]
     ours, theirs = (
-        [method.to_bytes(one.state) for one in method.fit_cohort([who, second], work)]
+        [method.to_bytes(one.state) for one in method.fit_cohort([who, second], context)]
         for who in (first, disguised(first))
     )
     assert ours[0] != theirs[0] and ours[1] == theirs[1]
@@ -125,22 +127,22 @@ def test_who_is_fitted_beside_leaves_no_trace(
 
 @pytest.mark.parametrize("ablation", LEARNING)
 def test_a_state_survives_its_bytes(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, work: Work
+    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     method, person = open_method(ablation), data.people.people[0]
-    state = method.fit(person, work).state
+    state = method.fit(person, context).state
     written = method.to_bytes(state)
     read = method.from_bytes(written)
     assert method.to_bytes(read) == written
     assert method.parameters > 0
     sampling = request_sampling(data, person)
-    before, after = ([Asked(person.user_id, person.queries[0], s, sampling)] for s in (state, read))
+    before, after = ([QueryRequest(person.user_id, person.queries[0], s, sampling)] for s in (state, read))
     assert method.answer(before, lambda count: None) == method.answer(after, lambda count: None)
     assert method.score(before) == method.score(after)
 
 
 def request_sampling(data: TaskData, person: Person) -> Any:
-    request = LampRun(TASK, "m", Path(), Path())
+    request = LampRequest(TASK, "m", Path(), Path())
     return request.decoding.sampling(data.task, person.user_id, person.queries[0])
 
 
@@ -149,23 +151,25 @@ def test_answers_come_in_the_order_asked(
     ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData
 ) -> None:
     method = open_method(ablation)
-    asked = [
-        Asked(person.user_id, query, method.start, request_sampling(data, person))
+    requests = [
+        QueryRequest(person.user_id, query, method.start, request_sampling(data, person))
         for person in data.people.people[:3]
         for query in person.queries
     ]
     told: list[int] = []
-    answers, scores = method.answer(asked, told.append), method.score(asked)
-    assert sum(told) == len(answers) == len(scores) == len(asked)
-    for one, answer, score in zip(asked, answers, scores, strict=True):
+    answers, scores = method.answer(requests, told.append), method.score(requests)
+    assert sum(told) == len(answers) == len(scores) == len(requests)
+    for one, answer, score in zip(requests, answers, scores, strict=True):
         assert method.answer([one], lambda count: None) == [answer]
         assert method.score([one])[0].log_likelihood == pytest.approx(score.log_likelihood, abs=1e-4)
-    golds = [one.query.gold for one in asked]
-    assert method.score(asked, golds) == scores, "gold answers are scored where none are given"
-    assert method.score(asked, golds[1:] + golds[:1]) != scores
+    golds = [one.query.gold for one in requests]
+    assert method.score(requests, golds) == scores, "gold answers are scored where none are given"
+    assert method.score(requests, golds[1:] + golds[:1]) != scores
 
 
-def test_options_of_other_methods_are_refused(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
+def test_options_of_other_methods_are_refused(
+    request_for: Callable[..., LampRequest], tmp_path: Path
+) -> None:
     for ablation, changes in (
         ("stage2", {"artefact": tmp_path}),
         ("stage2_sum", {"collective_users": 3}),
@@ -176,7 +180,7 @@ def test_options_of_other_methods_are_refused(request_for: Callable[..., LampRun
 
 
 def test_tokens_of_a_cohort_at_most_are_held(
-    request_for: Callable[..., LampRun], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    request_for: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ids, a history takes many times the memory of its text: a run held those of all users."""
     made: list[weakref.ref[Learner]] = []
@@ -225,20 +229,22 @@ class Notebook(Method[tuple[str, ...]]):
     def shared(self) -> Mapping[str, tuple[str, ...]]:
         return {"base": ("nothing",)}
 
-    def fit(self, person: Person, work: Work) -> Fitted[tuple[str, ...]]:
-        work.stop()
+    def fit(self, person: Person, context: FitContext) -> Fitted[tuple[str, ...]]:
+        context.stop()
         self.fitted.append(person.user_id)
-        work.done(len(person.history), 1)
+        context.done(len(person.history), 1)
         return Fitted(tuple(item["title"] for item in person.history), (1.0, 0.5), seconds=0.25)
 
-    def answer(self, asked: Sequence[Asked[tuple[str, ...]]], done: Callable[[int], None]) -> list[str]:
-        done(len(asked))
-        return [" | ".join(one.state) for one in asked]
+    def answer(
+        self, requests: Sequence[QueryRequest[tuple[str, ...]]], done: Callable[[int], None]
+    ) -> list[str]:
+        done(len(requests))
+        return [" | ".join(one.state) for one in requests]
 
     def score(
-        self, asked: Sequence[Asked[tuple[str, ...]]], answers: Sequence[str] | None = None
+        self, requests: Sequence[QueryRequest[tuple[str, ...]]], answers: Sequence[str] | None = None
     ) -> list[Score]:
-        return [Score(-2.0 * (one.query.gold.split()[0] not in " ".join(one.state)), 2) for one in asked]
+        return [Score(-2.0 * (one.query.gold.split()[0] not in " ".join(one.state)), 2) for one in requests]
 
     def to_bytes(self, state: tuple[str, ...]) -> bytes:
         return json.dumps(state).encode()
@@ -254,8 +260,8 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
     return Notebook
 
 
-def small_request(tmp_path: Path, **changes: Any) -> LampRun:
-    return LampRun(TASK, "tiny", write_files(tmp_path / "data"), tmp_path / "out", **changes)
+def small_request(tmp_path: Path, **changes: Any) -> LampRequest:
+    return LampRequest(TASK, "tiny", write_files(tmp_path / "data"), tmp_path / "out", **changes)
 
 
 def test_a_run_takes_any_method(notebook: type[Notebook], base: BaseModel, tmp_path: Path) -> None:
@@ -293,7 +299,7 @@ def test_who_is_fitted_is_not_fitted_again(notebook: type[Notebook], base: BaseM
 
 
 def test_a_method_gives_the_model_back(
-    request_for: Callable[..., LampRun], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    request_for: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[str] = []
     monkeypatch.setattr(METHODS["perfit"], "close", lambda self: closed.append(self.name))

@@ -13,7 +13,7 @@ from tests.support.lamp_files import WORDS, write_files
 from tests.support.lamp_scripts import Refused, lamp_script, oppu_script
 
 from perfit_cloud.lamp.prepare import find_questions, prepare_lamp
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
@@ -38,7 +38,8 @@ def run(base: BaseModel, tmp_path: Path) -> Run:
             "batch_size": 64,
         }
         run_lamp(
-            LampRun(task=task, model="tiny", data=data, out=tmp_path / "out", **values | changes), base=base
+            LampRequest(task=task, model="tiny", data=data, out=tmp_path / "out", **values | changes),
+            base=base,
         )
         return tmp_path / "out"
 
@@ -83,7 +84,7 @@ def test_downloads_become_predictions_that_the_scripts_take(
     """Ids were written as text, and LaMP_2 as LaMP_2M, whose tags LaMP's script measures by overlap."""
     task, data = TASKS["movie_tagging"], tmp_path / "data"
     files = find_questions(download(tmp_path / "time", kind, name, people=True), print)
-    prepare_lamp(files, task, data, users=3, least=1, force=False, tell=print)
+    prepare_lamp(files, task, data, users=3, least=1, force=False, notify=print)
     out = run(data, task.name)
     for labels in (data / LABELS, out / "golds.json"):
         for predictions in (out / "predictions.json", *(out / "predictions").iterdir()):
@@ -186,7 +187,7 @@ def test_outputs_of_two_tasks_are_refused(tmp_path: Path) -> None:
             users=3,
             least=1,
             force=False,
-            tell=print,
+            notify=print,
         )
 
 

@@ -14,7 +14,7 @@ from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.people import Learner, read_people
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import Run
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.artefacts import Artefact
@@ -30,8 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def request_for(data: Path, tmp_path: Path) -> Callable[..., LampRun]:
-    def make(**changes: Any) -> LampRun:
+def request_for(data: Path, tmp_path: Path) -> Callable[..., LampRequest]:
+    def make(**changes: Any) -> LampRequest:
         values: dict[str, Any] = {
             "task": TASK,
             "model": "tiny",
@@ -46,7 +46,7 @@ def request_for(data: Path, tmp_path: Path) -> Callable[..., LampRun]:
             "learning_rate": 1e-2,
             "users": 2,
         }
-        return LampRun(**(values | changes))
+        return LampRequest(**(values | changes))
 
     return make
 
@@ -56,7 +56,7 @@ STAGE_1 = {"collective_epochs": 1, "collective_learning_rate": 5e-3}
 
 
 def test_oppu_s_prompts_reach_both_stages_and_the_answers(
-    request_for: Callable[..., LampRun], base: BaseModel, capsys: pytest.CaptureFixture[str]
+    request_for: Callable[..., LampRequest], base: BaseModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_lamp(request_for(prompts="oppu", **STAGE_1), base=base)
     oppu = with_prompts(TASKS[TASK], "oppu")
@@ -80,7 +80,7 @@ def test_oppu_s_prompts_reach_both_stages_and_the_answers(
 
 
 def test_without_a_wish_task_json_s_prompts_are_asked(
-    request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path, data: Path
+    request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path, data: Path
 ) -> None:
     run = run_lamp(request_for(**ALONE), base=base)
     assert run.prompts == "task" and run.task == load_task(data, TASK)
@@ -96,7 +96,7 @@ def test_without_a_wish_task_json_s_prompts_are_asked(
 
 
 def test_an_artefact_of_other_prompts_is_used_and_said(
-    request_for: Callable[..., LampRun],
+    request_for: Callable[..., LampRequest],
     base: BaseModel,
     make_artefact: Callable[..., Artefact],
     tmp_path: Path,
@@ -111,7 +111,10 @@ def test_an_artefact_of_other_prompts_is_used_and_said(
 
 
 def test_the_paper_s_schedule_and_a_device_s(
-    request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    request_for: Callable[..., LampRequest],
+    base: BaseModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Histories of 24, 9, 16 and 5: 4 epochs of 16 a batch (Table 9), or what each of four devices does."""
     request = request_for(out=tmp_path / "paper", epochs=None, batch_size=None, users=4, **ALONE)
@@ -132,14 +135,14 @@ def test_the_paper_s_schedule_and_a_device_s(
         request_for(schedule="mine", **ALONE)
 
 
-def test_a_device_s_epochs_as_asked(request_for: Callable[..., LampRun], base: BaseModel) -> None:
+def test_a_device_s_epochs_as_asked(request_for: Callable[..., LampRequest], base: BaseModel) -> None:
     run = run_lamp(request_for(schedule="device", batch_size=None, **ALONE), base=base)
     assert [user.steps for user in run.users] == [10, 4]
     assert run.settings["asked_epochs"] == 2
 
 
 def test_the_paper_s_figures_stand_whatever_an_artefact_says(
-    request_for: Callable[..., LampRun],
+    request_for: Callable[..., LampRequest],
     base: BaseModel,
     make_artefact: Callable[..., Artefact],
     tmp_path: Path,
@@ -158,7 +161,7 @@ NEW += ("asked_epochs", "asked_batch_size")
 
 
 def test_a_run_of_an_earlier_version_says_its_schedule_and_is_not_gone_on_with(
-    request_for: Callable[..., LampRun], base: BaseModel
+    request_for: Callable[..., LampRequest], base: BaseModel
 ) -> None:
     """Its "device" took the artefact's epochs and batches on the whole history, as no device does."""
     run = run_lamp(request_for(schedule="device", **ALONE), base=base)
@@ -177,7 +180,7 @@ def test_a_run_of_an_earlier_version_says_its_schedule_and_is_not_gone_on_with(
 
 
 def test_a_paper_run_of_an_earlier_version_goes_on(
-    request_for: Callable[..., LampRun], base: BaseModel
+    request_for: Callable[..., LampRequest], base: BaseModel
 ) -> None:
     run = run_lamp(request_for(**ALONE), base=base)
     path = run.folder / "settings.json"

@@ -15,7 +15,7 @@ from tests.support.lamp_files import TASK, write_files
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.measure import Decoding
 from perfit_cloud.lamp.people import Learner, read_people, swap_histories
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import Run, UserFolder
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.lamp.sweep import run_sweep, sweep_requests
@@ -31,8 +31,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[..., LampRun]:
-    def make(out: Path, **changes: Any) -> LampRun:
+def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[..., LampRequest]:
+    def make(out: Path, **changes: Any) -> LampRequest:
         values: dict[str, Any] = {
             "task": TASK,
             "model": str(model_folder("llama")),
@@ -49,7 +49,7 @@ def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[...
             "learning_rate": 2e-2,
             "users_together": 2,
         }
-        return LampRun(**(values | changes))
+        return LampRequest(**(values | changes))
 
     return make
 
@@ -61,7 +61,7 @@ def base(load: Callable[[str], BaseModel]) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def full(
-    request_for: Callable[..., LampRun], base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+    request_for: Callable[..., LampRequest], base: BaseModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
     """An undisturbed run."""
     return run_lamp(request_for(tmp_path_factory.mktemp("full")), base=base)
@@ -108,7 +108,9 @@ def test_predictions_are_in_lamps_schema(full: Run, data: Path) -> None:
     assert personal != base
 
 
-def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., LampRun], base: BaseModel) -> None:
+def test_a_finished_run_is_only_read(
+    full: Run, request_for: Callable[..., LampRequest], base: BaseModel
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in full.folder.rglob("*") if p.is_file()}
     again = run_lamp(request_for(full.folder), base=base)
     assert again.users == full.users
@@ -117,7 +119,7 @@ def test_a_finished_run_is_only_read(full: Run, request_for: Callable[..., LampR
 
 @pytest.mark.parametrize("changes", [{"epochs": 3}, {"seed": 1}, {"users": 3}, {"histories": "other"}])
 def test_an_out_of_another_run_is_refused(
-    full: Run, request_for: Callable[..., LampRun], base: BaseModel, changes: dict[str, Any]
+    full: Run, request_for: Callable[..., LampRequest], base: BaseModel, changes: dict[str, Any]
 ) -> None:
     request = request_for(full.folder, artefact=full.folder / "artefact", **NO_STAGE_1, **changes)
     with pytest.raises(InvalidInput, match=r"holds a run with other .* use another --out"):
@@ -125,7 +127,7 @@ def test_an_out_of_another_run_is_refused(
 
 
 def test_stopped_anywhere_and_resumed_gives_the_same_figures(
-    full: Run, request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
 ) -> None:
     """Stopped after every few steps of both stages; what a run without interruption gives comes out."""
     request, stops = request_for(tmp_path / "again"), 0
@@ -142,7 +144,7 @@ def test_stopped_anywhere_and_resumed_gives_the_same_figures(
 
 
 def test_a_users_history_reaches_nobody_else(
-    full: Run, request_for: Callable[..., LampRun], base: BaseModel, data: Path, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRequest], base: BaseModel, data: Path, tmp_path: Path
 ) -> None:
     """FACTS: a widely copied baseline trains user i on the data of users 0…i. Another history of user
     12, of the same shapes, may change what 12 becomes, and nobody else's tensors by a bit."""
@@ -165,7 +167,7 @@ def test_a_users_history_reaches_nobody_else(
 
 
 def test_ablations(
-    request_for: Callable[..., LampRun], make_artefact: Any, base: BaseModel, tmp_path: Path
+    request_for: Callable[..., LampRequest], make_artefact: Any, base: BaseModel, tmp_path: Path
 ) -> None:
     # Not one that was trained: where stage 1 does not help, it is the identity, as in stage 2 alone.
     make_artefact(base, positions="f2+l3", layers=(1, 2), ranks=(4, 2)).save(tmp_path / "artefact")
@@ -191,7 +193,7 @@ def test_ablations(
 
 
 def test_a_collective_shift_of_another_task_serves(
-    full: Run, request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
 ) -> None:
     artefact = Artefact.load(full.folder / "artefact")
     replace(artefact, name="chat", task=TASKS["chat"]).save(tmp_path / "chat")
@@ -217,7 +219,7 @@ def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, 
     assert [p.queries for p in swapped] == [p.queries for p in people]
 
 
-def test_sweeps_name_their_runs(request_for: Callable[..., LampRun], tmp_path: Path) -> None:
+def test_sweeps_name_their_runs(request_for: Callable[..., LampRequest], tmp_path: Path) -> None:
     request = request_for(tmp_path, layers=None, collective_rank=None, personal_rank=None)
     assert [r.layers for r in sweep_requests(request, "layers", blocks=3)] == [(0,), (1,), (2,)]
     grid = sweep_requests(request, "ranks=2,4", blocks=3)
@@ -239,7 +241,7 @@ def test_sweeps_name_their_runs(request_for: Callable[..., LampRun], tmp_path: P
 
 
 def test_sweeps_keep_what_they_do_not_sweep(
-    full: Run, request_for: Callable[..., LampRun], tmp_path: Path
+    full: Run, request_for: Callable[..., LampRequest], tmp_path: Path
 ) -> None:
     """A review found both of these to end in an IndexError."""
     alone = request_for(tmp_path / "a", ablation="stage2", users=1, epochs=1, **NO_STAGE_1)
@@ -250,7 +252,7 @@ def test_sweeps_keep_what_they_do_not_sweep(
 
 
 def test_a_damaged_result_is_made_again(
-    full: Run, request_for: Callable[..., LampRun], base: BaseModel, tmp_path: Path
+    full: Run, request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
 ) -> None:
     shutil.copytree(full.folder, tmp_path / "copy")
     damaged = tmp_path / "copy" / "users" / "13" / "result.json"
@@ -283,7 +285,7 @@ def test_draws_depend_on_the_query_alone(full: Run, data: Path, base: BaseModel)
 
 
 def test_what_cannot_be_is_said(
-    request_for: Callable[..., LampRun], base: BaseModel, data: Path, tmp_path: Path
+    request_for: Callable[..., LampRequest], base: BaseModel, data: Path, tmp_path: Path
 ) -> None:
     for changes in (
         {"ablation": "none"},

@@ -76,14 +76,16 @@ def test_positions_pass_the_sink_unless_they_say_themselves(own: BaseModel) -> N
 def test_what_is_asked_fits_an_artefact_that_leaves_sinks_out(
     base: BaseModel, make_artefact: Any, tmp_path: Path
 ) -> None:
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
     from perfit_cloud.lamp.stage1 import collective_artefact
 
     made = make_artefact(base, positions="s1+f2+l3", layers=(1, 2))
     made.save(tmp_path)
 
     def found(positions: str | None) -> str:
-        request = LampRun("news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions)
+        request = LampRequest(
+            "news_headline", "m", tmp_path, tmp_path, artefact=tmp_path, positions=positions
+        )
         return collective_artefact(request, made.task, base, lambda: False).spec.positions
 
     for asked in (None, "f2+l3", "s1+f2+l3"):  # the model decides, unless the request says

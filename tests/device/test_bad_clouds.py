@@ -55,8 +55,8 @@ def test_a_certificate_refused_at_the_handshake_is_renewed(
         assert cloud.calls == ["Enroll", "Challenge", "RenewLapsed", "Describe"]
         assert kept == [device.enrolment] != [expired]
     with Cloud(expired) as device:
-        pieces = list(device.generate("x", ShiftUse(), Sampling(4)))
-        assert "".join(piece.text for piece in pieces).strip() == "Hello world base"
+        chunks = list(device.generate("x", ShiftUse(), Sampling(4)))
+        assert "".join(chunk.text for chunk in chunks).strip() == "Hello world base"
 
 
 def test_a_cloud_that_only_breaks_off_says_so(cloud: FakeCloud, device: Cloud) -> None:

@@ -16,7 +16,7 @@ from perfit_device.cloud.codec import Artefact, Limits, ShiftUse
 from perfit_device.cloud.identity import Identity
 from perfit_device.evaluation import TaskClient, gradient_of
 from perfit_device.history import HistoryItem
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
 from perfit_shared.types import Score
@@ -84,7 +84,7 @@ def test_a_cloud_that_has_no_adapt_is_asked_call_by_call(cloud: FakeCloud) -> No
         assert info.limits.adapt_examples == 0
         for limit in (0, 100):  # what it says, and what a liar could
             limits = replace(info.limits, adapt_examples=limit)
-            with Adapting(device, info.artefacts[0], limits, history.split(items)) as source:
+            with GradientSource(device, info.artefacts[0], limits, history.split(items)) as source:
                 for _ in range(2):
                     assert source.gradient([0, 1], cloud.seed)()[1] == 8
                     assert source.loss(cloud.seed)() > 0

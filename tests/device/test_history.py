@@ -182,9 +182,9 @@ def test_golds_in_a_file_of_their_own(tmp_path: Path) -> None:
 def test_entries_with_an_empty_field_are_left_out_and_told(tmp_path: Path) -> None:
     user = lamp_user(1)
     user["profile"].append({"id": "x", "text": " ", "title": "t", "date": "2020-01-01"})
-    told: list[str] = []
-    assert len(read_history(write(tmp_path, "u.json", [user]), TASK, tell=told.append)) == 3
-    assert told == ["1 entries of the file have an empty field and were left out"]
+    messages: list[str] = []
+    assert len(read_history(write(tmp_path, "u.json", [user]), TASK, notify=messages.append)) == 3
+    assert messages == ["1 entries of the file have an empty field and were left out"]
 
 
 def test_dates_that_cannot_order_a_profile_are_dropped(tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def test_a_long_text_in_a_table(tmp_path: Path) -> None:
 
 
 def test_windows_1252_is_told(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     (tmp_path / "a.csv").write_bytes(TABLE.format(";").encode("cp1252"))
-    read_history(tmp_path / "a.csv", TASK, tell=told.append)
-    assert told == ["the file is not UTF-8, so it was read as Windows-1252; check an accent or two"]
+    read_history(tmp_path / "a.csv", TASK, notify=messages.append)
+    assert messages == ["the file is not UTF-8, so it was read as Windows-1252; check an accent or two"]
 
 
 @pytest.mark.parametrize("at", [0, 14, 40])

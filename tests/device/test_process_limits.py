@@ -13,7 +13,7 @@ _PROGRAM = """
 import sys
 from perfit_device import process_limits
 if sys.argv[1] == "small":
-    process_limits.stay_small()
+    process_limits.limit_process()
 import numpy as np
 from threadpoolctl import threadpool_info
 
@@ -26,7 +26,7 @@ blocks = [(np.ones(1 << 17, np.float32), bytes(100_000)) for _ in range(100)]
 stay = [small for _, small in blocks]
 del blocks
 if sys.argv[1] == "small":
-    process_limits.give_back()
+    process_limits.release_memory()
 print(resident() - before, max(library["num_threads"] for library in threadpool_info()))
 """
 

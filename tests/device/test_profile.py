@@ -21,16 +21,16 @@ from perfit_shared.types import Mode
 
 
 @pytest.fixture
-def told() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
 def profile(
-    home: Path, cloud: Any, history_file: Path, told: list[str], capsys: pytest.CaptureFixture[str]
+    home: Path, cloud: Any, history_file: Path, messages: list[str], capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Profile]:
     """Enrolled, with 20 examples."""
-    with Profile.create(DeviceSettings("one", home), passphrase=PASSPHRASE, tell=told.append) as opened:
+    with Profile.create(DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append) as opened:
         enroll.enroll(opened, cloud.invite())
         assert examples.import_file(opened, history_file).added == 20
         yield opened
@@ -40,22 +40,22 @@ def profile(
 
 def answer(profile: Profile, mode: Mode) -> str:
     asked = ask.prepare(profile, ask.Question("The council met.", temperature=0.0), [mode])
-    return "".join(piece.text for piece in asked.stream(mode))
+    return "".join(chunk.text for chunk in asked.stream(mode))
 
 
-SHORT = update.Wanted(settings={"epochs": 2})
+SHORT = update.UpdateRequest(settings={"epochs": 2})
 
 
-def test_a_day_with_a_profile(profile: Profile, told: list[str]) -> None:
+def test_a_day_with_a_profile(profile: Profile, messages: list[str]) -> None:
     assert answer(profile, Mode.PERSONAL) == "Hello world personal "
-    assert told == [
+    assert messages == [
         "no personal shift for news_headline yet, so this is the seed; `perfit update` trains one"
     ]
     steps: list[int] = []
     done = update.update(profile, SHORT, lambda step, *_: steps.append(step))
     assert done.result is not None and done.result.gate.accepted
     assert steps == list(range(1, done.result.steps + 1))
-    update.update(profile, update.Wanted(settings={"epochs": 3}))
+    update.update(profile, update.UpdateRequest(settings={"epochs": 3}))
     name, kept = versions.read(profile, None)
     assert (name, [v.number for v in kept.kept], kept.current) == ("news_headline", [1, 2], 2)
     assert kept.kept[0].learned.gate_after == done.result.gate.after

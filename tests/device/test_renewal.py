@@ -13,7 +13,7 @@ import pytest
 from tests.support.device import Perfit
 from tests.support.fake_cloud import FakeCloud
 
-from perfit_device import known, profile
+from perfit_device import cloud_record, profile
 from perfit_device.cli import common
 from perfit_device.cloud import enrolment as enrolments
 from perfit_device.cloud.client import Cloud
@@ -85,7 +85,7 @@ def test_a_clock_that_is_ahead_renews_over_the_channel(cloud: FakeCloud) -> None
 def device(cloud: FakeCloud) -> Iterator[tuple[Cloud, list[Enrolment | None]]]:
     """A device, and what another process of it left in the vault."""
     vault: list[Enrolment | None] = [None]
-    with Cloud(enrolled_with(cloud), read_anew=lambda: vault[0]) as opened:
+    with Cloud(enrolled_with(cloud), reload_enrolment=lambda: vault[0]) as opened:
         yield opened, vault
 
 
@@ -99,7 +99,7 @@ def test_another_process_renewed(cloud: FakeCloud, device: tuple[Cloud, list[Enr
     errors = iter([RETIRED])
     vault[0] = enrolled_with(cloud)
     cloud.fail = lambda method: next(errors, None) if method == "Generate" else None
-    assert "".join(piece.text for piece in opened.generate("x", ShiftUse(), Sampling(4)))
+    assert "".join(chunk.text for chunk in opened.generate("x", ShiftUse(), Sampling(4)))
     assert opened.enrolment is vault[0]
 
 
@@ -153,14 +153,14 @@ def test_a_command_that_released_the_vault_reads_it_anew(
             return None
         if who == "another command":
             with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
-                known.write_enrolment(vault, other)
+                cloud_record.write_enrolment(vault, other)
         return left.pop()
 
     cloud.fail = fail
     if who == "another command":
         enrolled.ok("ask", "x", "--mode", "base")
         with Vault.open(home / "profiles" / "default" / "vault.db", "correct horse") as vault:
-            kept = known.read_enrolment(vault)
+            kept = cloud_record.read_enrolment(vault)
         assert kept is not None
         assert kept.certificate == other.certificate
     else:
@@ -179,7 +179,7 @@ def test_a_vault_that_is_busy_is_waited_for_in_mid_run(
             return None
         if not holders:
             holders.append(Vault.open(path, "correct horse"))
-            known.write_enrolment(holders[0], other)
+            cloud_record.write_enrolment(holders[0], other)
             return RETIRED
         if not holders[0].closed:
             holders[0].close()

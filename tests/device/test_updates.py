@@ -40,7 +40,7 @@ from perfit_shared.errors import (
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Training
 
-PLACE = updates.row_name("cloud", "news_headline", "news_headline")
+ROW = updates.update_row("cloud", "news_headline", "news_headline")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_training_lowers_the_loss_and_the_gate_accepts(vault: Vault) -> None:
     assert result.gate.accepted and result.gate.after < 0.7 * result.gate.before
     assert result.loss_last < result.loss_first
     assert (result.examples, result.steps, result.epochs) == (21, 24, 4)
-    assert updates.read_checkpoint(vault, PLACE) is None
+    assert updates.read_checkpoint(vault, ROW) is None
     shift = personal.load(vault, "cloud", ARTEFACT)
     assert shift is not None and shift.updates == 1
     shift.tensors.check(SPEC, SPEC.personal_rank)
@@ -130,9 +130,9 @@ def test_the_best_epoch_is_the_candidate(vault: Vault) -> None:
 def test_checkpoint_bytes_round_trip(vault: Vault) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepared(vault, gradient=failing_after(5, KeyboardInterrupt())).run()
-    data = vault.get("checkpoint", PLACE)
+    data = vault.get("checkpoint", ROW)
     assert data is not None
-    once = updates.read_checkpoint(vault, PLACE)
+    once = updates.read_checkpoint(vault, ROW)
     assert once is not None
     twice = Training.from_bytes(once.to_bytes(), Plan)
     assert (twice.schedule, twice.losses, twice.seconds) == (once.schedule, once.losses, once.seconds)
@@ -140,9 +140,9 @@ def test_checkpoint_bytes_round_trip(vault: Vault) -> None:
     for broken in (b"", data[:100], data[:-100], b"x" * 200):
         with pytest.raises(InvalidData):
             Training.from_bytes(broken, Plan)
-        vault.put("checkpoint", PLACE, broken)
+        vault.put("checkpoint", ROW, broken)
         with pytest.raises(VaultDamaged):
-            updates.read_checkpoint(vault, PLACE)
+            updates.read_checkpoint(vault, ROW)
 
 
 def test_another_plan_starts_anew(vault: Vault) -> None:
@@ -165,7 +165,7 @@ def test_the_gate_keeps_a_worse_candidate_out(vault: Vault) -> None:
     assert not result.gate.accepted
     kept = personal.load(vault, "cloud", ARTEFACT)
     assert kept is not None and kept.updates == 3 and kept.tensors.digest() == SEED.digest()
-    assert updates.read_checkpoint(vault, PLACE) is None
+    assert updates.read_checkpoint(vault, ROW) is None
     same = prepared(vault, current=mine, evaluate=lambda tensors: lambda: 1.0)
     assert not same.run().gate.accepted, "as good is not better"
 
@@ -315,7 +315,7 @@ def test_a_judgement_is_work_that_is_kept(vault: Vault) -> None:
     update = prepared(vault, gradient=gone, evaluate=counted)
     with pytest.raises(SystemExit):
         update._train()
-    kept = updates.read_checkpoint(vault, PLACE)
+    kept = updates.read_checkpoint(vault, ROW)
     assert kept is not None
     assert (kept.step, kept.judged) == (6, 6)
 

@@ -20,8 +20,8 @@ from tests.support.old_files import (
     NEXT,
     OTHER,
     PASSPHRASE,
-    PLACE,
     PLAN,
+    ROW,
     SEED,
     STEPS,
     TWO,
@@ -31,8 +31,8 @@ from tests.support.old_files import (
 
 from perfit_device import history, personal
 from perfit_device.cloud.identity import identity_in
-from perfit_device.known import read_enrolment, recall
-from perfit_device.personal import Learned
+from perfit_device.cloud_record import read_enrolment, read_record
+from perfit_device.personal import TrainingSummary
 from perfit_device.training import update as updates
 from perfit_device.vault.crypto import Header
 from perfit_device.vault.store import Vault
@@ -54,12 +54,12 @@ def check(vault: Vault) -> None:
     assert (enrolment.address, enrolment.enrolment_address, enrolment.cloud_id) == ("a:1", "a:2", CLOUD)
     assert enrolment.identity.matches(enrolment.certificate)
     assert identity_in(enrolment.certificate) == ""
-    known = recall(vault)
+    known = read_record(vault)
     assert (known.cloud_id, list(known.tasks)) == (CLOUD, ["news_headline"])
     expected = old_files.items()
     assert [item.name for item in history.load(vault)] == [item.name for item in expected]
     assert history.split(history.load(vault)).digest() == PLAN.history
-    half_done = updates.read_checkpoint(vault, PLACE)
+    half_done = updates.read_checkpoint(vault, ROW)
     assert half_done is not None
     assert (half_done.schedule, half_done.step) == (PLAN, STEPS)
 
@@ -73,7 +73,7 @@ def test_a_kept_vault_opens(kept: Path) -> None:
         assert mine is not None and other is not None
         assert (mine.tensors.digest(), mine.updates, mine.forgotten) == (NEXT.digest(), 3, 0)
         assert (other.tensors.digest(), other.updates, other.forgotten) == (SEED.digest(), 1, 2)
-        last = updates.read_finished(vault, PLACE)
+        last = updates.read_finished(vault, ROW)
         assert last is not None and last.plan == PLAN
         vault.put("example", "new", b"{}")
         vault.delete("example", "new")
@@ -100,7 +100,7 @@ def test_what_is_known_of_a_version_is_kept(kept: Path) -> None:
     with Vault.open(kept, PASSPHRASE) as vault:
         mine = personal.read_versions(vault, CLOUD, ARTEFACT.name)
     assert mine is not None
-    assert [version.learned for version in mine.kept] == [Learned(), LEARNED]
+    assert [version.learned for version in mine.kept] == [TrainingSummary(), LEARNED]
     assert mine.now.date[:2] == "20" and mine.now.date[-1] == "Z"
 
 

@@ -17,7 +17,7 @@ from tests.support.vaults import CHEAP, PASSPHRASE
 
 from perfit_device import history, personal
 from perfit_device.history import HistoryItem
-from perfit_device.personal import MOST_VERSIONS, Learned, PersonalShift, Versions
+from perfit_device.personal import MOST_VERSIONS, PersonalShift, TrainingSummary, Versions
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidInput, NotFound
 from perfit_shared.shifts import ShiftTensors
@@ -118,7 +118,7 @@ def test_an_update_says_what_the_version_was_made_of(vault: Vault) -> None:
     result = prepared(vault, current=mine).run()
     assert result.gate.accepted
     now = read(vault).now
-    assert now.learned == Learned(
+    assert now.learned == TrainingSummary(
         len(make_split().train), result.loss_first, result.loss_last, result.gate.before, result.gate.after
     )
     assert (now.number, now.updates, now.artefact_version) == (4, 4, "v1")

@@ -24,7 +24,7 @@ from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.identity import Identity
 from perfit_device.history import HistoryItem
 from perfit_device.training import update as updates
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.invites import Invite
@@ -67,7 +67,7 @@ def on_a_device(cloud: Cloud, items: list[HistoryItem], folder: Path) -> Steps:
     steps = Steps([], [])
     with (
         Vault.create(folder / "vault.db", "x", kdf=KdfParams(32, 1, 4)) as vault,
-        Adapting(cloud, artefact, info.limits, split) as source,
+        GradientSource(cloud, artefact, info.limits, split) as source,
     ):
 
         def gradient(rows: Sequence[int], tensors: ShiftTensors) -> Any:

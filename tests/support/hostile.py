@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import numpy as np
 import safetensors.numpy
 
@@ -13,7 +17,7 @@ from perfit_cloud.service.limits import Limits
 from perfit_shared.shifts import LayerShift, ShiftSpec
 from perfit_shared.wire import personalization_pb2 as pb
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
-from tests.support.cloud import Running, generate, personal
+from tests.support.cloud import TIMEOUT, Running, generate, personal
 from tests.support.models import random_shift
 
 PATH = "/perfit.v1.Personalization/"
@@ -84,3 +88,33 @@ def hostile_tensors(spec: ShiftSpec) -> dict[str, bytes]:
     payloads = {kind: safetensors.numpy.save({**good, **change}) for kind, change in changes.items()}
     payloads["missing"] = safetensors.numpy.save({n: a for n, a in good.items() if n != bias})
     return payloads
+
+
+@contextmanager
+def again_and_again(act: Callable[[], object], threads: int = 2) -> Iterator[list[int]]:
+    """`act` in several threads until the block is left; how often, in the end."""
+    over, times = threading.Event(), [0]
+
+    def run() -> None:
+        while not over.is_set():
+            act()
+            times[0] += 1
+
+    workers = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield times
+    finally:
+        over.set()
+        for worker in workers:
+            worker.join(TIMEOUT)
+
+
+def refused(call: Callable[[], object]) -> str:
+    """Status of a call that may fail."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return str(error.code().name)  # type: ignore[attr-defined]
+    return "OK"

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from perfit_device import history, personal
 from perfit_device.cloud.codec import Artefact, CloudInfo, Limits
 from perfit_device.cloud.identity import Enrolment, Identity
+from perfit_device.cloud_record import write_enrolment, write_record
 from perfit_device.history import HistoryItem
-from perfit_device.known import remember, write_enrolment
-from perfit_device.personal import Learned, PersonalShift
+from perfit_device.personal import PersonalShift, TrainingSummary
 from perfit_device.training import update as updates
 from perfit_device.training.update import Finished, Plan
 from perfit_device.vault.crypto import Header, KdfParams
@@ -40,11 +40,11 @@ PASSPHRASE = "a passphrase of format 1"
 CLOUD = "c0ffee"
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=2, hidden_size=8)
 ARTEFACT = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"], 0.01, 3, 4)
-PLACE = updates.row_name(CLOUD, "news_headline", "news_headline")
+ROW = updates.update_row(CLOUD, "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
 NEXT = ShiftTensors.identity(SPEC, SPEC.personal_rank, 2)
 OTHER = replace(ARTEFACT, name="news_categorize", task=TASKS["news_categorize"])
-LEARNED = Learned(8, 1.5, 1.0, 1.4, 1.2)
+LEARNED = TrainingSummary(8, 1.5, 1.0, 1.4, 1.2)
 STEPS = 2
 
 
@@ -119,7 +119,7 @@ def write(path: Path) -> None:
     with Vault.create(path, "another", kdf=KdfParams(memory_kib=64, iterations=1, lanes=4)) as vault:
         vault.put("identity", "pending", bytes(32) + identity.to_der())
         write_enrolment(vault, Enrolment(identity, certificate, certificate, "a:1", "a:2", CLOUD))
-        remember(vault, info)
+        write_record(vault, info)
         history.add(vault, items())
         extra = HistoryItem.make(ARTEFACT.task, {"text": "one more", "title": "x"})
         history.add(vault, [extra])
@@ -127,9 +127,9 @@ def write(path: Path) -> None:
         personal.store(vault, CLOUD, ARTEFACT, PersonalShift(SEED, 2))
         personal.store(vault, CLOUD, ARTEFACT, PersonalShift(NEXT, 3), LEARNED)
         personal.store(vault, CLOUD, OTHER, PersonalShift(SEED, 1, 2))
-        vault.put("checkpoint", PLACE, training.to_bytes())
-        vault.put("refused", PLACE, json.dumps({"of": "x", "names": ["y"]}).encode())
-        vault.put("finished", PLACE, json.dumps(asdict(Finished(PLAN, "f" * 64, accepted=True))).encode())
+        vault.put("checkpoint", ROW, training.to_bytes())
+        vault.put("refused", ROW, json.dumps({"of": "x", "names": ["y"]}).encode())
+        vault.put("finished", ROW, json.dumps(asdict(Finished(PLAN, "f" * 64, accepted=True))).encode())
         vault.change_passphrase(PASSPHRASE)
 
 

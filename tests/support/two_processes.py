@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from perfit_cloud.collective.run import CollectiveRun, train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_shared.errors import Cancelled, InvalidInput
 
 
@@ -20,7 +20,7 @@ def in_each_process(data: str, model: str, out: Path) -> None:
     Writes what this process got to OUT/{process}.json.
     """
     torch.set_num_threads(1)
-    request = CollectiveRun(
+    request = CollectiveRequest(
         task="news_headline",
         data=Path(data),
         model=model,

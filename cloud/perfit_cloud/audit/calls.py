@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import grpc
 import numpy as np
 
-from perfit_cloud.audit.foreseen import Foresight
 from perfit_cloud.audit.needles import (
     LETTERS,
     Needle,
@@ -25,6 +24,7 @@ from perfit_cloud.audit.needles import (
     text,
     token_ids,
 )
+from perfit_cloud.audit.reference import ReferenceEngines
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
@@ -42,9 +42,9 @@ _SIZE = 0.05  # of a random change to a rotation
 class Canaries:
     """Random texts and tensors of one call."""
 
-    def __init__(self, seed: Sequence[int], foresight: Foresight) -> None:
+    def __init__(self, seed: Sequence[int], reference: ReferenceEngines) -> None:
         self.rng = np.random.default_rng(seed)
-        self.foresight = foresight
+        self.reference = reference
 
     def words(self, count: int) -> str:
         return " ".join(canary_words(self.rng, count))
@@ -55,7 +55,7 @@ class Canaries:
 
     def tensors(self, dtype: str) -> bytes:
         """A random personal shift, in a form of the wire."""
-        spec: ShiftSpec = self.foresight.artefact.spec
+        spec: ShiftSpec = self.reference.artefact.spec
         layers = {}
         of_seed = ShiftTensors.identity(spec, spec.personal_rank, seed=int(self.rng.integers(2**62)))
         for layer, (rotation, source, bias) in of_seed.layers.items():
@@ -100,7 +100,7 @@ class Running:
         self._call.cancel()
 
     def wait(self, seconds: float, is_enough: Callable[[list[Any]], bool] = lambda _: False) -> None:
-        """Until it is over or its replies are enough. Raises TimeoutError."""
+        """Wait for its end or enough replies. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._status or is_enough(self._replies), seconds):
                 raise TimeoutError
@@ -124,14 +124,14 @@ class Running:
 
 
 class PersonalCall(ABC):
-    """One call of an RPC that carries what is personal, ready to be made."""
+    """One call of an RPC that carries personal data, ready to start."""
 
     rpc: ClassVar[str]
     needles: list[Needle]
 
     @abstractmethod
     def start(self, stub: Any, seconds: float) -> Running:
-        """Send as much as puts the server to work, with a deadline in so many seconds."""
+        """Send enough to put the server to work, with this deadline."""
 
     @abstractmethod
     def refused(self, stub: Any, seconds: float) -> Running:
@@ -155,7 +155,7 @@ class Generate(PersonalCall):
         personal = canaries.tensors(dtype)
         self._shift = _shift(canaries, personal)
         self._question = _Question(canaries, personal, tokens)
-        self.needles = [*tensor_forms(personal, canaries.foresight.artefact.spec), *self._question.needles]
+        self.needles = [*tensor_forms(personal, canaries.reference.artefact.spec), *self._question.needles]
 
     def start(self, stub: Any, seconds: float) -> Running:
         return self._run(stub, seconds, self._question.sampling())
@@ -181,7 +181,7 @@ class Ask(PersonalCall):
                 for n, q in enumerate(self._questions, 1)
             ),
         ]
-        self.needles = list(tensor_forms(personal, canaries.foresight.artefact.spec))
+        self.needles = list(tensor_forms(personal, canaries.reference.artefact.spec))
         for question in self._questions:
             self.needles += question.needles
 
@@ -228,7 +228,7 @@ class Score(_OneReply):
         candidates = [pb.Candidate(prompt=pb.Prompt(text=p), answer=t) for p, t in pairs]
         self._request = pb.ScoreRequest(candidates=candidates, shift=_shift(canaries, personal))
         self.needles = [
-            *tensor_forms(personal, canaries.foresight.artefact.spec),
+            *tensor_forms(personal, canaries.reference.artefact.spec),
             *_of_pairs(canaries, pairs),
         ]
 
@@ -242,11 +242,11 @@ class ComputeGradient(_OneReply):
     def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
         personal, pairs = canaries.tensors(dtype), canaries.pairs(examples, words)
         self._request = pb.ComputeGradientRequest(examples=_examples(pairs), shift=_shift(canaries, personal))
-        foresight = canaries.foresight
+        reference = canaries.reference
         self.needles = [
-            *tensor_forms(personal, foresight.artefact.spec),
+            *tensor_forms(personal, reference.artefact.spec),
             *_of_pairs(canaries, pairs),
-            *gradient_forms(foresight.gradient(pairs, foresight.decoded(personal))),
+            *gradient_forms(reference.gradient(pairs, reference.decoded(personal))),
         ]
 
     def _spoil(self, request: Any) -> None:
@@ -258,8 +258,8 @@ class Adapt(PersonalCall):
 
     def __init__(self, canaries: Canaries, dtype: str, *, examples: int, words: int) -> None:
         personal, pairs = canaries.tensors(dtype), canaries.pairs(examples, words)
-        foresight = canaries.foresight
-        artefact = foresight.artefact
+        reference = canaries.reference
+        artefact = reference.artefact
         self._first = [
             pb.AdaptRequest(open=pb.AdaptOpen(artefact=artefact.name, version=artefact.version)),
             pb.AdaptRequest(examples=pb.AdaptExamples(examples=_examples(pairs))),
@@ -268,7 +268,7 @@ class Adapt(PersonalCall):
         self.needles = [
             *tensor_forms(personal, artefact.spec),
             *_of_pairs(canaries, pairs),
-            *gradient_forms(foresight.step(pairs, foresight.decoded(personal))),
+            *gradient_forms(reference.step(pairs, reference.decoded(personal))),
         ]
 
     def start(self, stub: Any, seconds: float) -> Running:
@@ -292,21 +292,21 @@ class _Question:
     """A prompt, and the answer that it will get."""
 
     def __init__(self, canaries: Canaries, personal: bytes, tokens: int) -> None:
-        foresight, words = canaries.foresight, canaries.words(_PROMPT_WORDS)
-        tensors = foresight.decoded(personal)
+        reference, words = canaries.reference, canaries.words(_PROMPT_WORDS)
+        tensors = reference.decoded(personal)
         answers = []
         for _ in range(_TRIES):
             seed = int(canaries.rng.integers(2**32))
             settings = Sampling(max_new_tokens=tokens, temperature=_TEMPERATURE, seed=seed)
-            answers.append((foresight.answer(words, tensors, settings), settings))
+            answers.append((reference.answer(words, tensors, settings), settings))
             if len(answers[-1][0][1]) >= tokens * 2 // 3:
                 break
         (answer, ids), self._settings = max(answers, key=lambda answered: len(answered[0][1]))
         self.prompt = pb.Prompt(text=words)
         self.needles = [
             *text("prompt text", words.split()),
-            *token_ids("prompt ids", [foresight.base.encode(words)]),
-            *text("answer text", _windows(answer, foresight, ids)),
+            *token_ids("prompt ids", [reference.base.encode(words)]),
+            *text("answer text", _windows(answer, reference, ids)),
             *token_ids("answer ids", [ids]),
         ]
 
@@ -319,12 +319,12 @@ class _Question:
         )
 
 
-def _windows(answer: str, foresight: Foresight, ids: list[int]) -> list[str]:
+def _windows(answer: str, reference: ReferenceEngines, ids: list[int]) -> list[str]:
     """Every 8 characters of an answer that parts of three tokens made.
 
     Its words are the model's own, and stand in many a library; three random tokens in a row do not.
     """
-    ends = [len(foresight.base.decode(ids[: n + 1])) for n in range(len(ids))]
+    ends = [len(reference.base.decode(ids[: n + 1])) for n in range(len(ids))]
     return [
         answer[at : at + LETTERS]
         for at in range(len(answer) - LETTERS + 1)
@@ -333,13 +333,13 @@ def _windows(answer: str, foresight: Foresight, ids: list[int]) -> list[str]:
 
 
 def _of_pairs(canaries: Canaries, pairs: list[tuple[str, str]]) -> Iterator[Needle]:
-    ids = canaries.foresight.ids(pairs)
+    ids = canaries.reference.ids(pairs)
     yield from text("example text", [word for pair in pairs for word in " ".join(pair).split()])
     yield from token_ids("example ids", [of_side for pair in ids for of_side in pair])
 
 
 def _shift(canaries: Canaries, personal: bytes) -> pb.Shift:
-    artefact = canaries.foresight.artefact
+    artefact = canaries.reference.artefact
     return pb.Shift(
         mode=pb.SHIFT_MODE_PERSONAL, artefact=artefact.name, version=artefact.version, personal=personal
     )

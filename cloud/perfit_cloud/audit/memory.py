@@ -1,11 +1,11 @@
 """Another process, looked at from outside: its memory, its open files, and folders that it may write.
 
-Nothing but what the kernel shows of it under /proc is used, so it need not help, or even know. It is
-stopped while it is looked at: nothing moves meanwhile.
+It reads only what the kernel shows under /proc, so the process need not help, or even know. The process is
+stopped meanwhile, so nothing moves.
 
 Left out: mapped files that the process cannot write (code and weights, the same bytes as on disk), and
-pages of anonymous memory that were never touched or were given back, which hold nothing. A look may be
-told of one before the secret was sent: pages that are what they were then do not hold it, and are read
+pages of anonymous memory that were never touched or were given back, which hold nothing. A look may
+get the pages of one before the secret was sent: pages that did not change since cannot hold it, and are read
 but not searched. GPU memory cannot be seen from here.
 """
 
@@ -45,13 +45,13 @@ _IN_USE = np.uint64(3 << 62)  # of an entry of pagemap: in memory, or swapped ou
 # A page's fingerprint is the sum of its words times these: odd, random, and nobody else's.
 _FACTORS = np.frombuffer(os.urandom(_PAGE), np.uint64) | np.uint64(1)
 _POLL_SECONDS = 0.1
-_PIECE = 2**22  # bytes read at a time
+_CHUNK_BYTES = 2**22  # bytes read at a time
 _LINE = re.compile(r"(\w+)-(\w+) (\S+) \w+ \S+ (\d+)\s*(.*)")
 Keys = npt.NDArray[np.uint64]
 _KERNELS_OWN = ("[vvar", "[vsyscall]", "[vdso]")
 _STATUS = Path("/proc/self/status")
 _CAP_SYS_PTRACE = 19
-_SAYS_NO = (
+_NOT_ALLOWED = (
     "looking into the server's memory needs CAP_SYS_PTRACE; run it as root, or give the interpreter that "
     "capability with `setcap cap_sys_ptrace+ep`"
 )
@@ -65,24 +65,24 @@ class Found:
     where: str  # "heap", "stack", "stack of a thread", "anonymous memory", a mapped file's name, "file NAME"
     blocks: int  # aligned blocks that belong to such runs
     address: int  # of the first; an offset in a file
-    spans: frozenset[tuple[int, int, int]]  # (piece, start, stop) of the needle
+    spans: frozenset[tuple[int, int, int]]  # (part, start, stop) of the needle
 
 
 class Pages:
     """What the pages of processes held, by fingerprints of 64 bits."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], np.uint64] = {}  # by process and address
+        self._prints: dict[tuple[int, int], np.uint64] = {}  # by process and address
 
     def add(self, pid: int, start: int, prints: Keys) -> None:
         addresses = range(start, start + len(prints) * _PAGE, _PAGE)
-        self._known.update(((pid, at), of_page) for at, of_page in zip(addresses, prints, strict=True))
+        self._prints.update(((pid, at), of_page) for at, of_page in zip(addresses, prints, strict=True))
 
     def differ(self, pid: int, start: int, prints: Keys) -> npt.NDArray[np.bool_]:
         """Which of the pages from `start` on held something else, or nothing."""
         addresses = range(start, start + len(prints) * _PAGE, _PAGE)
-        known = [self._known.get((pid, at)) for at in addresses]
-        return np.array([k is None or k != p for k, p in zip(known, prints, strict=True)], bool)
+        total = [self._prints.get((pid, at)) for at in addresses]
+        return np.array([k is None or k != p for k, p in zip(total, prints, strict=True)], bool)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Look:
     """What one look at a process found."""
 
     found: tuple[Found, ...]
-    searched: int  # bytes, with those that were known to hold nothing
+    searched: int  # bytes, unchanged pages included
     unreadable: tuple[str, ...]  # regions and files that could not be read, and why
-    pages: Pages  # of memory; none where an earlier look's were given
+    pages: Pages  # of memory; empty where an earlier look's were given
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Region:
     start: int
     stop: int
     where: str
-    is_private: bool  # anonymous: what is not in use of it holds nothing
+    is_private: bool  # anonymous: its unused pages hold nothing
 
 
 def check_allowed() -> None:
@@ -109,7 +109,7 @@ def check_allowed() -> None:
         raise ConfigError("an audit needs Linux: it looks into the server by /proc")
     effective = re.search(r"^CapEff:\s*(\w+)", _STATUS.read_text(), re.MULTILINE)
     if effective is None or not int(effective[1], 16) >> _CAP_SYS_PTRACE & 1:
-        raise ConfigError(_SAYS_NO)
+        raise ConfigError(_NOT_ALLOWED)
 
 
 def processes_of(pid: int) -> list[int]:
@@ -140,9 +140,9 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def settle(pid: int, *, rest: float = 0.3, seconds: float = 60.0) -> None:
-    """Wait until the process has had next to nothing to do for `rest` seconds.
+    """Wait until the process has been nearly idle for `rest` seconds.
 
-    Raises PerfitError when it has not come to that after `seconds`.
+    Raises PerfitError when it is not so within `seconds`.
     """
     end, quiet, before = time.monotonic() + seconds, 0, cpu_seconds(pid)
     while quiet * _POLL_SECONDS < rest:
@@ -198,17 +198,17 @@ class _Reader:
     """The memory of one process."""
 
     def __init__(self, pid: int, index: Index, since: Pages | None, pages: Pages) -> None:
-        """Adds to `pages` what is there, when there is no `since`."""
+        """Records the pages in `pages` when there is no `since`."""
         self._pid, self._index, self._since, self._pages = pid, index, since, pages
 
     def search(self, found: dict[tuple[int, str], Match], unreadable: list[str]) -> int:
         """Adds to `found` and `unreadable`; returns how many bytes were looked at."""
         looked_at = 0
-        buffer = np.zeros(_PIECE + 2 * MARGIN, np.uint8)
+        buffer = np.zeros(_CHUNK_BYTES + 2 * MARGIN, np.uint8)
         with _opened(f"/proc/{self._pid}/mem") as memory, _opened(f"/proc/{self._pid}/pagemap") as pagemap:
             for region in _regions(self._pid):
-                for at, end in _pieces(region, pagemap):
-                    # A run may begin or end in the piece beside this one, or in the next region.
+                for at, end in _chunks(region, pagemap):
+                    # A run may begin or end in the chunk beside this one, or in the next region.
                     low, high = _reach(memory, at, end, buffer)
                     if high < end:
                         unreadable.append(f"{region.where} at {at:#x}, {end - at} bytes")
@@ -216,12 +216,12 @@ class _Reader:
                     looked_at += end - at
                     data = buffer[: high - low]
                     for start, stop in self._changed(data[at - low : end - low], at):
-                        # And a part of it in a page that did not change.
+                        # Part of a run may lie in a page that did not change.
                         first, last = max(low, start - MARGIN), min(high, stop + MARGIN)
                         for number, match in self._index.search(data, first - low, last - low).items():
-                            known = found.setdefault((number, region.where), Match(first=match.first + low))
-                            known.blocks += match.blocks
-                            known.spans |= match.spans
+                            total = found.setdefault((number, region.where), Match(first=match.first + low))
+                            total.blocks += match.blocks
+                            total.spans |= match.spans
         return looked_at
 
     def _changed(self, data: npt.NDArray[np.uint8], at: int) -> Iterable[tuple[int, int]]:
@@ -233,10 +233,10 @@ class _Reader:
         return _runs(self._since.differ(self._pid, at, prints), at)
 
 
-def _pieces(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
+def _chunks(region: _Region, pagemap: int) -> Iterator[tuple[int, int]]:
     for start, stop in _used(region, pagemap):
-        for at in range(start, stop, _PIECE):
-            yield at, min(stop, at + _PIECE)
+        for at in range(start, stop, _CHUNK_BYTES):
+            yield at, min(stop, at + _CHUNK_BYTES)
 
 
 def _reach(memory: int, at: int, end: int, buffer: npt.NDArray[np.uint8]) -> tuple[int, int]:
@@ -305,7 +305,7 @@ def _opened(path: str) -> Iterator[int]:
     try:
         file = os.open(path, os.O_RDONLY)
     except PermissionError:
-        raise ConfigError(_SAYS_NO) from None
+        raise ConfigError(_NOT_ALLOWED) from None
     except OSError as error:
         raise PerfitError(f"the server is gone: {path}: {error.strerror}") from error
     try:
@@ -322,7 +322,7 @@ def _open_files(pid: int) -> Iterable[tuple[str, Path]]:
                 target = link.readlink()  # of a socket or pipe no file, as the reading of it will find
                 yield f"open file {target.name}", link
     except PermissionError:
-        raise ConfigError(_SAYS_NO) from None
+        raise ConfigError(_NOT_ALLOWED) from None
 
 
 def _state(pid: int) -> str:

@@ -44,30 +44,28 @@ class Needle:
     """One form of one secret."""
 
     kind: str
-    pieces: tuple[bytes, ...]  # a run lies within one of them
+    parts: tuple[bytes, ...]  # a run lies within one of them
     run: int = _TENSOR_RUN  # 8, 16 or 32: bytes of the shortest run that counts
     # Bytes of an item: in memory an array lies at a multiple of it. 1 where it may lie anywhere.
     item: int = 1
 
     def without(self, spans: Iterable[tuple[int, int, int]]) -> Needle:
-        """Without the runs (piece, start, stop), which turned out to stand in public places."""
+        """Without the runs (part, start, stop), which turned out to stand in public places."""
         cuts: dict[int, list[tuple[int, int]]] = {}
         for number, start, stop in spans:
             cuts.setdefault(number, []).append((start, stop))
         kept: list[bytes] = []
-        for number, piece in enumerate(self.pieces):
+        for number, part in enumerate(self.parts):
             begin = 0
             for start, stop in sorted(cuts.get(number, [])):
-                kept.append(piece[begin : start + self.run - 1])
+                kept.append(part[begin : start + self.run - 1])
                 begin = max(begin, stop - self.run + 1)
-            kept.append(piece[begin:])
-        return Needle(
-            self.kind, tuple(piece for piece in kept if len(piece) >= self.run), self.run, self.item
-        )
+            kept.append(part[begin:])
+        return Needle(self.kind, tuple(part for part in kept if len(part) >= self.run), self.run, self.item)
 
-    def telling(self, piece: bytes) -> npt.NDArray[np.bool_]:
-        """Whether the run that starts at each byte of a piece says something, by its distinct items."""
-        data = np.frombuffer(piece, np.uint8)
+    def is_distinctive(self, part: bytes) -> npt.NDArray[np.bool_]:
+        """Whether the run that starts at each byte of a part says something, by its distinct items."""
+        data = np.frombuffer(part, np.uint8)
         starts = np.zeros(len(data), bool)
         items = data[: len(data) // self.item * self.item].view(f"u{self.item}")
         count = self.run // self.item
@@ -161,17 +159,17 @@ def text(kind: str, texts: Iterable[str]) -> Iterator[Needle]:
     """Every 8 characters in a row, in the encodings that Python, Rust and protobuf hold text in."""
     texts = [t for t in texts if len(t) >= LETTERS]
     for name, size in _ENCODINGS.items():
-        pieces = dict.fromkeys(t.encode(_CODECS[name], "ignore") for t in texts)
+        parts = dict.fromkeys(t.encode(_CODECS[name], "ignore") for t in texts)
         if name == "latin-1":  # says something new only beyond ASCII
-            pieces = dict.fromkeys(p for p in pieces if not p.isascii())
-        if pieces:
-            yield Needle(f"{kind} {name}", tuple(pieces), run=LETTERS * size, item=size)
+            parts = dict.fromkeys(p for p in parts if not p.isascii())
+        if parts:
+            yield Needle(f"{kind} {name}", tuple(parts), run=LETTERS * size, item=size)
 
 
 def token_ids(kind: str, sequences: Iterable[Sequence[int]]) -> Iterator[Needle]:
     """Every 4 token ids in a row."""
     sequences = [list(s) for s in sequences if len(s) >= _IDS]
     for name, dtype in (("int32", np.int32), ("int64", np.int64)):
-        pieces = dict.fromkeys(np.array(s, dtype).tobytes() for s in sequences)
+        parts = dict.fromkeys(np.array(s, dtype).tobytes() for s in sequences)
         size = np.dtype(dtype).itemsize
-        yield Needle(f"{kind} {name}", tuple(pieces), run=_IDS * size, item=size)
+        yield Needle(f"{kind} {name}", tuple(parts), run=_IDS * size, item=size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Row", "forms_seen", "is_kept", "unseen"]
+__all__ = ["Row", "forms_found", "passed", "unseen"]
 
 # Families that a look need not find: a device never sends its key, and a server holds the ids of a prompt
 # side by side only during the one pass that reads them, and those of an answer never. Needles of ids have
@@ -31,7 +31,7 @@ class Row:
         """What is wrong with it; empty: nothing."""
         if self.moment == "before" and self.found:
             return "found what was never sent: these needles prove nothing"
-        # Of examples a server keeps ids and no text once it has read them.
+        # A server holds examples as ids only, once it has read them.
         has_words = _holds(self.found, "text") or _holds(self.found, "ids")
         if self.moment == "during" and not (_holds(self.found, "tensor") and has_words):
             return "found no tensors or no words while the server worked on them: a blind scanner"
@@ -40,7 +40,7 @@ class Row:
         return ""
 
 
-def is_kept(rows: Sequence[Row]) -> bool:
+def passed(rows: Sequence[Row]) -> bool:
     """Whether the promise was kept, and every control found what it should."""
     closed = [row for row in rows if row.moment == "closed"]
     could_find = any(row.found for row in closed if row.hardening == "off")
@@ -49,14 +49,14 @@ def is_kept(rows: Sequence[Row]) -> bool:
 
 
 def unseen(rows: Sequence[Row]) -> list[str]:
-    """The families of needles of which no look found any form: that they are gone was not shown."""
-    seen = forms_seen(rows)
+    """The families of needles of which no look found any form, so their absence proves nothing."""
+    seen = forms_found(rows)
     return [
         family for family, forms in seen.items() if family not in _UNCONTROLLED and not any(forms.values())
     ]
 
 
-def forms_seen(rows: Sequence[Row]) -> dict[str, dict[str, bool]]:
+def forms_found(rows: Sequence[Row]) -> dict[str, dict[str, bool]]:
     """By family ("tensor", "prompt text"): each form that was sought ("fp32", "utf-8"), and whether found.
 
     Found by any look since its call began: a form in which the server never holds a secret is not.

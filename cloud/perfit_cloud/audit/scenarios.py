@@ -22,9 +22,9 @@ from typing import Any
 import grpc
 
 from perfit_cloud.audit.calls import CALLS, Canaries, PersonalCall, Running
-from perfit_cloud.audit.foreseen import Foresight
 from perfit_cloud.audit.memory import Look, Pages, cpu_seconds, look_at, settle, stopped
 from perfit_cloud.audit.needles import Needle, raw
+from perfit_cloud.audit.reference import ReferenceEngines
 from perfit_cloud.audit.rows import Row
 from perfit_cloud.audit.search import Index
 from perfit_cloud.audit.server import AuditedServer, Connection, DeviceKey, signature_of
@@ -68,8 +68,8 @@ class Plan:
     flags: Sequence[str] = ()  # more, for `perfit-cloud serve`
 
 
-def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> list[Row]:
-    """All rows; each is told to `report` as it comes. Raises PerfitError when a scenario cannot be played."""
+def audit(plan: Plan, reference: ReferenceEngines, report: Callable[[Row], None]) -> list[Row]:
+    """All rows; `report` gets each as it comes. Raises PerfitError when a scenario fails to play out."""
     rows: list[Row] = []
     for hardening in ("off", "on"):
         of_mode = _of_mode(plan, hardening)
@@ -81,14 +81,14 @@ def audit(plan: Plan, foresight: Foresight, report: Callable[[Row], None]) -> li
             flags=plan.flags,
         )
         with server:
-            for row in _Auditor(of_mode, server, foresight, hardening).rows():
+            for row in _Auditor(of_mode, server, reference, hardening).rows():
                 rows.append(row)
                 report(row)
     return rows
 
 
 def _of_mode(plan: Plan, hardening: str) -> Plan:
-    """With hardening off each RPC once, whatever is asked for: it is the control of all the others."""
+    """With hardening off each RPC runs once, as the control of all others."""
     devices = 0 if plan.is_quick else plan.devices
     if hardening == "off":
         rpcs = () if plan.is_quick else tuple(rpc for rpc in plan.rpcs if rpc != "Generate")
@@ -100,9 +100,11 @@ def _of_mode(plan: Plan, hardening: str) -> Plan:
 class _Auditor:
     """The scenarios of one server."""
 
-    def __init__(self, plan: Plan, server: AuditedServer, foresight: Foresight, hardening: str) -> None:
-        self._plan, self._server, self._foresight, self._hardening = plan, server, foresight, hardening
-        self._tokens = min(_MANY_TOKENS, foresight.base.context - 64)
+    def __init__(
+        self, plan: Plan, server: AuditedServer, reference: ReferenceEngines, hardening: str
+    ) -> None:
+        self._plan, self._server, self._foresight, self._hardening = plan, server, reference, hardening
+        self._tokens = min(_MANY_TOKENS, reference.base.context - 64)
         self._made = 0  # calls
 
     def rows(self) -> Iterator[Row]:
@@ -124,9 +126,9 @@ class _Auditor:
         for effort in range(1, _TRIES + 1):
             call = self._call(rpc, dtype, effort)
             began = time.monotonic()
-            watch = _Watch(self._server, self._hardening, rpc, ending, call.needles)
-            rows = [watch.before()]
-            # Of a call that ends so: long enough for some looks, short enough to wait for.
+            search = _ScenarioSearch(self._server, self._hardening, rpc, ending, call.needles)
+            rows = [search.before()]
+            # Long enough for some looks, short enough to wait for.
             seconds = 2 + 4 * (time.monotonic() - began) * effort if ending == "deadline" else _SECONDS
             connection = self._server.connect(device)
             try:
@@ -136,33 +138,33 @@ class _Auditor:
                         running = call.refused(connection.personalization, seconds)
                     else:
                         running = call.start(connection.personalization, seconds)
-                        row = self._caught(running, watch, held)
+                        row = self._caught(running, search, held)
                         if row is None:
                             continue
                         rows.append(row)
                         _end(running, ending, connection, seconds)
-                _ended(running, call, ending, watch.name)
-                watch.add(call.received(running.replies))
+                _ended(running, call, ending, search.name)
+                search.add(call.received(running.replies))
                 if ending != "gone":  # whose channel ended with it
-                    rows.append(watch.at_rest("after"))
+                    rows.append(search.at_rest("after"))
             finally:
                 connection.close()
             yield from rows
-            yield watch.at_rest("closed")
+            yield search.at_rest("closed")
             return
         raise PerfitError(
             f"{rpc} {ending}: the call ended before the server was caught at it; audit a larger model"
         )
 
-    def _caught(self, running: Running, watch: _Watch, held: ExitStack) -> Row | None:
-        """What was found while the server was at it; it is stopped until `held` ends. None: it was over."""
+    def _caught(self, running: Running, search: _ScenarioSearch, held: ExitStack) -> Row | None:
+        """What was found while the server worked; `held` keeps it stopped. None: the call was over."""
         for number in range(_LOOKS):
             _let_work(self._server.pid, 0.02 * 1.5**number, running)
             with ExitStack() as hold:
                 hold.enter_context(stopped(self._server.pid))
                 if running.status is not None:
                     return None
-                row = watch.during()
+                row = search.during()
                 if not row.fault or number == _LOOKS - 1:
                     held.push(hold.pop_all())
                     return row
@@ -171,7 +173,7 @@ class _Auditor:
     # -- identities ------------------------------------------------------------------------------
 
     def _identities(self, device: DeviceKey) -> Iterator[Row]:
-        """Enroll carries the invite's secret. A device's key is never sent, and looked for all the same."""
+        """Enroll carries the invite's secret. A device never sends its key; the search covers it anyway."""
         for ending in ("done", "refused"):
             if "Enroll" in self._plan.rpcs and ending in self._plan.endings:
                 invite, new = self._server.invites(1)[0], DeviceKey()
@@ -194,22 +196,22 @@ class _Auditor:
     ) -> Iterator[Row]:
         """A call too short to be caught at work; its connection still holds what it sent, and shows it."""
         with connection:
-            watch = _Watch(self._server, self._hardening, rpc, ending, needles)
-            yield watch.before()
+            search = _ScenarioSearch(self._server, self._hardening, rpc, ending, needles)
+            yield search.before()
             try:
                 call(timeout=_SECONDS)
                 status = "OK"
             except grpc.RpcError as error:
                 status = error.code().name
             if status not in _STATUS[ending]:
-                raise PerfitError(f"{watch.name}: the call ended with {status}")
-            yield watch.at_rest("after")
-        yield watch.at_rest("closed")
+                raise PerfitError(f"{search.name}: the call ended with {status}")
+            yield search.at_rest("after")
+        yield search.at_rest("closed")
 
     # -- many devices ----------------------------------------------------------------------------
 
     def _load(self, count: int) -> Iterator[Row]:
-        """All devices at once, each with canaries of its own; of four one cancels and one is cut off."""
+        """All devices at once, each with its own canaries; of four, one cancels and one is cut off."""
         kinds = [rpc for rpc in self._plan.rpcs if rpc in CALLS] or list(CALLS)
         endings = [("done", "cancelled", "done", "gone")[n % 4] for n in range(count)]
         calls = [
@@ -217,8 +219,8 @@ class _Auditor:
             for n in range(count)
         ]
         needles = [needle for call in calls for needle in call.needles]
-        watch = _Watch(self._server, self._hardening, "every RPC", f"{count} devices", needles)
-        yield watch.before()  # first: the server closes connections that stay idle meanwhile
+        search = _ScenarioSearch(self._server, self._hardening, "every RPC", f"{count} devices", needles)
+        yield search.before()  # first: the server closes connections that stay idle meanwhile
         connections = [self._server.connect(device) for device in self._server.enrol(count)]
         try:
             for connection in connections:  # the handshakes are no part of the load
@@ -229,21 +231,21 @@ class _Auditor:
             ]
             _let_work(self._server.pid, 0.2, running[0])
             with stopped(self._server.pid):
-                yield watch.during()
+                yield search.during()
                 for of_call, ending, connection in zip(running, endings, connections, strict=True):
                     if of_call.status is None:
                         _end(of_call, ending, connection, _SECONDS)
             for n, (call, of_call, ending) in enumerate(zip(calls, running, endings, strict=True)):
                 _ended(of_call, call, ending, f"{call.rpc} of device {n} of {count}")
-                watch.add(call.received(of_call.replies))
-            yield watch.at_rest("after")
+                search.add(call.received(of_call.replies))
+            yield search.at_rest("after")
         finally:
             for connection in connections:
                 connection.close()
-        yield watch.at_rest("closed")
+        yield search.at_rest("closed")
 
     def _call(self, rpc: str, dtype: str, effort: int) -> PersonalCall:
-        """`effort`: 0 for little work, else so many times what a server can be caught at."""
+        """`effort`: 0 for little work, else a multiple of what keeps a server busy."""
         self._made += 1
         canaries = Canaries([self._plan.seed, self._made, self._hardening == "on"], self._foresight)
         size: dict[str, Any]
@@ -256,7 +258,7 @@ class _Auditor:
         return made
 
 
-class _Watch:
+class _ScenarioSearch:
     """The looks at a server for the needles of one scenario."""
 
     def __init__(
@@ -264,7 +266,7 @@ class _Watch:
     ) -> None:
         self._server, self._hardening, self._rpc, self._ending = server, hardening, rpc, ending
         self._index = Index(needles)
-        self._pages: Pages | None = None  # before the call: what did not change since is not of the call
+        self._pages: Pages | None = None  # before the call: unchanged pages hold nothing of it
 
     @property
     def name(self) -> str:
@@ -276,10 +278,9 @@ class _Watch:
             self._index = Index([*self._index.needles, *needles])
 
     def before(self) -> Row:
-        """What was found before anything was sent; needles that cannot tell are dropped.
+        """What was found before anything was sent; drops needles that prove nothing.
 
-        The words of an answer and the ids of tokens are the model's own. Some of their runs stand in
-        libraries, and say nothing.
+        The words of an answer and token ids are the model's own. Some of their runs stand in libraries.
         """
         settle(self._server.pid)
         look, needles = self._stopped(), self._index.needles
@@ -296,7 +297,7 @@ class _Watch:
         return row
 
     def during(self) -> Row:
-        """Of a server that is stopped."""
+        """Search a stopped server."""
         return self._row("during", look_at(self._server.pid, self._index, since=self._pages))
 
     def at_rest(self, moment: str) -> Row:

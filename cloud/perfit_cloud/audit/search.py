@@ -23,14 +23,14 @@ __all__ = ["MARGIN", "Index", "Match"]
 
 MARGIN = 32  # bytes beside a block that a comparison may look at
 _STRIDE = 8  # bytes; blocks of 4 go by 4
-_CHUNK = 2**18  # bytes looked at in one go: what is computed of them stays in the cache
+_CHUNK = 2**18  # bytes searched at once: their keys stay in the processor's cache
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio: multiplying by it spreads keys
 _ODD_2 = np.uint64(0xC2B2AE3D27D4EB4F)
 _MOST_BITS = 25  # of a table of hashes: 32 MiB
 
 Bytes = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
-Places = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Match:
 
     blocks: int = 0
     first: int = 0  # offset in the bytes searched
-    spans: set[tuple[int, int, int]] = field(default_factory=set)  # (piece, start, stop) of the needle
+    spans: set[tuple[int, int, int]] = field(default_factory=set)  # (part, start, stop) of the needle
 
 
 class Index:
@@ -71,9 +71,9 @@ class Index:
         found: dict[int, Match] = {}
         for shift in range(_STRIDE):
             for number, match in self.search(np.frombuffer(data, np.uint8)[shift:].copy()).items():
-                known = found.setdefault(number, Match(first=match.first + shift))
-                known.blocks += match.blocks
-                known.spans |= match.spans
+                total = found.setdefault(number, Match(first=match.first + shift))
+                total.blocks += match.blocks
+                total.spans |= match.spans
         return found
 
 
@@ -83,34 +83,34 @@ class _Table:
     def __init__(self, needles: Sequence[Needle], width: int) -> None:
         self._width, self._stride = width, min(width, _STRIDE)
         gap = bytes(2 * width)
-        source, owners, telling = [gap], [np.full(2 * width, -1)], [np.zeros(2 * width, bool)]
-        self._pieces: list[tuple[int, int, int]] = []  # (needle, piece, where it begins) by owner
+        source, owners, distinctive = [gap], [np.full(2 * width, -1)], [np.zeros(2 * width, bool)]
+        self._parts: list[tuple[int, int, int]] = []  # (needle, part, where it begins) by owner
         size = 2 * width
-        places: list[Places] = []
+        positions: list[Positions] = []
         for number, needle in enumerate(needles):
             if needle.run != 2 * width:
                 continue
-            for piece, data in enumerate(needle.pieces):
-                says = needle.telling(data)
-                places.append(size + _useful(data, says, needle, width))
+            for part, data in enumerate(needle.parts):
+                distinct = needle.is_distinctive(data)
+                positions.append(size + _useful(data, distinct, needle, width))
                 source += [data, gap]
-                owners += [np.full(len(data), len(self._pieces)), np.full(2 * width, -1)]
-                telling += [says, np.zeros(2 * width, bool)]
-                self._pieces.append((number, piece, size))
+                owners += [np.full(len(data), len(self._parts)), np.full(2 * width, -1)]
+                distinctive += [distinct, np.zeros(2 * width, bool)]
+                self._parts.append((number, part, size))
                 size += len(data) + 2 * width
         self._source = np.frombuffer(b"".join(source), np.uint8)
         self._owner = np.concatenate(owners).astype(np.int32)
-        # How many telling runs begin before each byte.
-        self._telling = np.concatenate([[0], np.cumsum(np.concatenate(telling))])
-        self._build(np.concatenate(places) if places else np.zeros(0, np.int64))
+        # How many distinctive runs begin before each byte.
+        self._distinctive = np.concatenate([[0], np.cumsum(np.concatenate(distinctive))])
+        self._build(np.concatenate(positions) if positions else np.zeros(0, np.int64))
 
-    def _build(self, places: Places) -> None:
-        blocks = np.lib.stride_tricks.sliding_window_view(self._source, self._width)[places]
+    def _build(self, positions: Positions) -> None:
+        blocks = np.lib.stride_tricks.sliding_window_view(self._source, self._width)[positions]
         keys = _keys(np.ascontiguousarray(blocks).reshape(-1), self._width, self._width)
         order = np.argsort(keys, kind="stable")
-        self._places = places[order]
+        self._positions = positions[order]
         self._keys, self._starts = np.unique(keys[order], return_index=True)
-        self._counts = np.diff(np.append(self._starts, len(places)))
+        self._counts = np.diff(np.append(self._starts, len(positions)))
         self._bits = np.uint64(min(_MOST_BITS, max(12, len(self._keys).bit_length() + 3)))
         self._sieves = []
         for factor in (_ODD, _ODD_2):
@@ -119,7 +119,7 @@ class _Table:
             self._sieves.append((factor, sieve))
 
     def matches(self, data: Bytes, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-        """(needle, offset in data, (piece, start, stop)) of every block in data[start:stop] that counts."""
+        """(needle, offset in data, (part, start, stop)) of every block in data[start:stop] that counts."""
         if not len(self._keys):
             return
         # A pair of words across `stop` is left out: its run holds another pair, on one side or the other.
@@ -135,51 +135,51 @@ class _Table:
         for turn in range(most):  # a block may stand in several places of the secrets
             more = self._counts[found] > turn
             at, found = at[more], found[more]
-            yield from self._compare(data, at, self._places[self._starts[found] + turn])
+            yield from self._compare(data, at, self._positions[self._starts[found] + turn])
 
     def _compare(
-        self, data: Bytes, at: Places, place: Places
+        self, data: Bytes, at: Positions, position: Positions
     ) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-        """Of blocks at data[at] that may be those at source[place], those within a run that counts."""
+        """Of blocks at data[at] that may be those at source[position], those within a run that counts."""
         width = self._width
         around = np.arange(-width, 2 * width)
         there = at[:, None] + around
         is_inside = (there >= 0) & (there < len(data))
-        sources = place[:, None] + around
+        sources = position[:, None] + around
         same = (data[np.clip(there, 0, len(data) - 1)] == self._source[sources]) & is_inside
-        same &= self._owner[sources] == self._owner[place][:, None]
+        same &= self._owner[sources] == self._owner[position][:, None]
         left = np.minimum.accumulate(same[:, :width][:, ::-1], axis=1).sum(1)
         right = np.minimum.accumulate(same[:, 2 * width :], axis=1).sum(1)
-        first, last = place - left, place + width + right - 2 * width  # where a run may begin
+        first, last = position - left, position + width + right - 2 * width  # where a run may begin
         is_run = same[:, width : 2 * width].all(1) & (first <= last)
-        is_run &= self._telling[np.maximum(first, last + 1)] > self._telling[first]
+        is_run &= self._distinctive[np.maximum(first, last + 1)] > self._distinctive[first]
         for row in np.flatnonzero(is_run):
-            needle, piece, begin = self._pieces[self._owner[place[row]]]
-            span = (piece, int(first[row] - begin), int(last[row] - begin) + 2 * width)
+            needle, part, begin = self._parts[self._owner[position[row]]]
+            span = (part, int(first[row] - begin), int(last[row] - begin) + 2 * width)
             yield needle, int(at[row]), span
 
-    def _passing(self, keys: Keys) -> Places:
+    def _passing(self, keys: Keys) -> Positions:
         """Which of the keys may be in the table."""
         (first, sieve), (second, other) = self._sieves
         hits = np.flatnonzero(sieve.take(self._hash(keys, first)))
         return hits[other.take(self._hash(keys[hits], second))]
 
-    def _hash(self, keys: Keys, factor: np.uint64) -> Places:
+    def _hash(self, keys: Keys, factor: np.uint64) -> Positions:
         hashes = keys * factor
         hashes >>= np.uint64(64) - self._bits
         return hashes.view(np.int64)
 
 
-def _useful(piece: bytes, says: npt.NDArray[np.bool_], needle: Needle, width: int) -> Places:
-    """Where in a piece blocks begin that a telling run holds, and that an aligned address can."""
-    if len(says) < 2 * width:
+def _useful(part: bytes, distinct: npt.NDArray[np.bool_], needle: Needle, width: int) -> Positions:
+    """Where in a part blocks begin that a distinctive run holds, and that an aligned address can."""
+    if len(distinct) < 2 * width:
         return np.zeros(0, np.int64)
-    runs = np.concatenate([[0], np.cumsum(says)])
-    begins = np.arange(0, len(says) - width + 1, min(needle.item, _STRIDE, width))
+    runs = np.concatenate([[0], np.cumsum(distinct)])
+    begins = np.arange(0, len(distinct) - width + 1, min(needle.item, _STRIDE, width))
     begins = begins[runs[begins + 1] > runs[np.maximum(begins - width, 0)]]
-    blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(piece, np.uint8), width)[begins]
-    telling: Places = begins[(blocks != blocks[:, :1]).any(1)]
-    return telling
+    blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(part, np.uint8), width)[begins]
+    distinctive: Positions = begins[(blocks != blocks[:, :1]).any(1)]
+    return distinctive
 
 
 def _keys(data: Bytes, width: int, stride: int) -> Keys:

@@ -55,7 +55,7 @@ def audit(  # noqa: PLR0917 - options of a command
     """
     from perfit_cloud.audit.memory import check_allowed
     from perfit_cloud.audit.processor import processor
-    from perfit_cloud.audit.rows import forms_seen, is_kept, unseen
+    from perfit_cloud.audit.rows import forms_found, passed, unseen
     from perfit_cloud.audit.scenarios import ENDINGS, RPCS, Plan
     from perfit_cloud.audit.scenarios import audit as run
 
@@ -66,7 +66,7 @@ def audit(  # noqa: PLR0917 - options of a command
 
     import torch
 
-    from perfit_cloud.audit.foreseen import Foresight
+    from perfit_cloud.audit.reference import ReferenceEngines
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
 
@@ -85,27 +85,27 @@ def audit(  # noqa: PLR0917 - options of a command
             is_quick=quick,
             flags=("--threads", str(threads), "--dtype", dtype),
         )
-        with Foresight(base, Artefact.load(artefact)) as foresight:
-            rows = run(plan, foresight, _tell)
+        with ReferenceEngines(base, Artefact.load(artefact)) as reference:
+            rows = run(plan, reference, _notify)
     if as_json is not None:
         written = {
-            "kept": is_kept(rows),
+            "kept": passed(rows),
             "seed": seed,
             "devices": 0 if quick else devices,
             "processor": asdict(made_on),
             "dtype": dtype,
             "threads": threads,
-            "forms_found": forms_seen(rows),
+            "forms_found": forms_found(rows),
             "never_found": unseen(rows),
             "rows": [_written(row) for row in rows],
         }
         as_json.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
     print(f"{dtype}, {threads} thread{'s' * (threads > 1)} a pass, on {made_on}\n")
-    for line in [*_table(rows), *_forms(forms_seen(rows))]:
+    for line in [*_table(rows), *_forms(forms_found(rows))]:
         print(line)
     for family in unseen(rows):
         print(f"no look found any {family}: that it is forgotten was not shown", file=sys.stderr)
-    if not is_kept(rows):
+    if not passed(rows):
         print("the audit failed", file=sys.stderr)
         raise typer.Exit(1)
     print("nothing was left after any call and channel, and every control found what it should")
@@ -119,7 +119,7 @@ def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> tup
     return tuple(name for name in known if not given or name in given)
 
 
-def _tell(row: Row) -> None:
+def _notify(row: Row) -> None:
     """Progress, on stderr."""
     fault = f" ({', '.join(row.found)}): {row.fault}" if row.fault else ""
     look = f"hardening {row.hardening}, {row.rpc} {row.ending}, {row.moment}: {_count(row)}"

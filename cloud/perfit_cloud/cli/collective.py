@@ -103,10 +103,10 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     perfit-cloud collective train --task chat --data chats.jsonl --model newslm --lr 2e-3 --epochs 1 --out artefacts/chat
     accelerate launch --num_processes 4 $(which perfit-cloud) collective train --task chat --data chats.jsonl --model llama --out artefacts/chat
     """  # noqa: E501 - \b keeps an example on one line
-    from perfit_cloud.collective.processes import Processes, leave
-    from perfit_cloud.collective.run import CollectiveRun, train_collective
+    from perfit_cloud.collective.processes import Processes, close_processes
+    from perfit_cloud.collective.run import CollectiveRequest, train_collective
 
-    request = CollectiveRun(
+    request = CollectiveRequest(
         task=task,
         data=data,
         model=model,
@@ -138,11 +138,11 @@ def train(  # noqa: PLR0917 - typer's way; all are options
         with stopping() as stop:
             artefact = train_collective(request, stop=stop)
     except Cancelled as error:
-        leave()
+        close_processes()
         if main:
             typer.echo(f"perfit-cloud: {error}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    leave()
+    close_processes()
     if main:
         result = json.dumps(_result(artefact, out), ensure_ascii=False) if as_json else _line(artefact, out)
         typer.echo(result)

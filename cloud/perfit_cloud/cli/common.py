@@ -26,21 +26,21 @@ def layers_of(text: str | None) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop after the step; a second one stops at once."""
-    wished = False
+    """Turn the first Ctrl-C or SIGTERM into a stop after the step; a second one stops at once."""
+    stopped = False
 
-    def wish(number: int, _frame: Any) -> None:
-        nonlocal wished
-        wished = True
+    def stop(number: int, _frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
         signal.signal(number, old[number])
 
     old: dict[int, Any] = {
         int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
     }
     for number in old:
-        signal.signal(number, wish)
+        signal.signal(number, stop)
     try:
-        yield lambda: wished
+        yield lambda: stopped
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

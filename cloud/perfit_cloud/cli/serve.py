@@ -35,7 +35,7 @@ __all__ = ["ConfigFile", "StateFolder", "serve"]
 
 _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
-_LOOSE_TONGUES = ("transformers",)
+_QUOTING_LIBRARIES = ("transformers",)
 _WAKE_SECONDS = 0.25  # how long a signal to stop may go unnoticed
 _CLOSE_SECONDS = 5.0  # for the engines to end, and again for the database, after the last call
 _LAST_SECONDS = 20  # after drain_seconds the system ends the process, if no thread lets Python do it
@@ -148,7 +148,7 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
 
 
 def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
-    """Load everything, then answer until told to stop."""
+    """Load everything, then answer until a signal to stop."""
     import torch
 
     from perfit_cloud.engine.device_lock import DeviceLock
@@ -171,7 +171,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         torch.set_num_threads(config.threads)
     artefacts = [Artefact.load(Path(folder).expanduser()) for folder in config.artefacts]
     base = load_base(config.model, dtype=config.dtype, device=config.device)
-    for name in _LOOSE_TONGUES:  # after loading, which sets a level of its own
+    for name in _QUOTING_LIBRARIES:  # after loading, which sets a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     catalog = Catalog.build(config, base, artefacts, authority.cloud_id)
     kind = engine_kind(base)
@@ -236,7 +236,7 @@ def _stops() -> queue.SimpleQueue[None]:
 def _answer(
     config: CloudConfig, server: CloudServer, stops: queue.SimpleQueue[None], *closes: Callable[[], None]
 ) -> None:
-    """Until told to stop; then end calls, and call `closes`."""
+    """Wait for a signal to stop; then end calls, and call `closes`."""
     try:
         while stops.empty():
             # The system may give the signal to any thread, and its handler waits for this one to wake.

@@ -1,4 +1,4 @@
-"""What is told about a trained artefact: its card, the same as CARD.md, and a picture of the losses."""
+"""The card of a trained artefact, the same as CARD.md, and a plot of its losses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import numpy as np
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Stage1Training
-from perfit_cloud.collective.trials import telling, trial_steps
+from perfit_cloud.collective.trials import ranks_rates, trial_steps
 from perfit_cloud.text_tables import markdown_table
 from perfit_shared.prompts import prompts_of
-from perfit_shared.shifts import ShiftSpec
 
 __all__ = ["draw_losses", "make_card", "write_card"]
 
@@ -51,7 +50,7 @@ def make_card(
             "accumulate": settings.accumulate,
             "gradient_checkpointing": settings.gradient_checkpointing,
             "optimizer": "Adam, rotations on the Stiefel manifold by QR retraction",
-            "collective_parameters": _parameters(settings.spec, settings.spec.collective_rank),
+            "collective_parameters": settings.spec.parameters(settings.spec.collective_rank),
             "personal_parameters": settings.spec.personal_parameters(),
             "device_learning_rate": device_rate,
             "device_epochs": settings.device_epochs,
@@ -77,12 +76,8 @@ def make_card(
     return dict(_plain(card))
 
 
-def _parameters(spec: ShiftSpec, rank: int) -> int:
-    return len(spec.layers) * rank * (2 * spec.hidden_size + 1)
-
-
 def _privacy_note(training: Stage1Training) -> str:
-    """Who can hold φ₁, and what it may tell of whom it was learned from."""
+    """Who can hold φ₁, and what it may reveal of the people it was learned from."""
     holders = (
         "Every enrolled device can recover φ₁ from about as many gradient calls as a hidden state has "
         "numbers, so it is as good as published to all members"
@@ -125,7 +120,7 @@ def _device_note(training: Stage1Training) -> str:
         f"of their examples; {min(users, held_out)} of {users} were not part of stage 1. "
         "The lowest rate that gains nine tenths of what the best does"
     )
-    if telling(trials):
+    if ranks_rates(trials):
         return note
     return f"{note}, but not above stage 1's rate, since they gained too little to tell rates apart"
 
@@ -161,7 +156,7 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         "",
         "![losses](loss.png)",
         "",
-        f"**Data.** {data['source']} ({data['rows']}): {_told(data)}. Validation: "
+        f"**Data.** {data['source']} ({data['rows']}): {_data_words(data)}. Validation: "
         f"{data['validation_examples']} examples {_validation_of(data['validation_users'])}.",
         "",
         f"**Training.** {hyper['prompts']} prompts, {hyper['epochs']} epochs, "
@@ -169,7 +164,7 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"peak rate {hyper['learning_rate']:g}, warm-up {hyper['warm_up']}, linear decay"
         f"{_clipped(hyper['gradient_clipping'])}, no weight decay, seed {hyper['seed']}"
         f"{_train_loss(losses['train_last'])}. The shifts are those of step {losses['taken_at_step']}, "
-        f"where the validation loss was lowest{_ended(losses['stopped_early'])}. {card['seconds']:.0f} s, "
+        f"where the validation loss was lowest{_early(losses['stopped_early'])}. {card['seconds']:.0f} s, "
         f"{card['speed']['steps_per_second']:.2f} steps/s.",
         "",
         f"**Learning rate.** {card['trials_note']}.",
@@ -189,11 +184,11 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
 _LOSSES = {"base": "base model", "collective": "collective (φ₁)", "seed": "with the seed (φ₂∘φ₁)"}
 
 
-def _ended(early: bool) -> str:
+def _early(early: bool) -> str:
     return "; training ended early, since it no longer fell" if early else ""
 
 
-def _told(data: Mapping[str, Any]) -> str:
+def _data_words(data: Mapping[str, Any]) -> str:
     """Of data that were trained on privately, only how many people there were."""
     if "examples" not in data:
         return f"{data['users']:,} people"
@@ -212,7 +207,7 @@ def _told(data: Mapping[str, Any]) -> str:
 def _batches(card: Mapping[str, Any]) -> str:
     hyper = card["hyper_parameters"]
     if card["privacy"]["mechanism"] is not None:
-        return ""  # told under privacy
+        return ""  # private training has no batches of examples
     spread = f" over {hyper['processes']} processes" if hyper["processes"] > 1 else ""
     return f" of {hyper['batch_size']} examples{spread}"
 

@@ -1,7 +1,7 @@
 """The state of an unfinished stage-1 run, in `training.pt` of its output folder.
 
-Written whole to a temporary file that then takes the old one's place, so that a kill at any moment
-leaves the one or the other.
+`save` writes a temporary file and then replaces the old one, so a kill at any moment leaves one of them
+whole.
 """
 
 from __future__ import annotations

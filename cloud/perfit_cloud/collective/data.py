@@ -23,7 +23,8 @@ from perfit_cloud.collective.streaming import stream_users
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at, id_of, item_of, parse_json, read_text, read_users
+from perfit_shared.json_input import error_context, id_of, numbered_lines, parse_json, read_text
+from perfit_shared.lamp import item_of, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["Corpus", "find_data", "read_items", "tokenise"]
@@ -66,7 +67,7 @@ class Corpus:
         return h.hexdigest()
 
     def private_summary(self) -> dict[str, Any]:
-        """What the card may tell of data that nobody else may learn of: how many people there are."""
+        """What the card may publish about private data: how many people there are."""
         return {
             "source": self.source,
             "rows": self.kind,
@@ -155,17 +156,14 @@ def _read_users(path: Path, task: Task) -> Items:
 def _read_lines(path: Path, task: Task) -> Items:
     users: dict[str, list[dict[str, str]]] = {}
     dropped = unnamed = 0
-    with at(str(path)):
-        # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            with at(f"line {number}"):
+    with error_context(str(path)):
+        for number, line in numbered_lines(read_text(path)):
+            with error_context(f"line {number}"):
                 values = parse_json(line)
                 if not isinstance(values, dict):
                     raise InvalidData("it should be an object with the task's fields")
                 named = "user_id" in values
-                # Without a name, a line is somebody of their own.
+                # A line without a name counts as a person of its own.
                 user = id_of(values, "user_id") if named else f"line {number}"
                 item = item_of(values, task)
             if item is None:
@@ -217,7 +215,7 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: It
 class _Split(NamedTuple):
     train: Mapping[str, list[Pair]]
     validation: list[Pair]
-    users: set[str]  # whom validation examples are of, unless they are trained on too
+    users: set[str]  # of the validation examples, unless they are trained on too
 
 
 def _with_examples(encoded: Mapping[str, list[Encoded]]) -> dict[str, list[Pair]]:

@@ -44,11 +44,11 @@ __all__ = ["Forward", "FullForward", "PairKey", "PartialForward", "forward_for",
 _CACHE_BYTES = 4 << 30  # of activations on the model's device, as `lamp run` keeps for personal training
 _SPILL_BYTES = 8 << 30  # beyond that in host memory, where the model is not on the host
 PairKey = tuple[tuple[int, ...], tuple[int, ...]]
-_BLOCK_PASSES = 4  # passes whose examples are cached together, between two looks at a wish to stop
+_BLOCK_PASSES = 4  # passes whose examples are cached together, between two checks for a stop
 
 
 class Forward(Protocol):
-    """What `Losses` asks of a model. One thread at a time."""
+    """What `Losses` needs of a model. One thread at a time."""
 
     model: Any  # whose modules run
     caches_activations: bool  # whether `cache` saves work
@@ -62,7 +62,7 @@ class Forward(Protocol):
         """
 
     def cache(self, pairs: Sequence[Pair], done: Callable[[int], None]) -> None:
-        """Compute what no shift changes of these pairs; `done` is told how many, now and then.
+        """Compute what no shift changes of these pairs; `done` gets their number, now and then.
 
         The passes are the same for the same pairs, so an interrupted run that goes on finds the same bits.
         """
@@ -99,7 +99,7 @@ class PartialForward:
         self._layer = spec.layers[0]
         self._positions = Positions.parse(spec.positions)
         self._budget = BatchBudget.of(base.device)
-        self._room = (cache_bytes, spill_bytes)
+        self._budgets = (cache_bytes, spill_bytes)
         self._cache: ExampleCache | None = None
         self._rows: dict[PairKey, int] = {}  # of each cached pair
 
@@ -140,8 +140,8 @@ class PartialForward:
         self._rows = {pair_key(pair): row for row, pair in enumerate(distinct)}
         sizes = cache_bytes(self._decoder, examples, self._layer)
         left = np.argsort(sizes, kind="stable")  # the smallest first: most examples for the memory
-        for where, room in enumerate(self._room):
-            which = left[sizes[left].cumsum() <= room]
+        for where, budget in enumerate(self._budgets):
+            which = left[sizes[left].cumsum() <= budget]
             left = left[len(which) :]
             blocks = -(-int(examples.lengths[which].sum()) // (_BLOCK_PASSES * self._budget.rows))
             for of_block in np.array_split(which, min(blocks, len(which))) if len(which) else ():
@@ -198,5 +198,5 @@ class FullForward:
 
 
 def pair_key(pair: Pair) -> PairKey:
-    """What tells one pair from another."""
+    """A hashable key of a pair."""
     return tuple(pair[0]), tuple(pair[1])

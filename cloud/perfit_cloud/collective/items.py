@@ -29,10 +29,10 @@ class Items:
     # The latest of the profiles where queries are trained on; of a streamed file, of the longest ones.
     profiles: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
     only_profiles: int = 0  # users left out, since they have no queries and others do
-    unnamed: int = 0  # users who are one line or one question, whoever wrote it
+    unnamed: int = 0  # users who are a single line or question without a name
 
     def history(self, user: str) -> list[dict[str, str]]:
-        """What a device of this user would hold: the profile, unless what is trained on is longer."""
+        """What this user's device would hold: the profile or the training items, whichever is longer."""
         return max(self.users[user], self.profiles.get(user, []), key=len)
 
     def first_users(self, count: int, seed: int) -> Items:

@@ -35,14 +35,14 @@ def train_people(
             if not training.done or (judges and training.at_epoch_end)
         }
 
-        def gradients(asked: Mapping[int, Training[S]]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
-            steps = [GradientRequest(opened[i], each.rows, each.tensors) for i, each in asked.items()]
+        def gradients(pending: Mapping[int, Training[S]]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
+            steps = [GradientRequest(opened[i], each.rows, each.tensors) for i, each in pending.items()]
             return lambda: [(found.loss, found.tensors) for found in engine.gradients(steps)]
 
-        def losses(asked: Mapping[int, Training[S]]) -> Callable[[], list[float]]:
+        def losses(pending: Mapping[int, Training[S]]) -> Callable[[], list[float]]:
             steps = [
                 GradientRequest(opened[i], range(each.schedule.examples, len(histories[i])), each.tensors)
-                for i, each in asked.items()
+                for i, each in pending.items()
             ]
             return lambda: [loss for loss, _tokens in engine.losses(steps)]
 

@@ -1,7 +1,7 @@
 """Stage 1 with differential privacy by person (DP-SGD, Abadi et al. 2016; by person, McMahan et al. 2018).
 
-In a step everybody is drawn by a coin of their own (Poisson sampling at rate q). Of each person drawn
-the gradient g of their mean loss over all trained tensors is clipped, and the step follows
+Each step draws every person independently (Poisson sampling at rate q). It clips each drawn person's
+gradient g of their mean loss over all trained tensors, and follows
 
     (Σ g · min(1, C / ‖g‖) + N(0, σ²C² I)) / (q · people)
 
@@ -35,7 +35,7 @@ from perfit_shared.errors import ConfigError, InvalidInput
 __all__ = ["Budget", "Privacy", "PrivateSteps", "clip", "draw", "epsilon_spent", "noise_for"]
 
 _DELTA_SHARE = 0.1  # of 1 / people, where no δ is given
-_STEPS_AN_EPOCH = 10  # where nobody says how many people a step expects
+_STEPS_AN_EPOCH = 10  # default, without an expected number of people a step
 _MOST_EXAMPLES = 16  # of one person in one step
 _MOST_EPSILON = 100.0
 _NOISE_STEP = 1e-3  # of σ, relative
@@ -44,7 +44,7 @@ _DISCRETIZATION = 4e-3  # of privacy losses; rounded up, which costs under 0.5 %
 
 @dataclass(frozen=True)
 class Budget:
-    """What an operator asks for. Raises InvalidInput when built with what is no promise."""
+    """The operator's privacy budget. Raises InvalidInput on values that promise nothing."""
 
     epsilon: float
     delta: float | None = None  # below 1 / people; a tenth of that
@@ -64,7 +64,7 @@ class Budget:
             raise InvalidInput("people per step should be at least 1")
 
     def privacy(self, *, people: int, epochs: int) -> Privacy:
-        """The mechanism that keeps to it: over `epochs`, everybody is expected so many times.
+        """The mechanism that keeps to it. Everybody is expected once in each of the `epochs`.
 
         Raises InvalidInput where δ promises nothing, ConfigError without dp-accounting.
         """
@@ -199,13 +199,13 @@ class PrivateSteps:
         rng: np.random.Generator | None = None,
     ) -> None:
         """`rng`: for tests. Who is drawn and the noise come from the system's entropy otherwise, never from
-        the run's seed: the card tells that, and noise that can be drawn again protects nobody.
+        the run's seed: the card shows it, and noise that can be drawn again protects nobody.
         """
         self._losses, self._people, self._privacy = losses, people, privacy
         self._rng = rng or np.random.default_rng()
 
     def step(self, *, collective: Shift, personal: Shift, optimizer: StiefelAdam, rate: float) -> int:
-        """One step; returns how many examples it ran, which nobody may be told."""
+        """One step; returns how many examples it ran, which must not be published."""
         sums = [torch.zeros_like(g) for g in optimizer.gradients()]
         examples = 0
         for name in draw(list(self._people), self._privacy.sampling_rate, self._rng):

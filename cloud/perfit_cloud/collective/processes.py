@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perfit_shared.errors import InvalidInput, PerfitError
 
-__all__ = ["Processes", "leave"]
+__all__ = ["Processes", "close_processes"]
 
 T = TypeVar("T")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -33,38 +33,38 @@ class Processes:
     def __init__(self) -> None:
         from accelerate import Accelerator
 
-        # Told that it runs on CPUs, accelerate uses gloo; it would not find out by itself.
+        # accelerate uses gloo only when it is told that it runs on CPUs.
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.count: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.main: bool = self._accelerator.is_main_process
 
-    def device(self, asked: str) -> str:
-        """Where this process should put the base, given what the operator asked for.
+    def device(self, requested: str) -> str:
+        """Where this process should put the base, given the operator's request.
 
         Raises InvalidInput when several processes are to use one device, or another kind than they
         were launched for.
         """
         if self.count == 1:
-            return asked
+            return requested
         given: torch.device = self._accelerator.device
-        if asked not in ("auto", given.type):
+        if requested not in ("auto", given.type):
             raise InvalidInput(
                 f"{self.count} processes were launched, each for a {given.type} of its own; leave out "
                 "--device (for CPUs, launch with ACCELERATE_USE_CPU=true)"
             )
         return "cpu" if given.type == "cpu" else str(given)
 
-    def dtype(self, asked: str) -> str:
-        """The base's dtype: as asked for, where that is "auto" what accelerate was told.
+    def dtype(self, requested: str) -> str:
+        """The base's dtype: as requested, or for "auto" what accelerate was launched with.
 
         A frozen base needs no float32 copy beside the one it computes with, so mixed precision
         comes down to loading it in that precision: φ computes in float32 and the shifts are float32.
         """
-        return _DTYPES.get(self._accelerator.mixed_precision, asked) if asked == "auto" else asked
+        return _DTYPES.get(self._accelerator.mixed_precision, requested) if requested == "auto" else requested
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """One process of every host goes first, so that it downloads and the others find."""
         with self._accelerator.local_main_process_first():
             yield
@@ -73,7 +73,7 @@ class Processes:
         """This process's share: every count-th, so that neighbours of like length spread evenly."""
         return items[self.index :: self.count]
 
-    def add_up(self, numbers: float, tensors: Sequence[Tensor] = ()) -> float:
+    def all_reduce(self, numbers: float, tensors: Sequence[Tensor] = ()) -> float:
         """The sum over all processes of a number, and of tensors in place."""
         if self.count == 1:
             return numbers
@@ -85,11 +85,11 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
         return float(total[0])
 
-    def any(self, wish: bool) -> bool:
-        """Whether any process wishes it."""
-        return self.add_up(float(wish)) > 0
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return self.all_reduce(float(flag)) > 0
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main process; all raise a PerfitError or OSError (a full disk) of it."""
         if self.count == 1:
             return work()
@@ -108,7 +108,7 @@ class Processes:
         return result
 
 
-def leave() -> None:
+def close_processes() -> None:
     """At the end of a program: close what connects the processes, if anything does."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -10,14 +10,14 @@ __all__ = ["Progress"]
 
 _EVERY = {True: 0.2, False: 5.0}  # seconds between lines, by whether stderr is a terminal
 
-_SETTLED = 15.0  # seconds until the pace says something
+_SETTLED = 15.0  # seconds until the pace is steady
 
 
 class Progress:
     """Counts work in *units* (the cost of one example forward and backward).
 
-    The remaining time is what is left at the mean pace of this process so far, trials and
-    validation included; none is shown in the first 15 seconds, which hold one-time costs.
+    The remaining time assumes this process's mean pace so far, trials and validation included. It is not
+    shown in the first 15 seconds, which hold one-time costs.
     `shown=False` counts and writes nothing.
     """
 

@@ -23,16 +23,16 @@ from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
-from perfit_shared.presets import preset_for
+from perfit_shared.presets import preset_for, value_or
 from perfit_shared.prompts import load_prompts
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
 
-__all__ = ["CollectiveRun", "train_collective"]
+__all__ = ["CollectiveRequest", "train_collective"]
 
 
 @dataclass(frozen=True)
-class CollectiveRun:
+class CollectiveRequest:
     """What an operator asks for; None stands for the preset's value, or a choice on the data."""
 
     task: str
@@ -63,7 +63,7 @@ class CollectiveRun:
 
 
 def train_collective(
-    request: CollectiveRun,
+    request: CollectiveRequest,
     *,
     base: BaseModel | None = None,
     progress: Progress | None = None,
@@ -84,7 +84,7 @@ def train_collective(
     processes = Processes()
     if progress is None or not processes.main:
         progress = Progress(0, shown=processes.main)
-    processes.from_main(lambda: _check_out(request))
+    processes.broadcast_from_main(lambda: _check_out(request))
     if request.threads > 0:
         torch.set_num_threads(request.threads)
     training = _begin(request, base, processes, progress, stop)
@@ -102,7 +102,7 @@ def train_collective(
 
 
 def _begin(
-    request: CollectiveRun,
+    request: CollectiveRequest,
     base: BaseModel | None,
     processes: Processes,
     progress: Progress,
@@ -120,15 +120,15 @@ def _begin(
         items = items.first_users(request.users, request.seed)
     if base is None:
         device, dtype = processes.device(request.device), processes.dtype(request.dtype)
-        with processes.one_first():
+        with processes.local_main_first():
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
     spec = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
-    # Where the sinks are is told as well, so private prompts do not decide it.
+    # The spec is public, so private prompts must not decide where the sinks are.
     prompts = [prompt for prompt, _ in corpus.validation]
-    positions = processes.from_main(
+    positions = processes.broadcast_from_main(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
     )
     settings = _settings(request, spec := replace(spec, positions=positions))
@@ -137,7 +137,7 @@ def _begin(
     if (skipped := _skipped(positions)) is not None:
         progress.say(skipped)
     _report(corpus, progress)
-    processes.from_main(lambda: _make_out(request.out))
+    processes.broadcast_from_main(lambda: _make_out(request.out))
     training = Stage1Training(
         base, corpus, task, settings, processes=processes, control=RunControl(request.out, progress, stop)
     )
@@ -150,7 +150,7 @@ def _begin(
     return training
 
 
-def _check_private(request: CollectiveRun, items: Items) -> None:
+def _check_private(request: CollectiveRequest, items: Items) -> None:
     """Raises InvalidInput where one person could stand as several, or decide what others' data do."""
     if request.validation is None:
         raise InvalidInput(
@@ -173,7 +173,7 @@ def _check_private(request: CollectiveRun, items: Items) -> None:
 
 
 def _artefact(
-    training: Stage1Training, request: CollectiveRun, device_rate: float, losses: Mapping[str, float]
+    training: Stage1Training, request: CollectiveRequest, device_rate: float, losses: Mapping[str, float]
 ) -> Artefact:
     settings, task = training.settings, training.task
     card = make_card(training, preset=request.preset or task.name, device_rate=device_rate, losses=losses)
@@ -199,7 +199,7 @@ def _write(artefact: Artefact, training: Stage1Training, out: Path, *, base_loss
     (out / checkpoint.FILE).unlink(missing_ok=True)
 
 
-def _check_out(request: CollectiveRun) -> None:
+def _check_out(request: CollectiveRequest) -> None:
     out = request.out
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"{out} is a file; --out should be a folder")
@@ -214,7 +214,7 @@ def _make_out(out: Path) -> None:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _spec(request: CollectiveRun, base: BaseModel) -> ShiftSpec:
+def _spec(request: CollectiveRequest, base: BaseModel) -> ShiftSpec:
     """The preset's with what the request overrides."""
     return preset_for(request.preset or request.task).spec(
         blocks=base.blocks,
@@ -226,13 +226,13 @@ def _spec(request: CollectiveRun, base: BaseModel) -> ShiftSpec:
     )
 
 
-def _settings(request: CollectiveRun, spec: ShiftSpec) -> Stage1Settings:
+def _settings(request: CollectiveRequest, spec: ShiftSpec) -> Stage1Settings:
     preset = preset_for(request.preset or request.task)
     return Stage1Settings(
         spec=spec,
-        epochs=_or(request.epochs, preset.collective_epochs),
-        batch_size=_or(request.batch_size, preset.batch_size),
-        device_epochs=_or(request.device_epochs, preset.epochs),
+        epochs=value_or(request.epochs, preset.collective_epochs),
+        batch_size=value_or(request.batch_size, preset.batch_size),
+        device_epochs=value_or(request.device_epochs, preset.epochs),
         learning_rate=request.learning_rate,
         device_learning_rate=request.device_learning_rate,
         seed=request.seed,
@@ -240,10 +240,6 @@ def _settings(request: CollectiveRun, spec: ShiftSpec) -> Stage1Settings:
         gradient_checkpointing=request.gradient_checkpointing,
         budget=request.budget,
     )
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def _skipped(positions: str) -> str | None:
@@ -269,7 +265,7 @@ def _report(corpus: Corpus, progress: Progress) -> None:
 
 
 def _plan_work(training: Stage1Training, progress: Progress) -> None:
-    """Add up the units of all phases, so that the remaining time counts what is still to come."""
+    """Add up the units of all phases, so that the remaining time covers all of them."""
     settings, validation = training.settings, FORWARD * len(training.corpus.validation)
     units = len(training.examples) * settings.epochs + validation * (
         settings.epochs * training.checks_an_epoch + 4

@@ -48,7 +48,7 @@ def rate_at(index: int, total: int, peak: float, *, schedule: str = "device") ->
 def batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices of all examples once, shuffled, in batches of like length so that padding is small.
 
-    A function of its arguments alone, so an interrupted run finds its place again.
+    A function of its arguments alone, so an interrupted run resumes with the same batches.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths)).tolist()
@@ -115,7 +115,7 @@ class Losses:
         take the same step, and how many there are changes nothing but rounding.
         """
         loss = self.backward(pairs, collective=collective, personal=personal)
-        loss = self._processes.add_up(loss, optimizer.gradients())
+        loss = self._processes.all_reduce(loss, optimizer.gradients())
         optimizer.step(rate)
         return loss
 
@@ -134,4 +134,4 @@ class Losses:
         """Mean loss over all target tokens, nats; without a collective shift, the base model's."""
         mine = self._mine(pairs)
         total = self._forward.loss(mine, collective, personal, None) if mine else 0.0
-        return self._processes.add_up(total) / sum(len(target) for _, target in pairs)
+        return self._processes.all_reduce(total) / sum(len(target) for _, target in pairs)

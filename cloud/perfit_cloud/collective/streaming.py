@@ -1,4 +1,4 @@
-"""LaMP's and OPPU's files of gigabytes, read person by person: what nobody trains on is never held.
+"""LaMP's and OPPU's files of gigabytes, read person by person, holding only what is trained on.
 
 Parsed as a whole, a file takes several times its size. A first look over it settles what holds for the
 file; a second keeps of each person the entries that stage 1 trains on, and the latest of the longest
@@ -18,12 +18,13 @@ import ijson
 
 from perfit_cloud.collective.items import Items, source_of
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, at, labels_beside, read_golds, users_of
+from perfit_shared.json_input import error_context
+from perfit_shared.lamp import Entry, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
 __all__ = ["stream_users"]
 
-_PROFILES = 512  # kept to try updates on: enough that some are of people who are not trained on
+_PROFILES = 512  # kept for trial updates; enough that some people are not trained on
 
 Entries = dict[str, list[dict[str, str]]]  # the task's fields of every item, by user id
 
@@ -55,12 +56,12 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
     golds = {} if labels is None else read_golds(labels)
     aside = _leaves_profiles_aside(path, task)
     queries: Entries = {}
-    profiles: Entries = {}  # of everybody, until somebody has queries
+    profiles: Entries = {}  # of everybody, until the first queries
     longest = _Longest(latest)
     seen: set[str] = set()
-    asked: set[str] = set()
+    query_ids: set[str] = set()
     dropped = only_profiles = unnamed = 0
-    with at(str(path)):
+    with error_context(str(path)):
         for record in _records(path):
             found = users_of(
                 [{**record, "profile": []} if aside else record], task, golds=golds, source=path.name
@@ -68,10 +69,10 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
             dropped += found.dropped_empty
             (user,) = found.users
             names = [entry.id for entry in (*user.query, *found.empty_queries)]
-            if user.user_id in seen or not asked.isdisjoint(names):
+            if user.user_id in seen or not query_ids.isdisjoint(names):
                 raise InvalidData(f"user {user.user_id[:40]} or one of the queries is there twice")
             seen.add(user.user_id)
-            asked.update(names)
+            query_ids.update(names)
             if user.query and not found.held_out:
                 profiles.clear()  # queries are trained on where there are any
                 queries[user.user_id] = _items(user.query)
@@ -103,8 +104,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _leaves_profiles_aside(path: Path, task: Task) -> bool:
     """Whether no profile item has the task's fields, while queries do the same service (as `users_of`)."""
-    some = asked = False
-    with at(str(path)):
+    some = query_ids = False
+    with error_context(str(path)):
         for record in _records(path):
             if not isinstance(record, dict):
                 raise InvalidData("it should be a list of users with user_id, profile and query")
@@ -113,5 +114,5 @@ def _leaves_profiles_aside(path: Path, task: Task) -> bool:
                 some = True
                 if isinstance(item, dict) and set(task.fields_of(item)) <= item.keys():
                     return False
-            asked |= bool(record.get("query")) or "input" in record
-    return some and asked
+            query_ids |= bool(record.get("query")) or "input" in record
+    return some and query_ids

@@ -1,4 +1,4 @@
-"""Stage 1 (PerFit, Algorithm 1): φ₁ and φ₂ learned jointly on everybody's examples.
+"""Stage 1 (PerFit, Algorithm 1): φ₁ and φ₂ learned together on everybody's examples.
 
 The base stays frozen; both shifts start as exact identities and are applied as φ₂∘φ₁ by the same
 code that serves them. What comes out is the collective shift φ₁ and the seed φ₂ that every user
@@ -82,7 +82,7 @@ class RunControl:
 
     out: Path
     progress: Progress
-    # Asked after every step. When any process says yes, the run is saved and Cancelled is raised on all.
+    # Runs after every step. When it is true on any process, all save the run and raise Cancelled.
     stop: Callable[[], bool] = lambda: False
 
 
@@ -178,15 +178,15 @@ class Stage1Training:
         self.progress.advance(FORWARD * examples, "running once what no step changes")
         if (
             self.processes.count == 1
-        ):  # a pause is a meeting, and processes fill in different numbers of pieces
+        ):  # a pause is a meeting, and processes fill in different numbers of chunks
             self.pause()
 
     def batch(self, index: int) -> list[Pair]:
         """The examples of step `index` of the run."""
-        epoch, place = divmod(index, self.steps_an_epoch)
+        epoch, number = divmod(index, self.steps_an_epoch)
         if epoch != self._planned:
             self._planned, self._plan = epoch, self._batches(epoch)
-        return [self.examples[i] for i in self._plan[place]]
+        return [self.examples[i] for i in self._plan[number]]
 
     def _batches(self, epoch: int) -> list[list[int]]:
         size, seed = self.settings.batch_size, self.settings.seed
@@ -206,7 +206,7 @@ class Stage1Training:
         """All steps that are left, at `record.learning_rate`; ends with the shifts that validate best.
 
         Those are the untouched model's (the identity) where no step made it better. It ends early when
-        the validation loss no longer falls. Raises Cancelled when asked to stop.
+        the validation loss no longer falls. Raises Cancelled on a stop.
         """
         record = self.record
         if not record.validation:
@@ -227,7 +227,7 @@ class Stage1Training:
     def _step(self, rate: float) -> int:
         """One step; returns how many examples it took."""
         record, collective, personal = self.record, self.collective, self.personal
-        if self._private is not None:  # keeps nothing of what it saw: no loss, no tokens
+        if self._private is not None:  # records no loss and no tokens
             return self._private.step(
                 collective=collective, personal=personal, optimizer=self._optimizer, rate=rate
             )
@@ -249,7 +249,7 @@ class Stage1Training:
     def _checks(self) -> set[int]:
         """Steps of an epoch, modulo its length, after which the validation loss is measured."""
         count = _MOST_CHECKS
-        if self.privacy is None:  # how many examples people have may decide nothing that is told
+        if self.privacy is None:  # the number of examples must not show in anything published
             room = _CHECK_SHARE * len(self.examples) / (FORWARD * len(self.corpus.validation))
             count = min(max(round(room), _LEAST_CHECKS), _MOST_CHECKS)
         count = min(count, self.steps_an_epoch)
@@ -265,7 +265,7 @@ class Stage1Training:
         """Measure the validation loss; keep these shifts if it is the lowest, or see that none will be."""
         record = self.record
         loss = self.validation_loss()
-        # A loss that is no number is worse than any.
+        # NaN counts as the worst loss.
         record.validation.append((record.step, loss if math.isfinite(loss) else math.inf))
         if record.best_step == record.step:
             self._best = self._copy()
@@ -316,7 +316,7 @@ class Stage1Training:
         checkpoint.save(self._out, self._arguments, snapshot)
 
     def pause(self) -> None:
-        """Save when a minute has passed, and stop here when asked to."""
+        """Save when a minute has passed, and stop here on a stop."""
         if self.processes.any(self._stop()):
             self.save()
             raise Cancelled(
@@ -326,9 +326,9 @@ class Stage1Training:
             self.save()
 
     def _resume(self) -> None:
-        if self.processes.from_main(lambda: self._arguments) != self._arguments:
+        if self.processes.broadcast_from_main(lambda: self._arguments) != self._arguments:
             raise InvalidInput("the processes of this run read different models, data or settings")
-        snapshot = self.processes.from_main(lambda: checkpoint.load(self._out, self._arguments))
+        snapshot = self.processes.broadcast_from_main(lambda: checkpoint.load(self._out, self._arguments))
         if snapshot is None:
             return
         self.record = snapshot.record

@@ -1,7 +1,7 @@
 """Learning rates chosen by trying: stage 1's on the validation slice, the devices' on single users.
 
-Both walk one ladder, in decades first and then in half decades around the best, on as many steps as
-tell one rate from another. Of rates that do about equally well the lowest is taken: a rate that is
+Both walk one ladder, in decades first and then in half decades around the best, with enough steps to rank
+the rates. Of rates that do about equally well the lowest is taken: a rate that is
 too low costs some of the gain, one that is too high spoils the model.
 """
 
@@ -28,7 +28,7 @@ __all__ = [
     "choose_device_rate",
     "choose_rate",
     "device_work",
-    "telling",
+    "ranks_rates",
     "trial_steps",
     "trial_work",
 ]
@@ -36,12 +36,12 @@ __all__ = [
 # From below what suits billions of parameters (PerFit: 1e-4) past what suits millions (1e-3 at 8M).
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FIRST = (1e-4, 1e-3)
-_TRIED = 5  # rates, in most searches
+_USUAL_TRIALS = 5  # rates, in most searches
 _TIE = 0.9  # a rate with this share of the best one's gain is as good
-_TELLING = 0.002  # least gain of the best trial update, as a share of the loss before it
+_LEAST_GAIN = 0.002  # least gain of the best trial update, as a share of the loss before it
 _SHARE = 0.1  # of all steps, one trial
 _LEAST, _MOST = 20, 100  # steps of one trial, and most of them never more than the run itself has
-_HOPELESS = 1.02  # half-way validation loss over the untouched model's, where a trial ends
+_ABORT_RATIO = 1.02  # half-way validation loss over the untouched model's, where a trial ends
 _DEVICE_SHARE = 0.2  # of stage 1's work, one device rate; at least two users in any case
 _KEEP_BYTES = 1 << 30  # of activations, for the updates of devices
 
@@ -85,7 +85,7 @@ def trial_steps(training: Stage1Training) -> int:
 def trial_work(training: Stage1Training) -> float:
     """Units of all trials, about."""
     step = trial_steps(training) * training.settings.batch_size
-    return _TRIED * (step + 2 * FORWARD * len(training.corpus.validation))
+    return _USUAL_TRIALS * (step + 2 * FORWARD * len(training.corpus.validation))
 
 
 def choose_rate(training: Stage1Training) -> None:
@@ -127,7 +127,7 @@ def _trial(training: Stage1Training, rate: float) -> float:
             loss = training.losses.mean(validation, collective=collective, personal=personal)
             loss = loss if math.isfinite(loss) else math.inf  # it diverged
             training.progress.advance(FORWARD * len(validation), f"trying learning rate {rate:g}")
-            if loss > _HOPELESS * training.start_loss():
+            if loss > _ABORT_RATIO * training.start_loss():
                 break
     training.progress.say(f"learning rate {rate:g}: validation loss {loss:.4f} after {taken} steps")
     record.trials.append({"learning_rate": rate, "validation_loss": loss, "steps": taken})
@@ -141,7 +141,7 @@ def _trial(training: Stage1Training, rate: float) -> float:
 def device_users(training: Stage1Training) -> list[list[Pair]]:
     """Histories whose updates are simulated: as many as one rate may cost, at least two if there are.
 
-    All of them in a private run: how many examples were trained on may decide nothing that is told.
+    All of them in a private run: the number of examples must not show in anything published.
     """
     long = [pairs for pairs in training.corpus.histories.values() if len(pairs) >= LEAST_HISTORY]
     if training.privacy is not None:
@@ -158,7 +158,7 @@ def device_users(training: Stage1Training) -> list[list[Pair]]:
 
 def device_work(training: Stage1Training) -> float:
     """Units of all trial updates, about."""
-    return _TRIED * sum(_work_of(training, pairs) for pairs in device_users(training))
+    return _USUAL_TRIALS * sum(_work_of(training, pairs) for pairs in device_users(training))
 
 
 def _work_of(training: Stage1Training, pairs: Sequence[Pair]) -> int:
@@ -186,12 +186,12 @@ def choose_device_rate(training: Stage1Training) -> float:
         rate = _DeviceTrials(training, engine, users).search()
     finally:
         engine.close()
-    return rate if telling(record.device_trials) else min(rate, record.learning_rate)
+    return rate if ranks_rates(record.device_trials) else min(rate, record.learning_rate)
 
 
-def telling(device_trials: Sequence[Mapping[str, Any]]) -> bool:
+def ranks_rates(device_trials: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the best of these trials gained enough to rank the rates."""
-    return any(done["after"] < (1 - _TELLING) * done["before"] for done in device_trials)
+    return any(done["after"] < (1 - _LEAST_GAIN) * done["before"] for done in device_trials)
 
 
 def _artefact(training: Stage1Training) -> Artefact:
@@ -250,7 +250,7 @@ class _DeviceTrials:
     def _mean(self, losses: Sequence[float]) -> float:
         """Over the users of all processes, which meet there."""
         self._training.pause()
-        return self._training.processes.add_up(sum(losses)) / self._count
+        return self._training.processes.all_reduce(sum(losses)) / self._count
 
     def _update(self, rate: float) -> list[float]:
         """The losses on the test parts after an update."""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from perfit_cloud.lamp.groups import Cell
 
-__all__ = ["Heat", "Points", "draw_heat", "draw_points"]
+__all__ = ["HeatMap", "PointPlot", "draw_heat", "draw_points"]
 
 _UNITS: Mapping[str, str] = {
     "loss": "held-out loss\n(nats a target token)",
@@ -24,13 +24,13 @@ _UNITS: Mapping[str, str] = {
     "rouge_1": "ROUGE-1\n(F-measure)",
     "rouge_l": "ROUGE-L\n(F-measure)",
 }
-_Panel = TypeVar("_Panel", "Points", "Heat")
+_Panel = TypeVar("_Panel", "PointPlot", "HeatMap")
 _DPI = 120
 _MARKERS = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True)
-class Points:
+class PointPlot:
     """One panel: for each series a cell a tick; None is left out."""
 
     title: str
@@ -38,11 +38,11 @@ class Points:
     measure: str
     ticks: Sequence[str]
     series: Mapping[str, Sequence[Cell | None]]
-    joined: int = 0  # so many first ticks are a scale: a line joins them
+    joined: int = 0  # a line joins this many first ticks, which form a scale
 
 
 @dataclass(frozen=True)
-class Heat:
+class HeatMap:
     """One panel: `cells[row][column]`, None where there was no run."""
 
     title: str
@@ -54,7 +54,7 @@ class Heat:
     cells: Sequence[Sequence[Cell | None]]
 
 
-def draw_points(path: Path, panels: Sequence[Sequence[Points]]) -> None:
+def draw_points(path: Path, panels: Sequence[Sequence[PointPlot]]) -> None:
     """A grid of panels, one row each."""
     figure, grid = _grid(panels, height=2.8)
     for axes, panel in grid:
@@ -88,7 +88,7 @@ def draw_points(path: Path, panels: Sequence[Sequence[Points]]) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def draw_heat(path: Path, panels: Sequence[Heat]) -> None:
+def draw_heat(path: Path, panels: Sequence[HeatMap]) -> None:
     """Heat maps side by side, each cell with its number."""
     figure, grid = _grid([panels], height=3.4)
     for axes, panel in grid:
@@ -106,7 +106,7 @@ def draw_heat(path: Path, panels: Sequence[Heat]) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def _name(axes: Axes, panel: Points | Heat, y_label: str) -> None:
+def _name(axes: Axes, panel: PointPlot | HeatMap, y_label: str) -> None:
     axes.set_title(panel.title, fontsize="medium")
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(y_label)

@@ -1,6 +1,6 @@
 """Which runs belong together: seeds of one setting, and the sweeps and variants around it.
 
-All is decided from `run.settings`, the keys of which run.py writes.
+`run.settings` decides; run.py writes its keys.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class RunGroup:
         return [_look_up(summary, measure, mode) for summary in self.summaries]
 
     def cell(self, measure: str, mode: str) -> Cell | None:
-        """None where the mode was not measured, or a seed's number is none."""
+        """None where the mode was not measured, or not for every seed."""
         values = [value for value in self.values(measure, mode) if value is not None]
         if not values or len(values) < len(self.summaries):
             return None
@@ -129,11 +129,11 @@ def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         key = _key(run.settings)
-        twins = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
-        if any(twin.settings.get("artefact") == run.settings.get("artefact") for twin in twins):
-            raise InvalidInput(f"{run.folder} and {twins[0].folder} are the same run; give one of them")
-        # Of one seed and yet another artefact: not a seed more, but another collective shift.
-        found.setdefault(f"{key} {run.settings.get('artefact')}" if twins else key, []).append(run)
+        same_seed = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
+        if any(other.settings.get("artefact") == run.settings.get("artefact") for other in same_seed):
+            raise InvalidInput(f"{run.folder} and {same_seed[0].folder} are the same run; give one of them")
+        # One seed with another artefact is another collective shift, not another seed.
+        found.setdefault(f"{key} {run.settings.get('artefact')}" if same_seed else key, []).append(run)
     return sorted((_group(sorted(members, key=_seed)) for members in found.values()), key=_order)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perfit_cloud.lamp.figures import Heat, Points
+from perfit_cloud.lamp.figures import HeatMap, PointPlot
 from perfit_cloud.lamp.groups import Cell, RunGroup, nearest
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "TESTED",
     "Block",
     "Section",
-    "beside",
     "caption",
     "columns_of",
     "panels",
@@ -23,6 +22,7 @@ __all__ = [
     "tick",
     "variant",
     "variants",
+    "with_full_method",
 ]
 
 
@@ -33,8 +33,8 @@ class Block:
     head: Sequence[str]
     rows: Sequence[Sequence[object]]  # cells as `text_tables` writes them
     caption: str = ""
-    points: Sequence[Sequence[Points]] = ()
-    heat: Sequence[Heat] = ()
+    points: Sequence[Sequence[PointPlot]] = ()
+    heat: Sequence[HeatMap] = ()
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,27 @@ TESTED = ("measure", "difference", "95 % interval", "p", "users better")
 
 def setting(group: RunGroup, *, but: str = "") -> str:
     """Layers, ranks, positions, prompts and schedule; `but`: "layers" or "ranks", which a table varies."""
-    told = {
+    words = {
         "layers": f"layers {';'.join(map(str, group.layers))}",
         "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}",
         "positions": group.get("positions", ""),
         "asked": f"{group.get('prompts')} prompts, {group.get('schedule')} schedule",
     }
-    return ", ".join(text for name, text in told.items() if name != but)
+    return ", ".join(text for name, text in words.items() if name != but)
 
 
 def variant(group: RunGroup) -> str:
     """What sets a group apart from the whole method."""
-    told = [ABLATIONS.get(group.get("ablation", "full"), group.method)]
+    words = [ABLATIONS.get(group.get("ablation", "full"), group.method)]
     if group.get("collective_users") is not None:
-        told.append(f"{group.get('collective_users')} collective users")
+        words.append(f"{group.get('collective_users')} collective users")
     if group.foreign:
-        told.append(f"collective shift of {group.get('artefact_task')}")
+        words.append(f"collective shift of {group.get('artefact_task')}")
     elif group.get("artefact_prompts") != group.get("prompts"):
-        told.append(f"collective shift trained with {group.get('artefact_prompts')} prompts")
+        words.append(f"collective shift trained with {group.get('artefact_prompts')} prompts")
     if group.get("histories", "own") != "own":
-        told.append("another user's history")
-    return ", ".join(told)
+        words.append("another user's history")
+    return ", ".join(words)
 
 
 def tick(name: str, group: RunGroup) -> str:
@@ -89,8 +89,8 @@ def tick(name: str, group: RunGroup) -> str:
 
 
 def caption(group: RunGroup, *, but: str = "") -> str:
-    told = setting(group, but=but)
-    return f"{group.task.name}, {group.get('model', '')}, {told}, {group.get('users', '')} users"
+    words = setting(group, but=but)
+    return f"{group.task.name}, {group.get('model', '')}, {words}, {group.get('users', '')} users"
 
 
 # -- rows and panels -------------------------------------------------------------------------------
@@ -102,18 +102,18 @@ def tested(nest: Mapping[str, Any], group: RunGroup) -> list[list[str | None]]:
     rows: list[list[str | None]] = []
     for measure, found in (("loss", nest["loss"]), (metric, nest["mean_over_users"][metric])):
         bounds, difference, p = found["interval"], found["difference"], found["p"]
-        told = None if difference is None else f"{difference:+.3f}"
+        words = None if difference is None else f"{difference:+.3f}"
         interval = None if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
         better = f"{found['better']} of {found['of']}"
-        rows.append([measure, told, interval, None if p is None else f"{p:.4f}", better])
+        rows.append([measure, words, interval, None if p is None else f"{p:.4f}", better])
     return rows
 
 
 def panels(
     title: str, x_label: str, ticks: Sequence[str], cells: Mapping[str, Sequence[Cell | None]]
-) -> list[Points]:
+) -> list[PointPlot]:
     """A panel for each measure of `cells`, with a point at each tick."""
-    return [Points(title, x_label, measure, ticks, {measure: row}) for measure, row in cells.items()]
+    return [PointPlot(title, x_label, measure, ticks, {measure: row}) for measure, row in cells.items()]
 
 
 def columns_of(group: RunGroup) -> dict[str, tuple[str, str]]:
@@ -123,7 +123,7 @@ def columns_of(group: RunGroup) -> dict[str, tuple[str, str]]:
 
 
 def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0, but: str = "") -> Block:
-    """A table with a row for each variant, and a panel for each measure; `joined` as in Points."""
+    """A table with a row for each variant, and a panel for each measure; `joined` as in PointPlot."""
     first = rows[0][1]
     columns = columns_of(first)
     modes = dict.fromkeys(mode for _, mode in columns.values())
@@ -136,11 +136,11 @@ def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0
         [what, *columns],
         [[name, *(group.cell(*column) for column in columns.values())] for name, group in rows],
         caption(first, but=but),
-        points=[[Points(first.task.name, what, m, ticks, series(m), joined) for m in first.measures]],
+        points=[[PointPlot(first.task.name, what, m, ticks, series(m), joined) for m in first.measures]],
     )
 
 
-def beside(
+def with_full_method(
     special: Sequence[RunGroup],
     groups: Sequence[RunGroup],
     what: str,

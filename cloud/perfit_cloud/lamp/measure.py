@@ -37,7 +37,7 @@ class Decoding:
             raise InvalidInput("a temperature should be from 0 (greedy) to 100")
 
     def sampling(self, task: Task, user_id: str, query: Query) -> Sampling:
-        """A seed of each query's own, so that no draw depends on who else is asked."""
+        """Each query has its own seed, so no draw depends on other queries."""
         name = f"{self.seed}/{user_id}/{query.id}".encode()
         return Sampling(
             max_new_tokens=task.answer_tokens,
@@ -56,7 +56,7 @@ def answer_frozen(
     samplings: Sequence[Sampling],
     done: Callable[[int], None],
 ) -> list[str]:
-    """The answer to each prompt. `done` is told how many answers a batch gave.
+    """The answer to each prompt. `done` gets the number of answers of each batch.
 
     Which prompts share a batch is a function of the prompts alone, so the answers are too.
     """

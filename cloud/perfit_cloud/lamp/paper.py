@@ -105,7 +105,7 @@ PARAMETERS = PaperTable(
     },
 )
 
-# What is told of tables whose figures were not at hand, by section of the report.
+# Remarks on tables whose figures were not at hand, by section of the report.
 REMARKS: Mapping[str, tuple[str, str]] = {
     "layers": ("single layers 5 to 10 of 32 do best and the last one breaks the answers' format", _NOTES),
     "collective_users": ("the method depends little on their number; with 10 it still beats OPPU", _NOTES),
@@ -114,7 +114,7 @@ REMARKS: Mapping[str, tuple[str, str]] = {
 
 
 def not_at_hand(key: str) -> str:
-    """What is said of the paper's figures below a section without them."""
+    """A note below a section that lacks the paper's figures."""
     remark = REMARKS.get(key)
-    told = f" In words: {remark[0]} ({remark[1]})." if remark else ""
-    return f"The paper's figures for this table are not at hand.{told}"
+    words = f" In words: {remark[0]} ({remark[1]})." if remark else ""
+    return f"The paper's figures for this table are not at hand.{words}"

@@ -1,8 +1,8 @@
 """The test cohort as text: each user's history to learn from and held-out queries to answer.
 
-Tokens are made where they are needed, by `collective.encoding`: as ids, a history takes many times the
-memory of its text. Reading encodes everybody once, person by person, to count and to leave out what
-does not fit, and to tell by a digest whether another run had the same.
+`collective.encoding` makes tokens where they are needed: as ids, a history takes many times the memory of
+its text. Reading encodes everybody once, person by person: to count, to leave out what does not fit, and
+for a digest that shows whether another run had the same data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, Labels, User, Users, at, read_users
+from perfit_shared.json_input import error_context
+from perfit_shared.lamp import Entry, Labels, User, Users, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["Learner", "People", "Person", "Query", "cohorts", "read_people", "swap_histories"]
@@ -134,14 +135,14 @@ class _Reader:
     def person(self, user: User) -> Person:
         fitting = [(e.item, x) for e in user.profile if (x := self.encoder.example(e.item)) is not None]
         self.dropped_long += len(user.profile) - len(fitting)
-        queries, asked = [], []
+        queries, encoded = [], []
         for entry in user.query:
-            with at(f"query {entry.id}"):
-                asked.append(self.encoder.query(entry.item))
+            with error_context(f"query {entry.id}"):
+                encoded.append(self.encoder.query(entry.item))
             queries.append(Query(entry.id, entry.item[self._task.gold_field].strip(), entry.item))
-        self.shortened += sum(encoded.is_cut for encoded in [*(x for _, x in fitting), *asked])
+        self.shortened += sum(encoded.is_cut for encoded in [*(x for _, x in fitting), *encoded])
         history = [example.pair for _, example in fitting]
-        rows = [(q.id, q.gold, encoded.pair) for q, encoded in zip(queries, asked, strict=True)]
+        rows = [(q.id, q.gold, encoded.pair) for q, encoded in zip(queries, encoded, strict=True)]
         self.hash.update(json.dumps([user.user_id, history, rows]).encode())
         return Person(user.user_id, tuple(item for item, _ in fitting), tuple(queries))
 

@@ -4,8 +4,8 @@
     OUT/predictions/{mode}.json    every mode's
     OUT/golds.json                 the golds of the same queries, {"task", "golds"}
 
-Those scripts take no other word for the task than the label file's, and no other set of ids, types
-included. So both are written as that file has them, where the queries have one.
+Those scripts accept only the label file's task name and ids, types included. So where there is a label
+file, both are written as it has them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["write_predictions"]
 
 
 def write_predictions(run: Run, people: People, *, model: str) -> None:
-    """Answers and golds of every query. One with an empty field is answered by nothing: LaMP's
+    """Answers and golds of every query. One with an empty field gets an empty answer: LaMP's
     script wants an answer to every gold."""
     task = people.labels.task or run.task.lamp or run.task.name
     queries = [query for user in run.users for query in user.queries]

@@ -16,9 +16,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from perfit_cloud.lamp.prepare_files import Candidate, Prepared, Tell, check_out, write_folder
+from perfit_cloud.lamp.prepare_files import Candidate, Notify, Prepared, check_out, write_folder
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, User, at, is_date, labels_beside, read_users
+from perfit_shared.json_input import error_context, is_date
+from perfit_shared.lamp import Entry, User, labels_beside, read_users
 from perfit_shared.tasks import Task
 
 __all__ = ["find_questions", "prepare_lamp"]
@@ -27,17 +28,17 @@ _PARTS = {"train": 0, "dev": 1, "test": 2}  # of a download, in order of time
 _SAME_PERSON = 0.5  # of a question's profile
 
 
-def find_questions(folder: Path, tell: Tell) -> list[tuple[Path, Path]]:
+def find_questions(folder: Path, notify: Notify) -> list[tuple[Path, Path]]:
     """The pairs of questions and outputs in a folder as downloaded, and in folders inside it, by time.
 
-    Questions without outputs are passed over, with a line to `tell`. Raises InvalidData when there
+    Questions without outputs are passed over, with a line to `notify`. Raises InvalidData when there
     is no pair.
     """
     pairs = []
     for path in [*folder.glob("*questions.json"), *folder.glob("*/*questions.json")]:
         outputs = labels_beside(path)
         if outputs is None:
-            tell(f"{path}: there are no outputs beside it, so it is left out")
+            notify(f"{path}: there are no outputs beside it, so it is left out")
         else:
             pairs.append((path, outputs))
     if not pairs:
@@ -53,7 +54,7 @@ def prepare_lamp(
     users: int,
     least: int,
     force: bool,
-    tell: Tell,
+    notify: Notify,
 ) -> Prepared:
     """Turn pairs of LaMP's questions and outputs, earliest first, into OPPU's files in `out`.
 
@@ -66,7 +67,7 @@ def prepare_lamp(
     empty, label_task = 0, ""
     for path, outputs in files:
         found = read_users(path, task, golds=outputs)
-        with at(str(path)):
+        with error_context(str(path)):
             if not found.questions:
                 raise InvalidData('these are not LaMP\'s questions, [{"id", "input", "profile"}]')
             if found.no_profiles:
@@ -74,7 +75,7 @@ def prepare_lamp(
             again = next((user.user_id for user in found.users if user.user_id in questions), None)
             if again is not None:
                 raise InvalidData(f"question {again[:40]}: an earlier file has this id too")
-        with at(str(outputs)):
+        with error_context(str(outputs)):
             if label_task and found.labels.task not in ("", label_task):
                 raise InvalidData(
                     f"its task is {found.labels.task[:40]}, an earlier file's {label_task[:40]}"
@@ -82,9 +83,9 @@ def prepare_lamp(
         label_task = label_task or found.labels.task
         questions |= {user.user_id: user for user in found.users}
         empty += found.dropped_empty
-        tell(f"{path}: {len(found.users)} questions")
+        notify(f"{path}: {len(found.users)} questions")
     people = [_merged(group, task) for group in _grouped(list(questions.values()))]
-    tell(f"they are of {len(people)} people")
+    notify(f"they are of {len(people)} people")
     return write_folder(
         task,
         out,
@@ -92,7 +93,7 @@ def prepare_lamp(
         users=users,
         least=least,
         left_out={"empty_field": empty},
-        tell=tell,
+        notify=notify,
         label_task=label_task,
     )
 

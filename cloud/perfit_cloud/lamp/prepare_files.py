@@ -20,9 +20,9 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.lamp import Entry
 from perfit_shared.tasks import Task
 
-__all__ = ["TASK_FILE", "Candidate", "Prepared", "Tell", "check_out", "write_folder"]
+__all__ = ["TASK_FILE", "Candidate", "Notify", "Prepared", "check_out", "write_folder"]
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 TASK_FILE = "task.json"
 _OTHERS, _TOP, _LABELS = "user_others.json", "user_top_100_history.json", "user_top_100_history_label.json"
@@ -49,10 +49,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Somebody, before it is known who is in the cohort."""
+    """A person, before the cohort is chosen."""
 
     name: str | int  # `user_id` of LaMP's records; as text it orders people of equally long histories
-    numbered: bool  # the name stays here, and a number goes into the files
+    numbered: bool  # the files get a number instead of the name
     profile: Sequence[Entry]
     query: Sequence[Entry]
     history: Sequence[Entry]  # of the profile, what a member of the cohort learns from
@@ -75,7 +75,7 @@ def write_folder(
     users: int,
     least: int,
     left_out: Mapping[str, int],
-    tell: Tell,
+    notify: Notify,
     label_task: str = "",
     task_json: dict[str, Any] | None = None,
 ) -> Prepared:
@@ -94,7 +94,7 @@ def write_folder(
             f"more; a cohort of {users} leaves nobody to test on or nobody to learn from"
         )
     if len(cohort) < users:
-        tell(f"{task.name}: {len(cohort)} people, not {users}, have a history of {least} or more")
+        notify(f"{task.name}: {len(cohort)} people, not {users}, have a history of {least} or more")
     numbers = {id(person): number for number, person in enumerate([*cohort, *others])}
 
     def record(person: Candidate, profile: Iterable[Entry], query: Iterable[Entry]) -> str:
@@ -142,7 +142,7 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _array(records: Iterable[str]) -> Iterable[str]:
-    """A JSON list, a record a line, without ever being in memory as a whole."""
+    """A JSON list, a record a line, without holding it whole in memory."""
     separator = "[\n"
     for record in records:
         yield separator + record
@@ -151,7 +151,7 @@ def _array(records: Iterable[str]) -> Iterable[str]:
 
 
 def _write_all(out: Path, files: Mapping[str, Iterable[str]]) -> None:
-    """None unless all can be written: to temporary files that then take the old ones' places in a row."""
+    """All files or none: write temporary files first, then replace the old ones."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         for name, parts in files.items():

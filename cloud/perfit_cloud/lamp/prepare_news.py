@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Prepared, Tell, check_out, write_folder
+from perfit_cloud.lamp.prepare_files import TASK_FILE, Candidate, Notify, Prepared, check_out, write_folder
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, at, is_date, parse_json, read_text
+from perfit_shared.json_input import error_context, is_date, numbered_lines, parse_json, read_text
+from perfit_shared.lamp import Entry
 from perfit_shared.prompts import asking_for
 from perfit_shared.tasks import Task, task_named
 
@@ -18,7 +20,7 @@ __all__ = ["prepare_news"]
 
 _HELD_OUT, _HELD_OUT_MOST = 0.2, 30  # of an author's articles, the latest; articles
 # Labels of LaMP's that HuffPost has under other names. Which ones LaMP joined it does not say.
-_JOINED = {
+_LAMP_LABELS = {
     "science": "science & technology",
     "tech": "science & technology",
     "arts": "culture & arts",
@@ -37,7 +39,7 @@ class _Article:
 
 
 def prepare_news(
-    file: Path, out: Path, *, users: int, least: int, lamp_labels: bool, force: bool, tell: Tell
+    file: Path, out: Path, *, users: int, least: int, lamp_labels: bool, force: bool, notify: Notify
 ) -> tuple[Prepared, ...]:
     """Turn the News Category Dataset (JSON lines) into the folders news_headline and news_categorize.
 
@@ -50,50 +52,27 @@ def prepare_news(
     check_out(out / headline.name, force=force)
     check_out(out / categorize.name, force=force, also=(TASK_FILE,))
     articles, left_out = _read_articles(file)
-    tell(f"{file}: {len(articles)} articles of {len({article.author for article in articles})} authors")
-    prepared = [
-        write_folder(
-            headline,
-            out / headline.name,
-            _authors(articles, headline),
-            users=users,
-            least=least,
-            left_out=left_out,
-            tell=tell,
-        )
-    ]
+    notify(f"{file}: {len(articles)} articles of {len({article.author for article in articles})} authors")
+    write = partial(write_folder, users=users, least=least, notify=notify)
+    headlines = write(headline, out / headline.name, _authors(articles, headline), left_out=left_out)
     if lamp_labels:
-        joined = [replace(a, category=_JOINED.get(a.category, a.category)) for a in articles]
-        kept = [article for article in joined if article.category in categorize.labels]
+        renamed = [replace(a, category=_LAMP_LABELS.get(a.category, a.category)) for a in articles]
+        kept = [article for article in renamed if article.category in categorize.labels]
         left_out = {**left_out, "other_category": len(articles) - len(kept)}
     else:
         kept, categorize = articles, _with_labels(categorize, articles)
     written = {"task": categorize.name, "template": categorize.template, "labels": categorize.labels}
-    prepared.append(
-        write_folder(
-            categorize,
-            out / categorize.name,
-            _authors(kept, categorize),
-            users=users,
-            least=least,
-            left_out=left_out,
-            tell=tell,
-            task_json=written,
-        )
-    )
-    return tuple(prepared)
+    people = _authors(kept, categorize)
+    return headlines, write(categorize, out / categorize.name, people, left_out=left_out, task_json=written)
 
 
 def _read_articles(path: Path) -> tuple[list[_Article], dict[str, int]]:
     """By time, and how many were left out: with an empty field, or in an author's same words again."""
     articles: dict[tuple[str, ...], _Article] = {}
     left_out = {"empty_field": 0, "repeated": 0}
-    with at(str(path)):
-        # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            with at(f"line {number}"):
+    with error_context(str(path)):
+        for number, line in numbered_lines(read_text(path)):
+            with error_context(f"line {number}"):
                 article = _article(parse_json(line), number)
             words = (article.author, article.headline.casefold(), article.description.casefold())
             if not all((*words, article.category)):
@@ -144,7 +123,7 @@ def _authors(articles: Iterable[_Article], task: Task) -> list[Candidate]:
     people = []
     for author, theirs in by_author.items():
         profile = [_entry(article, task) for article in theirs]
-        queries = [_asked(entry, task) for entry in profile]
+        queries = [_as_query(entry, task) for entry in profile]
         count = min(max(1, round(_HELD_OUT * len(theirs))), _HELD_OUT_MOST)
         people.append(
             Candidate(
@@ -168,7 +147,7 @@ def _entry(article: _Article, task: Task) -> Entry:
     return Entry(str(article.line), article.date, item, extra)
 
 
-def _asked(entry: Entry, task: Task) -> Entry:
+def _as_query(entry: Entry, task: Task) -> Entry:
     """A profile item as a query: the prompt without the answer's cue, as in LaMP's `input`."""
     asking = task.template[: task.template.rindex("{text}") + len("{text}")]
     return replace(entry, extra={"input": asking.format_map(entry.item)})

@@ -11,7 +11,7 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.training import Schedule
 
-__all__ = ["ABLATIONS", "HISTORIES", "LampRun"]
+__all__ = ["ABLATIONS", "HISTORIES", "LampRequest"]
 
 # full; φ₁ alone; φ₂ alone from the identity, at the personal rank or at the sum of both (Table 4)
 ABLATIONS = ("full", "stage1", "stage2", "stage2_sum")
@@ -19,7 +19,7 @@ HISTORIES = ("own", "other")  # whose history a user's shift is trained on (Tabl
 
 
 @dataclass(frozen=True)
-class LampRun:
+class LampRequest:
     """What a researcher asks for; None stands for the preset's value, or a choice on the data."""
 
     task: str

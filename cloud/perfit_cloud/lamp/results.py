@@ -1,4 +1,4 @@
-"""What a LaMP run leaves behind: its settings, and for each user the losses and answers of every query.
+"""The results of a LaMP run: its settings, and for each user the losses and answers of every query.
 
     OUT/run.json                      settings of the run and how long it took
     OUT/users/{user_id}/result.json   one `UserResult`
@@ -34,7 +34,7 @@ __all__ = [
 
 # φ₁ alone is "collective"; stage 1 trained φ₂∘φ₁, which is "seed", where every user starts.
 MODES = ("base", "collective", "seed", "personal", "other")
-_DRAWN = ("temperature", "top_k", "top_p")
+_DECODING_KEYS = ("temperature", "top_k", "top_p")
 _FORMAT = 1
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 _LONGEST_NAME = 100  # characters of a folder, before a hash
@@ -103,7 +103,7 @@ class UserFolder:
         return (self.path / "result.json").is_file() and mode in self.load().modes
 
     def add_mode(self, measured: UserResult, seconds: float) -> None:
-        """Add the modes of `measured` to what is known of this user; `seconds` that they took."""
+        """Add the modes of `measured` to this user's results; `seconds` that they took."""
         self._save_seconds(evaluation=self.seconds["evaluation"] + seconds)
         known = self.load() if (self.path / "result.json").is_file() else measured
         self.save(known.with_modes(measured.queries))
@@ -156,12 +156,12 @@ class Run:
     @property
     def decoding(self) -> str:
         """How answers are drawn, in words, seed aside."""
-        drawn = self.settings.get("decoding", {})
-        told = [f"{name.replace('_', '-')} {drawn[name]}" for name in _DRAWN if name in drawn]
+        decoding = self.settings.get("decoding", {})
+        words = [f"{name.replace('_', '-')} {decoding[name]}" for name in _DECODING_KEYS if name in decoding]
         stops = " or ".join(map(json.dumps, self.settings["stop"]))
         stop = f"to {stops}" if stops else "no stop"
-        told = ["greedy"] if drawn.get("temperature") == 0 else told
-        return ", ".join([*told, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
+        words = ["greedy"] if decoding.get("temperature") == 0 else words
+        return ", ".join([*words, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
 
     def save(self) -> None:
         """Write run.json; the users' files are there already."""
@@ -225,7 +225,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Whole or not at all: to a temporary file that then takes the old one's place."""
+    """Whole or not at all: write a temporary file, then replace the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     with new.open("wb") as file:

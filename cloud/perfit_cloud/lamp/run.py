@@ -1,13 +1,13 @@
 """One run of a method on one task: what is shared, a state for every user, answers, summary.
 
-    OUT/settings.json                what the run was asked for; a later one must share it
+    OUT/settings.json                the run's settings; a later one must share them
     OUT/artefact/                    stage 1 of PerFit, unless an artefact was given
     OUT/users/{user_id}/             the user's state (personal.safetensors), result.json
     OUT/run.json, summary.json       written last
     OUT/predictions.json             personal answers in LaMP's schema, with golds.json (`predictions`)
 
-Whatever is finished is kept, so that the same command goes on after a kill at any moment, and ends
-with the same figures.
+Finished work stays, so the same command continues after a kill at any moment and ends with the same
+figures.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import Asked, Method, TaskData, Work
+from perfit_cloud.lamp.methods.interface import FitContext, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
 from perfit_cloud.lamp.predictions import write_predictions
-from perfit_cloud.lamp.request import LampRun
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserFolder, UserResult, completed, write_json
 from perfit_cloud.lamp.summary import summarise
 from perfit_cloud.model.base import BaseModel, load_base
@@ -39,7 +39,7 @@ _ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a tr
 
 
 def run_lamp(
-    request: LampRun, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
+    request: LampRequest, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
 ) -> Run:
     """Run it, or go on with an interrupted run of the same request; a finished one is only read.
 
@@ -86,7 +86,7 @@ class _LampRun:
     """One run with everything loaded."""
 
     def __init__(
-        self, request: LampRun, data: TaskData, method: Method[Any], should_stop: Callable[[], bool]
+        self, request: LampRequest, data: TaskData, method: Method[Any], should_stop: Callable[[], bool]
     ) -> None:
         self._request, self._data, self._method = request, data, method
         self._out, self._should_stop = request.out, should_stop
@@ -144,12 +144,12 @@ class _LampRun:
             return None
         try:
             run = Run.load(self._out)
-        except InvalidData:  # a file is gone or damaged; what is left of it is made again
+        except InvalidData:  # a file is missing or damaged; the run repairs it
             return None
         return run if run.modes == self._modes() else None
 
     def run(self, stage1_seconds: float) -> Run:
-        """`stage1_seconds`: what preparing took, perhaps in an earlier run."""
+        """`stage1_seconds`: what preparation took, perhaps in an earlier run."""
         if self._method.learns:
             self._fit()
         self._evaluate()
@@ -174,7 +174,7 @@ class _LampRun:
     # -- a state for every user ----------------------------------------------------------------
 
     def _fit(self) -> None:
-        """Fit everyone with a history, cohort by cohort; one of which a state is missing goes on whole."""
+        """Fit everyone with a history, cohort by cohort; refit a whole cohort where a state is missing."""
         method = self._method
         learners = [person for person in self._people if method.can_fit(person)]
         progress = Progress(sum(map(method.examples, learners)))
@@ -194,7 +194,7 @@ class _LampRun:
         def done(examples: int, people: int) -> None:
             progress.advance(examples, f"stage 2: {finished + people} of {of} users done")
 
-        work = Work(done, progress.skip, self._stop, self._out / "stage2.bin")
+        work = FitContext(done, progress.skip, self._stop, self._out / "stage2.bin")
         fitted = self._method.fit_cohort(cohort, work)
         for person, one in zip(cohort, fitted, strict=True):
             state = self._method.to_bytes(one.state)
@@ -227,14 +227,14 @@ class _LampRun:
 
     def _measure(self, cohort: Sequence[Person], mode: str, progress: Progress, text: str) -> None:
         began, task, method = time.monotonic(), self._data.task, self._method
-        asked = []
+        requests = []
         for person in cohort:
             state = self._state(person, mode)
             for query in person.queries:
                 sampling = self._request.decoding.sampling(task, person.user_id, query)
-                asked.append(Asked(person.user_id, query, state, sampling))
-        scores = method.score(asked)
-        answers = method.answer(asked, lambda count: progress.advance(count * _ANSWER, text))
+                requests.append(QueryRequest(person.user_id, query, state, sampling))
+        scores = method.score(requests)
+        answers = method.answer(requests, lambda count: progress.advance(count * _ANSWER, text))
         results = (
             QueryResult(
                 one.query.id,
@@ -243,7 +243,7 @@ class _LampRun:
                 loss={mode: -score.log_likelihood / score.tokens},
                 answers={mode: task.parse(answer)},
             )
-            for one, score, answer in zip(asked, scores, answers, strict=True)
+            for one, score, answer in zip(requests, scores, answers, strict=True)
         )
         own = [tuple(islice(results, len(person.queries))) for person in cohort]
         seconds = (time.monotonic() - began) / len(cohort)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.collective.run import CollectiveRun as CollectiveRequest
-from perfit_cloud.collective.run import train_collective
+from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.sinks import evenly, past_sinks
@@ -22,12 +21,14 @@ from perfit_shared.tasks import Task
 
 if TYPE_CHECKING:
     from perfit_cloud.lamp.methods.interface import TaskData
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
 
 __all__ = ["collective_artefact", "identity_artefact"]
 
 
-def collective_artefact(request: LampRun, task: Task, base: BaseModel, stop: Callable[[], bool]) -> Artefact:
+def collective_artefact(
+    request: LampRequest, task: Task, base: BaseModel, stop: Callable[[], bool]
+) -> Artefact:
     """The collective shift with its seed: given, found in OUT, or trained."""
     say = Progress(0).say
     folder = request.artefact or request.out / "artefact"
@@ -39,13 +40,13 @@ def collective_artefact(request: LampRun, task: Task, base: BaseModel, stop: Cal
     _check(artefact, request, base, folder)
     if request.artefact is None:
         _check_own(artefact, request, task, folder)
-    elif artefact.task.name == task.name and _asked(artefact.task) != _asked(task):
-        trained, asked = prompts_of(artefact.task), prompts_of(task)
-        say(f"{folder} was trained with other prompts ({trained}) than are asked here ({asked})")
+    elif artefact.task.name == task.name and _prompt_texts(artefact.task) != _prompt_texts(task):
+        trained, requested = prompts_of(artefact.task), prompts_of(task)
+        say(f"{folder} was trained with other prompts ({trained}) than are asked here ({requested})")
     return artefact
 
 
-def identity_artefact(request: LampRun, data: TaskData, *, sums_ranks: bool) -> Artefact:
+def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool) -> Artefact:
     """φ₁ that changes nothing, and φ₂ at the personal rank or at the sum of both.
 
     The people's histories show where the model's sinks are.
@@ -81,7 +82,7 @@ def identity_artefact(request: LampRun, data: TaskData, *, sums_ranks: bool) -> 
     )
 
 
-def _asked(task: Task) -> tuple[str, ...]:
+def _prompt_texts(task: Task) -> tuple[str, ...]:
     return task.template, task.answer, task.history_template
 
 
@@ -91,7 +92,7 @@ _ALIKE = (
 )
 
 
-def _collective(request: LampRun, out: Path) -> CollectiveRequest:
+def _collective(request: LampRequest, out: Path) -> CollectiveRequest:
     return CollectiveRequest(
         **{name: getattr(request, name) for name in _ALIKE},
         out=out,
@@ -103,44 +104,44 @@ def _collective(request: LampRun, out: Path) -> CollectiveRequest:
     )
 
 
-def _preset(request: LampRun) -> Preset:
+def _preset(request: LampRequest) -> Preset:
     return preset_for(request.preset or request.task)
 
 
-def _check(artefact: Artefact, request: LampRun, base: BaseModel, folder: Path) -> None:
+def _check(artefact: Artefact, request: LampRequest, base: BaseModel, folder: Path) -> None:
     """Raises ShiftMismatch or InvalidInput unless the artefact fits model and request."""
     if artefact.fingerprint != base.fingerprint:
         raise ShiftMismatch(f"{folder} was trained on another base model than {base.name}")
-    asked = {name: getattr(request, name) for name in ("layers", "collective_rank", "personal_rank")}
-    asked["positions"] = _positions(request, artefact)
-    differing = [k for k, v in asked.items() if v is not None and getattr(artefact.spec, k) != v]
+    requested = {name: getattr(request, name) for name in ("layers", "collective_rank", "personal_rank")}
+    requested["positions"] = _positions(request, artefact)
+    differing = [k for k, v in requested.items() if v is not None and getattr(artefact.spec, k) != v]
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)
         raise InvalidInput(f"{folder} was trained with other {names}; leave them out, or train anew")
 
 
-def _positions(request: LampRun, artefact: Artefact) -> str | None:
+def _positions(request: LampRequest, artefact: Artefact) -> str | None:
     """What is asked for; where that leaves skipped tokens to the model, those that the artefact skips."""
     if request.positions is None:
         return None
-    asked = Positions.parse(request.positions)
-    if not request.positions.startswith("s") and asked.first:
-        asked = replace(asked, skipped=Positions.parse(artefact.spec.positions).skipped)
-    return str(asked)
+    requested = Positions.parse(request.positions)
+    if not request.positions.startswith("s") and requested.first:
+        requested = replace(requested, skipped=Positions.parse(artefact.spec.positions).skipped)
+    return str(requested)
 
 
-def _check_own(artefact: Artefact, request: LampRun, task: Task, folder: Path) -> None:
+def _check_own(artefact: Artefact, request: LampRequest, task: Task, folder: Path) -> None:
     """Raises InvalidInput when the artefact that OUT holds was trained in another way than is asked now."""
     trained = artefact.card.get("hyper_parameters", {})
-    asked = {
+    requested = {
         "seed": request.seed,
         "epochs": request.collective_epochs,
         "batch_size": request.batch_size,
         "learning_rate": request.collective_learning_rate,
         "preset": request.preset,
     }
-    differing = [k for k, v in asked.items() if v is not None and k in trained and trained[k] != v]
-    if _asked(artefact.task) != _asked(task):
+    differing = [k for k, v in requested.items() if v is not None and k in trained and trained[k] != v]
+    if _prompt_texts(artefact.task) != _prompt_texts(task):
         differing.append("prompts")
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)

@@ -43,7 +43,7 @@ class Stage2Settings:
     batch_size: int  # examples a step
     seed: int
     schedule: str = "paper"  # or "device"
-    asked_epochs: int | None = None  # what was asked for instead
+    asked_epochs: int | None = None  # the user's own figures
     asked_batch_size: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Stage2Settings:
         return len(person.history) >= least
 
     def schedule_for(self, person: Learner) -> Schedule:
-        """Of somebody who trains."""
+        """The schedule of a person who trains."""
         lengths = person.lengths
         if self.on_device:  # the queries are the test part
             lengths = lengths[: split_sizes(len(lengths), test_apart=True)[0]]
@@ -80,9 +80,9 @@ def train(
 ) -> list[Training[Schedule]]:
     """The finished trainings of one cohort, in its order; everybody has a history.
 
-    `resumed` is told how many examples an interrupted run took already, `progress` those of every step
-    and how many users are through. `stop` is asked after each step and may raise, with the cohort saved
-    in `checkpoint` (removed by the caller once the results are kept). Raises UpdateFailed naming the
+    `resumed` gets how many examples an interrupted run took already, `progress` those of every step and
+    how many users are done. `stop` runs after each step and may raise, with the cohort saved in
+    `checkpoint` (the caller removes it once the results are saved). Raises UpdateFailed naming the
     user whose loss is no longer a number.
     """
     trainings = _resumed(checkpoint, people, settings) or [settings.start(p, artefact) for p in people]
@@ -126,7 +126,7 @@ def _resumed(
         start = 8 + int.from_bytes(data[:8], "big")
         header: dict[str, Any] = json.loads(data[8:start])
         if header["users"] != [person.user_id for person in people]:
-            return None  # of a cohort whose results are kept by now
+            return None  # of a cohort whose results are saved by now
         trainings: list[Training[Schedule]] = []
         for size, schedule in zip(header["sizes"], planned, strict=True):
             trainings.append(Training.from_bytes(data[start : start + size], type(schedule)))

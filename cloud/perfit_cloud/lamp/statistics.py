@@ -94,7 +94,7 @@ def paired(
     def difference(x: npt.NDArray[Any], y: npt.NDArray[Any], axis: int = -1) -> Array:
         """Rows of `both` that count as a and as b, (..., users) → (...)."""
         gap = a.combine(both[x].sum(axis - 1)) - a.combine(both[y].sum(axis - 1))
-        return np.round(gap, 12)  # else the order of adding tells apart what is equal
+        return np.round(gap, 12)  # else rounding would break ties
 
     bounds = _bootstrap(lambda rows: difference(rows, rows + users), both, users, resamples)
     gain = (a.by_user - b.by_user) * (1 if a.higher_is_better else -1)

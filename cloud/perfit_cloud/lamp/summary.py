@@ -21,14 +21,14 @@ __all__ = ["Nest", "as_json", "measure_users", "over", "summarise"]
 _COMPARED = (("personal", "collective"), ("personal", "seed"), ("personal", "other"))
 
 
-# {"loss", "metrics": {name}, "mean_over_users": {name}}, at the leaves whatever is said of each. The loss is
+# {"loss", "metrics": {name}, "mean_over_users": {name}}, with any value at the leaves. The loss is
 # the mean over users of a user's mean nats a target token; "metrics" count all queries alike, as LaMP's
 # scripts do, "mean_over_users" each user's own.
 Nest = Mapping[str, Any]
 
 
 def over(of: Callable[..., Any], *nests: Nest) -> dict[str, Any]:
-    """The nest of what `of` gives for the leaves that stand at one place in all of these."""
+    """Apply `of` leaf by leaf to nests of one shape."""
     return {
         key: over(of, *(nest[key] for nest in nests))
         if isinstance(value, Mapping)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from perfit_cloud.lamp.request import ABLATIONS, LampRun
+from perfit_cloud.lamp.request import ABLATIONS, LampRequest
 from perfit_cloud.lamp.results import Run
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.base import load_base
@@ -25,7 +25,7 @@ _RANKS, _SEEDS, _COLLECTIVE_USERS = (4, 16, 32), (0, 1, 2), (10, 100)
 SWEEPS = ("layers", "ranks", "seeds", "collective-users", "ablations")
 
 
-def sweep_requests(request: LampRun, sweep: str, *, blocks: int) -> list[LampRun]:
+def sweep_requests(request: LampRequest, sweep: str, *, blocks: int) -> list[LampRequest]:
     """The runs of "ranks=4,16" and the like, each in a folder of its own under OUT.
 
     Raises InvalidInput on an unknown sweep or values that are no numbers.
@@ -48,7 +48,7 @@ def sweep_requests(request: LampRun, sweep: str, *, blocks: int) -> list[LampRun
     return list(_requests(request, name, [int(part) for part in parts], blocks))
 
 
-def _requests(request: LampRun, name: str, values: list[int], blocks: int) -> Iterator[LampRun]:
+def _requests(request: LampRequest, name: str, values: list[int], blocks: int) -> Iterator[LampRequest]:
     out = request.out
     if name == "layers":
         for layer in values or range(blocks):
@@ -71,7 +71,7 @@ def _requests(request: LampRun, name: str, values: list[int], blocks: int) -> It
             yield replace(request, collective_users=count, out=out / f"collective-users-{count}")
     else:
         yield replace(request, out=out / "full")
-        for ablation in ABLATIONS[1:]:  # none of them trains stage 1
+        for ablation in ABLATIONS[1:]:  # none trains stage 1
             yield replace(
                 request,
                 ablation=ablation,
@@ -83,7 +83,7 @@ def _requests(request: LampRun, name: str, values: list[int], blocks: int) -> It
             )
 
 
-def run_sweep(request: LampRun, sweep: str, *, stop: Callable[[], bool] = lambda: False) -> list[Run]:
+def run_sweep(request: LampRequest, sweep: str, *, stop: Callable[[], bool] = lambda: False) -> list[Run]:
     """All runs of a sweep; finished ones are only read. Raises what run_lamp raises."""
     base = load_base(request.model, dtype=request.dtype, device=request.device)
     runs: list[Run] = []
@@ -93,7 +93,7 @@ def run_sweep(request: LampRun, sweep: str, *, stop: Callable[[], bool] = lambda
     return runs
 
 
-def _like_first(each: LampRun, sweep: str, first: Run | None) -> LampRun:
+def _like_first(each: LampRequest, sweep: str, first: Run | None) -> LampRequest:
     """What a run takes from the sweep's first: an ablation its shift, or spec and rate; a seed its rate."""
     if first is None:
         return each

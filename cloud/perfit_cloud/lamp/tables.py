@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from perfit_cloud.lamp.compare import Side, compare
-from perfit_cloud.lamp.figures import Heat
+from perfit_cloud.lamp.figures import HeatMap
 from perfit_cloud.lamp.groups import Cell, RunGroup, main_groups, nearest, rank_grids, sweeps
 from perfit_cloud.lamp.layout import (
     ABLATIONS,
     TESTED,
     Block,
     Section,
-    beside,
     caption,
     columns_of,
     panels,
@@ -21,6 +20,7 @@ from perfit_cloud.lamp.layout import (
     tick,
     variant,
     variants,
+    with_full_method,
 )
 from perfit_cloud.lamp.paper import ABLATION, MAIN, PARAMETERS, REMARKS, not_at_hand
 from perfit_cloud.lamp.results import MODES
@@ -37,8 +37,8 @@ def _main(groups: Sequence[RunGroup]) -> Section:
         for measure in group.measures:
             ours = [group.cell(measure, mode) for mode in MODES]
             theirs = [MAIN.get(task, measure, column) for column in ("perfit", "oppu")]
-            told = [task, group.get("model", ""), setting(group), group.decoding, users, seeds]
-            rows.append([*told, measure, *ours, *theirs])
+            label = [task, group.get("model", ""), setting(group), group.decoding, users, seeds]
+            rows.append([*label, measure, *ours, *theirs])
         cells = {m: [group.cell(m, mode) for mode in group.modes] for m in group.measures}
         points.append(panels(tick(f"{task}\n{setting(group)}", group), "shift", group.modes, cells))
     head = ["task", "model", "setting", "decoding", "users", "seeds", "measure", *MODES]
@@ -77,7 +77,7 @@ _TICKS = {"stage1": "stage 1", "stage2": "stage 2\n(P)", "stage2_sum": "stage 2\
 def _ablation(groups: Sequence[RunGroup]) -> Section:
     rows: list[list[object]] = []
     points, tests = [], []
-    for parts in _wholes_and_parts(groups):
+    for parts in _ablation_groups(groups):
         full = parts["full"]
         task = full.task.name
         cells = {measure: _ablation_cells(parts, measure) for measure in full.measures}
@@ -103,12 +103,12 @@ def _ablation(groups: Sequence[RunGroup]) -> Section:
     )
 
 
-def _wholes_and_parts(groups: Sequence[RunGroup]) -> list[dict[str, RunGroup]]:
+def _ablation_groups(groups: Sequence[RunGroup]) -> list[dict[str, RunGroup]]:
     """For each whole method that ablations belong to: {"full": …} and they, by their name."""
     found: list[dict[str, RunGroup]] = []
     for group in groups:
         name = group.get("ablation", "full")
-        if name != "full" and (full := _whole(group, groups)):
+        if name != "full" and (full := _full_method(group, groups)):
             free = next((one for one in found if one["full"] is full and name not in one), None)
             if free is None:
                 found.append(free := {"full": full})
@@ -116,7 +116,7 @@ def _wholes_and_parts(groups: Sequence[RunGroup]) -> list[dict[str, RunGroup]]:
     return found
 
 
-def _whole(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
+def _full_method(group: RunGroup, groups: Sequence[RunGroup]) -> RunGroup | None:
     """The whole method that an ablation leaves parts out of: with the personal rank, or the ranks' sum."""
     summed, rank = group.get("ablation") == "stage2_sum", group.ranks[1]
     return nearest(group, groups, also=lambda full: (sum(full.ranks) if summed else full.ranks[1]) == rank)
@@ -137,7 +137,7 @@ def _ablation_cells(parts: Mapping[str, RunGroup], measure: str) -> list[Cell | 
 def _ablation_tests(parts: Mapping[str, RunGroup]) -> list[list[object]]:
     """Full minus each part, user by user, for the first seed that both have (else their first seeds)."""
     full, rows = parts["full"], list[list[object]]()
-    for name, told in ABLATIONS.items():
+    for name, label in ABLATIONS.items():
         if name == "full" or name not in parts:
             continue
         part = parts[name]
@@ -145,7 +145,7 @@ def _ablation_tests(parts: Mapping[str, RunGroup]) -> list[list[object]]:
         one, two = (g.runs[0 if seed is None else g.seeds.index(seed)] for g in (full, part))
         found = compare(Side(one, "personal"), Side(two, _ablation_mode(name, part)))
         for cells in tested(as_json(found.against), full):
-            rows.append([full.task.name, setting(full), seed, f"full − {told}", *cells])
+            rows.append([full.task.name, setting(full), seed, f"full − {label}", *cells])
     return rows
 
 
@@ -176,7 +176,9 @@ def _ranks(groups: Sequence[RunGroup]) -> Section:
             ]
             rows += [[measure, rank, *row] for rank, row in zip(collective, cells, strict=True)]
             name = f"{family[0].task.name}: {measure}"
-            heat.append(Heat(name, "personal rank", "collective rank", measure, personal, collective, cells))
+            heat.append(
+                HeatMap(name, "personal rank", "collective rank", measure, personal, collective, cells)
+            )
         head = ["measure", "collective rank", *(f"personal rank {p}" for p in personal)]
         blocks.append(Block(head, rows, caption(family[0], but="ranks"), heat=heat))
     about = "The personal mode; all else equal, but for a learning rate that trials chose."
@@ -193,7 +195,7 @@ def _collective_users(groups: Sequence[RunGroup]) -> Section:
         "collective_users",
         "Few collective users (Table 14)",
         "Stage 1 saw only so many users; those measured are the same.",
-        beside(few, groups, "collective users", number, joined=len(groups)),
+        with_full_method(few, groups, "collective users", number, joined=len(groups)),
         not_at_hand("collective_users"),
     )
 
@@ -207,7 +209,7 @@ def _histories(groups: Sequence[RunGroup]) -> Section:
         "histories",
         "Other users' batches (Table 15)",
         "Each user's φ₂ trained on another user's batches, measured on the user's own queries.",
-        beside(swapped, groups, "stage 2 trained on", whose),
+        with_full_method(swapped, groups, "stage 2 trained on", whose),
         not_at_hand("histories"),
     )
 
@@ -220,7 +222,9 @@ def _foreign(groups: Sequence[RunGroup]) -> Section:
         "artefact_task",
         "Another task's collective shift (Table 16)",
         "Stage 2 on top of another task's φ₁ and seed.",
-        beside([group for group in groups if group.foreign], groups, "collective shift of", of_task),
+        with_full_method(
+            [group for group in groups if group.foreign], groups, "collective shift of", of_task
+        ),
         not_at_hand("artefact_task"),
     )
 

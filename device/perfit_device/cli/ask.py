@@ -11,7 +11,7 @@ from perfit_shared.terminal import clean, read_stdin
 from perfit_shared.types import Chunk, Mode
 
 if TYPE_CHECKING:
-    from perfit_device.operations.ask import Asked
+    from perfit_device.operations.ask import PreparedQuestion
 
 _LARGEST_TEXT = 1 << 22  # bytes of a text on stdin
 
@@ -60,43 +60,43 @@ def ask(
         seed=seed,
     )
     with session.open_profile() as opened:
-        asked = prepare(opened, question, list(Mode) if compare else [mode])
+        prepared = prepare(opened, question, list(Mode) if compare else [mode])
         opened.release_vault()
         if compare:
-            _compare(session, asked)
+            _compare(session, prepared)
             return
-        answer, last = _answer(asked, mode, show=not session.json)
+        answer, last = _answer(prepared, mode, show=not session.json)
         if session.json:
             value = {
-                "task": asked.artefact.name,
+                "task": prepared.artefact.name,
                 "mode": mode.value,
-                "answer": asked.artefact.task.parse(answer),
+                "answer": prepared.artefact.task.parse(answer),
             }
             counts = {"prompt_tokens": last.prompt_tokens, "answer_tokens": last.answer_tokens}
             session.emit(value | counts)
 
 
-def _answer(asked: Asked, mode: Mode, *, show: bool) -> tuple[str, Chunk]:
-    """(the whole answer, its last piece); written to stdout as it comes if `show`."""
+def _answer(prepared: PreparedQuestion, mode: Mode, *, show: bool) -> tuple[str, Chunk]:
+    """(the whole answer, its last chunk); written to stdout as it comes if `show`."""
     from perfit_shared.types import Chunk
 
-    pieces: list[str] = []
+    chunks: list[str] = []
     last = Chunk("")
-    for last in asked.stream(mode):
-        pieces.append(last.text)
+    for last in prepared.stream(mode):
+        chunks.append(last.text)
         if show:
             print(clean(last.text), end="", flush=True)
     if show:
         print(flush=True)
-    return "".join(pieces), last
+    return "".join(chunks), last
 
 
-def _compare(session: Session, asked: Asked) -> None:
+def _compare(session: Session, prepared: PreparedQuestion) -> None:
     answers = {}
     for mode in Mode:
         if not session.json:
             print(f"{mode.value + ':':<12}", end="", flush=True)
-        answer, _ = _answer(asked, mode, show=not session.json)
-        answers[mode.value] = asked.artefact.task.parse(answer)
+        answer, _ = _answer(prepared, mode, show=not session.json)
+        answers[mode.value] = prepared.artefact.task.parse(answer)
     if session.json:
-        session.emit({"task": asked.artefact.name, "answers": answers})
+        session.emit({"task": prepared.artefact.name, "answers": answers})

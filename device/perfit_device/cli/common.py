@@ -68,8 +68,8 @@ class Session:
         given = self.settings.passphrase()
         return given if given is not None else ask_passphrase(prompt, confirm=confirm)
 
-    def open_profile(self, tell: Callable[[str], None] = say) -> Profile:
+    def open_profile(self, notify: Callable[[str], None] = say) -> Profile:
         """Raises as `Profile.open` does."""
         from perfit_device.profile import Profile
 
-        return Profile.open(self.settings, passphrase=self.passphrase, tell=tell)
+        return Profile.open(self.settings, passphrase=self.passphrase, notify=notify)

@@ -45,7 +45,7 @@ def enroll(
         opened = session.open_profile()
     else:
         new = None if keyring else session.passphrase("A new passphrase for this device", confirm=True)
-        opened = Profile.create(session.settings, passphrase=new, tell=say)
+        opened = Profile.create(session.settings, passphrase=new, notify=say)
     with opened:
         done = operation.enroll(opened, opened_invite, replace=replace)
     if session.json:

@@ -46,7 +46,7 @@ def evaluate(
     from perfit_device.operations.evaluate import prepare
 
     progress = Progress()
-    with progress, session.open_profile(tell=progress.say) as opened:
+    with progress, session.open_profile(notify=progress.say) as opened:
         evaluation = prepare(opened, task, with_seed=with_seed, shift=shift)
         opened.release_vault()
         try:

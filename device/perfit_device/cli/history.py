@@ -151,14 +151,14 @@ def forget(
         done = examples.forget(opened, items)
     if session.json:
         session.emit({"forgotten": done.count})
-    kept = "; a shift trained on them keeps what it learned until `perfit update --fresh`"
-    say(f"forgot {done.count} examples" + (kept if done.count and done.is_trained else ""))
+    remark = "; a shift trained on them keeps what it learned until `perfit update --fresh`"
+    say(f"forgot {done.count} examples" + (remark if done.count and done.is_trained else ""))
 
 
 def _report(session: Session, done: Added) -> None:
     if session.json:
-        session.emit({"task": done.task, "added": done.added, "known": done.known})
+        session.emit({"task": done.task, "added": done.added, "known": done.duplicates})
     say(
         f"{done.task}: {done.added} examples added"
-        + (f", {done.known} were there already" if done.known else "")
+        + (f", {done.duplicates} were there already" if done.duplicates else "")
     )

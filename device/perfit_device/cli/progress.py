@@ -1,4 +1,4 @@
-"""Signs of life of long work, on stderr."""
+"""Progress of long work on stderr."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Progress:
 
     def _show(self, line: str, done: int, total: int) -> None:
         if self._is_terminal:
-            # A line as wide as the terminal would wrap, and the next one could not overwrite it.
+            # A line as wide as the terminal would wrap, and the next could not overwrite it.
             width = _columns() - 1
             print(f"\r{line[:width]:<{min(40, width)}}", end="", file=sys.stderr, flush=True)
             self._is_open = True

@@ -1,4 +1,4 @@
-"""Questions to whoever sits at the terminal, which also works where stdin is data."""
+"""Questions at the terminal, which also work where stdin is data."""
 
 from __future__ import annotations
 

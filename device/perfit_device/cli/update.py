@@ -50,7 +50,7 @@ def update(
     checkpoint: Annotated[
         float, typer.Option("--checkpoint", help="Seconds between checkpoints.", show_default=True)
     ] = 30.0,
-    retry_policy: Annotated[
+    patience: Annotated[
         float, typer.Option("--patience", help="Seconds to wait for a cloud that is gone.", show_default=True)
     ] = 60.0,
     profile: ProfileOption = None,
@@ -69,23 +69,23 @@ def update(
     """
     session = Session.of(context, profile=profile, json=json)
     _check_seconds("--checkpoint", checkpoint)
-    _check_seconds("--patience", retry_policy)
-    process_limits.stay_small()
+    _check_seconds("--patience", patience)
+    process_limits.limit_process()
     from perfit_device.operations import update as operation
 
     given = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
-    wanted = operation.Wanted(
+    request = operation.UpdateRequest(
         task=task,
         settings={key: value for key, value in given.items() if value is not None},
         fresh=fresh,
         again=again,
         anyway=anyway,
         checkpoint_seconds=checkpoint,
-        patience_seconds=retry_policy,
+        retry_seconds=patience,
     )
     progress = Progress()
-    with progress, session.open_profile(tell=progress.say) as opened:
-        done = operation.update(opened, wanted, progress.step)
+    with progress, session.open_profile(notify=progress.say) as opened:
+        done = operation.update(opened, request, progress.step)
         cloud, _ = opened.connect()
     if session.json:
         session.emit(_as_json(done, cloud))

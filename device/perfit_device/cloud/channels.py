@@ -1,7 +1,7 @@
 """gRPC channels to a cloud, and its errors as ours. Never fork after a channel exists.
 
-gRPC itself calls again only what a cloud never saw. A retry policy of its own would not read when the
-cloud wants to be called again, which is for `Patience` to do.
+gRPC itself repeats only calls that a cloud never saw. Its own retry policy would ignore the cloud's retry
+delay, so `RetryPolicy` does the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MESSAGE_CHARACTERS = 500  # what is shown of a cloud's error message
 _PROBE_SECONDS = 3.0
 # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
 _NOT_THE_TIME = (9, 10)
-# Addresses are shown on terminals, and a cloud says its own: nothing that could steer one.
+# A cloud sends its own address, and terminals show it, so it must not hold control characters.
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f.:]+)\]|([A-Za-z0-9.\-_]+)):([0-9]{1,5})")
 
 
@@ -58,13 +58,13 @@ def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel
     options: list[tuple[str, int | str]] = [
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
-        # A cloud that restarts should be found again within seconds, not gRPC's two minutes.
+        # Reconnect within seconds after a restart; gRPC would wait up to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 250),
         ("grpc.max_reconnect_backoff_ms", 3000),
-        # A network that goes away under a call that waits is noticed, however long the call may wait.
+        # Notice a lost network under a waiting call, however long its deadline.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.max_pings_without_data", 0),  # or it would look twice and no more
+        ("grpc.http2.max_pings_without_data", 0),  # no limit; the default stops after two pings
     ]
     if host in ("localhost", "127.0.0.1", "::1"):
         options.append(("grpc.enable_http_proxy", 0))
@@ -107,7 +107,7 @@ def _transport_error(status: grpc.StatusCode, address: str, server_ca: bytes) ->
 
 
 def _why_unreachable(address: str, server_ca: bytes) -> PerfitError:
-    """gRPC tells "nobody there" and "not to be trusted" apart in free text alone, so look again."""
+    """Probe the address: gRPC distinguishes an absent server from an untrusted one only in free text."""
     context = ssl.create_default_context(cadata=pem(server_ca).decode())
     host, port = address_of(address)
     gone = Unavailable(f"cannot reach the cloud at {address}; is it running, and is the network up?")

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from itertools import chain, islice
-from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
@@ -56,9 +55,9 @@ _LAPSING = 0.001  # share of life left below which a certificate counts as lapse
 class Cloud:
     """One cloud, over mutual TLS. Use `with`; safe for several threads at once.
 
-    `on_renewed` is told of a new certificate before it is used, so that it is kept: its first use retires
-    the old one. When it raises, the old one stays. `read_anew` is asked, when the cloud says that this one
-    is retired, whether another process of the device has renewed it. `bytes_up` and `bytes_down` count the
+    `on_renewed` saves a new certificate before its first use, which retires the old one; when it raises,
+    the old one stays. `reload_enrolment` gives the certificate that another process of this device may
+    have saved, when the cloud says that this one is retired. `bytes_up` and `bytes_down` count the
     messages sent and received, without TLS and HTTP/2.
     """
 
@@ -66,13 +65,13 @@ class Cloud:
         self,
         enrolment: Enrolment,
         on_renewed: Callable[[Enrolment], None] | None = None,
-        read_anew: Callable[[], Enrolment | None] | None = None,
+        reload_enrolment: Callable[[], Enrolment | None] | None = None,
     ) -> None:
         self.enrolment = enrolment
         self.bytes_up = 0
         self.bytes_down = 0
         self._on_renewed = on_renewed
-        self._read_anew = read_anew
+        self._reload_enrolment = reload_enrolment
         self._lock = threading.Lock()
         self._open()
 
@@ -84,7 +83,7 @@ class Cloud:
         self._connect()
         if enrolments.wants_renewal(self.enrolment):
             try:
-                self._keep(enrolments.renew(self._channel, self.enrolment))
+                self._save(enrolments.renew(self._channel, self.enrolment))
             except PerfitError:
                 return  # the old one still holds; the call that follows says what is wrong
             self._channel.close()
@@ -94,7 +93,7 @@ class Cloud:
         self._channel = mutual_channel(self.enrolment)
         self._stub: Any = services.PersonalizationStub(self._channel)
 
-    def _keep(self, enrolment: Enrolment) -> None:
+    def _save(self, enrolment: Enrolment) -> None:
         if self._on_renewed is not None:
             self._on_renewed(enrolment)  # before it can be used
         self.enrolment = enrolment
@@ -106,9 +105,7 @@ class Cloud:
     def __enter__(self) -> Cloud:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -148,7 +145,7 @@ class Cloud:
         length = 0
         with closing(responses):
             for response in chain(first, responses):
-                length += max(1, len(response.text))  # chunks without text have an end, too
+                length += max(1, len(response.text))  # also bounds chunks without text
                 if length > ANSWER_CHARACTERS:
                     raise PerfitError("the cloud sends without end; the answer was cut off")
                 yield chunk_from_wire(response)
@@ -183,17 +180,17 @@ class Cloud:
         return self._received(getattr(self._stub, method)(counted(), timeout=seconds))
 
     def renewing(self, call: Callable[[], _T]) -> _T:
-        """The call's value; called once more, with a new certificate, when the old one ran out meanwhile.
+        """The call's value; calls once more with a new certificate when the old one lapsed meanwhile.
 
-        Or when another process of this device renewed it. Raises CertificateSuperseded when somebody else
-        did. A cloud says so on a channel that is open, and opens none for a certificate that is over: then
-        all that comes is `BrokenOff`, for which a cloud that is stopping is a reason too.
+        Also when another process of this device renewed it. Raises CertificateSuperseded when somebody else
+        did. On an open channel the cloud names the reason. It opens no channel for a lapsed certificate:
+        then only `BrokenOff` arrives, which a stopping cloud causes, too.
         """
         used = self.enrolment
         try:
             return call()
         except CertificateSuperseded:
-            self._replace(used, self._kept_anew)
+            self._replace(used, self._reloaded)
         except CertificateExpired:
             self._replace(used, self._renewed_lapsed)
         except BrokenOff as broken:
@@ -213,21 +210,21 @@ class Cloud:
 
     def _renewed_lapsed(self) -> Enrolment:
         try:
-            self._keep(enrolments.renew_lapsed(self.enrolment))
+            self._save(enrolments.renew_lapsed(self.enrolment))
         except CertificateSuperseded:
-            return self._kept_anew()
+            return self._reloaded()
         return self.enrolment
 
-    def _kept_anew(self) -> Enrolment:
-        """What another process of this device has kept. Raises CertificateSuperseded when none did."""
-        kept = self._read_anew() if self._read_anew is not None else None
-        if kept is None or kept.certificate == self.enrolment.certificate:
+    def _reloaded(self) -> Enrolment:
+        """What another process of this device has saved. Raises CertificateSuperseded when none did."""
+        saved = self._reload_enrolment() if self._reload_enrolment is not None else None
+        if saved is None or saved.certificate == self.enrolment.certificate:
             raise CertificateSuperseded(
                 "this identity was renewed elsewhere: the cloud knows a newer certificate than this device. "
                 "Unless its vault is an old copy, somebody has its key: let the operator revoke "
                 f"{identity_in(self.enrolment.certificate)[:32]}, and enrol anew with --replace"
             )
-        return kept
+        return saved
 
     # -- plumbing ------------------------------------------------------------------------------
 

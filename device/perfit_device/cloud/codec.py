@@ -1,4 +1,4 @@
-"""Between the device's values and protobuf. Protobuf types stop here and in `cloud.py`.
+"""Between the device's values and protobuf. Protobuf types stop here and in `client`.
 
 What comes from a cloud is checked: a hostile one may answer anything.
 """

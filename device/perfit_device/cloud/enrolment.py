@@ -1,4 +1,4 @@
-"""Getting, renewing and keeping this device's certificate."""
+"""Getting and renewing this device's certificate."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def wants_renewal(enrolment: Enrolment) -> bool:
 def renew(channel: grpc.Channel, enrolment: Enrolment) -> Enrolment:
     """A new certificate for a new key, over the mutual-TLS channel.
 
-    Keep it before it is used: from its first use on the cloud refuses the old one.
+    Save it before its first use, from which on the cloud refuses the old one.
     """
     new = Identity.create()
     stub: Any = services.IdentityStub(channel)

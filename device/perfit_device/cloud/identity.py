@@ -150,7 +150,7 @@ def pem(certificate: bytes) -> bytes:
 def _parse(certificate: bytes) -> x509.Certificate:
     try:
         parsed = x509.load_der_x509_certificate(certificate)
-        _ = parsed.subject  # read when it is asked for, and not before
+        _ = parsed.subject  # parsed lazily, so an error shows only here
     except (ValueError, x509.InvalidVersion) as error:
         raise NotAuthenticated(
             "what should be a certificate is none; enrol again with a new invite"

@@ -29,14 +29,13 @@ def ask_all(
     refused: dict[int, InvalidPrompt] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """The answers in the order of the questions, `in_flight` asked at a time.
+    """The answers in the order of the questions, `in_flight` at a time.
 
-    `in_flight` is 0 where the cloud has no Ask: then each is a call of its own, one after the other.
+    `in_flight` is 0 where the cloud has no Ask: then each question is a call of its own.
 
-    What a busy or vanished cloud left unanswered is asked again, with `patience` between two answers.
-    The first question that fails for any other reason ends it; but where `refused` is given, prompts
-    that the cloud refuses go there by their number, and their answers are empty. `progress` is told
-    how many are done.
+    `retry_policy` repeats what a busy or absent cloud left unanswered. Any other failure ends it; but
+    where `refused` is given, it takes the prompts that the cloud refuses, by number, and their answers
+    are empty. `progress` gets the number of answers so far.
     """
     answers = _Answers(refused, progress)
     if in_flight < 1:
@@ -60,7 +59,7 @@ def ask_all(
 
 
 def _alone(cloud: Cloud, use: ShiftUse, prompt: Prompt, sampling: Sampling, retry_policy: RetryPolicy) -> str:
-    return "".join(piece.text for piece in retry_policy.stream(lambda: cloud.generate(prompt, use, sampling)))
+    return "".join(chunk.text for chunk in retry_policy.stream(lambda: cloud.generate(prompt, use, sampling)))
 
 
 class _Answers:
@@ -76,7 +75,7 @@ class _Answers:
         self._progress(len(self.texts))
 
     def refuse(self, number: int, error: InvalidPrompt) -> None:
-        """Raises the error where nobody asked for it to be noted."""
+        """Raises the error where there is no `refused` to take it."""
         if self._refused is None:
             raise error
         self._refused[number] = error
@@ -84,17 +83,17 @@ class _Answers:
 
 
 class _Round:
-    """One stream, which adds to `answers` what it can of those that lack."""
+    """One stream, which adds to `answers` what it can of the missing ones."""
 
     def __init__(self, questions: Sequence[tuple[Prompt, Sampling]], answers: _Answers) -> None:
         self._questions = questions
         self._answers = answers
-        self._todo = deque(number for number in range(len(questions)) if number not in answers.texts)
-        self._texts: dict[int, str] = {}  # of the questions asked, as far as their answers have come
+        self._waiting = deque(number for number in range(len(questions)) if number not in answers.texts)
+        self._texts: dict[int, str] = {}  # answers so far, of the questions in flight
         self._outbox: SimpleQueue[Any] = SimpleQueue()  # None: no more
 
     def run(self, cloud: Cloud, use: ShiftUse, in_flight: int) -> None:
-        """Raises one of PASSING when the stream broke, or when the cloud turned the last questions away."""
+        """Raises one of TRANSIENT when the stream broke, or when the cloud turned the last questions away."""
         refused: PerfitError | None = None
         self._outbox.put(opening_to_wire(use))
         for _ in range(in_flight):
@@ -103,30 +102,30 @@ class _Round:
             # gRPC reads the outbox in a thread of its own.
             with closing(cloud.stream("Ask", iter(self._outbox.get, None), _STREAM_SECONDS)) as responses:
                 for response in responses:
-                    refused = self._take(*part_from_wire(response)) or refused
+                    refused = self._receive(*part_from_wire(response)) or refused
                     if not self._texts:
                         break
         finally:
             self._outbox.put(None)
         if self._texts:
             raise Unavailable("the cloud broke off its answers; try again later")
-        if refused is not None and self._todo:
+        if refused is not None and self._waiting:
             raise refused
 
     def _ask(self) -> None:
         """Ask the next question, if there is one."""
-        if self._todo:
-            number = self._todo.popleft()
+        if self._waiting:
+            number = self._waiting.popleft()
             self._texts[number] = ""
             self._outbox.put(question_to_wire(number, *self._questions[number]))
 
-    def _take(self, number: int, part: Chunk | PerfitError) -> PerfitError | None:
-        """What the cloud turned the question away with, if it did: then fewer are asked at a time."""
+    def _receive(self, number: int, part: Chunk | PerfitError) -> PerfitError | None:
+        """The transient error of a question that the cloud turned away: then fewer are in flight."""
         if number not in self._texts:
             raise PerfitError("the cloud answers what was not asked; tell its operator")
         if isinstance(part, TRANSIENT):
             del self._texts[number]
-            self._todo.append(number)
+            self._waiting.append(number)
             return part
         if isinstance(part, InvalidPrompt):
             del self._texts[number]

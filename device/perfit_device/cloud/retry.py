@@ -26,27 +26,27 @@ class RetryPolicy:
     longest_wait: float = 8.0
     sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
-    tell: Callable[[str], None] | None = None  # of the first wait, why
+    notify: Callable[[str], None] | None = None  # gets the reason of the first wait
 
     def call(self, call: Callable[[], _T]) -> _T:
         """The call's value; while the cloud is busy or away, again with growing, jittered waits."""
-        since, wait, told = self.clock(), self.first_wait, self.tell is None
+        since, wait, notified = self.clock(), self.first_wait, self.notify is None
         while True:
             try:
                 return call()
             except TRANSIENT as error:
-                # Full jitter: devices that lost a cloud together should not come back together.
+                # Jitter spreads devices that lost a cloud at the same time.
                 pause = max(random.uniform(wait / 2, wait), error.retry_ms / 1000)  # noqa: S311
                 if self.clock() - since + pause > self.give_up:
                     raise
-                if self.tell is not None and not told:
-                    self.tell(f"{error}; waiting, for {self.give_up:.0f} s at most")
-                    told = True
+                if self.notify is not None and not notified:
+                    self.notify(f"{error}; waiting, for {self.give_up:.0f} s at most")
+                    notified = True
                 self.sleep(pause)
                 wait = min(2 * wait, self.longest_wait)
 
     def stream(self, call: Callable[[], Iterator[_T]]) -> Iterator[_T]:
-        """The call's values. It waits before the first alone: what has come already would come twice."""
+        """The call's values. Retries only before the first: later it would repeat values."""
 
         def start() -> tuple[list[_T], Iterator[_T]]:
             values = call()

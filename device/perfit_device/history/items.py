@@ -12,8 +12,8 @@ from typing import Any
 from perfit_device import personal
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, VaultDamaged
-from perfit_shared.lamp import as_text
-from perfit_shared.tasks import Task, is_text
+from perfit_shared.json_input import as_text, is_text
+from perfit_shared.tasks import Task
 
 __all__ = ["HistoryItem", "add", "find", "forget", "forgotten", "load", "problems_of", "usable"]
 
@@ -29,7 +29,7 @@ class HistoryItem:
     date: str = ""  # ISO 8601; undated ones count as older than all dated ones
     order: int = 0  # of adding, within equal dates
     part: str = ""
-    place: str = field(default="", compare=False)  # where a file has it, for messages: "line 7"
+    origin: str = field(default="", compare=False)  # where a file has it, for messages: "line 7"
     name: str = field(default="", compare=False)  # sha-256 over task and fields, hex
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class HistoryItem:
 
     @classmethod
     def make(
-        cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "", place: str = ""
+        cls, task: Task, values: Mapping[str, Any], *, date: str = "", part: str = "", origin: str = ""
     ) -> HistoryItem:
         """From any mapping that has the task's fields. Raises InvalidData naming all that are wrong."""
         problems = problems_of(task, values)
@@ -51,7 +51,7 @@ class HistoryItem:
             raise InvalidData("; ".join(problems))
         fields = {name: as_text(values[name]) or "" for name in task.fields_of(values)}
         # A gold outside task.labels stays: people may judge into folders of their own.
-        return cls(task=task.name, fields=fields, date=date, part=part, place=place)
+        return cls(task=task.name, fields=fields, date=date, part=part, origin=origin)
 
 
 def problems_of(task: Task, values: Mapping[str, Any]) -> list[str]:
@@ -81,20 +81,20 @@ def _problem(value: Any) -> str:
 
 def add(vault: Vault, items: Iterable[HistoryItem]) -> tuple[int, int]:
     """Seal them, all or none: (how many are new, how many were there already)."""
-    added = known = 0
+    added = duplicates = 0
     with vault.transaction():
         order = int(vault.get("counter", "history") or b"0")
         for item in items:
             if vault.has(_KIND, item.name):
-                known += 1
+                duplicates += 1
                 continue
             order += 1
             values = asdict(item) | {"order": order, "fields": dict(item.fields)}
-            del values["name"], values["place"]
+            del values["name"], values["origin"]
             vault.put(_KIND, item.name, json.dumps(values, ensure_ascii=False).encode())
             added += 1
         vault.put("counter", "history", str(order).encode())
-    return added, known
+    return added, duplicates
 
 
 def load(vault: Vault, task: str | None = None) -> list[HistoryItem]:
@@ -111,10 +111,10 @@ def load(vault: Vault, task: str | None = None) -> list[HistoryItem]:
 
 
 def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
-    """Delete these examples and their keys for good, and what saw them and can go.
+    """Delete these examples and their keys for good, and whatever else depends on them.
 
-    That is every half-done update, all versions of the shift but the current one, and what was noted of
-    the last update and of examples that a cloud refused: these hold digests of texts.
+    That is every half-done update, all versions of the shift but the current one, and the records of the
+    last update and of refused examples, which hold digests of texts.
     """
     count, tasks = 0, set()
     with vault.transaction():
@@ -126,13 +126,13 @@ def forget(vault: Vault, items: Iterable[HistoryItem]) -> int:
                 if name.rpartition("/")[2] in tasks:
                     vault.delete(kind, name)
         personal.forget_earlier(vault, tasks)
-        for task in tasks if personal.artefacts(vault) else ():  # where there is no shift, nothing knows them
+        for task in tasks if personal.artefacts(vault) else ():  # only a shift can remember them
             vault.put("forgotten", task, str(forgotten(vault, task) + 1).encode())
     return count
 
 
 def forgotten(vault: Vault, task: str) -> int:
-    """How many times examples of a task were forgotten: a shift is told what it may know by it."""
+    """How many times examples of a task were forgotten, which shows what a shift may remember."""
     return int(vault.get("forgotten", task) or b"0")
 
 

@@ -1,5 +1,5 @@
 """What can be done with a profile, one file an operation.
 
-Each takes an open `Profile` and gives values. None prints, asks or knows the command line; `profile.tell`
-and callbacks for progress are how they speak. The commands of `cli` stand on them.
+Each takes an open `Profile` and gives values. None prints, prompts or knows the command line; they report
+through `profile.notify` and progress callbacks. The commands of `cli` use them.
 """

@@ -16,7 +16,7 @@ from perfit_device.profile import Profile
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
 from perfit_shared.types import Chunk, Mode, Sampling
 
-__all__ = ["Asked", "Question", "prepare"]
+__all__ = ["PreparedQuestion", "Question", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question that is ready to be sent. It needs the vault no more."""
+class PreparedQuestion:
+    """A question that is ready to send. It needs no vault."""
 
     artefact: Artefact
     prompt: Prompt
@@ -44,19 +44,19 @@ class Asked:
     _retry_policy: RetryPolicy
 
     def stream(self, mode: Mode) -> Iterator[Chunk]:
-        """The answer of one of the modes it was prepared for, as it comes; counts are on the last piece.
+        """The answer of one of the modes it was prepared for, as it comes; counts are on the last chunk.
 
-        White space at its front belongs to the prompt's form and is left out.
+        It leaves out leading white space, which belongs to the prompt's form.
         """
         is_at_front = True
         use = self._uses[mode]
-        for piece in self._retry_policy.stream(lambda: self._cloud.generate(self.prompt, use, self.sampling)):
-            text = piece.text.lstrip() if is_at_front else piece.text
+        for chunk in self._retry_policy.stream(lambda: self._cloud.generate(self.prompt, use, self.sampling)):
+            text = chunk.text.lstrip() if is_at_front else chunk.text
             is_at_front = is_at_front and not text
-            yield replace(piece, text=text)
+            yield replace(chunk, text=text)
 
 
-def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Asked:
+def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
     """Find artefact, prompt and shifts. Raises InvalidPrompt or InvalidInput on what cannot be asked."""
     text = question.text.strip()
     if not text:
@@ -76,7 +76,7 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Aske
         stop=artefact.task.stop,
     )
     uses = {mode: _use(profile, artefact, mode) for mode in modes}
-    return Asked(artefact, prompt, sampling, cloud, uses, RetryPolicy(tell=profile.tell))
+    return PreparedQuestion(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
 def _prompt(artefact: Artefact, text: str) -> Prompt:
@@ -88,7 +88,7 @@ def _prompt(artefact: Artefact, text: str) -> Prompt:
 
 
 def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
-    """Which shift answers. A user without one of their own has the seed, and is told so."""
+    """Which shift answers. A user without one gets the seed, and a notice."""
     if mode is Mode.BASE:
         return ShiftUse()
     if mode is Mode.COLLECTIVE:
@@ -98,7 +98,7 @@ def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
         mine = personal.load(vault, info.cloud_id, artefact)
     if mine is not None:
         return ShiftUse(artefact, mine.tensors)
-    profile.tell(
+    profile.notify(
         f"no personal shift for {artefact.name} yet, so this is the seed; `perfit update` trains one"
     )
     return ShiftUse(artefact, profile.while_opening().call(lambda: cloud.fetch_seed(artefact)))

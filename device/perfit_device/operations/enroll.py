@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from perfit_device.cloud import enrolment as enrolments
 from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.identity import Enrolment, Identity
-from perfit_device.known import read_enrolment, remember, write_enrolment
+from perfit_device.cloud_record import read_enrolment, write_enrolment, write_record
 from perfit_device.profile import Profile
 from perfit_shared.errors import InvalidInvite, PerfitError
 
@@ -41,28 +41,28 @@ def enroll(profile: Profile, invite: Invite, *, replace: bool = False) -> Enroll
         try:
             with Cloud(enrolment, on_renewed=lambda new: write_enrolment(vault, new)) as cloud:
                 info = cloud.describe()
-            remember(vault, info)
+            write_record(vault, info)
             tasks = [artefact.name for artefact in info.artefacts]
         except PerfitError as error:
-            profile.tell(f"enrolled, but the cloud cannot be asked yet: {error}")
+            profile.notify(f"enrolled, but the cloud cannot be asked yet: {error}")
     return Enrolled(profile.settings.profile, enrolment.address, enrolment.cloud_id, tasks)
 
 
 def _enrolment(profile: Profile, vault: Vault, invite: Invite, *, replace: bool) -> Enrolment:
-    """The key is sealed before the call and kept until its answer: when the answer is lost, the
-    same invite with the same key gets it again. Of an invite that was answered the digest stays, so
-    that the same command does no harm: the cloud takes no invite again once its certificate was used."""
+    """Seal the key before the call, and keep it until the answer: when the answer gets lost, the same
+    invite with the same key gets it again. The digest of an answered invite stays, so repeating the
+    command is harmless: the cloud refuses an invite once its certificate was used."""
     used = hashlib.sha256(invite.secret).digest()
     pending = vault.get(*_PENDING)
-    known = read_enrolment(vault)
+    current = read_enrolment(vault)
     same = pending is not None and hmac.compare_digest(pending[:32], used)
-    if known is not None and not replace and not same:
+    if current is not None and not replace and not same:
         raise InvalidInvite(
-            f'the profile "{profile.settings.profile}" is enrolled with {known.address} already; '
+            f'the profile "{profile.settings.profile}" is enrolled with {current.address} already; '
             "use --profile NAME for another cloud, or --replace to enrol this one anew"
         )
-    if known is not None and pending == used and not replace:
-        return known
+    if current is not None and pending == used and not replace:
+        return current
     key = pending[32:] if pending is not None and same else b""
     identity = Identity.from_der(key) if key else Identity.create()
     if not key:

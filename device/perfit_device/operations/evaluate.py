@@ -38,7 +38,7 @@ class Report:
 
 @dataclass
 class Evaluation:
-    """What is to be measured, and what is measured so far. It needs the vault no more."""
+    """What is to be measured, and what is measured so far. It needs no vault."""
 
     artefact: Artefact
     test: Sequence[HistoryItem]
@@ -48,7 +48,7 @@ class Evaluation:
     judged: dict[str, Judged] = field(default_factory=dict)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
-        """Measure; shifts that are the same are measured once. `progress` is told name, done and total.
+        """Measure; equal shifts are measured once. `progress` gets name, done and total.
 
         After an error or an interrupt `judged` has what was measured until then.
         """
@@ -61,10 +61,10 @@ class Evaluation:
                 self.judged[name] = self.judged[first]
                 continue
 
-            def told(done: int, name: str = name) -> None:
+            def report(done: int, name: str = name) -> None:
                 progress(name, done, total)
 
-            self.judged[name] = self._client.judge(self.test, use, progress=told)
+            self.judged[name] = self._client.judge(self.test, use, progress=report)
 
     def report(self) -> Report:
         """Of what is measured. Raises InvalidData when no example is left."""
@@ -100,16 +100,16 @@ def prepare(
     """The test part, and the shifts to measure on it; `shift` is somebody's exported one."""
     cloud, info = profile.connect()
     artefact = profile.artefact(task)
-    retry_policy = RetryPolicy(tell=profile.tell)
+    retry_policy = RetryPolicy(notify=profile.notify)
     with profile.vault() as vault:
         items = history.load(vault, artefact.task.name)
-        # As an update splits them, or its gate's examples could be among these.
+        # Split as an update does, or examples of its gate could be among these.
         refused = Refusals.read(vault, info, artefact).names
         usable = [item for item in profile.usable(items, artefact.task) if item.name not in refused]
         test = history.split(usable).test
         mine = personal.load(vault, info.cloud_id, artefact)
     if mine is None:
-        profile.tell("no personal shift yet, so personal is the seed; `perfit update` trains one")
+        profile.notify("no personal shift yet, so personal is the seed; `perfit update` trains one")
     uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
     if with_seed or mine is None:
         uses["seed"] = ShiftUse(artefact, retry_policy.call(lambda: cloud.fetch_seed(artefact)))

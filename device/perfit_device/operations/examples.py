@@ -1,4 +1,4 @@
-"""The examples that a shift learns from: adding, importing, finding, forgetting. The cloud is not asked."""
+"""The examples that a shift learns from: adding, importing, finding, forgetting. All of it works offline."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from perfit_device import history, personal
+from perfit_device.cloud_record import CloudRecord, read_record
 from perfit_device.history import HistoryItem
 from perfit_device.history.importers import read_history
-from perfit_device.known import Known, recall
 from perfit_device.profile import Profile, listed
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
 from perfit_shared.tasks import TASKS
@@ -25,7 +25,7 @@ _WARNINGS = 5  # about single examples
 class Added:
     task: str  # several with commas
     added: int
-    known: int  # were there already
+    duplicates: int  # that were there already
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,33 @@ def import_file(
 ) -> Added:
     """All examples of a file, or none. `data` is what it holds, where it was read already."""
     with profile.vault() as vault:
-        known = recall(vault)
+        record = read_record(vault)
         items = read_history(
             path,
             None if task is None else profile.task(task),
             default=lambda: profile.task(None),
             data=data,
             user=user,
-            known=known.by_task,
-            tell=profile.tell,
+            tasks=record.by_task,
+            notify=profile.notify,
         )
-        _warn_of_long_ones(profile, items, known)
+        _warn_of_long_ones(profile, items, record)
         return Added(listed({item.task for item in items}), *history.add(vault, items))
 
 
-def _warn_of_long_ones(profile: Profile, items: Sequence[HistoryItem], known: Known) -> None:
-    """By the limits that the cloud named last: what it has more words than tokens of, it will refuse."""
-    limits = (known.prompt_tokens, known.new_tokens)
+def _warn_of_long_ones(profile: Profile, items: Sequence[HistoryItem], record: CloudRecord) -> None:
+    """The cloud will refuse an item with more words than its last known limit of tokens."""
+    limits = (record.prompt_tokens, record.new_tokens)
     if not all(limits):
         return
     long = [item for item in items if _words(item) > max(limits)]
     for item in long[:_WARNINGS]:
-        profile.tell(
-            f"{item.place}: {_words(item)} words are too long for the cloud, which takes "
+        profile.notify(
+            f"{item.origin}: {_words(item)} words are too long for the cloud, which takes "
             f"{limits[0]} tokens; it is kept, and left out where the cloud refuses it"
         )
     if len(long) > _WARNINGS:
-        profile.tell(f"{len(long) - _WARNINGS} more are too long as well")
+        profile.notify(f"{len(long) - _WARNINGS} more are too long as well")
 
 
 def _words(item: HistoryItem) -> int:
@@ -93,13 +93,13 @@ def _words(item: HistoryItem) -> int:
 def find(profile: Profile, task: str | None = None, names: Sequence[str] = ()) -> list[HistoryItem]:
     """The examples of a task, or of an artefact's, or all; of these the ones named, by first characters."""
     with profile.vault() as vault:
-        items, known = history.load(vault), recall(vault)
+        items, record = history.load(vault), read_record(vault)
     if task is not None:
-        name = known.task_of(task)
+        name = record.task_of(task)
         there = {item.task for item in items}
-        if name not in there and task not in known.tasks and name not in TASKS:
+        if name not in there and task not in record.tasks and name not in TASKS:
             raise NotFound(
-                f'there is no task "{one_line(task)[:64]}"; there are {listed(there | known.tasks.keys())}'
+                f'there is no task "{one_line(task)[:64]}"; there are {listed(there | record.tasks.keys())}'
             )
         items = [item for item in items if item.task == name]
     return history.find(items, names) if names else items

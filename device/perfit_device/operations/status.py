@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from perfit_device import history, personal
 from perfit_device.cloud.identity import certificate_life, identity_in
 from perfit_device.cloud.retry import NO_RETRIES
-from perfit_device.known import read_enrolment, recall
+from perfit_device.cloud_record import read_enrolment, read_record
 from perfit_device.personal import Version
 from perfit_device.profile import Profile
 from perfit_device.training import update as updates
@@ -77,14 +77,14 @@ def _trouble(profile: Profile) -> PerfitError | None:
 
 
 def _tasks(vault: Vault) -> dict[str, TaskStatus]:
-    known, items = recall(vault), history.load(vault)
-    by_name = {name: known.task_of(name) for name in known.tasks}
+    record, items = read_record(vault), history.load(vault)
+    by_name = {name: record.task_of(name) for name in record.tasks}
     # Examples of tasks that the cloud does not serve are the user's all the same.
     by_name |= {item.task: item.task for item in items if item.task not in by_name.values()}
     found = {}
     for name, task in sorted(by_name.items()):
-        versions = personal.read_versions(vault, known.cloud_id, name)
-        half_done = updates.read_checkpoint(vault, updates.row_name(known.cloud_id, name, task))
+        versions = personal.read_versions(vault, record.cloud_id, name)
+        half_done = updates.read_checkpoint(vault, updates.update_row(record.cloud_id, name, task))
         found[name] = TaskStatus(
             examples=sum(item.task == task for item in items),
             updates=versions.now.updates if versions else 0,

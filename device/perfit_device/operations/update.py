@@ -13,7 +13,7 @@ from perfit_device.evaluation import TaskClient
 from perfit_device.profile import Profile
 from perfit_device.refusals import Refusals
 from perfit_device.training import update as updates
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_device.training.update import Finished, Plan, Result
 from perfit_shared.errors import ExamplesRefused, ShiftMismatch
 from perfit_shared.training import Overrides, schedule_for
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from perfit_device.personal import PersonalShift
     from perfit_device.vault.store import Vault
 
-__all__ = ["Updated", "Wanted", "update"]
+__all__ = ["UpdateRequest", "Updated", "update"]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the user asks for."""
+class UpdateRequest:
+    """What the user wants."""
 
     task: str | None = None  # name of an artefact
     # Of the plan: epochs, learning_rate, batch_size, seed. What is missing is the artefact's, or 0.
@@ -37,7 +37,7 @@ class Wanted:
     again: bool = False  # also when nothing is new
     anyway: bool = False  # take the new version even where the gate finds it no better
     checkpoint_seconds: float = 30.0
-    patience_seconds: float = 60.0  # to wait for a cloud that is gone
+    retry_seconds: float = 60.0  # to wait for a cloud that is gone
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Updated:
 
 
 def update(
-    profile: Profile, wanted: Wanted, progress: Callable[[int, int, float], None] = lambda *_: None
+    profile: Profile, request: UpdateRequest, progress: Callable[[int, int, float], None] = lambda *_: None
 ) -> Updated:
-    """Train. `progress` is told step, steps and loss.
+    """Train. `progress` gets step, steps and loss.
 
-    It holds the vault until it ends. An interrupt leaves the steps that were done in the vault.
+    It holds the vault until it ends. After an interrupt the finished steps are in the vault.
     """
-    retry_policy = RetryPolicy(give_up=wanted.patience_seconds, tell=profile.tell)
+    retry_policy = RetryPolicy(give_up=request.retry_seconds, notify=profile.notify)
     cloud, info = profile.connect(retry_policy)
-    artefact = profile.artefact(wanted.task)
+    artefact = profile.artefact(request.task)
     with profile.vault() as vault:
         refusals = Refusals.read(vault, info, artefact)
         items = history.load(vault, artefact.task.name)
@@ -69,8 +69,8 @@ def update(
             fitting = [item for item in usable if item.name not in refusals.names]
             if len(fitting) < len(usable):
                 left_out = len(usable) - len(fitting)
-                profile.tell(f"{left_out} examples are too long for this cloud and are left out")
-            run = _Run(profile, vault, wanted, artefact, history.split(fitting), retry_policy, progress)
+                profile.notify(f"{left_out} examples are too long for this cloud and are left out")
+            run = _Run(profile, vault, request, artefact, history.split(fitting), retry_policy, progress)
             try:
                 return run.train([item.name for item in items if item not in fitting])
             except ExamplesRefused as error:
@@ -78,7 +78,7 @@ def update(
                 client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
                 more = client.refused_among(rest)
                 refusals = refusals.with_names(vault, [*error.names, *(item.name for item in more)])
-                updates.forget_checkpoint(vault, refusals.place)  # of a plan with these examples
+                updates.forget_checkpoint(vault, refusals.row)  # of a plan with these examples
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Run:
 
     profile: Profile
     vault: Vault
-    wanted: Wanted
+    request: UpdateRequest
     artefact: Artefact
     split: Split
     retry_policy: RetryPolicy
@@ -95,21 +95,21 @@ class _Run:
 
     def train(self, skipped: Sequence[str]) -> Updated:
         _, info = self.profile.connect()
-        place = updates.row_name(info.cloud_id, self.artefact.name, self.artefact.task.name)
-        plan = self._plan(place)
-        last = updates.read_finished(self.vault, place)
-        if last is not None and self._is_in_vain(last, plan, info.fingerprint):
+        row = updates.update_row(info.cloud_id, self.artefact.name, self.artefact.task.name)
+        plan = self._plan(row)
+        last = updates.read_finished(self.vault, row)
+        if last is not None and self._is_redundant(last, plan, info.fingerprint):
             return Updated(self.artefact, plan, skipped, was_accepted=last.accepted)
         return Updated(self.artefact, plan, skipped, self._result(plan))
 
-    def _is_in_vain(self, last: Finished, plan: Plan, fingerprint: str) -> bool:
-        wants_it = self.wanted.again or (self.wanted.anyway and not last.accepted)
-        return not wants_it and (last.plan, last.fingerprint) == (plan, fingerprint)
+    def _is_redundant(self, last: Finished, plan: Plan, fingerprint: str) -> bool:
+        requested = self.request.again or (self.request.anyway and not last.accepted)
+        return not requested and (last.plan, last.fingerprint) == (plan, fingerprint)
 
     def _result(self, plan: Plan) -> Result:
         cloud, info = self.profile.connect()
         current = self._current(plan)
-        with Adapting(cloud, self.artefact, info.limits, self.split) as source:
+        with GradientSource(cloud, self.artefact, info.limits, self.split) as source:
             if current is not None and not plan.fresh:
                 start = current.tensors
             else:
@@ -125,20 +125,20 @@ class _Run:
                     current=current,
                     forgotten=history.forgotten(self.vault, self.artefact.task.name),
                     fingerprint=info.fingerprint,
-                    anyway=self.wanted.anyway,
+                    anyway=self.request.anyway,
                     retry_policy=self.retry_policy,
-                    checkpoint_seconds=self.wanted.checkpoint_seconds,
+                    checkpoint_seconds=self.request.checkpoint_seconds,
                     progress=self.progress,
                 ),
             )
-            self.profile.tell(
+            self.profile.notify(
                 f"{self.artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
                 + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
             )
             try:
                 return run.run()
             except KeyboardInterrupt:
-                self.profile.tell(
+                self.profile.notify(
                     f"stopped after step {run.step} of {plan.steps}; `perfit update` resumes there"
                 )
                 raise
@@ -152,27 +152,29 @@ class _Run:
                 raise
             return None  # made for another artefact, so the gate cannot measure it
 
-    def _plan(self, place: str) -> Plan:
-        """The half-done plan if it still holds and nothing else is asked for, else a new one."""
-        artefact, split, wanted = self.artefact, self.split, dict(self.wanted.settings)
+    def _plan(self, row: str) -> Plan:
+        """The half-done plan if it still holds and the request agrees, else a new one."""
+        artefact, split, request = self.artefact, self.split, dict(self.request.settings)
         now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
-        if "batch_size" in wanted:  # as plans hold it: no batch is larger than the history
-            wanted["batch_size"] = min(wanted["batch_size"], len(split.train))
-        kept = updates.read_checkpoint(self.vault, place)
-        if kept is not None:
-            old = asdict(kept.schedule)
-            again = replace(kept.schedule, **wanted, fresh=self.wanted.fresh or kept.schedule.fresh)
-            if {key: old[key] for key in now} == now and again == kept.schedule:
-                return kept.schedule
+        if "batch_size" in request:  # plans hold no batch larger than the history
+            request["batch_size"] = min(request["batch_size"], len(split.train))
+        checkpoint = updates.read_checkpoint(self.vault, row)
+        if checkpoint is not None:
+            old = asdict(checkpoint.schedule)
+            again = replace(
+                checkpoint.schedule, **request, fresh=self.request.fresh or checkpoint.schedule.fresh
+            )
+            if {key: old[key] for key in now} == now and again == checkpoint.schedule:
+                return checkpoint.schedule
             reason = "you asked for other settings"
             if old["version"] != now["version"]:
                 reason = "the cloud's artefact changed"
             if old["history"] != now["history"]:
                 reason = "your history changed"
-            self.profile.tell(
+            self.profile.notify(
                 f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
             )
-        schedule = schedule_for("device", artefact, len(split.train), Overrides(**wanted))
+        schedule = schedule_for("device", artefact, len(split.train), Overrides(**request))
         return Plan(
-            **asdict(schedule), fresh=self.wanted.fresh, history=split.digest(), version=artefact.version
+            **asdict(schedule), fresh=self.request.fresh, history=split.digest(), version=artefact.version
         )

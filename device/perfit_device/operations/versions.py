@@ -1,9 +1,9 @@
-"""The versions of a personal shift: what there are, and back to one of them. The cloud is not asked."""
+"""The versions of a personal shift: listing them, and going back to one. Works offline."""
 
 from __future__ import annotations
 
 from perfit_device import personal
-from perfit_device.known import recall
+from perfit_device.cloud_record import read_record
 from perfit_device.personal import Version, Versions
 from perfit_device.profile import Profile
 from perfit_device.training import update as updates
@@ -30,7 +30,7 @@ def undo(profile: Profile, task: str | None, to: int | None = None) -> tuple[str
     cloud_id, name = profile.trained(task)
     with profile.vault() as vault, vault.transaction():
         version = personal.undo(vault, cloud_id, name, to)
-        place = updates.row_name(cloud_id, name, recall(vault).task_of(name))
-        updates.forget_checkpoint(vault, place)
-        updates.forget_finished(vault, place)
+        row = updates.update_row(cloud_id, name, read_record(vault).task_of(name))
+        updates.forget_checkpoint(vault, row)
+        updates.forget_finished(vault, row)
     return name, version

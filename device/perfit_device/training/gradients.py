@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from perfit_device.cloud.client import Cloud, tensors_from_wire
@@ -26,53 +25,51 @@ from perfit_device.history import Split
 from perfit_shared.errors import Cancelled, CertificateExpired, InvalidPrompt, PerfitError
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
 
-__all__ = ["Adapting"]
+__all__ = ["GradientSource"]
 
 _T = TypeVar("_T")
 _STREAM_SECONDS = 86400.0  # clouds end it earlier
-_FIRST_SECONDS = 1800.0  # without the first response, after which no stream is tried any more
-_STEP_SECONDS = 300.0  # without one of the others, after which the stream is given up
+_FIRST_SECONDS = 1800.0  # timeout of the first response; no other stream is tried after it
+_STEP_SECONDS = 300.0  # timeout of every other response
 _MESSAGE_BYTES = 1 << 20  # of examples; the cloud's limit may be lower
-_PASSING = (*TRANSIENT, Cancelled, CertificateExpired)  # after which another stream may be had
+_RETRYABLE = (*TRANSIENT, Cancelled, CertificateExpired)  # after which another stream is worth a try
 
 
-class Adapting:
-    """What an `Update` asks a cloud. Use `with`.
+class GradientSource:
+    """Gradients and losses for an `Update`, from a cloud. Use `with`.
 
-    Where a stream cannot be had, or breaks, it goes on call by call; and when an epoch is judged it
-    tries another stream, unless the cloud refused this one for good, or took too long to open it: the
-    cloud works through all examples before its first response, and would have to again.
+    Without a stream, or after one breaks, it goes on call by call. When an epoch is judged it tries
+    another stream, unless the cloud refused this one for good or took too long to open it: the cloud
+    works through all examples before its first response, and would repeat that.
     """
 
     def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
         self._cloud, self._artefact, self._limits, self._split = cloud, artefact, limits, split
         self._client = TaskClient(cloud, artefact.task, limits)
         self._gradient_of = gradient_of(cloud, artefact, limits)
-        self._stream: _Stream | None = None
-        self._is_welcome = len(split.train) + len(split.gate) <= limits.adapt_examples
-        self._may_open = self._is_welcome
+        self._stream: _AdaptStream | None = None
+        self._stream_allowed = len(split.train) + len(split.gate) <= limits.adapt_examples
+        self._may_open = self._stream_allowed
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def gradient(
         self, rows: Sequence[int], tensors: ShiftTensors
     ) -> Callable[[], tuple[float, int, ShiftTensors]]:
-        """Ask for (nats a token, target tokens, d loss / d tensors) of rows of the training part.
+        """Request (nats a token, target tokens, d loss / d tensors) of rows of the training part.
 
-        What it gives waits for the answer; called again, after an error, it asks again.
+        The result waits for the answer; called again after an error, it repeats the request.
         """
         items = [self._split.train[row] for row in rows]
         return self._ask(rows, tensors, self._decoded, partial(self._gradient_of, items, tensors))
 
     def loss(self, tensors: ShiftTensors) -> Callable[[], float]:
-        """Ask for the mean nats a token of the gate's part. As `gradient`."""
-        self._may_open = self._is_welcome
+        """Request the mean nats a token of the gate's part. As `gradient`."""
+        self._may_open = self._stream_allowed
         first = len(self._split.train)
         use = ShiftUse(self._artefact, tensors)
         alone = partial(self._client.mean_loss, self._split.gate, use, cut=True)
@@ -89,28 +86,28 @@ class Adapting:
         loss_only: bool = False,
     ) -> Callable[[], _T]:
         if self._stream is None and self._may_open:
-            self._stream = _Stream(self._cloud, self._artefact, self._limits, self._split)
-        asked = self._stream
-        if asked is not None:
-            asked.send(adapt_step_to_wire(tensors, rows, loss_only=loss_only))
+            self._stream = _AdaptStream(self._cloud, self._artefact, self._limits, self._split)
+        open_stream = self._stream
+        if open_stream is not None:
+            open_stream.send(adapt_step_to_wire(tensors, rows, loss_only=loss_only))
 
         def answer() -> _T:
-            nonlocal asked
-            stream, asked = asked, None
+            nonlocal open_stream
+            stream, open_stream = open_stream, None
             if stream is not None:
                 try:
                     return decode(stream.receive())
                 except PerfitError as error:
-                    self._is_welcome = isinstance(error, _PASSING) and not stream.opens_too_slowly
+                    self._stream_allowed = isinstance(error, _RETRYABLE) and not stream.opens_too_slowly
                     self._close()
                     if isinstance(error, InvalidPrompt):
-                        self._name_the_refused(error)
+                        self._raise_refused(error)
             return alone()
 
         return answer
 
-    def _name_the_refused(self, reason: InvalidPrompt) -> None:
-        """Raises ExamplesRefused before a step is lost to them: the stream takes all examples, or none."""
+    def _raise_refused(self, reason: InvalidPrompt) -> None:
+        """Raises ExamplesRefused before they cost a step: the stream takes all examples or none."""
         refused = self._client.refused_among([*self._split.train, *self._split.gate])
         if refused:
             raise refusal(refused, reason) from reason
@@ -134,7 +131,7 @@ def _finite_loss(response: Any) -> float:
     return float(response.loss)
 
 
-class _Stream:
+class _AdaptStream:
     """One Adapt call. Opening it sends the examples, gate's behind training's."""
 
     def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
@@ -144,7 +141,7 @@ class _Stream:
         self._has_answered = False
         self.opens_too_slowly = False
         self._responses = cloud.stream("Adapt", self._messages(), _STREAM_SECONDS)
-        self._came: SimpleQueue[Any] = SimpleQueue()  # responses, and an error behind the last
+        self._received: SimpleQueue[Any] = SimpleQueue()  # responses, and an error behind the last
         threading.Thread(target=self._read, name="perfit-adapt", daemon=True).start()
 
     def _messages(self) -> Iterator[Any]:
@@ -160,25 +157,25 @@ class _Stream:
     def receive(self) -> Any:
         """The response to the next step that was sent. Raises PerfitError."""
         try:
-            came = self._came.get(timeout=_STEP_SECONDS if self._has_answered else _FIRST_SECONDS)
+            response = self._received.get(timeout=_STEP_SECONDS if self._has_answered else _FIRST_SECONDS)
         except Empty:
             self.opens_too_slowly = not self._has_answered
             self._responses.close()
-            came = self._came.get()  # the error that the closed call ends in
-        if isinstance(came, Exception):
-            raise came
+            response = self._received.get()  # the error that the closed call ends in
+        if isinstance(response, Exception):
+            raise response
         self._has_answered = True
-        return came
+        return response
 
     def _read(self) -> None:
-        """In a thread of the stream's own, since gRPC knows no wait with an end."""
+        """Runs in its own thread, since gRPC cannot wait with a timeout."""
         try:
             for response in self._responses:
-                self._came.put(response)
-            self._came.put(Cancelled("the cloud ended the stream"))
+                self._received.put(response)
+            self._received.put(Cancelled("the cloud ended the stream"))
         except Exception as error:
-            self._came.put(error)
+            self._received.put(error)
 
     def close(self) -> None:
-        self._steps.put(None)  # gRPC's thread waits there
+        self._steps.put(None)  # wakes gRPC's thread
         self._responses.close()

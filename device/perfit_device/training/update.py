@@ -1,7 +1,7 @@
-"""An update: training a personal shift step by step, with gradients that somebody else computes.
+"""An update: training a personal shift step by step, with gradients that others compute.
 
-Knows no gRPC. What an interrupted update needs lies in one sealed checkpoint: tensors, moments,
-step, and the plan they belong to.
+It knows no gRPC. One sealed checkpoint holds what an interrupted update needs: tensors, moments, step and
+plan.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from perfit_device import personal, process_limits
 from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
-from perfit_device.personal import Learned, PersonalShift
+from perfit_device.personal import PersonalShift, TrainingSummary
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import Diverged, InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
@@ -33,11 +33,11 @@ __all__ = [
     "forget_finished",
     "read_checkpoint",
     "read_finished",
-    "row_name",
+    "update_row",
 ]
 
 _KIND, _FINISHED = "checkpoint", "finished"
-# Both ask, and give what waits for the answer: called again, after an error, it asks again.
+# Both send a request and return what waits for the answer; called again after an error, it repeats it.
 Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
 Evaluate = Callable[[ShiftTensors], Callable[[], float]]
 
@@ -76,14 +76,14 @@ class Result:
     resumed_from: int  # step
 
 
-def row_name(cloud_id: str, artefact: str, task: str) -> str:
+def update_row(cloud_id: str, artefact: str, task: str) -> str:
     """The name of a checkpoint in the vault. It ends in the task, by which `forget` finds it."""
-    return f"{personal.row_name(cloud_id, artefact)}/{task}"
+    return f"{personal.shift_row(cloud_id, artefact)}/{task}"
 
 
-def read_checkpoint(vault: Vault, place: str) -> Training[Plan] | None:
+def read_checkpoint(vault: Vault, row: str) -> Training[Plan] | None:
     """A half-done update, None when there is none. Raises VaultDamaged."""
-    data = vault.get(_KIND, place)
+    data = vault.get(_KIND, row)
     if data is None:
         return None
     try:
@@ -92,8 +92,8 @@ def read_checkpoint(vault: Vault, place: str) -> Training[Plan] | None:
         raise VaultDamaged("the vault holds a half-done update that cannot be read") from error
 
 
-def forget_checkpoint(vault: Vault, place: str) -> bool:
-    return vault.delete(_KIND, place)
+def forget_checkpoint(vault: Vault, row: str) -> bool:
+    return vault.delete(_KIND, row)
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Finished:
     accepted: bool
 
 
-def read_finished(vault: Vault, place: str) -> Finished | None:
+def read_finished(vault: Vault, row: str) -> Finished | None:
     """None when there was none, or one of another version of perfit."""
-    data = vault.get(_FINISHED, place)
+    data = vault.get(_FINISHED, row)
     try:
         values = json.loads(data or b"")
         return Finished(Plan(**values["plan"]), str(values["fingerprint"]), bool(values["accepted"]))
@@ -115,9 +115,9 @@ def read_finished(vault: Vault, place: str) -> Finished | None:
         return None
 
 
-def forget_finished(vault: Vault, place: str) -> bool:
-    """What it came to is not in use any more, so an equal update would not be in vain."""
-    return vault.delete(_FINISHED, place)
+def forget_finished(vault: Vault, row: str) -> bool:
+    """After an undo its result is not in use, so an equal update is useful again."""
+    return vault.delete(_FINISHED, row)
 
 
 class Source(NamedTuple):
@@ -161,11 +161,12 @@ class Update:
         self._start = start
         self._source = source
         self._settings = settings or UpdateSettings()
-        self._place = row_name(cloud_id, artefact.name, artefact.task.name)
-        kept = read_checkpoint(vault, self._place)
-        resumes = kept is not None and kept.schedule == plan
-        self._training = [kept if kept is not None and resumes else Training.start(plan, start)]
-        self._saved = self._state  # what the vault has; at first there may be nothing to keep
+        self._row = update_row(cloud_id, artefact.name, artefact.task.name)
+        checkpoint = read_checkpoint(vault, self._row)
+        if checkpoint is None or checkpoint.schedule != plan:
+            checkpoint = Training.start(plan, start)
+        self._training = [checkpoint]
+        self._saved = self._state  # what the vault has, or nothing worth saving yet
         self.resumed_from = self._state.step
 
     @property
@@ -198,7 +199,7 @@ class Update:
                 "and `perfit update` resumes there"
             ) from error
         except Diverged as error:
-            # The steps before stay: what is no number may also be a cloud's doing.
+            # Keep the steps so far: the cloud may be at fault.
             self._save()
             raise UpdateFailed(
                 f"{error}, or `perfit update` as before, which resumes after step {self.step}; "
@@ -218,22 +219,22 @@ class Update:
         return 5 * len(self._start.to_bytes()) + 24 * self._state.schedule.steps
 
     def _train(self) -> None:
-        """Step by step; while the cloud works at one, the bookkeeping of the one before is done."""
+        """Step by step. The bookkeeping of one step runs while the cloud computes the next."""
         last_saved = last_done = time.monotonic()
         for stepped in train(self._training, gradients=self._ask_gradient, losses=self._ask_loss):
             if stepped:
                 self._settings.progress(self.step, self._state.schedule.steps, self._state.losses[-1])
             took, last_done = time.monotonic() - last_done, time.monotonic()
-            # Another step as long as this one might otherwise be more than a kill may cost.
+            # Save early where one more such step would exceed what a kill may cost.
             if last_done - last_saved + took >= self._settings.checkpoint_seconds:
                 self._save()
                 last_saved = time.monotonic()
-            process_limits.give_back()
+            process_limits.release_memory()
 
     def _ask_gradient(
-        self, asked: Mapping[int, Training[Plan]]
+        self, trainings: Mapping[int, Training[Plan]]
     ) -> Callable[[], list[tuple[float, ShiftTensors]]]:
-        (state,) = asked.values()
+        (state,) = trainings.values()
         found = self._source.gradient(state.rows, state.tensors)
 
         def wait() -> list[tuple[float, ShiftTensors]]:
@@ -242,39 +243,39 @@ class Update:
 
         return wait
 
-    def _ask_loss(self, asked: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
-        (state,) = asked.values()
+    def _ask_loss(self, trainings: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
+        (state,) = trainings.values()
         found = self._source.loss(state.tensors)
         return lambda: [self._settings.retry_policy.call(found)]
 
     def _save(self) -> None:
         if self._state is self._saved:
             return
-        # What a full disk keeps from being overwritten is the checkpoint before, until the next one.
+        # On a full disk traces of the last checkpoint stay in the file until the next save.
         with contextlib.suppress(VaultUnswept):
-            self._vault.put(_KIND, self._place, self._state.to_bytes())
+            self._vault.put(_KIND, self._row, self._state.to_bytes())
         self._saved = self._state
 
     def _finish(self, gate: ValidationGate) -> None:
-        """The candidate becomes current, or not, and the checkpoint goes: in one transaction."""
+        """Store the new version if the gate accepts it, and drop the checkpoint, in one transaction."""
         with self._vault.transaction():
             if gate.accepted and self._state.best is not None:
                 shift, learned = self._shift(self._state.best), self._learned(gate)
                 personal.store(self._vault, self._cloud_id, self._artefact, shift, learned)
-            forget_checkpoint(self._vault, self._place)
+            forget_checkpoint(self._vault, self._row)
             finished = Finished(self._state.schedule, self._settings.fingerprint, gate.accepted)
-            self._vault.put(_FINISHED, self._place, json.dumps(asdict(finished)).encode())
+            self._vault.put(_FINISHED, self._row, json.dumps(asdict(finished)).encode())
 
     def _shift(self, tensors: ShiftTensors) -> PersonalShift:
-        """The new version. What it goes on from says what it may know; afresh it knows what is there now."""
+        """The new version. It inherits `forgotten` from the version that it continues."""
         if self._state.schedule.fresh or self._settings.current is None:
             return PersonalShift(tensors, 1, self._settings.forgotten)
         return PersonalShift(tensors, self._settings.current.updates + 1, self._settings.current.forgotten)
 
-    def _learned(self, gate: ValidationGate) -> Learned:
-        """What stays known of the new version."""
+    def _learned(self, gate: ValidationGate) -> TrainingSummary:
+        """The record that stays with the new version."""
         first, last = self._losses()
-        return Learned(self._state.schedule.examples, first, last, gate.before, gate.after)
+        return TrainingSummary(self._state.schedule.examples, first, last, gate.before, gate.after)
 
     def _losses(self) -> tuple[float, float]:
         """Means over the first and the last epoch's steps."""

@@ -2,8 +2,8 @@
 
 Rows and header are authenticated inside the vault. Free pages and page headers are not, and a
 flipped bit there still means that a disk or somebody changed the file. `vault.db.sum` holds
-SQLite's change counter and the sha-256 of the file as the last process left it. It speaks only
-where its counter is the file's, so a crash between a commit and this note costs the note alone.
+SQLite's change counter and the sha-256 of the file as the last process left it. It counts only
+while its counter equals the file's, so a crash between a commit and this note loses just the note.
 
 The vault holds the file open as long as its connection: closing it drops every POSIX lock that this
 process has on the file.
@@ -53,8 +53,8 @@ def check(file: BinaryIO, path: Path, *, is_swept: bool) -> bool:
 
 
 def write(file: BinaryIO, path: Path) -> None:
-    """Note the file as it is now. Failing is no harm: an old note says nothing."""
-    new = path.with_name(f"{path.name}.sum.new")  # left by a kill, or nobody's: we hold the vault
+    """Note the file as it is now. A failure is harmless: an outdated note is ignored."""
+    new = path.with_name(f"{path.name}.sum.new")  # a leftover of a kill at most: we hold the vault
     try:
         head, size = _head(file)
         body = head[_COUNTER] + _digest(file, size)

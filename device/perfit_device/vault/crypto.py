@@ -66,7 +66,7 @@ class KdfParams:
             raise VaultDamaged("the vault's header asks for an impossible key derivation")
 
     def check(self, most: KdfParams) -> None:
-        """Raises VaultError when this costs more than `most`, which nobody has to pay to find out."""
+        """Raises VaultError when this costs more than `most`, before any of that cost is paid."""
         if any(value > limit for value, limit in zip(astuple(self), astuple(most), strict=True)):
             raise VaultError(
                 f"opening this vault takes {self.memory_kib >> 10} MiB, {self.iterations} passes and "
@@ -272,7 +272,7 @@ class DataKey:
             return wrapped, AESGCM(row_key).encrypt(_SEAL_NONCE, plain, bound)
 
     def unseal(self, kind: str, row_id: bytes, version: int, wrapped: bytes, sealed: bytes) -> bytes:
-        """Raises VaultDamaged unless these very bytes were sealed for this place."""
+        """Raises VaultDamaged unless these very bytes were sealed for this row."""
         bound = self._bound(kind, row_id, version)
         try:
             with wiped(bytearray(_KEY_BYTES)) as row_key:

@@ -1,10 +1,10 @@
 """The device's sealed store: one SQLite file of rows that only its owner's passphrase opens.
 
-    header(data, list_mac)                             sealing.Header, MAC over the list of rows
-    rows(kind, id, version, wrapped_key, sealed)       sealing.DataKey
+    header(data, list_mac)                             crypto.Header, MAC over the list of rows
+    rows(kind, id, version, wrapped_key, sealed)       crypto.DataKey
 
 Promises: a crash at any byte leaves the old or the new version (a rollback journal, synchronous=FULL,
-one transaction a change); every row is bound to its place and the list of rows to the key, so a
+one transaction a change); every row is bound to its kind and id, and the list of rows to the key, so a
 changed, swapped, dropped or revived row is VaultDamaged on opening; nothing of a deleted or replaced
 row stays in the file or its journal; two processes never hold one vault at once. A whole file of an
 earlier day, put back, is not noticed.
@@ -23,7 +23,6 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from perfit_device.migration import migrate
@@ -37,7 +36,7 @@ __all__ = ["Vault"]
 _OUR_KDF = KdfParams()  # what `create` locks by
 _RESERVE = ("reserve", "")  # kind and name of the row that `reserve` writes
 _UNSWEPT = 1  # user_version while the file may hold copies of removed rows
-_Place = tuple[str, bytes]  # kind, row id
+_RowRef = tuple[str, bytes]  # kind, row id
 Rows = list[tuple[Any, ...]]  # `list` means something else inside Vault
 
 
@@ -48,14 +47,14 @@ class Vault:
         self.path = path
         self.closed = False
         self._connection = connection
-        self._file = path.open("rb")  # for filesum
+        self._file = path.open("rb")  # for the checksum
         self._header = header
         self._key = DataKey(key, header.vault_id)
-        self._listed: dict[_Place, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
+        self._listed: dict[_RowRef, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._lock = threading.RLock()
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
-        self._noted = False  # whether the checksum beside the file is up to date
+        self._checksum_current = False  # whether the checksum beside the file is up to date
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class Vault:
             with translated(path):
                 vault._verify()
                 is_swept = vault._is_swept()
-                vault._noted = checksum.check(vault._file, path, is_swept=is_swept)
+                vault._checksum_current = checksum.check(vault._file, path, is_swept=is_swept)
                 vault._clean_up(is_swept=is_swept)
                 vault._migrate(passphrase)
         except BaseException:
@@ -141,14 +140,14 @@ class Vault:
             self._write_header(header)
 
     def close(self) -> None:
-        """Release the file, with a note of how it was left."""
+        """Write the checksum and release the file."""
         if self.closed:
             return
         self.closed = True
         try:
             with contextlib.suppress(sqlite3.Error, VaultError):
-                # Not of an unswept file: after a crash SQLite brings back all of it but free pages.
-                if not self._noted and self._is_swept():
+                # Not for an unswept file: after a crash SQLite restores all but its free pages.
+                if not self._checksum_current and self._is_swept():
                     checksum.write(self._file, self.path)
         finally:
             self._release()
@@ -161,25 +160,23 @@ class Vault:
     def __enter__(self) -> Vault:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- rows ----------------------------------------------------------------------------------
 
     def get(self, kind: str, name: str) -> bytes | None:
         """The row's bytes, or None."""
-        place = (kind, self._key.row_id(kind, name))
+        ref = (kind, self._key.row_id(kind, name))
         with self._lock:
-            if place not in self._listed:
+            if ref not in self._listed:
                 return None
             rows = self._execute(
-                "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *place
+                "SELECT version, wrapped_key, sealed FROM rows WHERE kind = ? AND id = ?", *ref
             )
         if not rows:
             raise VaultDamaged("a row of the vault is gone; restore a copy of the file")
-        return _unpack(self._key.unseal(*place, *rows[0]))[1]
+        return _unpack(self._key.unseal(*ref, *rows[0]))[1]
 
     def has(self, kind: str, name: str) -> bool:
         with self._lock:
@@ -193,30 +190,30 @@ class Vault:
 
     def put(self, kind: str, name: str, data: bytes) -> None:
         """Write a row, as its next version if it is there. Atomic, by itself or in a transaction."""
-        place = (kind, self._key.row_id(kind, name))
+        ref = (kind, self._key.row_id(kind, name))
         with self._lock:
-            version = self._listed.get(place, (0, b""))[0] + 1
-            wrapped, sealed = self._key.seal(*place, version, _pack(name, data))
-            del data  # megabytes, of which SQLite makes copies
+            version = self._listed.get(ref, (0, b""))[0] + 1
+            wrapped, sealed = self._key.seal(*ref, version, _pack(name, data))
+            del data  # megabytes; SQLite makes copies
             digest = _row_digest(wrapped, sealed)
             with self.transaction():
                 self._execute(
-                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *place, version, wrapped, sealed
+                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", *ref, version, wrapped, sealed
                 )
                 del sealed
                 self._removed = self._removed or version > 1
-                self._listed[place] = (version, digest)
+                self._listed[ref] = (version, digest)
 
     def delete(self, kind: str, name: str) -> bool:
         """Remove a row and its key for good; whether it was there."""
-        place = (kind, self._key.row_id(kind, name))
+        ref = (kind, self._key.row_id(kind, name))
         with self._lock:
-            if place not in self._listed:
+            if ref not in self._listed:
                 return False
             with self.transaction():
-                self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *place)
+                self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *ref)
                 self._removed = True
-                del self._listed[place]
+                del self._listed[ref]
             return True
 
     def reserve(self, size: int) -> None:
@@ -249,7 +246,7 @@ class Vault:
         self._removed = False
         try:
             self._execute("BEGIN IMMEDIATE")
-            self._noted = False
+            self._checksum_current = False
             yield
             self._execute("UPDATE header SET list_mac = ?", self._key.list_mac(self._list_bytes()))
             if self._removed:
@@ -263,7 +260,7 @@ class Vault:
         if self._removed:
             self._sweep()
 
-    def _roll_back(self, before: dict[_Place, tuple[int, bytes]]) -> None:
+    def _roll_back(self, before: dict[_RowRef, tuple[int, bytes]]) -> None:
         """To the list of rows as it was; unless Ctrl-C came when the change was made already."""
         with contextlib.suppress(sqlite3.Error):
             # A full disk makes SQLite roll back by itself.
@@ -278,7 +275,7 @@ class Vault:
 
     def _sweep(self) -> None:
         """Rebuild the file from what is in it. Where that fails it is tried again at the next change."""
-        self._noted = False
+        self._checksum_current = False
         try:
             self._execute("VACUUM")
             self._execute("PRAGMA user_version=0")

@@ -164,7 +164,7 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
     import perfit_cloud.service.server  # noqa: F401
     import perfit_device.cli.main as device
     from perfit_device import history, personal
-    from perfit_device.known import remember
+    from perfit_device.cloud_record import write_record
     from perfit_device.profile import Profile
     from perfit_device.vault.crypto import KdfParams
     from perfit_device.vault.store import Vault
@@ -175,7 +175,7 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
     path = folder / "home" / "profiles" / "default" / "vault.db"
     passphrase = os.environ["PERFIT_PASSPHRASE"]
     with Vault.create(path, passphrase, kdf=KdfParams(memory_kib=32, iterations=1, lanes=4)) as vault:
-        remember(vault, info)
+        write_record(vault, info)
         items = [{"text": f"Café № {n} …", "title": f"Türe {n} \u202e 🙂"} for n in range(12)]
         history.add(vault, [history.HistoryItem.make(task, item) for item in items])
         seed = _Cloud().fetch_seed(None)

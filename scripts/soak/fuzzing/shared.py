@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perfit_shared.errors import InvalidData
 from perfit_shared.invites import Invite
-from perfit_shared.lamp import is_date, parse_json
+from perfit_shared.json_input import is_date, parse_json
 from perfit_shared.positions import Positions
 from perfit_shared.shifts import (
     ShiftSpec,

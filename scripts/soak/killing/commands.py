@@ -19,7 +19,7 @@ import numpy as np
 
 from local import PASSPHRASE, Device, LocalCloud
 from perfit_device import history, personal
-from perfit_device.known import read_enrolment, recall
+from perfit_device.cloud_record import read_enrolment, read_record
 from perfit_device.training.update import read_checkpoint
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import PerfitError, WrongPassphrase
@@ -264,7 +264,7 @@ class World:
 
     def _shift(self, device: Device) -> ShiftTensors:
         with self._open(device) as (vault, _):
-            (name,), cloud_id = personal.artefacts(vault), recall(vault).cloud_id
+            (name,), cloud_id = personal.artefacts(vault), read_record(vault).cloud_id
             versions = personal.read_versions(vault, cloud_id, name)
             return personal.read_tensors(vault, cloud_id, name, versions.current if versions else 0)
 

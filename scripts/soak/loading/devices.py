@@ -40,7 +40,7 @@ from perfit_device.cloud.questions import ask_all
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
 from perfit_device.history import HistoryItem
 from perfit_device.training import update as updates
-from perfit_device.training.gradients import Adapting
+from perfit_device.training.gradients import GradientSource
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import Cancelled, PerfitError, UpdateFailed
@@ -258,7 +258,7 @@ class Device:
             version=artefact.version,
         )
         start = self._patiently(lambda: self._cloud.fetch_seed(artefact))
-        with Adapting(self._cloud, artefact, info.limits, split) as source:
+        with GradientSource(self._cloud, artefact, info.limits, split) as source:
             run = updates.Update(
                 vault,
                 info.cloud_id,

@@ -74,7 +74,7 @@ def prepare(  # noqa: PLR0917 - typer's way; all are options
             least=min_history or 30,
             lamp_labels=lamp_labels,
             force=force,
-            tell=_tell,
+            notify=_notify,
         )
     else:
         if task is None:
@@ -82,19 +82,19 @@ def prepare(  # noqa: PLR0917 - typer's way; all are options
         if lamp_labels:
             raise InvalidInput("--lamp-labels goes with --news-category; LaMP's questions have them anyway")
         named = task_named(task)
-        files = pairs if folder is None else find_questions(folder, _tell)
+        files = pairs if folder is None else find_questions(folder, _notify)
         made = (
-            prepare_lamp(files, named, out, users=users, least=min_history or 1, force=force, tell=_tell),
+            prepare_lamp(files, named, out, users=users, least=min_history or 1, force=force, notify=_notify),
         )
     for one in made:
-        _tell(_line(one))
+        _notify(_line(one))
     if as_json:
         typer.echo(
             json.dumps({"out": str(out), "tasks": [one.to_json() for one in made]}, ensure_ascii=False)
         )
 
 
-def _tell(line: str) -> None:
+def _notify(line: str) -> None:
     typer.echo(line, err=True)
 
 

@@ -89,13 +89,13 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/few --collective-users 10
     """  # noqa: E501 - \b keeps an example on one line
     from perfit_cloud.lamp.measure import Decoding
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
     from perfit_cloud.lamp.run import run_lamp
     from perfit_cloud.lamp.sweep import run_sweep
 
     if not 0 <= keep_gib <= _MOST_GIB:
         raise InvalidInput(f"--keep-gib should be from 0 to {_MOST_GIB}")
-    request = LampRun(
+    request = LampRequest(
         task=task,
         model=model,
         data=data,

@@ -1,8 +1,8 @@
-"""What a method of personalisation is to a LaMP run. The run knows nothing else of it.
+"""The interface between a LaMP run and a method of personalisation.
 
     method.prepare(stop)                       what everybody shares, such as stage 1
-    fitted = method.fit(person, work)          what is this person's own, of their history alone
-    texts = method.answer(asked, done)         held-out queries, each with the state that answers it
+    fitted = method.fit(person, context)       one person's own state, from their history alone
+    texts = method.answer(requests, done)      held-out queries, each with the state that answers it
 
 A new method is one file in this folder and one entry in `methods.METHODS`.
 """
@@ -23,12 +23,12 @@ from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling, Score
 
 if TYPE_CHECKING:
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["Asked", "Fitted", "Method", "TaskData", "Work"]
+__all__ = ["FitContext", "Fitted", "Method", "QueryRequest", "TaskData"]
 
 State = TypeVar("State")
-Done = Callable[[int], None]  # told how many examples or queries more are done
+Done = Callable[[int], None]  # gets how many more examples or queries are done
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TaskData:
 
 
 @dataclass(frozen=True)
-class Work:
+class FitContext:
     """How a long fit reports, stops and resumes."""
 
     done: Callable[[int, int], None]  # examples more trained on, people finished so far
@@ -62,7 +62,7 @@ class Fitted(Generic[State]):
 
 
 @dataclass(frozen=True)
-class Asked(Generic[State]):
+class QueryRequest(Generic[State]):
     """A query, and the state that answers it."""
 
     user_id: str
@@ -77,11 +77,11 @@ class Method(ABC, Generic[State]):
     learns: ClassVar[bool] = True  # false: `fit` is never called, and nobody has a state of their own
     state_file: ClassVar[str] = "state.bin"  # in a user's folder
 
-    def __init__(self, request: LampRun, data: TaskData) -> None:
+    def __init__(self, request: LampRequest, data: TaskData) -> None:
         self.request, self.data = request, data
 
     @classmethod
-    def check(cls, request: LampRun) -> None:
+    def check(cls, request: LampRequest) -> None:
         """Raise InvalidInput on options that do not go together. Runs before anything is read."""
 
     @property
@@ -114,31 +114,33 @@ class Method(ABC, Generic[State]):
         """States that are nobody's own, by the mode (results.MODES) in which they are measured."""
 
     @abstractmethod
-    def fit(self, person: Person, work: Work) -> Fitted[State]:
+    def fit(self, person: Person, context: FitContext) -> Fitted[State]:
         """Learn from this person alone: the result must not depend on who was fitted before."""
 
-    def fit_cohort(self, people: Sequence[Person], work: Work) -> list[Fitted[State]]:
+    def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[State]]:
         """`fit` of several. One that trains people side by side must leave no trace of one in another."""
-        return [self.fit(person, work) for person in people]
+        return [self.fit(person, context) for person in people]
 
     def can_fit(self, person: Person) -> bool:
         """Whether the history is enough to learn from."""
         return bool(person.history)
 
     def examples(self, person: Person) -> int:
-        """How many examples fitting this person goes through. The time that is left is told by it."""
+        """How many examples fitting this person goes through. Progress estimates the time left by it."""
         return len(person.history)
 
     def announce(self, people: Sequence[Person]) -> str:
-        """A line that says how these people will be fitted; empty where there is nothing to say."""
+        """A line on how these people will be fitted; empty for none."""
         return ""
 
     @abstractmethod
-    def answer(self, asked: Sequence[Asked[State]], done: Done) -> list[str]:
-        """The texts that follow the prompts. What shares a batch may depend on `asked` alone."""
+    def answer(self, requests: Sequence[QueryRequest[State]], done: Done) -> list[str]:
+        """The texts that follow the prompts. What shares a batch may depend on `requests` alone."""
 
     @abstractmethod
-    def score(self, asked: Sequence[Asked[State]], answers: Sequence[str] | None = None) -> list[Score]:
+    def score(
+        self, requests: Sequence[QueryRequest[State]], answers: Sequence[str] | None = None
+    ) -> list[Score]:
         """Log-likelihood of an answer to each query: the gold ones, or such as the labels of a task."""
 
     @abstractmethod

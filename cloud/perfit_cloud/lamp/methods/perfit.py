@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
 from perfit_cloud.lamp.measure import answer_frozen, score_frozen
-from perfit_cloud.lamp.methods.interface import Asked, Done, Fitted, Method, TaskData, Work
+from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
-from perfit_shared.presets import PRESETS
+from perfit_shared.presets import PRESETS, value_or
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
@@ -28,15 +28,13 @@ from perfit_shared.training import Schedule
 from perfit_shared.types import Mode, Score
 
 if TYPE_CHECKING:
-    from perfit_cloud.lamp.request import LampRun
+    from perfit_cloud.lamp.request import LampRequest
 
 __all__ = ["BothRanks", "CollectiveOnly", "PerFit", "PersonalOnly"]
 
 _STAGE_1 = frozenset({"collective_users", "collective_epochs", "collective_learning_rate"})
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
 _STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
-
-_T = TypeVar("_T")
 
 
 class PerFit(Method[ShiftUse]):
@@ -48,13 +46,13 @@ class PerFit(Method[ShiftUse]):
 
     artefact: Artefact  # from `prepare` on
 
-    def __init__(self, request: LampRun, data: TaskData) -> None:
+    def __init__(self, request: LampRequest, data: TaskData) -> None:
         super().__init__(request, data)
         self._engines = ExitStack()
         self._schedules: dict[str, Schedule] = {}  # by user
 
     @classmethod
-    def check(cls, request: LampRun) -> None:
+    def check(cls, request: LampRequest) -> None:
         given = [name for name in sorted(_STAGE_1) if getattr(request, name) is not None]
         if request.artefact is not None and given:
             names = ", ".join(name.replace("_", " ") for name in given)
@@ -111,20 +109,20 @@ class PerFit(Method[ShiftUse]):
     def together(self) -> int:
         return self.request.users_together
 
-    def fit(self, person: Person, work: Work) -> Fitted[ShiftUse]:
-        return self.fit_cohort([person], work)[0]
+    def fit(self, person: Person, context: FitContext) -> Fitted[ShiftUse]:
+        return self.fit_cohort([person], context)[0]
 
-    def fit_cohort(self, people: Sequence[Person], work: Work) -> list[Fitted[ShiftUse]]:
+    def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
         learners = [Learner.of(person, self.data.encoder) for person in people]
         trainings = stage2.train(
             self._trainer,
             learners,
             self.artefact,
             self.training,
-            checkpoint=work.checkpoint,
-            resumed=work.resumed,
-            progress=work.done,
-            stop=work.stop,
+            checkpoint=context.checkpoint,
+            resumed=context.resumed,
+            progress=context.done,
+            stop=context.stop,
         )
         return [Fitted(self._use(t.outcome), t.losses, t.seconds) for t in trainings]
 
@@ -159,20 +157,22 @@ class PerFit(Method[ShiftUse]):
 
     # -- answers -------------------------------------------------------------------------------
 
-    def answer(self, asked: Sequence[Asked[ShiftUse]], done: Done) -> list[str]:
-        prompts = [self.data.encoder.query(one.query.item).pair[0] for one in asked]
+    def answer(self, requests: Sequence[QueryRequest[ShiftUse]], done: Done) -> list[str]:
+        prompts = [self.data.encoder.query(one.query.item).pair[0] for one in requests]
         return answer_frozen(
-            self.data.base, prompts, [one.state for one in asked], [one.sampling for one in asked], done
+            self.data.base, prompts, [one.state for one in requests], [one.sampling for one in requests], done
         )
 
-    def score(self, asked: Sequence[Asked[ShiftUse]], answers: Sequence[str] | None = None) -> list[Score]:
-        items = [one.query.item for one in asked]
+    def score(
+        self, requests: Sequence[QueryRequest[ShiftUse]], answers: Sequence[str] | None = None
+    ) -> list[Score]:
+        items = [one.query.item for one in requests]
         if answers is not None:
             gold = self.data.task.gold_field
             items = [{**item, gold: text} for item, text in zip(items, answers, strict=True)]
         pairs = [self.data.encoder.query(item).pair for item in items]
         return score_frozen(
-            self._scorer, pairs, [one.state for one in asked], owners=[one.user_id for one in asked]
+            self._scorer, pairs, [one.state for one in requests], owners=[one.user_id for one in requests]
         )
 
     # -- engines -------------------------------------------------------------------------------
@@ -227,18 +227,18 @@ class BothRanks(PersonalOnly):
     sums_ranks = True
 
 
-def _stage2_settings(request: LampRun, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
+def _stage2_settings(request: LampRequest, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
     epochs, batch_size = request.figures or _figures(request, task, artefact)
-    rate = _given(request.learning_rate, artefact.learning_rate)
-    if request.schedule == Schedule.name:  # which fits to the history what nobody asked for
+    rate = value_or(request.learning_rate, artefact.learning_rate)
+    if request.schedule == Schedule.name:  # which fits unset values to the history
         return stage2.Stage2Settings(
             epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
         )
-    epochs, batch_size = _given(request.epochs, epochs), _given(request.batch_size, batch_size)
+    epochs, batch_size = value_or(request.epochs, epochs), value_or(request.batch_size, batch_size)
     return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
 
 
-def _figures(request: LampRun, task: Task, artefact: Artefact) -> tuple[int, int]:
+def _figures(request: LampRequest, task: Task, artefact: Artefact) -> tuple[int, int]:
     """(epochs, batch size) that stage 2 starts from.
 
     The paper's schedule takes Table 9's, and the artefact's for a task that the table lacks. A device
@@ -249,7 +249,3 @@ def _figures(request: LampRun, task: Task, artefact: Artefact) -> tuple[int, int
     takes_artefact = artefact.task.name == task.name if on_device else row is None or not row.from_paper
     found = artefact if takes_artefact or row is None else row
     return found.epochs, found.batch_size
-
-
-def _given(value: _T | None, default: _T) -> _T:
-    return default if value is None else value

@@ -23,7 +23,7 @@ from perfit_device.history.importers import jsonl, lamp, listing, table
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import at
+from perfit_shared.json_input import error_context
 from perfit_shared.tasks import Task
 
 __all__ = ["read_history"]
@@ -38,18 +38,18 @@ def read_history(
     default: Callable[[], Task] | None = None,
     data: bytes | None = None,
     user: str | None = None,
-    known: Mapping[str, Task] | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    tasks: Mapping[str, Task] | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> list[HistoryItem]:
     """All examples of a file, of the user named `user` where it holds several people.
 
     They are of `task`, or where that is None, of the tasks that our own listing names (looked up in
-    `known`, by their names), and in other files of `default()`. `data` is the file's content where it was
-    read already. `tell` takes a line about what was assumed. Raises InvalidData; then nothing should be
-    kept of it.
+    `tasks`, by their names), and in other files of `default()`. `data` is the file's content where it was
+    read already. `notify` gets lines about assumptions. Raises InvalidData; then the caller should
+    keep nothing of it.
     """
-    with at(str(path)):
-        source = Source.read(path, data, tell, user=user, known=known or {})
+    with error_context(str(path)):
+        source = Source.read(path, data, notify, user=user, tasks=tasks or {})
         if user is not None and not lamp.fits(source):
             raise InvalidData("this file holds one person; --user is for LaMP files")
         if listing.fits(source):

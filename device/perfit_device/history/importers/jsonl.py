@@ -9,14 +9,14 @@ from perfit_device.history.importers.rows import collect
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import parse_json
+from perfit_shared.json_input import numbered_lines, parse_json
 from perfit_shared.tasks import Task
 
 __all__ = ["fits", "read"]
 
 
 def fits(source: Source) -> bool:
-    """Any text: what is no JSON is said line by line."""
+    """Any text: `read` reports lines that are no JSON."""
     return True
 
 
@@ -30,10 +30,7 @@ def read(source: Source, task: Task) -> list[HistoryItem]:
 
 
 def _rows(text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): it also splits at U+2028, which JSON allows inside strings.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(text):
         try:
             values = parse_json(line)
         except InvalidData as error:

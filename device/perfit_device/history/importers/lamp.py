@@ -9,7 +9,8 @@ from __future__ import annotations
 from perfit_device.history.importers.source import Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import Entry, User, is_date, labels_beside, read_golds, users_of
+from perfit_shared.json_input import is_date
+from perfit_shared.lamp import Entry, User, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
 __all__ = ["fits", "read"]
@@ -28,29 +29,29 @@ def read(source: Source, task: Task) -> list[HistoryItem]:
     golds = {} if labels is None else read_golds(labels)
     found = users_of(source.records, task, golds=golds, source=source.path.name)
     if found.dropped_empty:
-        source.tell(f"{found.dropped_empty} entries of the file have an empty field and were left out")
+        source.notify(f"{found.dropped_empty} entries of the file have an empty field and were left out")
     return _of_user(_chosen(found.users, source.user), task, queries_are_history=found.no_profiles)
 
 
-def _chosen(users: tuple[User, ...], wanted: str | None) -> User:
-    """The one with the id `wanted`, else at the index from 0."""
-    if wanted is None:
+def _chosen(users: tuple[User, ...], user_id: str | None) -> User:
+    """The one with the id `user_id`, else at the index from 0."""
+    if user_id is None:
         if len(users) == 1:
             return users[0]
         raise InvalidData(f"it holds {len(users)} users; say which with --user ID")
     for user in users:
-        if user.user_id == wanted:
+        if user.user_id == user_id:
             return user
-    if wanted.isascii() and wanted.isdigit() and len(wanted) < 10 and int(wanted) < len(users):
-        return users[int(wanted)]
+    if user_id.isascii() and user_id.isdigit() and len(user_id) < 10 and int(user_id) < len(users):
+        return users[int(user_id)]
     some = ", ".join(user.user_id for user in users[:8])
-    raise InvalidData(f'it has no user "{wanted[:40]}"; there are {some}{" …" if len(users) > 8 else ""}')
+    raise InvalidData(f'it has no user "{user_id[:40]}"; there are {some}{" …" if len(users) > 8 else ""}')
 
 
 def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[HistoryItem]:
     def found(kind: str, entry: Entry, *, dated: bool, part: str = "") -> HistoryItem:
         date = entry.date if dated else ""
-        return HistoryItem(task.name, entry.item, date=date, part=part, place=f"{kind} {entry.id}")
+        return HistoryItem(task.name, entry.item, date=date, part=part, origin=f"{kind} {entry.id}")
 
     part = "" if queries_are_history else "test"
     # Dates that cannot order a profile are dropped: the order of adding stands for them.

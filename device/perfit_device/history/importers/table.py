@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from perfit_device.history.importers.rows import collect, names_of
+from perfit_device.history.importers.rows import canonical_names, collect
 from perfit_device.history.importers.source import TABLES, Source
 from perfit_device.history.importers.text import LARGEST
 from perfit_device.history.items import HistoryItem
@@ -56,7 +56,7 @@ def _delimiter(text: str, task: Task) -> str:
             header: list[str] = _first_row(_reader(text[:_HEAD], delimiter, strict=False))
         except csv.Error:
             return 0, 0
-        return len(set(names_of(header, task)) & set(task.field_names)), len(header)
+        return len(set(canonical_names(header, task)) & set(task.field_names)), len(header)
 
     return max(_DELIMITERS, key=score)
 
@@ -69,19 +69,19 @@ def _first_row(reader: Any) -> list[str]:
 def _rows(reader: Any, task: Task, skipped: int) -> Iterator[tuple[str, Any]]:
     header = _header(_first_row(reader), task)
     for row in reader:
-        place = f"row {reader.line_num + skipped}"
+        origin = f"row {reader.line_num + skipped}"
         cells, rest = row[: len(header)], row[len(header) :]
         if not any(map(str.strip, row)):
             continue
         if len(cells) < len(header) or any(map(str.strip, rest)):
-            yield place, InvalidData("it has not as many columns as the first row")
+            yield origin, InvalidData("it has not as many columns as the first row")
         else:
-            yield place, dict(zip(header, cells, strict=True))
+            yield origin, dict(zip(header, cells, strict=True))
 
 
 def _header(row: list[str], task: Task) -> list[str]:
     """The names of the columns, without empty ones at the end. Raises InvalidData."""
-    names = names_of(row, task)
+    names = canonical_names(row, task)
     while names and not names[-1]:
         names.pop()
     missing = [name for name in task.fields_of(names) if name not in names]

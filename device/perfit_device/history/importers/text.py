@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perfit_shared.errors import InvalidData
-from perfit_shared.lamp import refuse_html
+from perfit_shared.json_input import refuse_html
 
 __all__ = ["LARGEST", "decoded", "read_bytes"]
 
@@ -34,8 +34,8 @@ def read_bytes(path: Path) -> bytes:
         raise InvalidData(f"cannot be read ({reason})") from error
 
 
-def decoded(data: bytes, tell: Callable[[str], None]) -> str:
-    """By its mark, else UTF-8, else Windows-1252, of which `tell` is told. Raises InvalidData.
+def decoded(data: bytes, notify: Callable[[str], None]) -> str:
+    """By its mark, else UTF-8, else Windows-1252, which `notify` reports. Raises InvalidData.
 
     UTF-8 with a few bad bytes is refused: as Windows-1252 every accent of it would be two letters.
     """
@@ -54,7 +54,7 @@ def decoded(data: bytes, tell: Callable[[str], None]) -> str:
                 f"not whole UTF-8: byte {error.start} (from 0) is wrong; mend it, or save the file anew"
             ) from error
         text = _western(data)
-        tell("the file is not UTF-8, so it was read as Windows-1252; check an accent or two")
+        notify("the file is not UTF-8, so it was read as Windows-1252; check an accent or two")
     if "\0" in text:
         raise InvalidData("not text: it holds null characters; save it as UTF-8")
     refuse_html(text)

@@ -1,14 +1,13 @@
 """What a server will compute of a request, computed here first.
 
-Of a call that is cut off nobody receives an answer or a gradient, and token ids and exact gradients are
-never sent at all. To look for them the auditor runs the server's own engines on the same model: the same
-request gives the same bits.
+Nobody receives the answer or gradient of a call that is cut off, and the server never sends token ids and
+exact gradients. To search for them the auditor runs the server's engines on the same model: the same request
+gives the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from perfit_cloud.engine.generation.factory import build_engine
@@ -21,12 +20,12 @@ from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.types import Mode, Sampling
 
-__all__ = ["Foresight"]
+__all__ = ["ReferenceEngines"]
 
 _KEEP_BYTES = 2**28
 
 
-class Foresight:
+class ReferenceEngines:
     """The engines, for the length of a with block."""
 
     def __init__(self, base: BaseModel, artefact: Artefact) -> None:
@@ -38,9 +37,7 @@ class Foresight:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._generation.stop()
         self._gradients.close()
         self._adaptations.close()
@@ -53,7 +50,7 @@ class Foresight:
     def answer(self, prompt: str, personal: ShiftTensors, sampling: Sampling) -> tuple[str, list[int]]:
         """The whole answer's text, and its token ids."""
         answer = self._generation.submit(self.base.encode(prompt), self._use(personal), sampling)
-        return "".join(piece.text for piece in answer), answer.ids
+        return "".join(chunk.text for chunk in answer), answer.ids
 
     def gradient(self, pairs: Sequence[tuple[str, str]], personal: ShiftTensors) -> ShiftTensors:
         """What ComputeGradient finds for (prompt, target) texts."""

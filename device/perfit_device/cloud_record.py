@@ -1,4 +1,4 @@
-"""What a vault knows of its cloud: the enrolment, and what the cloud said last of what it serves."""
+"""What a vault records of its cloud: the enrolment, and the last description of what it serves."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from perfit_device.cloud.identity import Enrolment
     from perfit_device.vault.store import Vault
 
-__all__ = ["Known", "read_enrolment", "recall", "remember", "write_enrolment"]
+__all__ = ["CloudRecord", "read_enrolment", "read_record", "write_enrolment", "write_record"]
 
-_INFO_PLACE = ("cloud", "describe")
-_ENROLMENT_PLACE = ("identity", "current")
+_INFO_ROW = ("cloud", "describe")
+_ENROLMENT_ROW = ("identity", "current")
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the cloud said last of what it serves, for offline use; empty before it was first asked."""
+class CloudRecord:
+    """The cloud's last description of what it serves, for offline use; empty before the first."""
 
     cloud_id: str = ""
     tasks: Mapping[str, str] = field(default_factory=dict)  # artefact name → task JSON
@@ -39,8 +39,8 @@ class Known:
         return {task.name: task for task in map(Task.from_json, self.tasks.values())}
 
 
-def remember(vault: Vault, info: CloudInfo) -> None:
-    """Keep what the cloud serves, so that history can be sorted offline."""
+def write_record(vault: Vault, info: CloudInfo) -> None:
+    """Record what the cloud serves."""
     values = {
         "cloud_id": info.cloud_id,
         "base_model": info.base_model,
@@ -49,25 +49,25 @@ def remember(vault: Vault, info: CloudInfo) -> None:
         "new_tokens": info.limits.new_tokens,
     }
     data = json.dumps(values).encode()
-    if vault.get(*_INFO_PLACE) != data:
-        vault.put(*_INFO_PLACE, data)
+    if vault.get(*_INFO_ROW) != data:
+        vault.put(*_INFO_ROW, data)
 
 
-def recall(vault: Vault) -> Known:
-    data = vault.get(*_INFO_PLACE)
+def read_record(vault: Vault) -> CloudRecord:
+    data = vault.get(*_INFO_ROW)
     if data is None:
-        return Known()
+        return CloudRecord()
     values = json.loads(data)
     del values["base_model"]
-    return Known(**values)
+    return CloudRecord(**values)
 
 
 def read_enrolment(vault: Vault) -> Enrolment | None:
     from perfit_device.cloud.identity import Enrolment
 
-    data = vault.get(*_ENROLMENT_PLACE)
+    data = vault.get(*_ENROLMENT_ROW)
     return None if data is None else Enrolment.from_bytes(data)
 
 
 def write_enrolment(vault: Vault, enrolment: Enrolment) -> None:
-    vault.put(*_ENROLMENT_PLACE, enrolment.to_bytes())
+    vault.put(*_ENROLMENT_ROW, enrolment.to_bytes())
