@@ -18,6 +18,7 @@ from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
 from perfit_shared.errors import (
     CertificateExpired,
+    CertificateSuperseded,
     CertificateValid,
     IdentityRevoked,
     InvalidInput,
@@ -155,6 +156,30 @@ def test_strangers_write_nothing_and_wait_for_no_writer(short: Authority, tmp_pa
     assert path.read_bytes() == before
     short.renew_lapsed(**own)
     assert path.read_bytes() != before
+
+
+def test_a_retired_certificate_uses_up_no_challenge(short: Authority, tmp_path: Path) -> None:
+    """Each of its refused renewals left a row; when there were too many, honest devices had to wait."""
+    lapsed = Lapsed(short)
+    new_key_of_device = new_key()
+    lapsed.csr = csr_of(new_key_of_device)
+    new = short.renew_lapsed(**lapsed.request())
+    newer = Lapsed(short)  # only for the form of what is sent
+    newer.key, newer.certificate, newer.nonce = new_key_of_device, new, short.challenge()
+    short.renew_lapsed(**newer.request())  # the first use of the new certificate retires the old one
+
+    def used() -> int:
+        database = sqlite3.connect(tmp_path / "short" / "authority.db")
+        (count,) = database.execute("SELECT count(*) FROM challenges").fetchone()
+        database.close()
+        return int(count)
+
+    before = used()
+    for _ in range(3):
+        lapsed.nonce = short.challenge()
+        with pytest.raises(CertificateSuperseded):
+            short.renew_lapsed(**lapsed.request())
+    assert used() == before > 0
 
 
 def test_challenges_that_we_did_not_make_are_refused(short: Authority, tmp_path: Path) -> None:

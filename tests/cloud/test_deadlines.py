@@ -31,6 +31,15 @@ def test_what_is_late_is_cut_and_what_was_left_is_not(monkeypatch: pytest.Monkey
     assert cut == ["late", "again"]
 
 
+def test_a_cut_that_fails_costs_no_other_call_its_end() -> None:
+    """The thread ended with it, and no later call was cut off."""
+    watch, cut = Deadlines(), []
+    with watch.after(0.05, lambda: 1 / 0), watch.after(0.05, lambda: cut.append("beside")):
+        wait_for(lambda: cut == ["beside"])
+    with watch.after(0.05, lambda: cut.append("later")):
+        wait_for(lambda: cut == ["beside", "later"])
+
+
 def test_a_system_out_of_threads_costs_that_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread counted as running although it had not started, and no later call had an end."""
 

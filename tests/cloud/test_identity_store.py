@@ -20,6 +20,7 @@ from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
 from perfit_cloud.service.identity.sqlite_store import SQLiteStore
 from perfit_cloud.service.identity.store import Enrolment, IdentityState
+from perfit_cloud.service.state_folder import only_server
 from perfit_shared.errors import CertificateSuperseded, ConfigError, InvalidInput, InviteRefused
 
 FORMAT_1 = Path(__file__).parent / "data" / "state_format_1"
@@ -202,6 +203,16 @@ def test_a_state_folder_of_format_1_is_taken_over(old_state: Path) -> None:
     authority.enroll(secrets["open"], csr_of(new_key()))
     authority.close()
     assert open_authority(old_state).cloud_id == made["cloud_id"]
+
+
+def test_no_state_folder_is_taken_over_from_under_a_server(old_state: Path) -> None:
+    """A server of the version before could not write to the new tables: no device could enrol any more."""
+    with only_server(old_state), pytest.raises(ConfigError, match="restart it first"):
+        open_authority(old_state)
+    database = sqlite3.connect(old_state / "authority.db")
+    assert database.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() == ("1",)
+    database.close()
+    open_authority(old_state).close()
 
 
 def test_what_format_1_kept_is_gone_once_it_was_taken_over(old_state: Path) -> None:

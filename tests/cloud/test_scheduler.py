@@ -98,6 +98,21 @@ def test_steps_that_wait_together_share_passes(parts: Any) -> None:
     assert (first_run, sorted(others)) == (1, [6, 18])  # losses, and gradients
 
 
+def test_the_collective_shift_alone_shares_no_pass_with_a_users_own(parts: Any) -> None:
+    """The user's tensors were stacked without a place for who has none, and reached both."""
+    artefact, engine, _ = parts
+    pairs = make_pairs([9, 7, 5])
+    with engine.open(pairs, artefact) as mine, engine.open(pairs, artefact) as other:
+        steps = [
+            GradientRequest(mine, [0, 1, 2], None),
+            GradientRequest(other, [0, 1, 2], person(artefact, 1)),
+        ]
+        alone = [engine.losses([step])[0] for step in steps]
+        together = engine.losses(steps)
+    assert alone[0][0] != pytest.approx(alone[1][0], rel=1e-3)
+    assert [loss for loss, _ in together] == [pytest.approx(loss, rel=1e-6) for loss, _ in alone]
+
+
 def test_one_who_fails_fails_alone(parts: Any) -> None:
     artefact, engine, queue = parts
     mine, theirs = queue.open(RAGGED, artefact), queue.open(RAGGED, artefact)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from perfit_cloud.engine.errors import error_location
+
 __all__ = ["Deadlines"]
+
+_log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.25  # a cut comes this late at most
 _IDLE_SECONDS = 60.0  # with nothing to watch, after which the thread ends until needed again
@@ -52,5 +57,8 @@ class Deadlines:
             late = [key for key, (end, _) in self._watched.items() if end <= now]
             cuts = [self._watched.pop(key)[1] for key in late]
         for cut in cuts:
-            cut()
+            try:
+                cut()
+            except Exception as error:  # the other deadlines go on
+                _log.error("a late call could not be cut off: %s", error_location(error))
         return True

@@ -25,7 +25,7 @@ from perfit_cloud.service.settings import ModelSettings
 from perfit_cloud.service.streams.adapt import Adapting
 from perfit_cloud.service.streams.ask import Asking
 from perfit_cloud.service.waiting import CallWait
-from perfit_shared.errors import InvalidInput
+from perfit_shared.errors import Cancelled, InvalidInput
 from perfit_shared.types import Mode
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -99,11 +99,17 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
     def _slot(self, call: Call) -> Iterator[CallWait]:
         """A slot among the calls that wait for the scheduler. Raises Busy, Cancelled."""
         with self._model.rate_limiter.hold(call.device, "gradients"), self._passes.hold():
-            yield CallWait(
+            wait = CallWait(
                 call,
                 call.seconds_left(self._model.calls.call_seconds),
                 too_slow="the cloud did not get to this call before its deadline; try again",
             )
+            try:
+                yield wait
+            except InvalidInput:  # the session was closed because the caller left
+                if wait.left.is_set():
+                    raise Cancelled("the caller left") from None
+                raise
 
     def _settled(
         self, pairs: list[tuple[list[int], list[int]]], paid: Paid

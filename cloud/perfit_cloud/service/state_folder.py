@@ -17,7 +17,15 @@ from typing import BinaryIO
 from perfit_shared.errors import ConfigError
 from perfit_shared.ownership import check_ownership
 
-__all__ = ["DATABASE", "DEVICE_CA_CERTIFICATE", "SERVER_IDENTITY", "Addresses", "check_state", "only_server"]
+__all__ = [
+    "DATABASE",
+    "DEVICE_CA_CERTIFICATE",
+    "SERVER_IDENTITY",
+    "Addresses",
+    "check_state",
+    "is_served",
+    "only_server",
+]
 
 _ADDRESSES = "addresses.json"
 _LOCK = "serve.lock"
@@ -97,6 +105,20 @@ class Addresses:
 def _made(path: Path) -> BinaryIO:
     """Opened for writing; 0600 where it is new, whatever the umask."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+
+
+def is_served(state: Path) -> bool:
+    """Whether a server holds the state folder now."""
+    try:
+        file = (state / _LOCK).open("rb")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 @contextmanager

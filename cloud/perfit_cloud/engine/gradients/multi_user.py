@@ -45,6 +45,8 @@ class UserBatch:
         everyone = [tensors for tensors in self.personal if tensors is not None]
         if not everyone:
             return None
+        if len(everyone) != len(self.personal):  # one user's tensors would reach the others
+            raise ValueError("users with personal tensors share no pass with users without")
 
         def leaf(arrays: Sequence[npt.NDArray[np.float32]]) -> Tensor:
             return torch.from_numpy(np.stack(arrays)).to(device).requires_grad_(self.differentiates)

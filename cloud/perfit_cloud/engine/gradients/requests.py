@@ -176,7 +176,7 @@ class Sum:
     @property
     def kind(self) -> Hashable:
         """Requests of one kind can share a pass."""
-        return self.session.shared, self.differentiate
+        return self.session.shared, self.differentiate, self.personal is None
 
     def add(self, which: Indices, losses: Floats, gradients: dict[int, LayerShift]) -> None:
         """Of examples `which` of the request: their losses, and their part of the gradient."""

@@ -105,7 +105,7 @@ class GradientScheduler:
         with self._changed:
             if not self._is_open:
                 raise Unavailable(_STOPPING)
-            self._queue = [task for task in self._queue if not task.future.cancelled()]
+            self._queue = [task for task in self._queue if not task.future.done()]
             if len(self._queue) >= self._most:
                 raise Busy("too many requests wait for the cloud; try again shortly", retry_ms=self._retry_ms)
             if not self._queue:

@@ -140,14 +140,18 @@ class Authenticator:
 
     def _check_newest(self, certificate: x509.Certificate) -> None:
         """Retire what is older than this certificate, or find it retired itself."""
-        identity, generation = identity_of(certificate), generation_of(certificate)
-        if generation < self._state(identity).used:
+        self._refuse_superseded(certificate)
+        self._identities.mark_used(identity_of(certificate), generation_of(certificate))
+
+    def _refuse_superseded(self, certificate: x509.Certificate) -> None:
+        """Raises CertificateSuperseded when a newer certificate of the device was used."""
+        identity = identity_of(certificate)
+        if generation_of(certificate) < self._state(identity).used:
             self._identities.mark_superseded(identity)
             raise CertificateSuperseded(
                 "a newer certificate of this device is in use, so this one is retired; if no other process "
                 "of yours renewed it, somebody else holds its key: have it revoked, and enrol anew"
             )
-        self._identities.mark_used(identity, generation)
 
     def _state(self, identity: str) -> IdentityState:
         """The state of an identity that may call. Raises NotAuthenticated, IdentityRevoked."""

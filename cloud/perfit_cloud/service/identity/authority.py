@@ -187,9 +187,9 @@ class Authority(Authenticator):
             )
         if old.not_valid_before_utc.timestamp() <= now <= old.not_valid_after_utc.timestamp():
             raise CertificateValid("this certificate has not lapsed; renew it with it, over mutual TLS")
-        self._state(identity_of(old))
+        self._refuse_superseded(old)
         self._challenges.use(nonce)
-        self._check_newest(old)
+        self._check_newest(old)  # behind the nonce, or a replay would retire certificates
         return self._renew(old, new_key)
 
     def _renew(self, old: x509.Certificate, key: ec.EllipticCurvePublicKey) -> bytes:

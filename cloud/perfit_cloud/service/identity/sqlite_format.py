@@ -12,6 +12,7 @@ from pathlib import Path
 
 from perfit_cloud.service.identity.certificates import identity_of, read_certificate
 from perfit_cloud.service.identity.store import UNUSED
+from perfit_cloud.service.state_folder import is_served
 from perfit_shared.errors import ConfigError, NotAuthenticated
 
 __all__ = ["prepare"]
@@ -65,6 +66,8 @@ def prepare(db: sqlite3.Connection, folder: Path) -> None:
         return
     if found not in (None, "1", "2"):
         raise ConfigError(f"{folder} was written by another version of perfit-cloud")
+    if found is not None and is_served(folder):  # it could no longer write to the file
+        raise ConfigError("the running server is of an earlier version of perfit-cloud; restart it first")
     if found is None:
         _run(db, _TABLES)
     elif found == "1":
