@@ -52,6 +52,9 @@ class Profile:
         self.notify = notify
         self._vault = vault
         self._passphrase = passphrase  # reopens a released vault without another prompt
+        self._using = threading.RLock()  # of the next three, and while the vault is opened or closed
+        self._users = 0
+        self._is_released = False
         self._connecting = threading.Lock()
         self._connected: tuple[Cloud, CloudInfo] | None = None
 
@@ -102,20 +105,32 @@ class Profile:
 
     @contextlib.contextmanager
     def vault(self) -> Iterator[Vault]:
-        """The vault; once it was released, opened anew for a moment.
+        """The vault. Once it was released, the first user opens it again, and the last one closes it.
 
         Raises Unavailable while another process holds it: the call that needs it can be tried again.
         """
-        if not self._vault.closed:
-            yield self._vault
-            return
+        with self._using:
+            if self._vault.closed:
+                self._vault = self._open_again()
+            self._users += 1
+            vault = self._vault
+        try:
+            yield vault
+        finally:
+            with self._using:
+                self._users -= 1
+                self._close_unused()
+
+    def _open_again(self) -> Vault:
         path, costly = self.settings.vault_path, self.settings.costly_vault
         try:
-            again = Vault.open(path, self._passphrase, costly=costly)
+            return Vault.open(path, self._passphrase, costly=costly)
         except VaultBusy as error:
             raise Unavailable(str(error)) from error
-        with again:
-            yield again
+
+    def _close_unused(self) -> None:
+        if self._is_released and not self._users:
+            self._vault.close()
 
     def change_passphrase(self, new: str) -> None:
         with self.vault() as vault:
@@ -123,8 +138,10 @@ class Profile:
         self._passphrase = new
 
     def release_vault(self) -> None:
-        """Let other processes have it."""
-        self._vault.close()
+        """Let other processes have it, as soon as no thread uses it."""
+        with self._using:
+            self._is_released = True
+            self._close_unused()
 
     # -- the cloud -----------------------------------------------------------------------------
 

@@ -74,9 +74,10 @@ def test_a_day_with_a_profile(profile: Profile, messages: list[str]) -> None:
 
 
 def test_what_cannot_be_asked_is_an_error(profile: Profile) -> None:
-    for question in (ask.Question(" "), ask.Question("x", max_tokens=65)):
-        with pytest.raises(InvalidInput):
-            ask.prepare(profile, question, [Mode.BASE])
+    with pytest.raises(InvalidInput, match="empty"):
+        ask.Question(" ")
+    with pytest.raises(InvalidInput):
+        ask.prepare(profile, ask.Question("x", max_tokens=65), [Mode.BASE])
     with pytest.raises(NotFound):
         ask.prepare(profile, ask.Question("x", task="poems"), [Mode.BASE])
 
@@ -173,3 +174,20 @@ def test_nothing_below_the_command_line_knows_typer() -> None:
         "sys.exit('typer' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_released_vault_is_shared_by_all_who_need_it(profile: Profile) -> None:
+    """Each opened it anew, and found it held by its own process; a release closed it under a user's hands."""
+    profile.release_vault()
+    with profile.vault() as vault, profile.vault() as again:
+        assert vault is again
+        profile.release_vault()
+        vault.put("note", "new", b"x")
+    assert vault.closed
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(examples.find(profile)))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 12

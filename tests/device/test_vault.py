@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,42 @@ def test_errors_are_ours(filled: Path) -> None:
     filled.chmod(0o600)
     with pytest.raises(PerfitError):
         Vault.open(filled.parent, "open sesame")
+
+
+class LateFile:
+    """A file that is closed a moment after the rest of its vault, or once another thread has opened it."""
+
+    def __init__(self, file: Any, opened: threading.Event) -> None:
+        self._file, self._opened = file, opened
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def close(self) -> None:
+        self._opened.wait(0.5)
+        self._file.close()
+
+
+def test_a_thread_that_closes_the_file_drops_no_other_threads_lock(tmp_path: Path) -> None:
+    """POSIX drops a process's locks on a file with any handle of it that closes: others wrote, rows got lost."""
+    path = tmp_path / "vault.db"
+    Vault.create(path, PASSPHRASE, kdf=CHEAP).close()
+    first, opened, second = Vault.open(path, PASSPHRASE), threading.Event(), list[Vault]()
+    first._file = LateFile(first._file, opened)  # type: ignore[assignment]
+
+    def open_second() -> None:
+        second.append(Vault.open(path, PASSPHRASE, wait_seconds=30))
+        opened.set()
+
+    waiting = threading.Thread(target=open_second)
+    waiting.start()
+    first.close()
+    waiting.join(60)
+    program = (
+        "import sys; from pathlib import Path; from perfit_device.vault.store import Vault\n"
+        "Vault.open(Path(sys.argv[1]), sys.argv[2], wait_seconds=0.1)"
+    )
+    words = [sys.executable, "-c", program, str(path), PASSPHRASE]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    second[0].close()
+    assert "VaultBusy" in found.stderr

@@ -81,12 +81,14 @@ def import_(
     perfit history list --json | perfit --profile new history import -
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.history.importers.text import LARGEST
+    from perfit_device.history.importers.text import LARGEST, read_bytes
     from perfit_device.operations import examples
+    from perfit_shared.json_input import error_context
 
     is_stdin = str(file) == "-"
-    data = read_stdin_bytes(LARGEST) if is_stdin else None
     path = Path("stdin") if is_stdin else file
+    with error_context(str(path)):  # before anybody types a passphrase
+        data = read_stdin_bytes(LARGEST) if is_stdin else read_bytes(file)
     with session.open_profile() as opened:
         _report(session, examples.import_file(opened, path, data=data, task=task, user=user))
 

@@ -69,11 +69,11 @@ def undo(
     perfit undo --to 3
     """
     session = Session.of(context, profile=profile, json=json_)
-    from perfit_device.operations import versions
-
     if show and to is not None:
         raise InvalidInput("--list changes nothing; leave it or --to out")
     with session.open_profile() as opened:
+        from perfit_device.operations import versions  # behind the vault, whose key derivation takes 64 MiB
+
         if show:
             _list_versions(session, *versions.read(opened, task))
             return
@@ -135,9 +135,9 @@ def status(context: typer.Context, *, profile: ProfileOption = None, json_: Json
     The exit code is 3 when the cloud cannot be reached, and 4 when it refuses this device.
     """
     session = Session.of(context, profile=profile, json=json_)
-    from perfit_device.operations import status as operation
-
     with session.open_profile() as opened:
+        from perfit_device.operations import status as operation  # behind the vault, as in `undo`
+
         found, trouble = operation.status(opened)
     if session.json:
         session.emit(asdict(found))

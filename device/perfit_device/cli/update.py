@@ -71,20 +71,21 @@ def update(
     _check_seconds("--checkpoint", checkpoint)
     _check_seconds("--patience", patience)
     process_limits.limit_process()
-    from perfit_device.operations import update as operation
-
     given = {"epochs": epochs, "learning_rate": lr, "batch_size": batch_size, "seed": seed}
-    request = operation.UpdateRequest(
-        task=task,
-        settings={key: value for key, value in given.items() if value is not None},
-        fresh=fresh,
-        again=again,
-        anyway=anyway,
-        checkpoint_seconds=checkpoint,
-        retry_seconds=patience,
-    )
     progress = Progress()
     with progress, session.open_profile(notify=progress.say) as opened:
+        # Behind the vault: the 64 MiB of its key derivation are free again before numpy and gRPC load.
+        from perfit_device.operations import update as operation
+
+        request = operation.UpdateRequest(
+            task=task,
+            settings={key: value for key, value in given.items() if value is not None},
+            fresh=fresh,
+            again=again,
+            anyway=anyway,
+            checkpoint_seconds=checkpoint,
+            retry_seconds=patience,
+        )
         done = operation.update(opened, request, progress.step)
         cloud, _ = opened.connect()
     if session.json:

@@ -21,7 +21,10 @@ __all__ = ["PreparedQuestion", "Question", "prepare"]
 
 @dataclass(frozen=True)
 class Question:
-    """A text, and how to answer it. None stands for the task's own figure, or a random seed."""
+    """A text, and how to answer it. None stands for the task's own figure, or a random seed.
+
+    Raises InvalidPrompt on an empty text.
+    """
 
     text: str
     task: str | None = None  # name of an artefact
@@ -30,6 +33,10 @@ class Question:
     top_k: int = 10  # 0 is all tokens
     top_p: float = 0.9
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise InvalidPrompt("the text is empty; give a text to ask about")
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,8 @@ class PreparedQuestion:
 
 
 def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
-    """Find artefact, prompt and shifts. Raises InvalidPrompt or InvalidInput on what cannot be asked."""
+    """Find artefact, prompt and shifts. Raises InvalidInput on what cannot be asked."""
     text = question.text.strip()
-    if not text:
-        raise InvalidPrompt("the text is empty; give a text to ask about")
     cloud, info = profile.connect()
     artefact = profile.artefact(question.task)
     prompt = _prompt(artefact, text)

@@ -77,7 +77,8 @@ def _proof(body: bytes) -> bytes:
 
 def _head(file: BinaryIO) -> tuple[bytes, int]:
     """SQLite's header, and how many bytes are in use by it (its file format, 1.3.2 and 1.3.8)."""
-    head = os.pread(file.fileno(), 100, 0)
+    file.seek(0)
+    head = file.read(100)
     page_bytes = int.from_bytes(head[16:18], "big")
     return head, (65536 if page_bytes == 1 else page_bytes) * int.from_bytes(head[28:32], "big")
 
@@ -85,6 +86,8 @@ def _head(file: BinaryIO) -> tuple[bytes, int]:
 def _digest(file: BinaryIO, size: int) -> bytes:
     """Of the first `size` bytes. A part at a time: the file holds ten versions of a shift."""
     digest = hashlib.sha256()
-    for at in range(0, size, _PART):
-        digest.update(os.pread(file.fileno(), min(_PART, size - at), at))
+    file.seek(0)
+    while size > 0 and (part := file.read(min(_PART, size))):
+        digest.update(part)
+        size -= len(part)
     return digest.digest()

@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,24 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
+
+
+_BUSY = "another perfit is using {}; wait for it to finish, or use another --profile"
+_process_locks: dict[Path, threading.Lock] = {}
+_process_locks_lock = threading.Lock()
+
+
+def lock_in_process(path: Path, wait_seconds: float) -> threading.Lock:
+    """The acquired lock of this file among the threads of this process; any thread may release it.
+
+    SQLite locks the file for the whole process, and POSIX drops that lock as soon as any thread closes any
+    handle of the file. So only one thread may have it open. Raises VaultBusy.
+    """
+    with _process_locks_lock:
+        lock = _process_locks.setdefault(path.resolve(), threading.Lock())
+    if not lock.acquire(timeout=wait_seconds):
+        raise VaultBusy(_BUSY.format(path))
+    return lock
 
 
 def attach(path: Path, wait_seconds: float, most: KdfParams) -> tuple[sqlite3.Connection, Header]:
@@ -167,9 +186,7 @@ def translated(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise VaultBusy(
-                f"another perfit is using {path}; wait for it to finish, or use another --profile"
-            ) from error
+            raise VaultBusy(_BUSY.format(path)) from error
         if name.startswith("SQLITE_FULL"):
             raise VaultError(
                 "the disk is full, so nothing was changed; free some space and try again"

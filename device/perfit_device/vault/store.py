@@ -21,14 +21,15 @@ import hashlib
 import hmac
 import sqlite3
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from perfit_device.migration import migrate
 from perfit_device.vault import checksum
 from perfit_device.vault.crypto import COSTLIEST, FORMAT, DataKey, Header, KdfParams, new_key
-from perfit_device.vault.file import WAIT_SECONDS, attach, make, translated
+from perfit_device.vault.file import WAIT_SECONDS, attach, lock_in_process, make, translated
 from perfit_shared.errors import VaultDamaged, VaultError, VaultUnswept
 
 __all__ = ["Vault"]
@@ -47,13 +48,14 @@ class Vault:
         self.path = path
         self.closed = False
         self._connection = connection
-        self._file = path.open("rb")  # for the checksum
+        self._file = path.open("rb", buffering=0)  # for the checksum
         self._header = header
         self._key = DataKey(key, header.vault_id)
         self._listed: dict[_RowRef, tuple[int, bytes]] = {}  # → version, digest of wrapped key and row
         self._lock = threading.RLock()
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
+        self._unlock: Callable[[], object] | None = None  # lets another thread open the file
         self._checksum_current = False  # whether the checksum beside the file is up to date
 
     # -- opening and closing -------------------------------------------------------------------
@@ -88,8 +90,12 @@ class Vault:
     @staticmethod
     def lock_of(path: Path, *, costly: bool = False) -> str:
         """ "passphrase" or "keyring", without opening. Raises as `open` does."""
-        connection, header = attach(path, WAIT_SECONDS, _most(costly=costly))
-        connection.close()
+        lock = lock_in_process(path, WAIT_SECONDS)
+        try:
+            connection, header = attach(path, WAIT_SECONDS, _most(costly=costly))
+            connection.close()
+        finally:
+            lock.release()
         return header.lock
 
     @classmethod
@@ -102,12 +108,18 @@ class Vault:
         wait_seconds: float,
         most: KdfParams,
     ) -> Vault:
-        connection, header = attach(path, wait_seconds, most)
+        lock = lock_in_process(path, wait_seconds)
         try:
-            vault = cls(path, connection, header, key or header.unwrap(passphrase))
+            connection, header = attach(path, wait_seconds, most)
+            try:
+                vault = cls(path, connection, header, key or header.unwrap(passphrase))
+            except BaseException:
+                connection.close()
+                raise
         except BaseException:
-            connection.close()
+            lock.release()
             raise
+        vault._unlock = weakref.finalize(vault, lock.release)
         try:
             with translated(path):
                 vault._verify()
@@ -156,6 +168,8 @@ class Vault:
         self._connection.close()
         self._file.close()
         self._key.wipe()
+        if self._unlock is not None:
+            self._unlock()  # behind the last handle of the file
 
     def __enter__(self) -> Vault:
         return self
