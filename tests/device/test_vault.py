@@ -252,7 +252,7 @@ class LateFile:
 
 
 def test_a_thread_that_closes_the_file_drops_no_other_threads_lock(tmp_path: Path) -> None:
-    """POSIX drops a process's locks on a file with any handle of it that closes: others wrote, rows got lost."""
+    """POSIX drops a process's locks on a file with any handle of it that closes: rows got lost."""
     path = tmp_path / "vault.db"
     Vault.create(path, PASSPHRASE, kdf=CHEAP).close()
     first, opened, second = Vault.open(path, PASSPHRASE), threading.Event(), list[Vault]()
