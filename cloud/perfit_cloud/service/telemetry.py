@@ -54,14 +54,14 @@ class Engines:
     """The engines that are measured and watched."""
 
     generation: Engine
-    steps: _Scheduler
+    scheduler: _Scheduler
     updates: _UpdateEngine
     device_lock: _DeviceLock
 
     def engine_health(self) -> dict[str, EngineHealth]:
         return {
             "answers": self.generation.health(),
-            "updates": self.steps.health(),
+            "updates": self.scheduler.health(),
             "model": self.device_lock.health(),
         }
 
@@ -93,7 +93,7 @@ class Telemetry:
         self._tokens = Counter("perfit_tokens", "Tokens read and made", ["kind"], registry=registry)
         self._passes = Histogram(
             "perfit_pass_seconds",
-            "Turns on the model's device",
+            "Passes on the model's device",
             ["kind"],
             buckets=_PASS_SECONDS,
             registry=registry,
@@ -113,7 +113,7 @@ class Telemetry:
         self._descriptors = Gauge(
             "perfit_descriptors", "Files and connections: open, and the limit", ["kind"], registry=registry
         )
-        self._waiting = Gauge("perfit_waiting", "What stands in line", ["line"], registry=registry)
+        self._waiting = Gauge("perfit_waiting", "Requests in each queue", ["line"], registry=registry)
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class _OfEngines(Collector):
             stalled.add_metric([name], health.stalled_seconds)
             alive.add_metric([name], health.is_alive)
         cached = GaugeMetricFamily(
-            "perfit_kept_bytes", "Kept of the examples of updates under way", labels=["where"]
+            "perfit_kept_bytes", "Activations cached for updates under way", labels=["where"]
         )
         for where, taken in zip(("device", "host"), engines.updates.bytes_held(), strict=True):
             cached.add_metric([where], taken)
