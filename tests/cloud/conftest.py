@@ -145,7 +145,7 @@ def run(
             issuer=None if serves_only else authority,
             catalog=catalog,
             generation=engine or generation,
-            steps=steps or step_queue,
+            scheduler=steps or step_queue,
             memory=memory,
             engines=engines,
             ended=ended,

@@ -65,7 +65,7 @@ def engines(base: BaseModel, artefact: Artefact) -> Iterator[Engines]:
 
 def over(engines: Engines) -> dict[str, Any]:
     """The same engines for a server to serve."""
-    return {"engine": engines.generation, "steps": engines.steps, "engines": engines}
+    return {"engine": engines.generation, "steps": engines.scheduler, "engines": engines}
 
 
 # -- metrics -------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_pass_that_hangs_is_seen(
 def test_an_update_that_hangs_and_a_worker_that_died_are_seen(
     engines: Engines, base: BaseModel, artefact: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: Any = engines.steps
+    steps: Any = engines.scheduler
     pairs = [(base.encode(prompt), base.encode_target(target)) for prompt, target in EXAMPLES]
     session = steps.open(pairs, artefact)
     with held_up(engines.updates, "run_pass", monkeypatch) as entered:

@@ -195,7 +195,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         pass_tokens=memory.pass_tokens,
         parts=config.adaptations if config.apart == "bits" else 0,
     )
-    steps = GradientScheduler(
+    scheduler = GradientScheduler(
         updates,
         waiting=config.adaptations + 1 + config.gradient_waiting,
         retry_ms=config.retry_ms,
@@ -208,9 +208,9 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         issuer=authority,
         catalog=catalog,
         generation=generation,
-        steps=steps,
+        scheduler=scheduler,
         memory=memory,
-        engines=Engines(generation, steps, updates, device_lock),
+        engines=Engines(generation, scheduler, updates, device_lock),
         ended=scrubber.call_ended,
     )
     server = CloudServer(config, parts)
@@ -221,7 +221,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         hardening = _with_torch(hardening, scrubber)
     server.start()
     print(_line(catalog, server.addresses, hardening, memory, as_json=as_json), flush=True)
-    _answer(config, server, stops, generation.stop, steps.close, scrubber.close)
+    _answer(config, server, stops, generation.stop, scheduler.close, scrubber.close)
 
 
 def _stops() -> queue.SimpleQueue[None]:

@@ -41,11 +41,11 @@ _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "u
 class BaseModel:
     """A frozen causal LM with its tokenizer. Nothing here is written to after loading."""
 
-    name: str  # what it was loaded by
+    name: str  # hub name or folder
     fingerprint: str  # sha-256 of configuration, tokenizer and weight files, hex
     model: Any  # transformers PreTrainedModel, eval mode, no parameter requires grad
     tokenizer: Any
-    # What its family can do; where nobody has tried, what most can.
+    # What the model can do; untried, what most families can.
     capabilities: Capabilities = field(default=None, repr=False)  # type: ignore[assignment]
     _codec: TokenCodec | None = field(default=None, repr=False)  # of the tokenizer; one for all copies
 

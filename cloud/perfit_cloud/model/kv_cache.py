@@ -133,8 +133,8 @@ class _Singles(NamedTuple):
     rows: slice  # of the packed batch, by slot
     slots: Tensor  # (rows,)
     positions: Tensor  # (rows,)
-    view: int  # slots that attention reads: up to the last one with a row
-    keys: int  # tokens that it reads of each: as many as the longest has
+    view: int  # slots that attention reads, up to the last with a row
+    keys: int  # tokens that it reads of each slot, up to the longest
 
 
 class _PromptChunk(NamedTuple):
@@ -219,7 +219,7 @@ class BatchMetadata:
             keys, values = (t[: single.view, :, : single.keys] for t in (keys, values))
             is_full = len(single.slots) == single.view
             rows = query[single.rows]
-            if not is_full:  # attention computes rows for the other slots too, and nobody reads them
+            if not is_full:  # attention also computes unused rows for the other slots
                 rows = rows.new_zeros(single.view, *rows.shape[1:]).index_copy_(0, single.slots, rows)
             found = attend(
                 rows.reshape(single.view, -1, groups, rows.shape[2]),

@@ -253,7 +253,7 @@ def _load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InvalidData(f"{path} is missing") from error
-    except Exception as error:  # of a damaged file torch raises whatever its bytes lead to
+    except Exception as error:  # torch may raise anything on a damaged file
         raise InvalidData(f"{path} is not a file of tensors") from error
     if not isinstance(state, dict):
         raise InvalidData(f"{path} holds no state dict")

@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts, chat turns and targets, whatever a tokenizer does at their ends."""
+"""Text to token ids and back: prompts, chats and targets, without what tokenizers add at their ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TokenCodec:
         self._guarded = _any_of(beyond | _marks(tokenizer, self._template))
 
     def prompt(self, text: str) -> list[int]:
-        """What the tokenizer puts in front, and the text; an answer follows, so never what it puts behind."""
+        """The text with what the tokenizer puts in front. An answer follows, so nothing is put behind."""
         return self._prompt(text, self._beyond)
 
     def plain_prompt(self, text: str) -> list[int]:

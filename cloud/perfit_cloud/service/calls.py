@@ -1,4 +1,4 @@
-"""Answers as the RPCs give them: the engine as they see it, and how an answer ends."""
+"""Answers of Generate and Ask: admission, payment, and how an answer ends."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.interface import Gradient, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
@@ -88,7 +89,7 @@ class PromptReader:
             )
         return ids
 
-    def candidates(self, candidates: Sequence[pb.Candidate]) -> list[tuple[list[int], list[int]]]:
+    def candidates(self, candidates: Sequence[pb.Candidate]) -> list[Pair]:
         """(prompt ids, answer ids) of each.
 
         Raises InvalidInput when there are none or too many, InvalidPrompt when one does not fit.
@@ -96,7 +97,7 @@ class PromptReader:
         self._check_count(len(candidates))
         return self._read(((c.prompt, c.answer) for c in candidates), self._limits.call_tokens)
 
-    def examples(self, examples: Sequence[pb.Example]) -> list[tuple[list[int], list[int]]]:
+    def examples(self, examples: Sequence[pb.Example]) -> list[Pair]:
         """(prompt ids, target ids) of each. Raises as `candidates`."""
         self._check_count(len(examples))
         return self._read(((e.prompt, e.target) for e in examples), self._limits.call_tokens)
@@ -110,7 +111,7 @@ class PromptReader:
                 "send fewer at a time"
             )
 
-    def update(self, examples: Iterable[pb.Example]) -> list[tuple[list[int], list[int]]]:
+    def update(self, examples: Iterable[pb.Example]) -> list[Pair]:
         """(prompt ids, target ids) of the examples of an update, read as they come.
 
         Raises InvalidInput when there are too many, InvalidPrompt when one does not fit.
@@ -121,9 +122,9 @@ class PromptReader:
 
     def _read(
         self, pairs: Iterable[tuple[pb.Prompt, str]], tokens: int, examples: int | None = None
-    ) -> list[tuple[list[int], list[int]]]:
+    ) -> list[Pair]:
         limits, total = self._limits, 0
-        read: list[tuple[list[int], list[int]]] = []
+        read: list[Pair] = []
         for number, (prompt, target) in enumerate(pairs, 1):
             if examples is not None and number > examples:
                 raise InvalidInput(f"this cloud takes at most {examples} examples in one update")

@@ -253,7 +253,7 @@ class _Messages(Iterator[Any]):
         try:
             data = next(self._requests)
         except grpc.RpcError as error:  # gRPC's word for it, with no code
-            error.with_traceback(None)  # gRPC keeps the error, and it all frames that it passed through
+            error.with_traceback(None)  # gRPC keeps the error, which keeps every frame that it passed
             raise Cancelled("the caller left") from None
         arrived = ExitStack()
         arrived.enter_context(self._arrive(data))  # not under the lock: it may wait for room

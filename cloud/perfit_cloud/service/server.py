@@ -290,7 +290,7 @@ class CloudServer:
 
     def _register_model(self) -> None:
         config, parts = self._config, self._parts
-        catalog, steps = parts.catalog, parts.steps
+        catalog, scheduler = parts.catalog, parts.scheduler
         passes = self._limit("gradients", 1 + config.gradient_waiting)
         self.telemetry.line("gradients", lambda: max(0, passes.working - 1))
         model = ModelSettings(
@@ -308,15 +308,17 @@ class CloudServer:
         personalization = PersonalizationService(
             model,
             description=encode_description(
-                catalog, continuous=parts.generation.continuous, caches_activations=steps.caches_activations
+                catalog,
+                continuous=parts.generation.continuous,
+                caches_activations=scheduler.caches_activations,
             ),
             answers=answers,
-            scheduler=steps,
+            scheduler=scheduler,
             passes=passes,
             asking=Asking(catalog, answers, drain=self._drain, stream_seconds=config.stream_seconds),
             adapting=Adapting(
                 model,
-                scheduler=steps,
+                scheduler=scheduler,
                 streams=self._limit("adaptations", config.adaptations),
                 room=self._budget("examples", parts.memory.examples),
             ),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import grpc
 
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.service.calls import Answers
 from perfit_cloud.service.codec import (
@@ -111,9 +112,7 @@ class PersonalizationService(pb_grpc.PersonalizationServicer):
                     raise Cancelled("the caller left") from None
                 raise
 
-    def _settled(
-        self, pairs: list[tuple[list[int], list[int]]], paid: Paid
-    ) -> list[tuple[list[int], list[int]]]:
+    def _settled(self, pairs: list[Pair], paid: Paid) -> list[Pair]:
         """The same, paid for by their tokens. Raises Busy."""
         tokens = sum(len(prompt) + len(target) for prompt, target in pairs)
         paid.settle(tokens)

@@ -28,7 +28,7 @@ class ServerParts:
     issuer: Authority | None  # who issues certificates; None: this process only serves
     catalog: Catalog
     generation: Engine
-    steps: GradientScheduler
+    scheduler: GradientScheduler
     memory: MemoryPlan  # what each part may take
     engines: Engines | None = None  # whose health is watched
     ended: Callable[[], None] = lambda: None  # called at the end of every call

@@ -54,14 +54,14 @@ class Engines:
     """The engines that are measured and watched."""
 
     generation: Engine
-    steps: _Scheduler
+    scheduler: _Scheduler
     updates: _UpdateEngine
     device_lock: _DeviceLock
 
     def engine_health(self) -> dict[str, EngineHealth]:
         return {
             "answers": self.generation.health(),
-            "updates": self.steps.health(),
+            "updates": self.scheduler.health(),
             "model": self.device_lock.health(),
         }
 
@@ -78,42 +78,30 @@ class Telemetry:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self._calls = Counter("perfit_calls", "Calls that ended", ["rpc", "status"], registry=registry)
-        self._seconds = Histogram(
-            "perfit_call_seconds",
-            "From a call's headers to its end",
-            ["rpc"],
-            buckets=_CALL_SECONDS,
-            registry=registry,
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self._calls = counter("perfit_calls", "Calls that ended", ["rpc", "status"])
+        self._seconds = histogram(
+            "perfit_call_seconds", "From a call's headers to its end", ["rpc"], buckets=_CALL_SECONDS
         )
-        self._in_flight = Gauge("perfit_calls_in_flight", "Calls under way", ["rpc"], registry=registry)
-        self._refused = Counter(
-            "perfit_refused", "Refusals by the limit that was met", ["limit"], registry=registry
-        )
-        self._tokens = Counter("perfit_tokens", "Tokens read and made", ["kind"], registry=registry)
-        self._passes = Histogram(
-            "perfit_pass_seconds",
-            "Turns on the model's device",
-            ["kind"],
-            buckets=_PASS_SECONDS,
-            registry=registry,
+        self._in_flight = gauge("perfit_calls_in_flight", "Calls under way", ["rpc"])
+        self._refused = counter("perfit_refused", "Refusals by the limit that was met", ["limit"])
+        self._tokens = counter("perfit_tokens", "Tokens read and made", ["kind"])
+        self._passes = histogram(
+            "perfit_pass_seconds", "Passes on the model's device", ["kind"], buckets=_PASS_SECONDS
         )
         self._info = Info("perfit_cloud", "What is served", registry=registry)
-        self._draining = Gauge("perfit_draining", "1 from SIGTERM on", registry=registry)
-        self._serving = Gauge("perfit_serving", "1 while health says SERVING", registry=registry)
-        self._days = Gauge(
-            "perfit_certificate_days_left", "Until it expires", ["certificate"], registry=registry
+        self._draining = gauge("perfit_draining", "1 from SIGTERM on")
+        self._serving = gauge("perfit_serving", "1 while health says SERVING")
+        self._days = gauge("perfit_certificate_days_left", "Until it expires", ["certificate"])
+        self._callers = gauge("perfit_callers", "Callers with an account just now", ["listener"])
+        self._identities_age = gauge(
+            "perfit_identities_age_seconds", "Since the list of devices was looked at"
         )
-        self._callers = Gauge(
-            "perfit_callers", "Callers with an account just now", ["listener"], registry=registry
+        self._descriptors = gauge(
+            "perfit_descriptors", "Files and connections: open, and the limit", ["kind"]
         )
-        self._identities_age = Gauge(
-            "perfit_identities_age_seconds", "Since the list of devices was looked at", registry=registry
-        )
-        self._descriptors = Gauge(
-            "perfit_descriptors", "Files and connections: open, and the limit", ["kind"], registry=registry
-        )
-        self._waiting = Gauge("perfit_waiting", "What stands in line", ["line"], registry=registry)
+        self._waiting = gauge("perfit_waiting", "Requests in each queue", ["line"])
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -214,7 +202,7 @@ class _OfEngines(Collector):
             stalled.add_metric([name], health.stalled_seconds)
             alive.add_metric([name], health.is_alive)
         cached = GaugeMetricFamily(
-            "perfit_kept_bytes", "Kept of the examples of updates under way", labels=["where"]
+            "perfit_kept_bytes", "Activations cached for updates under way", labels=["where"]
         )
         for where, taken in zip(("device", "host"), engines.updates.bytes_held(), strict=True):
             cached.add_metric([where], taken)

@@ -24,7 +24,7 @@ _KINDS: dict[str, Callable[[BaseModel], EngineKind]] = {"auto": _own, "own": _ow
 
 
 def engine_kind(base: BaseModel, name: str = "auto") -> EngineKind:
-    """The engines of this name for this model. Raises ConfigError on a name that there is not."""
+    """The engines of this name for this model. Raises ConfigError on an unknown name."""
     if name not in _KINDS:
         raise ConfigError(f'there is no engine "{name}"; take one of {", ".join(_KINDS)}')
     return _KINDS[name](base)

@@ -156,7 +156,7 @@ class _Row(ABC):
 
 
 class _StreamedRow(_Row):
-    """A row whose tokens go out as they come."""
+    """A row whose tokens are streamed."""
 
     def __init__(
         self,
@@ -177,13 +177,13 @@ class _StreamedRow(_Row):
 
 
 class _TextRow(_Row):
-    """A row whose text is wanted when it is over."""
+    """A row whose whole text is wanted at the end."""
 
     def __init__(self, prompt: list[int], shift: Intervention, sampling: Sampling, base: BaseModel) -> None:
         super().__init__(prompt, shift, sampling, sampler_of(sampling))
         self._answer = AnswerText(base, len(prompt), sampling)
         self._end_ids = frozenset(base.end_ids)
-        self._unread: list[int] = []  # tokens of which no text was made yet
+        self._unread: list[int] = []  # tokens not decoded yet
         self.text = ""
 
     @property

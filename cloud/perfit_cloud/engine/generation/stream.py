@@ -1,4 +1,4 @@
-"""An answer as it is made: token ids come in from an engine, and text goes out to a reader."""
+"""Streams answers: token ids come in from an engine, text goes out to a reader."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from perfit_shared.types import Chunk, Finish, Sampling
 
 __all__ = ["AnswerText", "TextStream", "finish_of"]
 
-_UNFINISHED = "\ufffd"  # what a tokenizer writes for a character of which bytes are missing
+_UNFINISHED = "\ufffd"  # what a tokenizer writes for an incomplete character
 
 
 def finish_of(token: int, count: int, sampling: Sampling, end_ids: frozenset[int]) -> Finish | None:
-    """Why an answer is over whose `count`-th token this is. None: it goes on, unless a stop text ends it."""
+    """Why the answer ends at this token, its `count`-th. None: it goes on, unless a stop text ends it."""
     if token in end_ids:
         return Finish.END
     return Finish.LENGTH if count >= sampling.max_new_tokens else None

@@ -1,4 +1,4 @@
-"""What one pass takes on: how work is cut into passes, and pairs as one padded batch."""
+"""How work is cut into passes, and pairs as one padded batch."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ __all__ = [
 
 Pair = tuple[list[int], list[int]]  # (prompt ids, target ids)
 PASS_TOKENS = 8192  # tokens (padding included) of one forward pass
-_CPU_PASS_TOKENS = 512  # more makes no pass on a CPU cheaper, and whoever waits for it waits longer
+_CPU_PASS_TOKENS = 512  # more makes no CPU pass cheaper, but others wait longer
 _ANY = 2**62
 
 
 def most_pass_tokens(device: torch.device) -> int:
-    """The most of one pass where several users wait for a device."""
+    """The most tokens of one pass when several users wait for a device."""
     return _CPU_PASS_TOKENS if device.type == "cpu" else PASS_TOKENS
 
 
 class BatchBudget(NamedTuple):
-    """The most that one pass takes on, beyond a single example."""
+    """The most that one pass takes, unless it is a single example."""
 
-    rows: int  # packed rows; what a pass holds for its backward pass grows with them
-    keys: int = _ANY  # examples × longest example, tokens; what attention holds grows with them
-    padding: int = _ANY  # scores of attention, a head and block, for which another pass is the cheaper way
+    rows: int  # packed rows; activations for the backward pass grow with them
+    keys: int = _ANY  # examples × longest example, tokens; attention's memory grows with them
+    padding: int = _ANY  # attention scores, a head and block; above this another pass is cheaper
     batching: Batching = Batching.ANY_LENGTHS  # of whole examples
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Requests for gradients and scores: what was asked, how it is cut into passes, and how parts are joined."""
+"""Requests for gradients and scores: how they are cut into passes, and how results are summed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PassEngine(Protocol):
     budget: BatchBudget
 
     def run_pass(self, shares: Sequence[PassShare]) -> None:
-        """One pass for requests of equal `shared` sessions, whose sums it adds to when it is over."""
+        """Run one pass for requests of equal `shared` sessions, and add to their sums."""
 
 
 class Session(ABC):
@@ -64,7 +64,7 @@ class Session(ABC):
         left: threading.Event | None,
         owner: str,
     ) -> None:
-        """`left`: whoever sets it, from any thread, has no pass begin from then on."""
+        """Once `left` is set, from any thread, no pass begins."""
         self.engine = engine
         self.artefact = artefact
         self.owner = owner or f"session {id(self)}"
@@ -93,7 +93,7 @@ class Session(ABC):
         """Rows and tokens of these examples in a pass, as `BatchBudget.cut` takes them."""
 
     def costs(self, which: Indices) -> Indices:
-        """Rows that these examples take to compute, of which some may come before their pass."""
+        """Rows to compute for these examples, including those computed before their pass."""
         return self.sizes(which)[0]
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Session(ABC):
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While a pass reads what the session holds. Passes exclude each other. Raises InvalidInput."""
+        """Hold while a pass reads the session's data. Passes exclude each other. Raises InvalidInput."""
         with self._changed:
             self.check_open()
             self._is_at_work = True
@@ -156,7 +156,7 @@ class GradientRequest:
 
 
 class Sum:
-    """What passes have found of one request so far."""
+    """The sum of what passes found for one request so far."""
 
     def __init__(self, step: GradientRequest, *, differentiate: bool) -> None:
         """Raises InvalidInput, InvalidTensors."""
@@ -179,7 +179,7 @@ class Sum:
         return self.session.shared, self.differentiate, self.personal is None
 
     def add(self, which: Indices, losses: Floats, gradients: dict[int, LayerShift]) -> None:
-        """Of examples `which` of the request: their losses, and their part of the gradient."""
+        """Add the losses of examples `which` of the request, and their part of the gradient."""
         self.losses[which] = losses
         for layer, found in gradients.items():
             for array, part in zip(self._tensors[layer], found, strict=True):
@@ -194,11 +194,11 @@ class Sum:
         return [Score(-loss, n) for loss, n in zip(self.losses.tolist(), self.target_tokens, strict=True)]
 
 
-PassShare = tuple[Sum, Indices]  # a request, and which of its examples a pass takes on
+PassShare = tuple[Sum, Indices]  # a request, and which of its examples a pass takes
 
 
 def compute(sums: Iterable[Sum]) -> None:
-    """All that these requests ask for; those of one kind share passes."""
+    """Run these requests; those of one kind share passes."""
     by_kind: dict[Hashable, list[PassShare]] = {}
     for total in sums:
         by_kind.setdefault(total.kind, []).append((total, total.pending))
@@ -208,7 +208,7 @@ def compute(sums: Iterable[Sum]) -> None:
 
 
 def cut_into_passes(shares: Sequence[PassShare]) -> Iterator[list[PassShare]]:
-    """Passes over all of this, which is of one kind; examples of like length together whoever asks."""
+    """Cut shares of one kind into passes, with examples of like length together whoever asks."""
     whose = np.repeat(np.arange(len(shares)), [len(which) for _, which in shares])
     members = np.concatenate([which for _, which in shares])
     sizes = [total.session.sizes(total.examples[which]) for total, which in shares]
@@ -228,7 +228,7 @@ def users_of(shares: Sequence[PassShare]) -> UserBatch:
 
 
 def add(shares: Sequence[PassShare], outcome: PassResult) -> None:
-    """Give what a pass found to those who asked; its examples came in their order."""
+    """Add what a pass found to the sums of its shares, which have its examples in order."""
     at = 0
     for u, (total, which) in enumerate(shares):
         gradients = {layer: LayerShift(*(t[u] for t in found)) for layer, found in outcome.gradients.items()}

@@ -37,7 +37,7 @@ class Asking:
         self._stream_seconds = stream_seconds
 
     def answers(self, requests: Iterator[pb.AskRequest], call: Call) -> Iterator[pb.AskResponse]:
-        """Parts of the answers as they are made, until the caller has asked all and got all.
+        """Parts of the answers as they are made, until every question is answered.
 
         Raises InvalidInput and what `decode_shift` raises on messages out of order, TooSlow at the end
         of the stream's time, Busy when more questions were refused than a device may make calls, and
