@@ -133,9 +133,9 @@ class Task:
         """What should follow the prompt. A chat's reply is never cut: its end is where to stop."""
         return _fill(self.answer, item, cut=cut and not self.chat)
 
-    def example(self, item: Mapping[str, str], *, cut: bool = True) -> Example:
+    def example(self, item: Mapping[str, str]) -> Example:
         """Raises InvalidData when a field is missing or empty."""
-        return Example(self.prompt(item, cut=cut), self.target(item, cut=cut))
+        return Example(self.prompt(item, cut=True), self.target(item, cut=True))
 
     def parse(self, text: str) -> str:
         """The answer inside generated text: without the cue's white space and anything past a stop."""

@@ -45,6 +45,7 @@ _IN_USE = np.uint64(3 << 62)  # of an entry of pagemap: in memory, or swapped ou
 # A page's fingerprint is the sum of its words times these: odd, random, and nobody else's.
 _FACTORS = np.frombuffer(os.urandom(_PAGE), np.uint64) | np.uint64(1)
 _POLL_SECONDS = 0.1
+_SETTLE_SECONDS = 60.0
 _CHUNK_BYTES = 2**22  # bytes read at a time
 _LINE = re.compile(r"(\w+)-(\w+) (\S+) \w+ \S+ (\d+)\s*(.*)")
 Keys = npt.NDArray[np.uint64]
@@ -139,12 +140,12 @@ def stopped(pid: int) -> Iterator[None]:
                 os.kill(process, signal.SIGCONT)
 
 
-def settle(pid: int, *, rest: float = 0.3, seconds: float = 60.0) -> None:
+def settle(pid: int, *, rest: float = 0.3) -> None:
     """Wait until the process has been nearly idle for `rest` seconds.
 
-    Raises PerfitError when it is not so within `seconds`.
+    Raises PerfitError when it is not so within a minute.
     """
-    end, quiet, before = time.monotonic() + seconds, 0, cpu_seconds(pid)
+    end, quiet, before = time.monotonic() + _SETTLE_SECONDS, 0, cpu_seconds(pid)
     while quiet * _POLL_SECONDS < rest:
         if time.monotonic() > end:
             raise PerfitError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from perfit_cloud.cli.common import open_authority
 from perfit_cloud.cli.serve import ConfigFile, StateFolder
 from perfit_cloud.config import CloudConfig, load_config, parse_duration
 from perfit_shared.errors import ConfigError
@@ -43,12 +46,11 @@ def invite(
     settings = load_config(file=config, flags={"state": state})
     seconds = settings.invite_seconds if life is None else parse_duration(life, "--life")
     address = settings.public_enrol_address or Addresses.load(settings.state).enrol_address
-    authority = _open(settings)
-    for _ in range(count):
-        secret, expires = authority.invite(seconds)
-        text = Invite(address, authority.server_ca_der, expires, secret).encode()
-        print(json.dumps({"invite": text, "expires": expires}) if as_json else text)
-    authority.close()
+    with _opened(settings) as authority:
+        for _ in range(count):
+            secret, expires = authority.invite(seconds)
+            text = Invite(address, authority.server_ca_der, expires, secret).encode()
+            print(json.dumps({"invite": text, "expires": expires}) if as_json else text)
 
 
 def revoke(
@@ -60,9 +62,8 @@ def revoke(
 
     perfit-cloud revoke 3f9a02c1
     """
-    authority = _open(load_config(file=config, flags={"state": state}))
-    print(f"revoked {authority.revoke(identity)}")
-    authority.close()
+    with _opened(load_config(file=config, flags={"state": state})) as authority:
+        print(f"revoked {authority.revoke(identity)}")
 
 
 def devices(
@@ -75,16 +76,17 @@ def devices(
     And when somebody last came with a certificate that a newer one had replaced: another process of the
     same device may do so once after a renewal; else two hold one identity, and it should be revoked.
     """
-    authority = _open(load_config(file=config, flags={"state": state}))
-    for device in authority.devices():
-        if as_json:
-            print(json.dumps(asdict(device)))
-        else:
-            status = f"revoked {_day(device.revoked)}" if device.revoked else f"until {_day(device.expires)}"
-            if device.superseded:
-                status += f"  replaced certificate presented {_day(device.superseded)[:10]}"
-            print(f"{device.identity}  issued {_day(device.issued)}  {status}")
-    authority.close()
+    with _opened(load_config(file=config, flags={"state": state})) as authority:
+        for device in authority.devices():
+            if as_json:
+                print(json.dumps(asdict(device)))
+            else:
+                status = (
+                    f"revoked {_day(device.revoked)}" if device.revoked else f"until {_day(device.expires)}"
+                )
+                if device.superseded:
+                    status += f"  replaced certificate presented {_day(device.superseded)[:10]}"
+                print(f"{device.identity}  issued {_day(device.issued)}  {status}")
 
 
 def prune(
@@ -101,23 +103,17 @@ def prune(
 
     perfit-cloud prune --day 2026-11-28
     """
-    authority = _open(load_config(file=config, flags={"state": state}))
-    identities, invites = authority.prune(day.date())
-    print(f"deleted {identities} identities and {invites} invites")
-    authority.close()
+    with _opened(load_config(file=config, flags={"state": state})) as authority:
+        identities, invites = authority.prune(day.date())
+        print(f"deleted {identities} identities and {invites} invites")
 
 
-def _open(config: CloudConfig) -> Authority:
-    from perfit_cloud.service.identity.authority import Authority
-
+@contextlib.contextmanager
+def _opened(config: CloudConfig) -> Iterator[Authority]:
     if not Path(config.state).is_dir():
         raise ConfigError(f"no state folder {config.state}; name the server's with --state")
-    return Authority(
-        config.state,
-        certificate_seconds=config.certificate_seconds,
-        lapse_seconds=config.lapse_seconds,
-        trusts_group=config.state_writers == "group",
-    )
+    with contextlib.closing(open_authority(config)) as authority:
+        yield authority
 
 
 def _day(unix: int) -> str:

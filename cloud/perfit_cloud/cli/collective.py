@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
-from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_cloud.cli.common import layers_of, stopping
+from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 if TYPE_CHECKING:
     from perfit_cloud.collective.privacy import Budget

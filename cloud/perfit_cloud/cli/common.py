@@ -5,13 +5,27 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from perfit_cloud.config import CloudConfig
 from perfit_shared.errors import InvalidInput
 
-__all__ = ["INTERRUPTED", "layers_of", "stopping"]
+if TYPE_CHECKING:
+    from perfit_cloud.service.identity.authority import Authority
 
-INTERRUPTED = 130  # exit code of a shell for SIGINT
+__all__ = ["layers_of", "open_authority", "stopping"]
+
+
+def open_authority(config: CloudConfig) -> Authority:
+    """The authority of the state folder, made where there is none."""
+    from perfit_cloud.service.identity.authority import Authority
+
+    return Authority(
+        config.state,
+        certificate_seconds=config.certificate_seconds,
+        lapse_seconds=config.lapse_seconds,
+        trusts_group=config.state_writers == "group",
+    )
 
 
 def layers_of(text: str | None) -> tuple[int, ...] | None:

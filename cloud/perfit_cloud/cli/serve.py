@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from perfit_cloud.cli.common import open_authority
 from perfit_cloud.config import CloudConfig, load_config
 from perfit_shared.errors import ConfigError
 from perfit_shared.grpc_environment import prepare_grpc
@@ -131,15 +132,9 @@ def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
     if not config.model:
         raise ConfigError("name the base model: --model FOLDER_OR_HUB_NAME")
 
-    from perfit_cloud.service.identity.authority import Authority
     from perfit_cloud.service.state_folder import only_server
 
-    authority = Authority(
-        config.state,
-        certificate_seconds=config.certificate_seconds,
-        lapse_seconds=config.lapse_seconds,
-        trusts_group=config.state_writers == "group",
-    )
+    authority = open_authority(config)
     try:
         with only_server(config.state):
             _serve_as(authority, config, hardening, as_json=as_json)

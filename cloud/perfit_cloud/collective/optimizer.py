@@ -58,8 +58,7 @@ class StiefelAdam:
     Call backward(), then `step(rate)`, which clips, moves and clears the gradients.
     """
 
-    def __init__(self, shifts: Sequence[Shift], *, clip: float = CLIP) -> None:
-        self._clip = clip
+    def __init__(self, shifts: Sequence[Shift]) -> None:
         phis: list[Phi] = [shift[layer] for shift in shifts for layer in sorted(shift)]
         self._rotations = [phi.rotation for phi in phis if phi.rotation.requires_grad]
         self._free = [tensor for phi in phis for tensor in (phi.source, phi.bias)]
@@ -86,7 +85,7 @@ class StiefelAdam:
         """
         grads = self.gradients()
         norm = math.sqrt(float(torch.stack([g.double().square().sum() for g in grads]).sum()))
-        scale = min(1.0, self._clip / (norm + 1e-6))
+        scale = min(1.0, CLIP / (norm + 1e-6))
         self._count += 1
         for i, (tensor, raw) in enumerate(zip(self._tensors, grads, strict=True)):
             grad = raw * scale

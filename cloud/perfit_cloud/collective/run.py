@@ -63,11 +63,7 @@ class CollectiveRequest:
 
 
 def train_collective(
-    request: CollectiveRequest,
-    *,
-    base: BaseModel | None = None,
-    progress: Progress | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    request: CollectiveRequest, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
 ) -> Artefact:
     """Train and write the artefact, or go on with an interrupted run of the same request.
 
@@ -82,8 +78,7 @@ def train_collective(
     cannot be or an output folder in use, InvalidData on data that cannot be read.
     """
     processes = Processes()
-    if progress is None or not processes.main:
-        progress = Progress(0, shown=processes.main)
+    progress = Progress(0, shown=processes.main)
     processes.broadcast_from_main(lambda: _check_out(request))
     if request.threads > 0:
         torch.set_num_threads(request.threads)

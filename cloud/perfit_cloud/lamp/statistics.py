@@ -69,19 +69,17 @@ class Paired:
     of: int  # users
 
 
-def interval(statistic: Statistic, *, resamples: int = RESAMPLES) -> Interval | None:
+def interval(statistic: Statistic) -> Interval | None:
     """95 % bootstrap interval over users; None for fewer than two users or a value that is no number.
 
     Bias-corrected and accelerated (BCa): resamples miss rare labels, which drags macro-F1 down, and
     a plain percentile interval would keep that bias. Where BCa is undefined, the percentile interval.
     """
     sums = statistic.sums
-    return _bootstrap(lambda rows: statistic.combine(sums[rows].sum(-2)), sums, len(sums), resamples)
+    return _bootstrap(lambda rows: statistic.combine(sums[rows].sum(-2)), sums, len(sums))
 
 
-def paired(
-    a: Statistic, b: Statistic, *, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS
-) -> Paired:
+def paired(a: Statistic, b: Statistic) -> Paired:
     """Compare two statistics of one kind, row u of both being the same user.
 
     The test is a permutation test: under the null hypothesis a user's two results may as well be
@@ -96,7 +94,7 @@ def paired(
         gap = a.combine(both[x].sum(axis - 1)) - a.combine(both[y].sum(axis - 1))
         return np.round(gap, 12)  # else rounding would break ties
 
-    bounds = _bootstrap(lambda rows: difference(rows, rows + users), both, users, resamples)
+    bounds = _bootstrap(lambda rows: difference(rows, rows + users), both, users)
     gain = (a.by_user - b.by_user) * (1 if a.higher_is_better else -1)
     p = None
     if users > 1 and np.isfinite(both).all():
@@ -107,7 +105,7 @@ def paired(
             permutation_type="samples",
             vectorized=True,
             axis=-1,
-            n_resamples=permutations,
+            n_resamples=PERMUTATIONS,
             batch=_batch(both),
             rng=np.random.default_rng(_SEED),
         )
@@ -124,9 +122,7 @@ def paired(
     )
 
 
-def _bootstrap(
-    of: Callable[[npt.NDArray[Any]], Array], sums: Array, users: int, resamples: int
-) -> Interval | None:
+def _bootstrap(of: Callable[[npt.NDArray[Any]], Array], sums: Array, users: int) -> Interval | None:
     """`of`: drawn users (..., users) → (...). `sums`: what it gathers from."""
     if users < 2 or not np.isfinite(sums).all():
         return None
@@ -144,7 +140,7 @@ def _bootstrap(
                 vectorized=True,
                 method=method,
                 bootstrap_result=done,
-                n_resamples=0 if done else resamples,
+                n_resamples=0 if done else RESAMPLES,
                 batch=_batch(sums),
                 rng=np.random.default_rng(_SEED),
             )

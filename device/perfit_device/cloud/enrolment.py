@@ -21,9 +21,9 @@ _SECONDS = 30.0  # deadline of every call here
 _RENEW_BELOW = 1 / 3  # of a certificate's life left
 
 
-def check_expiry(invite: Invite, now: datetime | None = None) -> None:
+def check_expiry(invite: Invite) -> None:
     """Raises InviteRefused when the invite's time is over, before anything is sent."""
-    if (now or datetime.now(UTC)).timestamp() >= invite.expires_unix:
+    if datetime.now(UTC).timestamp() >= invite.expires_unix:
         try:
             when = f"{datetime.fromtimestamp(invite.expires_unix, UTC):%Y-%m-%d %H:%M} UTC"
         except (OverflowError, ValueError, OSError):

@@ -136,10 +136,10 @@ def identity_in(certificate: bytes) -> str:
     return str(names[0].value) if names else ""
 
 
-def life_left(certificate: bytes, now: datetime | None = None) -> float:
+def life_left(certificate: bytes) -> float:
     """Share of a certificate's life that is left: 1 when new, 0 or less when it has lapsed."""
     start, end = certificate_life(certificate)
-    return (end - (now or datetime.now(UTC))) / (end - start)
+    return (end - datetime.now(UTC)) / (end - start)
 
 
 def pem(certificate: bytes) -> bytes:

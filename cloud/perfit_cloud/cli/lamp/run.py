@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from perfit_cloud.cli.common import INTERRUPTED, layers_of, stopping
+from perfit_cloud.cli.common import layers_of, stopping
 from perfit_cloud.text_tables import aligned_table
-from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 _GIB, _MOST_GIB = 1 << 30, 1 << 20
 
