@@ -74,7 +74,7 @@ class TrainingSummary:
 class Version:
     """What is known of one version, beside its tensors."""
 
-    number: int  # from 1; no number is given twice
+    number: int  # from 1
     artefact_version: str
     updates: int
     forgotten: int = 0  # as of PersonalShift
