@@ -125,6 +125,7 @@ def launched(*command: str, precision: str = "no") -> Iterator[subprocess.Popen[
         process.communicate()
 
 
+@pytest.mark.slow  # half a minute of both cores; the quick ones spread batches over processes in this one
 def test_two_processes_train_what_one_does(request_for: Any, tmp_path: Path) -> None:
     request = request_for(learning_rate=None, device_learning_rate=None, out=tmp_path / "one")
     with launched(two_processes.__file__, str(request.data), request.model, str(tmp_path)) as process:
@@ -152,7 +153,7 @@ def test_two_processes_train_what_one_does(request_for: Any, tmp_path: Path) -> 
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.slow  # the quick ones: Ctrl-C in test_collective, and a stop by one of two processes above
+@pytest.mark.slow  # the quick one: Ctrl-C in test_collective
 def test_ctrl_c_and_precision_reach_the_processes_of_a_launched_command(
     request_for: Any, tmp_path: Path
 ) -> None:

@@ -333,6 +333,8 @@ def test_the_command_asks_for_epsilon_with_its_options(make_request: Any, tmp_pa
         "1",
         "--lr",
         "1e-2",
+        "--device-lr",
+        "1e-2",
         "--epochs",
         "1",
         "--out",
