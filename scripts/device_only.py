@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import local
+import tiny
 from local import Device, LocalCloud
-
-ROOT = Path(__file__).resolve().parents[1]
-STARTER = ROOT / "cloud" / "perfit_cloud" / "starter"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        with LocalCloud(STARTER / "perfit-starter", [STARTER / "news_categorize"], work / "cloud") as cloud:
+        served = tiny.build(work / "served")
+        history = work / "headlines.jsonl"
+        history.write_text("".join(json.dumps(item) + "\n" for item in tiny.headlines(60)), "utf-8")
+        with LocalCloud(served.model, served.artefacts, work / "cloud") as cloud:
             invite = cloud.invite()
             local.BIN = Path(os.environ["PERFIT_DEVICE_BIN"])
             device = Device(work / "home", "default")
             device("enroll", "-", text=invite)
-            answer = device.json("ask", "Court Blocks New Voting Law. Judges ruled on Friday.")
-            device(
-                "history",
-                "import",
-                str(ROOT / "demo" / "people" / "folders.jsonl"),
-                "--task",
-                "news_categorize",
-            )
-            update = device.json("update", "--epochs", "1")
+            device("history", "import", str(history), "--task", "news_headline")
+            answer = device.json("ask", "Court Blocks New Voting Law.", "--task", "news_headline")
+            update = device.json("update", "--task", "news_headline", "--epochs", "1")
     print(f"device alone: answered {answer['answer'].strip()!r}, {update['steps']} update steps")
 
 

@@ -13,6 +13,7 @@ vault opens.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,12 +41,12 @@ from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.training import Schedule, Training
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import tiny
 from local import BIN, PASSPHRASE, Device, LocalCloud
 
-_ROOT = Path(__file__).resolve().parents[2]
-_STARTER = _ROOT / "cloud" / "perfit_cloud" / "starter"
-_HISTORY = _ROOT / "demo" / "people" / "folders.jsonl"
-_TASK = "news_categorize"
+_TASK = "news_headline"
+_PRESET = "news_categorize"  # the widest of Table 9
+_ITEMS = 120  # of the history
 _POLL_SECONDS = 0.02
 
 
@@ -65,7 +66,7 @@ SMALL = Sizes(hidden_size=256, steps=5, epochs=2, checkpoint=1.0, helps=3)
 def main() -> None:
     args = common.parser(__doc__).parse_args()
     sizes = SMALL if args.small else FULL
-    spec = preset_for(_TASK).spec(blocks=4, hidden_size=sizes.hidden_size)
+    spec = preset_for(_PRESET).spec(blocks=4, hidden_size=sizes.hidden_size)
     result = {"parameters": spec.personal_parameters(), **stepping(spec, sizes.steps), **helping(sizes.helps)}
     with tempfile.TemporaryDirectory() as folder:
         result |= updating(spec, sizes, Path(folder))
@@ -125,7 +126,9 @@ def updating(spec: ShiftSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
     with thin_cloud(spec, folder) as cloud:
         device = Device(folder / "homes", "bench")
         device("enroll", "-", text=cloud.invite())
-        device("history", "import", str(_HISTORY), "--task", _TASK)
+        history = folder / "history.jsonl"
+        history.write_text("".join(json.dumps(item) + "\n" for item in tiny.headlines(_ITEMS)), "utf-8")
+        device("history", "import", str(history), "--task", _TASK)
         fill(device)
         said = folder / "said.txt"
         flags = ("--epochs", str(sizes.epochs), "--lr", "1e-4", "--checkpoint", str(sizes.checkpoint))
@@ -186,31 +189,11 @@ def resident(status: Path) -> dict[str, float]:
 @contextmanager
 def thin_cloud(spec: ShiftSpec, folder: Path) -> Iterator[LocalCloud]:
     """A cloud for shifts of `spec`, whose model is as wide as they are and small otherwise."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from perfit_cloud.model.artefacts import Artefact
-    from perfit_cloud.model.base import load_base
-
-    start = _STARTER / "perfit-starter"
-    config = AutoConfig.from_pretrained(
-        start,
-        hidden_size=spec.hidden_size,
-        num_hidden_layers=4,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
     model = folder / "model"
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
-    AutoTokenizer.from_pretrained(start).save_pretrained(model)
-    artefact = replace(
-        Artefact.load(_STARTER / _TASK),
-        spec=spec,
-        fingerprint=load_base(str(model)).fingerprint,
-        collective=ShiftTensors.identity(spec, spec.collective_rank, seed=1),
-        seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2),
-    )
+    shape = tiny.Shape(spec.hidden_size, 64, 4, 4, 1, head_dim=8, initializer_range=0.02)
+    base = tiny.save_model(model, shape=shape)
+    collective = ShiftTensors.identity(spec, spec.collective_rank, seed=1)
+    artefact = replace(tiny.artefact_of(base, _TASK, spec, collective, seed=2), learning_rate=1e-4)
     artefact.save(folder / "artefact")
     with LocalCloud(model, [folder / "artefact"], folder / "cloud") as cloud:
         yield cloud

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,9 @@ from perfit_shared.presets import preset_for
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import task_named
 from perfit_shared.types import Mode, Sampling
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import tiny
 
 __all__ = [
     "RANDOM",
@@ -37,15 +42,15 @@ __all__ = [
 Asked = tuple[list[int], ShiftUse, Sampling]
 Pair = tuple[list[int], list[int]]
 
-# Random Llamas, made in memory, with the starter's tokenizer: hidden size, inner size, blocks, heads,
-# heads of keys and values. random-8m has the shapes of newslm and of the starter.
+# Random Llamas, made in memory, with the tokenizer of scripts/tiny.py: hidden size, inner size, blocks,
+# heads, heads of keys and values. random-8m has newslm's shapes.
 RANDOM = {
     "random-7b": (4096, 11008, 32, 32, 32),
     "random-100m": (768, 2048, 12, 12, 12),
     "random-8m": (256, 704, 8, 8, 4),
     "random-tiny": (64, 176, 4, 4, 2),
 }
-_STARTER = Path(__file__).resolve().parents[2] / "cloud" / "perfit_cloud" / "starter" / "perfit-starter"
+_VOCABULARY = 8192  # newslm's
 _NEAR = 0.01  # size of the noise that takes a shift off the identity; the entries of R are about 0.05
 
 
@@ -73,7 +78,9 @@ def load_model(args: argparse.Namespace) -> BaseModel:
 def _random_model(name: str, *, dtype: str, device: str) -> BaseModel:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    starter = load_base(str(_STARTER), dtype=dtype, device=device)
+    with tempfile.TemporaryDirectory() as folder:  # its tokenizer, and what "auto" stands for here
+        tiny.save_model(Path(folder))
+        start = load_base(folder, dtype=dtype, device=device)
     hidden_size, inner_size, blocks, heads, key_heads = RANDOM[name]
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -82,15 +89,15 @@ def _random_model(name: str, *, dtype: str, device: str) -> BaseModel:
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
         max_position_embeddings=2048,
-        vocab_size=starter.model.config.vocab_size,
+        vocab_size=_VOCABULARY,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=starter.model.dtype)
-    model = model.to(starter.device).eval().requires_grad_(False)
-    return replace(starter, name=name, fingerprint=name, model=model)
+    model = AutoModelForCausalLM.from_config(config, dtype=start.model.dtype)
+    model = model.to(start.device).eval().requires_grad_(False)
+    return replace(start, name=name, fingerprint=name, model=model)
 
 
 def artefact_for(

@@ -2,7 +2,7 @@
 
     sudo PYTHONPATH=scripts .venv/bin/python -m soak.ceiling --mib 2048 --json ceiling.json
 
-A cloud with the starter runs in a control group of its own, which the kernel ends when it takes more than
+A cloud runs in a control group of its own, which the kernel ends when it takes more than
 the ceiling, and is told of the ceiling by `memory_bytes`. Devices fill every limit at the same time: all
 updates there may be with all examples, all answers at full length, the line of gradients and scores, each
 with all tokens there may be. Whoever is told to come back does. Ends with 1 when a call failed or the cloud
@@ -42,7 +42,7 @@ __all__ = ["main"]
 
 _MIB = 2**20
 _TEXT = "The council will decide on the new bridge over the river on Thursday, its speaker said. "
-_PROMPT = _TEXT * 11  # some 250 tokens of the starter
+_PROMPT = _TEXT * 6  # some 250 tokens
 _SETTINGS = {"adapt_examples": 100, "adapt_tokens": 32_768, "call_tokens": 16_384}
 _UPDATERS, _ASKERS, _SCORERS = 8, 4, 4  # devices; two updates, 12 answers and four passes each
 _PATIENCE = 600.0  # seconds
@@ -169,11 +169,11 @@ class _Load:
 
     def _score(self, cloud: Cloud, info: CloudInfo) -> None:
         artefact = _headlines(info)
-        cloud.score([(_PROMPT[:900], _PROMPT[:600])] * 40, ShiftUse(artefact, cloud.fetch_seed(artefact)))
+        cloud.score([(_PROMPT[:400], _PROMPT[:270])] * 40, ShiftUse(artefact, cloud.fetch_seed(artefact)))
 
     def _gradient(self, cloud: Cloud, info: CloudInfo) -> None:
         artefact = _headlines(info)
-        cloud.compute_gradient([(_PROMPT[:900], _PROMPT[:600])] * 40, artefact, cloud.fetch_seed(artefact))
+        cloud.compute_gradient([(_PROMPT[:400], _PROMPT[:270])] * 40, artefact, cloud.fetch_seed(artefact))
 
 
 def _headlines(info: CloudInfo) -> Artefact:

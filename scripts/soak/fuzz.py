@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def all_targets(work: Path, *, only: str | None = None) -> Iterator[list[Target]]:
     """Those whose names hold `only`; a cloud runs as long as it lasts, where one of them needs it."""
-    from soak import tiny
+    import tiny
     from soak.fuzzing import commands, rpcs
 
     wanted = [target for target in offline_targets(work) if only is None or only in target.name]
@@ -63,7 +63,7 @@ def all_targets(work: Path, *, only: str | None = None) -> Iterator[list[Target]
 
 def offline_targets(work: Path) -> list[Target]:
     """Those that need no live cloud."""
-    from soak import tiny
+    import tiny
     from soak.fuzzing import cloud, device, shared, vaults
 
     return [

@@ -27,8 +27,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import tiny
 from local import LocalCloud
-from soak import tiny
 from soak.killing.changes import kill_changes
 from soak.killing.commands import Killed, World
 

@@ -35,10 +35,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny
 from local import LocalCloud
 from perfit_cloud.service.identity.authority import Authority
 from perfit_shared.invites import Invite
-from soak import tiny
 from soak.loading import devices as loading
 from soak.loading.devices import Device, Tally, Wrong
 from soak.loading.proxy import Proxy

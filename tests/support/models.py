@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import tiny
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 
 if TYPE_CHECKING:
@@ -66,23 +67,7 @@ def tiny_config(family: str, vocabulary: int) -> Any:
 
 def tiny_tokenizer() -> Any:
     """Characters and a few words, with <s> in front, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    raw.train_from_iterator(["the cat sat on the mat and the dog ran to the door"] * 5, trainer)
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
-    )
+    return tiny.tokenizer(["the cat sat on the mat and the dog ran to the door"] * 5, size=400, longest=256)
 
 
 def random_shift(spec: ShiftSpec, rank: int, seed: int, size: float = 0.5) -> ShiftTensors:

@@ -8,8 +8,9 @@
     if __name__ == "__main__":
         sys.exit(main(__doc__, ATTACKS))
 
-A cloud (`perfit-cloud serve` with the starter and its defaults) runs in a process of its own. The honest
-device of this process asks for a short answer again and again, first alone, then while the attack runs.
+A cloud (`perfit-cloud serve` with its defaults, a random Llama of 6 blocks of 256) runs in a process of
+its own. The honest device of this process asks for a short answer again and again, first alone, then
+while the attack runs.
 Attackers run in processes of their own at the lowest priority, as if on another machine, each with an
 identity of its own unless the attack says otherwise. Then the hostile device makes an ordinary call.
 With --code CHECKOUT the cloud is the one of another checkout: the figure before.
@@ -36,6 +37,7 @@ from typing import Any
 import grpc
 import psutil
 
+import tiny
 from bench.common import finish, table
 from local import LocalCloud
 from perfit_device.cloud.channels import enrolment_channel, mutual_channel
@@ -47,10 +49,8 @@ from perfit_shared.errors import PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.types import Sampling
 
-__all__ = ["ROOT", "STARTER", "Attack", "Attacker", "Outcome", "artefacts", "main", "measure", "serving"]
+__all__ = ["Attack", "Attacker", "Outcome", "main", "measure", "serving"]
 
-ROOT = Path(__file__).resolve().parents[3]
-STARTER = ROOT / "cloud" / "perfit_cloud" / "starter"
 _PATH = "/perfit.v1.Personalization/"
 _PATIENCE = 90.0  # seconds that the honest device waits for one answer
 _PAUSE = 0.05  # between two of its questions
@@ -158,12 +158,13 @@ class Outcome:
 def serving(
     folder: Path, *, code: Path | None = None, flags: Sequence[str] = (), prefix: Sequence[str] = ()
 ) -> Iterator[LocalCloud]:
-    """A cloud with the starter; of the checkout `code`, where given."""
+    """A cloud; of the checkout `code`, where given."""
     parts = [] if code is None else [str(code.resolve() / part) for part in ("shared", "device", "cloud")]
     environment = {"PYTHONPATH": os.pathsep.join(parts)} if parts else {}
+    served = tiny.build(folder / "served", shape=tiny.SMALL)
     cloud = LocalCloud(
-        STARTER / "perfit-starter",
-        artefacts(),
+        served.model,
+        served.artefacts,
         folder / "state",
         log=folder / "cloud.log",
         flags=flags,
@@ -172,10 +173,6 @@ def serving(
     )
     with cloud:
         yield cloud
-
-
-def artefacts() -> list[Path]:
-    return [STARTER / "news_headline", STARTER / "news_categorize"]
 
 
 def main(description: str | None, attacks: Sequence[Attack], arguments: Sequence[str] | None = None) -> int:

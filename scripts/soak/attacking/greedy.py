@@ -17,8 +17,8 @@ from soak.attacking.common import Attack, Attacker, main
 __all__ = ["ATTACKS"]
 
 _BASE = pb.Shift(mode=pb.SHIFT_MODE_BASE)
-_TEXT = "The council will decide on the new bridge over the river on Thursday, its speaker said. " * 16
-_LONG = pb.Prompt(text=_TEXT)  # most of the 511 tokens that the starter takes
+_TEXT = "The council will decide on the new bridge over the river on Thursday, its speaker said. " * 8
+_LONG = pb.Prompt(text=_TEXT)  # two thirds of the 511 tokens that the model takes
 _HOURS = 3600.0
 
 

@@ -13,8 +13,8 @@ from soak.attacking.common import Attack, Attacker, main
 __all__ = ["ATTACKS"]
 
 _BASE = pb.Shift(mode=pb.SHIFT_MODE_BASE)
-_TEXT = "The council will decide on the new bridge over the river on Thursday, its speaker said. " * 16
-_LONG = pb.Prompt(text=_TEXT)  # within the 511 tokens that the starter takes
+_TEXT = "The council will decide on the new bridge over the river on Thursday, its speaker said. " * 8
+_LONG = pb.Prompt(text=_TEXT)  # two thirds of the 511 tokens that the model takes
 
 
 def nearly_good_candidates(attacker: Attacker) -> None:

@@ -39,7 +39,7 @@ from soak.fuzzing import counts
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.hints import Known, hints_for
 from soak.fuzzing.mutation import TEXT, edited, edited_json, messages, mostly, tensor_bytes
-from soak.tiny import Tiny
+from tiny import Tiny
 
 __all__ = ["targets"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.fuzzing.mutation import forms_of, tensor_bytes
-from soak.tiny import shift_off_identity
+from tiny import shift_off_identity
 
 __all__ = ["Known", "hints_for"]
 

@@ -37,7 +37,7 @@ from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.counts import Counted, counted
 from soak.fuzzing.hints import Known, hints_for
 from soak.fuzzing.mutation import edited, messages, mostly
-from soak.tiny import Tiny
+from tiny import Tiny
 
 __all__ = ["NAMES", "Live", "live"]
 

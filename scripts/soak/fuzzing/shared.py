@@ -25,7 +25,7 @@ from perfit_shared.tasks import TASKS, Task
 from perfit_shared.training import Schedule, Training
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.mutation import TEXT, edited, edited_json, forms_of, mostly, tensor_bytes
-from soak.tiny import shift_off_identity
+from tiny import shift_off_identity
 
 __all__ = ["SPEC", "TENSORS", "targets"]
 

@@ -49,7 +49,7 @@ from perfit_shared.shifts import ShiftTensors
 from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services
-from soak.tiny import shift_off_identity
+from tiny import shift_off_identity
 
 __all__ = ["GRADIENT", "KINDS", "LOSS", "UPDATE", "Device", "Tally", "Wrong"]
 
