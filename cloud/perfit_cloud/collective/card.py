@@ -18,7 +18,7 @@ from perfit_cloud.collective.trials import ranks_rates, trial_steps
 from perfit_cloud.text_tables import markdown_table
 from perfit_shared.prompts import prompts_of
 
-__all__ = ["draw_losses", "make_card", "write_card"]
+__all__ = ["draw_losses", "libraries", "make_card", "write_card"]
 
 
 def make_card(
@@ -71,7 +71,7 @@ def make_card(
         "seconds": round(record.seconds, 1),
         "speed": {"steps_per_second": record.step / seconds, "tokens_per_second": record.tokens / seconds},
         "privacy": {"note": _privacy_note(training), "mechanism": privacy and privacy.to_json()},
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
     return dict(_plain(card))
 
@@ -125,7 +125,8 @@ def _device_note(training: Stage1Training) -> str:
     return f"{note}, but not above stage 1's rate, since they gained too little to tell rates apart"
 
 
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """What this ran with, by name."""
     names = ("perfit", "torch", "transformers", "accelerate", "numpy")
     return {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
 

@@ -15,6 +15,7 @@ from perfit_cloud.collective.items import Items
 from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
+from perfit_cloud.collective.spec import preset_of, spec_of
 from perfit_cloud.collective.steps import from_torch
 from perfit_cloud.collective.training import FORWARD, RunControl, Stage1Settings, Stage1Training
 from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
@@ -23,12 +24,12 @@ from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
-from perfit_shared.presets import preset_for, value_or
+from perfit_shared.presets import value_or
 from perfit_shared.prompts import load_prompts
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
 
-__all__ = ["CollectiveRequest", "train_collective"]
+__all__ = ["CollectiveRequest", "check_out", "make_out", "train_collective"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def train_collective(
     """
     processes = Processes()
     progress = Progress(0, shown=processes.main)
-    processes.broadcast_from_main(lambda: _check_out(request))
+    processes.broadcast_from_main(lambda: check_out(request.out, force=request.force))
     if request.threads > 0:
         torch.set_num_threads(request.threads)
     training = _begin(request, base, processes, progress, stop)
@@ -119,7 +120,7 @@ def _begin(
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
-    spec = _spec(request, base)  # before the data are tokenised: flags that cannot be end here
+    spec = spec_of(request, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
     # The spec is public, so private prompts must not decide where the sinks are.
     prompts = [prompt for prompt, _ in corpus.validation]
@@ -127,12 +128,12 @@ def _begin(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
     )
     settings = _settings(request, spec := replace(spec, positions=positions))
-    preset = preset_for(request.preset or request.task)
+    preset = preset_of(request)
     progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     if (skipped := _skipped(positions)) is not None:
         progress.say(skipped)
     _report(corpus, progress)
-    processes.broadcast_from_main(lambda: _make_out(request.out))
+    processes.broadcast_from_main(lambda: make_out(request.out))
     training = Stage1Training(
         base, corpus, task, settings, processes=processes, control=RunControl(request.out, progress, stop)
     )
@@ -194,35 +195,24 @@ def _write(artefact: Artefact, training: Stage1Training, out: Path, *, base_loss
     (out / checkpoint.FILE).unlink(missing_ok=True)
 
 
-def _check_out(request: CollectiveRequest) -> None:
-    out = request.out
+def check_out(out: Path, *, force: bool) -> None:
+    """Raises InvalidInput where an artefact cannot be written, or one is there and may not be replaced."""
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"{out} is a file; --out should be a folder")
-    if (out / "artefact.json").exists() and not request.force:
+    if (out / "artefact.json").exists() and not force:
         raise InvalidInput(f"{out} holds a finished artefact; use another --out, or --force to replace it")
 
 
-def _make_out(out: Path) -> None:
+def make_out(out: Path) -> None:
+    """Raises InvalidInput."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _spec(request: CollectiveRequest, base: BaseModel) -> ShiftSpec:
-    """The preset's with what the request overrides."""
-    return preset_for(request.preset or request.task).spec(
-        blocks=base.blocks,
-        hidden_size=base.hidden_size,
-        layers=request.layers,
-        positions=request.positions,
-        collective_rank=request.collective_rank,
-        personal_rank=request.personal_rank,
-    )
-
-
 def _settings(request: CollectiveRequest, spec: ShiftSpec) -> Stage1Settings:
-    preset = preset_for(request.preset or request.task)
+    preset = preset_of(request)
     return Stage1Settings(
         spec=spec,
         epochs=value_or(request.epochs, preset.collective_epochs),

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perfit_cloud.collective.blank import blank_artefact
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.run import CollectiveRequest, train_collective
+from perfit_cloud.collective.spec import preset_of, spec_of
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.model.sinks import evenly, past_sinks
+from perfit_cloud.model.sinks import evenly
 from perfit_shared.errors import InvalidInput, ShiftMismatch
 from perfit_shared.positions import Positions
-from perfit_shared.presets import Preset, preset_for
 from perfit_shared.prompts import prompts_of
-from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def collective_artefact(
         artefact = train_collective(_collective(request, folder), base=base, stop=stop)
     else:
         artefact = Artefact.load(folder)
-        say(f"{folder}: {_preset(request).mapping(artefact.spec, blocks=base.blocks, given=True)}")
+        say(f"{folder}: {preset_of(request).mapping(artefact.spec, blocks=base.blocks, given=True)}")
     _check(artefact, request, base, folder)
     if request.artefact is None:
         _check_own(artefact, request, task, folder)
@@ -53,33 +53,11 @@ def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool)
     """
     if request.learning_rate is None:
         raise InvalidInput("without stage 1 nothing chooses a learning rate; give --lr")
-    task, base, preset = data.task, data.base, _preset(request)
-    spec = preset.spec(
-        blocks=base.blocks,
-        hidden_size=base.hidden_size,
-        layers=request.layers,
-        positions=request.positions,
-        collective_rank=request.collective_rank,
-        personal_rank=request.personal_rank,
-    )
+    spec = spec_of(request, data.base)
+    spec = replace(spec, personal_rank=spec.personal_rank + spec.collective_rank * sums_ranks)
     items = evenly([item for person in data.people.people for item in person.history])
     prompts = [example.pair[0] for example in data.encoder.examples(items)]
-    positions = past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
-    spec = replace(spec, positions=positions)
-    Progress(0).say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
-    rank = spec.personal_rank + spec.collective_rank * sums_ranks
-    spec = ShiftSpec(spec.layers, positions, 1, rank, spec.hidden_size)
-    return Artefact(
-        name=task.name,
-        spec=spec,
-        task=task,
-        fingerprint=base.fingerprint,
-        collective=ShiftTensors.identity(spec, 1, 2 * request.seed),
-        seed=ShiftTensors.identity(spec, rank, 2 * request.seed + 1),
-        learning_rate=request.learning_rate,
-        epochs=request.epochs or preset.epochs,
-        batch_size=request.batch_size or preset.batch_size,
-    )
+    return blank_artefact(request, data.task, data.base, prompts, spec)
 
 
 def _prompt_texts(task: Task) -> tuple[str, ...]:
@@ -102,10 +80,6 @@ def _collective(request: LampRequest, out: Path) -> CollectiveRequest:
         device_epochs=request.epochs,
         device_learning_rate=request.learning_rate,
     )
-
-
-def _preset(request: LampRequest) -> Preset:
-    return preset_for(request.preset or request.task)
 
 
 def _check(artefact: Artefact, request: LampRequest, base: BaseModel, folder: Path) -> None:
