@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.starts import near_identity
+from perfit_shared.tasks import Task
 
 if TYPE_CHECKING:
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import BaseModel
 
-__all__ = ["SMALL", "TINY", "Shape", "Tiny", "build", "headlines", "shift_off_identity", "tokenizer"]
+__all__ = ["SMALL", "TINY", "Shape", "Tiny", "build", "headlines", "tokenizer"]
 
 _LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"
-_TASKS = {"news_headline": ((1, 2), "f3+l3"), "chat": ((0, 3), "l4")}  # layers and positions of each
+_HEADLINE = "Generate a headline for the following article: {text} headline:"
+TASKS = {  # with the layers and positions of each
+    Task("news_headline", _HEADLINE, " {title}", "rouge_1"): ((1, 2), "f3+l3"),
+    Task("chat", "{prompt}", "{reply}", "rouge_1", stop=(), answer_tokens=256, chat=True): ((0, 3), "l4"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ def build(folder: Path, *, seed: int = 0, shape: Shape = TINY) -> Tiny:
     model = folder / "model"
     base = save_model(model, seed=seed, shape=shape)
     folders = []
-    for name, (layers, positions) in _TASKS.items():
+    for task, (layers, positions) in TASKS.items():
         spec = ShiftSpec(layers, positions, 6, 3, hidden_size=base.hidden_size)
-        collective = shift_off_identity(spec, spec.collective_rank, seed=seed + 1)
-        artefact_of(base, name, spec, collective, seed=seed + 2).save(folder / name)
-        folders.append(folder / name)
+        collective = near_identity(spec, spec.collective_rank, seed=seed + 1, size=0.3)
+        folders.append(folder / task.name)
+        artefact_of(base, task, spec, collective, seed=seed + 2).save(folders[-1])
     return Tiny(model, tuple(folders))
 
 
@@ -109,16 +113,15 @@ def save_model(folder: Path, *, seed: int = 0, shape: Shape = TINY) -> BaseModel
 
 
 def artefact_of(
-    base: BaseModel, task: str, spec: ShiftSpec, collective: ShiftTensors, *, seed: int
+    base: BaseModel, task: Task, spec: ShiftSpec, collective: ShiftTensors, *, seed: int
 ) -> Artefact:
-    """One of the built-in tasks, whose seed changes nothing."""
+    """One whose seed changes nothing."""
     from perfit_cloud.model.artefacts import Artefact
-    from perfit_shared.tasks import TASKS
 
     return Artefact(
-        name=task,
+        name=task.name,
         spec=spec,
-        task=TASKS[task],
+        task=task,
         fingerprint=base.fingerprint,
         collective=collective,
         seed=ShiftTensors.identity(spec, spec.personal_rank, seed),
@@ -126,19 +129,6 @@ def artefact_of(
         epochs=1,
         batch_size=4,
     )
-
-
-def shift_off_identity(spec: ShiftSpec, rank: int, *, seed: int, size: float = 0.3) -> ShiftTensors:
-    """Orthonormal R; W and b off the identity by `size`, which changes answers."""
-    rng = np.random.default_rng(seed)
-    layers = {}
-    for layer, shift in ShiftTensors.identity(spec, rank, seed).layers.items():
-        noise = rng.standard_normal(shift.source.shape, np.float32)
-        bias = rng.standard_normal(rank, np.float32)
-        layers[layer] = LayerShift(
-            shift.rotation, shift.source + np.float32(size) * noise, np.float32(size) * bias
-        )
-    return ShiftTensors(layers)
 
 
 def headlines(count: int) -> list[dict[str, str]]:

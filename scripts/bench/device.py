@@ -44,7 +44,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tiny
 from local import BIN, PASSPHRASE, Device, LocalCloud
 
-_TASK = "news_headline"
+_TASK = next(task for task in tiny.TASKS if task.name == "news_headline")
 _PRESET = "news_categorize"  # the widest of Table 9
 _ITEMS = 120  # of the history
 _POLL_SECONDS = 0.02
@@ -128,7 +128,7 @@ def updating(spec: ShiftSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
         device("enroll", "-", text=cloud.invite())
         history = folder / "history.jsonl"
         history.write_text("".join(json.dumps(item) + "\n" for item in tiny.headlines(_ITEMS)), "utf-8")
-        device("history", "import", str(history), "--task", _TASK)
+        device("history", "import", str(history), "--task", _TASK.name)
         fill(device)
         said = folder / "said.txt"
         flags = ("--epochs", str(sizes.epochs), "--lr", "1e-4", "--checkpoint", str(sizes.checkpoint))

@@ -18,7 +18,8 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.positions import Positions
 from perfit_shared.presets import preset_for
-from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.shifts import ShiftTensors
+from perfit_shared.starts import near_identity
 from perfit_shared.tasks import task_named
 from perfit_shared.types import Mode, Sampling
 
@@ -123,7 +124,7 @@ def artefact_for(
         spec=spec,
         task=task,
         fingerprint=base.fingerprint,
-        collective=_near_identity(spec, spec.collective_rank, seed=1),
+        collective=near_identity(spec, spec.collective_rank, seed=1, size=_NEAR),
         seed=ShiftTensors.identity(spec, spec.personal_rank, seed=2),
         learning_rate=5e-3,
         epochs=4,
@@ -133,7 +134,7 @@ def artefact_for(
 
 def person(artefact: Artefact, number: int) -> ShiftTensors:
     """One person's shift, a little off the identity."""
-    return _near_identity(artefact.spec, artefact.spec.personal_rank, seed=100 + number)
+    return near_identity(artefact.spec, artefact.spec.personal_rank, seed=100 + number, size=_NEAR)
 
 
 def uses(artefact: Artefact | None, distinct: int, count: int) -> list[ShiftUse]:
@@ -162,13 +163,3 @@ def locations(artefact: Artefact, prompts: Sequence[list[int]]) -> list[list[int
     """The intervened places of each prompt."""
     positions = Positions.parse(artefact.spec.positions)
     return [positions.indices(len(prompt)) for prompt in prompts]
-
-
-def _near_identity(spec: ShiftSpec, rank: int, *, seed: int) -> ShiftTensors:
-    rng = np.random.default_rng(seed)
-    layers = {}
-    for layer, shift in ShiftTensors.identity(spec, rank, seed).layers.items():
-        noise = rng.standard_normal(shift.source.shape).astype(np.float32)
-        bias = rng.standard_normal(rank).astype(np.float32)
-        layers[layer] = LayerShift(shift.rotation, shift.source + _NEAR * noise, _NEAR * bias)
-    return ShiftTensors(layers)

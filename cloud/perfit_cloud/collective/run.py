@@ -15,7 +15,7 @@ from perfit_cloud.collective.items import Items
 from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.collective.spec import preset_of, spec_of
+from perfit_cloud.collective.spec import spec_of
 from perfit_cloud.collective.steps import from_torch
 from perfit_cloud.collective.training import FORWARD, RunControl, Stage1Settings, Stage1Training
 from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
@@ -24,7 +24,7 @@ from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
-from perfit_shared.presets import value_or
+from perfit_shared.presets import Preset, preset_for, value_or
 from perfit_shared.prompts import load_prompts
 from perfit_shared.shifts import ShiftSpec
 from perfit_shared.tasks import task_named
@@ -120,15 +120,15 @@ def _begin(
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
-    spec = spec_of(request, base)  # before the data are tokenised: flags that cannot be end here
+    preset = preset_for(request.preset or request.task)
+    spec = spec_of(request, preset, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
     # The spec is public, so private prompts must not decide where the sinks are.
     prompts = [prompt for prompt, _ in corpus.validation]
     positions = processes.broadcast_from_main(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
     )
-    settings = _settings(request, spec := replace(spec, positions=positions))
-    preset = preset_of(request)
+    settings = _settings(request, preset, spec := replace(spec, positions=positions))
     progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     if (skipped := _skipped(positions)) is not None:
         progress.say(skipped)
@@ -211,8 +211,7 @@ def make_out(out: Path) -> None:
         raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _settings(request: CollectiveRequest, spec: ShiftSpec) -> Stage1Settings:
-    preset = preset_of(request)
+def _settings(request: CollectiveRequest, preset: Preset, spec: ShiftSpec) -> Stage1Settings:
     return Stage1Settings(
         spec=spec,
         epochs=value_or(request.epochs, preset.collective_epochs),

@@ -1,23 +1,19 @@
-"""Where a request puts its shifts, and how large they are: its preset's row, with what it names itself."""
+"""Where a request puts its shifts, and how large they are: a preset's row, with what it names itself."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from perfit_cloud.model.base import BaseModel
-from perfit_shared.presets import Preset, preset_for
+from perfit_shared.presets import Preset
 from perfit_shared.shifts import ShiftSpec
 
-__all__ = ["ShiftChoice", "preset_of", "spec_of"]
+__all__ = ["ShiftChoice", "spec_of"]
 
 
 class ShiftChoice(Protocol):
     """What requests of stage 1, of blank artefacts and of LaMP runs say; None stands for the preset's."""
 
-    @property
-    def task(self) -> str: ...
-    @property
-    def preset(self) -> str | None: ...
     @property
     def layers(self) -> tuple[int, ...] | None: ...
     @property
@@ -28,14 +24,9 @@ class ShiftChoice(Protocol):
     def personal_rank(self) -> int | None: ...
 
 
-def preset_of(choice: ShiftChoice) -> Preset:
-    """The one it names, or its task's own. Raises NotFound."""
-    return preset_for(choice.preset or choice.task)
-
-
-def spec_of(choice: ShiftChoice, base: BaseModel) -> ShiftSpec:
-    """Raises InvalidInput for what this model has no room for."""
-    return preset_of(choice).spec(
+def spec_of(choice: ShiftChoice, preset: Preset, base: BaseModel) -> ShiftSpec:
+    """The preset's with what was chosen. Raises InvalidInput for what this model has no room for."""
+    return preset.spec(
         blocks=base.blocks,
         hidden_size=base.hidden_size,
         layers=choice.layers,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from perfit_cloud.collective.blank import blank_artefact
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.run import CollectiveRequest, train_collective
-from perfit_cloud.collective.spec import preset_of, spec_of
+from perfit_cloud.collective.spec import spec_of
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.sinks import evenly
 from perfit_shared.errors import InvalidInput, ShiftMismatch
 from perfit_shared.positions import Positions
+from perfit_shared.presets import Preset, preset_for
 from perfit_shared.prompts import prompts_of
 from perfit_shared.tasks import Task
 
@@ -36,7 +37,7 @@ def collective_artefact(
         artefact = train_collective(_collective(request, folder), base=base, stop=stop)
     else:
         artefact = Artefact.load(folder)
-        say(f"{folder}: {preset_of(request).mapping(artefact.spec, blocks=base.blocks, given=True)}")
+        say(f"{folder}: {_preset(request).mapping(artefact.spec, blocks=base.blocks, given=True)}")
     _check(artefact, request, base, folder)
     if request.artefact is None:
         _check_own(artefact, request, task, folder)
@@ -53,11 +54,16 @@ def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool)
     """
     if request.learning_rate is None:
         raise InvalidInput("without stage 1 nothing chooses a learning rate; give --lr")
-    spec = spec_of(request, data.base)
+    preset = _preset(request)
+    spec = spec_of(request, preset, data.base)
     spec = replace(spec, personal_rank=spec.personal_rank + spec.collective_rank * sums_ranks)
     items = evenly([item for person in data.people.people for item in person.history])
     prompts = [example.pair[0] for example in data.encoder.examples(items)]
-    return blank_artefact(request, data.task, data.base, prompts, spec)
+    return blank_artefact(request, data.task, data.base, spec, preset=preset, prompts=prompts)
+
+
+def _preset(request: LampRequest) -> Preset:
+    return preset_for(request.preset or request.task)
 
 
 def _prompt_texts(task: Task) -> tuple[str, ...]:

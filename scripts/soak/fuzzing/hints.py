@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from perfit_shared.shifts import ShiftSpec
+from perfit_shared.starts import near_identity
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.fuzzing.mutation import forms_of, tensor_bytes
-from tiny import shift_off_identity
 
 __all__ = ["Known", "hints_for"]
 
@@ -26,7 +26,7 @@ class Known:
 
     @classmethod
     def of(cls, artefact: str, version: str, spec: ShiftSpec) -> Known:
-        shift = shift_off_identity(spec, spec.personal_rank, seed=5)
+        shift = near_identity(spec, spec.personal_rank, seed=5, size=0.3)
         return cls(artefact, version, spec, tuple(forms_of(shift)))
 
     @property

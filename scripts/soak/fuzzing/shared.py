@@ -21,16 +21,16 @@ from perfit_shared.shifts import (
     read_metadata,
     wire_dtype,
 )
+from perfit_shared.starts import near_identity
 from perfit_shared.tasks import TASKS, Task
 from perfit_shared.training import Schedule, Training
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.mutation import TEXT, edited, edited_json, forms_of, mostly, tensor_bytes
-from tiny import shift_off_identity
 
 __all__ = ["SPEC", "TENSORS", "targets"]
 
 SPEC = ShiftSpec(layers=(1, 2), positions="f3+l3", collective_rank=6, personal_rank=3, hidden_size=32)
-TENSORS = [ShiftTensors.identity(SPEC, 3, 1), shift_off_identity(SPEC, 3, seed=2)]
+TENSORS = [ShiftTensors.identity(SPEC, 3, 1), near_identity(SPEC, 3, seed=2, size=0.3)]
 _GRADIENTS = [gradient_to_bytes(tensors, form) for tensors in TENSORS for form in ("float32", "float16")]
 _ITEM = {"text": "the cat sat", "title": "a cat", "date": "2024-05-01"}
 

@@ -46,10 +46,10 @@ from perfit_device.vault.store import Vault
 from perfit_shared.errors import Cancelled, PerfitError, UpdateFailed
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.starts import near_identity
 from perfit_shared.types import Sampling
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as services
-from tiny import shift_off_identity
 
 __all__ = ["GRADIENT", "KINDS", "LOSS", "UPDATE", "Device", "Tally", "Wrong"]
 
@@ -132,8 +132,8 @@ class Device:
         info: CloudInfo = self._cloud.describe()
         self._info = info
         self._artefact = next(a for a in info.artefacts if a.name == "news_headline")
-        self._shift = shift_off_identity(
-            self._artefact.spec, self._artefact.spec.personal_rank, seed=1000 * seed + number
+        self._shift = near_identity(
+            self._artefact.spec, self._artefact.spec.personal_rank, seed=1000 * seed + number, size=0.3
         )
         history.add(self._vault, self._history())
         self._questions = self._make_questions()
