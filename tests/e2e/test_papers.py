@@ -1,18 +1,20 @@
-"""What lies in the repo beside the code: the demo's people, the generated help, the starter."""
+"""What lies in the repo beside the code: the demo's people, the generated help, artefacts."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 PEOPLE = ROOT / "demo" / "people"
-STARTER = ROOT / "cloud" / "perfit_cloud" / "starter"
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -55,14 +57,42 @@ def test_the_help_page_is_not_stale(tmp_path: Path) -> None:
     assert out.read_text() == (ROOT / "docs" / "help.md").read_text(), "run `make help-page`"
 
 
-def test_the_starter_is_small_and_whole() -> None:
+def test_artefacts_that_ship_are_small_and_whole() -> None:
     from perfit_cloud.model.artefacts import Artefact
-    from perfit_cloud.model.base import fingerprint
+    from perfit_cloud.model.shipped import FOLDER
 
-    files = [path for path in STARTER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 20e6
-    for task in ("news_headline", "news_categorize"):
-        assert Artefact.load(STARTER / task).fingerprint == fingerprint(STARTER / "perfit-starter")
+    folders = [path for path in FOLDER.iterdir() if path.is_dir()]
+    for folder in folders:
+        assert Artefact.load(folder).name == folder.name
+        assert (folder / "CARD.md").is_file()
+    assert len({Artefact.load(folder).fingerprint for folder in folders}) <= 1
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 5e6
+
+
+def test_the_wheel_carries_artefacts(
+    tmp_path: Path, load: Any, make_artefact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what setuptools would put into it, with the repo's own settings and one artefact."""
+    for folder in ("shared", "device", "cloud"):
+        package = tmp_path / folder / f"perfit_{folder}"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+    artefact = tmp_path / "cloud" / "perfit_cloud" / "artefacts" / "chat"
+    make_artefact(load("llama")).save(artefact)
+    for name in ("CARD.md", "loss.png"):
+        (artefact / name).touch()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    distribution = Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files()
+    built = distribution.get_command_obj("build_py")
+    built.ensure_finalized()
+    carried = {Path(path).relative_to(built.build_lib).as_posix() for path in built.get_outputs()}
+    assert {path for path in carried if "artefacts" in path} == {
+        f"perfit_cloud/artefacts/chat/{name}"
+        for name in ("artefact.json", "collective.safetensors", "seed.safetensors", "CARD.md")
+    }
 
 
 @pytest.mark.brief
