@@ -47,7 +47,7 @@ class LocalCloud:
 
     def __init__(
         self,
-        model: Path | str,
+        model: Path | str | None,
         artefacts: Sequence[Path],
         state: Path,
         *,
@@ -56,7 +56,9 @@ class LocalCloud:
         env: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
     ) -> None:
-        """`env`: beside this process's environment. `prefix`: a command that runs ours, such as prlimit."""
+        """`model`: None takes the one that is served by default. `env`: beside this process's environment.
+        `prefix`: a command that runs ours, such as prlimit.
+        """
         self.state, self._log = state, log or state.with_suffix(".log")
         self._env, self._prefix = env or {}, prefix
         # A cloud that ran before comes back where its devices look for it.
@@ -66,8 +68,6 @@ class LocalCloud:
         self.command = [
             str(BIN / "perfit-cloud"),
             "serve",
-            "--model",
-            str(model),
             "--state",
             str(state),
             "--json",
@@ -77,6 +77,8 @@ class LocalCloud:
             enrol_address,
             *flags,
         ]
+        if model is not None:
+            self.command += ["--model", str(model)]
         for artefact in artefacts:
             self.command += ["--artefact", str(artefact)]
         self.said: dict[str, Any] = {}
