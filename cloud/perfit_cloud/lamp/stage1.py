@@ -62,10 +62,6 @@ def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool)
     return blank_artefact(request, data.task, data.base, spec, preset=preset, prompts=prompts)
 
 
-def _preset(request: LampRequest) -> Preset:
-    return preset_for(request.preset or request.task)
-
-
 def _prompt_texts(task: Task) -> tuple[str, ...]:
     return task.template, task.answer, task.history_template
 
@@ -86,6 +82,10 @@ def _collective(request: LampRequest, out: Path) -> CollectiveRequest:
         device_epochs=request.epochs,
         device_learning_rate=request.learning_rate,
     )
+
+
+def _preset(request: LampRequest) -> Preset:
+    return preset_for(request.preset or request.task)
 
 
 def _check(artefact: Artefact, request: LampRequest, base: BaseModel, folder: Path) -> None:
