@@ -153,9 +153,11 @@ class Task:
         template = self.chat_template or self.template
         return replace(self, chat=True, template=template, answer=self.answer.lstrip(), chat_template="")
 
-    def turns(self, text: str) -> list[tuple[str, str]]:
-        """The (role, content) turns of a chat whose user says `text`."""
-        return [*([("system", self.system)] if self.system else []), ("user", text)]
+    def read_as(self, prompt: str) -> str | list[tuple[str, str]]:
+        """What the model gets of a filled template: the text, or (role, content) turns of a chat."""
+        if self.chat is not True:
+            return prompt
+        return [*([("system", self.system)] if self.system else []), ("user", prompt)]
 
     def prompt(self, item: Mapping[str, str], *, cut: bool = False) -> str:
         """Fill the template, or the history template where the item has only its fields.
