@@ -13,7 +13,7 @@ from pathlib import Path
 from perfit_shared.errors import InvalidData, NotFound
 from perfit_shared.task import TASK_NAME, Example, Task
 
-__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "load_task", "task_named"]
+__all__ = ["TASKS", "TASK_NAME", "Example", "Task", "differing_keys", "load_task", "task_named"]
 
 _NEWS = (
     "food & drink",
@@ -229,3 +229,12 @@ def load_task(folder: Path, name: str | None = None) -> Task:
         return Task(own, **given)
     except (ValueError, AttributeError, TypeError, RecursionError, InvalidData) as error:
         raise InvalidData(f"{path}: {error}") from error
+
+
+def differing_keys(folder: Path, task: Task) -> list[str]:
+    """What `folder/task.json` gives in another way than `task` has it, by key. Raises as `load_task`."""
+    path = folder / "task.json"
+    if not path.is_file():
+        return []
+    theirs, keys = load_task(folder, task.name), json.loads(path.read_text("utf-8"))
+    return [key for key in keys if key != "task" and getattr(theirs, key) != getattr(task, key)]

@@ -100,4 +100,7 @@ def test_replies_end_with_the_token_that_ends_a_turn_and_texts_as_before(
 def test_a_model_without_a_template_reads_a_chat_as_text(load: Callable[[str], BaseModel]) -> None:
     base = load("llama")
     assert not base.has_chat_template
-    assert base.encode_pair([("user", "the cat")], "sat") == (base.encode("the cat"), base.encode_target("sat"))
+    assert base.encode_pair([("user", "the cat")], "sat") == (
+        base.encode("the cat"),
+        base.encode_target("sat"),
+    )

@@ -20,7 +20,8 @@ class ChatForm:
 
 def _turns(turn: str, prompt: str, front: str = "") -> str:
     return (
-        f"{front}{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+        f"{front}{{% for m in messages %}}{turn}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
     )
 
 

@@ -199,6 +199,7 @@ def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "asked_epochs": None,
         "asked_batch_size": None,
         "prompts": prompts,
+        "chat": task.chat,
         "artefact_prompts": prompts,
         "answer_tokens": task.answer_tokens,
         "stop": list(task.stop),

@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -28,10 +28,11 @@ from perfit_cloud.lamp.predictions import write_predictions
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserFolder, UserResult, completed, write_json
 from perfit_cloud.lamp.summary import summarise
+from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
-from perfit_shared.prompts import load_prompts, prompts_of
-from perfit_shared.tasks import Task
+from perfit_shared.prompts import as_read, load_prompts, prompts_of
+from perfit_shared.tasks import Task, differing_keys
 
 __all__ = ["run_lamp"]
 
@@ -50,15 +51,33 @@ def run_lamp(
         import torch
 
         torch.set_num_threads(request.threads)
-    task = load_prompts(request.data, request.task, request.prompts)
+    own = _own_task(request)
+    task = own or load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
+    say = Progress(0).say
+    if own is None or request.chat is not None:
+        task, how = as_read(
+            task, has_template=base.has_chat_template, chat=request.chat, prompts=request.prompts
+        )
+        say(how)
+    if own is not None and (others := differing_keys(request.data, task)):
+        say(f"the artefact's task is run; {request.data / 'task.json'} differs in {', '.join(others)}")
+    request = replace(request, task=task.name)
     people = read_people(request.data, task, base, users=request.users)
-    _describe(people, task, Progress(0).say)
+    _describe(people, task, say)
     data = TaskData(task, base, people)
     with closing(METHODS[request.method](request, data)) as method:
         seconds = method.prepare(stop)
         run = _LampRun(request, data, method, stop)
         return run.finished() or run.run(seconds)
+
+
+def _own_task(request: LampRequest) -> Task | None:
+    """The artefact's, where one of this task is given and no prompts are asked for by name."""
+    if request.artefact is None or request.prompts is not None:
+        return None
+    task = Artefact.load(request.artefact).task
+    return task if request.task in (None, task.name) else None
 
 
 def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
@@ -113,6 +132,7 @@ class _LampRun:
             "users_together": request.users_together,
             "histories": request.histories,
             "prompts": prompts_of(task),
+            "chat": task.chat,
             "decoding": asdict(request.decoding),
             "answer_tokens": task.answer_tokens,
             "stop": list(task.stop),
