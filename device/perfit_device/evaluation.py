@@ -162,7 +162,7 @@ def _chunks(
     chunks: list[list[HistoryItem]] = [[]]
     room = call_tokens
     for item in items:
-        size = _length(item) + len(task.template.encode()) + 1
+        size = _length(item) + len((task.template + task.system).encode()) + 1
         if chunks[-1] and (len(chunks[-1]) == most or (call_tokens and size > room)):
             chunks.append([])
             room = call_tokens

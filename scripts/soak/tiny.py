@@ -61,7 +61,7 @@ def build(folder: Path, *, seed: int = 0) -> Tiny:
         artefact = Artefact(
             name=name,
             spec=spec,
-            task=TASKS[name],
+            task=TASKS[name].resolved(False),
             fingerprint=base.fingerprint,
             collective=shift_off_identity(spec, spec.collective_rank, seed=seed + 1),
             seed=ShiftTensors.identity(spec, spec.personal_rank, seed + 2),

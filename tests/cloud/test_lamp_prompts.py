@@ -102,7 +102,7 @@ def test_an_artefact_of_other_prompts_is_used_and_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = replace(make_artefact(base), task=TASKS[TASK])
+    made = replace(make_artefact(base), task=TASKS[TASK].resolved(False))
     made.save(tmp_path / "artefact")
     spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
     run = run_lamp(request_for(artefact=tmp_path / "artefact", prompts="oppu", users=1, **spec), base=base)
@@ -148,7 +148,7 @@ def test_the_paper_s_figures_stand_whatever_an_artefact_says(
     tmp_path: Path,
 ) -> None:
     """Table 9 has news_headline: 4 epochs of 16 a batch. The artefact's 2 of 4 are for devices."""
-    replace(make_artefact(base), task=TASKS[TASK]).save(tmp_path / "artefact")
+    replace(make_artefact(base), task=TASKS[TASK].resolved(False)).save(tmp_path / "artefact")
     spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
     asked = spec | {"epochs": None, "batch_size": None, "users": 1, "artefact": tmp_path / "artefact"}
     assert run_lamp(request_for(**asked), base=base).users[0].steps == 8
