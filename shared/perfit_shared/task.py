@@ -117,6 +117,11 @@ class Task:
         return _names(self.template, self.answer)
 
     @property
+    def template_fields(self) -> tuple[str, ...]:
+        """What a query is asked with."""
+        return _names(self.template)
+
+    @property
     def _history_fields(self) -> tuple[str, ...]:
         return _names(self.history_template, self.answer)
 
@@ -134,7 +139,7 @@ class Task:
     @property
     def text_field(self) -> str:
         """The first field of the template: what `perfit ask "…"` fills."""
-        return _fields(self.template)[0]
+        return self.template_fields[0]
 
     @property
     def gold_field(self) -> str:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.cloud.test_tokens import prepending
-from tests.support.chat_templates import FORMS, chat_tokenizer
+from tests.support.chat_templates import FORMS, chat_base, chat_tokenizer
+from tests.support.hostile import LIMITS
 
-from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.tokens import TokenCodec
+from perfit_cloud.service.codec import PromptReader
+from perfit_device.cloud.codec import prompt_to_wire
+from perfit_device.evaluation import pair_of
+from perfit_device.history import HistoryItem
+from perfit_shared.positions import Positions
+from perfit_shared.tasks import Task
+from perfit_shared.wire import personalization_pb2 as pb
 
 EMBEDDED = 100_000
 TURNS = [("system", "the cat"), ("user", "the dog sat")]
@@ -72,17 +82,37 @@ def test_a_reply_of_a_tokenizer_that_puts_spaces_in_front() -> None:
 
 @pytest.fixture
 def base_of(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[[str], BaseModel]:
-    def make(form: str) -> BaseModel:
-        from transformers import AutoModelForCausalLM
+    return lambda form: chat_base(model_folder("llama"), form, tmp_path)
 
-        tokenizer = chat_tokenizer(form)
-        model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
-        model.resize_token_embeddings(len(tokenizer))
-        model.save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        return load_base(str(tmp_path))
 
-    return make
+TASK = Task("tickets", "About {product}: {ticket}", "{answer}", "rouge_1", chat=True, system="the cat")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_calls_and_stage_1_read_the_same_tokens(base_of: Callable[[str], BaseModel], form: str) -> None:
+    """What a device sends to Generate, Score, ComputeGradient and Adapt is what stage 1 trained on."""
+    base = base_of(form)
+    fields = {"product": "the mat", "ticket": "the dog <s> sat", "answer": "on the mat"}
+    item = HistoryItem.make(TASK, fields)
+    encoded = Encoder(base, TASK).example(fields)
+    assert encoded is not None
+    reader = PromptReader(base, replace(LIMITS, prompt_tokens=100, context=200, call_tokens=400))
+    prompt, target = pair_of(TASK, item)
+    wire = prompt_to_wire(prompt)
+    assert reader.prompt(wire) == encoded.pair[0]
+    example = pb.Example(prompt=wire, target=target)
+    assert reader.examples([example]) == reader.update([example]) == [encoded.pair]
+    assert reader.candidates([pb.Candidate(prompt=wire, answer=target)]) == [encoded.pair]
+    assert base.decode(encoded.pair[1]).strip() == "on the mat" and encoded.pair[1][-1] in base.end_ids
+
+
+def test_shifts_count_positions_on_the_tokens_of_the_template(base_of: Callable[[str], BaseModel]) -> None:
+    """The last tokens of a chat's prompt are the template's, where the reply begins."""
+    base = base_of("chatml")
+    ids = base.encode_chat(TURNS)
+    last = [ids[row] for row in Positions.parse("f2+l3").indices(len(ids))]
+    assert base.tokenizer.decode(last[:1]) == "<|im_start|>"
+    assert base.tokenizer.decode(last[2:]) == base.tokenizer.decode(ids[-3:]) and last[-1] == ids[-1]
 
 
 def test_replies_end_with_the_token_that_ends_a_turn_and_texts_as_before(

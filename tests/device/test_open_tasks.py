@@ -94,10 +94,10 @@ def test_replies_and_chats_are_asked_by_name(cloud: Any, perfit: Perfit) -> None
     assert turns(cloud) == [("user", "What should I cook?")]
 
 
-def test_a_task_that_does_not_say_how_it_is_read_is_refused(cloud: Any, perfit: Perfit) -> None:
+def test_a_task_that_does_not_say_how_it_is_read_is_refused(cloud: Any, enrolled: Perfit) -> None:
     """Text or chat turns: a wrong guess would be another prompt than the shift was trained on."""
     cloud.own_tasks = {"news_headline": TASKS["news_headline"]}
-    assert "does not say how it is read" in perfit.fails("enroll", cloud.invite().encode())
+    assert "does not say how it is read" in enrolled.fails("ask", "x")
 
 
 def test_before_enrolment_a_cloud_s_own_task_is_not_known(perfit: Perfit, tmp_path: Path) -> None:

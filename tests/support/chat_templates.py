@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tests.support.models import tiny_tokenizer
 
-__all__ = ["FORMS", "ChatForm", "chat_tokenizer"]
+if TYPE_CHECKING:
+    from perfit_cloud.model.base import BaseModel
+
+__all__ = ["FORMS", "ChatForm", "chat_base", "chat_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,17 @@ def chat_tokenizer(form: str) -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": list(FORMS[form].tokens)})
     tokenizer.chat_template = FORMS[form].template
     return tokenizer
+
+
+def chat_base(plain: Path, form: str, folder: Path) -> BaseModel:
+    """The tiny model of a folder with a chat tokenizer, saved to another folder and loaded."""
+    from transformers import AutoModelForCausalLM
+
+    from perfit_cloud.model.base import load_base
+
+    tokenizer = chat_tokenizer(form)
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_base(str(folder))

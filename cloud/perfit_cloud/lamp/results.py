@@ -149,6 +149,11 @@ class Run:
         """Of `perfit_shared.prompts`."""
         return str(self.settings["prompts"])
 
+    @property
+    def reading(self) -> str:
+        """How the model reads prompts, in words."""
+        return "chat turns" if self.settings["chat"] else "text"
+
     def summary(self) -> dict[str, Any]:
         """summary.json."""
         return _read(self.folder / "summary.json")

@@ -40,9 +40,15 @@ _ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a tr
 
 
 def run_lamp(
-    request: LampRequest, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
+    request: LampRequest,
+    *,
+    base: BaseModel | None = None,
+    task: Task | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Run it, or go on with an interrupted run of the same request; a finished one is only read.
+
+    `task`: as the model reads it, where another run of a sweep has decided that.
 
     Raises Cancelled when `stop` says so (everything done is kept), InvalidInput on flags that cannot
     be or an OUT of another request, InvalidData on data that cannot be read.
@@ -51,17 +57,8 @@ def run_lamp(
         import torch
 
         torch.set_num_threads(request.threads)
-    own = _own_task(request)
-    task = own or load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
-    say = Progress(0).say
-    if own is None or request.chat is not None:
-        task, how = as_read(
-            task, has_template=base.has_chat_template, chat=request.chat, prompts=request.prompts
-        )
-        say(how)
-    if own is not None and (others := differing_keys(request.data, task)):
-        say(f"the artefact's task is run; {request.data / 'task.json'} differs in {', '.join(others)}")
+    task, say = task or _read_task(request, base), Progress(0).say
     request = replace(request, task=task.name)
     people = read_people(request.data, task, base, users=request.users)
     _describe(people, task, say)
@@ -72,12 +69,20 @@ def run_lamp(
         return run.finished() or run.run(seconds)
 
 
-def _own_task(request: LampRequest) -> Task | None:
-    """The artefact's, where one of this task is given and no prompts are asked for by name."""
-    if request.artefact is None or request.prompts is not None:
-        return None
-    task = Artefact.load(request.artefact).task
-    return task if request.task in (None, task.name) else None
+def _read_task(request: LampRequest, base: BaseModel) -> Task:
+    """The artefact's, where one of this task is given and no prompts are asked for; else the folder's."""
+    say, task = Progress(0).say, None
+    if request.artefact is not None and request.prompts is None:
+        theirs = Artefact.load(request.artefact).task
+        task = theirs if request.task in (None, theirs.name) else None
+    if task is not None and (others := differing_keys(request.data, task)):
+        say(f"the artefact's task is run; {request.data / 'task.json'} differs in {', '.join(others)}")
+    if task is not None and request.chat is None:
+        return task
+    task = task or load_prompts(request.data, request.task, request.prompts)
+    task, how = as_read(task, has_template=base.has_chat_template, chat=request.chat, prompts=request.prompts)
+    say(how)
+    return task
 
 
 def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
