@@ -25,7 +25,8 @@ class Encoder:
     """Makes prompts of a task's items, and cuts them to what the model takes."""
 
     def __init__(self, base: BaseModel, task: Task) -> None:
-        self._base, self._task = base, task
+        unread = task.chat == "auto"  # by a caller who measures tokens alone
+        self._base, self._task = base, task.resolved(base.has_chat_template) if unread else task
         self.cap = min(base.context, TOKEN_CAP)
 
     def example(self, item: Mapping[str, str]) -> Encoded | None:
