@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from perfit_shared import errors, tasks
+from perfit_shared import errors, task
 from perfit_shared.errors import STATUS, InvalidInvite, PerfitError
 from perfit_shared.invites import Invite
 from perfit_shared.metrics import HIGHER_IS_BETTER
@@ -94,9 +94,9 @@ def wire_errors() -> list[type[PerfitError]]:
 def schema() -> dict[str, Any]:
     """JSON Schema of `Artefact.task_json`."""
     texts = {"type": "array", "items": {"type": "string", "minLength": 1}}
-    template = {"type": "string", "maxLength": tasks._TEMPLATE_CHARACTERS}
+    template = {"type": "string", "maxLength": task._TEMPLATE_CHARACTERS}
     described: dict[str, tuple[dict[str, Any], str]] = {
-        "name": ({"type": "string", "pattern": f"^{tasks.TASK_NAME.pattern}$"}, "the task's name"),
+        "name": ({"type": "string", "pattern": f"^{task.TASK_NAME.pattern}$"}, "the task's name"),
         "template": (
             {**template, "pattern": r"\{[^{}]+\}"},
             "the prompt, with {field}s of an item to fill in; {{ and }} stand for braces",
@@ -109,21 +109,26 @@ def schema() -> dict[str, Any]:
         "marker": ({"type": "string"}, "in LaMP's query.input, what stands before the text"),
         "labels": (texts, "all valid answers where they are a closed list, else empty"),
         "stop": (
-            {**texts, "maxItems": tasks._STOP_TEXTS},
-            f"generation ends before the first of these; at most {tasks._STOP_BYTES} bytes each",
+            {**texts, "maxItems": task._STOP_TEXTS},
+            f"generation ends before the first of these; at most {task._STOP_BYTES} bytes each",
         ),
         "answer_tokens": (
-            {"type": "integer", "minimum": 1, "maximum": tasks._ANSWER_TOKENS},
+            {"type": "integer", "minimum": 1, "maximum": task._ANSWER_TOKENS},
             "longest answer to ask for: Sampling.max_new_tokens",
         ),
         "lamp": ({"type": "string"}, "LaMP's own name of the task, or empty"),
         "chat": ({"type": "boolean"}, "true: the filled template is the user's turn of a Chat"),
+        "system": (
+            {**template, "pattern": r"\S"},
+            "with chat: true, a system message in front of the user's; absent: none",
+        ),
         "history_template": (
             template,
             "the prompt of items that lack fields of the template; absent: there are no such items",
         ),
     }
-    known = dataclasses.fields(Task)
+    # An artefact's task is resolved: its template is the chat's.
+    known = [field for field in dataclasses.fields(Task) if field.name != "chat_template"]
     if set(described) != {field.name for field in known}:
         raise SystemExit("describe every field of Task here")
     return {
@@ -297,7 +302,7 @@ def prompts() -> list[dict[str, Any]]:
     ]
     return [
         {
-            "task_json": TASKS[name].to_json(),
+            "task_json": TASKS[name].resolved(False).to_json(),
             "item": item,
             "prompt": TASKS[name].example(item).prompt,
             "target": TASKS[name].example(item).target,

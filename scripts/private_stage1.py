@@ -59,7 +59,7 @@ def main() -> None:
 class _Measurement:
     def __init__(self, base: BaseModel, args: argparse.Namespace) -> None:
         self._args, self._base = args, base
-        task = load_task(args.data, args.task)
+        task = load_task(args.data, args.task).resolved(base.has_chat_template)
         items = read_items(args.data / "user_others.json", task)
         if args.data_people is not None:
             items = items.first_users(args.data_people, seed=0)

@@ -32,9 +32,9 @@ _NAMED = 8  # examples in a message
 
 
 def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False) -> Prompt:
-    """What the model reads for an item: text, or the user's turn of a chat."""
-    text = task.prompt(item.fields, cut=cut)
-    return [Message("user", text)] if task.chat else text
+    """What the model reads for an item: text, or the turns of a chat."""
+    read = task.read_as(task.prompt(item.fields, cut=cut))
+    return read if isinstance(read, str) else [Message(role, content) for role, content in read]
 
 
 def pair_of(task: Task, item: HistoryItem, *, cut: bool = True) -> tuple[Prompt, str]:
@@ -162,7 +162,7 @@ def _chunks(
     chunks: list[list[HistoryItem]] = [[]]
     room = call_tokens
     for item in items:
-        size = _length(item) + len(task.template.encode()) + 1
+        size = _length(item) + len((task.template + task.system).encode()) + 1
         if chunks[-1] and (len(chunks[-1]) == most or (call_tokens and size > room)):
             chunks.append([])
             room = call_tokens

@@ -23,8 +23,8 @@ from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.cloud_record import read_enrolment, read_record, write_enrolment, write_record
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import NotAuthenticated, NotFound, Unavailable, VaultBusy
-from perfit_shared.tasks import Task, task_named
+from perfit_shared.errors import InvalidInput, NotAuthenticated, NotFound, Unavailable, VaultBusy
+from perfit_shared.tasks import TASKS, Task
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from perfit_device.cloud.identity import Enrolment
     from perfit_device.history import HistoryItem
 
-__all__ = ["OPENING_SECONDS", "Profile", "listed"]
+__all__ = ["OPENING_SECONDS", "Profile", "check_fields", "listed"]
 
 OPENING_SECONDS = 10.0  # that the first calls wait for a cloud that is away
 
@@ -229,7 +229,11 @@ class Profile:
             return Task.from_json(record.tasks[name])
         if record.tasks:
             raise NotFound(f'the cloud has no task "{one_line(name)[:64]}"; it has {listed(record.tasks)}')
-        return task_named(name)
+        if name not in TASKS:  # a cloud may have others
+            raise NotFound(
+                f'no task "{one_line(name)[:64]}" is known before `perfit enroll`; there are {listed(TASKS)}'
+            )
+        return TASKS[name]
 
     def _default_task(self, names: Iterable[str], cloud_id: str) -> str:
         names = list(names)
@@ -267,6 +271,16 @@ class Profile:
         if len(usable) < len(items):
             self.notify(f"{len(items) - len(usable)} examples lack fields of {task.name} and are left out")
         return usable
+
+
+def check_fields(task: Task, names: Iterable[str]) -> None:
+    """Raises InvalidInput on a name that is no further field: beyond the one of the text and the answer's."""
+    further = [name for name in task.field_names if name not in (task.text_field, task.gold_field)]
+    if unknown := [name for name in names if name not in further]:
+        raise InvalidInput(
+            f'no further field "{one_line(unknown[0])[:64]}" in {task.name}; beside the text, its '
+            f"{task.text_field}, it has {listed(further)}"
+        )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -141,7 +141,7 @@ class Bench:
         return Artefact(
             name=setting.task,
             spec=spec,
-            task=load_task(self._data / setting.task, setting.task),
+            task=load_task(self._data / setting.task, setting.task).resolved(False),
             fingerprint=self._base.fingerprint,
             batch_size=preset.batch_size,
             epochs=self._epochs or preset.epochs,

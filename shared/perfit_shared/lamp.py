@@ -2,6 +2,7 @@
 
     OPPU   user_others.json, user_top_100_history.json
            [{"user_id", "profile": [{"id", "date", the task's fields}], "query": [{"id", "input", "gold"}]}]
+           (a query may have the template's fields in place of `input`)
            user_top_100_history_label.json   {"task", "golds": [{"id", "output"}]}
     LaMP   questions.json                    [{"id", "input", "profile"}], every question somebody of its own
            outputs.json                      {"task", "golds": [{"id", "output"}]}
@@ -263,14 +264,21 @@ class _Reader:
             if name in self._queries:
                 raise InvalidData("another query of the file has this id")
             self._queries.add(name)
-            text, gold = text_of(raw, "input"), self._gold(raw, name)
-            item = self._task.item_from_query(text, gold)
-        entry = Entry(name, date_of(raw), item, {"input": text}, raw["id"])
+            item, extra = self._asked(raw, self._gold(raw, name))
+        entry = Entry(name, date_of(raw), item, extra, raw["id"])
         if not all(value.strip() for value in item.values()):
             self.dropped_empty += 1
             self.empty_queries.append(entry)
             return None
         return entry
+
+    def _asked(self, raw: Mapping[str, Any], gold: str) -> tuple[dict[str, str], dict[str, str]]:
+        """(item, extra) of a query: its `input`, or the fields themselves, as a task of several needs."""
+        names = self._task.template_fields
+        if len(names) == 1 and ("input" in raw or names[0] not in raw):
+            text = text_of(raw, "input")
+            return self._task.item_from_query(text, gold), {"input": text}
+        return {**{name: text_of(raw, name) for name in names}, self._task.gold_field: gold}, {}
 
     def _gold(self, raw: Mapping[str, Any], name: str) -> str:
         key = "gold" if "gold" in raw else "output"  # what LaMP's own merging of its two files makes

@@ -14,7 +14,7 @@ from typing import TypeVar
 from perfit_shared.errors import InvalidInput, NotFound
 from perfit_shared.shifts import ShiftSpec
 
-__all__ = ["PRESETS", "Preset", "preset_for", "value_or"]
+__all__ = ["PRESETS", "Preset", "preset_for", "preset_name", "value_or"]
 
 T = TypeVar("T")
 
@@ -103,6 +103,11 @@ PRESETS: dict[str, Preset] = {
         ("chat", "reply", "commit_message"), Preset(16, 16, (6, 11, 15), "l7", 4, from_paper=False)
     ),
 }
+
+
+def preset_name(task: str, chosen: str | None = None) -> str:
+    """The one that is chosen, else the task's own, else for a task that the paper lacks chat's."""
+    return chosen or (task if task in PRESETS else "chat")
 
 
 def preset_for(name: str) -> Preset:

@@ -59,8 +59,8 @@ def test_oppu_s_prompts_reach_both_stages_and_the_answers(
     request_for: Callable[..., LampRequest], base: BaseModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_lamp(request_for(prompts="oppu", **STAGE_1), base=base)
-    oppu = with_prompts(TASKS[TASK], "oppu")
-    assert run.task == replace(oppu, template=oppu.template) and run.prompts == "oppu"
+    oppu = with_prompts(TASKS[TASK], "oppu").resolved(False)
+    assert run.task == oppu and run.prompts == "oppu"
     assert Artefact.load(run.folder / "artefact").task == oppu
     said = capsys.readouterr().err
     assert "layers 1 of 4 (as given)" in said and "256 tokens with the answer; oppu prompts" in said
@@ -83,14 +83,14 @@ def test_without_a_wish_task_json_s_prompts_are_asked(
     request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path, data: Path
 ) -> None:
     run = run_lamp(request_for(**ALONE), base=base)
-    assert run.prompts == "task" and run.task == load_task(data, TASK)
+    assert run.prompts == "task" and run.task == load_task(data, TASK).resolved(False)
     again = run_lamp(request_for(prompts="task", **ALONE), base=base)
     assert again.users == run.users
     bare = tmp_path / "bare"
     shutil.copytree(data, bare)
     (bare / "task.json").unlink()
     run = run_lamp(request_for(data=bare, out=tmp_path / "other", **ALONE), base=base)
-    assert run.prompts == "lamp" and run.task == TASKS[TASK]
+    assert run.prompts == "lamp" and run.task == TASKS[TASK].resolved(False)
     with pytest.raises(InvalidInput, match=r"holds no task\.json"):
         run_lamp(request_for(data=bare, prompts="task", **ALONE), base=base)
 
@@ -102,7 +102,7 @@ def test_an_artefact_of_other_prompts_is_used_and_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    made = replace(make_artefact(base), task=TASKS[TASK])
+    made = replace(make_artefact(base), task=TASKS[TASK].resolved(False))
     made.save(tmp_path / "artefact")
     spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
     run = run_lamp(request_for(artefact=tmp_path / "artefact", prompts="oppu", users=1, **spec), base=base)
@@ -148,7 +148,7 @@ def test_the_paper_s_figures_stand_whatever_an_artefact_says(
     tmp_path: Path,
 ) -> None:
     """Table 9 has news_headline: 4 epochs of 16 a batch. The artefact's 2 of 4 are for devices."""
-    replace(make_artefact(base), task=TASKS[TASK]).save(tmp_path / "artefact")
+    replace(make_artefact(base), task=TASKS[TASK].resolved(False)).save(tmp_path / "artefact")
     spec = dict.fromkeys(("layers", "positions", "collective_rank", "personal_rank"))
     asked = spec | {"epochs": None, "batch_size": None, "users": 1, "artefact": tmp_path / "artefact"}
     assert run_lamp(request_for(**asked), base=base).users[0].steps == 8

@@ -177,4 +177,4 @@ def _artefact(cloud: Any) -> Any:
     from perfit_device.cloud.codec import Artefact
     from perfit_shared.tasks import TASKS
 
-    return Artefact("news_headline", cloud.version, SPEC, TASKS["news_headline"], 0.01, 3, 4)
+    return Artefact("news_headline", cloud.version, SPEC, TASKS["news_headline"].resolved(False), 0.01, 3, 4)

@@ -39,6 +39,7 @@ def test_oppu_s_prompts_and_the_paper_s_decoding(name: str) -> None:
     assert oppu.prompt(item).endswith(OPPU[name]) and oppu.target(item) == " x"
     assert (oppu.stop, oppu.answer_tokens) == ((), 200)
     assert oppu.parse(" x\ny ") == "x\ny", "nothing is cut from an answer"
+    oppu, lamp = oppu.resolved(False), lamp.resolved(False)
     assert replace(oppu, template=lamp.template, stop=lamp.stop, answer_tokens=lamp.answer_tokens) == lamp, (
         "and all else stays"
     )

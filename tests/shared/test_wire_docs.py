@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def test_the_code_gives_the_vectors(name: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_every_task_fits_the_schema(task: Task) -> None:
-    jsonschema.validate(json.loads(task.to_json()), SCHEMA)
+    for has_template in (False, True):
+        jsonschema.validate(json.loads(task.resolved(has_template).to_json()), SCHEMA)
+    spoken = replace(task, chat="auto", system="You are brief.").resolved(True)
+    jsonschema.validate(json.loads(spoken.to_json()), SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,7 @@ def test_every_task_fits_the_schema(task: Task) -> None:
         {"answer_tokens": 0},
         {"answer_tokens": 1.5},
         {"chat": "yes"},
+        {"system": " "},
         {"colour": "red"},
         {"name": None},
     ],

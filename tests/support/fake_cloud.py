@@ -26,7 +26,7 @@ from perfit_cloud.service.identity.certificates import CertificateAuthority
 from perfit_shared.errors import InvalidPrompt, InviteRefused, NotAuthenticated, PerfitError, to_status
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
-from perfit_shared.tasks import TASKS
+from perfit_shared.tasks import TASKS, Task
 from perfit_shared.wire import enrollment_pb2 as epb
 from perfit_shared.wire import enrollment_pb2_grpc as eservices
 from perfit_shared.wire import personalization_pb2 as pb
@@ -61,6 +61,8 @@ class FakeCloud:
         self.cancelled = threading.Event()
         self.version = "v1"
         self.tasks = ["news_headline"]
+        self.own_tasks: dict[str, Task] = {}  # of tasks that are not perfit's, or read otherwise
+        self.prompts: list[pb.Prompt] = []  # of Generate, as they came
         self.gradient: Callable[[ShiftTensors], bytes] = ShiftTensors.to_bytes
         self.seed_bytes: bytes | None = None
         with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +162,7 @@ class Personalization(services.PersonalizationServicer):
             pb.Artefact(
                 name=name,
                 version=self.cloud.version,
-                task_json=TASKS[name].to_json(),
+                task_json=(self.cloud.own_tasks.get(name) or TASKS[name].resolved(False)).to_json(),
                 learning_rate=0.01,
                 epochs=3,
                 batch_size=4,
@@ -191,6 +193,7 @@ class Personalization(services.PersonalizationServicer):
 
     def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
         self.cloud.check("Generate", context)
+        self.cloud.prompts.append(request.prompt)
         self.cloud.tensors(request.shift, context)
         if self.cloud.refuses(request.prompt.text):
             _abort(context, InvalidPrompt("the prompt is longer than 512 tokens; shorten it"))

@@ -39,11 +39,11 @@ FIRST_OF_1 = DATA / "vault-format1.db"
 PASSPHRASE = "a passphrase of format 1"
 CLOUD = "c0ffee"
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=2, hidden_size=8)
-ARTEFACT = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"], 0.01, 3, 4)
+ARTEFACT = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"].resolved(False), 0.01, 3, 4)
 ROW = updates.update_row(CLOUD, "news_headline", "news_headline")
 SEED = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
 NEXT = ShiftTensors.identity(SPEC, SPEC.personal_rank, 2)
-OTHER = replace(ARTEFACT, name="news_categorize", task=TASKS["news_categorize"])
+OTHER = replace(ARTEFACT, name="news_categorize", task=TASKS["news_categorize"].resolved(False))
 LEARNED = TrainingSummary(8, 1.5, 1.0, 1.4, 1.2)
 STEPS = 2
 

@@ -197,6 +197,7 @@ def _import_artefact(
     from perfit_shared.tasks import load_task, task_named
 
     known = task_named(task) if data is None else load_task(data, task)
+    known = known.resolved(False)  # pyreft trains on texts
     made = to_artefact(
         read,
         model=describe_model(model),

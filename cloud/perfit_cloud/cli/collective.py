@@ -25,7 +25,6 @@ app.command("blank")(blank)
 
 @app.command()
 def train(  # noqa: PLR0917 - typer's way; all are options
-    task: Annotated[str, typer.Option(help="Task, for example news_headline or chat.")],
     data: Annotated[
         Path,
         typer.Option(
@@ -34,10 +33,20 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     ],
     model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
+    task: Annotated[
+        str | None, typer.Option(help="Task, for example news_headline or chat; the one of DATA's task.json.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Row of the paper's Table 9; the task's own.")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="oppu (the paper's), lamp or task (task.json's); task.json's, else lamp."),
+        typer.Option(help="oppu (the paper's), lamp or task (task.json's); task.json's, else built in."),
+    ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            help="Read examples as chat turns, by the model's chat template: yes, no, or auto (where it has "
+            "one); as the task says."
+        ),
     ] = None,
     layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
     positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')] = None,
@@ -98,6 +107,7 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     \b
     perfit-cloud collective train --task news_headline --data lamp/news_headline --model newslm --out artefacts/news_headline
     perfit-cloud collective train --task chat --data chats.jsonl --model newslm --lr 2e-3 --epochs 1 --out artefacts/chat
+    perfit-cloud collective train --data tickets --model newslm --out artefacts/tickets       the task is in tickets/task.json
     accelerate launch --num_processes 4 $(which perfit-cloud) collective train --task chat --data chats.jsonl --model llama --out artefacts/chat
     """  # noqa: E501 - \b keeps an example on one line
     from perfit_cloud.collective.processes import Processes, close_processes
@@ -110,6 +120,7 @@ def train(  # noqa: PLR0917 - typer's way; all are options
         out=out,
         preset=preset,
         prompts=prompts,
+        chat=chat,
         layers=layers_of(layers),
         positions=positions,
         collective_rank=collective_rank,

@@ -25,7 +25,8 @@ class Encoder:
     """Makes prompts of a task's items, and cuts them to what the model takes."""
 
     def __init__(self, base: BaseModel, task: Task) -> None:
-        self._base, self._task = base, task
+        unread = task.chat == "auto"  # by a caller who measures tokens alone
+        self._base, self._task = base, task.resolved(base.has_chat_template) if unread else task
         self.cap = min(base.context, TOKEN_CAP)
 
     def example(self, item: Mapping[str, str]) -> Encoded | None:
@@ -42,7 +43,8 @@ class Encoder:
         target = self._task.target(item)
         found = self.encode(self._task.prompt(item), target, self._task.answer_tokens)
         if found is None:
-            answer = max(self._task.answer_tokens, len(self._base.encode_target(target)))
+            ids = self._base.encode_pair(self._task.read_as("a"), target)[1]
+            answer = max(self._task.answer_tokens, len(ids))
             raise InvalidData(f"no room for an answer of {answer} tokens in a context of {self.cap}")
         return found
 
@@ -52,8 +54,7 @@ class Encoder:
         The middle of a long prompt is cut: the instruction stands at its start, and the answer's cue
         at its end. A target is never cut, since a model would learn to stop there.
         """
-        ids = self._base.encode_chat([("user", prompt)]) if self._task.chat else self._base.encode(prompt)
-        answer = self._base.encode_target(target)
+        ids, answer = self._base.encode_pair(self._task.read_as(prompt), target)
         room, length = self.cap - max(len(answer), answer_tokens), len(ids)
         if length > room >= _SHORTEST_PROMPT:
             ids = ids[: room // 2] + ids[length - (room - room // 2) :]

@@ -24,10 +24,9 @@ from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
-from perfit_shared.presets import Preset, preset_for, value_or
-from perfit_shared.prompts import load_prompts
+from perfit_shared.presets import Preset, preset_for, preset_name, value_or
+from perfit_shared.prompts import as_read, load_prompts
 from perfit_shared.shifts import ShiftSpec
-from perfit_shared.tasks import task_named
 
 __all__ = ["CollectiveRequest", "check_out", "make_out", "train_collective"]
 
@@ -36,12 +35,13 @@ __all__ = ["CollectiveRequest", "check_out", "make_out", "train_collective"]
 class CollectiveRequest:
     """What an operator asks for; None stands for the preset's value, or a choice on the data."""
 
-    task: str
+    task: str | None  # the one that the folder's task.json names
     data: Path  # a folder or a file
     model: str  # folder or hub name
     out: Path
     preset: str | None = None  # the task's own
-    prompts: str | None = None  # of perfit_shared.prompts; task.json's, else LaMP's
+    prompts: str | None = None  # of perfit_shared.prompts; task.json's, else the built-in ones
+    chat: str | None = None  # of perfit_shared.prompts.READINGS; as the task says
     layers: tuple[int, ...] | None = None
     positions: str | None = None
     collective_rank: int | None = None
@@ -105,7 +105,6 @@ def _begin(
     stop: Callable[[], bool],
 ) -> Stage1Training:
     """Everything read and checked, at the step where an interrupted run stopped."""
-    task_named(request.task)
     file = find_data(request.data)
     task = load_prompts(file.parent, request.task, request.prompts)
     items = read_items(file, task)
@@ -120,7 +119,8 @@ def _begin(
             base = load_base(request.model, dtype=dtype, device=device)
     else:
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
-    preset = preset_for(request.preset or request.task)
+    task, how = as_read(task, has_template=base.has_chat_template, chat=request.chat, prompts=request.prompts)
+    preset = preset_for(preset_name(task.name, request.preset))
     spec = spec_of(request, preset, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
     # The spec is public, so private prompts must not decide where the sinks are.
@@ -129,6 +129,7 @@ def _begin(
         lambda: past_sinks(request.positions or spec.positions, base, prompts, spec.layers[0])
     )
     settings = _settings(request, preset, spec := replace(spec, positions=positions))
+    progress.say(how)
     progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     if (skipped := _skipped(positions)) is not None:
         progress.say(skipped)
@@ -172,7 +173,8 @@ def _artefact(
     training: Stage1Training, request: CollectiveRequest, device_rate: float, losses: Mapping[str, float]
 ) -> Artefact:
     settings, task = training.settings, training.task
-    card = make_card(training, preset=request.preset or task.name, device_rate=device_rate, losses=losses)
+    preset = preset_name(task.name, request.preset)
+    card = make_card(training, preset=preset, device_rate=device_rate, losses=losses)
     return Artefact(
         name=task.name,
         spec=settings.spec,

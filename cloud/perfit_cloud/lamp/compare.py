@@ -56,7 +56,9 @@ class Comparison:
     queries: int  # paired
     unpaired: Mapping[str, Mapping[str, int]]  # "users" (with their queries) and "queries" (of paired users)
     same_tokens: bool  # else the two count different tokens, and their losses cannot be compared
-    differing: Mapping[str, tuple[str, str]]  # prompts, decoding, schedule, where they differ: a's, b's
+    differing: Mapping[
+        str, tuple[str, str]
+    ]  # prompts, reading, decoding, schedule, where they differ: a's, b's
     against: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def compare(a: Side, b: Side) -> Comparison:
 def _differing(a: Run, b: Run) -> dict[str, tuple[str, str]]:
     both = {
         "prompts": (a.prompts, b.prompts),
+        "reading": (a.reading, b.reading),
         "decoding": (a.decoding, b.decoding),
         "schedule": (a.settings["schedule"], b.settings["schedule"]),
     }

@@ -216,7 +216,9 @@ def nearest(
         for other in groups
         if other.plain
         and other.task.name == group.task.name
-        and all(other.get(key) == group.get(key) for key in ("fingerprint", "users", "data", "prompts"))
+        and all(
+            other.get(key) == group.get(key) for key in ("fingerprint", "users", "data", "prompts", "chat")
+        )
         and other.decoding == group.decoding
     ]
     if not candidates:

@@ -60,11 +60,12 @@ TESTED = ("measure", "difference", "95 % interval", "p", "users better")
 
 def setting(group: RunGroup, *, but: str = "") -> str:
     """Layers, ranks, positions, prompts and schedule; `but`: "layers" or "ranks", which a table varies."""
+    turns = " as chat turns" if group.get("chat") else ""
     words = {
         "layers": f"layers {';'.join(map(str, group.layers))}",
         "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}",
         "positions": group.get("positions", ""),
-        "asked": f"{group.get('prompts')} prompts, {group.get('schedule')} schedule",
+        "asked": f"{group.get('prompts')} prompts{turns}, {group.get('schedule')} schedule",
     }
     return ", ".join(text for name, text in words.items() if name != but)
 

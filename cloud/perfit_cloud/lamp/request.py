@@ -22,13 +22,14 @@ HISTORIES = ("own", "other")  # whose history a user's shift is trained on (Tabl
 class LampRequest:
     """What a researcher asks for; None stands for the preset's value, or a choice on the data."""
 
-    task: str
+    task: str | None  # the artefact's, else the one that the folder's task.json names
     model: str  # folder or hub name
     data: Path  # folder with one task's files
     out: Path
     artefact: Path | None = None  # a collective shift that is there already, perhaps of another task
     preset: str | None = None  # the task's own
-    prompts: str | None = None  # of perfit_shared.prompts; task.json's, else LaMP's
+    prompts: str | None = None  # of perfit_shared.prompts; the artefact's, else task.json's, else built in
+    chat: str | None = None  # of perfit_shared.prompts.READINGS; as the task says
     schedule: str = "paper"  # of stage 2: as the paper trains, or "device"
     users: int | None = None  # the first N of the test cohort
     collective_users: int | None = None  # so many of user_others.json, chosen by the seed

@@ -149,6 +149,11 @@ class Run:
         """Of `perfit_shared.prompts`."""
         return str(self.settings["prompts"])
 
+    @property
+    def reading(self) -> str:
+        """How the model reads prompts, in words."""
+        return "chat turns" if self.settings["chat"] else "text"
+
     def summary(self) -> dict[str, Any]:
         """summary.json."""
         return _read(self.folder / "summary.json")
@@ -199,6 +204,7 @@ def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "asked_epochs": None,
         "asked_batch_size": None,
         "prompts": prompts,
+        "chat": task.chat,
         "artefact_prompts": prompts,
         "answer_tokens": task.answer_tokens,
         "stop": list(task.stop),

@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -28,10 +28,11 @@ from perfit_cloud.lamp.predictions import write_predictions
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserFolder, UserResult, completed, write_json
 from perfit_cloud.lamp.summary import summarise
+from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
-from perfit_shared.prompts import load_prompts, prompts_of
-from perfit_shared.tasks import Task
+from perfit_shared.prompts import as_read, load_prompts, prompts_of
+from perfit_shared.tasks import Task, differing_keys
 
 __all__ = ["run_lamp"]
 
@@ -39,9 +40,15 @@ _ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a tr
 
 
 def run_lamp(
-    request: LampRequest, *, base: BaseModel | None = None, stop: Callable[[], bool] = lambda: False
+    request: LampRequest,
+    *,
+    base: BaseModel | None = None,
+    task: Task | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Run it, or go on with an interrupted run of the same request; a finished one is only read.
+
+    `task`: as the model reads it, where another run of a sweep has decided that.
 
     Raises Cancelled when `stop` says so (everything done is kept), InvalidInput on flags that cannot
     be or an OUT of another request, InvalidData on data that cannot be read.
@@ -50,15 +57,32 @@ def run_lamp(
         import torch
 
         torch.set_num_threads(request.threads)
-    task = load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
+    task, say = task or _read_task(request, base), Progress(0).say
+    request = replace(request, task=task.name)
     people = read_people(request.data, task, base, users=request.users)
-    _describe(people, task, Progress(0).say)
+    _describe(people, task, say)
     data = TaskData(task, base, people)
     with closing(METHODS[request.method](request, data)) as method:
         seconds = method.prepare(stop)
         run = _LampRun(request, data, method, stop)
         return run.finished() or run.run(seconds)
+
+
+def _read_task(request: LampRequest, base: BaseModel) -> Task:
+    """The artefact's, where one of this task is given and no prompts are asked for; else the folder's."""
+    say, task = Progress(0).say, None
+    if request.artefact is not None and request.prompts is None:
+        theirs = Artefact.load(request.artefact).task
+        task = theirs if request.task in (None, theirs.name) else None
+    if task is not None and (others := differing_keys(request.data, task)):
+        say(f"the artefact's task is run; {request.data / 'task.json'} differs in {', '.join(others)}")
+    if task is not None and request.chat is None:
+        return task
+    task = task or load_prompts(request.data, request.task, request.prompts)
+    task, how = as_read(task, has_template=base.has_chat_template, chat=request.chat, prompts=request.prompts)
+    say(how)
+    return task
 
 
 def _describe(people: People, task: Task, say: Callable[[str], None]) -> None:
@@ -113,6 +137,7 @@ class _LampRun:
             "users_together": request.users_together,
             "histories": request.histories,
             "prompts": prompts_of(task),
+            "chat": task.chat,
             "decoding": asdict(request.decoding),
             "answer_tokens": task.answer_tokens,
             "stop": list(task.stop),

@@ -16,7 +16,7 @@ from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.sinks import evenly
 from perfit_shared.errors import InvalidInput, ShiftMismatch
 from perfit_shared.positions import Positions
-from perfit_shared.presets import Preset, preset_for
+from perfit_shared.presets import Preset, preset_for, preset_name
 from perfit_shared.prompts import prompts_of
 from perfit_shared.tasks import Task
 
@@ -62,12 +62,12 @@ def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool)
     return blank_artefact(request, data.task, data.base, spec, preset=preset, prompts=prompts)
 
 
-def _prompt_texts(task: Task) -> tuple[str, ...]:
-    return task.template, task.answer, task.history_template
+def _prompt_texts(task: Task) -> tuple[object, ...]:
+    return task.template, task.answer, task.history_template, task.chat, task.system
 
 
 _ALIKE = (
-    *("task", "data", "model", "preset", "prompts", "layers", "positions", "collective_rank"),
+    *("task", "data", "model", "preset", "prompts", "chat", "layers", "positions", "collective_rank"),
     *("personal_rank", "batch_size", "seed", "dtype", "device", "threads"),
 )
 
@@ -85,7 +85,7 @@ def _collective(request: LampRequest, out: Path) -> CollectiveRequest:
 
 
 def _preset(request: LampRequest) -> Preset:
-    return preset_for(request.preset or request.task)
+    return preset_for(preset_name(request.task or "", request.preset))
 
 
 def _check(artefact: Artefact, request: LampRequest, base: BaseModel, folder: Path) -> None:

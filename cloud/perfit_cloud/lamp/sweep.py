@@ -89,7 +89,7 @@ def run_sweep(request: LampRequest, sweep: str, *, stop: Callable[[], bool] = la
     runs: list[Run] = []
     for each in sweep_requests(request, sweep, blocks=base.blocks):
         like = _like_first(each, sweep.partition("=")[0], runs[0] if runs else None)
-        runs.append(run_lamp(like, base=base, stop=stop))
+        runs.append(run_lamp(like, base=base, task=runs[0].task if runs else None, stop=stop))
     return runs
 
 

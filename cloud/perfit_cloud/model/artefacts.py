@@ -36,6 +36,10 @@ class Artefact:
     batch_size: int  # default examples a step
     card: dict[str, Any] = field(default_factory=dict)  # data, hyper-parameters, losses, versions
 
+    def __post_init__(self) -> None:
+        if self.task.chat == "auto":
+            raise InvalidData("its task's chat should be true or false, as its model reads it")
+
     @property
     def version(self) -> str:
         """16 hex digits that change with tensors, spec or base model."""

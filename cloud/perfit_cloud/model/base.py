@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from perfit_cloud.model.forward import arguments_of
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["BaseModel", "fingerprint", "load_base", "model_folder"]
+__all__ = ["BaseModel", "PromptForm", "fingerprint", "load_base", "model_folder"]
 
 _log = logging.getLogger(__name__)
+PromptForm = str | Sequence[tuple[str, str]]  # a text, or (role, content) turns of a chat, oldest first
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -75,17 +77,33 @@ class BaseModel:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer."""
+        """Token ids that end an answer: the model's, and the one that its chat template ends a turn with."""
         ids = self.model.generation_config.eos_token_id
         if ids is None:
             ids = self.tokenizer.eos_token_id
-        return (ids,) if isinstance(ids, int) else tuple(ids or ())
+        own = (ids,) if isinstance(ids, int) else tuple(ids or ())
+        turn_end = None if self._codec is None else self._codec.turn_end
+        return own if turn_end is None or turn_end in own else (*own, turn_end)
 
     @property
     def end_id(self) -> int | None:
-        """The one that targets are taught to end with: of several, the one the tokenizer calls its own."""
+        """The one that targets end with behind a text: of several, the one the tokenizer calls its own."""
         own = self.tokenizer.eos_token_id
         return own if own in self.end_ids else next(iter(self.end_ids), None)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._codec is not None and self._codec.has_template
+
+    def encode_pair(self, prompt: PromptForm, target: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt (a text, or the turns of a chat) and of the answer to it.
+
+        Training, losses and gradients take their tokens from here, so that all of them agree.
+        """
+        return self.encode_prompt(prompt), self.encode_target(target, chat=not isinstance(prompt, str))
+
+    def encode_prompt(self, prompt: PromptForm) -> list[int]:
+        return self.encode(prompt) if isinstance(prompt, str) else self.encode_chat(list(prompt))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with whatever the tokenizer puts in front. Raises InvalidPrompt if empty."""
@@ -109,10 +127,17 @@ class BaseModel:
         turns = "\n".join(f"{role}: {text}" for role, text in messages)
         return self._tokens.plain_prompt(f"{turns}\nassistant:")
 
-    def encode_target(self, text: str) -> list[int]:
-        """Token ids of an answer as it goes on from a prompt, end of sequence behind."""
-        ids = self._tokens.continuation(text)
-        return ids if self.end_id is None else [*ids, self.end_id]
+    def encode_target(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of an answer as it goes on from a prompt, end of sequence behind.
+
+        Behind a `chat`, as the model's template writes a reply: with the token that ends a turn.
+        """
+        tokens, end = self._tokens, self.end_id
+        if not (chat and tokens.has_template):
+            ids = tokens.continuation(text)
+        else:
+            ids, end = tokens.reply(text), end if tokens.turn_end is None else tokens.turn_end
+        return ids if end is None else [*ids, end]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokens.text(ids)

@@ -27,7 +27,7 @@ from torch import Tensor
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import fingerprint, model_folder
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidTensors, ShiftMismatch
-from perfit_shared.presets import preset_for
+from perfit_shared.presets import preset_for, preset_name
 from perfit_shared.shifts import NORM_CAP, LayerShift, ShiftTensors, read_metadata
 from perfit_shared.tasks import Task
 
@@ -332,7 +332,7 @@ def to_artefact(
         raise InvalidInput(
             f"{read.folder} has {len(read.shifts)} interventions a layer, so it is not {which}"
         )
-    preset = preset_for(task.name)
+    preset = preset_for(preset_name(task.name))
     spec = preset.spec(
         blocks=model.blocks,
         hidden_size=model.hidden_size,

@@ -35,6 +35,15 @@ class TokenCodec:
         beyond = {str(token) for number, token in added.items() if number >= embedded}
         self._beyond = _any_of(beyond)
         self._guarded = _any_of(beyond | _marks(tokenizer, self._template))
+        self._takes_system, self._before_reply, self.turn_end = True, "", None
+        if self._template:
+            self._takes_system = self._writes_system()
+            self._before_reply, self.turn_end = self._around_reply(set(added), embedded)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether chats have a form of the model's own."""
+        return bool(self._template)
 
     def prompt(self, text: str) -> list[int]:
         """The text with what the tokenizer puts in front. An answer follows, so nothing is put behind."""
@@ -48,13 +57,23 @@ class TokenCodec:
         """Tokens of a text that follows another one. Names of special tokens in it are letters."""
         return self._following(self._cut(text, self._guarded))
 
+    def reply(self, text: str) -> list[int]:
+        """Tokens of a reply behind what `chat` gives, without what ends it.
+
+        Some templates put a space between the two (Mistral, Llama 2), which counts as the reply's.
+        """
+        return self.continuation(self._before_reply + text)
+
     def chat(self, turns: list[tuple[str, str]]) -> list[int] | None:
         """(role, content) turns by the tokenizer's template, up to where the reply begins; None without one.
 
-        What the template writes become special tokens, what a content holds never does.
+        What the template writes become special tokens, what a content holds never does. Where the template
+        has no system turn (Gemma), its text begins the user's first turn.
         """
         if not self._template:
             return None
+        if not self._takes_system:
+            turns = _folded(turns)
         if not any(self._guarded and self._guarded.search(text) for turn in turns for text in turn):
             with self._lock:
                 encoded = self._tokenizer.apply_chat_template(
@@ -64,10 +83,7 @@ class TokenCodec:
         mark = _unused("".join(text for turn in turns for text in turn) + self._template)
         cut = [(role, mark.join(self._cut(content, self._guarded))) for role, content in turns]
         with self._lock:
-            rendered = self._tokenizer.apply_chat_template(
-                _messages(cut), add_generation_prompt=True, tokenize=False
-            )
-            head, *rest = rendered.split(mark)
+            head, *rest = self._rendered(cut, prompt=True).split(mark)
             return [*self._ids(head), *self._following([part for part in rest if part])]
 
     def text(self, ids: list[int]) -> str:
@@ -75,6 +91,40 @@ class TokenCodec:
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     # -- helpers -------------------------------------------------------------------------------
+
+    def _rendered(self, turns: list[tuple[str, str]], *, prompt: bool) -> str:
+        """The template's text of these turns; `prompt`: up to where the next reply begins."""
+        with self._lock:
+            text = self._tokenizer.apply_chat_template(
+                _messages(turns), add_generation_prompt=prompt, tokenize=False
+            )
+        return str(text)
+
+    def _writes_system(self) -> bool:
+        """Whether the template takes a system turn; some refuse it, and some leave it out in silence."""
+        from jinja2 import TemplateError
+
+        mark = _unused(self._template)
+        try:
+            return mark in self._rendered([("system", mark), ("user", "a")], prompt=True)
+        except TemplateError:
+            return False
+
+    def _around_reply(self, added: set[int], embedded: int) -> tuple[str, int | None]:
+        """(white space that the template puts before a reply, the token that it ends one with)."""
+        from jinja2 import TemplateError
+
+        mark, user = _unused(self._template), ("user", "a")
+        try:
+            prompt = self._rendered([user], prompt=True)
+            whole = self._rendered([user, ("assistant", mark)], prompt=False)
+        except TemplateError:
+            return "", None
+        before, found, behind = whole.rpartition(mark)
+        space = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        ends = (number for number in self._ids(behind if found else "") if number in added)
+        end = next((number for number in ends if number < embedded), None)
+        return (space if space.isspace() else ""), end
 
     def _prompt(self, text: str, guarded: re.Pattern[str] | None) -> list[int]:
         head, *rest = self._cut(text, guarded) or [""]
@@ -165,6 +215,14 @@ def forget_words(tokenizer: Any) -> bool:
 
 def _messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
+
+
+def _folded(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A first system turn as the beginning of the user's turn after it."""
+    if [role for role, _ in turns[:2]] != ["system", "user"]:
+        return turns
+    (_, system), (role, text), *rest = turns
+    return [(role, f"{system}\n\n{text}"), *rest]
 
 
 def _marks(tokenizer: Any, template: str) -> set[str]:

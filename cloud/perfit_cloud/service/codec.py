@@ -130,7 +130,7 @@ class PromptReader:
                 raise InvalidInput(f"this cloud takes at most {examples} examples in one update")
             try:
                 ids = self.prompt(prompt)
-                target_ids = self._target(target)
+                target_ids = self._target(target, chat=prompt.WhichOneof("form") == "chat")
             except InvalidPrompt as error:
                 raise InvalidPrompt(f"example {number}: {error}") from None
             if len(ids) + len(target_ids) > limits.context:
@@ -146,12 +146,12 @@ class PromptReader:
             read.append((ids, target_ids))
         return read
 
-    def _target(self, text: str) -> list[int]:
+    def _target(self, text: str, *, chat: bool) -> list[int]:
         limit = self._limits.new_tokens
         if not text.strip():
             raise InvalidPrompt("the answer is empty")
         if len(text) <= limit * CHARACTERS_A_TOKEN:
-            ids = self._base.encode_target(text)
+            ids = self._base.encode_target(text, chat=chat)
             if 0 < len(ids) <= limit:
                 return ids
         raise InvalidPrompt(f"the answer is longer than the {limit} tokens that this cloud takes; shorten it")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption
+from perfit_device.cli.common import FieldsOption, JsonFlag, ProfileOption, Session, TaskOption, fields_of
 from perfit_shared.terminal import clean, read_stdin
 from perfit_shared.types import Chunk, Mode
 
@@ -23,6 +23,7 @@ def ask(
     ],
     *,
     task: TaskOption = None,
+    field: FieldsOption = None,
     mode: Annotated[Mode, typer.Option("--mode", help="Whose model answers.")] = Mode.PERSONAL,
     compare: Annotated[
         bool, typer.Option("--compare", help="Base, collective and personal answers.")
@@ -44,6 +45,9 @@ def ask(
     \b
     perfit ask "The council met until dawn over the stadium's debt."
     perfit ask "The council met until dawn." --compare --temperature 0
+    perfit ask --task reply "Are we still on for Friday?"
+    perfit ask --task chat "What should I cook with leeks?"
+    perfit ask --task tickets "The page stays white." --field product=Web    a task of two fields
     echo "The council met until dawn." | perfit ask - --json
     perfit ask -- "-5 degrees on Monday"       a text that begins with a dash
     """
@@ -53,6 +57,7 @@ def ask(
     question = Question(
         text=read_stdin(_LARGEST_TEXT) if text == "-" else text,
         task=task,
+        fields=fields_of(field),
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,

@@ -16,11 +16,13 @@ import typer
 
 from perfit_device.cli.prompts import ask_passphrase
 from perfit_device.settings import DeviceSettings
+from perfit_shared.errors import InvalidInput
+from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
     from perfit_device.profile import Profile
 
-__all__ = ["JsonFlag", "ProfileOption", "Session", "TaskOption", "say"]
+__all__ = ["FieldsOption", "JsonFlag", "ProfileOption", "Session", "TaskOption", "fields_of", "say"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 ProfileOption = Annotated[
@@ -28,6 +30,10 @@ ProfileOption = Annotated[
     typer.Option(
         "--profile", metavar="NAME", help="Which profile to use.  [default: PERFIT_PROFILE, or default]"
     ),
+]
+FieldsOption = Annotated[
+    list[str] | None,
+    typer.Option("--field", metavar="NAME=TEXT", help="Another field of the task; may be given again."),
 ]
 TaskOption = Annotated[
     str | None,
@@ -73,3 +79,14 @@ class Session:
         from perfit_device.profile import Profile
 
         return Profile.open(self.settings, passphrase=self.passphrase, notify=notify)
+
+
+def fields_of(given: list[str] | None) -> dict[str, str]:
+    """What --field says. Raises InvalidInput on anything but NAME=TEXT, each name once."""
+    fields: dict[str, str] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals) or name in fields:
+            raise InvalidInput(f'--field "{one_line(text)[:64]}" should be NAME=TEXT, each name once')
+        fields[name] = value
+    return fields

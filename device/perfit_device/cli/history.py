@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
+from perfit_device.cli.common import (
+    FieldsOption,
+    JsonFlag,
+    ProfileOption,
+    Session,
+    TaskOption,
+    fields_of,
+    say,
+)
 from perfit_device.cli.prompts import require_yes
 from perfit_shared.errors import InvalidInput
 from perfit_shared.terminal import one_line, read_stdin_bytes
@@ -27,6 +35,7 @@ def add(
     answer: Annotated[str, typer.Argument(metavar="ANSWER", help="What you would have answered.")],
     *,
     task: TaskOption = None,
+    field: FieldsOption = None,
     profile: ProfileOption = None,
     json: JsonFlag = False,
 ) -> None:
@@ -34,12 +43,14 @@ def add(
 
     \b
     perfit history add "The council met until dawn." "Bleary councillors, same old debt"
+    perfit history add --task reply "Are we still on for Friday?" "Yes! Seven, as ever."
+    perfit history add --task tickets "The page stays white." "Clear the cache, please." --field product=Web
     """
     session = Session.of(context, profile=profile, json=json)
     from perfit_device.operations import examples
 
     with session.open_profile() as opened:
-        _report(session, examples.add(opened, text, answer, task))
+        _report(session, examples.add(opened, text, answer, task, fields_of(field)))
 
 
 @app.command("import")
@@ -66,7 +77,10 @@ def import_(
       product_rating    text, score (1 to 5)
       scholarly_title   abstract, title
       tweet_paraphrase  input, text; or text alone
+      commit_message    changes, message
+      reply             message, reply
       chat              prompt, reply
+    A cloud's own tasks have other fields; a file that lacks one is told which.
     Every one may also have:
       date              2024-05-31: the newest test the shift, the oldest train it
       part              test: never trained on
@@ -77,6 +91,7 @@ def import_(
 
     \b
     perfit history import mine.jsonl --task news_headline
+    perfit history import sent.csv --task reply
     perfit history import user_top_100_history.json --task news_categorize --user 3
     perfit history list --json | perfit --profile new history import -
     """

@@ -209,6 +209,9 @@ def _artefact_from_wire(artefact: pb.Artefact) -> Artefact:
     try:
         if not artefact.name.isidentifier() or not math.isfinite(artefact.learning_rate):
             raise InvalidInput("name or learning rate")
+        task = Task.from_json(artefact.task_json)
+        if task.chat == "auto":
+            raise InvalidInput("its task does not say how it is read")
         return Artefact(
             name=artefact.name,
             version=artefact.version,
@@ -219,7 +222,7 @@ def _artefact_from_wire(artefact: pb.Artefact) -> Artefact:
                 personal_rank=artefact.spec.personal_rank,
                 hidden_size=artefact.spec.hidden_size,
             ),
-            task=Task.from_json(artefact.task_json),
+            task=task,
             learning_rate=artefact.learning_rate,
             epochs=max(1, artefact.epochs),
             batch_size=max(1, artefact.batch_size),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from perfit_device import personal
 from perfit_device.cloud.client import Cloud
@@ -12,8 +12,9 @@ from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
 from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.evaluation import prompt_of
 from perfit_device.history import HistoryItem
-from perfit_device.profile import Profile
+from perfit_device.profile import Profile, check_fields
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
+from perfit_shared.tasks import Task
 from perfit_shared.types import Chunk, Mode, Sampling
 
 __all__ = ["PreparedQuestion", "Question", "prepare"]
@@ -28,6 +29,7 @@ class Question:
 
     text: str
     task: str | None = None  # name of an artefact
+    fields: Mapping[str, str] = field(default_factory=dict)  # that the task's template has besides the text's
     max_tokens: int | None = None
     temperature: float = 0.1  # 0 is greedy
     top_k: int = 10  # 0 is all tokens
@@ -68,7 +70,7 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Prep
     text = question.text.strip()
     cloud, info = profile.connect()
     artefact = profile.artefact(question.task)
-    prompt = _prompt(artefact, text)
+    prompt = _prompt(artefact.task, text, question.fields)
     most, longest = info.limits.new_tokens, question.max_tokens
     if longest is not None and longest > most:
         raise InvalidInput(f"this cloud answers with at most {most} tokens")
@@ -84,12 +86,15 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Prep
     return PreparedQuestion(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
-def _prompt(artefact: Artefact, text: str) -> Prompt:
-    task = artefact.task
+def _prompt(task: Task, text: str, fields: Mapping[str, str]) -> Prompt:
+    check_fields(task, fields)
     try:
-        return prompt_of(task, HistoryItem(task.name, {task.text_field: text}))
+        return prompt_of(task, HistoryItem(task.name, {task.text_field: text, **fields}))
     except InvalidData as error:
-        raise InvalidInput(f"the task {task.name} cannot be asked with one text: {error}") from error
+        raise InvalidInput(
+            f"the task {task.name} needs more than the text, its {task.text_field}: {error}; give it with "
+            "--field NAME=TEXT"
+        ) from error
 
 
 def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:

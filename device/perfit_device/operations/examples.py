@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from perfit_device import history, personal
 from perfit_device.cloud_record import CloudRecord, read_record
 from perfit_device.history import HistoryItem
 from perfit_device.history.importers import read_history
-from perfit_device.profile import Profile, listed
+from perfit_device.profile import Profile, check_fields, listed
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
 from perfit_shared.tasks import TASKS
 from perfit_shared.terminal import one_line
@@ -34,14 +34,17 @@ class Forgotten:
     is_trained: bool  # whether a shift is left, which may have learned from them
 
 
-def add(profile: Profile, text: str, answer: str, task: str | None = None) -> Added:
-    """One example, of now."""
+def add(
+    profile: Profile, text: str, answer: str, task: str | None = None, fields: Mapping[str, str] | None = None
+) -> Added:
+    """One example, of now. `fields`: those that a task has besides the text's and the answer's."""
     of = profile.task(task)
-    values = {of.text_field: text, of.gold_field: answer}
+    check_fields(of, fields or {})
+    values = {of.text_field: text, of.gold_field: answer, **(fields or {})}
     try:
         item = HistoryItem.make(of, values, date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
     except InvalidData as error:
-        raise InvalidInput(f"an example of {of.name} cannot be made of these two: {error}") from error
+        raise InvalidInput(f"an example of {of.name} cannot be made of these: {error}") from error
     with profile.vault() as vault:
         return Added(of.name, *history.add(vault, [item]))
 

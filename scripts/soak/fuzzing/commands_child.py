@@ -193,7 +193,7 @@ def _info() -> Any:
     from perfit_shared.tasks import TASKS
     from soak.fuzzing.shared import SPEC
 
-    artefact = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"], 5e-3, 1, 4)
+    artefact = Artefact("news_headline", "v1", SPEC, TASKS["news_headline"].resolved(False), 5e-3, 1, 4)
     return CloudInfo("a model", "f" * 64, "0" * 32, (artefact,), Limits(512, 64, 4, 1 << 20, 0, 0))
 
 

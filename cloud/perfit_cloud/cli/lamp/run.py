@@ -16,10 +16,13 @@ _GIB, _MOST_GIB = 1 << 30, 1 << 20
 
 
 def run(  # noqa: PLR0917 - typer's way; all are options
-    task: Annotated[str, typer.Option(help="Task, for example news_headline.")],
     model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
     data: Annotated[Path, typer.Option(help="Folder with the task's files, as `lamp prepare` makes it.")],
     out: Annotated[Path, typer.Option(help="Folder for everything the run makes.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="For example news_headline.  [default: the artefact's, else task.json's]"),
+    ] = None,
     artefact: Annotated[
         Path | None, typer.Option(help="Collective shift to use instead of training one; of any task.")
     ] = None,
@@ -30,7 +33,14 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         str | None,
         typer.Option(
             help="oppu (the paper's, with its 200 new tokens and no stop), lamp or task (task.json's).  "
-            "[default: task.json's, else lamp]"
+            "[default: the artefact's, else task.json's, else built in]"
+        ),
+    ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            help="Read examples as chat turns, by the model's chat template: yes, no, or auto (where it has "
+            "one).  [default: as the task says]"
         ),
     ] = None,
     schedule: Annotated[
@@ -87,6 +97,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     perfit-cloud lamp run --task movie_tagging --model MODEL --data lamp/movie_tagging --out runs/tags --users 10
     perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/sweep --sweep layers
     perfit-cloud lamp run --task news_headline --model MODEL --data lamp/news_headline --out runs/few --collective-users 10
+    perfit-cloud lamp run --artefact artefacts/tickets --model MODEL --data tickets --out runs/tickets
     """  # noqa: E501 - \b keeps an example on one line
     from perfit_cloud.lamp.measure import Decoding
     from perfit_cloud.lamp.request import LampRequest
@@ -103,6 +114,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         artefact=artefact,
         preset=preset,
         prompts=prompts,
+        chat=chat,
         schedule=schedule,
         users=users,
         collective_users=collective_users,
