@@ -133,7 +133,7 @@ class GgufCheckpoint(Checkpoint):
         return config
 
     def finish(self, model: Any) -> None:
-        """Set what transformers leaves out. Raises InvalidData on weights that have no place or are damaged."""
+        """Set what transformers leaves out. Raises InvalidData on weights without a place, or damaged."""
         left = self._left_out(model)
         if _ROPE in left:
             self._divide_frequencies(model)
