@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
+from tests.support.gradients import assert_equal, autograd
 from tests.support.models import FAMILIES, random_shift
 
 from perfit_cloud.engine.generation.factory import build_engine
@@ -24,7 +25,6 @@ from perfit_cloud.model.interventions import (
     row_index,
     to_torch,
 )
-from perfit_shared.positions import Positions
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.types import Mode, Sampling
 
@@ -71,48 +71,10 @@ def test_gradients_equal_local_autograd(name: str, load: Any, make_artefact: Any
         scores = engine.score(pairs, ShiftUse(Mode.PERSONAL, artefact, person))
     finally:
         engine.close()
-    leaves = {
-        layer: [torch.tensor(t).requires_grad_() for t in shift] for layer, shift in person.layers.items()
-    }
-    total, tokens = torch.zeros(()), 0
-    for prompt, target in pairs:
-        loss = _local_loss(base, artefact, leaves, prompt, target)
-        total, tokens = total + loss, tokens + len(target)
-    (total / tokens).backward()
-    assert got.tokens == tokens
-    assert got.loss == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
-    assert -sum(s.log_likelihood for s in scores) == pytest.approx(float(total.detach()), rel=1e-5)
-    for layer, shift in got.tensors.layers.items():
-        for ours, leaf in zip(shift, leaves[layer], strict=True):
-            assert leaf.grad is not None
-            error = np.linalg.norm(ours - leaf.grad.numpy()) / np.linalg.norm(leaf.grad.numpy())
-            assert error < 1e-5
-
-
-def _local_loss(base: Any, artefact: Any, leaves: Any, prompt: list[int], target: list[int]) -> torch.Tensor:
-    from perfit_cloud.model.blocks import block_list
-
-    positions = Positions.parse(artefact.spec.positions).indices(len(prompt))
-    handles = []
-    for layer in artefact.spec.layers:
-        first = [torch.tensor(t) for t in artefact.collective.layers[layer]]
-
-        def hook(_m: Any, _a: Any, output: Any, first: Any = first, layer: int = layer) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            rows = list(hidden.unbind(1))
-            for p in positions:
-                for r, w, b in (first, leaves[layer]):
-                    rows[p] = rows[p] + (rows[p] @ w.T + b - rows[p] @ r.T) @ r
-            hidden = torch.stack(rows, 1)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-        handles.append(block_list(base.model)[layer].register_forward_hook(hook))
-    try:
-        logits = base.model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum")
+    want = autograd(base, artefact, person, pairs)
+    assert_equal(got, want, 1e-5)
+    log_likelihood = sum(score.log_likelihood for score in scores)
+    assert -log_likelihood == pytest.approx(want.loss * want.tokens, rel=1e-5)
 
 
 def test_gradients_feel_no_other_call(load: Any, make_artefact: Any) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from perfit_cloud.engine.interface import Gradient
-from perfit_shared.shifts import ShiftTensors
+from perfit_cloud.model.blocks import block_list, hidden_of, with_hidden
+from perfit_shared.positions import Positions
+from perfit_shared.shifts import LayerShift, ShiftTensors
 from tests.support.models import random_shift
 
 PLENTY = 2**30
@@ -38,3 +41,42 @@ def assert_equal(got: Gradient, wanted: Gradient, tolerance: float = 2e-5) -> No
 
 def person(artefact: Any, seed: int) -> ShiftTensors:
     return random_shift(artefact.spec, artefact.spec.personal_rank, seed)
+
+
+def autograd(base: Any, artefact: Any, personal: ShiftTensors, pairs: Pairs) -> Gradient:
+    """Through φ written by the formula, one example at a time, unpadded."""
+    leaves = {
+        layer: [torch.tensor(t).requires_grad_() for t in shift] for layer, shift in personal.layers.items()
+    }
+    loss = sum((_loss(base, artefact, leaves, *pair) for pair in pairs), torch.zeros(()))
+    tokens = sum(len(target) for _, target in pairs)
+    (loss / tokens).backward()
+    found = {}
+    for layer, three in leaves.items():
+        found[layer] = LayerShift(*(leaf.grad.numpy() for leaf in three if leaf.grad is not None))
+    return Gradient(float(loss.detach()) / tokens, tokens, ShiftTensors(found))
+
+
+def _loss(base: Any, artefact: Any, leaves: Any, prompt: list[int], target: list[int]) -> torch.Tensor:
+    positions = Positions.parse(artefact.spec.positions).indices(len(prompt))
+    handles = []
+    for layer in artefact.spec.layers:
+        first = [torch.tensor(t) for t in artefact.collective.layers[layer]]
+
+        def hook(_m: Any, _a: Any, output: Any, first: Any = first, layer: int = layer) -> Any:
+            hidden = hidden_of(output)
+            rows = list(hidden.unbind(1))
+            for p in positions:
+                row = rows[p].float()
+                for r, w, b in (first, leaves[layer]):
+                    row = row + (row @ w.T + b - row @ r.T) @ r
+                rows[p] = row.to(hidden.dtype)
+            return with_hidden(output, torch.stack(rows, 1))
+
+        handles.append(block_list(base.model)[layer].register_forward_hook(hook))
+    try:
+        logits = base.model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.nn.functional.cross_entropy(logits.float(), torch.tensor(target), reduction="sum")

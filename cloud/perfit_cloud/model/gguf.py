@@ -63,7 +63,8 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._reader = _read(path)
-        self._check()
+        with self.reading():
+            self._check()
 
     @property
     def folder(self) -> Path:
@@ -122,6 +123,7 @@ class GgufCheckpoint(Checkpoint):
 
     def config(self) -> Any:
         config = super().config()
+        self._complete(config)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -165,7 +167,8 @@ class GgufCheckpoint(Checkpoint):
                 f"{name} is one of {shards} parts of a model; join them with llama.cpp's "
                 "`llama-gguf-split --merge FIRST-PART WHOLE.gguf`"
             )
-        if not self._value("tokenizer.ggml.model") or not self._value("tokenizer.ggml.tokens"):
+        tokens = self._reader.get_field("tokenizer.ggml.tokens")
+        if not self._value("tokenizer.ggml.model") or tokens is None or not tokens.data:
             raise InvalidData(f"{name} has no tokenizer; give a file that holds a whole model")
         told = self._value(f"{architecture}.block_count")
         blocks = {match[1] for tensor in tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
@@ -173,6 +176,17 @@ class GgufCheckpoint(Checkpoint):
             raise InvalidData(f"{name}: block_count is {told}, the file has tensors of {len(blocks)} blocks")
         if sum(tensor.n_bytes for tensor in tensors) > self.path.stat().st_size:
             raise InvalidData(f"{name} is damaged: its tensors overlap")
+
+    def _complete(self, config: Any) -> None:
+        """Set what transformers does not read of the metadata, or raise InvalidData where it cannot be."""
+        architecture = self._value("general.architecture")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if (cap := self._value(f"{architecture}.{name}")) is not None:
+                setattr(config, name, cap)
+        scaling = self._value(f"{architecture}.rope.scaling.type")
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        if scaling not in (None, "none") and rope.get("rope_type", "default") == "default":
+            raise InvalidData(f"{self.path.name}: transformers does not read its {scaling} scaling of positions")
 
     def _left_out(self, model: Any) -> set[str]:
         """Names of tensors that have no place in the model."""
