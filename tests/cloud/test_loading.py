@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.main import app
-from perfit_cloud.model.base import load_base, open_checkpoint
+from perfit_cloud.model.base import load_base, open_model
 from perfit_shared.errors import InvalidData
 
 Weights = dict[str, torch.Tensor]
@@ -105,11 +105,11 @@ def test_tied_weights_are_not_missing(folder: Path) -> None:
 
 def test_the_fingerprint_is_of_what_is_loaded(folder: Path) -> None:
     """Not of other weight files that lie beside."""
-    before = open_checkpoint(str(folder)).fingerprint()
+    before = open_model(str(folder)).fingerprint()
     save_file({"x": torch.zeros(3)}, folder / "consolidated.safetensors")
-    assert open_checkpoint(str(folder)).fingerprint() == before
+    assert open_model(str(folder)).fingerprint() == before
     change(folder, lambda w: w[MLP].add_(1) is None)
-    assert open_checkpoint(str(folder)).fingerprint() != before
+    assert open_model(str(folder)).fingerprint() != before
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,11 @@ def test_the_help_page_is_not_stale(tmp_path: Path) -> None:
 
 def test_the_starter_is_small_and_whole() -> None:
     from perfit_cloud.model.artefacts import Artefact
-    from perfit_cloud.model.base import open_checkpoint
+    from perfit_cloud.model.base import open_model
 
     files = [path for path in STARTER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 20e6
-    own = open_checkpoint(str(STARTER / "perfit-starter")).fingerprint()
+    own = open_model(str(STARTER / "perfit-starter")).fingerprint()
     for task in ("news_headline", "news_categorize"):
         assert Artefact.load(STARTER / task).fingerprint == own
 

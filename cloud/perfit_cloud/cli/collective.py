@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perfit_cloud.cli.common import layers_of, stopping
+from perfit_cloud.cli.common import MODEL_HELP, layers_of, stopping
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def train(  # noqa: PLR0917 - typer's way; all are options
             help="JSONL file (one item a line, user_id optional), LaMP/OPPU file, or a folder with one."
         ),
     ],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
     preset: Annotated[str | None, typer.Option(help="Row of the paper's Table 9; the task's own.")] = None,
     prompts: Annotated[
@@ -83,7 +83,10 @@ def train(  # noqa: PLR0917 - typer's way; all are options
         int, typer.Option(help="CPU threads; 0: one a core. Fewer are faster beside other work.")
     ] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16; shifts stay float32.")
+        str,
+        typer.Option(
+            help="Of the base: auto (the faster), float32, bfloat16 or float16; shifts stay float32."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")] = False,

@@ -53,6 +53,7 @@ def run_lamp(
     task = load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     people = read_people(request.data, task, base, users=request.users)
+    Progress(0).say(base.precision)
     _describe(people, task, Progress(0).say)
     data = TaskData(task, base, people)
     with closing(METHODS[request.method](request, data)) as method:

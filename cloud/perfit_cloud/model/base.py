@@ -1,4 +1,4 @@
-"""Load any Hugging Face decoder, find its blocks, and turn text into token ids."""
+"""Load any decoder that transformers reads, find its blocks, and turn text into token ids."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 
 from perfit_cloud.model.blocks import block_list, context_of
 from perfit_cloud.model.capabilities import Capabilities, try_model
-from perfit_cloud.model.checkpoint import Checkpoint, check_folder, check_loaded
+from perfit_cloud.model.checkpoint import ModelFiles, check_folder, check_loaded
 from perfit_cloud.model.forward import arguments_of
-from perfit_cloud.model.gguf import EMBEDDED, GgufCheckpoint, embedded_file
+from perfit_cloud.model.gguf import EMBEDDED, GgufFile, embedded_file
+from perfit_cloud.model.precision import DTYPES, choose_precision
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["EMBEDDED", "BaseModel", "load_base", "open_checkpoint"]
+__all__ = ["EMBEDDED", "BaseModel", "load_base", "open_model"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,17 +28,20 @@ _log = logging.getLogger(__name__)
 class BaseModel:
     """A frozen causal LM with its tokenizer. Nothing here is written to after loading."""
 
-    name: str  # hub name or folder
-    fingerprint: str  # sha-256 of configuration, tokenizer and weight files, hex
+    name: str  # the last part of what it was loaded by
+    fingerprint: str  # sha-256 of configuration, tokenizer and weights, hex
     model: Any  # transformers PreTrainedModel, eval mode, no parameter requires grad
     tokenizer: Any
     # What the model can do; untried, what most families can.
     capabilities: Capabilities = field(default=None, repr=False)  # type: ignore[assignment]
+    precision: str = ""  # the weights' dtype, and why that
     _codec: TokenCodec | None = field(default=None, repr=False)  # of the tokenizer; one for all copies
 
     def __post_init__(self) -> None:
         if self.capabilities is None:
             object.__setattr__(self, "capabilities", Capabilities(arguments_of(self.model)))
+        if not self.precision:
+            object.__setattr__(self, "precision", str(self.model.dtype).removeprefix("torch."))
         if self._codec is None and self.tokenizer is not None:
             object.__setattr__(self, "_codec", TokenCodec(self.tokenizer, self._embedded, self.context))
 
@@ -131,10 +135,10 @@ class BaseModel:
         return copied
 
 
-def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
-    """Load a causal LM from a folder or by hub name.
+def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
+    """Load a causal LM: from a folder, a .gguf file, by its name on the hub, or smollm2.
 
-    `dtype`: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16" or "float16".
+    `dtype`: "auto" (what `choose_precision` finds faster), "float32", "bfloat16" or "float16".
     `device`: "auto", "cpu", "cuda", "cuda:1". Raises ConfigError for values it does not know and
     InvalidData when there is no usable model.
     """
@@ -147,35 +151,31 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not _device_exists(device):
         raise ConfigError(f'there is no device "{device}" here; use auto or cpu')
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if dtype not in dtypes:
-        raise ConfigError(f'dtype "{dtype}" should be auto, {", ".join(dtypes)}')
-    checkpoint = open_checkpoint(name_or_folder)
-    with checkpoint.reading():
-        config = checkpoint.config()
+    precision = choose_precision(dtype, device)
+    files = open_model(name)
+    with files.reading():
+        config = files.config()
         # Older transformers run soft-capped attention (Gemma 2) through sdpa, which leaves the cap out.
         is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         # Other shapes are refused below, by name.
         model, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
+            files.folder,
             config=config,
-            dtype=dtypes[dtype],
+            dtype=DTYPES[precision.dtype],
             attn_implementation="eager" if is_capped else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **checkpoint.model_arguments,
+            **files.model_arguments,
         )
         model = model.to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **checkpoint.tokenizer_arguments)
-        checkpoint.finish(model)
-    name = Path(name_or_folder).name
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.tokenizer_arguments)
+        files.finish(model)
+    name = Path(name).name
     check_loaded(name, model, info)
     model.requires_grad_(False)
     if not forget_words(tokenizer):
         _log.info("tokenizer has no word cache to turn off")
-    base = BaseModel(name, checkpoint.fingerprint(), model, tokenizer, try_model(model))
+    base = BaseModel(name, files.fingerprint(), model, tokenizer, try_model(model), str(precision))
     check_vocabulary(tokenizer, base._tokens, base._embedded, base.end_ids)
     if not base.end_ids:
         _log.warning(
@@ -196,7 +196,7 @@ def _device_exists(name: str) -> bool:
     return device.type == "cpu"
 
 
-def open_checkpoint(name: str) -> Checkpoint:
+def open_model(name: str) -> ModelFiles:
     """What `name` stands for: smollm2, a .gguf file, a folder, or a model that the hub gives.
 
     A folder with one .gguf file and no config.json is that file. Raises InvalidData.
@@ -211,10 +211,10 @@ def open_checkpoint(name: str) -> Checkpoint:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InvalidData(f"{name} is a file; name the folder that transformers saved the model to")
-        return GgufCheckpoint(path)
+        return GgufFile(path)
     folder = path if path.is_dir() else _from_hub(name)
     check_folder(folder)
-    return Checkpoint(folder)
+    return ModelFiles(folder)
 
 
 def _from_hub(name: str) -> Path:

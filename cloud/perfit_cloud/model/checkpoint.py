@@ -17,7 +17,7 @@ from torch import nn
 from perfit_cloud.model.blocks import block_list
 from perfit_shared.errors import InvalidData
 
-__all__ = ["Checkpoint", "check_folder", "check_loaded", "weight_files"]
+__all__ = ["ModelFiles", "check_folder", "check_loaded", "weight_files"]
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # keys that a message names
@@ -45,7 +45,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, Safeten
 _BUFFERS = re.compile(r"(\.(attn|attention|self_attention)\.bias|masked_bias|inv_freq|position_ids)$")
 
 
-class Checkpoint:
+class ModelFiles:
     """A model as transformers saved it to a folder. Subclasses are other forms of one."""
 
     def __init__(self, path: Path) -> None:

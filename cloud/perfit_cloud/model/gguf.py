@@ -23,10 +23,10 @@ import torch
 import transformers
 
 from perfit_cloud.model.blocks import decoder_of
-from perfit_cloud.model.checkpoint import Checkpoint
+from perfit_cloud.model.checkpoint import ModelFiles
 from perfit_shared.errors import InvalidData
 
-__all__ = ["EMBEDDED", "GgufCheckpoint", "embedded_file"]
+__all__ = ["EMBEDDED", "GgufFile", "embedded_file"]
 
 _log = logging.getLogger(__name__)
 EMBEDDED = "smollm2"  # the name that stands for the file inside this distribution
@@ -57,7 +57,7 @@ def embedded_file() -> Path:
     return paths[0]
 
 
-class GgufCheckpoint(Checkpoint):
+class GgufFile(ModelFiles):
     """One file; its header is read and checked here, its weights when it is loaded."""
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +186,9 @@ class GgufCheckpoint(Checkpoint):
         scaling = self._value(f"{architecture}.rope.scaling.type")
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         if scaling not in (None, "none") and rope.get("rope_type", "default") == "default":
-            raise InvalidData(f"{self.path.name}: transformers does not read its {scaling} scaling of positions")
+            raise InvalidData(
+                f"{self.path.name}: transformers does not read its {scaling} scaling of positions"
+            )
 
     def _left_out(self, model: Any) -> set[str]:
         """Names of tensors that have no place in the model."""
