@@ -15,7 +15,7 @@ import pytest
 import torch
 from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
 from tests.support.gguf_files import QUANTISED, gguf_model, write_gguf
-from tests.support.gradients import RAGGED, assert_equal, autograd, person
+from tests.support.gradients import OF_TOKENIZER, assert_equal, autograd, person
 from tests.support.models import tiny_tokenizer
 
 from perfit_cloud.engine.generation.factory import build_engine
@@ -85,7 +85,6 @@ def test_answers_and_gradients_are_those_of_the_model_alone(
 ) -> None:
     base = loaded(write_gguf(tmp_path / "m.gguf", gguf_model(family, kind, initializer_range=0.3), kind))
     artefact = make_artefact(base)
-    pairs = [([min(i, 282) for i in p], [min(i, 282) for i in t]) for p, t in RAGGED]
     engine = build_engine(base, {artefact.name: artefact}, SMALL)
     gradients = GradientEngine(base)
     try:
@@ -94,11 +93,11 @@ def test_answers_and_gradients_are_those_of_the_model_alone(
         for (prompt, use, _), got in zip(asked, serve(engine, asked), strict=True):
             assert got == alone(base, prompt, use)
         mine = person(artefact, 3)
-        got_gradient = gradients.gradient(pairs, ShiftUse(Mode.PERSONAL, artefact, mine))
+        got_gradient = gradients.gradient(OF_TOKENIZER, ShiftUse(Mode.PERSONAL, artefact, mine))
     finally:
         engine.stop()
         gradients.close()
-    assert_equal(got_gradient, autograd(base, artefact, mine, pairs))
+    assert_equal(got_gradient, autograd(base, artefact, mine, OF_TOKENIZER))
 
 
 def test_tokenizer_template_and_ends_come_along(llama: Path) -> None:
