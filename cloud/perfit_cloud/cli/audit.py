@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from perfit_cloud.cli.common import MODEL_HELP
 from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _MOMENTS = ("before", "during", "after", "closed")
 
 
 def audit(  # noqa: PLR0917 - options of a command
-    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     artefact: Annotated[Path, typer.Option(help="Artefact folder.")],
     rpc: Annotated[list[str] | None, typer.Option(help="Only this RPC; may be given several times.")] = None,
     ending: Annotated[
@@ -34,7 +35,9 @@ def audit(  # noqa: PLR0917 - options of a command
     devices: Annotated[int, typer.Option(min=0, max=64, help="How many at once; 0: no load.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the canaries.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one forward pass.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16, as the server's.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the faster), float32 or bfloat16, as the server's.")
+    ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer calls, and no load.")] = False,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write what each look found.")

@@ -15,7 +15,7 @@ __all__ = ["blank"]
 
 def blank(  # noqa: PLR0917 - options of a command
     task: Annotated[str, typer.Option(help="Task, for example chat or reply.")],
-    model: Annotated[str, typer.Option(help="Base model: a folder, a hub name or a .gguf file; smollm2.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder with a task.json; nothing else there is read.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_cloud.cli.blank import blank
-from perfit_cloud.cli.common import layers_of, stopping
+from perfit_cloud.cli.common import MODEL_HELP, layers_of, stopping
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def train(  # noqa: PLR0917 - typer's way; all are options
             help="JSONL file (one item a line, user_id optional), LaMP/OPPU file, or a folder with one."
         ),
     ],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
     task: Annotated[
         str | None, typer.Option(help="Task, for example news_headline or chat; the one of DATA's task.json.")
@@ -89,7 +89,10 @@ def train(  # noqa: PLR0917 - typer's way; all are options
         int, typer.Option(help="CPU threads; 0: one a core. Fewer are faster beside other work.")
     ] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16; shifts stay float32.")
+        str,
+        typer.Option(
+            help="Of the base: auto (the faster), float32, bfloat16 or float16; shifts stay float32."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")] = False,

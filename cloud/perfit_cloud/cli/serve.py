@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from perfit_cloud.cli.common import open_authority
+from perfit_cloud.cli.common import MODEL_HELP, open_authority
 from perfit_cloud.config import CloudConfig, load_config
 from perfit_shared.errors import Busy, ConfigError
 from perfit_shared.grpc_environment import prepare_grpc
@@ -51,9 +51,7 @@ StateFolder = Annotated[
 
 
 def serve(  # noqa: PLR0917 - options of a command
-    model: Annotated[
-        str | None, typer.Option(help="Base model: a folder, a hub name or a .gguf file; smollm2.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     artefact: Annotated[
         list[str] | None,
         typer.Option(help="Artefact folder, several times; those that come with perfit for the model."),
@@ -75,7 +73,9 @@ def serve(  # noqa: PLR0917 - options of a command
     name: Annotated[
         list[str] | None, typer.Option(help="Another host name or IP for the server's certificate.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto: what this processor multiplies faster; float32; bfloat16.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one forward pass.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting.")
@@ -314,6 +314,7 @@ def _line(
                 "enrol_address": addresses.enrol_address,
                 "model": catalog.base.name,
                 "fingerprint": catalog.base.fingerprint,
+                "precision": catalog.base.precision,
                 "artefacts": names,
                 "hardening": asdict(hardening),
                 "memory": {**asdict(memory), "total": memory.total},
@@ -321,5 +322,6 @@ def _line(
         )
     return (
         f"serving {catalog.base.name} ({catalog.base.fingerprint[:12]}) with "
-        f"{', '.join(names) or 'no artefacts'} on {addresses.address}, enrolment on {addresses.enrol_address}"
+        f"{', '.join(names) or 'no artefacts'} on {addresses.address}, "
+        f"enrolment on {addresses.enrol_address}; {catalog.base.precision}"
     )

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from perfit_cloud.model.precision import choose_precision
 from perfit_shared.errors import InvalidInput, PerfitError
 
 __all__ = ["Processes", "close_processes"]
@@ -55,13 +56,17 @@ class Processes:
             )
         return "cpu" if given.type == "cpu" else str(given)
 
-    def dtype(self, requested: str) -> str:
-        """The base's dtype: as requested, or for "auto" what accelerate was launched with.
+    def dtype(self, requested: str, device: str) -> str:
+        """The base's dtype: as requested, or for "auto" what accelerate was launched with, the same for all.
 
         A frozen base needs no float32 copy beside the one it computes with, so mixed precision
         comes down to loading it in that precision: φ computes in float32 and the shifts are float32.
         """
-        return _DTYPES.get(self._accelerator.mixed_precision, requested) if requested == "auto" else requested
+        if requested == "auto":
+            requested = _DTYPES.get(self._accelerator.mixed_precision, requested)
+        if self.count == 1 or requested != "auto":
+            return requested
+        return self.broadcast_from_main(lambda: choose_precision(requested, device).dtype)
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:

@@ -114,7 +114,8 @@ def _begin(
     if request.users is not None:
         items = items.first_users(request.users, request.seed)
     if base is None:
-        device, dtype = processes.device(request.device), processes.dtype(request.dtype)
+        device = processes.device(request.device)
+        dtype = processes.dtype(request.dtype, device)
         with processes.local_main_first():
             base = load_base(request.model, dtype=dtype, device=device)
     else:
@@ -130,6 +131,7 @@ def _begin(
     )
     settings = _settings(request, preset, spec := replace(spec, positions=positions))
     progress.say(how)
+    progress.say(base.precision)
     progress.say(preset.mapping(spec, blocks=base.blocks, given=request.layers is not None))
     if (skipped := _skipped(positions)) is not None:
         progress.say(skipped)

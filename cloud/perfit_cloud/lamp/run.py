@@ -61,6 +61,7 @@ def run_lamp(
     task, say = task or _read_task(request, base), Progress(0).say
     request = replace(request, task=task.name)
     people = read_people(request.data, task, base, users=request.users)
+    say(base.precision)
     _describe(people, task, say)
     data = TaskData(task, base, people)
     with closing(METHODS[request.method](request, data)) as method:

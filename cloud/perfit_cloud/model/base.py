@@ -1,10 +1,8 @@
-"""Load any Hugging Face decoder, find its blocks, and turn text into token ids."""
+"""Load any decoder that transformers reads, find its blocks, and turn text into token ids."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,48 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from perfit_cloud.model.blocks import block_list, context_of
 from perfit_cloud.model.capabilities import Capabilities, try_model
-from perfit_cloud.model.checkpoint import check_folder, check_loaded, check_name, weight_files
+from perfit_cloud.model.checkpoint import ModelFiles, check_folder, check_loaded
 from perfit_cloud.model.forward import arguments_of
+from perfit_cloud.model.gguf import EMBEDDED, GgufFile, embedded_file
+from perfit_cloud.model.precision import DTYPES, choose_precision
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
 
-__all__ = ["BaseModel", "PromptForm", "fingerprint", "load_base", "model_folder"]
+__all__ = ["EMBEDDED", "BaseModel", "PromptForm", "load_base", "open_model"]
 
 _log = logging.getLogger(__name__)
 PromptForm = str | Sequence[tuple[str, str]]  # a text, or (role, content) turns of a chat, oldest first
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-# Keys of config.json that do not change what the model computes.
-_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
 
 @dataclass(frozen=True)
 class BaseModel:
     """A frozen causal LM with its tokenizer. Nothing here is written to after loading."""
 
-    name: str  # hub name or folder
-    fingerprint: str  # sha-256 of configuration, tokenizer and weight files, hex
+    name: str  # the last part of what it was loaded by
+    fingerprint: str  # sha-256 of configuration, tokenizer and weights, hex
     model: Any  # transformers PreTrainedModel, eval mode, no parameter requires grad
     tokenizer: Any
     # What the model can do; untried, what most families can.
     capabilities: Capabilities = field(default=None, repr=False)  # type: ignore[assignment]
+    precision: str = ""  # the weights' dtype, and why that
     _codec: TokenCodec | None = field(default=None, repr=False)  # of the tokenizer; one for all copies
 
     def __post_init__(self) -> None:
         if self.capabilities is None:
             object.__setattr__(self, "capabilities", Capabilities(arguments_of(self.model)))
+        if not self.precision:
+            object.__setattr__(self, "precision", str(self.model.dtype).removeprefix("torch."))
         if self._codec is None and self.tokenizer is not None:
             object.__setattr__(self, "_codec", TokenCodec(self.tokenizer, self._embedded, self.context))
 
@@ -170,14 +160,14 @@ class BaseModel:
         return copied
 
 
-def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
-    """Load a causal LM from a folder or by hub name.
+def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
+    """Load a causal LM: from a folder, a .gguf file, by its name on the hub, or smollm2.
 
-    `dtype`: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16" or "float16".
+    `dtype`: "auto" (what `choose_precision` finds faster), "float32", "bfloat16" or "float16".
     `device`: "auto", "cpu", "cuda", "cuda:1". Raises ConfigError for values it does not know and
     InvalidData when there is no usable model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()
@@ -186,36 +176,31 @@ def load_base(name_or_folder: str, *, dtype: str = "auto", device: str = "auto")
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not _device_exists(device):
         raise ConfigError(f'there is no device "{device}" here; use auto or cpu')
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if dtype not in dtypes:
-        raise ConfigError(f'dtype "{dtype}" should be auto, {", ".join(dtypes)}')
-    folder = model_folder(name_or_folder)
-    check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+    precision = choose_precision(dtype, device)
+    files = open_model(name)
+    with files.reading():
+        config = files.config()
         # Older transformers run soft-capped attention (Gemma 2) through sdpa, which leaves the cap out.
-        is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+        is_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         # Other shapes are refused below, by name.
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtypes[dtype],
+            files.folder,
+            config=config,
+            dtype=DTYPES[precision.dtype],
             attn_implementation="eager" if is_capped else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **files.model_arguments,
         )
         model = model.to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidData(f"cannot load a causal LM from {name_or_folder}: {first}") from error
-    name = Path(name_or_folder).name
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.tokenizer_arguments)
+        files.finish(model)
+    name = Path(name).name
     check_loaded(name, model, info)
     model.requires_grad_(False)
     if not forget_words(tokenizer):
         _log.info("tokenizer has no word cache to turn off")
-    base = BaseModel(name, fingerprint(folder), model, tokenizer, try_model(model))
+    base = BaseModel(name, files.fingerprint(), model, tokenizer, try_model(model), str(precision))
     check_vocabulary(tokenizer, base._tokens, base._embedded, base.end_ids)
     if not base.end_ids:
         _log.warning(
@@ -236,34 +221,33 @@ def _device_exists(name: str) -> bool:
     return device.type == "cpu"
 
 
-def model_folder(name: str) -> Path:
-    """A model's folder, fetched from the hub where `name` is none. Raises InvalidData."""
-    if Path(name).is_dir():
-        return Path(name)
-    check_name(name)
+def open_model(name: str) -> ModelFiles:
+    """What `name` stands for: smollm2, a .gguf file, a folder, or a model that the hub gives.
+
+    A folder with one .gguf file and no config.json is that file. Raises InvalidData.
+    """
+    path = embedded_file() if name == EMBEDDED else Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
+        if len(found) > 1:
+            names = ", ".join(each.name for each in found[:5])
+            raise InvalidData(f"{path} holds {len(found)} GGUF files; name one of them: {names}")
+        path = found[0] if found else path
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InvalidData(f"{name} is a file; name the folder that transformers saved the model to")
+        return GgufFile(path)
+    folder = path if path.is_dir() else _from_hub(name)
+    check_folder(folder)
+    return ModelFiles(folder)
+
+
+def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.msgpack", "*.h5", "*.onnx", "original/*"]))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise InvalidData(f"{name} is neither a folder nor a model that the hub gives") from error
-
-
-def fingerprint(folder: Path) -> str:
-    """sha-256 over what decides a model's answers: configuration, tokenizer and weights; hex.
-
-    The dtype that weights are loaded in does not change it; another export of them does.
-    """
-    h = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    relevant = {k: v for k, v in config.items() if k not in _VOLATILE}
-    generation = folder / "generation_config.json"
-    if generation.is_file():  # its sampling defaults are not used
-        relevant["end"] = json.loads(generation.read_text("utf-8")).get("eos_token_id")
-    h.update(json.dumps(relevant, sort_keys=True).encode())
-    for path in [*(folder / name for name in _TOKENIZER_FILES), *weight_files(folder)]:
-        if path.is_file():
-            h.update(path.name.encode())
-            with path.open("rb") as file:
-                h.update(hashlib.file_digest(file, "sha256").digest())
-    return h.hexdigest()
+        raise InvalidData(
+            f"{name} is neither a folder, a .gguf file, {EMBEDDED}, nor a model that the hub gives"
+        ) from error

@@ -1,20 +1,23 @@
-"""Checks that a folder holds a readable model, and that all of it was read: no weight may be left random."""
+"""A model on the disk, and whether all of it was read: no weight may be left random."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from perfit_cloud.model.blocks import block_list
 from perfit_shared.errors import InvalidData
 
-__all__ = ["check_folder", "check_loaded", "check_name", "weight_files"]
+__all__ = ["ModelFiles", "check_folder", "check_loaded", "weight_files"]
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # keys that a message names
@@ -25,8 +28,80 @@ _WRAPPERS = {
     "module.": "DataParallel's: save `model.module`",
     "_orig_mod.": "torch.compile's: save the model that was compiled",
 }
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Keys of config.json that do not change what the model computes.
+_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 # Masks and positions that older versions of transformers saved beside the weights.
 _BUFFERS = re.compile(r"(\.(attn|attention|self_attention)\.bias|masked_bias|inv_freq|position_ids)$")
+
+
+class ModelFiles:
+    """A model as transformers saved it to a folder. Subclasses are other forms of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    @property
+    def tokenizer_arguments(self) -> dict[str, Any]:
+        """Of `from_pretrained`, beside the folder; configurations take them too."""
+        return {}
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def fingerprint(self) -> str:
+        """sha-256 over what decides a model's answers: configuration, tokenizer and weights; hex.
+
+        The dtype that weights are loaded in does not change it; another export of them does.
+        """
+        h = hashlib.sha256()
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        relevant = {k: v for k, v in config.items() if k not in _VOLATILE}
+        generation = self.folder / "generation_config.json"
+        if generation.is_file():  # its sampling defaults are not used
+            relevant["end"] = json.loads(generation.read_text("utf-8")).get("eos_token_id")
+        h.update(json.dumps(relevant, sort_keys=True).encode())
+        for path in [*(self.folder / name for name in _TOKENIZER_FILES), *weight_files(self.folder)]:
+            if path.is_file():
+                h.update(path.name.encode())
+                with path.open("rb") as file:
+                    h.update(hashlib.file_digest(file, "sha256").digest())
+        return h.hexdigest()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around calls that read it: what they raise becomes InvalidData."""
+        try:
+            yield
+        except _UNREADABLE as error:
+            raise self.unreadable(error) from error
+
+    def unreadable(self, error: Exception) -> InvalidData:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return InvalidData(f"cannot load a causal LM from {self.path}: {first}")
+
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, **self.tokenizer_arguments)
+
+    def finish(self, model: Any) -> None:
+        """What is left to do on a model that was read."""
 
 
 def check_folder(folder: Path) -> None:
@@ -42,27 +117,7 @@ def check_folder(folder: Path) -> None:
             "`merge_and_unload()`, and save model and tokenizer to a folder of their own"
         )
     if not (folder / "config.json").is_file():
-        found = sorted(path.name for path in folder.glob("*.gguf"))
-        if found:
-            raise _gguf(folder / found[0])
         raise InvalidData(f"{folder} has no config.json; name a folder that transformers saved a model to")
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidData on the name of a single file."""
-    path = Path(name)
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            raise _gguf(path)
-        raise InvalidData(f"{name} is a file; name the folder that transformers saved the model to")
-
-
-def _gguf(path: Path) -> InvalidData:
-    return InvalidData(
-        f"{path} is in GGUF's format, which is not read; save it once as a folder: "
-        f"`AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={path.name!r}, "
-        "quantization_config=GgufConfig(dequantize=True)).save_pretrained(NEW)`, and the tokenizer likewise"
-    )
 
 
 def weight_files(folder: Path) -> list[Path]:

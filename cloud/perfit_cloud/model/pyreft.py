@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.model.base import fingerprint, model_folder
+from perfit_cloud.model.base import open_model
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidTensors, ShiftMismatch
 from perfit_shared.presets import preset_for, preset_name
 from perfit_shared.shifts import NORM_CAP, LayerShift, ShiftTensors, read_metadata
@@ -110,13 +110,12 @@ class ModelFacts:
 
 def describe_model(name_or_folder: str) -> ModelFacts:
     """Without loading its weights. Raises InvalidData when there is no usable model."""
-    from transformers import AutoConfig
-
-    folder = model_folder(name_or_folder)
+    files = open_model(name_or_folder)
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        with files.reading():
+            config = files.config().get_text_config()
         blocks, hidden_size = int(config.num_hidden_layers), int(config.hidden_size)
-        return ModelFacts(Path(name_or_folder).name, fingerprint(folder), blocks, hidden_size)
+        return ModelFacts(Path(name_or_folder).name, files.fingerprint(), blocks, hidden_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidData(f"{name_or_folder} holds no causal LM") from error
 

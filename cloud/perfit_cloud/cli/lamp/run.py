@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from perfit_cloud.cli.common import layers_of, stopping
+from perfit_cloud.cli.common import MODEL_HELP, layers_of, stopping
 from perfit_cloud.text_tables import aligned_table
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
@@ -16,7 +16,7 @@ _GIB, _MOST_GIB = 1 << 30, 1 << 20
 
 
 def run(  # noqa: PLR0917 - typer's way; all are options
-    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     data: Annotated[Path, typer.Option(help="Folder with the task's files, as `lamp prepare` makes it.")],
     out: Annotated[Path, typer.Option(help="Folder for everything the run makes.")],
     task: Annotated[
@@ -82,7 +82,9 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     users_together: Annotated[int, typer.Option(help="Users whose steps run as one pass.")] = 8,
     keep_gib: Annotated[float, typer.Option(help="Memory for activations kept between steps.")] = 4.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto: what this processor multiplies faster; float32; bfloat16; float16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json, a list for a sweep.")] = False,
 ) -> None:
