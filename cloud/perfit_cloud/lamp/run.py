@@ -52,7 +52,7 @@ def run_lamp(
         torch.set_num_threads(request.threads)
     task = load_prompts(request.data, request.task, request.prompts)
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
-    people = read_people(request.data, task, base, users=request.users)
+    people = read_people(request.data, task, base, users=request.users, examples=request.examples)
     _describe(people, task, Progress(0).say)
     data = TaskData(task, base, people)
     with closing(METHODS[request.method](request, data)) as method:
@@ -110,6 +110,7 @@ class _LampRun:
             "personal_parameters": self._method.parameters,
             "seed": request.seed,
             "users": len(self._people),
+            "examples": request.examples,
             "users_together": request.users_together,
             "histories": request.histories,
             "prompts": prompts_of(task),
