@@ -219,6 +219,21 @@ def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, 
     assert [p.queries for p in swapped] == [p.queries for p in people]
 
 
+def test_short_histories_keep_their_latest(
+    full: Run, request_for: Callable[..., LampRequest], data: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    whole = read_people(data, TASKS[TASK], base).people
+    short = read_people(data, TASKS[TASK], base, examples=3).people
+    assert [person.history for person in short] == [person.history[-3:] for person in whole]
+    assert [person.queries for person in short] == [person.queries for person in whole]
+    request = request_for(tmp_path, artefact=full.folder / "artefact", users=2, **NO_STAGE_1)
+    runs = run_sweep(request, "examples=2,3")
+    assert [run.settings["examples"] for run in runs] == [None, 2, 3]
+    assert [run.users[0].examples for run in runs] == [len(whole[0].history), 2, 3]
+    assert len({run.users[0].loss("personal") for run in runs}) == 3
+    assert len({run.users[0].loss("seed") for run in runs}) == 1, "one stage 1 for all"
+
+
 def test_sweeps_name_their_runs(request_for: Callable[..., LampRequest], tmp_path: Path) -> None:
     request = request_for(tmp_path, layers=None, collective_rank=None, personal_rank=None)
     assert [r.layers for r in sweep_requests(request, "layers", blocks=3)] == [(0,), (1,), (2,)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from perfit_cloud.cli.common import layers_of
+from perfit_cloud.cli.common import MODEL_HELP, layers_of
 
 __all__ = ["blank"]
 

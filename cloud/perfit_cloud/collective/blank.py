@@ -21,7 +21,8 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
-from perfit_shared.presets import Preset, preset_for, value_or
+from perfit_shared.presets import Preset, preset_for, preset_name, value_or
+from perfit_shared.prompts import as_read
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.starts import near_identity
 from perfit_shared.tasks import Task, load_task, task_named
@@ -83,11 +84,13 @@ def make_blank(request: BlankRequest, *, base: BaseModel | None = None) -> Artef
     """
     check_out(request.out, force=request.force)
     task = task_named(request.task) if request.data is None else load_task(request.data, request.task)
-    preset = preset_for(request.preset or task.name)  # before a model is loaded
+    preset = preset_for(preset_name(task.name, request.preset))  # before a model is loaded
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
+    task, how = as_read(task, has_template=base.has_chat_template)
     item = dict.fromkeys(task.field_names, _SOME_TEXT)
     prompts = [example.pair[0] for example in Encoder(base, task).examples([item])]
     spec = spec_of(request, preset, base)
+    Progress(0).say(how)
     artefact = blank_artefact(request, task, base, spec, preset=preset, prompts=prompts, start=START)
     artefact = replace(artefact, card=_card(artefact, request, base))
     make_out(request.out)

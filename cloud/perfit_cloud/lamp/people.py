@@ -93,8 +93,10 @@ class People:
         return self.labels.raw_ids.get(name, self.raw_ids[name])
 
 
-def read_people(folder: Path, task: Task, base: BaseModel, *, users: int | None = None) -> People:
-    """The first `users` users of a folder's test cohort.
+def read_people(
+    folder: Path, task: Task, base: BaseModel, *, users: int | None = None, examples: int | None = None
+) -> People:
+    """The first `users` users of a folder's test cohort, with the latest `examples` of each history.
 
     Raises InvalidData naming file, item and field when a file is missing or malformed.
     """
@@ -103,7 +105,7 @@ def read_people(folder: Path, task: Task, base: BaseModel, *, users: int | None 
         raise InvalidData(f"{folder} holds no {HISTORY_FILES[0]}; `perfit-cloud lamp prepare` makes one")
     found = read_users(path, task)
     chosen = found.users[:users]
-    reader = _Reader(Encoder(base, task), task)
+    reader = _Reader(Encoder(base, task), task, examples)
     people = tuple(reader.person(user) for user in chosen if user.query)
     if not people:
         raise InvalidData(f"{path}: no user has a query with all fields of task {task.name}")
@@ -127,14 +129,16 @@ def _raw_ids(found: Users) -> dict[str, str | int]:
 class _Reader:
     """Encodes person by person, counts, and keeps the text of what fits."""
 
-    def __init__(self, encoder: Encoder, task: Task) -> None:
-        self.encoder, self._task = encoder, task
+    def __init__(self, encoder: Encoder, task: Task, examples: int | None) -> None:
+        self.encoder, self._task, self._examples = encoder, task, examples
         self.dropped_long = self.shortened = 0
         self.hash = hashlib.sha256()
 
     def person(self, user: User) -> Person:
         fitting = [(e.item, x) for e in user.profile if (x := self.encoder.example(e.item)) is not None]
         self.dropped_long += len(user.profile) - len(fitting)
+        if self._examples is not None:
+            fitting = fitting[-self._examples :]
         queries, encoded = [], []
         for entry in user.query:
             with error_context(f"query {entry.id}"):

@@ -32,6 +32,7 @@ class LampRequest:
     chat: str | None = None  # of perfit_shared.prompts.READINGS; as the task says
     schedule: str = "paper"  # of stage 2: as the paper trains, or "device"
     users: int | None = None  # the first N of the test cohort
+    examples: int | None = None  # of each history, the latest N
     collective_users: int | None = None  # so many of user_others.json, chosen by the seed
     ablation: str = "full"
     histories: str = "own"
@@ -58,7 +59,7 @@ class LampRequest:
             raise InvalidInput(f'no ablation "{self.ablation[:20]}"; there are {", ".join(ABLATIONS)}')
         if self.histories not in HISTORIES:
             raise InvalidInput(f"histories should be {' or '.join(HISTORIES)}")
-        for name in ("users", "collective_users", "users_together", "collective_epochs"):
+        for name in ("users", "examples", "collective_users", "users_together", "collective_epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")

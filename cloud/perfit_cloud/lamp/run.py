@@ -60,7 +60,7 @@ def run_lamp(
     base = base or load_base(request.model, dtype=request.dtype, device=request.device)
     task, say = task or _read_task(request, base), Progress(0).say
     request = replace(request, task=task.name)
-    people = read_people(request.data, task, base, users=request.users)
+    people = read_people(request.data, task, base, users=request.users, examples=request.examples)
     say(base.precision)
     _describe(people, task, say)
     data = TaskData(task, base, people)
@@ -135,6 +135,7 @@ class _LampRun:
             "personal_parameters": self._method.parameters,
             "seed": request.seed,
             "users": len(self._people),
+            "examples": request.examples,
             "users_together": request.users_together,
             "histories": request.histories,
             "prompts": prompts_of(task),

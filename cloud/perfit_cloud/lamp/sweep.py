@@ -4,6 +4,7 @@ layers[=0,1,2]            one intervened block at a time; every block of the mod
 ranks[=4,16,32]           every pair of collective and personal rank
 seeds[=0,1,2]
 collective-users[=10,100] stage 1 on so few
+examples[=5,10,25,50]     histories cut to their latest so many, and whole; one stage 1 for all
 ablations                 stage 1 alone, stage 2 alone at the personal rank and at the sum of both
 """
 
@@ -21,8 +22,8 @@ from perfit_shared.positions import Positions
 
 __all__ = ["SWEEPS", "run_sweep", "sweep_requests"]
 
-_RANKS, _SEEDS, _COLLECTIVE_USERS = (4, 16, 32), (0, 1, 2), (10, 100)
-SWEEPS = ("layers", "ranks", "seeds", "collective-users", "ablations")
+_RANKS, _SEEDS, _COLLECTIVE_USERS, _EXAMPLES = (4, 16, 32), (0, 1, 2), (10, 100), (5, 10, 25, 50)
+SWEEPS = ("layers", "ranks", "seeds", "collective-users", "examples", "ablations")
 
 
 def sweep_requests(request: LampRequest, sweep: str, *, blocks: int) -> list[LampRequest]:
@@ -41,6 +42,7 @@ def sweep_requests(request: LampRequest, sweep: str, *, blocks: int) -> list[Lam
         "ranks": request.collective_rank or request.personal_rank,
         "seeds": request.seed,
         "collective-users": request.collective_users,
+        "examples": request.examples,
         "ablations": request.ablation != "full",
     }
     if own[name]:
@@ -70,17 +72,21 @@ def _requests(request: LampRequest, name: str, values: list[int], blocks: int) -
         for count in values or _COLLECTIVE_USERS:
             yield replace(request, collective_users=count, out=out / f"collective-users-{count}")
     else:
-        yield replace(request, out=out / "full")
-        for ablation in ABLATIONS[1:]:  # none trains stage 1
-            yield replace(
-                request,
-                ablation=ablation,
-                out=out / ablation,
-                collective_users=None,
-                collective_epochs=None,
-                collective_learning_rate=None,
-                artefact=None if ablation.startswith("stage2") else request.artefact,
-            )
+        yield from _of_one_artefact(request, name, values)
+
+
+def _of_one_artefact(request: LampRequest, name: str, values: list[int]) -> Iterator[LampRequest]:
+    """The first run trains stage 1, if no artefact is given; the others take it from there."""
+    later = replace(request, collective_users=None, collective_epochs=None, collective_learning_rate=None)
+    if name == "examples":
+        yield replace(request, out=request.out / "all")
+        for count in values or _EXAMPLES:
+            yield replace(later, examples=count, out=request.out / f"examples-{count}")
+        return
+    yield replace(request, out=request.out / "full")
+    for ablation in ABLATIONS[1:]:
+        artefact = None if ablation.startswith("stage2") else request.artefact
+        yield replace(later, ablation=ablation, out=request.out / ablation, artefact=artefact)
 
 
 def run_sweep(request: LampRequest, sweep: str, *, stop: Callable[[], bool] = lambda: False) -> list[Run]:
@@ -94,12 +100,12 @@ def run_sweep(request: LampRequest, sweep: str, *, stop: Callable[[], bool] = la
 
 
 def _like_first(each: LampRequest, sweep: str, first: Run | None) -> LampRequest:
-    """What a run takes from the sweep's first: an ablation its shift, or spec and rate; a seed its rate."""
+    """What a run takes from the sweep's first: its shift, or spec and rate; a seed its rate."""
     if first is None:
         return each
     if sweep == "seeds":  # stage 1's rate is part of what a seed decides; stage 2's would blur them
         return replace(each, learning_rate=first.settings["learning_rate"])
-    if sweep != "ablations":
+    if sweep not in {"ablations", "examples"}:
         return each
     if each.ablation.startswith("stage2"):
         full = first.settings

@@ -51,6 +51,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         ),
     ] = "paper",
     users: Annotated[int | None, typer.Option(help="The first N users of the test cohort.")] = None,
+    examples: Annotated[int | None, typer.Option(help="The latest N of each history.")] = None,
     collective_users: Annotated[
         int | None, typer.Option(help="Stage 1 on N users, chosen by the seed.")
     ] = None,
@@ -63,7 +64,8 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     sweep: Annotated[
         str | None,
         typer.Option(
-            help="Several runs: layers[=0,1], ranks[=4,16], seeds[=0,1], collective-users[=10], ablations."
+            help="Several runs: layers[=0,1], ranks[=4,16], seeds[=0,1], collective-users[=10], "
+            "examples[=5,10], ablations."
         ),
     ] = None,
     layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
@@ -119,6 +121,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         chat=chat,
         schedule=schedule,
         users=users,
+        examples=examples,
         collective_users=collective_users,
         ablation=ablation,
         histories=histories,
