@@ -264,7 +264,7 @@ class _Reader:
             if name in self._queries:
                 raise InvalidData("another query of the file has this id")
             self._queries.add(name)
-            item, extra = self._asked(raw, self._gold(raw, name))
+            item, extra = self._asked(raw, name)
         entry = Entry(name, date_of(raw), item, extra, raw["id"])
         if not all(value.strip() for value in item.values()):
             self.dropped_empty += 1
@@ -272,13 +272,14 @@ class _Reader:
             return None
         return entry
 
-    def _asked(self, raw: Mapping[str, Any], gold: str) -> tuple[dict[str, str], dict[str, str]]:
+    def _asked(self, raw: Mapping[str, Any], name: str) -> tuple[dict[str, str], dict[str, str]]:
         """(item, extra) of a query: its `input`, or the fields themselves, as a task of several needs."""
         names = self._task.template_fields
         if len(names) == 1 and ("input" in raw or names[0] not in raw):
             text = text_of(raw, "input")
-            return self._task.item_from_query(text, gold), {"input": text}
-        return {**{name: text_of(raw, name) for name in names}, self._task.gold_field: gold}, {}
+            return self._task.item_from_query(text, self._gold(raw, name)), {"input": text}
+        item = {field: text_of(raw, field) for field in names}
+        return {**item, self._task.gold_field: self._gold(raw, name)}, {}
 
     def _gold(self, raw: Mapping[str, Any], name: str) -> str:
         key = "gold" if "gold" in raw else "output"  # what LaMP's own merging of its two files makes

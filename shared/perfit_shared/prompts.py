@@ -6,6 +6,7 @@ The prompts of a LaMP task are OPPU's, which the paper uses, LaMP's own, or a ta
     oppu   the same with line breaks between instruction, text and cue, and answers of 200 tokens
            with no stop: the paper's decoding
     task   the folder's task.json
+    builtin   perfit's own whatever the folder says: LaMP's for its tasks, as text or as chat turns
 
 Asked for by name, OPPU's and LaMP's are texts, as in the paper; as chat turns LaMP's have no cue.
 Models answer them differently, so figures with different prompts are no comparison of methods.
@@ -22,7 +23,7 @@ from perfit_shared.tasks import TASKS, Task, load_task
 
 __all__ = ["PROMPTS", "READINGS", "as_read", "asking_for", "load_prompts", "prompts_of", "with_prompts"]
 
-PROMPTS = ("oppu", "lamp", "task")
+PROMPTS = ("oppu", "lamp", "task", "builtin")
 READINGS = {"auto": "auto", "yes": True, "no": False}  # what `--chat` says → Task.chat
 _OPPU_TOKENS = 200  # new tokens of an answer, whatever the task
 # What OPPU's prompts have in place of LaMP's words.
@@ -58,8 +59,11 @@ def with_prompts(task: Task, prompts: str) -> Task:
         raise InvalidInput(f'no prompts "{prompts[:20]}"; there are {", ".join(PROMPTS)}')
     if prompts == "task":
         return task
+    if prompts == "builtin" and task.name in TASKS and task.name not in _OPPU:
+        return TASKS[task.name]
     if task.name not in _OPPU:
-        raise InvalidInput(f"task {task.name} is none of LaMP's, so there are no {prompts} prompts for it")
+        whose = "perfit" if prompts == "builtin" else "LaMP"
+        raise InvalidInput(f"task {task.name} is none of {whose}'s, so there are no {prompts} prompts for it")
     lamp = TASKS[task.name]
 
     def worded(template: str) -> str:
@@ -73,7 +77,7 @@ def with_prompts(task: Task, prompts: str) -> Task:
         answer=lamp.answer.replace(f"{{{lamp.gold_field}}}", f"{{{task.gold_field}}}"),
         history_template=lamp.history_template,
         chat="auto",
-        chat_template=worded(lamp.chat_template) if prompts == "lamp" else "",
+        chat_template="" if prompts == "oppu" else worded(lamp.chat_template),
     )
     return replace(asked, stop=(), answer_tokens=_OPPU_TOKENS) if prompts == "oppu" else asked
 

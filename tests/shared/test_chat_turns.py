@@ -95,3 +95,16 @@ def test_prompts_are_known_by_their_words_as_chat_turns_too(prompts: str) -> Non
     for task in (asked, asked.resolved(True), asked.resolved(False)):
         assert prompts_of(task) == prompts
     assert prompts_of(replace(asked.resolved(True), template="{text}")) == "task"
+
+
+def test_built_in_prompts_whatever_a_folder_s_task_says() -> None:
+    own = replace(TASKS["commit_message"], template="{changes}:", chat_template="")
+    assert with_prompts(own, "builtin") == TASKS["commit_message"]
+    headline = replace(TASKS["news_headline"], template="{text}:", chat_template="")
+    found = with_prompts(headline, "builtin")
+    assert found == TASKS["news_headline"]
+    assert as_read(found, has_template=True, prompts="builtin")[0] == found.resolved(True)
+    with pytest.raises(
+        InvalidInput, match="task tickets is none of perfit's, so there are no builtin prompts"
+    ):
+        with_prompts(AUTO, "builtin")

@@ -39,7 +39,9 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     preset: Annotated[str | None, typer.Option(help="Row of the paper's Table 9; the task's own.")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="oppu (the paper's), lamp or task (task.json's); task.json's, else built in."),
+        typer.Option(
+            help="oppu (the paper's), lamp, task (task.json's) or builtin; task.json's, else built in."
+        ),
     ] = None,
     chat: Annotated[
         str | None,

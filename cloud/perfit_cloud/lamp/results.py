@@ -204,7 +204,7 @@ def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "asked_epochs": None,
         "asked_batch_size": None,
         "prompts": prompts,
-        "chat": task.chat,
+        "chat": task.chat is True,
         "artefact_prompts": prompts,
         "answer_tokens": task.answer_tokens,
         "stop": list(task.stop),

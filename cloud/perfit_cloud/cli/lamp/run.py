@@ -32,8 +32,8 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="oppu (the paper's, with its 200 new tokens and no stop), lamp or task (task.json's).  "
-            "[default: the artefact's, else task.json's, else built in]"
+            help="oppu (the paper's, with its 200 new tokens and no stop), lamp, task (task.json's) or "
+            "builtin.  [default: the artefact's, else task.json's, else built in]"
         ),
     ] = None,
     chat: Annotated[
