@@ -73,6 +73,7 @@ class Stage:
     model: str
     artefacts: Path | None  # folder of folders; None: those that come with perfit
     run: Path
+    update: tuple[str, ...] = ()  # flags of updates
 
     def cloud(self) -> LocalCloud:
         folders = [self.artefacts / person.task for person in CAST] if self.artefacts else []
@@ -106,13 +107,15 @@ def shift_of_other(stage: Stage, cloud: LocalCloud, person: Person, version: str
     kept = PEOPLE / person.other / f"{person.task}.safetensors"
     if kept.is_file() and read_metadata(kept.read_bytes()).get("version") == version:
         return kept
-    say(f"  ({person.other}'s shift in demo/people is of another artefact, so {person.other} learns first)")
+    say(
+        f"  (the shift in demo/people/{person.other} is of another artefact; {person.other.title()} learns anew)"
+    )
     return train_other(stage, cloud, person, stage.run / f"{person.other}.safetensors")
 
 
 def train_other(stage: Stage, cloud: LocalCloud, person: Person, path: Path) -> Path:
     other = enrol(stage, cloud, person.other, person.task)
-    other.json("update", "--task", person.task)
+    other.json("update", "--task", person.task, *stage.update)
     other("export", "--shift", str(path), "--task", person.task, "--force")
     return path
 
@@ -143,19 +146,21 @@ def meet(stage: Stage, cloud: LocalCloud, person: Person) -> dict[str, Any]:
     rows = rows_of(name, task)
     test = [row for row in rows if row.get("part") == "test"]
     device = enrol(stage, cloud, name, task)
-    say(f"\n{name.upper()} {person.who}.")
-    learns = f"{len(rows) - len(test)} of {name}'s texts lie sealed on {name}'s device"
-    say(f"  {learns}; {len(test)} later ones are kept apart, to test with.")
+    mine = name.title()
+    say(f"\n{mine.upper()} {person.who}.")
+    say(
+        f"  {len(rows) - len(test)} examples lie sealed on {mine}'s device; the {len(test)} after them only test."
+    )
 
     asked = test[0]
     ask = ("ask", asked[person.asks], "--task", task, "--temperature", "0")
     before = device.json(*ask)["answer"]
     say(shown("asked", asked[person.asks]))
     say(shown("before", before))
-    update = device.json("update", "--task", task)
+    update = device.json("update", "--task", task, *stage.update)
     after = device.json(*ask)["answer"]
     say(shown("after", after))
-    say(shown(name, asked[person.gold]))
+    say(shown(mine, asked[person.gold]))
     up, down = update["bytes_up"] / 1e6, update["bytes_down"] / 1e6
     travelled = f"{up:.0f} MB up, {down:.0f} MB down; the cloud kept none of it"
     say(f"  Learning took {update['seconds']:.0f} s and {update['steps']} steps. {travelled}.")
@@ -210,7 +215,7 @@ def show(stage: Stage, *, write_docs: bool) -> int:
     shutil.rmtree(stage.run, ignore_errors=True)
     with stage.cloud() as cloud:
         said = cloud.said
-        dtype = said.get("dtype", "")
+        dtype = said.get("precision", "").partition(":")[0]
         ready = f"after {time.monotonic() - started:.0f} s"
         say(f"A cloud serves {said['model']} {dtype} at {said['address']}, {ready}.".replace("  ", " "))
         say("Everything below happens between it and two devices, each a process of its own.")
@@ -251,7 +256,7 @@ def talk(stage: Stage, name: str, texts: list[str]) -> int:
                 say(error.said.strip())
                 continue
             say(shown("model", answers["collective"]))
-            say(shown(name, answers["personal"]))
+            say(shown(name.title(), answers["personal"]))
     return 0
 
 
@@ -277,6 +282,7 @@ def main() -> int:
     parser.add_argument(
         "--run", type=Path, default=ROOT / "demo" / "run", help="where cloud and devices live"
     )
+    parser.add_argument("--epochs", help="of each update, not the artefact's")
     commands = parser.add_subparsers(dest="command")
     shows = commands.add_parser("show", help="the demo; the default")
     shows.add_argument("--write-docs", action="store_true", help="also docs/results/demo.md")
@@ -285,7 +291,8 @@ def main() -> int:
     talks.add_argument("text", nargs="*")
     commands.add_parser("others", help="train the shifts of someone else that come with the demo")
     args = parser.parse_args()
-    stage = Stage(args.model, args.artefacts, args.run.resolve())
+    update = ("--epochs", args.epochs) if args.epochs else ()
+    stage = Stage(args.model, args.artefacts, args.run.resolve(), update)
     if args.command == "talk":
         return talk(stage, args.name, args.text)
     if args.command == "others":

@@ -46,7 +46,7 @@ def result_lines(p: dict[str, Any]) -> list[str]:
         lines += [
             shown("asked", answer["asked"]),
             shown("answered", answer["personal"]),
-            shown(p["name"], answer["gold"]),
+            shown(p["name"].title(), answer["gold"]),
         ]
     return lines
 

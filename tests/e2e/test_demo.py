@@ -129,7 +129,7 @@ def test_the_whole_demo_on_a_tiny_model(
 ) -> None:
     """Random answers overlap with nothing, so it misses what it should show, and says so."""
     command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--model", str(model_folder("llama"))]
-    command += ["--artefacts", str(artefacts), "--run", str(tmp_path / "run")]
+    command += ["--artefacts", str(artefacts), "--epochs", "3", "--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "short of what the demo should show: nell: " in done.stdout
@@ -157,7 +157,7 @@ def test_the_whole_demo_on_a_tiny_model(
     said = subprocess.run(
         [*command, "talk", "nell", "the cat sat"], capture_output=True, text=True, check=True
     )
-    assert [line.split()[0] for line in said.stdout.splitlines()[1:]] == ["model", "nell"]
+    assert [line.split()[0] for line in said.stdout.splitlines()[1:]] == ["model", "Nell"]
     empty = [*command[:-1], str(tmp_path / "nothing"), "talk", "nell", "the cat sat"]
     said = subprocess.run(empty, capture_output=True, text=True, check=False)
     assert (said.returncode, said.stdout) == (1, "nobody has learned anything yet; run `make demo` first\n")
