@@ -107,9 +107,7 @@ def shift_of_other(stage: Stage, cloud: LocalCloud, person: Person, version: str
     kept = PEOPLE / person.other / f"{person.task}.safetensors"
     if kept.is_file() and read_metadata(kept.read_bytes()).get("version") == version:
         return kept
-    say(
-        f"  (the shift in demo/people/{person.other} is of another artefact; {person.other.title()} learns anew)"
-    )
+    say(f"  ({person.other.title()}'s shift in demo/people is of another artefact, and is learned anew)")
     return train_other(stage, cloud, person, stage.run / f"{person.other}.safetensors")
 
 
@@ -148,9 +146,8 @@ def meet(stage: Stage, cloud: LocalCloud, person: Person) -> dict[str, Any]:
     device = enrol(stage, cloud, name, task)
     mine = name.title()
     say(f"\n{mine.upper()} {person.who}.")
-    say(
-        f"  {len(rows) - len(test)} examples lie sealed on {mine}'s device; the {len(test)} after them only test."
-    )
+    learned = len(rows) - len(test)
+    say(f"  {learned} examples lie sealed on {mine}'s device; the {len(test)} after them only test.")
 
     asked = test[0]
     ask = ("ask", asked[person.asks], "--task", task, "--temperature", "0")
