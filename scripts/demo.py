@@ -147,7 +147,7 @@ def meet(stage: Stage, cloud: LocalCloud, person: Person) -> dict[str, Any]:
     mine = name.title()
     say(f"\n{mine.upper()} {person.who}.")
     learned = len(rows) - len(test)
-    say(f"  {learned} examples lie sealed on {mine}'s device; the {len(test)} after them only test.")
+    say(f"  {learned} examples to learn from; the {len(test)} that came after them are kept for the test.\n")
 
     asked = test[0]
     ask = ("ask", asked[person.asks], "--task", task, "--temperature", "0")
@@ -156,11 +156,11 @@ def meet(stage: Stage, cloud: LocalCloud, person: Person) -> dict[str, Any]:
     say(shown("before", before))
     update = device.json("update", "--task", task, *stage.update)
     after = device.json(*ask)["answer"]
+    up, down = update["bytes_up"] / 1e6, update["bytes_down"] / 1e6
+    travelled = f"{up:.0f} MB up, {down:.0f} MB down, nothing kept by the cloud"
+    say(f"{'':11}… {mine}'s device learns for {update['seconds']:.0f} s: {travelled} …")
     say(shown("after", after))
     say(shown(mine, asked[person.gold]))
-    up, down = update["bytes_up"] / 1e6, update["bytes_down"] / 1e6
-    travelled = f"{up:.0f} MB up, {down:.0f} MB down; the cloud kept none of it"
-    say(f"  Learning took {update['seconds']:.0f} s and {update['steps']} steps. {travelled}.")
 
     version = device.json("status")["tasks"][task]["version"]
     foreign = shift_of_other(stage, cloud, person, version)
@@ -168,7 +168,7 @@ def meet(stage: Stage, cloud: LocalCloud, person: Person) -> dict[str, Any]:
     result = device.json("evaluate", "--task", task, "--with-seed", "--shift", str(foreign), "--answers")
     golds = [a["gold"] for a in result["answers"]]
     questions = {row[person.gold]: row[person.asks] for row in test}
-    return {
+    outcome = {
         "name": name,
         "task": task,
         "loss": result["loss"],
@@ -187,6 +187,9 @@ def meet(stage: Stage, cloud: LocalCloud, person: Person) -> dict[str, Any]:
         "other": person.other,
         "answers": [{"asked": questions[a["gold"]], **a} for a in result["answers"]],
     }
+    for line in result_lines(outcome):
+        say(line)
+    return outcome
 
 
 def shortfalls(people: list[dict[str, Any]]) -> list[str]:
@@ -213,16 +216,16 @@ def show(stage: Stage, *, write_docs: bool) -> int:
     with stage.cloud() as cloud:
         said = cloud.said
         dtype = said.get("precision", "").partition(":")[0]
-        ready = f"after {time.monotonic() - started:.0f} s"
-        say(f"A cloud serves {said['model']} {dtype} at {said['address']}, {ready}.".replace("  ", " "))
-        say("Everything below happens between it and two devices, each a process of its own.")
+        model = f"{said['model']} in {dtype}" if dtype else said["model"]
+        say(
+            f"A cloud serves {model} at {said['address']}; it took {time.monotonic() - started:.0f} s to start."
+        )
+        say("Two people have a device each. What they wrote lies sealed on it, and so does what it learns.")
+        say("Loss is how much their own words surprise the model; ROUGE, how many of them its answer has.")
         people = [meet(stage, cloud, person) for person in CAST]
     seconds = time.monotonic() - started
     result = {"people": people, "seconds": round(seconds, 1)}
     (stage.run.parent / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), "utf-8")
-    for p in people:
-        for line in result_lines(p):
-            say(line)
     if write_docs:
         machine = f"{os.cpu_count()} cores of {platform.machine()}, {dtype or 'dtype auto'}"
         (ROOT / "docs" / "results" / "demo.md").write_text(page(people, seconds, machine), "utf-8")

@@ -33,7 +33,7 @@ def _labels(p: dict[str, Any]) -> dict[str, str]:
 
 def result_lines(p: dict[str, Any]) -> list[str]:
     """Table and bars of one person, and the first test answers."""
-    title = f"{p['name'].upper()}: {p['examples']} texts that no shift has learned from"
+    title = f"  The test, measured in {p['evaluate_seconds']:.0f} s"
     lines = ["", f"{title:{_BAR + 28}}loss   ROUGE-1   ROUGE-L"]
     most = max(p["loss"].values())
     for mode, label in _labels(p).items():
@@ -41,7 +41,7 @@ def result_lines(p: dict[str, Any]) -> list[str]:
         bar = "█" * round(_BAR * loss / most)
         figures = f"{loss:6.2f}{p['metric'][mode]:10.3f}{p['rouge_l'][mode]:10.3f}"
         lines.append(f"  {label:24}{bar:{_BAR}}{figures}")
-    lines.append(f"  The first {_FIRST} of the {p['examples']}, as they come:")
+    lines += ["", f"  The first {_FIRST} of the {p['examples']}, as they come:"]
     for answer in p["answers"][:_FIRST]:
         lines += [
             shown("asked", answer["asked"]),
