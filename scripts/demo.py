@@ -220,8 +220,8 @@ def show(stage: Stage, *, write_docs: bool) -> int:
         say(
             f"A cloud serves {model} at {said['address']}; it took {time.monotonic() - started:.0f} s to start."
         )
-        say("Two people have a device each. What they wrote lies sealed on it, and so does what it learns.")
-        say("Loss is how much their own words surprise the model; ROUGE, how many of them its answer has.")
+        say("Two people have a device each, where what they wrote lies sealed, and what it learns.")
+        say("Loss: how much their own words surprise the model. ROUGE: how many its answers share.")
         people = [meet(stage, cloud, person) for person in CAST]
     seconds = time.monotonic() - started
     result = {"people": people, "seconds": round(seconds, 1)}
