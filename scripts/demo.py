@@ -20,7 +20,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def show(stage: Stage, *, write_docs: bool) -> int:
         dtype = said.get("precision", "").partition(":")[0]
         model = f"{said['model']} in {dtype}" if dtype else said["model"]
         say(
-            f"A cloud serves {model} at {said['address']}; it took {time.monotonic() - started:.0f} s to start."
+            f"A cloud serves {model} at {said['address']}, {time.monotonic() - started:.0f} s after its start."
         )
         say("Two people have a device each, where what they wrote lies sealed, and what it learns.")
         say("Loss: how much their own words surprise the model. ROUGE: how many its answers share.")
@@ -239,16 +240,23 @@ def show(stage: Stage, *, write_docs: bool) -> int:
     return 1 if missed else 0
 
 
+def typed() -> Iterator[str]:
+    """Lines, until an empty one or the end."""
+    with suppress(EOFError, KeyboardInterrupt):
+        while text := input("\n> ").strip():
+            yield text
+
+
 def talk(stage: Stage, name: str, texts: list[str]) -> int:
     """Ask as one of them: the texts, or what is typed until an empty line."""
     person = next(p for p in CAST if p.name == name)
     if not (stage.run / "homes").is_dir():
         say("nobody has learned anything yet; run `make demo` first")
         return 1
-    say(f"starting the cloud again; what is {person.asks!r} to {name.title()}? An empty line ends it.")
+    say(f"The cloud starts again. Then type what {name.title()} should answer; an empty line ends it.")
     with stage.cloud():
         device = stage.device(name)
-        for text in texts or iter(lambda: input("\n> ").strip(), ""):
+        for text in texts or typed():
             ask = ("ask", text, "--task", person.task, "--temperature", "0")
             try:
                 answers = device.json(*ask, "--compare")["answers"]
