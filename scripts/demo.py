@@ -218,9 +218,8 @@ def show(stage: Stage, *, write_docs: bool) -> int:
         said = cloud.said
         dtype = said.get("precision", "").partition(":")[0]
         model = f"{said['model']} in {dtype}" if dtype else said["model"]
-        say(
-            f"A cloud serves {model} at {said['address']}, {time.monotonic() - started:.0f} s after its start."
-        )
+        ready = time.monotonic() - started
+        say(f"A cloud serves {model} at {said['address']}; starting it took {ready:.0f} s.")
         say("Two people have a device each, where what they wrote lies sealed, and what it learns.")
         say("Loss: how much their own words surprise the model. ROUGE: how many its answers share.")
         people = [meet(stage, cloud, person) for person in CAST]
@@ -254,6 +253,7 @@ def talk(stage: Stage, name: str, texts: list[str]) -> int:
         say("nobody has learned anything yet; run `make demo` first")
         return 1
     say(f"The cloud starts again. Then type what {name.title()} should answer; an empty line ends it.")
+    say(shown("such as", rows_of(name, person.task)[-1][person.asks]))
     with stage.cloud():
         device = stage.device(name)
         for text in texts or typed():

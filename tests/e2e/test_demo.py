@@ -157,7 +157,7 @@ def test_the_whole_demo_on_a_tiny_model(
     said = subprocess.run(
         [*command, "talk", "nell", "the cat sat"], capture_output=True, text=True, check=True
     )
-    assert [line.split()[0] for line in said.stdout.splitlines()[1:]] == ["model", "Nell"]
+    assert [line.split()[0] for line in said.stdout.splitlines()[2:]] == ["model", "Nell"]
     empty = [*command[:-1], str(tmp_path / "nothing"), "talk", "nell", "the cat sat"]
     said = subprocess.run(empty, capture_output=True, text=True, check=False)
     assert (said.returncode, said.stdout) == (1, "nobody has learned anything yet; run `make demo` first\n")
