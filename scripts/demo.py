@@ -203,9 +203,9 @@ def shortfalls(people: list[dict[str, Any]]) -> list[str]:
         if loss["other"] <= loss["personal"]:
             found.append(f"{name}: someone else's shift has no higher loss")
         for metric, figures in (("ROUGE-1", p["metric"]), ("ROUGE-L", p["rouge_l"])):
-            for mode in ("collective", "seed", "other"):
-                if figures["personal"] <= figures[mode]:
-                    found.append(f"{name}: {metric} of personal is not above {mode}")
+            better = [m for m in ("collective", "seed", "other") if figures[m] >= figures["personal"]]
+            if better:
+                found.append(f"{name}: {metric} of personal is not above {', '.join(better)}")
         if p["metric"]["personal"] <= p["best_constant_affix"]:
             found.append(f"{name}: a constant affix does as well")
     return found

@@ -10,7 +10,7 @@ __all__ = ["page", "result_lines", "shown"]
 _WIDTH = 100
 _LONGEST = 230  # characters of an answer on the terminal; the base model does not stop by itself
 _BAR = 30
-_FIRST = 4  # test answers on the terminal
+_FIRST = 3  # test answers on the terminal
 
 
 def shown(label: str, text: str, *, indent: int = 2) -> str:

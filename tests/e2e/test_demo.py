@@ -133,7 +133,7 @@ def test_the_whole_demo_on_a_tiny_model(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "short of what the demo should show: nell: " in done.stdout
-    assert len(done.stdout.splitlines()) < 80
+    assert len([line for line in done.stdout.splitlines() if "short of" not in line]) < 80
     result = json.loads((tmp_path / "result.json").read_text())
     assert [p["name"] for p in result["people"]] == ["nell", "joris"]
     for p in result["people"]:
