@@ -124,6 +124,7 @@ def artefacts(load: Any, make_artefact: Any, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.mark.slow  # some thirty commands, about 50 s of CPU
 def test_the_whole_demo_on_a_tiny_model(
     model_folder: Callable[[str], Path], artefacts: Path, tmp_path: Path
 ) -> None:
