@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers demo test test-slow test-oldest coverage bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page clean
+.PHONY: help setup peers demo talk test test-slow test-oldest coverage bench audit audit-intel attacks fuzz fuzz-guided kills load lint wire help-page clean
 
 help:
-	@echo "make demo        set up, then the main job: two people enrol, ask, update, ask again"
+	@echo "make demo        set up, then two people whose devices learn how they write"
+	@echo "make talk        after it: ask in Nell's way, or in Joris's with WHO=joris"
 	@echo "make test        set up, then the tests (under 6 minutes on two cores)"
 	@echo "make test-slow   the slow tests, with pyreft in an environment of its own (1.5 GB)"
 	@echo "make test-oldest what touches the model, with the oldest transformers that we take"
@@ -26,6 +27,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python scripts/demo.py
+
+# After the demo: ask as nell or joris, as often as you like.
+WHO ?= nell
+
+talk: setup
+	$(BIN)/python scripts/demo.py talk $(WHO)
 
 # Two files at a time: much of it waits for other processes.
 TESTS := -n 2 --dist loadfile
