@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:-runs/lamp}
-data=../shared/data/lamp_news newslm=../shared/models/newslm starter=cloud/perfit_cloud/starter
+data=../shared/data/lamp_news newslm=../shared/models/newslm
 threads=${THREADS:-0}
 
 lamp() { # task, model, out, options…
@@ -25,7 +25,6 @@ for task in news_headline news_categorize; do
     --artefact "$runs/$task/seeds/seed-0/artefact"
   lamp "$task" "$newslm" "$task/stage2" --ablation stage2 "${alone[@]}"
   lamp "$task" "$newslm" "$task/stage2_sum" --ablation stage2_sum "${alone[@]}"
-  lamp "$task" "$starter/perfit-starter" "$task/starter" --artefact "$starter/$task" "${rate[@]}"
 done
 # What a rate too high costs.
 lamp news_categorize "$newslm" high_rate/seeds --sweep seeds --lr 5e-3

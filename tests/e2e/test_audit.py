@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from tests.support.memory import looking
+from tests.support.models import needs_smollm2
 
 from local import BIN, CommandFailed, run
+from perfit_cloud.collective.blank import BlankRequest, make_blank
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,19 @@ def test_a_hardened_server_forgets(command: list[str], tmp_path: Path, dtype: st
 def test_a_server_without_a_compiler_forgets_too(command: list[str]) -> None:
     """Memory is then overwritten by glibc, in other ways and at other times."""
     said = run([*command, "--quick", "--rpc", "Ask", "--rpc", "Adapt"], env={"CC": "/nowhere/cc"})
+    assert "nothing was left" in said
+
+
+@looking
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@needs_smollm2
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smollm2_is_forgotten_too(tmp_path: Path, dtype: str) -> None:
+    """The model that is served by default: its kernels, vocabulary and tokenizer."""
+    make_blank(BlankRequest("chat", "smollm2", tmp_path / "chat"))
+    command = [str(BIN / "perfit-cloud"), "audit", "--model", "smollm2", "--artefact", str(tmp_path / "chat")]
+    said = run([*command, "--quick", "--dtype", dtype, "--rpc", "Ask", "--rpc", "Adapt"])
     assert "nothing was left" in said
 
 
