@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.generation import NEW, alone, prompts, serve, uses
+from tests.support.gguf_files import gguf_model
 from tests.support.gradients import OF_TOKENIZER, assert_equal, autograd, person
+from tests.support.models import tiny_tokenizer
 
 from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
@@ -108,17 +110,17 @@ def test_what_wants_a_package_is_refused_before_weights_are_read(
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_four_bits_of_bitsandbytes_answer_and_are_differentiated(
-    model_folder: Callable[[str], Path], tmp_path: Path, make_artefact: Any
-) -> None:
+def test_four_bits_of_bitsandbytes_answer_and_are_differentiated(tmp_path: Path, make_artefact: Any) -> None:
+    """Of a model that is wide enough for its blocks of 64."""
     pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "bits"))
+    plain, folder = tmp_path / "plain", tmp_path / "bits"
+    gguf_model("llama", "F32", hidden_size=128, intermediate_size=128, head_dim=32).save_pretrained(plain)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    packed = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, dtype=torch.float32)
-    (folder / "model.safetensors").unlink()
+    packed = AutoModelForCausalLM.from_pretrained(plain, quantization_config=four, dtype=torch.float32)
     packed.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     base = load_base(str(folder), dtype="float32")
     artefact = make_artefact(base)
     gradients, mine = GradientEngine(base), person(artefact, 3)
