@@ -58,8 +58,10 @@ _NEAR = 0.01  # size of the noise that takes a shift off the identity; the entri
 def parser(description: str | None) -> argparse.ArgumentParser:
     """common.parser with what says which model is run, how, and how often."""
     made = common.parser(description)
-    made.add_argument("--model", default="random-8m", help=f"a folder, or one of {', '.join(RANDOM)}")
-    made.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
+    made.add_argument(
+        "--model", default="random-8m", help=f"what --model of serve takes, or one of {', '.join(RANDOM)}"
+    )
+    made.add_argument("--dtype", default="auto", help="auto: the faster on this machine")
     made.add_argument("--device", default="auto")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     made.add_argument("--pairs", type=int, default=9, help="rounds in which every side has its turn")

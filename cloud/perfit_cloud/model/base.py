@@ -192,6 +192,9 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> BaseMo
             ignore_mismatched_sizes=True,
             **files.model_arguments,
         )
+        quantised = getattr(config, "quantization_config", None)
+        if quantised and all(weight.dtype in DTYPES.values() for weight in model.parameters()):
+            model = model.to(DTYPES[precision.dtype])  # some are unpacked to the dtype of their scales
         model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.tokenizer_arguments)
         files.finish(model)
@@ -200,7 +203,13 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> BaseMo
     model.requires_grad_(False)
     if not forget_words(tokenizer):
         _log.info("tokenizer has no word cache to turn off")
-    base = BaseModel(name, files.fingerprint(), model, tokenizer, try_model(model), str(precision))
+    try:
+        capabilities = try_model(model)
+    except InvalidData as error:
+        if not quantised:
+            raise
+        raise InvalidData(f"{name} is quantised in a way that cannot be used here: {error}") from error
+    base = BaseModel(name, files.fingerprint(), model, tokenizer, capabilities, str(precision))
     check_vocabulary(tokenizer, base._tokens, base._embedded, base.end_ids)
     if not base.end_ids:
         _log.warning(
