@@ -242,7 +242,7 @@ def test_whoever_leaves_stands_in_line_for_room_no_more(make_artefact: Any) -> N
     with device_lock.hold_long():
         worker = threading.Thread(target=open_it)
         worker.start()
-        wait_for(lambda: len(device_lock.long_waiting()) == 1)
+        wait_for(lambda: device_lock.health().waiting == 1)
         left.set()
         worker.join(10)
         assert [type(error) for error in opened] == [InvalidInput]

@@ -132,7 +132,7 @@ def long_passes(clock: Clock, device_lock: DeviceLock, calls: list[tuple[str, fl
     with device_lock.hold_long({"first": 1.0}):
         for number, thread in enumerate(threads):
             thread.start()
-            wait_for(lambda: len(device_lock.long_waiting()) > number)  # noqa: B023 - called at once
+            until_waiting(device_lock, number + 1)
     for thread in threads:
         thread.join(SECONDS)
     return log
@@ -194,8 +194,7 @@ def test_long_passes_wait_for_each_others_end_and_let_short_ones_in() -> None:
         for thread in threads:
             thread.start()
         assert inside.wait(SECONDS)
-        until_waiting(device_lock)
-        wait_for(device_lock.long_waiting)
+        until_waiting(device_lock, 2)
         device_lock.yield_to_waiting()
         log.append("end of the first")
     for thread in threads:
