@@ -291,6 +291,28 @@ def test_too_many_come_back_later(parts: Any) -> None:
         assert future.result(WAIT).tokens == step.session.target_tokens[2]
 
 
+def test_a_call_takes_as_few_passes_in_the_scheduler_as_alone(parts: Any) -> None:
+    """Six examples, 50 rows, were taken for a pass of 50; padded they are 54, so the sixth ran by itself."""
+    artefact = parts[0]
+    engine = UpdateEngine(build("llama"), keep_bytes=PLENTY, pass_tokens=50)
+    ran: list[int] = []
+    run_pass = engine.stateless.run_pass
+
+    def noted(shares: Any) -> None:
+        ran.append(sum(len(which) for _, which in shares))
+        run_pass(shares)
+
+    engine.stateless.run_pass = noted  # type: ignore[method-assign]
+    pairs = [([5] * 6, [7, 8])] * 4 + [([5] * 7, [7, 8])] * 4
+    use = ShiftUse(Mode.PERSONAL, artefact, person(artefact, 1))
+    engine.stateless.gradient(pairs, use)
+    alone, ran[:] = list(ran), []
+    queue = GradientScheduler(engine)
+    queue.submit(queue.open_stateless(pairs, use).whole).result(WAIT)
+    queue.close()
+    assert ran == alone == [5, 3]
+
+
 def test_who_has_an_answer_takes_no_place_among_those_who_wait(parts: Any) -> None:
     """The next step of a device comes from the end of the one before, which still stood in the queue."""
     artefact, engine, _ = parts
