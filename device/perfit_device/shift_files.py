@@ -9,6 +9,7 @@ from perfit_device import personal
 from perfit_device.cloud.codec import Artefact
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidTensors, NotFound, ShiftMismatch
+from perfit_shared.files import write_whole
 from perfit_shared.shifts import ShiftTensors, read_metadata
 
 __all__ = ["export", "read_file"]
@@ -31,20 +32,11 @@ def export(vault: Vault, cloud_id: str, artefact: str, path: Path, *, force: boo
 
 
 def _write(path: Path, data: bytes, *, force: bool) -> None:
-    target = path if not force else path.with_name(f"{path.name}.{os.getpid()}.new")
+    if not force and os.path.lexists(path):
+        raise InvalidInput(f"{path} exists; choose another name, or --force to replace it")
     try:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if force:
-            target.replace(path)
-    except FileExistsError as error:
-        raise InvalidInput(f"{target} exists; choose another name, or --force to replace it") from error
+        write_whole(path, data, mode=0o600)
     except OSError as error:
-        if force:
-            target.unlink(missing_ok=True)
         raise InvalidInput(f"cannot write {path}: {error.strerror}") from error
 
 

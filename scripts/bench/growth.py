@@ -7,6 +7,7 @@ import cProfile
 import ctypes
 import gc
 import pstats
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class _Peak:
 _PARTS = {
     "linear layers": ("", "<built-in method torch._C._nn.linear>"),
     "attention": ("model/kv_cache.py", "_packed_attention"),
-    "the book: whose rows": ("model/interventions.py", "groups_of"),
+    "whose rows are shifted": ("model/interventions.py", "groups_of"),
     "φ": ("model/interventions.py", "shift_rows"),
     "choosing tokens": ("engine/generation/sampling.py", "draw"),
 }
@@ -127,7 +128,7 @@ _TOP = 12  # functions shown by their own time
 def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     """Parts of the engine thread's time for 32 asks of 32 users, and the functions with most of their own.
 
-    By cProfile, which makes Python look dearer than it is.
+    By cProfile in processor time; it makes Python look dearer than it is.
     """
     artefact = artefact_for(base)
     count, new, longest = (4, 4, 64) if args.small else (32, _NEW_TOKENS, 256)
@@ -136,7 +137,7 @@ def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit("this model's family is served in batches; there is no step to profile")
     asked = _asked(prompts(base, count, 32, longest), artefact, new)
     ask_all(engine, asked)
-    profiler, step = cProfile.Profile(), engine._round
+    profiler, step = cProfile.Profile(time.thread_time), engine._round
     engine._round = lambda: profiler.runcall(step)  # type: ignore[method-assign]
     ask_all(engine, asked)
     engine.stop()

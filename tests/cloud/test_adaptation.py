@@ -223,7 +223,7 @@ def test_what_exceeds_the_device_is_spilled_and_then_computed_again(
         assert_equal(engine.gradients([GradientRequest(late, range(8), mine)])[0], wanted)
     assert late.cache.count(ON_DEVICE) + late.cache.count(SPILLED) < sum(counts)
     session.close()
-    assert engine._room == [keep_bytes, spill_bytes]
+    assert engine.bytes_held() == (0, 0)
 
 
 @pytest.mark.parametrize("positions", ["f3+l3", "l4"])

@@ -60,14 +60,14 @@ def test_nothing_is_left_after_close(make_artefact: Any) -> None:
         taken.append(sum(t.nbytes for t in own))
     assert all(tensor.abs().sum() > 0 for tensor in held)
     assert taken == session.cached_bytes
-    assert engine._room == [6000 - taken[0], 9000 - taken[1]]
+    assert list(engine.bytes_held()) == taken
     step = GradientRequest(session, [0, 1], person(artefact, 1))
     engine.gradients([step])
     session.close()
     session.close()
     assert not any(tensor.abs().sum() for tensor in held)
     assert not session.constants.any()
-    assert engine._room == [6000, 9000]
+    assert engine.bytes_held() == (0, 0)
     for call in (engine.gradients, engine.losses):
         for late in (step, GradientRequest(session, [4], step.personal)):  # the other needs no pass
             with pytest.raises(InvalidInput, match="closed"):
@@ -78,7 +78,7 @@ def test_an_adaptation_closed_while_it_opens_holds_nothing(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, artefact, engine = llama
-    room, compute, made = list(engine._room), module.build_cache, []
+    compute, made = module.build_cache, []
 
     def build(*arguments: Any, **how: Any) -> Any:
         made.append(compute(*arguments, **how))
@@ -89,7 +89,7 @@ def test_an_adaptation_closed_while_it_opens_holds_nothing(
     with pytest.raises(InvalidInput, match="closed"):
         engine.open(RAGGED, artefact)
     assert not made[0].hidden.any()
-    assert engine._room == room
+    assert engine.bytes_held() == (0, 0)
 
 
 def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_no_pass_begins_for_one_who_left(make_artefact: Any, monkeypatch: pytest
         engine.open(RAGGED, artefact, left=left)
     assert len(passes) == 1
     assert not passes[0].hidden.any()
-    assert not engine._open and engine._room == [PLENTY, 0]
+    assert engine.bytes_held() == (0, 0)
 
 
 def test_close_waits_for_the_pass_at_work(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_passes_breathe_between_blocks(llama: Any, monkeypatch: pytest.MonkeyPat
     _, artefact, engine = llama
     breaths: list[str] = []
     doing = ""
-    monkeypatch.setattr(type(engine._device_lock), "yield_to_waiting", lambda _self: breaths.append(doing))
+    monkeypatch.setattr(DeviceLock, "yield_to_waiting", lambda _self: breaths.append(doing))
     doing = "fill"
     session = engine.open(RAGGED, artefact)
     step = GradientRequest(session, [2, 5], person(artefact, 1))
@@ -161,12 +161,10 @@ def test_passes_breathe_between_blocks(llama: Any, monkeypatch: pytest.MonkeyPat
 
 def test_an_adaptation_that_fails_to_open_holds_no_room(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, artefact, engine = llama
-    room = list(engine._room)
     monkeypatch.setattr(module, "build_cache", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.open(RAGGED, artefact)
-    assert engine._room == room
-    assert not engine._open
+    assert engine.bytes_held() == (0, 0)
 
 
 def test_the_next_one_gets_the_room_that_a_closed_one_had(make_artefact: Any) -> None:
@@ -242,7 +240,7 @@ def test_whoever_leaves_stands_in_line_for_room_no_more(make_artefact: Any) -> N
     with device_lock.hold_long():
         worker = threading.Thread(target=open_it)
         worker.start()
-        wait_for(lambda: len(device_lock.long_waiting()) == 1)
+        wait_for(lambda: device_lock.health().waiting == 1)
         left.set()
         worker.join(10)
         assert [type(error) for error in opened] == [InvalidInput]

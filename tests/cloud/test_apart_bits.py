@@ -60,7 +60,8 @@ def test_a_token_s_attention_does_not_tell_which_slot_it_has() -> None:
 
 def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> list[np.ndarray[Any, Any]]:
     """Those of three steps, over examples that are kept and examples that are not."""
-    engine = UpdateEngine(base, keep_bytes=150_000, parts=NEIGHBOURS + 1 if alone else 0)
+    device_lock, parts = DeviceLock(), NEIGHBOURS + 1 if alone else 0
+    engine = UpdateEngine(base, keep_bytes=150_000, device_lock=device_lock, parts=parts)
     engine.budget = BatchBudget(150, 2**20, 2**20)
     queue = GradientScheduler(engine, alone=alone)
     others = [
@@ -73,7 +74,7 @@ def gradients_of(base: Any, artefact: Any, *, neighbours: int, alone: bool) -> l
     found: list[np.ndarray[Any, Any]] = []
     for number in range(3):
         hold = threading.Event()
-        holder = threading.Thread(target=_hold, args=(engine._device_lock, hold))
+        holder = threading.Thread(target=_hold, args=(device_lock, hold))
         holder.start()
         futures = [
             queue.submit(GradientRequest(other, [0, 1, 2, 3, 4], person(artefact, n)))

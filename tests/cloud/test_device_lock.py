@@ -54,7 +54,7 @@ def until_waiting(device_lock: DeviceLock, count: int = 1) -> None:
 def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill() -> None:
     """For a moment it was taken and had not moved since its last use, hours ago: health said NOT_SERVING."""
     seen: list[EngineHealth] = []
-    is_looking = False
+    is_looking = True  # not before there is a lock
 
     def look() -> float:
         nonlocal is_looking
@@ -64,9 +64,9 @@ def test_who_looks_while_a_long_idle_device_is_taken_sees_no_standstill() -> Non
             is_looking = False
         return time.monotonic()
 
-    device_lock = DeviceLock(time.monotonic)
+    device_lock = DeviceLock(look)
     device_lock.moved -= 3600
-    device_lock._clock = look
+    is_looking = False
     with device_lock.hold():
         pass
     assert any(health.running for health in seen)
@@ -132,7 +132,7 @@ def long_passes(clock: Clock, device_lock: DeviceLock, calls: list[tuple[str, fl
     with device_lock.hold_long({"first": 1.0}):
         for number, thread in enumerate(threads):
             thread.start()
-            wait_for(lambda: len(device_lock.long_waiting()) > number)  # noqa: B023 - called at once
+            until_waiting(device_lock, number + 1)
     for thread in threads:
         thread.join(SECONDS)
     return log
@@ -194,8 +194,7 @@ def test_long_passes_wait_for_each_others_end_and_let_short_ones_in() -> None:
         for thread in threads:
             thread.start()
         assert inside.wait(SECONDS)
-        until_waiting(device_lock)
-        wait_for(device_lock.long_waiting)
+        until_waiting(device_lock, 2)
         device_lock.yield_to_waiting()
         log.append("end of the first")
     for thread in threads:
@@ -211,7 +210,7 @@ def test_stateless_passes_breathe_behind_every_block(
     artefact = make_artefact(base)  # at blocks 1 and 2 of 4
     use = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, artefact.spec.personal_rank, 1))
     engine = GradientEngine(base, device_lock)
-    monkeypatch.setattr(device_lock, "yield_to_waiting", lambda: breaths.append(device_lock._is_taken))
+    monkeypatch.setattr(device_lock, "yield_to_waiting", lambda: breaths.append(device_lock.health().running))
     engine.score([([0, 5, 6], [7, 1])], use)
     assert breaths == [True] * 4
     engine.gradient([([0, 5, 6], [7, 1])], use)

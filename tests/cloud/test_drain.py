@@ -32,7 +32,7 @@ def stopping(running: Running, grace: float = TIMEOUT, **how: Any) -> Iterator[t
     """The server stops in another thread; that it has begun to is seen from outside when this is entered."""
     thread = threading.Thread(target=running.server.stop, args=(grace,), kwargs=how)
     thread.start()
-    wait_for(lambda: running.server._drain.is_on)
+    wait_for(lambda: running.server.telemetry.registry.get_sample_value("perfit_draining"))
     yield thread
     thread.join(TIMEOUT)
     assert not thread.is_alive()

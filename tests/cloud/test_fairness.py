@@ -43,7 +43,7 @@ def test_passes_wait_in_a_bounded_line(
     device = run(steps=steps, gradient_waiting=1).device()
     with device_lock.hold_long():
         first = device.stub.Score.future(score(), timeout=TIMEOUT)
-        wait_for(lambda: len(device_lock.long_waiting()) == 1)
+        wait_for(lambda: device_lock.health().waiting == 1)
         # One of two more finds room in the line, and stands there until its deadline.
         more = [device.stub.Score.future(score(), timeout=3) for _ in range(2)]
         outcomes = sorted(failure(call.result)[0] for call in more)
@@ -94,7 +94,7 @@ def test_scores_and_steps_stand_in_one_line(base: BaseModel, artefact: Artefact)
         scored = [steps.open_stateless(pairs, PLAIN, owner="scoring") for _ in range(3)]
         with device_lock.hold_long():
             futures: list[Any] = [steps.submit(GradientRequest(session, [0], artefact.seed))]  # at work
-            wait_for(lambda: len(device_lock.long_waiting()) == 1)
+            wait_for(lambda: device_lock.health().waiting == 1)
             futures += [steps.score(each.whole) for each in scored]
             futures += [
                 steps.submit(GradientRequest(session, [0], artefact.seed), loss_only=True) for _ in scored

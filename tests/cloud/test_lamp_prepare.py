@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from tests.support.lamp_prepare import ASK, FILES, call, fails, read, result
 
+from perfit_cloud.lamp import prepare_files
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
+from perfit_shared.files import written_whole
 from perfit_shared.lamp import read_golds
 from perfit_shared.tasks import TASKS
 
@@ -252,14 +255,24 @@ def test_files_that_are_there_are_not_replaced_unless_told(lamp: Lamp, tmp_path:
     assert "is a file" in fails(InvalidInput, *lamp.args, "--out", out / FILES[0])
 
 
-def test_a_failed_write_leaves_the_old_files_and_no_others(lamp: Lamp, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_files_and_no_others(
+    lamp: Lamp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "data"
     result(*lamp.args, "--out", out, "--users", 2)
     before = {name: (out / name).read_bytes() for name in FILES}
-    (out / f"{FILES[2]}.new").mkdir()  # the last of the three cannot be opened
+    opened = []
+
+    def fails_at_the_last(path: Path) -> Any:
+        opened.append(path.name)
+        if len(opened) == len(FILES):
+            raise OSError(errno.ENOSPC, "no space left")
+        return written_whole(path)
+
+    monkeypatch.setattr(prepare_files, "written_whole", fails_at_the_last)
     done = call(*lamp.args, "--out", out, "--users", 1, "--force")
-    assert isinstance(done.exception, OSError)
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert isinstance(done.exception, OSError) and sorted(opened) == sorted(FILES)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_cohort_leaves_somebody_to_learn_from(lamp: Lamp, tmp_path: Path) -> None:

@@ -291,13 +291,48 @@ def test_too_many_come_back_later(parts: Any) -> None:
         assert future.result(WAIT).tokens == step.session.target_tokens[2]
 
 
+def test_a_call_takes_as_few_passes_in_the_scheduler_as_alone(parts: Any) -> None:
+    """Six examples, 50 rows, were taken for a pass of 50; padded they are 54, so the sixth ran by itself."""
+    artefact = parts[0]
+    engine = UpdateEngine(build("llama"), keep_bytes=PLENTY, pass_tokens=50)
+    ran: list[int] = []
+    run_pass = engine.stateless.run_pass
+
+    def noted(shares: Any) -> None:
+        ran.append(sum(len(which) for _, which in shares))
+        run_pass(shares)
+
+    engine.stateless.run_pass = noted  # type: ignore[method-assign]
+    pairs = [([5] * 6, [7, 8])] * 4 + [([5] * 7, [7, 8])] * 4
+    use = ShiftUse(Mode.PERSONAL, artefact, person(artefact, 1))
+    engine.stateless.gradient(pairs, use)
+    alone, ran[:] = list(ran), []
+    queue = GradientScheduler(engine)
+    queue.submit(queue.open_stateless(pairs, use).whole).result(WAIT)
+    queue.close()
+    assert ran == alone == [5, 3]
+
+
+def test_who_has_an_answer_takes_no_place_among_those_who_wait(parts: Any) -> None:
+    """The next step of a device comes from the end of the one before, which still stood in the queue."""
+    artefact, engine, _ = parts
+    queue, again = GradientScheduler(engine, waiting=1), list[Future[Any]]()
+    step = GradientRequest(queue.open(RAGGED, artefact), [2], person(artefact, 1))
+    first = occupy(engine, queue, step)
+    first.add_done_callback(lambda _: again.append(queue.submit(step)))  # in the worker's thread
+    engine.go.release(10**6)
+    wait_for(lambda: again)
+    assert again[0].result(WAIT).tokens == first.result(WAIT).tokens
+    queue.close()
+
+
 def test_close_ends_every_wait(parts: Any) -> None:
     artefact, engine, queue = parts
     step = GradientRequest(queue.open(RAGGED, artefact), [2], person(artefact, 1))
     at_work, waiting = occupy(engine, queue, step), queue.submit(step)
     closing = threading.Thread(target=queue.close)
     closing.start()
-    wait_for(lambda: not queue._is_open)  # or the worker could take the one that waits
+    wait_for(lambda: not queue.health().is_alive)  # or the worker could take the one that waits
     engine.go.release(10**6)
     closing.join(WAIT)
     assert at_work.result(WAIT).tokens > 0
@@ -305,7 +340,7 @@ def test_close_ends_every_wait(parts: Any) -> None:
         waiting.result(WAIT)
     with pytest.raises(InvalidInput, match="closed"):
         queue.submit(step)
-    assert not engine._open
+    assert engine.bytes_held() == (0, 0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -369,6 +404,6 @@ def test_everyone_on_one_device_gets_on(make_artefact: Callable[..., Any]) -> No
     answering.join(WAIT)
     assert (counts["stateless"], counts["steps"]) == (40, 40)
     assert counts["answers"] > 100
-    assert not device_lock._is_taken and not engine._open
+    assert not device_lock.health().running and engine.bytes_held() == (0, 0)
     queue.close()
     alone.close()

@@ -7,7 +7,6 @@ whole.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.files import written_whole
 
 __all__ = ["FILE", "Record", "Snapshot", "load", "save"]
 
@@ -65,12 +65,8 @@ def save(folder: Path, arguments: Mapping[str, Any], snapshot: Snapshot) -> None
         "optimizer": snapshot.optimizer,
         "best": snapshot.best,
     }
-    new = folder / (FILE + ".new")
-    with new.open("wb") as file:
+    with written_whole(folder / FILE) as file:
         torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(folder / FILE)
 
 
 def load(folder: Path, arguments: Mapping[str, Any]) -> Snapshot | None:

@@ -131,14 +131,10 @@ class DeviceLock(_Queue):
 
     def health(self) -> EngineHealth:
         """Stalled since the holder last released the lock or yielded."""
-        is_taken, waiting = self._is_taken, len(self._waiting)
+        is_taken, waiting = self._is_taken, len(self._waiting) + len(self._long._waiting)
         return EngineHealth(
             int(is_taken), waiting, self._clock() - self.moved if is_taken else 0.0, is_alive=True
         )
-
-    def long_waiting(self) -> list[str]:
-        """The owners of the long passes that wait, a name for each."""
-        return [owner for waiter in list(self._long._waiting) for owner in waiter.owners]
 
     @contextmanager
     def hold(self, kind: str = "answers") -> Iterator[None]:

@@ -10,13 +10,14 @@ Ids stay as the source has them, numbers and texts: LaMP's and OPPU's scripts co
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from perfit_shared.errors import InvalidInput
+from perfit_shared.files import written_whole
 from perfit_shared.lamp import Entry
 from perfit_shared.tasks import Task
 
@@ -151,17 +152,10 @@ def _array(records: Iterable[str]) -> Iterable[str]:
 
 
 def _write_all(out: Path, files: Mapping[str, Iterable[str]]) -> None:
-    """All files or none: write temporary files first, then replace the old ones."""
+    """All files or none: all are written before the first replaces an old one."""
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with ExitStack() as stack:
         for name, parts in files.items():
-            with (out / f"{name}.new").open("w", encoding="utf-8") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-    except BaseException:
-        for name in files:
-            (out / f"{name}.new").unlink(missing_ok=True)
-        raise
-    for name in files:
-        (out / f"{name}.new").replace(out / name)
+            file = stack.enter_context(written_whole(out / name))
+            file.writelines(part.encode() for part in parts)
+            file.flush()

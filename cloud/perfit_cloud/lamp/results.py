@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perfit_shared.errors import InvalidData
+from perfit_shared.files import write_whole
 from perfit_shared.prompts import prompts_of
 from perfit_shared.tasks import Task
 
@@ -231,11 +231,6 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Whole or not at all: write a temporary file, then replace the old one."""
+    """Whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    write_whole(path, data)

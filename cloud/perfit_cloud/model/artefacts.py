@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perfit_shared.errors import InvalidData, PerfitError
+from perfit_shared.files import write_whole
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
 
@@ -49,10 +50,10 @@ class Artefact:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write the three files; artefact.json last and atomically, so a half-written folder is none."""
+        """Write the three files; artefact.json last, so a half-written folder is none."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "collective.safetensors").write_bytes(self.collective.to_bytes())
-        (folder / "seed.safetensors").write_bytes(self.seed.to_bytes())
+        write_whole(folder / "collective.safetensors", self.collective.to_bytes())
+        write_whole(folder / "seed.safetensors", self.seed.to_bytes())
         data = {
             "format": _FORMAT,
             "name": self.name,
@@ -65,9 +66,7 @@ class Artefact:
             "batch_size": self.batch_size,
             "card": self.card,
         }
-        new = folder / "artefact.json.new"
-        new.write_text(json.dumps(data, indent=1, ensure_ascii=False), "utf-8")
-        new.replace(folder / "artefact.json")
+        write_whole(folder / "artefact.json", json.dumps(data, indent=1, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Artefact:

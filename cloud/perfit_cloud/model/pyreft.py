@@ -27,6 +27,7 @@ from torch import Tensor
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import open_model
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidTensors, ShiftMismatch
+from perfit_shared.files import write_whole
 from perfit_shared.presets import preset_for, preset_name
 from perfit_shared.shifts import NORM_CAP, LayerShift, ShiftTensors, read_metadata
 from perfit_shared.tasks import Task
@@ -148,9 +149,7 @@ def write_checkpoint(folder: Path, shifts: Sequence[ShiftTensors]) -> None:
         "sorted_keys": keys,
         "transformers_version": "4.45.1",
     }
-    new = folder / f"{_CONFIG}.new"
-    new.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    new.replace(folder / _CONFIG)
+    write_whole(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _key(layer: int, k: int) -> str:

@@ -25,7 +25,6 @@ __all__ = [
     "PromptReader",
     "decode_sampling",
     "decode_shift",
-    "decode_spec",
     "decode_step",
     "encode_chunk",
     "encode_description",
@@ -240,17 +239,6 @@ def encode_spec(spec: ShiftSpec) -> pb.ShiftSpec:
         collective_rank=spec.collective_rank,
         personal_rank=spec.personal_rank,
         hidden_size=spec.hidden_size,
-    )
-
-
-def decode_spec(message: pb.ShiftSpec) -> ShiftSpec:
-    """Raises InvalidInput on a spec that cannot be."""
-    return ShiftSpec(
-        layers=tuple(message.layers),
-        positions=message.positions,
-        collective_rank=message.collective_rank,
-        personal_rank=message.personal_rank,
-        hidden_size=message.hidden_size,
     )
 
 

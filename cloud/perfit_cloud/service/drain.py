@@ -29,10 +29,6 @@ class Drain:
         self._listeners: set[Callable[[], None]] = set()
         self._is_on = False
 
-    @property
-    def is_on(self) -> bool:
-        return self._is_on
-
     def check(self) -> None:
         """Raises what `stopping` makes, once the cloud is stopping."""
         if self._is_on:

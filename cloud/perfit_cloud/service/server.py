@@ -131,8 +131,8 @@ class CloudServer:
         whether all calls ended by themselves.
         """
         self._health.stop()
-        self.telemetry.draining()
         self._drain.begin()
+        self.telemetry.draining()
         is_idle = self._drain.wait(grace, is_hurried)
         for stopped in [server.stop(_LAST_SECONDS if is_idle else 0) for server in self._servers]:
             stopped.wait(2 * _LAST_SECONDS)

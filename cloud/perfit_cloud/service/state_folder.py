@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from perfit_shared.errors import ConfigError
+from perfit_shared.files import write_whole
 from perfit_shared.ownership import check_ownership
 
 __all__ = [
@@ -83,10 +84,7 @@ class Addresses:
     enrol_address: str  # enrolment
 
     def save(self, state: Path) -> None:
-        new = state / f"{_ADDRESSES}.new"
-        with _made(new) as file:
-            file.write(json.dumps(asdict(self)).encode())
-        new.replace(state / _ADDRESSES)
+        write_whole(state / _ADDRESSES, json.dumps(asdict(self)).encode(), mode=0o600)
 
     @classmethod
     def load(cls, state: Path) -> Addresses:

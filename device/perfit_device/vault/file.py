@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from perfit_device.vault.crypto import Header, KdfParams
 from perfit_shared.errors import NotFound, VaultBusy, VaultDamaged, VaultError
+from perfit_shared.files import sync_folder, temporary_name
 from perfit_shared.ownership import check_ownership, make_private_folder
 
 __all__ = ["WAIT_SECONDS", "attach", "make", "translated"]
@@ -47,7 +47,7 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
     except OSError as error:
         raise VaultError(f"cannot make {path.parent}: {error.strerror}") from error
     check_ownership(path.parent)
-    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    new = temporary_name(path)
     try:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with translated(path), contextlib.closing(_connect(new, WAIT_SECONDS)) as connection:
@@ -58,7 +58,7 @@ def make(path: Path, header: Header, list_mac: bytes) -> None:
             connection.execute("INSERT INTO header VALUES (1, ?, ?)", (header.to_bytes(), list_mac))
             connection.execute("COMMIT")
         os.link(new, path)  # unlike a rename, this never replaces a vault made meanwhile
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except FileExistsError as error:
         raise VaultError(f"there is a vault at {path} already") from error
     except OSError as error:
@@ -198,11 +198,3 @@ def translated(path: Path) -> Iterator[None]:
         if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             raise VaultError(f"cannot use {path}: {error}; nothing was changed") from error
         raise VaultDamaged(f"{path} is damaged, and was left as it is; restore a copy of the file") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,14 +17,7 @@ from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.service.catalog import Catalog
-from perfit_cloud.service.codec import (
-    PromptReader,
-    decode_sampling,
-    decode_shift,
-    decode_spec,
-    decode_step,
-    find_version,
-)
+from perfit_cloud.service.codec import PromptReader, decode_sampling, decode_shift, decode_step, find_version
 from perfit_cloud.service.identity.certificates import (
     CertificateAuthority,
     generation_of,
@@ -60,7 +53,6 @@ def targets(tiny: Tiny, work: Path) -> list[Target]:
             "cloud: examples and candidates", 5, messages(pb.ComputeGradientRequest, hints), codec.gradient
         ),
         Target("cloud: steps of an update", 4, messages(pb.AdaptStep, hints), codec.step),
-        Target("cloud: shift specs", 2, messages(pb.ShiftSpec, hints), lambda m: str(decode_spec(m))[:9]),
         Target("cloud: certificate requests", 3, edited([csr, csr + b"\0"]), _csr),
         Target("cloud: certificates", 3, edited(_certificates(work)), _certificate),
         *counts.targets(catalog),

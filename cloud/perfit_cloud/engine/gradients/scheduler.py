@@ -216,8 +216,9 @@ class _Task:
         return int(self._costs.sum())
 
     def take(self, room: int) -> Indices:
-        """The next examples that fit into so many rows, one at least."""
-        first = next(BatchBudget(room).cut(self._costs, self._costs), self._rest[:0])
+        """The next examples that fit into so many rows, with the padding of whole examples; one at least."""
+        keys = self.total.session.engine.budget.within(room).keys
+        first = next(BatchBudget(room, keys).cut(self._costs, self._costs), self._rest[:0])
         taken, count = self._rest[: len(first)], len(first)
         self._rest, self._costs = self._rest[count:], self._costs[count:]
         return taken

@@ -36,7 +36,6 @@ from perfit_cloud.service.identity.certificates import (
     identity_of,
     read_certificate,
     read_csr,
-    write_private,
 )
 from perfit_cloud.service.identity.challenges import Challenges
 from perfit_cloud.service.identity.sqlite_store import SQLiteStore
@@ -52,6 +51,7 @@ from perfit_shared.errors import (
     NotFound,
     StoreFailed,
 )
+from perfit_shared.files import write_whole
 from perfit_shared.ownership import make_private_folder
 
 __all__ = ["Authority"]
@@ -105,8 +105,8 @@ class Authority(Authenticator):
     def write_serving_files(self, folder: Path, names: Sequence[str]) -> None:
         """Write the files that a serving process needs. Call again in time to renew its certificate."""
         identity = self.server_identity(names)
-        write_private(folder / DEVICE_CA_CERTIFICATE, self.device_ca_pem, replaces=True)
-        write_private(folder / SERVER_IDENTITY, identity.key_pem + identity.certificate_pem, replaces=True)
+        write_whole(folder / DEVICE_CA_CERTIFICATE, self.device_ca_pem, mode=0o600)
+        write_whole(folder / SERVER_IDENTITY, identity.key_pem + identity.certificate_pem, mode=0o600)
 
     # -- invites and enrolment -------------------------------------------------------------------
 

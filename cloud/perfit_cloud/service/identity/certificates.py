@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import secrets
 import stat
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from perfit_shared.errors import ConfigError, InvalidInput, NotAuthenticated
+from perfit_shared.files import write_whole
 
 __all__ = [
     "CertificateAuthority",
@@ -34,7 +35,6 @@ __all__ = [
     "read_certificate",
     "read_csr",
     "read_pair",
-    "write_private",
 ]
 
 _CA_LIFE = datetime.timedelta(days=3650)
@@ -58,7 +58,8 @@ class CertificateAuthority:
         readable by others; the file is never replaced.
         """
         if not path.exists():
-            write_private(path, _new_authority(common_name), replaces=False)
+            with suppress(FileExistsError):  # another process was faster
+                write_whole(path, _new_authority(common_name), mode=0o600, replaces=False)
         return cls(*read_pair(path, trusts_group=trusts_group))
 
     @property
@@ -262,23 +263,3 @@ def _new_authority(common_name: str) -> bytes:
         .sign(key, hashes.SHA256())
     )
     return private_pem(key) + certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def write_private(path: Path, data: bytes, *, replaces: bool) -> None:
-    """Write `path` whole or not at all, 0600. Without `replaces` an existing file stays."""
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if replaces:
-            new.replace(path)
-            return
-        try:
-            os.link(new, path)
-        except FileExistsError:
-            return
-    finally:
-        new.unlink(missing_ok=True)
