@@ -114,7 +114,8 @@ class Source:
     def gradients(self, asked: Sequence[Request]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
         self.log.append(("gradients", [each.owner for each in asked]))
         self.rows += [list(each.rows) for each in asked]
-        return lambda: [quadratic(each.tensors, self._goals[each.owner]) for each in asked]
+        goals = [self._goals[each.owner] + sum(each.rows) / len(each.rows) / 50 for each in asked]
+        return lambda: [quadratic(each.tensors, goal) for each, goal in zip(asked, goals, strict=True)]
 
     def losses(self, asked: Sequence[Request]) -> Callable[[], list[list[Score]]]:
         self.log.append(("losses", [each.owner for each in asked]))
