@@ -21,6 +21,7 @@ from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling, Score
+from perfit_shared.validation import mean_loss
 
 __all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "refusal"]
 
@@ -54,7 +55,7 @@ class Judged:
 
     def loss(self, rows: Sequence[int]) -> float:
         """Mean nats a token over these."""
-        return _mean([score for row in rows if isinstance(score := self.scores[row], Score)])
+        return mean_loss([score for row in rows if isinstance(score := self.scores[row], Score)])
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         return [str(self.answers[row]) for row in rows]
@@ -80,11 +81,11 @@ class TaskClient:
         done = len(items)
         return Judged(scored, self.answers(items, use, progress=lambda more: progress(done + more)))
 
-    def mean_loss(self, items: Sequence[HistoryItem], use: ShiftUse, *, cut: bool = False) -> float:
-        """Mean nats a token over all answers and their end-of-sequence tokens. Raises ExamplesRefused."""
+    def all_scores(self, items: Sequence[HistoryItem], use: ShiftUse, *, cut: bool = False) -> list[Score]:
+        """Of every item's answer. Raises ExamplesRefused."""
         found = self.scores(items, use, cut=cut)
         _check_refused(items, found)
-        return _mean([score for score in found if isinstance(score, Score)])
+        return [score for score in found if isinstance(score, Score)]
 
     def scores(
         self,
@@ -144,11 +145,6 @@ class TaskClient:
             if accepted == _ACCEPTED_IN_A_ROW:
                 break
         return found
-
-
-def _mean(of: Sequence[Score]) -> float:
-    """Nats a token."""
-    return -sum(each.log_likelihood for each in of) / sum(each.tokens for each in of)
 
 
 def _chunks(

@@ -45,6 +45,22 @@ _INDEX, _TENSORS = "shift", "version"  # kinds of rows
 
 
 @dataclass(frozen=True)
+class TrainingSummary:
+    """What a version was made of. None where unknown: vaults of format 1 did not record it.
+
+    `examples` counts those that trained, the oldest of the history. Losses are in nats a token. Those of
+    training are means over the first and the last epoch's steps; the gate's are of what the version was
+    compared with, and of this one.
+    """
+
+    examples: int | None = None
+    train_before: float | None = None
+    train_after: float | None = None
+    gate_before: float | None = None
+    gate_after: float | None = None
+
+
+@dataclass(frozen=True)
 class PersonalShift:
     """The current version of a user's shift, and how many updates made it."""
 
@@ -53,21 +69,7 @@ class PersonalShift:
     # The value of `history.forgotten` when this shift, or the one that it continues, began at the seed.
     # It may remember what was forgotten since.
     forgotten: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a version was made of. None where unknown: vaults of format 1 did not record it.
-
-    Losses are in nats a token. Those of training are means over the first and the last epoch's steps;
-    the gate's are of the version before, and of this one.
-    """
-
-    examples: int | None = None
-    train_before: float | None = None
-    train_after: float | None = None
-    gate_before: float | None = None
-    gate_after: float | None = None
+    learned: TrainingSummary = field(default_factory=TrainingSummary)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | Non
     )
     data = _read(vault, shift_row(cloud_id, artefact.name), now.number)
     tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
-    return PersonalShift(tensors, now.updates, now.forgotten)
+    return PersonalShift(tensors, now.updates, now.forgotten, now.learned)
 
 
 def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> ShiftTensors:
@@ -170,13 +172,7 @@ def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> Shi
         raise VaultDamaged("the vault holds a shift that cannot be read") from error
 
 
-def store(
-    vault: Vault,
-    cloud_id: str,
-    artefact: Artefact,
-    shift: PersonalShift,
-    learned: TrainingSummary | None = None,
-) -> None:
+def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift) -> None:
     """Add a version behind the current one, and make it current.
 
     It removes undone versions, and the oldest of more than ten. It also removes versions that may remember
@@ -191,7 +187,7 @@ def store(
         updates=shift.updates,
         forgotten=shift.forgotten,
         date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        learned=learned or TrainingSummary(),
+        learned=shift.learned,
     )
     earlier = [
         each

@@ -3,7 +3,7 @@
 Whoever computes the gradients calls it: a device over the wire, the research pipeline and the trials
 of learning rates in process.
 
-    schedule = schedule_for("device", artefact, len(examples))
+    schedule = schedule_for("device", artefact, len(examples), held_out=len(gate))
     trainings = [Training.start(schedule, tensors)]
     for stepped in train(trainings, gradients=…, losses=…):
         …                     # progress, checkpoints, a stop
@@ -18,156 +18,50 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from itertools import chain, islice
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-import numpy as np
 import safetensors
 import safetensors.numpy
 
-from perfit_shared.errors import Diverged, InvalidData, InvalidInput, PerfitError, UpdateFailed
-from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
+from perfit_shared.errors import Diverged, InvalidData, PerfitError, UpdateFailed
+from perfit_shared.optimizer import StiefelAdamW
+from perfit_shared.schedules import Figures, Overrides, PaperSchedule, Schedule, schedule_for
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.types import Score
+from perfit_shared.validation import Comparison, mean_loss
 
-__all__ = ["Figures", "Overrides", "PaperSchedule", "Schedule", "Training", "schedule_for", "train"]
+__all__ = [
+    "Figures",
+    "Overrides",
+    "PaperSchedule",
+    "Request",
+    "Schedule",
+    "Track",
+    "Training",
+    "schedule_for",
+    "train",
+]
 
-_LEAST_STEPS = 150  # of an update on a device, unless the user says otherwise
-_POOLED = 50  # batches, at most, whose examples are sorted by length together
+_JUDGEMENTS = 12  # of a training, about
+_PATIENCE = 0.3  # of all epochs: training ends that long after the best one
 
-
-# -- schedules -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What training will do; two with equal schedules take equal steps. Raises InvalidInput."""
-
-    epochs: int
-    learning_rate: float  # peak
-    batch_size: int  # examples a step
-    seed: int
-    examples: int
-
-    name: ClassVar[str] = "device"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.epochs <= 1000:
-            raise InvalidInput(f"epochs should be from 1 to 1000, not {self.epochs}")
-        if not 1 <= self.batch_size <= 4096:
-            raise InvalidInput(f"a batch size should be from 1 to 4096, not {self.batch_size}")
-        if self.seed < 0:
-            raise InvalidInput("a seed should not be negative")
-        if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 10):
-            raise InvalidInput("a learning rate should be above 0 and at most 10")
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    def batch(self, step: int) -> list[int]:
-        """Row indices of one step; every epoch is a permutation of its own."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> list[int]:
-        rows: list[int] = np.random.default_rng([self.seed, epoch]).permutation(self.examples).tolist()
-        return rows
-
-    def rate(self, step: int) -> float:
-        """The learning rate of one step: linear warm-up over a tenth of all, then linear decay."""
-        return learning_rate_at(step, self.optimizer())
-
-    def optimizer(self) -> OptimizerConfig:
-        return OptimizerConfig(self.learning_rate, self.steps, schedule=self.name)
-
-
-@dataclass(frozen=True)
-class PaperSchedule(Schedule):
-    """As the paper trains, which is Hugging Face's trainer with `group_by_length`.
-
-    An epoch's permutation is cut into pools of up to 50 batches, at least four of them; each pool is
-    sorted by length, longest first, and the longest example of all comes first of all, so that memory
-    runs out at once or never. The first step's rate is 0 (`learning_rate_at`).
-    """
-
-    lengths: tuple[int, ...]  # of each example, tokens of prompt and target
-
-    name: ClassVar[str] = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "lengths", tuple(self.lengths))  # JSON has lists
-        if len(self.lengths) != self.examples:
-            raise InvalidInput(f"{len(self.lengths)} lengths of {self.examples} examples")
-
-    def _order(self, epoch: int) -> list[int]:
-        rows = super()._order(epoch)
-        size = self.batch_size * max(1, min(self.examples // (4 * self.batch_size), _POOLED))
-        pools = [rows[start : start + size] for start in range(0, len(rows), size)]
-        order = [row for pool in pools for row in sorted(pool, key=lambda row: -self.lengths[row])]
-        longest = order.index(max(order, key=lambda row: self.lengths[row]))
-        order[0], order[longest] = order[longest], order[0]
-        return order
-
-
-class Figures(Protocol):
-    """What a schedule starts from: an artefact, or a preset."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """The user's own figures; None where the user gives none."""
-
-    epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
-
-
-def schedule_for(
-    name: str,
-    figures: Figures,
-    examples: int,
-    overrides: Overrides = Overrides(),
-    *,
-    lengths: Sequence[int] = (),
-) -> Schedule:
-    """The "paper" schedule or a "device" one of an update on so many examples. Raises InvalidInput.
-
-    "paper" takes the figures as they stand, and needs the `lengths` of the examples in tokens. They
-    are made for long histories; on a short one they end before much is learned. On the 77 training
-    examples of the demo's Ravi 88 steps end at a test loss of 1.36, 154 at 0.93 and 220 at 0.80. So on
-    a "device" a batch is at most a tenth of the examples, or 4 where that is more, and there are as
-    many epochs as 150 steps take; the gate keeps the best one. Overrides always win.
-    """
-    on_device = name == Schedule.name
-    batch_size, epochs = overrides.batch_size, overrides.epochs
-    if batch_size is None:
-        batch_size = min(figures.batch_size, max(4, examples // 10)) if on_device else figures.batch_size
-    batch_size = min(batch_size, examples)
-    if epochs is None:
-        steps_per_epoch = math.ceil(examples / max(1, batch_size))  # Schedule refuses a size below 1
-        epochs = max(figures.epochs, math.ceil(_LEAST_STEPS / steps_per_epoch) if on_device else 0)
-    rate = figures.learning_rate if overrides.learning_rate is None else overrides.learning_rate
-    schedule = Schedule(epochs, float(rate), batch_size, overrides.seed, examples)
-    return schedule if on_device else PaperSchedule(**asdict(schedule), lengths=tuple(lengths))
-
-
-# -- training ------------------------------------------------------------------------------------
 
 S = TypeVar("S", bound=Schedule)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Tensors on their way, with their moments."""
+
+    tensors: ShiftTensors
+    optimizer: StiefelAdamW
+
+    def stepped(self, gradient: ShiftTensors) -> Track:
+        optimizer = self.optimizer.copy()
+        return Track(optimizer.step(self.tensors, gradient), optimizer)
 
 
 @dataclass(frozen=True)
@@ -175,24 +69,39 @@ class Training(Generic[S]):
     """Where a run stands: tensors, moments, losses, and the best epoch where epochs are judged."""
 
     schedule: S
-    tensors: ShiftTensors
-    optimizer: StiefelAdamW
+    track: Track
+    folds: tuple[Track, ...] = ()
     losses: tuple[float, ...] = ()  # by step, nats a token
     seconds: float = 0.0  # the caller's clock
-    judged: int = 0  # the step, at an epoch's end, that held-out examples were last measured at
-    best_loss: float = math.inf  # of the best epoch so far on those, nats a token
+    judged: int = -1  # the step, at an epoch's end, that held-out examples were last measured at
+    start_scores: tuple[Score, ...] = ()  # of the held-out examples, before the first step
+    best_scores: tuple[Score, ...] = ()  # after the best epoch so far
+    best_step: int = 0
     best: ShiftTensors | None = None
 
     @classmethod
-    def start(cls, schedule: S, tensors: ShiftTensors, *, judge_start: bool = False) -> Self:
-        """With `judge_start` no epoch is the best one that is no better than `tensors`."""
-        judged = -1 if judge_start else 0
-        return cls(schedule, tensors, StiefelAdamW(schedule.optimizer()), judged=judged)
+    def start(cls, schedule: S, tensors: ShiftTensors) -> Self:
+        track = Track(tensors, StiefelAdamW(schedule.optimizer()))
+        return cls(schedule, track, (track,) * schedule.folds)
 
     @property
-    def outcome(self) -> ShiftTensors:
-        """The best epoch's tensors, or the last ones where none was judged."""
-        return self.tensors if self.best is None else self.best
+    def tensors(self) -> ShiftTensors:
+        return self.track.tensors
+
+    @property
+    def comparison(self) -> Comparison:
+        """The start and the best epoch, on the examples that judge."""
+        return Comparison(self.start_scores, self.best_scores)
+
+    @property
+    def outcome(self) -> ShiftTensors | None:
+        """The last tensors; where epochs are judged the best one's, or None when it is not better.
+
+        Better than the start, that is, by more than chance explains.
+        """
+        if not self.schedule.judged:
+            return self.tensors
+        return self.best if self.comparison.is_better else None
 
     @property
     def step(self) -> int:
@@ -201,7 +110,10 @@ class Training(Generic[S]):
 
     @property
     def done(self) -> bool:
-        return self.step >= self.schedule.steps
+        """Whether all steps are taken, or the best epoch lies so far back that none will be better."""
+        waited = self.judged - self.best_step
+        patience = math.ceil(_PATIENCE * self.schedule.epochs) * self.schedule.steps_per_epoch
+        return self.step >= self.schedule.steps or waited > patience
 
     @property
     def rows(self) -> list[int]:
@@ -209,35 +121,60 @@ class Training(Generic[S]):
         return self.schedule.batch(self.step)
 
     @property
-    def at_epoch_end(self) -> bool:
-        """Whether an epoch ended here that `judge` has not seen."""
-        return self.step > self.judged and self.step % self.schedule.steps_per_epoch == 0
+    def next_step(self) -> list[tuple[Sequence[int], ShiftTensors]]:
+        """The rows and tensors to differentiate: the training's own, and each fold's."""
+        tracks = (self.track, *self.folds)
+        batches = self.schedule.batches(self.step)
+        return [(rows, track.tensors) for rows, track in zip(batches, tracks, strict=True)]
 
-    def stepped(self, loss: float, gradient: ShiftTensors, *, seconds: float = 0.0) -> Self:
-        """After one step. Raises UpdateFailed when loss or gradient are no numbers."""
-        if not math.isfinite(loss) or not math.isfinite(gradient.norm()):
-            raise UpdateFailed(
-                f"the loss is no longer a number at step {self.step + 1}; "
-                f"try --lr {self.schedule.learning_rate / 3:.2g}"
-            )
-        optimizer = self.optimizer.copy()
-        tensors = optimizer.step(self.tensors, gradient)
+    @property
+    def at_judgement(self) -> bool:
+        """Whether an epoch ended here that `judge` has not seen; of many epochs it sees twelve."""
+        if not self.schedule.judged or self.step <= self.judged:
+            return False
+        every = max(1, self.schedule.epochs // _JUDGEMENTS) * self.schedule.steps_per_epoch
+        return self.step % every == 0 or self.step == self.schedule.steps
+
+    @property
+    def next_judgement(self) -> list[tuple[Sequence[int], ShiftTensors]]:
+        """The rows and tensors to score: each fold's own part, or what is held out."""
+        tracks = self.folds or (self.track,)
+        return [(rows, t.tensors) for rows, t in zip(self.schedule.judged, tracks, strict=True)]
+
+    def stepped(
+        self,
+        loss: float,
+        gradient: ShiftTensors,
+        *,
+        folds: Sequence[tuple[float, ShiftTensors]] = (),
+        seconds: float = 0.0,
+    ) -> Self:
+        """After one step. Raises UpdateFailed when a loss or gradient is no number."""
+        for each_loss, each in ((loss, gradient), *folds):
+            if not math.isfinite(each_loss) or not math.isfinite(each.norm()):
+                raise UpdateFailed(
+                    f"the loss is no longer a number at step {self.step + 1}; "
+                    f"try --lr {self.schedule.learning_rate / 3:.2g}"
+                )
         return replace(
             self,
-            tensors=tensors,
-            optimizer=optimizer,
+            track=self.track.stepped(gradient),
+            folds=tuple(t.stepped(each) for t, (_, each) in zip(self.folds, folds, strict=True)),
             losses=(*self.losses, loss),
             seconds=self.seconds + seconds,
         )
 
-    def judge(self, loss: float) -> Self:
-        """After measuring held-out examples at an epoch's end; keeps the best epoch's tensors.
+    def judge(self, scores: Sequence[Score]) -> Self:
+        """After scoring the held-out examples at an epoch's end; keeps the best epoch's tensors.
 
         A later epoch may have learned the training examples by heart.
         """
-        if loss < self.best_loss:
-            return replace(self, judged=self.step, best_loss=loss, best=self.tensors)
-        return replace(self, judged=self.step)
+        found, judged = tuple(scores), replace(self, judged=self.step)
+        if self.judged < 0:
+            return replace(judged, start_scores=found, best_scores=found)
+        if mean_loss(found) < mean_loss(self.best_scores):
+            return replace(judged, best_scores=found, best_step=self.step, best=self.tensors)
+        return judged
 
     # -- bytes ---------------------------------------------------------------------------------
 
@@ -248,16 +185,20 @@ class Training(Generic[S]):
             "losses": self.losses,
             "seconds": self.seconds,
             "judged": self.judged,
-            "best_loss": self.best_loss,
+            "start_scores": [astuple(score) for score in self.start_scores],
+            "best_scores": [astuple(score) for score in self.best_scores],
+            "best_step": self.best_step,
         }
-        parts = [json.dumps(header).encode(), self.tensors.to_bytes(), self.optimizer.to_bytes()]
+        parts = [json.dumps(header).encode()]
+        for track in (self.track, *self.folds):
+            parts += [track.tensors.to_bytes(), track.optimizer.to_bytes()]
         if self.best is not None:
             parts.append(self.best.to_bytes())
         return b"".join(item for part in parts for item in (len(part).to_bytes(8, "big"), part))
 
     @classmethod
     def from_bytes(cls, data: bytes, schedule: type[S]) -> Self:
-        """Raises InvalidData."""
+        """Raises InvalidData. One of before epochs were judged by example has a schedule without judges."""
         try:
             parts, at = [], 0
             while at < len(data):
@@ -265,15 +206,21 @@ class Training(Generic[S]):
                 at = start + int.from_bytes(data[at:start], "big")
                 parts.append(data[start:at])
             header: dict[str, Any] = json.loads(parts[0])
+            tracks = 1 + header["plan"].get("folds", 0)
+            starts = range(1, 2 * tracks + 1, 2)
+            last = starts[-1] + 2
+            track, *folds = (Track(_tensors(parts[i]), StiefelAdamW.from_bytes(parts[i + 1])) for i in starts)
             return cls(
                 schedule=schedule(**header["plan"]),
-                tensors=ShiftTensors.from_named(safetensors.numpy.load(parts[1])),
-                optimizer=StiefelAdamW.from_bytes(parts[2]),
+                track=track,
+                folds=tuple(folds),
                 losses=tuple(header["losses"]),
                 seconds=header["seconds"],
                 judged=header["judged"],
-                best_loss=header["best_loss"],
-                best=ShiftTensors.from_named(safetensors.numpy.load(parts[3])) if len(parts) > 3 else None,
+                start_scores=tuple(Score(*score) for score in header.get("start_scores", ())),
+                best_scores=tuple(Score(*score) for score in header.get("best_scores", ())),
+                best_step=header.get("best_step", 0),
+                best=_tensors(parts[last]) if len(parts) > last else None,
             )
         except (
             PerfitError,
@@ -286,19 +233,30 @@ class Training(Generic[S]):
             raise InvalidData("not the state of a training run") from error
 
 
-# Each takes the trainings that need an answer, by their index, and sends their requests. The result waits
-# for the answers.
-Gradients = Callable[[Mapping[int, Training[S]]], Callable[[], Sequence[tuple[float, ShiftTensors]]]]
-Losses = Callable[[Mapping[int, Training[S]]], Callable[[], Sequence[float]]]
+def _tensors(data: bytes) -> ShiftTensors:
+    return ShiftTensors.from_named(safetensors.numpy.load(data))
 
 
-def train(
-    trainings: list[Training[S]], *, gradients: Gradients[S], losses: Losses[S] | None = None
-) -> Iterator[list[int]]:
+# -- the loop ------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What the loop asks for: about these rows, at these tensors."""
+
+    owner: int  # index of the training
+    rows: Sequence[int]
+    tensors: ShiftTensors
+
+
+# Each sends the requests; the result waits for the answers.
+Gradients = Callable[[Sequence[Request]], Callable[[], Sequence[tuple[float, ShiftTensors]]]]
+Losses = Callable[[Sequence[Request]], Callable[[], Sequence[Sequence[Score]]]]
+
+
+def train(trainings: list[Training[S]], *, gradients: Gradients, losses: Losses) -> Iterator[list[int]]:
     """Take all trainings to their end, a step of each in every round; yields which took one.
 
-    `gradients` gives mean loss and gradient over a training's `rows` at its `tensors`, `losses` that
-    over its held-out examples when an epoch ends; without it no epoch is judged.
+    `gradients` gives each request's mean loss and gradient, `losses` the scores of each one's rows.
 
     It replaces the elements of `trainings` one by one, so an interrupt leaves each before a step or after
     it. It requests the next round before it yields one, so the caller's work overlaps the wait. Raises
@@ -307,15 +265,19 @@ def train(
     clocked = time.monotonic()
     current = _next_round(trainings, gradients, losses)
     while current is not None:
-        steps = current.gradients()
-        seconds, clocked = _seconds_each(clocked, steps)
-        for i, (loss, gradient) in zip(current.stepped, steps, strict=True):
+        found = iter(current.gradients())
+        seconds, clocked = _seconds_each(clocked, current.stepped)
+        for i in current.stepped:
+            loss, gradient = next(found)
+            folds = list(islice(found, len(trainings[i].folds)))
             try:
-                trainings[i] = trainings[i].stepped(loss, gradient, seconds=seconds)
+                trainings[i] = trainings[i].stepped(loss, gradient, folds=folds, seconds=seconds)
             except UpdateFailed as error:
                 raise Diverged(str(error), i) from error
-        for i, loss in zip(current.judged, current.losses(), strict=True):
-            trainings[i] = trainings[i].judge(loss)
+        scores = iter(current.losses())
+        for i in current.judged:
+            parts = islice(scores, len(trainings[i].schedule.judged))
+            trainings[i] = trainings[i].judge(list(chain.from_iterable(parts)))
         stepped = current.stepped
         current = _next_round(trainings, gradients, losses)
         yield stepped
@@ -328,22 +290,19 @@ class _Round:
     stepped: list[int]
     judged: list[int]
     gradients: Callable[[], Sequence[tuple[float, ShiftTensors]]]
-    losses: Callable[[], Sequence[float]]
+    losses: Callable[[], Sequence[Sequence[Score]]]
 
 
-def _next_round(
-    trainings: Sequence[Training[S]], gradients: Gradients[S], losses: Losses[S] | None
-) -> _Round | None:
+def _next_round(trainings: Sequence[Training[S]], gradients: Gradients, losses: Losses) -> _Round | None:
     """Request the next round; None when there is none."""
-    judged = {i: t for i, t in enumerate(trainings) if losses is not None and t.at_epoch_end}
-    stepped = {i: t for i, t in enumerate(trainings) if i not in judged and not t.done}
+    judged = [i for i, training in enumerate(trainings) if training.at_judgement]
+    stepped = [i for i, training in enumerate(trainings) if i not in judged and not training.done]
     if not judged and not stepped:
         return None
+    steps = [Request(i, *each) for i in stepped for each in trainings[i].next_step]
+    judgements = [Request(i, *each) for i in judged for each in trainings[i].next_judgement]
     return _Round(
-        list(stepped),
-        list(judged),
-        gradients(stepped) if stepped else list,
-        losses(judged) if judged and losses is not None else list,
+        stepped, judged, gradients(steps) if steps else list, losses(judgements) if judgements else list
     )
 
 

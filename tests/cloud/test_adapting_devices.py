@@ -32,6 +32,7 @@ from perfit_device.vault.store import Vault
 from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.validation import mean_loss
 
 WORDS = ["cat", "dog", "mat", "door", "sat", "ran"]
 KEEP = 2**26
@@ -81,8 +82,14 @@ class Parts:
     def adapting(self, **limits: int) -> GradientSource:
         return GradientSource(self.cloud, self.artefact, replace(self.info.limits, **limits), self.split)
 
-    def update(self, source: GradientSource, name: str) -> ShiftTensors:
+    def gate_loss(self, source: GradientSource, tensors: ShiftTensors) -> float:
+        """Nats a token."""
+        first = len(self.split.train)
+        return mean_loss(source.scores(range(first, first + len(self.split.gate)), tensors)())
+
+    def update(self, source: GradientSource, name: str, *, folds: int = 0) -> ShiftTensors:
         """The final tensors of an update of 3 epochs and 12 steps."""
+        train, gate = len(self.split.train), len(self.split.gate)
         plan = Plan(
             epochs=3,
             learning_rate=1e-2,
@@ -91,7 +98,9 @@ class Parts:
             fresh=False,
             history=self.split.digest(),
             version=self.artefact.version,
-            examples=len(self.split.train),
+            examples=train + gate if folds else train,
+            held_out=0 if folds else gate,
+            folds=folds,
         )
         with Vault.create(self.folder / name, "x", kdf=KdfParams(32, 1, 4)) as vault:
             result = Update(
@@ -100,7 +109,7 @@ class Parts:
                 self.artefact,
                 plan,
                 start=self.cloud.fetch_seed(self.artefact),
-                source=Source(source.gradient, source.loss),
+                source=Source(source.gradient, source.scores),
                 settings=UpdateSettings(retry_policy=RetryPolicy(give_up=5.0, sleep=lambda _: None)),
             ).run()
             assert result.steps == 12 and result.gate.accepted
@@ -194,7 +203,7 @@ def test_a_place_that_is_taken_is_asked_for_again_after_an_epoch(parts: Parts) -
         assert parts.streams == ["Adapt"] * 2
         first.gradient([2], tensors)()
         assert parts.streams == ["Adapt"] * 2
-        first.loss(tensors)()
+        parts.gate_loss(first, tensors)
         first.gradient([2], tensors)()
         assert parts.streams == ["Adapt"] * 3
 
@@ -206,28 +215,61 @@ def test_a_loss_that_is_no_number_is_asked_for_call_by_call(
     """It kept every epoch out of the gate, and the whole update was thrown away."""
     seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
-        wanted = source.loss(seed)()
+        wanted = parts.gate_loss(source, seed)
     receive = adapting._AdaptStream.receive
 
     def altered(self: Any) -> Any:
         response = receive(self)
-        response.loss = loss
+        response.scores[0].log_likelihood = loss
         return response
 
     monkeypatch.setattr(adapting._AdaptStream, "receive", altered)
     with parts.adapting() as source:
-        assert source.loss(seed)() == pytest.approx(wanted, rel=1e-5)
+        assert parts.gate_loss(source, seed) == pytest.approx(wanted, rel=1e-5)
     assert parts.streams == ["Adapt"] * 2
 
 
 def test_the_losses_are_those_of_score(parts: Parts) -> None:
     seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
-        found = source.loss(seed)()
+        found = parts.gate_loss(source, seed)
     assert parts.streams == ["Adapt"]
     client = evaluation.TaskClient(parts.cloud, parts.artefact.task, parts.info.limits)
-    wanted = client.mean_loss(parts.split.gate, ShiftUse(parts.artefact, seed))
-    assert found == pytest.approx(wanted, rel=1e-5)
+    wanted = client.all_scores(parts.split.gate, ShiftUse(parts.artefact, seed))
+    assert found == pytest.approx(mean_loss(wanted), rel=1e-5)
+
+
+def test_a_cloud_that_sends_no_scores_along_a_stream_is_asked_for_them(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        wanted = parts.gate_loss(source, seed)
+    receive = adapting._AdaptStream.receive
+
+    def older(self: Any) -> Any:
+        response = receive(self)
+        response.ClearField("scores")
+        return response
+
+    monkeypatch.setattr(adapting._AdaptStream, "receive", older)
+    with parts.adapting() as source:
+        assert parts.gate_loss(source, seed) == pytest.approx(wanted, rel=1e-5)
+        source.gradient([0], seed)()
+    assert parts.streams == ["Adapt"] * 2, "the stream stays"
+
+
+def test_a_stream_that_breaks_fails_every_step_that_was_sent(parts: Parts) -> None:
+    """The folds of a round are sent together; whoever waited behind the first error waited for ever."""
+    seed = parts.cloud.fetch_seed(parts.artefact)
+    with parts.adapting() as source:
+        source.gradient([0], seed)()
+        parts.queue.hold.clear()
+        waiting = [source.gradient([row], seed) for row in range(3)]
+        assert source._stream is not None
+        source._stream._responses.close()
+        parts.queue.hold.set()
+        assert [answer()[1] > 0 for answer in waiting] == [True] * 3
 
 
 def test_an_example_that_the_cloud_refuses_is_named_before_the_first_step(parts: Parts) -> None:
@@ -243,7 +285,10 @@ def test_an_example_that_the_cloud_refuses_is_named_before_the_first_step(parts:
                 source.gradient([0], seed)()
             assert raised.value.names == (too_long.name,)
             with pytest.raises(ExamplesRefused):  # call by call
-                source.loss(seed)() if part == "gate" else source.gradient([0, len(items) - 1], seed)()
+                if part == "gate":
+                    source.scores([len(split.train), len(split.train) + len(items) - 1], seed)()
+                else:
+                    source.gradient([0, len(items) - 1], seed)()
     assert not parts.queue.opened
 
 
@@ -265,7 +310,7 @@ def test_a_silent_cloud_is_not_waited_for(parts: Parts, monkeypatch: pytest.Monk
             patch.setattr(adapting, "_STEP_SECONDS", 0.1)
             assert source.gradient([0], seed)()[1] > 0
         parts.queue.hold.set()
-        assert source.loss(seed)() > 0
+        assert parts.gate_loss(source, seed) > 0
     assert parts.streams == ["Adapt"] * 2, "it had opened fast enough"
 
 
@@ -277,14 +322,15 @@ def test_a_cloud_too_slow_to_open_is_not_tried_again(parts: Parts, monkeypatch: 
     with parts.adapting() as source:
         assert source.gradient([0], seed)()[1] > 0
         for _ in range(2):
-            assert source.loss(seed)() > 0
+            assert parts.gate_loss(source, seed) > 0
             assert source.gradient([1], seed)()[1] > 0
     assert parts.streams == ["Adapt"]
 
 
+@pytest.mark.parametrize("folds", [0, 3])
 @pytest.mark.parametrize("limits", [{}, {"adapt_examples": 0}])
 def test_the_gate_sees_its_own_part_alone(
-    parts: Parts, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    parts: Parts, limits: dict[str, int], folds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it goes over the wire: what trains never judges, what judges never trains; neither sees the test."""
     trained, judged = set(), set()
@@ -313,13 +359,16 @@ def test_the_gate_sees_its_own_part_alone(
     monkeypatch.setattr(parts.cloud, "compute_gradient", alone)
     monkeypatch.setattr(parts.cloud, "score", scored)
     with parts.adapting(**limits) as source:
-        parts.update(source, "gate.db")
+        parts.update(source, "gate.db", folds=folds)
     assert bool(parts.streams) is not bool(limits)
     pairs = [
         {evaluation.pair_of(parts.artefact.task, item) for item in part}
         for part in (parts.split.train, parts.split.gate, parts.split.test)
     ]
-    assert [trained, judged] == pairs[:2]
+    if folds:
+        assert trained == judged == pairs[0] | pairs[1]
+    else:
+        assert [trained, judged] == pairs[:2]
     assert sum(map(len, pairs)) == len(set.union(*pairs)) == 24
 
 

@@ -43,15 +43,15 @@ def test_other_settings_or_history_start_anew(ready: Perfit, cloud: Any) -> None
 
 
 def test_a_batch_larger_than_the_history_resumes(ready: Perfit, cloud: Any) -> None:
-    """The plan keeps min(64, 13), and was compared with the 64 asked for: the half-done update was lost."""
+    """The plan keeps min(64, 16), and was compared with the 64 asked for: the half-done update was lost."""
     again = ("update", "--batch-size", "64")
-    # A batch of 13 takes five calls of at most 3 examples.
+    # A batch of 16 takes six calls of at most 3 examples, and those of the three folds four each.
     calls = iter(range(1000))
-    cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(calls) > 16 else None
+    cloud.fail = lambda m: Unavailable("stopping") if m == "ComputeGradient" and next(calls) > 60 else None
     ready.fails(*again, "--patience", "1", code=7)
     cloud.fail = lambda method: None
     result = ready.json(*again)
-    assert result["resumed_from"] == 3 and result["steps"] == 150
+    assert result["resumed_from"] == 3 and result["steps"] == 75
 
 
 def busy_at_times(*methods: str) -> Any:
@@ -95,12 +95,13 @@ def test_an_example_that_the_cloud_refuses_is_left_out(
             file.write(f'\n{{"text": "much too long {n}", "title": "x", "date": "2020-01-0{n + 1}"}}')
     enrolled.ok("history", "import", str(history_file))
     done = enrolled.json("update", "--epochs", "2")
-    assert (done["skipped"], done["examples"]) == (2, 13)
+    assert (done["skipped"], done["examples"]) == (2, 16)
     cloud.calls.clear()
     _, _, err = enrolled("update", "--epochs", "3")
     assert "2 examples are too long for this cloud and are left out" in err
-    # They are remembered: of 13 examples in batches of 4, as calls of at most 3, none was refused.
-    assert cloud.calls.count("ComputeGradient") == 3 * (2 * 3 + 1)
+    # They are remembered: of 16 examples in batches of 4, as calls of at most 3, none was refused. The
+    # batches of the folds have 2 or 3.
+    assert cloud.calls.count("ComputeGradient") == 3 * 4 * (2 + 3)
 
 
 def test_an_evaluation_splits_as_the_update_did(enrolled: Perfit, history_file: Path) -> None:
@@ -154,7 +155,7 @@ def test_signals_keep_the_steps(ready: Perfit, cloud: Any, number: signal.Signal
     reached = threading.Event()
 
     def slow(method: str) -> None:
-        if method == "ComputeGradient" and next(steps) > 8:
+        if method == "ComputeGradient" and next(steps) > 40:
             reached.set()
             time.sleep(0.1)
 
@@ -236,7 +237,7 @@ def test_examples_without_the_task_s_fields_are_left_out(ready: Perfit, home: Pa
         newest = {"date": "2025-01-01", "part": ""}
         history.add(vault, [history.HistoryItem("news_headline", {"foo": "x"}, **newest)])
     done = ready.json("update", "--epochs", "2")
-    assert (done["skipped"], done["examples"]) == (1, 13)
+    assert (done["skipped"], done["examples"]) == (1, 16)
     assert "1 examples lack fields of news_headline and are left out" in ready("update", "--again")[2]
     report = ready.json("evaluate")
     assert (report["examples"], report["skipped"]) == (4, 1)

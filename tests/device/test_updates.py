@@ -19,6 +19,7 @@ from tests.support.updates import (
     make_split,
     plan_for,
     prepared,
+    scored,
 )
 
 from perfit_device import personal
@@ -39,6 +40,7 @@ from perfit_shared.errors import (
 )
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Training
+from perfit_shared.types import Score
 
 ROW = updates.update_row("cloud", "news_headline", "news_headline")
 
@@ -101,7 +103,11 @@ def test_an_interrupted_update_resumes_exactly(
 
 
 def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
-    def gone(tensors: ShiftTensors) -> Callable[[], float]:
+    judgements = iter([evaluate])  # of the start
+
+    def gone(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
+        for judged in judgements:
+            return judged(rows, tensors)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -114,11 +120,11 @@ def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
 def test_the_best_epoch_is_the_candidate(vault: Vault) -> None:
     seen: list[ShiftTensors] = []
 
-    def second_is_best(tensors: ShiftTensors) -> Callable[[], float]:
+    def second_is_best(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
         if tensors.digest() == SEED.digest():
-            return lambda: 1.0
+            return lambda: scored(rows, lambda row: 1.0)
         seen.append(tensors)
-        return lambda: [0.9, 0.5, 0.7, 0.8][len(seen) - 1]
+        return lambda: scored(rows, lambda row: [0.9, 0.5, 0.7, 0.8][len(seen) - 1])
 
     result = prepared(vault, evaluate=second_is_best).run()
     assert (result.gate.before, result.gate.after, len(seen)) == (1.0, 0.5, 4)
@@ -159,14 +165,16 @@ def test_the_gate_keeps_a_worse_candidate_out(vault: Vault) -> None:
     worse = prepared(
         vault,
         current=mine,
-        evaluate=lambda tensors: lambda: 1.0 if tensors.digest() == SEED.digest() else 1.1,
+        evaluate=lambda rows, tensors: (
+            lambda: scored(rows, lambda row: 1.0 if tensors.digest() == SEED.digest() else 1.1)
+        ),
     )
     result = worse.run()
     assert not result.gate.accepted
     kept = personal.load(vault, "cloud", ARTEFACT)
     assert kept is not None and kept.updates == 3 and kept.tensors.digest() == SEED.digest()
     assert updates.read_checkpoint(vault, ROW) is None
-    same = prepared(vault, current=mine, evaluate=lambda tensors: lambda: 1.0)
+    same = prepared(vault, current=mine, evaluate=lambda rows, tensors: lambda: scored(rows, lambda row: 1.0))
     assert not same.run().gate.accepted, "as good is not better"
 
 
@@ -186,12 +194,12 @@ def test_the_next_request_is_out_before_the_bookkeeping(
 
         return answer
 
-    def judged(tensors: ShiftTensors) -> Callable[[], float]:
+    def judged(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
         log.append("ask judge")
 
-        def answer() -> float:
+        def answer() -> list[Score]:
             log.append("judged")
-            return evaluate(tensors)()
+            return evaluate(rows, tensors)()
 
         return answer
 
@@ -209,7 +217,10 @@ def test_the_next_request_is_out_before_the_bookkeeping(
         progress=lambda *_: log.append("progress"),
     ).run()
     assert log == [
+        "ask judge",
+        "judged",
         "ask",
+        "checkpoint",
         "answer",
         "ask",
         "progress",
@@ -220,8 +231,6 @@ def test_the_next_request_is_out_before_the_bookkeeping(
         "checkpoint",
         "judged",
         "checkpoint",
-        "ask judge",
-        "judged",
         "shift",
         "version",
         "finished",
@@ -301,12 +310,16 @@ def test_a_judgement_is_work_that_is_kept(vault: Vault) -> None:
     """It counted as no step, so what followed it within 30 s was lost with it."""
     judged = []
 
-    def counted(tensors: ShiftTensors) -> Callable[[], float]:
-        return lambda: judged.append(tensors.digest()) or evaluate(tensors)()  # type: ignore[func-returns-value]
+    def counted(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
+        def answer() -> list[Score]:
+            judged.append(tensors.digest())
+            return evaluate(rows, tensors)()
+
+        return answer
 
     def gone(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
         def answer() -> Answer:
-            if judged:
+            if len(judged) > 1:
                 raise SystemExit  # and the state in memory is no more
             return gradient(rows, tensors)()
 
@@ -336,7 +349,7 @@ def test_a_disk_too_full_to_sweep_ends_no_update(vault: Vault, monkeypatch: pyte
 def test_a_disk_too_full_for_a_checkpoint_keeps_the_one_before(
     vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put, left = vault.put, iter(range(5))
+    put, left = vault.put, iter(range(6))  # the start is judged, which is kept too
 
     def full(kind: str, name: str, data: bytes) -> None:
         if kind == "checkpoint" and next(left, None) is None:

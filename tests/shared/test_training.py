@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ import pytest
 from perfit_shared.errors import Diverged, InvalidInput
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.splits import split_sizes
-from perfit_shared.training import Overrides, PaperSchedule, Schedule, Training, schedule_for, train
+from perfit_shared.training import Overrides, PaperSchedule, Request, Schedule, Training, schedule_for, train
+from perfit_shared.types import Score
+from perfit_shared.validation import Comparison
 
 SPEC = ShiftSpec((0,), "l2", 1, 2, 8)
 START = ShiftTensors.identity(SPEC, 2, 0)
@@ -89,8 +91,6 @@ def test_sizes_of_a_split(count: int, apart: tuple[int, int, int], plain: tuple[
 
 # -- the loop ----------------------------------------------------------------------------------------
 
-Asked = Mapping[int, Training[Schedule]]
-
 
 def quadratic(tensors: ShiftTensors, goal: float) -> tuple[float, ShiftTensors]:
     """Loss and gradient, lowest where the bias is `goal`."""
@@ -103,44 +103,62 @@ def quadratic(tensors: ShiftTensors, goal: float) -> tuple[float, ShiftTensors]:
 class Source:
     """Answers, and writes down what it was asked for."""
 
-    def __init__(self, goals: Sequence[float], held_out: float = 0.0) -> None:
-        self._goals, self._held_out = goals, held_out
+    def __init__(self, goals: Sequence[float], held_out: float | Callable[[int], float] = 0.0) -> None:
+        """Where each training's examples want the bias, and where a held-out row does."""
+        self._goals = goals
+        self._held_out = held_out if callable(held_out) else lambda row: held_out
         self.log: list[tuple[str, list[int]]] = []
+        self.rows: list[list[int]] = []  # of the requests for gradients
+        self.scored: list[list[int]] = []
 
-    def gradients(self, asked: Asked) -> Callable[[], list[tuple[float, ShiftTensors]]]:
-        self.log.append(("gradients", list(asked)))
-        return lambda: [quadratic(each.tensors, self._goals[i]) for i, each in asked.items()]
+    def gradients(self, asked: Sequence[Request]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
+        self.log.append(("gradients", [each.owner for each in asked]))
+        self.rows += [list(each.rows) for each in asked]
+        goals = [self._goals[each.owner] + sum(each.rows) / len(each.rows) / 50 for each in asked]
+        return lambda: [quadratic(each.tensors, goal) for each, goal in zip(asked, goals, strict=True)]
 
-    def losses(self, asked: Asked) -> Callable[[], list[float]]:
-        self.log.append(("losses", list(asked)))
-        return lambda: [quadratic(each.tensors, self._held_out)[0] for each in asked.values()]
+    def losses(self, asked: Sequence[Request]) -> Callable[[], list[list[Score]]]:
+        self.log.append(("losses", [each.owner for each in asked]))
+        self.scored += [list(each.rows) for each in asked]
+        return lambda: [
+            [Score(-quadratic(each.tensors, self._held_out(row))[0], 1) for row in each.rows]
+            for each in asked
+        ]
 
 
-def started(*counts: int, judge_start: bool = False) -> list[Training[Schedule]]:
-    return [Training.start(Schedule(2, 0.1, 4, 0, n), START, judge_start=judge_start) for n in counts]
+def started(*counts: int, held_out: int = 0, folds: int = 0, epochs: int = 2) -> list[Training[Schedule]]:
+    schedules = [Schedule(epochs, 0.1, 4, 0, n, held_out=held_out, folds=folds) for n in counts]
+    return [Training.start(schedule, START) for schedule in schedules]
+
+
+def run(source: Source, trainings: list[Training[Schedule]]) -> list[list[int]]:
+    return list(train(trainings, gradients=source.gradients, losses=source.losses))
 
 
 def test_people_step_together_until_each_is_through() -> None:
     source, trainings = Source([1.0, 2.0]), started(8, 4)
-    rounds = list(train(trainings, gradients=source.gradients))
-    assert rounds == [[0, 1], [0, 1], [0], [0]]
+    assert run(source, trainings) == [[0, 1], [0, 1], [0], [0]]
     assert [each.step for each in trainings] == [4, 2]
     alone = started(8)
-    list(train(alone, gradients=Source([1.0]).gradients))
-    assert alone[0].outcome.digest() == trainings[0].outcome.digest() == trainings[0].tensors.digest()
+    run(Source([1.0]), alone)
+    outcome = alone[0].outcome
+    assert outcome is not None
+    assert outcome.digest() == trainings[0].tensors.digest() == alone[0].tensors.digest()
 
 
 def test_the_next_round_is_asked_for_before_one_is_told_of() -> None:
     source, trainings = Source([1.0]), started(4)
-    for told, _ in enumerate(train(trainings, gradients=source.gradients), 1):
+    rounds = train(trainings, gradients=source.gradients, losses=source.losses)
+    for told, _ in enumerate(rounds, 1):
         assert trainings[0].step == told
         assert len(source.log) == min(told + 1, 2)
 
 
 def test_epochs_are_judged_while_others_step() -> None:
-    source, trainings = Source([1.0, 1.0]), started(8, 4)
-    list(train(trainings, gradients=source.gradients, losses=source.losses))
+    source, trainings = Source([1.0, 1.0], held_out=1.0), started(8, 4, held_out=3)
+    run(source, trainings)
     assert source.log == [
+        ("losses", [0, 1]),
         ("gradients", [0, 1]),
         ("gradients", [0]),
         ("losses", [1]),
@@ -151,23 +169,119 @@ def test_epochs_are_judged_while_others_step() -> None:
         ("gradients", [0]),
         ("losses", [0]),
     ]
+    assert source.scored[:2] == [[8, 9, 10], [4, 5, 6]]
     assert [each.best is not None for each in trainings] == [True, True]
 
 
 def test_no_epoch_is_the_best_one_that_is_no_better_than_the_start() -> None:
-    away = Source([1.0])  # held-out examples want the bias to stay where it is
-    trainings = started(4, judge_start=True)
-    list(train(trainings, gradients=away.gradients, losses=away.losses))
-    assert trainings[0].outcome.digest() == START.digest() != trainings[0].tensors.digest()
-    towards = Source([1.0], held_out=1.0)
-    trainings = started(4, judge_start=True)
-    list(train(trainings, gradients=towards.gradients, losses=towards.losses))
+    trainings = started(4, held_out=3)
+    run(Source([1.0]), trainings)  # held-out examples want the bias to stay where it is
+    assert trainings[0].outcome is None and trainings[0].best is None
+    trainings = started(4, held_out=3)
+    run(Source([1.0], held_out=1.0), trainings)
+    assert trainings[0].outcome is not None
     assert trainings[0].outcome.digest() == trainings[0].tensors.digest()
+
+
+def test_a_gain_that_chance_explains_is_none() -> None:
+    """Of three held-out examples one wants what is learned and the others do not, or the other way."""
+    mixed = started(4, held_out=3)
+    run(Source([1.0], held_out=lambda row: 1.0 if row == 4 else 0.04), mixed)
+    assert mixed[0].best is not None and mixed[0].comparison.gain > 0
+    assert mixed[0].outcome is None
+    most = started(4, held_out=3)
+    run(Source([1.0], held_out=lambda row: 0.04 if row == 4 else 1.0), most)
+    assert most[0].outcome is not None
+
+
+def test_every_fold_goes_without_the_part_that_judges_it() -> None:
+    source, trainings = Source([1.0], held_out=1.0), started(10, folds=3)
+    run(source, trainings)
+    parts = [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    assert source.scored == 3 * parts  # the start and two epochs
+    epoch = source.rows[: 4 * 3]  # three steps of the training and its folds
+    assert sorted(row for rows in epoch[::4] for row in rows) == list(range(10))
+    for fold, part in enumerate(parts, 1):
+        seen = sorted(row for rows in epoch[fold::4] for row in rows)
+        assert seen == [row for row in range(10) if row not in part]
+    assert trainings[0].schedule.work == 2 * (10 + 7 + 7 + 6) == sum(map(len, source.rows))
+
+
+def test_folds_choose_the_epoch_of_a_training_that_takes_the_steps_it_would_take_alone() -> None:
+    trainings = started(10, folds=3)
+    run(Source([1.0], held_out=1.0), trainings)
+    alone = started(10)
+    run(Source([1.0]), alone)
+    outcome = trainings[0].outcome
+    assert outcome is not None and outcome.digest() == alone[0].tensors.digest()
+    early = started(10, folds=3, epochs=6)
+    run(Source([1.0], held_out=0.35), early)  # the bias passes it on its way
+    assert 0 < early[0].best_step < early[0].step
+    assert early[0].outcome is not None
+    assert early[0].outcome.digest() != early[0].tensors.digest()
+
+
+def test_it_ends_a_third_of_all_epochs_after_the_best() -> None:
+    trainings = started(4, held_out=3, epochs=10)
+    run(Source([1.0]), trainings)
+    assert (trainings[0].best_step, trainings[0].step) == (0, 4)
+
+
+def test_of_many_epochs_twelve_are_judged() -> None:
+    source, trainings = Source([50.0], held_out=50.0), started(4, held_out=3, epochs=38)
+    run(source, trainings)
+    assert len(source.scored) == 1 + 12 + 1  # the start, every third, the last
+
+
+def state(training: Training[Schedule]) -> tuple[object, ...]:
+    """All but the clock."""
+    tensors = [each.tensors.digest() for each in (training.track, *training.folds)]
+    best = training.best and training.best.digest()
+    scores = (training.start_scores, training.best_scores, training.best_step, training.judged)
+    return training.schedule, training.losses, tensors, best, scores
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_folds_resume_exactly(stop: int) -> None:
+    straight = started(10, folds=3)
+    run(Source([1.0], held_out=1.0), straight)
+    source, trainings = Source([1.0], held_out=1.0), started(10, folds=3)
+    rounds = train(trainings, gradients=source.gradients, losses=source.losses)
+    for _ in range(stop):
+        next(rounds, None)
+    again = [Training.from_bytes(trainings[0].to_bytes(), Schedule)]
+    assert state(again[0]) == state(trainings[0])
+    run(Source([1.0], held_out=1.0), again)
+    assert state(again[0]) == state(straight[0])
 
 
 def test_a_loss_that_is_no_number_names_its_training_and_keeps_the_others() -> None:
     trainings = started(4, 4, 4)
     with pytest.raises(Diverged, match=r"at step 1; try --lr 0\.033") as caught:
-        list(train(trainings, gradients=Source([1.0, float("nan"), 1.0]).gradients))
+        run(Source([1.0, float("nan"), 1.0]), trainings)
     assert caught.value.index == 1
     assert [each.step for each in trainings] == [1, 0, 0]
+
+
+# -- what is chance --------------------------------------------------------------------------------
+
+
+def test_gain_and_error_as_numbers() -> None:
+    before = [Score(-4.0, 2), Score(-6.0, 2), Score(-2.0, 4)]
+    after = [Score(-3.0, 2), Score(-3.0, 2), Score(-3.0, 4)]
+    found = Comparison(before, after)  # 1, 3 and -1 nats: mean 1, spread 2
+    assert found.gain == pytest.approx(3 / 8)
+    assert found.error == pytest.approx(2 / 3**0.5 * 3 / 8)
+    assert not found.is_better and not found.is_worse
+    assert Comparison(before[:2], after[:2]).is_better
+    assert Comparison(after[:2], before[:2]).is_worse
+    assert not Comparison(before[:1], after[:1]).is_better, "one example tells nothing"
+    assert not Comparison(before, before).is_better and not Comparison(before, before).is_worse
+
+
+def test_a_small_gate_gives_way_to_folds_of_all_examples() -> None:
+    row = Row(batch_size=4)
+    large, small = (schedule_for("device", row, 10 * n - n, held_out=n) for n in (10, 9))
+    assert (large.examples, large.held_out, large.folds) == (90, 10, 0)
+    assert (small.examples, small.held_out, small.folds) == (90, 0, 3)
+    assert schedule_for("paper", row, 5, held_out=0, lengths=[1] * 5).folds == 0

@@ -125,7 +125,7 @@ def write(path: Path) -> None:
         history.add(vault, [extra])
         history.forget(vault, [extra])
         personal.store(vault, CLOUD, ARTEFACT, PersonalShift(SEED, 2))
-        personal.store(vault, CLOUD, ARTEFACT, PersonalShift(NEXT, 3), LEARNED)
+        personal.store(vault, CLOUD, ARTEFACT, PersonalShift(NEXT, 3, learned=LEARNED))
         personal.store(vault, CLOUD, OTHER, PersonalShift(SEED, 1, 2))
         vault.put("checkpoint", ROW, training.to_bytes())
         vault.put("refused", ROW, json.dumps({"of": "x", "names": ["y"]}).encode())

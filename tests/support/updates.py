@@ -16,6 +16,7 @@ from perfit_device.training.update import Plan, Source, Update, UpdateSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.tasks import TASKS
+from perfit_shared.types import Score
 
 SPEC = ShiftSpec(layers=(1,), positions="l7", collective_rank=4, personal_rank=3, hidden_size=12)
 TASK = TASKS["news_headline"]
@@ -46,11 +47,18 @@ def quadratic(items: Sequence[HistoryItem], tensors: ShiftTensors) -> Answer:
 
 
 def gradient(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Answer]:
-    return lambda: quadratic([make_split().train[row] for row in rows], tensors)
+    items = [*make_split().train, *make_split().gate]
+    return lambda: quadratic([items[row] for row in rows], tensors)
 
 
-def evaluate(tensors: ShiftTensors) -> Callable[[], float]:
-    return lambda: quadratic(make_split().gate, tensors)[0]
+def scored(rows: Sequence[int], loss: Callable[[int], float]) -> list[Score]:
+    """Of one token each."""
+    return [Score(-loss(row), 1) for row in rows]
+
+
+def evaluate(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
+    items = [*make_split().train, *make_split().gate]
+    return lambda: scored(rows, lambda row: quadratic([items[row]], tensors)[0])
 
 
 def plan_for(split: Split, **changes: Any) -> Plan:
@@ -63,6 +71,7 @@ def plan_for(split: Split, **changes: Any) -> Plan:
         "history": split.digest(),
         "version": "v1",
         "examples": len(split.train),
+        "held_out": len(split.gate),
     }
     return Plan(**(values | changes))
 

@@ -5,14 +5,15 @@ The research pipeline trains many people with it, and the trials of learning rat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.training import S, Training, train
+from perfit_shared.training import Request, S, Training, train
+from perfit_shared.types import Score
 
 __all__ = ["train_people"]
 
@@ -25,25 +26,22 @@ def train_people(
 ) -> Iterator[list[int]]:
     """`train`, one pass for the steps of all people.
 
-    What a history holds behind the examples of its schedule is held out: epochs are judged on it.
+    A history holds the examples of its schedule, and those that are held out behind them.
     """
-    judges = any(len(h) > t.schedule.examples for h, t in zip(histories, trainings, strict=True))
     with ExitStack() as stack:
         opened = {
             i: stack.enter_context(engine.open(histories[i], artefact))
             for i, training in enumerate(trainings)
-            if not training.done or (judges and training.at_epoch_end)
+            if not training.done or training.at_judgement
         }
 
-        def gradients(pending: Mapping[int, Training[S]]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
-            steps = [GradientRequest(opened[i], each.rows, each.tensors) for i, each in pending.items()]
-            return lambda: [(found.loss, found.tensors) for found in engine.gradients(steps)]
+        def asked(requests: Sequence[Request]) -> list[GradientRequest]:
+            return [GradientRequest(opened[owner], rows, tensors) for owner, rows, tensors in requests]
 
-        def losses(pending: Mapping[int, Training[S]]) -> Callable[[], list[float]]:
-            steps = [
-                GradientRequest(opened[i], range(each.schedule.examples, len(histories[i])), each.tensors)
-                for i, each in pending.items()
-            ]
-            return lambda: [loss for loss, _tokens in engine.losses(steps)]
+        def gradients(requests: Sequence[Request]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
+            return lambda: [(found.loss, found.tensors) for found in engine.gradients(asked(requests))]
 
-        yield from train(trainings, gradients=gradients, losses=losses if judges else None)
+        def losses(requests: Sequence[Request]) -> Callable[[], list[list[Score]]]:
+            return lambda: engine.scores(asked(requests))
+
+        yield from train(trainings, gradients=gradients, losses=losses)

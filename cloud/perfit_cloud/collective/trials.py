@@ -163,8 +163,7 @@ def device_work(training: Stage1Training) -> float:
 
 def _work_of(training: Stage1Training, pairs: Sequence[Pair]) -> int:
     """Units of one update."""
-    schedule = _schedule(_artefact(training), pairs, _FIRST[0])
-    return schedule.epochs * schedule.examples
+    return _schedule(_artefact(training), pairs, _FIRST[0]).work
 
 
 def choose_device_rate(training: Stage1Training) -> float:
@@ -212,8 +211,8 @@ def _artefact(training: Stage1Training) -> Artefact:
 
 def _schedule(artefact: Artefact, pairs: Sequence[Pair], rate: float) -> Schedule:
     """A device's, for a whole history."""
-    train, _gate, _test = split_sizes(len(pairs), test_apart=False)
-    return schedule_for("device", artefact, train, Overrides(learning_rate=rate))
+    train, gate, _test = split_sizes(len(pairs), test_apart=False)
+    return schedule_for("device", artefact, train, Overrides(learning_rate=rate), held_out=gate)
 
 
 class _DeviceTrials:
@@ -256,19 +255,20 @@ class _DeviceTrials:
         """The losses on the test parts after an update."""
         processes, progress = self._training.processes, self._training.progress
         trainings = [
-            Training.start(_schedule(self._artefact, pairs, rate), self._artefact.seed, judge_start=True)
+            Training.start(_schedule(self._artefact, pairs, rate), self._artefact.seed)
             for pairs in self._users
         ]
         past = [pairs[:-test] for pairs, test in zip(self._users, self._tests, strict=True)]
         try:
             for stepped in train_people(self._engine, self._artefact, past, trainings):
-                examples = sum(trainings[i].schedule.batch_size for i in stepped) * processes.count
+                latest = [trainings[i].schedule.work_of(trainings[i].step - 1) for i in stepped]
+                examples = sum(latest) * processes.count
                 progress.advance(examples, f"trying device learning rate {rate:g}")
                 if processes.count == 1:  # others may take more steps, and a pause is a meeting
                     self._training.pause()
         except Diverged:
             return [math.inf]
-        return self._test_losses([each.outcome for each in trainings])
+        return self._test_losses([each.outcome or self._artefact.seed for each in trainings])
 
     def _test_losses(self, tensors: Sequence[ShiftTensors]) -> list[float]:
         found = []

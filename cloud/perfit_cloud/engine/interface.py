@@ -25,14 +25,14 @@ Forgetful     Soon after an answer is over, however it ended, the engine refers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.types import Chunk, Mode, Sampling
+from perfit_shared.types import Chunk, Mode, Sampling, Score
 
 if TYPE_CHECKING:
     from perfit_cloud.engine.device_lock import DeviceLock  # which imports `EngineHealth`
@@ -160,3 +160,4 @@ class Gradient:
     loss: float  # nats a token, mean over all target tokens of the batch
     tokens: int
     tensors: ShiftTensors  # d loss / d personal tensor, float32
+    scores: Sequence[Score] = ()  # of each example

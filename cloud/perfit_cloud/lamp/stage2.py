@@ -34,8 +34,8 @@ class Stage2Settings:
     """The schedule, and the figures that it starts from.
 
     By the "paper" schedule a user trains on the whole history, and the last step's tensors are taken. By
-    the "device" one a user trains as on a device: without the latest part of the history, which judges
-    the epochs, and the start, if no epoch is better.
+    the "device" one a user trains as on a device: the latest part of the history judges the epochs, or
+    all of a short one in folds, and where no epoch is better the start stays.
     """
 
     epochs: int
@@ -57,14 +57,15 @@ class Stage2Settings:
 
     def schedule_for(self, person: Learner) -> Schedule:
         """The schedule of a person who trains."""
-        lengths = person.lengths
+        lengths, held_out = person.lengths, 0
         if self.on_device:  # the queries are the test part
-            lengths = lengths[: split_sizes(len(lengths), test_apart=True)[0]]
+            train, held_out, _ = split_sizes(len(lengths), test_apart=True)
+            lengths = lengths[:train]
         overrides = Overrides(self.asked_epochs, self.asked_batch_size, seed=self.seed)
-        return schedule_for(self.schedule, self, len(lengths), overrides, lengths=lengths)
+        return schedule_for(self.schedule, self, len(lengths), overrides, held_out=held_out, lengths=lengths)
 
     def start(self, person: Learner, artefact: Artefact) -> Training[Schedule]:
-        return Training.start(self.schedule_for(person), artefact.seed, judge_start=self.on_device)
+        return Training.start(self.schedule_for(person), artefact.seed)
 
 
 def train(
@@ -86,12 +87,12 @@ def train(
     user whose loss is no longer a number.
     """
     trainings = _resumed(checkpoint, people, settings) or [settings.start(p, artefact) for p in people]
-    resumed(sum(len(t.schedule.batch(step)) for t in trainings for step in range(t.step)))
+    resumed(sum(t.schedule.work_of(step) for t in trainings for step in range(t.step)))
     last_saved = time.monotonic()
     try:
         for stepped in train_people(engine, artefact, [person.history for person in people], trainings):
-            latest = [trainings[i].schedule.batch(trainings[i].step - 1) for i in stepped]
-            progress(sum(map(len, latest)), sum(t.done for t in trainings))
+            latest = [trainings[i].schedule.work_of(trainings[i].step - 1) for i in stepped]
+            progress(sum(latest), sum(t.done for t in trainings))
             try:
                 stop()
             except BaseException:

@@ -286,9 +286,11 @@ def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
 
 
 def encode_scores(scores: Sequence[Score]) -> pb.ScoreResponse:
-    return pb.ScoreResponse(
-        scores=[pb.CandidateScore(log_likelihood=s.log_likelihood, tokens=s.tokens) for s in scores]
-    )
+    return pb.ScoreResponse(scores=_candidate_scores(scores))
+
+
+def _candidate_scores(scores: Sequence[Score]) -> list[pb.CandidateScore]:
+    return [pb.CandidateScore(log_likelihood=s.log_likelihood, tokens=s.tokens) for s in scores]
 
 
 def encode_gradient(gradient: Gradient, personal: bytes) -> pb.ComputeGradientResponse:
@@ -303,10 +305,12 @@ def encode_gradient(gradient: Gradient, personal: bytes) -> pb.ComputeGradientRe
 
 
 def encode_step(gradient: Gradient, personal: bytes, *, loss_only: bool) -> pb.AdaptResponse:
-    """As `encode_gradient`."""
+    """As `encode_gradient`; with `loss_only` the score of each example in place of a gradient."""
     _check_loss(gradient)
     response = pb.AdaptResponse(loss=gradient.loss, tokens=gradient.tokens)
-    if not loss_only:
+    if loss_only:
+        response.scores.extend(_candidate_scores(gradient.scores))
+    else:
         response.gradient = _gradient_bytes(gradient, personal)
     return response
 

@@ -58,9 +58,9 @@ def update(
 ) -> None:
     """Train your shift on your history. An interrupted update resumes where it stopped.
 
-    The new version replaces the old one only when it is better on examples it was not trained on; if
-    not, the exit code is 5. `perfit undo` takes the version before back. Examples that are too long for
-    the cloud are left out and counted.
+    The new version replaces the old one only when it is better on examples it was not trained on, by more
+    than chance explains; if not, the exit code is 5. `perfit undo` takes the version before back. Examples
+    that are too long for the cloud are left out and counted.
 
     \b
     perfit update
@@ -118,7 +118,15 @@ def _as_json(done: Updated, cloud: Cloud) -> dict[str, object]:
         "examples": result.examples,
         "loss_first": result.loss_first,
         "loss_last": result.loss_last,
-        "gate": {"before": gate.before, "after": gate.after, "accepted": gate.accepted},
+        "best_epoch": result.best_epoch,
+        "gate": {
+            "before": gate.before,
+            "after": gate.after,
+            "error": gate.shown.error,
+            "examples": len(gate.shown.after),
+            "folds": gate.folds,
+            "accepted": gate.accepted,
+        },
         "seconds": result.seconds,
         "bytes_up": cloud.bytes_up,
         "bytes_down": cloud.bytes_down,
@@ -128,14 +136,20 @@ def _as_json(done: Updated, cloud: Cloud) -> dict[str, object]:
 
 
 def _report(result: Result, plan: Plan) -> None:
-    gate = result.gate
-    figures = (
-        f"loss on the gate's examples {gate.before:.4f} with your shift as it was, "
-        f"{gate.after:.4f} with the new one"
+    gate, shown = result.gate, result.gate.shown
+    losses = [f"{gate.before:.4f} with your shift as it was", f"{gate.after:.4f} with the new one"]
+    if plan.anew and gate.current is None:
+        losses[0] = f"{gate.before:.4f} with the seed"
+    if gate.recorded is not None:
+        losses.insert(1, f"{gate.recorded:.4f} with your shift as it was")
+    figures = f"loss on {len(shown.after)} examples that none was trained on {', '.join(losses)}"
+    detail = (
+        f"{shown.gain:.4f} ± {shown.error:.4f} nats a token better; the best epoch was {result.best_epoch} "
+        f"of {plan.epochs}"
     )
     if gate.accepted:
-        say(f"accepted: {figures}; `perfit undo` takes this back")
+        say(f"accepted: {figures} ({detail}); `perfit undo` takes this back")
     elif plan.fresh:
         say(f"kept out: {figures}; your shift stays, and --anyway unlearns what you forgot all the same")
     else:
-        say(f"kept out: {figures}; your shift stays as it was")
+        say(f"kept out: {figures}; your shift stays as it was ({detail})")

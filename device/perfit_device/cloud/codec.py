@@ -134,7 +134,7 @@ def chunk_from_wire(response: pb.GenerateResponse) -> Chunk:
     return Chunk(response.text, finish, response.prompt_tokens, response.answer_tokens)
 
 
-def scores_from_wire(response: pb.ScoreResponse, count: int) -> list[Score]:
+def scores_from_wire(response: pb.ScoreResponse | pb.AdaptResponse, count: int) -> list[Score]:
     """Raises PerfitError unless there are `count` finite scores."""
     scores = [Score(s.log_likelihood, s.tokens) for s in response.scores]
     if len(scores) != count or not all(math.isfinite(s.log_likelihood) and s.tokens > 0 for s in scores):

@@ -110,7 +110,7 @@ class _Run:
         cloud, info = self.profile.connect()
         current = self._current(plan)
         with GradientSource(cloud, self.artefact, info.limits, self.split) as source:
-            if current is not None and not plan.fresh:
+            if current is not None and not plan.anew:
                 start = current.tensors
             else:
                 start = self.retry_policy.call(lambda: cloud.fetch_seed(self.artefact))
@@ -120,7 +120,7 @@ class _Run:
                 self.artefact,
                 plan,
                 start=start,
-                source=updates.Source(source.gradient, source.loss),
+                source=updates.Source(source.gradient, source.scores),
                 settings=updates.UpdateSettings(
                     current=current,
                     forgotten=history.forgotten(self.vault, self.artefact.task.name),
@@ -131,8 +131,12 @@ class _Run:
                     progress=self.progress,
                 ),
             )
+            judges = f"judged on the latest {plan.held_out}"
+            if plan.folds:
+                judges = f"judged in {plan.folds} folds, each without a part of them, from the seed"
             self.profile.notify(
-                f"{self.artefact.name}: {plan.examples} examples, {plan.epochs} epochs, {plan.steps} steps"
+                f"{self.artefact.name}: {plan.examples} examples, {judges}; "
+                f"up to {plan.epochs} epochs, {plan.steps} steps"
                 + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
             )
             try:
@@ -155,9 +159,14 @@ class _Run:
     def _plan(self, row: str) -> Plan:
         """The half-done plan if it still holds and the request agrees, else a new one."""
         artefact, split, request = self.artefact, self.split, dict(self.request.settings)
-        now = {"history": split.digest(), "version": artefact.version, "examples": len(split.train)}
+        schedule = schedule_for(
+            "device", artefact, len(split.train), Overrides(**request), held_out=len(split.gate)
+        )
         if "batch_size" in request:  # plans hold no batch larger than the history
-            request["batch_size"] = min(request["batch_size"], len(split.train))
+            request["batch_size"] = schedule.batch_size
+        judges = ("examples", "held_out", "folds")  # a half-done update of an earlier perfit has others
+        now = {"history": split.digest(), "version": artefact.version}
+        now |= {name: getattr(schedule, name) for name in judges}
         checkpoint = updates.read_checkpoint(self.vault, row)
         if checkpoint is not None:
             old = asdict(checkpoint.schedule)
@@ -167,6 +176,8 @@ class _Run:
             if {key: old[key] for key in now} == now and again == checkpoint.schedule:
                 return checkpoint.schedule
             reason = "you asked for other settings"
+            if any(old[name] != now[name] for name in judges):
+                reason = "an earlier perfit began it"
             if old["version"] != now["version"]:
                 reason = "the cloud's artefact changed"
             if old["history"] != now["history"]:
@@ -174,7 +185,6 @@ class _Run:
             self.profile.notify(
                 f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
             )
-        schedule = schedule_for("device", artefact, len(split.train), Overrides(**request))
         return Plan(
             **asdict(schedule), fresh=self.request.fresh, history=split.digest(), version=artefact.version
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,12 +17,14 @@ from perfit_device.cloud.codec import (
     adapt_examples_to_wire,
     adapt_open_to_wire,
     adapt_step_to_wire,
+    scores_from_wire,
 )
 from perfit_device.cloud.retry import TRANSIENT
 from perfit_device.evaluation import TaskClient, gradient_of, pair_of, refusal
-from perfit_device.history import Split
+from perfit_device.history import HistoryItem, Split
 from perfit_shared.errors import Cancelled, CertificateExpired, InvalidPrompt, PerfitError
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
+from perfit_shared.types import Score
 
 __all__ = ["GradientSource"]
 
@@ -60,21 +61,30 @@ class GradientSource:
     def gradient(
         self, rows: Sequence[int], tensors: ShiftTensors
     ) -> Callable[[], tuple[float, int, ShiftTensors]]:
-        """Request (nats a token, target tokens, d loss / d tensors) of rows of the training part.
+        """Request (nats a token, target tokens, d loss / d tensors) of rows of the examples.
 
-        The result waits for the answer; called again after an error, it repeats the request.
+        Those of the gate come behind those that train. The result waits for the answer; called again
+        after an error, it repeats the request.
         """
-        items = [self._split.train[row] for row in rows]
-        return self._ask(rows, tensors, self._decoded, partial(self._gradient_of, items, tensors))
+        alone = partial(self._gradient_of, self._items(rows), tensors)
+        return self._ask(rows, tensors, self._decoded, alone)
 
-    def loss(self, tensors: ShiftTensors) -> Callable[[], float]:
-        """Request the mean nats a token of the gate's part. As `gradient`."""
+    def scores(self, rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
+        """Request the score of each of these rows. As `gradient`."""
         self._may_open = self._stream_allowed
-        first = len(self._split.train)
-        use = ShiftUse(self._artefact, tensors)
-        alone = partial(self._client.mean_loss, self._split.gate, use, cut=True)
-        rows = range(first, first + len(self._split.gate))
-        return self._ask(rows, tensors, _finite_loss, alone, loss_only=True)
+        alone = partial(
+            self._client.all_scores, self._items(rows), ShiftUse(self._artefact, tensors), cut=True
+        )
+
+        def decoded(response: Any) -> list[Score]:
+            """Clouds of before send no scores along a stream."""
+            return scores_from_wire(response, len(rows)) if response.scores else alone()
+
+        return self._ask(rows, tensors, decoded, alone, loss_only=True)
+
+    def _items(self, rows: Sequence[int]) -> list[HistoryItem]:
+        items = [*self._split.train, *self._split.gate]
+        return [items[row] for row in rows]
 
     def _ask(
         self,
@@ -125,12 +135,6 @@ class GradientSource:
             self._stream = None
 
 
-def _finite_loss(response: Any) -> float:
-    if not math.isfinite(response.loss):
-        raise PerfitError("the cloud sent a loss that is no number; tell its operator")
-    return float(response.loss)
-
-
 class _AdaptStream:
     """One Adapt call. Opening it sends the examples, gate's behind training's."""
 
@@ -163,6 +167,7 @@ class _AdaptStream:
             self._responses.close()
             response = self._received.get()  # the error that the closed call ends in
         if isinstance(response, Exception):
+            self._received.put(response)  # for the steps that were sent behind it
             raise response
         self._has_answered = True
         return response

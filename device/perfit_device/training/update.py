@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from perfit_device import personal, process_limits
@@ -20,7 +20,10 @@ from perfit_device.personal import PersonalShift, TrainingSummary
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import Diverged, InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.training import Schedule, Training, train
+from perfit_shared.splits import SMALLEST_PART
+from perfit_shared.training import Request, Schedule, Training, train
+from perfit_shared.types import Score
+from perfit_shared.validation import Comparison, mean_loss
 
 __all__ = [
     "Plan",
@@ -39,35 +42,64 @@ __all__ = [
 _KIND, _FINISHED = "checkpoint", "finished"
 # Both send a request and return what waits for the answer; called again after an error, it repeats it.
 Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
-Evaluate = Callable[[ShiftTensors], Callable[[], float]]
+Evaluate = Callable[[Sequence[int], ShiftTensors], Callable[[], Sequence[Score]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(Schedule):
     """A schedule with what it was made for: a half-done update goes on only under an equal plan."""
 
-    fresh: bool  # start from the seed shift rather than from the current one
+    fresh: bool  # start from the seed shift although there is a current one
     history: str  # digest of the split
     version: str  # of the artefact
+
+    @property
+    def anew(self) -> bool:
+        """Whether it starts from the seed. In folds it must: the current shift knows all their examples."""
+        return self.fresh or self.folds > 0
 
 
 @dataclass(frozen=True)
 class ValidationGate:
-    """Mean nats a token on the gate part, of the current shift and of the new one (of its best epoch)."""
+    """The new shift (of its best epoch) on examples that it was not trained on.
 
-    before: float
-    after: float
+    It must be better than the start by more than the standard error, and not worse than the current shift
+    by more than that: on the examples that this was not trained on either, or where they are too few, by
+    what its own gate found.
+    """
+
+    start: Comparison
+    current: Comparison | None = None  # where training did not start with it
+    recorded: float | None = None  # what the current one's gate found, where there is nothing to compare
+    folds: int = 0
     anyway: bool = False  # the new one is taken even where it is no better
 
     @property
+    def shown(self) -> Comparison:
+        return self.current or self.start
+
+    @property
+    def before(self) -> float:
+        """Mean nats a token."""
+        return mean_loss(self.shown.before)
+
+    @property
+    def after(self) -> float:
+        return mean_loss(self.shown.after)
+
+    @property
     def accepted(self) -> bool:
-        return self.anyway or self.after < self.before
+        is_worse = self.current is not None and self.current.is_worse
+        if self.recorded is not None:
+            is_worse = self.after > self.recorded + self.start.error
+        return self.anyway or (self.start.is_better and not is_worse)
 
 
 @dataclass(frozen=True)
 class Result:
     steps: int
-    epochs: int
+    epochs: int  # that were planned
+    best_epoch: int
     examples: int
     loss_first: float  # mean over the first epoch's steps, nats a token
     loss_last: float  # over the last epoch's
@@ -121,10 +153,10 @@ def forget_finished(vault: Vault, row: str) -> bool:
 
 
 class Source(NamedTuple):
-    """Where gradients and losses come from: `gradient` of rows of the train part, `loss` of the gate's."""
+    """Where gradients and scores of rows come from; those of the gate stand behind those that train."""
 
     gradient: Gradient
-    loss: Evaluate
+    scores: Evaluate
 
 
 @dataclass(frozen=True)
@@ -189,9 +221,7 @@ class Update:
         self._vault.reserve(self._largest())
         try:
             self._train()
-            compared = self._start if self._settings.current is None else self._settings.current.tensors
-            before = self._settings.retry_policy.call(self._source.loss(compared))
-            gate = ValidationGate(before, after=self._state.best_loss, anyway=self._settings.anyway)
+            gate = self._gate()
         except TRANSIENT as error:
             self._save()
             raise UpdateFailed(
@@ -214,14 +244,17 @@ class Update:
     def _largest(self) -> int:
         """Bytes that this update adds to the vault at most: a checkpoint, or a version beside another.
 
-        A checkpoint holds the tensors, two moments of each, the best epoch's, and a loss a step.
+        A checkpoint holds the tensors and two moments of each, also of the folds, the best epoch's, a loss
+        a step, and two scores an example.
         """
-        return 5 * len(self._start.to_bytes()) + 24 * self._state.schedule.steps
+        plan = self._state.schedule
+        tensors = 3 * (1 + plan.folds) + 2
+        return tensors * len(self._start.to_bytes()) + 24 * plan.steps + 96 * (plan.examples + plan.held_out)
 
     def _train(self) -> None:
         """Step by step. The bookkeeping of one step runs while the cloud computes the next."""
         last_saved = last_done = time.monotonic()
-        for stepped in train(self._training, gradients=self._ask_gradient, losses=self._ask_loss):
+        for stepped in train(self._training, gradients=self._gradients, losses=self._scores):
             if stepped:
                 self._settings.progress(self.step, self._state.schedule.steps, self._state.losses[-1])
             took, last_done = time.monotonic() - last_done, time.monotonic()
@@ -231,22 +264,34 @@ class Update:
                 last_saved = time.monotonic()
             process_limits.release_memory()
 
-    def _ask_gradient(
-        self, trainings: Mapping[int, Training[Plan]]
-    ) -> Callable[[], list[tuple[float, ShiftTensors]]]:
-        (state,) = trainings.values()
-        found = self._source.gradient(state.rows, state.tensors)
+    def _gradients(self, requests: Sequence[Request]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
+        found = [self._source.gradient(rows, tensors) for _, rows, tensors in requests]
 
         def wait() -> list[tuple[float, ShiftTensors]]:
-            loss, _tokens, gradient = self._settings.retry_policy.call(found)
-            return [(loss, gradient)]
+            answers = [self._settings.retry_policy.call(each) for each in found]
+            return [(loss, gradient) for loss, _tokens, gradient in answers]
 
         return wait
 
-    def _ask_loss(self, trainings: Mapping[int, Training[Plan]]) -> Callable[[], list[float]]:
-        (state,) = trainings.values()
-        found = self._source.loss(state.tensors)
-        return lambda: [self._settings.retry_policy.call(found)]
+    def _scores(self, requests: Sequence[Request]) -> Callable[[], list[Sequence[Score]]]:
+        found = [self._source.scores(rows, tensors) for _, rows, tensors in requests]
+        return lambda: [self._settings.retry_policy.call(each) for each in found]
+
+    def _gate(self) -> ValidationGate:
+        """Compare with the start, and with the current shift where training did not start with it."""
+        settings, plan, found = self._settings, self._state.schedule, self._state.comparison
+        gate = ValidationGate(found, folds=plan.folds, anyway=settings.anyway)
+        current = settings.current
+        if current is None or current.tensors is self._start:
+            return gate
+        seen = current.learned.examples or 0
+        rows = [row for part in plan.judged for row in part]
+        unseen = [i for i, row in enumerate(rows) if row >= seen]
+        if len(unseen) < SMALLEST_PART:
+            return replace(gate, recorded=current.learned.gate_after)
+        asked = self._source.scores([rows[i] for i in unseen], current.tensors)
+        before = settings.retry_policy.call(asked)
+        return replace(gate, current=Comparison(before, [found.after[i] for i in unseen]))
 
     def _save(self) -> None:
         if self._state is self._saved:
@@ -259,23 +304,22 @@ class Update:
     def _finish(self, gate: ValidationGate) -> None:
         """Store the new version if the gate accepts it, and drop the checkpoint, in one transaction."""
         with self._vault.transaction():
-            if gate.accepted and self._state.best is not None:
-                shift, learned = self._shift(self._state.best), self._learned(gate)
-                personal.store(self._vault, self._cloud_id, self._artefact, shift, learned)
+            if gate.accepted:
+                personal.store(self._vault, self._cloud_id, self._artefact, self._shift(gate))
             forget_checkpoint(self._vault, self._row)
             finished = Finished(self._state.schedule, self._settings.fingerprint, gate.accepted)
             self._vault.put(_FINISHED, self._row, json.dumps(asdict(finished)).encode())
 
-    def _shift(self, tensors: ShiftTensors) -> PersonalShift:
+    def _shift(self, gate: ValidationGate) -> PersonalShift:
         """The new version. It inherits `forgotten` from the version that it continues."""
-        if self._state.schedule.fresh or self._settings.current is None:
-            return PersonalShift(tensors, 1, self._settings.forgotten)
-        return PersonalShift(tensors, self._settings.current.updates + 1, self._settings.current.forgotten)
-
-    def _learned(self, gate: ValidationGate) -> TrainingSummary:
-        """The record that stays with the new version."""
+        plan, current = self._state.schedule, self._settings.current
         first, last = self._losses()
-        return TrainingSummary(self._state.schedule.examples, first, last, gate.before, gate.after)
+        return PersonalShift(
+            self._state.best or self._start,
+            updates=1 if plan.fresh or current is None else current.updates + 1,
+            forgotten=self._settings.forgotten if plan.anew or current is None else current.forgotten,
+            learned=TrainingSummary(plan.examples, first, last, gate.before, gate.after),
+        )
 
     def _losses(self) -> tuple[float, float]:
         """Means over the first and the last epoch's steps."""
@@ -286,8 +330,9 @@ class Update:
         plan = self._state.schedule
         first, last = self._losses()
         return Result(
-            steps=plan.steps,
+            steps=self.step,
             epochs=plan.epochs,
+            best_epoch=self._state.best_step // plan.steps_per_epoch,
             examples=plan.examples,
             loss_first=first,
             loss_last=last,

@@ -265,7 +265,7 @@ class Device:
                 artefact,
                 plan,
                 start=start,
-                source=updates.Source(source.gradient, source.loss),
+                source=updates.Source(source.gradient, source.scores),
                 settings=updates.UpdateSettings(retry_policy=retry_policy, checkpoint_seconds=0.5),
             )
             result = run.run()

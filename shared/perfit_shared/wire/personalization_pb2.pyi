@@ -318,11 +318,13 @@ class AdaptStep(_message.Message):
     def __init__(self, personal: _Optional[bytes] = ..., rows: _Optional[_Iterable[int]] = ..., loss_only: _Optional[bool] = ...) -> None: ...
 
 class AdaptResponse(_message.Message):
-    __slots__ = ("loss", "tokens", "gradient")
+    __slots__ = ("loss", "tokens", "gradient", "scores")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     loss: float
     tokens: int
     gradient: bytes
-    def __init__(self, loss: _Optional[float] = ..., tokens: _Optional[int] = ..., gradient: _Optional[bytes] = ...) -> None: ...
+    scores: _containers.RepeatedCompositeFieldContainer[CandidateScore]
+    def __init__(self, loss: _Optional[float] = ..., tokens: _Optional[int] = ..., gradient: _Optional[bytes] = ..., scores: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ...) -> None: ...

@@ -187,7 +187,8 @@ class Sum:
 
     def gradient(self) -> Gradient:
         """Mean loss, and its gradient; no tensors where none was asked for."""
-        return Gradient(float(self.losses.sum()) / self.tokens, self.tokens, ShiftTensors(self._tensors))
+        loss = float(self.losses.sum()) / self.tokens
+        return Gradient(loss, self.tokens, ShiftTensors(self._tensors), self.scores())
 
     def scores(self) -> list[Score]:
         """Of each example."""

@@ -44,7 +44,7 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.partial import Indices, PartialDecoder, supports
 from perfit_shared.errors import InvalidInput
-from perfit_shared.types import Mode
+from perfit_shared.types import Mode, Score
 
 __all__ = ["GradientRequest", "UpdateEngine", "UpdateSession"]
 
@@ -222,6 +222,12 @@ class UpdateEngine:
         sums = [Sum(step, differentiate=False) for step in steps]
         compute(sums)
         return [(found.loss, found.tokens) for found in (total.gradient() for total in sums)]
+
+    def scores(self, steps: Sequence[GradientRequest]) -> list[list[Score]]:
+        """The scores of each step's examples."""
+        sums = [Sum(step, differentiate=False) for step in steps]
+        compute(sums)
+        return [total.scores() for total in sums]
 
     def run_pass(self, shares: Sequence[PassShare]) -> None:
         if self._decoder is None:

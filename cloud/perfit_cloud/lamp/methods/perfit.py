@@ -124,14 +124,13 @@ class PerFit(Method[ShiftUse]):
             progress=context.done,
             stop=context.stop,
         )
-        return [Fitted(self._use(t.outcome), t.losses, t.seconds) for t in trainings]
+        return [Fitted(self._use(t.outcome or self.artefact.seed), t.losses, t.seconds) for t in trainings]
 
     def can_fit(self, person: Person) -> bool:
         return self.training.trains(person)
 
     def examples(self, person: Person) -> int:
-        schedule = self._schedule(person)
-        return schedule.epochs * schedule.examples
+        return self._schedule(person).work
 
     def announce(self, people: Sequence[Person]) -> str:
         steps = [self._schedule(person).steps for person in people]
