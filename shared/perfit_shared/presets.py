@@ -100,7 +100,7 @@ PRESETS: dict[str, Preset] = {
     "appendix_e4": Preset(32, 32, (7, 9, 11), "f7+l7", 2, of_any_depth=True),  # for every task
     # Not in the paper, whose Table 11 does best with layers as early as these.
     **dict.fromkeys(
-        ("chat", "reply", "commit_message"), Preset(16, 16, (6, 11, 15), "l7", 4, from_paper=False)
+        ("chat", "reply", "commit_message"), Preset(32, 16, (5, 9, 12), "l7", 4, from_paper=False)
     ),
 }
 
