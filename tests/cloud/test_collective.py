@@ -138,7 +138,7 @@ def test_an_interrupt_among_the_trials_changes_nothing(
     interrupts = 0
     while True:  # an unfinished trial begins anew, so stop after more steps than one has
         try:
-            done = train_collective(request, stop=StopAfter(230))
+            done = train_collective(request, stop=StopAfter(120))
             break
         except Cancelled:
             interrupts += 1

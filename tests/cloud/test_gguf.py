@@ -257,7 +257,9 @@ def test_hostile_files_are_refused_before_anything_is_built(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, data in hostile(llama.read_bytes()).items():
         (tmp_path / "m.gguf").write_bytes(data)
-        assert "m.gguf" in refused(tmp_path / "m.gguf"), name
+        message = refused(tmp_path / "m.gguf")
+        assert "m.gguf" in message, name
+        assert name not in ("vocab_size", "feed_forward_length") or "metadata describe" in message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 500_000  # KiB
 
 
@@ -266,7 +268,8 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(llama: Path, tmp_pat
     rng = random.Random(1)
     for length in (4, 24, 400, len(data) - 40, *(rng.randrange(len(data) - 40) for _ in range(40))):
         (tmp_path / "m.gguf").write_bytes(data[:length])
-        assert "m.gguf" in refused(tmp_path / "m.gguf"), length
+        message = refused(tmp_path / "m.gguf")
+        assert "ends too early" in message or length < 24, length
 
 
 def test_flipped_bytes_of_the_header_load_or_are_refused(llama: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ LEARNING = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> TaskData:
     folder = write_files(tmp_path_factory.mktemp("lamp"))
-    task = load_task(folder, TASK)
+    task = load_task(folder, TASK).resolved(False)
     return TaskData(task, base, read_people(folder, task, base))
 
 

@@ -121,14 +121,14 @@ def test_the_paper_s_schedule_and_a_device_s(
     paper = run_lamp(request, base=base)
     assert [user.steps for user in paper.users] == [8, 4, 4, 4]
     device = run_lamp(replace(request, out=tmp_path / "device", schedule="device"), base=base)
-    # 20 train, 6 and 13, 4 a batch; with 5 examples a device makes no update.
-    assert [user.steps for user in device.users] == [150, 150, 152, 0]
-    assert "stage 2 by the device schedule: 150 to 152 steps a user" in capsys.readouterr().err
+    # In folds, 4 a batch: 75 steps or a few more, one ends early; with 5 examples a device makes no update.
+    assert [user.steps for user in device.users] == [78, 66, 76, 0]
+    assert "stage 2 by the device schedule: 75 to 78 steps a user" in capsys.readouterr().err
     last = device.users[-1]
     assert last.loss("personal") == last.loss("base") != paper.users[-1].loss("personal")
     summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (paper, device)]
     assert [summary["settings"]["schedule"] for summary in summaries] == ["paper", "device"]
-    assert [user["steps"] for user in summaries[1]["users"]] == [150, 150, 152, 0]
+    assert [user["steps"] for user in summaries[1]["users"]] == [78, 66, 76, 0]
     with pytest.raises(InvalidInput, match="other schedule"):
         run_lamp(replace(request, schedule="device"), base=base)
     with pytest.raises(InvalidInput, match='no schedule "mine"; there are device, paper'):
@@ -137,7 +137,7 @@ def test_the_paper_s_schedule_and_a_device_s(
 
 def test_a_device_s_epochs_as_asked(request_for: Callable[..., LampRequest], base: BaseModel) -> None:
     run = run_lamp(request_for(schedule="device", batch_size=None, **ALONE), base=base)
-    assert [user.steps for user in run.users] == [10, 4]
+    assert [user.steps for user in run.users] == [12, 6]
     assert run.settings["asked_epochs"] == 2
 
 

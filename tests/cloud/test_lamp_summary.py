@@ -88,6 +88,7 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
     assert summary["settings"] == written | {
         "method": "perfit",
         "schedule": "device",
+        "chat": False,
         "prompts": "task",
         "artefact_prompts": "task",
         "answer_tokens": 48,

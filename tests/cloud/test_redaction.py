@@ -368,6 +368,10 @@ def test_a_process_of_its_own(
 
 def test_a_server_that_is_not_hardened_says_so() -> None:
     done = subprocess.run(
-        [*RUN, "serve", "--set", "hardening=off"], capture_output=True, text=True, timeout=60, check=False
+        [*RUN, "serve", "--set", "hardening=off", "--model", "nowhere"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert "hardening is off" in done.stderr.splitlines()[0]

@@ -65,7 +65,8 @@ def fork(*words: str, errors: Path, before: str = "", env: Mapping[str, str] | N
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PERFIT")}
-    environment = {**inherited, "PERFIT_CLOUD_HARDENING": "off", **(env or {})}
+    ours = {"PERFIT_CLOUD_HARDENING": "off", "PERFIT_CLOUD_DTYPE": "float32"}
+    environment = {**inherited, **ours, **(env or {})}
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_command, args=(words, before, environment, writer, errors), daemon=True)
     process.start()

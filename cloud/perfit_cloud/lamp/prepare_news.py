@@ -61,7 +61,8 @@ def prepare_news(
         left_out = {**left_out, "other_category": len(articles) - len(kept)}
     else:
         kept, categorize = articles, _with_labels(categorize, articles)
-    written = {"task": categorize.name, "template": categorize.template, "labels": categorize.labels}
+    written = {"task": categorize.name}
+    written |= {key: getattr(categorize, key) for key in ("template", "chat_template", "labels")}
     people = _authors(kept, categorize)
     return headlines, write(categorize, out / categorize.name, people, left_out=left_out, task_json=written)
 
@@ -113,7 +114,8 @@ def _with_labels(task: Task, articles: Iterable[_Article]) -> Task:
     """The task with the categories that occur, most frequent first."""
     counts = Counter(article.category for article in articles)
     labels = sorted(counts, key=lambda label: (-counts[label], label))
-    return replace(task, template=asking_for(task.template, tuple(labels)), labels=tuple(labels))
+    asked, as_a_turn = (asking_for(text, tuple(labels)) for text in (task.template, task.chat_template))
+    return replace(task, template=asked, chat_template=as_a_turn, labels=tuple(labels))
 
 
 def _authors(articles: Iterable[_Article], task: Task) -> list[Candidate]:

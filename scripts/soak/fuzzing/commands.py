@@ -110,7 +110,7 @@ _MORE: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 # What keeps a command from going on to what takes seconds, or starts the program anew.
 # With hardening it would start the program anew.
-_ALWAYS = {("perfit-cloud", "serve"): ("--set", "hardening=off")}
+_ALWAYS = {("perfit-cloud", "serve"): ("--set", "hardening=off", "--model", "nowhere")}
 
 
 def bare_words(name: tuple[str, ...]) -> tuple[str, ...]:

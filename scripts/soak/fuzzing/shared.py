@@ -24,6 +24,7 @@ from perfit_shared.shifts import (
 from perfit_shared.starts import near_identity
 from perfit_shared.tasks import TASKS, Task
 from perfit_shared.training import Schedule, Training
+from perfit_shared.types import Score
 from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.mutation import TEXT, edited, edited_json, forms_of, mostly, tensor_bytes
 
@@ -155,7 +156,7 @@ def _invite(text: str) -> None:
 
 def _trainings() -> list[bytes]:
     training = Training.start(Schedule(2, 1e-2, 2, 0, 6), TENSORS[0])
-    stepped = training.stepped(1.0, TENSORS[1]).judge(0.5)
+    stepped = training.stepped(1.0, TENSORS[1]).judge([Score(-0.5, 1)])
     return [training.to_bytes(), stepped.to_bytes()]
 
 

@@ -253,6 +253,7 @@ class Device:
             batch_size=batch,
             seed=self.number,
             examples=len(split.train),
+            held_out=len(split.gate),
             fresh=True,
             history=split.digest(),
             version=artefact.version,
