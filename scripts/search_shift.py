@@ -39,7 +39,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 def split(data: Path, out: Path) -> None:
     """Two folders with people of their own: `learn` and `held`."""
     users = json.loads((data / "user_others.json").read_text())
-    random.Random(7).shuffle(users)  # noqa: S311
+    random.Random(7).shuffle(users)
     held = [user for user in users if len(user["query"]) >= _EXAMPLES + 3][:_HELD]
     names = {user["user_id"] for user in held}
     learn = [user for user in users if user["user_id"] not in names][:_LEARN]
