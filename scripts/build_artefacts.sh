@@ -29,5 +29,6 @@ for name in "${names[@]}"; do
     *) echo "no artefact $name" >&2 && exit 2 ;;
   esac
   mkdir -p "$out/$name"
-  cp "$runs/$name"/{artefact.json,collective.safetensors,seed.safetensors,CARD.md} "$out/$name/"
+  cp "$runs/$name"/{artefact.json,collective.safetensors,seed.safetensors} "$out/$name/"
+  sed "/loss.png/d" "$runs/$name/CARD.md" >"$out/$name/CARD.md"
 done
