@@ -37,7 +37,7 @@ names=("$@")
 [ $# -gt 0 ] || names=(commit_message news_headline news_categorize chat reply)
 for name in "${names[@]}"; do
   [ -e "$runs/$name/artefact.json" ] || case $name in
-    commit_message) trained "$name" "$data/commits" --prompts builtin --epochs 3 --device-lr 5e-3 ;;
+    commit_message) trained "$name" "$data/commits" --prompts builtin --epochs 3 --device-lr 3e-3 ;;
     news_headline) trained "$name" "$data/lamp_news/$name" --prompts builtin --epochs 1 --device-lr 5e-3 ;;
     news_categorize)
       asked_for_its_labels "$data/lamp_news/$name"
