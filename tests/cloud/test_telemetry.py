@@ -285,16 +285,13 @@ def test_scores_that_wait_are_counted_apart(
         )
 
     pairs = [(base.encode(prompt), base.encode_target(target)) for prompt, target in EXAMPLES]
-    with (
-        steps.open(pairs, artefact) as session,
-        steps.open_stateless(pairs, BASE_USE) as scored,
-        held_up(engines.updates, "run_pass", monkeypatch) as entered,
-    ):
-        step = steps.submit(GradientRequest(session, [0], mine(artefact, 1)))
-        assert entered.wait(TIMEOUT)
-        scores = [steps.score(scored.whole) for _ in range(2)]
-        assert (waiting("updates"), waiting("scores")) == (1, 2)
-    assert len([future.result(TIMEOUT) for future in (step, *scores)]) == 3
+    with steps.open(pairs, artefact) as session, steps.open_stateless(pairs, BASE_USE) as scored:
+        with held_up(engines.updates, "run_pass", monkeypatch) as entered:
+            step = steps.submit(GradientRequest(session, [0], mine(artefact, 1)))
+            assert entered.wait(TIMEOUT)
+            scores = [steps.score(scored.whole) for _ in range(2)]
+            assert (waiting("updates"), waiting("scores")) == (1, 2)
+        assert len([future.result(TIMEOUT) for future in (step, *scores)]) == 3
     wait_for(lambda: (waiting("updates"), waiting("scores")) == (0, 0))
 
 
