@@ -50,6 +50,8 @@ _NAMES: dict[float, str] = {
     64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dim_ff dff mamba_d_ssm",
     128: "max_position_embeddings n_positions max_seq_len context_length",
 }
+# A head wider than the embedding would answer with tokens that cannot be read again.
+_VOCABULARIES = ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input")
 _SIZES: dict[str, Any] = {name: size for size, names in _NAMES.items() for name in names.split()}
 _LATENT = {"num_key_value_heads": 4, "head_dim": None}  # heads of their own sizes
 _DECODER = {"is_decoder": True}  # of families that read both ways unless told
@@ -168,7 +170,7 @@ def tiny_config(family: str, vocabulary: int = 64, **more: Any) -> Any:
     kind = CONFIG_MAPPING[family]
     known = set(inspect.signature(kind.__init__).parameters)
     other_names = getattr(kind, "attribute_map", {})
-    sizes = {**_SIZES, "vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+    sizes = {**_SIZES, **dict.fromkeys(_VOCABULARIES, vocabulary)}
     values = {name: value for name, value in sizes.items() if name in known}
     for name, value in sizes.items():
         if other_names.get(name) in known:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.collective import StopAfter, write_toy
+from tests.support.collective import StopAfter, small_request, write_toy
 from tests.support.processes import fork
 from tests.support.waiting import wait_for
 from typer.testing import CliRunner
@@ -34,21 +34,8 @@ def request_for(
     toy: Path, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> Callable[..., CollectiveRequest]:
     def make(**changes: Any) -> CollectiveRequest:
-        request = CollectiveRequest(
-            task="news_headline",
-            data=toy,
-            model=str(model_folder("llama")),
-            out=tmp_path / "out",
-            layers=(1, 2),
-            positions="f2+l2",
-            collective_rank=4,
-            personal_rank=4,
-            epochs=2,
-            device_epochs=1,
-            learning_rate=1e-2,
-            device_learning_rate=1e-2,
-        )
-        return replace(request, **changes)
+        given = {"data": toy, "model": str(model_folder("llama")), "out": tmp_path / "out"}
+        return small_request(**{**given, **changes})
 
     return make
 

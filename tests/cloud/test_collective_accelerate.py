@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support import two_processes
+from tests.support.collective import small_request
 from tests.support.waiting import wait_for
 
 from perfit_cloud.collective.checkpoint import FILE
@@ -60,21 +61,8 @@ def request_for(
     toy: Path, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> Callable[..., CollectiveRequest]:
     def make(**changes: Any) -> CollectiveRequest:
-        request = CollectiveRequest(
-            task="news_headline",
-            data=toy / "items.jsonl",
-            model=str(model_folder("llama")),
-            out=tmp_path / "out",
-            layers=(1, 2),
-            positions="f2+l2",
-            collective_rank=4,
-            personal_rank=4,
-            epochs=2,
-            device_epochs=1,
-            learning_rate=1e-2,
-            device_learning_rate=1e-2,
-        )
-        return replace(request, **changes)
+        given = {"data": toy / "items.jsonl", "model": str(model_folder("llama")), "out": tmp_path / "out"}
+        return small_request(**{**given, **changes})
 
     return make
 

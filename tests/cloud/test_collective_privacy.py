@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.collective import StopAfter, write_toy
+from tests.support.collective import StopAfter, small_request, write_toy
 from typer.testing import CliRunner
 
 from perfit_cloud.collective import training, trials
@@ -179,23 +179,16 @@ def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callabl
     data, public = write_toy(tmp_path / "news", users=30, items=4), write_toy(tmp_path / "public", users=4)
 
     def make(**changes: Any) -> CollectiveRequest:
-        request = CollectiveRequest(
-            task="news_headline",
-            data=data,
-            model=str(model_folder("llama")),
-            out=tmp_path / "out",
-            layers=(1,),
-            positions="f2+l2",
-            collective_rank=1,
-            personal_rank=1,
-            epochs=2,
-            threads=1,
-            learning_rate=1e-2,
-            device_learning_rate=1e-2,
-            validation=public,
-            budget=Budget(8.0),
-        )
-        return replace(request, **changes)
+        given = {"data": data, "model": str(model_folder("llama")), "out": tmp_path / "out"}
+        small = {
+            "layers": (1,),
+            "collective_rank": 1,
+            "personal_rank": 1,
+            "device_epochs": None,
+            "threads": 1,
+        }
+        private = {"validation": public, "budget": Budget(8.0)}
+        return small_request(**{**given, **small, **private, **changes})
 
     return make
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.collective import write_toy
+from tests.support.collective import small_request, write_toy
 
 from perfit_cloud.collective import trials
 from perfit_cloud.collective.run import CollectiveRequest, train_collective
@@ -62,22 +61,8 @@ def make_request(model_folder: Callable[[str], Path], tmp_path: Path) -> Callabl
     data = write_toy(tmp_path / "news")
 
     def make(**changes: Any) -> CollectiveRequest:
-        request = CollectiveRequest(
-            task="news_headline",
-            data=data,
-            model=str(model_folder("llama")),
-            out=tmp_path / "out",
-            layers=(1, 2),
-            positions="f2+l2",
-            collective_rank=4,
-            personal_rank=4,
-            epochs=4,
-            device_epochs=1,
-            learning_rate=1e-2,
-            device_learning_rate=1e-2,
-            threads=1,
-        )
-        return replace(request, **changes)
+        given = {"data": data, "model": str(model_folder("llama")), "out": tmp_path / "out"}
+        return small_request(**{**given, "epochs": 4, "threads": 1, **changes})
 
     return make
 

@@ -26,7 +26,7 @@ from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import EngineHealth, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_cloud.service.telemetry import Engines
+from perfit_cloud.service.telemetry import Engines, Telemetry
 from perfit_shared.errors import ConfigError, Unavailable
 from perfit_shared.types import Mode, Sampling
 from perfit_shared.wire import personalization_pb2 as pb
@@ -189,7 +189,7 @@ class Played:
 
     def __init__(self) -> None:
         self.now = EngineHealth(0, 0, 0.0, is_alive=True)
-        self.cache_tokens_held = 0
+        self.cache_tokens_held = self.scores_waiting = 0
         self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
 
     def health(self) -> EngineHealth:
@@ -269,6 +269,30 @@ def test_a_pass_that_hangs_is_seen(
     list(answer)
     wait_for(lambda: engines.engine_health()["model"].running == 0)
     assert engines.engine_health()["answers"] == EngineHealth(0, 0, 0.0, is_alive=True)
+
+
+def test_scores_that_wait_are_counted_apart(
+    engines: Engines, base: BaseModel, artefact: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait in the queue of the gradients, and were counted as updates."""
+    steps: Any = engines.scheduler
+    telemetry = Telemetry()
+    telemetry.watch(engines)
+
+    def waiting(engine: str) -> float | None:
+        return telemetry.registry.get_sample_value(
+            "perfit_engine_work", {"engine": engine, "state": "waiting"}
+        )
+
+    pairs = [(base.encode(prompt), base.encode_target(target)) for prompt, target in EXAMPLES]
+    with steps.open(pairs, artefact) as session, steps.open_stateless(pairs, BASE_USE) as scored:
+        with held_up(engines.updates, "run_pass", monkeypatch) as entered:
+            step = steps.submit(GradientRequest(session, [0], mine(artefact, 1)))
+            assert entered.wait(TIMEOUT)
+            scores = [steps.score(scored.whole) for _ in range(2)]
+            assert (waiting("updates"), waiting("scores")) == (1, 2)
+        assert len([future.result(TIMEOUT) for future in (step, *scores)]) == 3
+    wait_for(lambda: (waiting("updates"), waiting("scores")) == (0, 0))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

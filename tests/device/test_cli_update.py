@@ -207,10 +207,10 @@ def test_a_vault_that_takes_nothing_is_noticed_before_the_first_step(
     """It was noticed after training, which was lost."""
     put = Vault.put
 
-    def refusing(self: Vault, kind: str, name: str, data: bytes) -> None:
+    def refusing(self: Vault, kind: str, name: str, data: bytes, **how: bool) -> None:
         if len(data) > 2000:
             raise VaultError(f"{what}, so nothing was changed")
-        put(self, kind, name, data)
+        put(self, kind, name, data, **how)
 
     monkeypatch.setattr(Vault, "put", refusing)
     cloud.calls.clear()
@@ -222,9 +222,9 @@ def test_room_is_tried_for_all_that_an_update_writes(ready: Perfit, monkeypatch:
     sizes: dict[str, int] = {}
     put = Vault.put
 
-    def noting(self: Vault, kind: str, name: str, data: bytes) -> None:
+    def noting(self: Vault, kind: str, name: str, data: bytes, **how: bool) -> None:
         sizes[kind] = max(sizes.get(kind, 0), len(data))
-        put(self, kind, name, data)
+        put(self, kind, name, data, **how)
 
     monkeypatch.setattr(Vault, "put", noting)
     ready.ok("update", "--epochs", "3", "--checkpoint", "0")

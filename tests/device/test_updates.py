@@ -203,9 +203,9 @@ def test_the_next_request_is_out_before_the_bookkeeping(
 
         return answer
 
-    def kept(kind: str, name: str, data: bytes) -> None:
+    def kept(kind: str, name: str, data: bytes, **how: bool) -> None:
         log.append(kind)
-        put(kind, name, data)
+        put(kind, name, data, **how)
 
     monkeypatch.setattr(vault, "reserve", lambda size: None)
     monkeypatch.setattr(vault, "put", kept)
@@ -296,9 +296,9 @@ def test_a_kill_costs_no_more_than_the_time_between_checkpoints(
 
         return answer
 
-    def kept(kind: str, name: str, data: bytes) -> None:
+    def kept(kind: str, name: str, data: bytes, **how: bool) -> None:
         saved.extend([now] if kind == "checkpoint" else [])
-        put(kind, name, data)
+        put(kind, name, data, **how)
 
     monkeypatch.setattr(updates.time, "monotonic", lambda: now)
     monkeypatch.setattr(vault, "put", kept)
@@ -337,8 +337,8 @@ def test_a_disk_too_full_to_sweep_ends_no_update(vault: Vault, monkeypatch: pyte
     """Each checkpoint was written, and the update ended all the same."""
     put = vault.put
 
-    def unswept(kind: str, name: str, data: bytes) -> None:
-        put(kind, name, data)
+    def unswept(kind: str, name: str, data: bytes, **how: bool) -> None:
+        put(kind, name, data, **how)
         if kind == "checkpoint":
             raise VaultUnswept("the change is made")
 
@@ -351,10 +351,10 @@ def test_a_disk_too_full_for_a_checkpoint_keeps_the_one_before(
 ) -> None:
     put, left = vault.put, iter(range(6))  # the start is judged, which is kept too
 
-    def full(kind: str, name: str, data: bytes) -> None:
+    def full(kind: str, name: str, data: bytes, **how: bool) -> None:
         if kind == "checkpoint" and next(left, None) is None:
             raise VaultError("the disk is full, so nothing was changed")
-        put(kind, name, data)
+        put(kind, name, data, **how)
 
     monkeypatch.setattr(vault, "put", full)
     with pytest.raises(VaultError, match="disk is full"):

@@ -68,6 +68,36 @@ def test_a_kill_before_the_sweep_is_made_good_on_opening(
     assert not any(row[i : i + 16] in data for row in sealed for i in range(0, len(row) - 15, 16))
 
 
+def test_a_sweep_that_was_put_off_comes_at_the_latest_in_closing(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each checkpoint of an update had the whole vault rewritten, with all versions that lie in it."""
+
+    def swept() -> bool:
+        with sqlite3.connect(f"file:{filled}?immutable=1", uri=True) as connection:
+            found = connection.execute("PRAGMA user_version").fetchone()[0] == 0
+        connection.close()
+        return bool(found)
+
+    sweeps: list[bool] = []
+    real = Vault._sweep
+    monkeypatch.setattr(Vault, "_sweep", lambda self: (sweeps.append(True), real(self)))
+    before = sealed_rows(filled, "shift")[0]
+    vault = Vault.open(filled, PASSPHRASE)
+    sweeps.clear()
+    for _ in range(3):
+        vault.put("shift", "cloud/task", bytes(5000), sweep=False)
+    assert not sweeps and not swept()
+    vault.delete("example", "e1")  # what is forgotten is swept at once, and all else with it
+    assert len(sweeps) == 1 and swept()
+    vault.put("shift", "cloud/task", bytes(5000), sweep=False)
+    vault.close()
+    assert len(sweeps) == 2 and swept()
+    data = filled.read_bytes()
+    assert not any(before[i : i + 16] in data for i in range(0, len(before) - 15, 16))
+    assert contents(filled)["shift"] == {"cloud/task": bytes(5000)}
+
+
 def test_a_kill_in_a_reserve_leaves_no_row(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its two changes; the row, as large as a checkpoint, stayed until the next update."""
     size = filled.stat().st_size

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
+
+from perfit_cloud.collective.run import CollectiveRequest
 
 WORDS = ("cat", "dog", "mat", "door")
 
@@ -25,6 +28,22 @@ def write_toy(folder: Path, users: int = 12, items: int = 16) -> Path:
     (folder / "user_others.json").write_text(json.dumps(data))
     (folder / "task.json").write_text(json.dumps({"template": "{text} so", "answer": " {title}"}))
     return folder
+
+
+def small_request(data: Path, model: str, out: Path, **changes: Any) -> CollectiveRequest:
+    """A stage 1 of a second or so, with rates that are not tried."""
+    given = {
+        "task": "news_headline",
+        "layers": (1, 2),
+        "positions": "f2+l2",
+        "collective_rank": 4,
+        "personal_rank": 4,
+        "epochs": 2,
+        "device_epochs": 1,
+        "learning_rate": 1e-2,
+        "device_learning_rate": 1e-2,
+    }
+    return CollectiveRequest(data=data, model=model, out=out, **{**given, **changes})
 
 
 class StopAfter:

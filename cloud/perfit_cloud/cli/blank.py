@@ -8,29 +8,40 @@ from typing import Annotated
 
 import typer
 
-from perfit_cloud.cli.common import MODEL_HELP, layers_of
+from perfit_cloud.cli.common import (
+    AsJson,
+    Device,
+    Force,
+    Layers,
+    Model,
+    Out,
+    PersonalRank,
+    Positions,
+    Preset,
+    layers_of,
+)
 
 __all__ = ["blank"]
 
 
 def blank(  # noqa: PLR0917 - options of a command
     task: Annotated[str, typer.Option(help="Task, for example chat or reply.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
+    model: Model,
+    out: Out,
     data: Annotated[
         Path | None, typer.Option(help="Folder with a task.json; nothing else there is read.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Row of settings; the task's own.")] = None,
-    layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
-    positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "l7".')] = None,
-    personal_rank: Annotated[int | None, typer.Option(help="Rank of the seed and personal shifts.")] = None,
+    preset: Preset = None,
+    layers: Layers = None,
+    positions: Positions = None,
+    personal_rank: PersonalRank = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over a history on devices.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak rate on devices; 1e-3.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step on devices.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random start.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an artefact without collective data, so that personal shifts work before there are many users.
 

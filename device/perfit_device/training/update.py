@@ -298,7 +298,8 @@ class Update:
             return
         # On a full disk traces of the last checkpoint stay in the file until the next save.
         with contextlib.suppress(VaultUnswept):
-            self._vault.put(_KIND, self._row, self._state.to_bytes())
+            # The checkpoint before is nothing that anybody forgets; the update's end sweeps it away.
+            self._vault.put(_KIND, self._row, self._state.to_bytes(), sweep=False)
         self._saved = self._state
 
     def _finish(self, gate: ValidationGate) -> None:

@@ -12,6 +12,7 @@ earlier day, put back, is not noticed.
 `secure_delete` alone does not keep the last but one: moving rows between pages leaves copies of
 them in the free space of pages (measured). So a change that removes bytes marks the file in the
 same transaction (`user_version`), and it is rebuilt by VACUUM right after, or on the next opening.
+A put may leave that to the next change that removes, or to `close`: VACUUM copies the whole file.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Vault:
         self._lock = threading.RLock()
         self._depth = 0
         self._removed = False  # whether the transaction at hand removes bytes
+        self._sweeps = False  # whether they are to be swept right after it
         self._unlock: Callable[[], object] | None = None  # lets another thread open the file
         self._checksum_current = False  # whether the checksum beside the file is up to date
 
@@ -158,6 +160,8 @@ class Vault:
         self.closed = True
         try:
             with contextlib.suppress(sqlite3.Error, VaultError):
+                if not self._is_swept():
+                    self._sweep()
                 # Not for an unswept file: after a crash SQLite restores all but its free pages.
                 if not self._checksum_current and self._is_swept():
                     checksum.write(self._file, self.path)
@@ -202,8 +206,11 @@ class Vault:
             rows = self._execute("SELECT id, version, wrapped_key, sealed FROM rows WHERE kind = ?", kind)
         return dict(_unpack(self._key.unseal(kind, *row)) for row in rows)
 
-    def put(self, kind: str, name: str, data: bytes) -> None:
-        """Write a row, as its next version if it is there. Atomic, by itself or in a transaction."""
+    def put(self, kind: str, name: str, data: bytes, *, sweep: bool = True) -> None:
+        """Write a row, as its next version if it is there. Atomic, by itself or in a transaction.
+
+        Without `sweep` parts of the version before may stay until the next sweep, at the latest in `close`.
+        """
         ref = (kind, self._key.row_id(kind, name))
         with self._lock:
             version = self._listed.get(ref, (0, b""))[0] + 1
@@ -216,6 +223,7 @@ class Vault:
                 )
                 del sealed
                 self._removed = self._removed or version > 1
+                self._sweeps = self._sweeps or (sweep and version > 1)
                 self._listed[ref] = (version, digest)
 
     def delete(self, kind: str, name: str) -> bool:
@@ -226,7 +234,7 @@ class Vault:
                 return False
             with self.transaction():
                 self._execute("DELETE FROM rows WHERE kind = ? AND id = ?", *ref)
-                self._removed = True
+                self._removed = self._sweeps = True
                 del self._listed[ref]
             return True
 
@@ -257,7 +265,7 @@ class Vault:
     def _outermost(self) -> Iterator[None]:
         before = dict(self._listed)
         self._depth += 1
-        self._removed = False
+        self._removed = self._sweeps = False
         try:
             self._execute("BEGIN IMMEDIATE")
             self._checksum_current = False
@@ -271,7 +279,7 @@ class Vault:
             raise
         finally:
             self._depth -= 1
-        if self._removed:
+        if self._sweeps:
             self._sweep()
 
     def _roll_back(self, before: dict[_RowRef, tuple[int, bytes]]) -> None:
@@ -308,7 +316,7 @@ class Vault:
     def _write_header(self, header: Header) -> None:
         with self.transaction():
             self._execute("UPDATE header SET data = ?", header.to_bytes())
-            self._removed = True
+            self._removed = self._sweeps = True
         self._header = header
 
     def _execute(self, sql: str, *values: str | bytes | int) -> Rows:

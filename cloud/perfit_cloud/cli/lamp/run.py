@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from perfit_cloud.cli.common import MODEL_HELP, layers_of, stopping
+from perfit_cloud.cli.common import (
+    BatchSize,
+    Chat,
+    CollectiveRank,
+    Device,
+    Dtype,
+    Layers,
+    Model,
+    PersonalRank,
+    Positions,
+    Preset,
+    Prompts,
+    Threads,
+    layers_of,
+    stopping,
+)
 from perfit_cloud.text_tables import aligned_table
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
@@ -16,7 +31,7 @@ _GIB, _MOST_GIB = 1 << 30, 1 << 20
 
 
 def run(  # noqa: PLR0917 - typer's way; all are options
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
+    model: Model,
     data: Annotated[Path, typer.Option(help="Folder with the task's files, as `lamp prepare` makes it.")],
     out: Annotated[Path, typer.Option(help="Folder for everything the run makes.")],
     task: Annotated[
@@ -26,23 +41,9 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     artefact: Annotated[
         Path | None, typer.Option(help="Collective shift to use instead of training one; of any task.")
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Row of the paper's Table 9, or appendix_e4.  [default: the task's]")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="oppu (the paper's, with its 200 new tokens and no stop), lamp, task (task.json's) or "
-            "builtin.  [default: the artefact's, else task.json's, else built in]"
-        ),
-    ] = None,
-    chat: Annotated[
-        str | None,
-        typer.Option(
-            help="Read examples as chat turns, by the model's chat template: yes, no, or auto (where it has "
-            "one).  [default: as the task says]"
-        ),
-    ] = None,
+    preset: Preset = None,
+    prompts: Prompts = None,
+    chat: Chat = None,
     schedule: Annotated[
         str,
         typer.Option(
@@ -68,11 +69,11 @@ def run(  # noqa: PLR0917 - typer's way; all are options
             "examples[=5,10], ablations."
         ),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help='Blocks to intervene on, counted from 0: "2;3".')] = None,
-    positions: Annotated[str | None, typer.Option(help='Prompt tokens to intervene on: "f7+l7".')] = None,
-    collective_rank: Annotated[int | None, typer.Option(help="Rank of the collective shift.")] = None,
-    personal_rank: Annotated[int | None, typer.Option(help="Rank of the personal shifts.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step, both stages.")] = None,
+    layers: Layers = None,
+    positions: Positions = None,
+    collective_rank: CollectiveRank = None,
+    personal_rank: PersonalRank = None,
+    batch_size: BatchSize = None,
     epochs: Annotated[int | None, typer.Option(help="Stage 2: passes over a history.")] = None,
     lr: Annotated[float | None, typer.Option(help="Stage 2: peak rate.  [default: the artefact's]")] = None,
     collective_epochs: Annotated[int | None, typer.Option(help="Stage 1: passes over everybody.")] = None,
@@ -83,11 +84,9 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     temperature: Annotated[float, typer.Option(help="Of answers; 0: greedy.")] = 0.1,
     users_together: Annotated[int, typer.Option(help="Users whose steps run as one pass.")] = 8,
     keep_gib: Annotated[float, typer.Option(help="Memory for activations kept between steps.")] = 4.0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="auto: what this processor multiplies faster; float32; bfloat16; float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Threads = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json, a list for a sweep.")] = False,
 ) -> None:
     """Train both stages for a task's users, answer their held-out queries, and measure.

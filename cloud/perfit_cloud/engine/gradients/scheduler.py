@@ -67,6 +67,11 @@ class GradientScheduler:
         stalled = time.monotonic() - max(self._moved, self._engine.moved) if waiting else 0.0
         return EngineHealth(0, waiting, stalled, is_alive)
 
+    @property
+    def scores_waiting(self) -> int:
+        """How many of the waiting requests are for scores; without the condition, as `health`."""
+        return sum(task.is_score for task in list(self._queue))
+
     def open(
         self,
         examples: Sequence[Pair],
@@ -98,10 +103,10 @@ class GradientScheduler:
     def score(self, step: GradientRequest) -> Future[list[Score]]:
         """The log-likelihood of each example; a pass without gradients. Otherwise as `submit`."""
         total = Sum(step, differentiate=False)
-        return self._enqueue(total, total.scores)
+        return self._enqueue(total, total.scores, is_score=True)
 
-    def _enqueue(self, total: Sum, found: Callable[[], Any]) -> Future[Any]:
-        task = _Task(total, found)
+    def _enqueue(self, total: Sum, found: Callable[[], Any], *, is_score: bool = False) -> Future[Any]:
+        task = _Task(total, found, is_score=is_score)
         with self._changed:
             if not self._is_open:
                 raise Unavailable(_STOPPING)
@@ -198,8 +203,9 @@ class GradientScheduler:
 class _Task:
     """A request on its way through the queue."""
 
-    def __init__(self, total: Sum, found: Callable[[], Any]) -> None:
+    def __init__(self, total: Sum, found: Callable[[], Any], *, is_score: bool) -> None:
         """`found`: what the future ends in, once every part is in the sum."""
+        self.is_score = is_score
         self.future: Future[Any] = Future()
         self.owner = total.session.owner
         self.total = total
@@ -212,7 +218,7 @@ class _Task:
 
     @property
     def cost(self) -> int:
-        """Rows stalled to do."""
+        """Rows that are still to do."""
         return int(self._costs.sum())
 
     def take(self, room: int) -> Indices:
