@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def is_better(self) -> bool:
-        """Whether the gain is more than its standard error: one that is none passes one time in six."""
+        """Whether the gain is more than its standard error: one that is none passes about one time in six."""
         return self.gain > self.error
 
     @property
