@@ -49,8 +49,8 @@ class TrainingSummary:
     """What a version was made of. None where unknown: vaults of format 1 did not record it.
 
     `examples` counts those that trained, the oldest of the history. Losses are in nats a token. Those of
-    training are means over the first and the last epoch's steps; the gate's are of what the version was
-    compared with, and of this one.
+    training are means over the first and the last epoch's steps; the gate's are of what training began
+    with, and of this version.
     """
 
     examples: int | None = None

@@ -18,6 +18,7 @@ __all__ = ["Figures", "Overrides", "PaperSchedule", "Schedule", "schedule_for"]
 
 _LEAST_STEPS = 150  # of an update on a device, unless the user says otherwise
 _LEAST_STEPS_IN_FOLDS = 75  # which cost three times as much each, for a history of up to half as many
+_JUDGEMENTS = 12  # of a training, about
 _POOLED = 50  # batches, at most, whose examples are sorted by length together
 
 
@@ -75,6 +76,16 @@ class Schedule:
             ends = [fold * self.examples // self.folds for fold in range(self.folds + 1)]
             return [range(*part) for part in pairwise(ends)]
         return [range(self.examples, self.examples + self.held_out)] if self.held_out else []
+
+    @property
+    def judgement_epochs(self) -> int:
+        """From one judgement to the next: of many epochs about twelve are judged."""
+        return max(1, self.epochs // _JUDGEMENTS)
+
+    @property
+    def judgements(self) -> int:
+        """Of all epochs, and of the start."""
+        return 1 + math.ceil(self.epochs / self.judgement_epochs) if self.judged else 0
 
     def batch(self, step: int) -> list[int]:
         """Row indices of one step; every epoch is a permutation of its own."""

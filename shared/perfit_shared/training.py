@@ -31,7 +31,7 @@ from perfit_shared.optimizer import StiefelAdamW
 from perfit_shared.schedules import Figures, Overrides, PaperSchedule, Schedule, schedule_for
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.types import Score
-from perfit_shared.validation import Comparison, mean_loss
+from perfit_shared.validation import Comparison, chosen_by_others, mean_loss
 
 __all__ = [
     "Figures",
@@ -45,7 +45,6 @@ __all__ = [
     "train",
 ]
 
-_JUDGEMENTS = 12  # of a training, about
 _PATIENCE = 0.3  # of all epochs: training ends that long after the best one
 
 
@@ -64,6 +63,13 @@ class Track:
         return Track(optimizer.step(self.tensors, gradient), optimizer)
 
 
+class Judgement(NamedTuple):
+    """The held-out examples at an epoch's end, or before the first step."""
+
+    step: int
+    scores: tuple[Score, ...]
+
+
 @dataclass(frozen=True)
 class Training(Generic[S]):
     """Where a run stands: tensors, moments, losses, and the best epoch where epochs are judged."""
@@ -73,10 +79,8 @@ class Training(Generic[S]):
     folds: tuple[Track, ...] = ()
     losses: tuple[float, ...] = ()  # by step, nats a token
     seconds: float = 0.0  # the caller's clock
-    judged: int = -1  # the step, at an epoch's end, that held-out examples were last measured at
-    start_scores: tuple[Score, ...] = ()  # of the held-out examples, before the first step
-    best_scores: tuple[Score, ...] = ()  # after the best epoch so far
-    best_step: int = 0
+    judgements: tuple[Judgement, ...] = ()
+    best_step: int = 0  # of the judgement with the lowest loss
     best: ShiftTensors | None = None
 
     @classmethod
@@ -90,8 +94,12 @@ class Training(Generic[S]):
 
     @property
     def comparison(self) -> Comparison:
-        """The start and the best epoch, on the examples that judge."""
-        return Comparison(self.start_scores, self.best_scores)
+        """The start and the epoch to take, on the examples that judge; of each third the others choose it.
+
+        All choose the one that is taken. On the very examples that choose it, its gain would flatter.
+        """
+        found = [judgement.scores for judgement in self.judgements]
+        return Comparison(found[0], chosen_by_others(found) if self.best_step else found[0])
 
     @property
     def outcome(self) -> ShiftTensors | None:
@@ -107,6 +115,11 @@ class Training(Generic[S]):
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
+
+    @property
+    def judged(self) -> int:
+        """The step that held-out examples were last scored after, or -1."""
+        return self.judgements[-1].step if self.judgements else -1
 
     @property
     def done(self) -> bool:
@@ -129,10 +142,10 @@ class Training(Generic[S]):
 
     @property
     def at_judgement(self) -> bool:
-        """Whether an epoch ended here that `judge` has not seen; of many epochs it sees twelve."""
+        """Whether an epoch ended here that `judge` has not seen."""
         if not self.schedule.judged or self.step <= self.judged:
             return False
-        every = max(1, self.schedule.epochs // _JUDGEMENTS) * self.schedule.steps_per_epoch
+        every = self.schedule.judgement_epochs * self.schedule.steps_per_epoch
         return self.step % every == 0 or self.step == self.schedule.steps
 
     @property
@@ -169,11 +182,10 @@ class Training(Generic[S]):
 
         A later epoch may have learned the training examples by heart.
         """
-        found, judged = tuple(scores), replace(self, judged=self.step)
-        if self.judged < 0:
-            return replace(judged, start_scores=found, best_scores=found)
-        if mean_loss(found) < mean_loss(self.best_scores):
-            return replace(judged, best_scores=found, best_step=self.step, best=self.tensors)
+        found = Judgement(self.step, tuple(scores))
+        judged = replace(self, judgements=(*self.judgements, found))
+        if self.judgements and mean_loss(found.scores) < min(mean_loss(j.scores) for j in self.judgements):
+            return replace(judged, best_step=self.step, best=self.tensors)
         return judged
 
     # -- bytes ---------------------------------------------------------------------------------
@@ -184,9 +196,7 @@ class Training(Generic[S]):
             "plan": asdict(self.schedule),
             "losses": self.losses,
             "seconds": self.seconds,
-            "judged": self.judged,
-            "start_scores": [astuple(score) for score in self.start_scores],
-            "best_scores": [astuple(score) for score in self.best_scores],
+            "judgements": [(step, [astuple(score) for score in scores]) for step, scores in self.judgements],
             "best_step": self.best_step,
         }
         parts = [json.dumps(header).encode()]
@@ -216,9 +226,10 @@ class Training(Generic[S]):
                 folds=tuple(folds),
                 losses=tuple(header["losses"]),
                 seconds=header["seconds"],
-                judged=header["judged"],
-                start_scores=tuple(Score(*score) for score in header.get("start_scores", ())),
-                best_scores=tuple(Score(*score) for score in header.get("best_scores", ())),
+                judgements=tuple(
+                    Judgement(step, tuple(Score(*score) for score in scores))
+                    for step, scores in header.get("judgements", ())
+                ),
                 best_step=header.get("best_step", 0),
                 best=_tensors(parts[last]) if len(parts) > last else None,
             )

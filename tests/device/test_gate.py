@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.support.updates import ARTEFACT, SEED, TASK, make_split, plan_for, pr
 
 from perfit_device import history, personal, shift_files
 from perfit_device.history import HistoryItem
-from perfit_device.personal import PersonalShift
+from perfit_device.personal import PersonalShift, TrainingSummary
 from perfit_device.training.update import Result
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
@@ -89,6 +90,27 @@ def test_what_was_forgotten_does_not_come_back(vault: Vault) -> None:
     later = prepared(vault, current=personal.load(vault, "cloud", ARTEFACT), forgotten=forgotten)
     assert later.run().gate.accepted
     assert can_undo(vault)
+
+
+def test_a_version_records_the_loss_of_all_folds_not_of_the_few_examples_that_were_new(vault: Vault) -> None:
+    """The last three were easy; the update after that had to beat their mean on all, and was kept out."""
+    count = len(make_split().train) + len(make_split().gate)
+    folds = plan_for(make_split(), examples=count, held_out=0, folds=3)
+    learned = TrainingSummary(examples=count - 3, gate_after=3.0)
+    current = PersonalShift(GOOD, 1, learned=learned)
+    personal.store(vault, "cloud", ARTEFACT, current)
+
+    def evaluate(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
+        gain = {SEED.digest(): 0.0, GOOD.digest(): 0.4}.get(tensors.digest(), 0.5)
+        return lambda: scored(rows, lambda row: (1.0 if row >= count - 3 else 4.0) - gain)
+
+    result = prepared(vault, plan=folds, current=current, evaluate=evaluate).run()
+    assert figures(result) == pytest.approx((0.6, 0.5, True))
+    current = personal.load(vault, "cloud", ARTEFACT)
+    assert current is not None
+    assert current.learned.gate_after == pytest.approx((3 * 0.5 + (count - 3) * 3.5) / count)
+    again = prepared(vault, plan=replace(folds, seed=1), current=current, evaluate=evaluate).run()
+    assert again.gate.accepted
 
 
 # -- as commands -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.splits import split_sizes
 from perfit_shared.training import Overrides, PaperSchedule, Request, Schedule, Training, schedule_for, train
 from perfit_shared.types import Score
-from perfit_shared.validation import Comparison
+from perfit_shared.validation import Comparison, chosen_by_others
 
 SPEC = ShiftSpec((0,), "l2", 1, 2, 8)
 START = ShiftTensors.identity(SPEC, 2, 0)
@@ -184,9 +184,9 @@ def test_no_epoch_is_the_best_one_that_is_no_better_than_the_start() -> None:
 
 
 def test_a_gain_that_chance_explains_is_none() -> None:
-    """Of three held-out examples one wants what is learned and the others do not, or the other way."""
-    mixed = started(4, held_out=3)
-    run(Source([1.0], held_out=lambda row: 1.0 if row == 4 else 0.04), mixed)
+    """Of twelve held-out examples two want what is learned, of three two."""
+    mixed = started(4, held_out=12)
+    run(Source([1.0], held_out=lambda row: 1.0 if row in (4, 8) else 0.0), mixed)
     assert mixed[0].best is not None and mixed[0].comparison.gain > 0
     assert mixed[0].outcome is None
     most = started(4, held_out=3)
@@ -237,7 +237,7 @@ def state(training: Training[Schedule]) -> tuple[object, ...]:
     """All but the clock."""
     tensors = [each.tensors.digest() for each in (training.track, *training.folds)]
     best = training.best and training.best.digest()
-    scores = (training.start_scores, training.best_scores, training.best_step, training.judged)
+    scores = (training.judgements, training.best_step)
     return training.schedule, training.losses, tensors, best, scores
 
 
@@ -264,6 +264,28 @@ def test_a_loss_that_is_no_number_names_its_training_and_keeps_the_others() -> N
 
 
 # -- what is chance --------------------------------------------------------------------------------
+
+
+def test_no_example_chooses_the_epoch_that_it_judges() -> None:
+    losses = ([4] * 6, [1, 1, 4, 4, 4, 4], [3] * 6)
+    start, first, second = ([Score(-loss, 1) for loss in each] for each in losses)
+    found = chosen_by_others([start, first, second])
+    assert found == second[:2] + first[2:], "the first two would choose the first, as the others do"
+    assert chosen_by_others([start]) == start
+    assert chosen_by_others([start, first]) == start[:2] + first[2:], "nobody else gained"
+
+
+def test_what_few_examples_choose_for_themselves_is_no_gain() -> None:
+    """Each third gains at an epoch of its own, and at the best one the mean is twice its error."""
+    training = started(4, held_out=6, epochs=3)[0]
+    for losses in ([4] * 6, [1, 1, 4, 4, 5, 4], [4, 4.1, 2, 1.5, 4, 4], [4, 4, 4, 4.5, 1.5, 2]):
+        training = training.judge([Score(-loss, 1) for loss in losses])
+        gradient = quadratic(training.tensors, 1.0)
+        training = training if training.done else training.stepped(*gradient)
+    assert training.best is not None and training.best_step == 1
+    own = Comparison(training.judgements[0].scores, training.judgements[1].scores)
+    assert own.is_better
+    assert not training.comparison.is_better and training.outcome is None
 
 
 def test_gain_and_error_as_numbers() -> None:

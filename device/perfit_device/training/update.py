@@ -245,11 +245,12 @@ class Update:
         """Bytes that this update adds to the vault at most: a checkpoint, or a version beside another.
 
         A checkpoint holds the tensors and two moments of each, also of the folds, the best epoch's, a loss
-        a step, and two scores an example.
+        a step, and a score an example of every judgement.
         """
         plan = self._state.schedule
         tensors = 3 * (1 + plan.folds) + 2
-        return tensors * len(self._start.to_bytes()) + 24 * plan.steps + 96 * (plan.examples + plan.held_out)
+        scores = plan.judgements * sum(map(len, plan.judged))
+        return tensors * len(self._start.to_bytes()) + 24 * plan.steps + 48 * scores
 
     def _train(self) -> None:
         """Step by step. The bookkeeping of one step runs while the cloud computes the next."""
@@ -315,11 +316,13 @@ class Update:
         """The new version. It inherits `forgotten` from the version that it continues."""
         plan, current = self._state.schedule, self._settings.current
         first, last = self._losses()
+        # Of all examples that judge: a later gate compares with them, and `gate.current` may have three.
+        found = gate.start
         return PersonalShift(
             self._state.best or self._start,
             updates=1 if plan.fresh or current is None else current.updates + 1,
             forgotten=self._settings.forgotten if plan.anew or current is None else current.forgotten,
-            learned=TrainingSummary(plan.examples, first, last, gate.before, gate.after),
+            learned=TrainingSummary(plan.examples, first, last, *map(mean_loss, (found.before, found.after))),
         )
 
     def _losses(self) -> tuple[float, float]:
