@@ -276,6 +276,24 @@ def test_a_message_shows_no_control_characters_of_the_file(
     assert "odd\\n" in caplog.text and "\x1b" not in caplog.text
 
 
+def test_what_lies_beside_a_file_is_no_part_of_it(llama: Path, tmp_path: Path) -> None:
+    """Another model's tokenizer.json decided its tokens, and an adapter was taken for its own."""
+    path = Path(shutil.copy(llama, tmp_path / "m.gguf"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["the cat"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert loaded(path).encode(TEXT) == loaded(llama).encode(TEXT)
+
+
+def test_a_file_that_may_not_be_read_is_one_clear_error(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refused(llama) == f"cannot read {llama}: Permission denied"
+
+
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     model = gguf_model("llama", "F32")
     model.model.norm.weight[5] = torch.nan

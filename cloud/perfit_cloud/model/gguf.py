@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -65,12 +66,16 @@ class GgufFile(ModelFiles):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._reader = _read(path)
+        self._alone = path.parent
         with self.reading():
             self._check()
 
     @property
     def folder(self) -> Path:
-        return self.path.parent
+        """With nothing but the file while it is read: transformers takes a tokenizer.json or an adapter that
+        lies beside it for a part of the model, and the fingerprint would not say so.
+        """
+        return self._alone
 
     @property
     def tokenizer_arguments(self) -> dict[str, Any]:
@@ -114,12 +119,16 @@ class GgufFile(ModelFiles):
         try:
             for each in ours:
                 setattr(*each)
-            yield
+            with TemporaryDirectory(prefix="perfit-") as alone:
+                self._alone = Path(alone)
+                (self._alone / self.path.name).symlink_to(self.path.absolute())
+                yield
         except InvalidData:
             raise
         except Exception as error:  # odd metadata fail anywhere in the converters
             raise self.unreadable(error) from error
         finally:
+            self._alone = self.path.parent
             for each in theirs:
                 setattr(*each)
 
@@ -247,8 +256,11 @@ class _Reader(gguf.GGUFReader):
 
 def _read(path: Path) -> _Reader:
     """Raises InvalidData on a file whose header is not whole and plain."""
-    with path.open("rb") as file:
-        start = file.read(24)
+    try:
+        with path.open("rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        raise InvalidData(f"cannot read {path}: {error.strerror}") from error
     if len(start) < 24 or start[:4] != b"GGUF":
         raise InvalidData(f"{path} is no GGUF file, or an empty one")
     (version,) = struct.unpack_from("<I", start, 4)
