@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFValueType as Value
 from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
 from tests.support.gguf_files import QUANTISED, gguf_model, write_gguf
 from tests.support.gradients import OF_TOKENIZER, assert_equal, autograd, person
@@ -218,6 +220,78 @@ def test_another_architecture_is_refused_by_name(llama: Path, tmp_path: Path) ->
     data = llama.read_bytes().replace(b"llama", b"lamma")
     (tmp_path / "m.gguf").write_bytes(data)
     assert "architecture lamma is not supported" in refused(tmp_path / "m.gguf")
+
+
+def with_value(key: str, value: Any, kind: Value | None = None) -> Any:
+    """A change that sets a key; without a value it is left out."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for data in writer.kv_data:
+            data.pop(key, None)
+        if value is not None:
+            writer.add_key_value(key, value, kind or Value.get_type(value))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "says"),
+    [
+        # A context that is a guess, or none: tokens were counted against 2,048, 1,048,576, or -5.
+        ("llama.context_length", None, None, "context_length is None"),
+        ("llama.context_length", 0, None, "context_length is 0"),
+        ("llama.context_length", -5, None, "context_length is -5"),
+        ("llama.context_length", 2**63, Value.UINT64, "context_length is 9223372036854775808"),
+        # These ended in a traceback.
+        ("tokenizer.ggml.eot_token_id", "x", None, "eot_token_id is no number"),
+        ("tokenizer.ggml.eot_token_id", [1, 2], None, "eot_token_id is no number"),
+        ("tokenizer.chat_template", "{{ 1 / 0 }}", None, "chat template fails on a chat of one turn"),
+        ("tokenizer.chat_template", "{% for %}", None, "(TemplateSyntaxError)"),
+        ("tokenizer.chat_template", "{{ raise_exception('no') }}", None, "(TemplateError)"),
+        ("tokenizer.chat_template", 7, None, "chat template fails"),
+        # As llama.cpp reads them, these stretch positions; transformers leaves them out.
+        ("llama.rope.scaling.factor", 4.0, None, "does not read its linear scaling"),
+        ("llama.rope.scale_linear", 4.0, None, "does not read its linear scaling"),
+        ("llama.attn_logit_softcapping", float("nan"), None, "attn_logit_softcapping is nan"),
+        ("llama.final_logit_softcapping", "x", None, "final_logit_softcapping is x"),
+    ],
+)
+def test_metadata_that_cannot_be_are_refused(
+    key: str, value: Any, kind: Any, says: str, tmp_path: Path
+) -> None:
+    assert says in refused(changed(tmp_path, with_value(key, value, kind)))
+
+
+def test_minus_one_is_no_token(tmp_path: Path) -> None:
+    base = loaded(changed(tmp_path, with_value("tokenizer.ggml.eos_token_id", -1)))
+    assert -1 not in base.end_ids
+
+
+def test_a_message_shows_no_control_characters_of_the_file(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(llama.read_bytes().replace(b"llama", b"l\x1b[31"))
+    assert "\x1b" not in refused(tmp_path / "m.gguf")
+    loaded(changed(tmp_path, lambda w: w.add_tensor("odd\n\x1b[31m", np.zeros(4, np.float32))))
+    assert "odd\\n" in caplog.text and "\x1b" not in caplog.text
+
+
+def test_what_lies_beside_a_file_is_no_part_of_it(llama: Path, tmp_path: Path) -> None:
+    """Another model's tokenizer.json decided its tokens, and an adapter was taken for its own."""
+    path = Path(shutil.copy(llama, tmp_path / "m.gguf"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["the cat"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert loaded(path).encode(TEXT) == loaded(llama).encode(TEXT)
+
+
+def test_a_file_that_may_not_be_read_is_one_clear_error(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refused(llama) == f"cannot read {llama}: Permission denied"
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

