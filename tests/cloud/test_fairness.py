@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 from tests.support.cloud import BASE, TIMEOUT, Running, failure
 from tests.support.doubles import score
+from tests.support.gradients import PLENTY, RAGGED, assert_equal, person
 from tests.support.limits import running_line, under_way
+from tests.support.models import build
 from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
@@ -18,6 +21,7 @@ from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.static import BatchedEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import Engine, GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
@@ -242,3 +246,51 @@ def test_prompts_wait_until_the_answers_of_others_had_as_much_time() -> None:
     assert reading.order([mine], {"b"}) == [mine]
     reading.done({"a": 100}, 11 * STEP, decodes=True, owners={"a"})  # alone
     assert reading.order([mine], {"b"}) == [mine]
+
+
+def test_everyone_on_one_device_gets_on(make_artefact: Callable[..., Any]) -> None:
+    """Answers, stateless gradients, updates that open and updates that step: none stands still, or in
+    another's way."""
+    base, device_lock, done = build("llama"), DeviceLock(), threading.Event()
+    artefact = make_artefact(base)
+    engine, alone = (
+        UpdateEngine(base, keep_bytes=PLENTY, device_lock=device_lock),
+        GradientEngine(base, device_lock),
+    )
+    queue = GradientScheduler(engine)
+    mine = person(artefact, 1)
+    with engine.open(RAGGED, artefact) as session:
+        (wanted,) = engine.gradients([GradientRequest(session, [2, 5], mine)])
+    pairs, counts = [RAGGED[2], RAGGED[5]], {"answers": 0, "stateless": 0, "steps": 0}
+
+    def answers() -> None:
+        while not done.is_set():
+            with device_lock.hold():
+                counts["answers"] += 1
+
+    def stateless() -> None:
+        for _ in range(20):
+            assert_equal(alone.gradient(pairs, ShiftUse(Mode.PERSONAL, artefact, mine)), wanted)
+            counts["stateless"] += 1
+
+    def steps() -> None:
+        for _ in range(5):
+            with queue.open(RAGGED, artefact) as own:
+                for _ in range(4):
+                    assert_equal(queue.submit(GradientRequest(own, [2, 5], mine)).result(TIMEOUT), wanted)
+                    counts["steps"] += 1
+
+    answering = threading.Thread(target=answers)
+    answering.start()
+    others = [threading.Thread(target=work) for work in (stateless, stateless, steps, steps)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join(TIMEOUT)
+    done.set()
+    answering.join(TIMEOUT)
+    assert (counts["stateless"], counts["steps"]) == (40, 40)
+    assert counts["answers"] > 100
+    assert not device_lock.health().running and engine.bytes_held() == (0, 0)
+    queue.close()
+    alone.close()

@@ -16,7 +16,6 @@ from tests.support.gradients import PLENTY, RAGGED, assert_equal, make_pairs, pe
 from tests.support.models import build
 from tests.support.waiting import wait_for
 
-from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.gradients import stateless
 from perfit_cloud.engine.gradients.batch import BatchBudget
 from perfit_cloud.engine.gradients.requests import Sum
@@ -359,51 +358,3 @@ def test_a_worker_that_dies_leaves_nobody_waiting(parts: Any, monkeypatch: pytes
             future.result(WAIT)
     with pytest.raises(Unavailable):
         queue.submit(step)
-
-
-def test_everyone_on_one_device_gets_on(make_artefact: Callable[..., Any]) -> None:
-    """Answers, stateless gradients, updates that open and updates that step: none stands still, or in
-    another's way."""
-    base, device_lock, done = build("llama"), DeviceLock(), threading.Event()
-    artefact = make_artefact(base)
-    engine, alone = (
-        UpdateEngine(base, keep_bytes=PLENTY, device_lock=device_lock),
-        GradientEngine(base, device_lock),
-    )
-    queue = GradientScheduler(engine)
-    mine = person(artefact, 1)
-    with engine.open(RAGGED, artefact) as session:
-        (wanted,) = engine.gradients([GradientRequest(session, [2, 5], mine)])
-    pairs, counts = [RAGGED[2], RAGGED[5]], {"answers": 0, "stateless": 0, "steps": 0}
-
-    def answers() -> None:
-        while not done.is_set():
-            with device_lock.hold():
-                counts["answers"] += 1
-
-    def stateless() -> None:
-        for _ in range(20):
-            assert_equal(alone.gradient(pairs, ShiftUse(Mode.PERSONAL, artefact, mine)), wanted)
-            counts["stateless"] += 1
-
-    def steps() -> None:
-        for _ in range(5):
-            with queue.open(RAGGED, artefact) as own:
-                for _ in range(4):
-                    assert_equal(queue.submit(GradientRequest(own, [2, 5], mine)).result(WAIT), wanted)
-                    counts["steps"] += 1
-
-    answering = threading.Thread(target=answers)
-    answering.start()
-    others = [threading.Thread(target=work) for work in (stateless, stateless, steps, steps)]
-    for thread in others:
-        thread.start()
-    for thread in others:
-        thread.join(WAIT)
-    done.set()
-    answering.join(WAIT)
-    assert (counts["stateless"], counts["steps"]) == (40, 40)
-    assert counts["answers"] > 100
-    assert not device_lock.health().running and engine.bytes_held() == (0, 0)
-    queue.close()
-    alone.close()
