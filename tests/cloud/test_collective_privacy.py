@@ -235,7 +235,8 @@ def test_with_little_noise_a_private_run_learns(make_request: Any) -> None:
 
 def test_an_interrupted_private_run_goes_on_to_the_same_number_of_steps(make_request: Any) -> None:
     with pytest.raises(Cancelled):
-        train_collective(make_request(), stop=StopAfter(8))
+        # Soon: the noise is another in each run, and may end one early.
+        train_collective(make_request(), stop=StopAfter(2))
     with pytest.raises(InvalidInput, match="other privacy"):
         train_collective(make_request(budget=Budget(4.0)))
     card = train_collective(make_request()).card

@@ -21,6 +21,7 @@ from perfit_device.personal import MOST_VERSIONS, PersonalShift, TrainingSummary
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidInput, NotFound
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.validation import mean_loss
 
 NAME = ARTEFACT.name
 
@@ -118,9 +119,8 @@ def test_an_update_says_what_the_version_was_made_of(vault: Vault) -> None:
     result = prepared(vault, current=mine).run()
     assert result.gate.accepted
     now = read(vault).now
-    assert now.learned == TrainingSummary(
-        len(make_split().train), result.loss_first, result.loss_last, result.gate.before, result.gate.after
-    )
+    gate = (mean_loss(scores) for scores in (result.gate.start.before, result.gate.start.after))
+    assert now.learned == TrainingSummary(len(make_split().train), result.loss_first, result.loss_last, *gate)
     assert (now.number, now.updates, now.artefact_version) == (4, 4, "v1")
     assert len(now.date) == len("2024-01-01T00:00:00Z")
 
