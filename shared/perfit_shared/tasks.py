@@ -227,14 +227,24 @@ def load_task(folder: Path, name: str | None = None) -> Task:
                 f'"{own[:40]}" is none of perfit\'s tasks, so it also needs {", ".join(missing)}'
             )
         return Task(own, **given)
-    except (ValueError, AttributeError, TypeError, RecursionError, InvalidData) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, InvalidData) as error:
         raise InvalidData(f"{path}: {error}") from error
 
 
 def differing_keys(folder: Path, task: Task) -> list[str]:
-    """What `folder/task.json` gives in another way than `task` has it, by key. Raises as `load_task`."""
+    """What `folder/task.json` gives in another way than `task`, a resolved one, has it, by key.
+
+    Raises as `load_task`.
+    """
     path = folder / "task.json"
     if not path.is_file():
         return []
-    theirs, keys = load_task(folder, task.name), json.loads(path.read_text("utf-8"))
-    return [key for key in keys if key != "task" and getattr(theirs, key) != getattr(task, key)]
+    theirs = load_task(folder, task.name).resolved(bool(task.chat))
+    keys = [key for key in json.loads(path.read_text("utf-8")) if key != "task"]
+    held_as = {"chat_template": "template"}  # once a task is resolved
+
+    def differs(key: str) -> bool:
+        name = held_as.get(key, key)
+        return bool(getattr(theirs, name) != getattr(task, name))
+
+    return list(filter(differs, keys))

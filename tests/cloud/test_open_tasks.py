@@ -114,9 +114,11 @@ def test_an_artefact_s_own_task_is_run_and_what_differs_is_said(
     run = ran(other, spoken, tmp_path / "run", artefact=tmp_path / "artefact", **spec)
     said = capsys.readouterr().err
     assert "the artefact's task is run; " in said
-    assert "task.json differs in template, answer, chat, system\n" in said
+    assert "task.json differs in template, answer, chat, system, chat_template\n" in said
     assert (run.task, run.settings["chat"], run.prompts) == (artefact.task, True, "task")
     assert set(run.summary()["metrics"]) == {"rouge_1", "rouge_l"}
+    ran(tmp_path / "data", spoken, tmp_path / "same", artefact=tmp_path / "artefact", **spec)
+    assert "differs in" not in capsys.readouterr().err, "it is the file that the artefact was trained with"
     # What is asked for by name counts; without an artefact, the folder's file does.
     asked = ran(other, spoken, tmp_path / "asked", artefact=tmp_path / "artefact", prompts="task", **spec)
     assert asked.task == load_task(other) and "was trained with other prompts" in capsys.readouterr().err
