@@ -46,7 +46,10 @@ def assert_equal(got: Gradient, wanted: Gradient, tolerance: float = 2e-5) -> No
 
 
 def assert_right_in_half(base: Any, artefact: Any, pairs: Pairs) -> None:
-    """The engine is off from plain autograd by less than autograd of the same weights in float32 is."""
+    """The engine is about as near to the gradient in float32 as plain autograd in half precision is.
+
+    Both round, each in an order of its own, so they differ from each other by up to the sum of their errors.
+    """
     mine, wide = person(artefact, 3), replace(base, model=copy.deepcopy(base.model).float())
     engine = GradientEngine(base)
     try:
@@ -55,7 +58,8 @@ def assert_right_in_half(base: Any, artefact: Any, pairs: Pairs) -> None:
         engine.close()
     assert {array.dtype for _, array in got.tensors.named()} == {np.dtype(np.float32)}
     alone, exact = (autograd(each, artefact, mine, pairs) for each in (base, wide))
-    assert 0 < _off(got, alone) < _off(alone, exact) < 0.5
+    assert _off(got, alone) > 0, "or nothing was in half precision"
+    assert _off(got, exact) < 1.5 * _off(alone, exact) < 0.5
     assert abs(got.loss - exact.loss) < 0.01 * exact.loss
 
 

@@ -31,6 +31,7 @@ def in_each_process(data: str, model: str, out: Path) -> None:
         personal_rank=4,
         epochs=2,
         device_epochs=1,
+        dtype="float32",
     )
     whole = train_collective(request)
     rank = int(os.environ["RANK"])
