@@ -38,7 +38,7 @@ from perfit_shared.errors import KEPT_OUT
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
-from perfit_shared.training import Schedule, Training
+from perfit_shared.training import Schedule, Track, Training
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tiny
@@ -93,7 +93,7 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
             tensors = optimizer.step(tensors, gradients[step % len(gradients)])
             times.append(time.perf_counter() - begun)
         tensors.check(spec, spec.personal_rank)
-        training = Training(Schedule(1, 1e-4, 1, 0, steps), tensors, optimizer, best=tensors)
+        training = Training(Schedule(1, 1e-4, 1, 0, steps), Track(tensors, optimizer), best=tensors)
         data = training.to_bytes()
         write = median(timed(training.to_bytes) for _ in range(9))
         read = median(timed(lambda: Training.from_bytes(data, Schedule)) for _ in range(9))
