@@ -107,7 +107,7 @@ class Bench:
 
     def rows(self, setting: Setting) -> list[dict[str, Any]]:
         """Two rows of the result: one user at a time, and all together."""
-        task = load_task(self._data / setting.task, setting.task)
+        task = load_task(self._data / setting.task, setting.task).resolved(False)
         read = list(read_people(self._data / setting.task, task, self._base).people)[self._users]
         people = [Tokens.of(person, Encoder(self._base, task)) for person in read]
         if setting.prompt_tokens is not None:

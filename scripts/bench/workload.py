@@ -112,7 +112,7 @@ def artefact_for(
     personal_rank: int | None = None,
 ) -> Artefact:
     """LaMP-2M's preset on this model (ranks 32/4, f7+l7, two layers), with what is given in its place."""
-    task = task_named("movie_tagging")
+    task = task_named("movie_tagging").resolved(False)
     spec = preset_for(task.name).spec(
         blocks=base.blocks,
         hidden_size=base.hidden_size,
