@@ -11,22 +11,8 @@ data=../shared/data out=cloud/perfit_cloud/artefacts runs=runs/artefacts
 shift_of=(--layers "5;8;11" --positions l7 --collective-rank 32 --personal-rank 16)
 
 trained() { # name, folder of the data, options…
-  .venv/bin/perfit-cloud collective train --task "$1" --data "$2" --model smollm2 --out "$runs/$1" \
-    "${shift_of[@]}" --lr 1e-3 --seed 0 --threads "${THREADS:-0}" "${@:3}"
-}
-
-asked_for_its_labels() { # folder of the data: the same people, asked in LaMP's words for the labels that they have
-  mkdir -p "$runs/news" && cp "$1/user_others.json" "$runs/news/"
-  .venv/bin/python - "$1" "$runs/news/task.json" <<'END'
-import json, sys
-from pathlib import Path
-from perfit_shared.prompts import asking_for
-from perfit_shared.tasks import TASKS, load_task
-
-task, labels = TASKS["news_categorize"], load_task(Path(sys.argv[1])).labels
-texts = {key: asking_for(getattr(task, key), labels) for key in ("template", "chat_template")}
-Path(sys.argv[2]).write_text(json.dumps({"task": task.name, "labels": labels, **texts}))
-END
+  .venv/bin/perfit-cloud collective train --task "$1" --data "$data/$2" --model smollm2 --out "$runs/$1" \
+    --prompts builtin "${shift_of[@]}" --lr 1e-3 --seed 0 --threads "${THREADS:-0}" "${@:3}"
 }
 
 blank() { # name
@@ -37,12 +23,8 @@ names=("$@")
 [ $# -gt 0 ] || names=(commit_message news_headline news_categorize chat reply)
 for name in "${names[@]}"; do
   [ -e "$runs/$name/artefact.json" ] || case $name in
-    commit_message) trained "$name" "$data/commits" --prompts builtin --epochs 3 --device-lr 3e-3 ;;
-    news_headline) trained "$name" "$data/lamp_news/$name" --prompts builtin --epochs 1 --device-lr 5e-3 ;;
-    news_categorize)
-      asked_for_its_labels "$data/lamp_news/$name"
-      trained "$name" "$runs/news" --epochs 1 --device-lr 5e-3
-      ;;
+    commit_message) trained "$name" commits --epochs 3 --device-lr 3e-3 ;;
+    news_headline | news_categorize) trained "$name" "lamp_news/$name" --epochs 1 --device-lr 5e-3 ;;
     chat | reply) blank "$name" ;;
     *) echo "no artefact $name" >&2 && exit 2 ;;
   esac
