@@ -15,17 +15,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFValueType as Value
-from tests.support.generation import NEW, SMALL, alone, prompts, serve, uses
+from tests.support.as_alone import assert_as_alone
+from tests.support.generation import prompts
 from tests.support.gguf_files import QUANTISED, gguf_model, write_gguf
-from tests.support.gradients import OF_TOKENIZER, assert_equal, autograd, person
 from tests.support.models import tiny_tokenizer
 
-from perfit_cloud.engine.generation.factory import build_engine
-from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.base import BaseModel, load_base, open_model
 from perfit_shared.errors import InvalidData
-from perfit_shared.types import Mode, Sampling
 
 TEXT = "the cat sat\n on 12 mats, dear </s>."
 
@@ -86,20 +82,7 @@ def test_answers_and_gradients_are_those_of_the_model_alone(
     family: str, kind: str, tmp_path: Path, make_artefact: Any
 ) -> None:
     base = loaded(write_gguf(tmp_path / "m.gguf", gguf_model(family, kind, initializer_range=0.3), kind))
-    artefact = make_artefact(base)
-    engine = build_engine(base, {artefact.name: artefact}, SMALL)
-    gradients = GradientEngine(base)
-    try:
-        whose = uses({"one": artefact, "same": artefact}, 6)
-        asked = [(prompt, use, Sampling(NEW)) for prompt, use in zip(prompts(6), whose, strict=True)]
-        for (prompt, use, _), got in zip(asked, serve(engine, asked), strict=True):
-            assert got == alone(base, prompt, use)
-        mine = person(artefact, 3)
-        got_gradient = gradients.gradient(OF_TOKENIZER, ShiftUse(Mode.PERSONAL, artefact, mine))
-    finally:
-        engine.stop()
-        gradients.close()
-    assert_equal(got_gradient, autograd(base, artefact, mine, OF_TOKENIZER))
+    assert_as_alone(base, make_artefact(base))
 
 
 def test_tokenizer_template_and_ends_come_along(llama: Path) -> None:

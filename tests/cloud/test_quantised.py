@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.generation import NEW, alone, prompts, serve, uses
+from tests.support.as_alone import assert_as_alone
 from tests.support.gguf_files import gguf_model
 from tests.support.gradients import OF_TOKENIZER, assert_equal, autograd, person
 from tests.support.models import tiny_tokenizer
 
-from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
-from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
+from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model.base import load_base
 from perfit_shared.errors import InvalidData
-from perfit_shared.types import Mode, Sampling
+from perfit_shared.types import Mode
 
 BLOCK = 16
 LARGEST = 448  # of float8_e4m3fn
@@ -71,21 +70,7 @@ def test_float8_is_unpacked(dtype: str, quantised: Any, make_artefact: Any) -> N
     )
     if dtype == "bfloat16":
         return
-    artefact = make_artefact(base)
-    whose = uses({"one": artefact, "same": artefact}, 6)
-    asked = [(p, use, Sampling(NEW)) for p, use in zip(prompts(6), whose, strict=True)]
-    engine, gradients = (
-        build_engine(base, {artefact.name: artefact}, GenerationSettings()),
-        GradientEngine(base),
-    )
-    try:
-        assert serve(engine, asked) == [alone(base, prompt, use) for prompt, use, _ in asked]
-        mine = person(artefact, 3)
-        got = gradients.gradient(OF_TOKENIZER, ShiftUse(Mode.PERSONAL, artefact, mine))
-    finally:
-        engine.stop()
-        gradients.close()
-    assert_equal(got, autograd(base, artefact, mine, OF_TOKENIZER))
+    assert_as_alone(base, make_artefact(base))
 
 
 @pytest.mark.parametrize(
