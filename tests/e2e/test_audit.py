@@ -76,7 +76,7 @@ def test_a_server_without_a_compiler_forgets_too(command: list[str]) -> None:
 @looking
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.xfail(reason="the audit on smollm2 has not passed yet: the reason is not found", run=False)
+@pytest.mark.xfail(reason="no look at smollm2 saw an example's text: a control is missing", run=False)
 @needs_smollm2
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_smollm2_is_forgotten_too(tmp_path: Path, dtype: str) -> None:
