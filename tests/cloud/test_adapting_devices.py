@@ -208,6 +208,18 @@ def test_a_place_that_is_taken_is_asked_for_again_after_an_epoch(parts: Parts) -
         assert parts.streams == ["Adapt"] * 3
 
 
+def alter_received(monkeypatch: pytest.MonkeyPatch, alter: Callable[[Any], object]) -> None:
+    """Change what comes along a stream before the device reads it."""
+    receive = adapting._AdaptStream.receive
+
+    def altered(stream: Any) -> Any:
+        response = receive(stream)
+        alter(response)
+        return response
+
+    monkeypatch.setattr(adapting._AdaptStream, "receive", altered)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_is_asked_for_call_by_call(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, loss: float
@@ -216,14 +228,11 @@ def test_a_loss_that_is_no_number_is_asked_for_call_by_call(
     seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
         wanted = parts.gate_loss(source, seed)
-    receive = adapting._AdaptStream.receive
 
-    def altered(self: Any) -> Any:
-        response = receive(self)
+    def alter(response: Any) -> None:
         response.scores[0].log_likelihood = loss
-        return response
 
-    monkeypatch.setattr(adapting._AdaptStream, "receive", altered)
+    alter_received(monkeypatch, alter)
     with parts.adapting() as source:
         assert parts.gate_loss(source, seed) == pytest.approx(wanted, rel=1e-5)
     assert parts.streams == ["Adapt"] * 2
@@ -245,14 +254,7 @@ def test_a_cloud_that_sends_no_scores_along_a_stream_is_asked_for_them(
     seed = parts.cloud.fetch_seed(parts.artefact)
     with parts.adapting() as source:
         wanted = parts.gate_loss(source, seed)
-    receive = adapting._AdaptStream.receive
-
-    def older(self: Any) -> Any:
-        response = receive(self)
-        response.ClearField("scores")
-        return response
-
-    monkeypatch.setattr(adapting._AdaptStream, "receive", older)
+    alter_received(monkeypatch, lambda response: response.ClearField("scores"))
     with parts.adapting() as source:
         assert parts.gate_loss(source, seed) == pytest.approx(wanted, rel=1e-5)
         source.gradient([0], seed)()
