@@ -258,7 +258,9 @@ def test_a_cloud_that_sends_no_scores_along_a_stream_is_asked_for_them(
     with parts.adapting() as source:
         assert parts.gate_loss(source, seed) == pytest.approx(wanted, rel=1e-5)
         source.gradient([0], seed)()
-    assert parts.streams == ["Adapt"] * 2, "the stream stays"
+    assert (parts.streams, parts.queue.asked) == (["Adapt"] * 2, 3), (
+        "the stream stays, and the step goes along"
+    )
 
 
 def test_a_stream_that_breaks_fails_every_step_that_was_sent(parts: Parts) -> None:
