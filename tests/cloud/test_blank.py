@@ -147,6 +147,10 @@ def test_what_is_given_replaces_the_preset_s(request_for: Any, base: BaseModel) 
 def test_a_folder_s_task_is_taken(request_for: Any, base: BaseModel, tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text(json.dumps({"answer": "{reply}!"}))
     assert make_blank(request_for(data=tmp_path), base=base).task.answer == "{reply}!"
+    own = {"task": "diary", "template": "{day}", "answer": "{entry}", "metric": "rouge_1"}
+    (tmp_path / "task.json").write_text(json.dumps(own))
+    diary = make_blank(request_for(task="diary", data=tmp_path, force=True), base=base)
+    assert diary.card["hyper_parameters"]["preset"] == "chat", "whose figures an open task takes"
     (tmp_path / "task.json").write_text("[")
     with pytest.raises(InvalidData, match=r"task\.json"):
         make_blank(request_for(data=tmp_path, force=True), base=base)

@@ -136,7 +136,7 @@ def _card(artefact: Artefact, request: BlankRequest, base: BaseModel) -> dict[st
         "model": base.name,
         "data": None,
         "hyper_parameters": {
-            "preset": request.preset or request.task,
+            "preset": preset_name(artefact.task.name, request.preset),
             **artefact.spec.to_json(),
             "blocks": base.blocks,
             "seed": request.seed,
