@@ -76,14 +76,15 @@ def test_a_server_without_a_compiler_forgets_too(command: list[str]) -> None:
 @looking
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.xfail(reason="no look at smollm2 saw an example's text: a control is missing", run=False)
 @needs_smollm2
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_smollm2_is_forgotten_too(tmp_path: Path, dtype: str) -> None:
     """The model that is served by default: its kernels, vocabulary and tokenizer."""
     make_blank(BlankRequest("chat", "smollm2", tmp_path / "chat"))
     command = [str(BIN / "perfit-cloud"), "audit", "--model", "smollm2", "--artefact", str(tmp_path / "chat")]
-    said = run([*command, "--quick", "--dtype", dtype, "--rpc", "Ask", "--rpc", "Adapt"])
+    # ComputeGradient, too: of Adapt's examples only token ids are there while a model this slow works.
+    kinds = [word for rpc in ("Ask", "ComputeGradient", "Adapt") for word in ("--rpc", rpc)]
+    said = run([*command, "--quick", "--dtype", dtype, *kinds])
     assert "nothing was left" in said
 
 
