@@ -61,7 +61,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--model", default="random-8m", help=f"what --model of serve takes, or one of {', '.join(RANDOM)}"
     )
-    made.add_argument("--dtype", default="auto", help="auto: the faster on this machine")
+    made.add_argument("--dtype", default="float32", help="of the base; pyreft takes float32 alone")
     made.add_argument("--device", default="auto")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     made.add_argument("--pairs", type=int, default=9, help="rounds in which every side has its turn")
