@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from perfit_shared.errors import InvalidData, NotFound
 from perfit_shared.task import TASK_NAME, Example, Task
@@ -184,6 +185,7 @@ TASKS: dict[str, Task] = {
     )
 }
 
+_LARGEST = 1 << 20  # bytes of a task.json
 _NEEDED = ("template", "answer", "metric")  # of a task that is none of TASKS
 
 
@@ -209,7 +211,7 @@ def load_task(folder: Path, name: str | None = None) -> Task:
             raise NotFound(f"say which task with --task NAME, since {folder} holds no task.json")
         return task_named(name)
     try:
-        given = json.loads(path.read_text("utf-8"))
+        given = _read(path)
         own = given.pop("task", name)
         if not isinstance(own, str):
             raise InvalidData(
@@ -227,8 +229,27 @@ def load_task(folder: Path, name: str | None = None) -> Task:
                 f'"{own[:40]}" is none of perfit\'s tasks, so it also needs {", ".join(missing)}'
             )
         return Task(own, **given)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, InvalidData) as error:
+    except (OSError, ValueError, TypeError, RecursionError, InvalidData) as error:
         raise InvalidData(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises InvalidData where it is too large, or holds a key twice."""
+
+    def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise InvalidData("a key stands in it twice")
+        return values
+
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise InvalidData("it has more than 1 MiB")
+    values = json.loads(data.decode(), object_pairs_hook=of_pairs)
+    if not isinstance(values, dict):
+        raise InvalidData("it holds no JSON object")
+    return values
 
 
 def differing_keys(folder: Path, task: Task) -> list[str]:
@@ -240,7 +261,7 @@ def differing_keys(folder: Path, task: Task) -> list[str]:
     if not path.is_file():
         return []
     theirs = load_task(folder, task.name).resolved(bool(task.chat))
-    keys = [key for key in json.loads(path.read_text("utf-8")) if key != "task"]
+    keys = [key for key in _read(path) if key != "task"]
     held_as = {"chat_template": "template"}  # once a task is resolved
 
     def differs(key: str) -> bool:

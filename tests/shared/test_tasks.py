@@ -268,7 +268,10 @@ def test_items_without_their_fields(item: dict[str, str]) -> None:
         '{"template": "{0}"}',
         '{"template": "{text!r.__class__}{"}',
         '{"name": "x"}',
+        '{"metric": "mae", "metric": "rouge_1"}',
+        '{"labels": ["' + "x" * (1 << 20) + '"]}',
     ],
+    ids=lambda wrong: wrong[:24],
 )
 def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "task.json").write_text(wrong)
