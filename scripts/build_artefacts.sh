@@ -8,6 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=../shared/data out=cloud/perfit_cloud/artefacts runs=runs/artefacts
+attribution="
+**Source.** Articles of the News Category Dataset by Rishabh Misra (CC BY 4.0); no text of it is in this folder."
 shift_of=(--layers "5;8;11" --positions l7 --collective-rank 32 --personal-rank 16)
 
 trained() { # name, folder of the data, options…
@@ -31,4 +33,5 @@ for name in "${names[@]}"; do
   mkdir -p "$out/$name"
   cp "$runs/$name"/{artefact.json,collective.safetensors,seed.safetensors} "$out/$name/"
   sed "/loss.png/d" "$runs/$name/CARD.md" >"$out/$name/CARD.md"
+  case $name in news_*) echo "$attribution" >>"$out/$name/CARD.md" ;; esac
 done
