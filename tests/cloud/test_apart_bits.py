@@ -23,6 +23,7 @@ FAMILIES = ["llama", "gpt2", "gemma3_text"]
 MINE, NEIGHBOURS = "mine", 7
 
 
+@torch.inference_mode()  # as engines answer
 def attention_of(heads: int, keys: int, width: int, *, neighbours: int, alone: bool) -> torch.Tensor:
     """What attention gave for a prompt and twelve tokens, in a pool where others stood before."""
     kv_cache, cpu = KVCache(4096), torch.device("cpu")
