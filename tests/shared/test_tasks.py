@@ -279,6 +279,13 @@ def test_task_files_that_are_wrong_name_the_file(tmp_path: Path, wrong: str) -> 
         load_task(tmp_path, "news_headline")
 
 
+def test_a_task_file_says_that_it_is_too_large_or_says_a_thing_twice(tmp_path: Path) -> None:
+    for wrong, why in (("x" * (1 << 20) + '"', "1 MiB"), ('mae", "metric": "rouge_1"', "twice")):
+        (tmp_path / "task.json").write_text('{"metric": "' + wrong + "}")
+        with pytest.raises(InvalidData, match=why):
+            load_task(tmp_path, "news_headline")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

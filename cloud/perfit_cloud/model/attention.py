@@ -21,11 +21,10 @@ def attend(
     if softcap is None and not _fused_is_slow(query, key):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if softcap is None:
-        scores = query @ key.mT * scale + bias
-    else:
-        scores = torch.tanh(query @ key.mT * (scale / softcap)) * softcap + bias
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    scores = query @ key.mT * (scale / (softcap or 1.0))
+    if softcap is not None:
+        scores = torch.tanh(scores) * softcap
+    return (scores + bias).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _fused_is_slow(query: Tensor, key: Tensor) -> bool:
