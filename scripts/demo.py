@@ -34,7 +34,7 @@ from perfit_shared.shifts import read_metadata
 ROOT = Path(__file__).resolve().parents[1]
 PEOPLE = ROOT / "demo" / "people"
 MODES = ("base", "collective", "seed", "personal", "other")
-LONGEST = 360  # seconds of all of it, where the processor multiplies bfloat16 itself
+LONGEST = 360  # seconds that all of it should take where the processor multiplies bfloat16 itself
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def show(stage: Stage, *, write_docs: bool) -> int:
         (ROOT / "docs" / "results" / "demo.md").write_text(page(people, seconds, machine), "utf-8")
     say(f"\n{seconds:.0f} s in all. Figures and all answers: demo/result.json")
     if seconds > LONGEST and dtype == "bfloat16":  # said, not judged: other work may run beside
-        say(f"(two free cores take under {LONGEST} s)")
+        say(f"(longer than the {LONGEST} s that it should take; other work beside it slows it down)")
     missed = shortfalls(people)
     for line in missed:
         say(f"short of what the demo should show: {line}")
