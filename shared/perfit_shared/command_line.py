@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperOption
 from typer.exceptions import TyperException
 
+from perfit_shared.command_tree import command_of
+from perfit_shared.completion import answer_shell
 from perfit_shared.errors import INTERNAL, INTERRUPTED, USAGE, PerfitError, exit_code
-from perfit_shared.terminal import discard_unwritable, one_line, prepare_streams, utf8
+from perfit_shared.terminal import discard_unwritable, one_line, paint, prepare_streams
 
-__all__ = ["command_of", "run_command"]
+__all__ = ["run_command"]
 
 # Signals that end a program but leave it time to save its work.
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -42,6 +42,8 @@ def run_command(program: str, app: typer.Typer) -> None:
     with _interrupted_by_signals() as received:
         try:
             command = command_of(app)
+            if answer_shell(command, program):
+                sys.exit(0)
             code = command.main(args=list(words), prog_name=program, standalone_mode=False)
             code = code if isinstance(code, int) else 0
             sys.stdout.flush()
@@ -55,57 +57,6 @@ def run_command(program: str, app: typer.Typer) -> None:
     if code == INTERRUPTED and received:
         code = 128 + received[0]  # as shells report a signal
     sys.exit(code)
-
-
-@functools.cache
-def command_of(app: typer.Typer) -> Any:
-    """The whole tree: every command has --version and refuses arguments that are not UTF-8."""
-    command = typer.main.get_command(app)
-    _prepare(command, is_root=True)
-    return command
-
-
-def _prepare(command: Any, *, is_root: bool = False) -> None:
-    version = TyperOption(
-        param_decls=["--version"],
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        hidden=not is_root,
-        callback=_show_version,
-        help="Show the version and exit.",
-    )
-    command.params.append(version)
-    children = getattr(command, "commands", {})
-    for child in children.values():
-        _prepare(child)
-    if not children and command.callback is not None:
-        command.callback = _check_text(command.callback)
-
-
-def _show_version(context: Any, _parameter: Any, wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"{context.find_root().info_name} {version('perfit')}")
-        context.exit()
-
-
-def _check_text(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """The callback, with arguments that are text in UTF-8. Paths may be any bytes."""
-
-    def checked(name: str, value: Any) -> Any:
-        if isinstance(value, str):
-            return utf8(value, name.strip("_").replace("_", "-"))
-        if isinstance(value, list | tuple):
-            return [checked(name, one) for one in value]
-        return value
-
-    @functools.wraps(callback)
-    def taking(**values: Any) -> Any:
-        return callback(**{name: checked(name, value) for name, value in values.items()})
-
-    return taking
 
 
 @contextlib.contextmanager
@@ -148,7 +99,8 @@ def _report(error: BaseException, program: str, *, as_json: bool) -> int:
         traceback.print_exception(error)
     code, message = _describe(error, program)
     message = one_line(message)
-    print(_as_json(code, message) if as_json else f"{program}: {message}", file=sys.stderr)
+    name = paint(f"{program}:", "red", sys.stderr)
+    print(_as_json(code, message) if as_json else f"{name} {message}", file=sys.stderr)
     return 1 if isinstance(error, typer.Abort) else exit_code(error)
 
 
@@ -172,14 +124,17 @@ def _describe(error: BaseException, program: str) -> tuple[str, str]:
 
 
 def _report_usage(error: TyperException, *, as_json: bool) -> int:
-    """Wrong words on the command line."""
+    """Wrong words on the command line: how they go, what is wrong, and what may be meant."""
     hint = ""
     context: Any = getattr(error, "ctx", None)
     takes_text = context is not None and any(
         parameter.param_type_name == "argument" and parameter.type.name == "str"
         for parameter in context.command.params
     )
-    if takes_text and hasattr(error, "option_name"):
+    if possible := sorted(getattr(error, "possibilities", None) or []):
+        error.possibilities = None  # type: ignore[attr-defined]  # it would list them in its own words
+        hint = f"did you mean {' or '.join(possible)}?"
+    elif takes_text and hasattr(error, "option_name"):
         hint = f'a text that begins with "-" goes behind --: {context.command_path} … -- "-text"'
     if as_json:
         message = one_line(error.format_message())

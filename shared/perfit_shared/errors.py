@@ -9,22 +9,28 @@ PerfitError
 │   ├── InvalidInvite         not an invite, or altered on the way
 │   └── CertificateValid      renewed as if it had lapsed, and it has not
 ├── NotFound                  no such artefact, task or profile
+├── NotHere                   another server of the same cloud does this
 ├── ShiftMismatch             spec, artefact version or model fingerprint differ
 ├── InviteRefused             unknown, expired or already used by another device
 ├── NotAuthenticated          no certificate, or none that this cloud issued
 │   ├── CertificateExpired    it was issued here, and its time is over
-│   └── CertificateSuperseded a newer one of the same identity is in use
-├── IdentityRevoked           the operator withdrew this device's identity
+│   ├── CertificateSuperseded a newer one of the same identity is in use
+│   └── SealRequired          unsealed where calls have to be sealed
+├── SealBroken                what was sealed is altered, cut off, out of order, out of time or sent again
+├── IdentityRevoked           this device's identity was withdrawn, by its operator or by itself
 ├── Busy                      a limit is reached; `retry_ms` says when to come back
 ├── TooSlow                   a deadline passed
 ├── Unavailable               the cloud cannot be reached, or is stopping
+│   ├── SealUnknown           sealed to a key, or by a certificate, that the server which got it does not know
 │   └── BrokenOff             a trusted server ended the connection: it stops, or refuses our certificate
 ├── Cancelled                 the caller left
 ├── VaultError                the device's sealed store
 │   ├── WrongPassphrase
 │   ├── VaultDamaged          bytes were changed or lost; nothing was touched
 │   ├── VaultBusy             another process holds it
-│   └── VaultUnswept          the change is made; traces of what was deleted still lie in the file
+│   ├── VaultUnswept          the change is made; traces of what was deleted still lie in the file
+│   └── Locked                its agent has no key until the owner unlocks it
+├── Fault                     something inside perfit's agent that should not have happened
 ├── StoreFailed               the cloud's record of devices cannot be read or written
 ├── UpdateFailed              an update cannot go on; its state is kept
 │   └── Diverged              its loss is no longer a number
@@ -38,7 +44,7 @@ Both programs end with an exit code by the class of the error (`exit_code`):
     3    the cloud cannot be reached, is busy or too slow; again later
     4    the cloud refuses this device: not enrolled, revoked, an invite that does not hold
     5    the update ran, and its gate kept the new version out
-    6    the vault: a wrong passphrase, damage, another process, no room
+    6    the vault: locked, a wrong passphrase, damage, another process, no room
     7    the update stopped half-way, and resumes
     70   a fault inside perfit
     130  Ctrl-C; 143 SIGTERM, 129 SIGHUP
@@ -67,6 +73,7 @@ __all__ = [
     "ConfigError",
     "Diverged",
     "ExamplesRefused",
+    "Fault",
     "IdentityRevoked",
     "InvalidData",
     "InvalidInput",
@@ -74,9 +81,14 @@ __all__ = [
     "InvalidPrompt",
     "InvalidTensors",
     "InviteRefused",
+    "Locked",
     "NotAuthenticated",
     "NotFound",
+    "NotHere",
     "PerfitError",
+    "SealBroken",
+    "SealRequired",
+    "SealUnknown",
     "ShiftMismatch",
     "StoreFailed",
     "TooSlow",
@@ -142,6 +154,10 @@ class NotFound(PerfitError):
     code = "not_found"
 
 
+class NotHere(PerfitError):
+    code = "not_here"
+
+
 class ShiftMismatch(PerfitError):
     code = "shift_mismatch"
 
@@ -162,6 +178,14 @@ class CertificateSuperseded(NotAuthenticated):
     code = "certificate_superseded"
 
 
+class SealRequired(NotAuthenticated):
+    code = "seal_required"
+
+
+class SealBroken(PerfitError):
+    code = "seal_broken"
+
+
 class CertificateValid(InvalidInput):
     code = "certificate_valid"
 
@@ -180,6 +204,10 @@ class TooSlow(PerfitError):
 
 class Unavailable(PerfitError):
     code = "unavailable"
+
+
+class SealUnknown(Unavailable):
+    code = "seal_unknown"
 
 
 class BrokenOff(Unavailable):
@@ -208,6 +236,14 @@ class VaultBusy(VaultError):
 
 class VaultUnswept(VaultError):
     code = "vault_unswept"
+
+
+class Locked(VaultError):
+    code = "locked"
+
+
+class Fault(PerfitError):
+    code = "fault"
 
 
 class StoreFailed(PerfitError):
@@ -242,6 +278,7 @@ _EXIT_CODES: dict[type[BaseException], int] = {
     InviteRefused: 4,
     VaultError: 6,
     UpdateFailed: 7,
+    Fault: _FAULT,
     PerfitError: 1,
     OSError: 1,
     MemoryError: 1,
@@ -261,16 +298,20 @@ STATUS: dict[type[PerfitError], str] = {
     InvalidTensors: "INVALID_ARGUMENT",
     InvalidPrompt: "INVALID_ARGUMENT",
     NotFound: "NOT_FOUND",
+    NotHere: "UNIMPLEMENTED",
     ShiftMismatch: "FAILED_PRECONDITION",
     InviteRefused: "PERMISSION_DENIED",
     NotAuthenticated: "UNAUTHENTICATED",
     CertificateExpired: "UNAUTHENTICATED",
     CertificateSuperseded: "UNAUTHENTICATED",
+    SealRequired: "UNAUTHENTICATED",
+    SealBroken: "INVALID_ARGUMENT",
     CertificateValid: "INVALID_ARGUMENT",
     IdentityRevoked: "PERMISSION_DENIED",
     Busy: "RESOURCE_EXHAUSTED",
     TooSlow: "DEADLINE_EXCEEDED",
     Unavailable: "UNAVAILABLE",
+    SealUnknown: "UNAVAILABLE",
     Cancelled: "CANCELLED",
 }
 _BY_CODE: dict[str, type[PerfitError]] = {cls.code: cls for cls in STATUS}

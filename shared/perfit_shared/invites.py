@@ -14,8 +14,9 @@ import binascii
 import hashlib
 import struct
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-from perfit_shared.errors import InvalidInvite
+from perfit_shared.errors import InvalidInvite, InviteRefused
 
 __all__ = ["Invite"]
 
@@ -31,10 +32,19 @@ _LONGEST = 16 * 1024  # characters; a real one has about 600
 class Invite:
     """Where to enrol, whom to trust there, until when, and the secret that allows it once."""
 
-    address: str  # host:port of the enrolment listener
+    address: str  # host:port of the enrolment listener, or several with commas
     server_ca_der: bytes  # X.509, DER: the only root that this cloud's servers chain to
     expires_unix: int  # seconds
     secret: bytes = field(repr=False)  # 32 bytes
+
+    def check_expiry(self) -> None:
+        """Raises InviteRefused when its time is over."""
+        if datetime.now(UTC).timestamp() >= self.expires_unix:
+            try:
+                when = f"{datetime.fromtimestamp(self.expires_unix, UTC):%Y-%m-%d %H:%M} UTC"
+            except (OverflowError, ValueError, OSError):
+                when = "an impossible date"
+            raise InviteRefused(f"this invite expired on {when}; ask the operator for a new one")
 
     def encode(self) -> str:
         """The string. Raises InvalidInvite on a field that has no place in one."""

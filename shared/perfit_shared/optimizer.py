@@ -28,9 +28,17 @@ import safetensors.numpy
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.shifts import LayerShift, ShiftTensors
 
-__all__ = ["ROTATION_SCALE", "SCHEDULES", "OptimizerConfig", "StiefelAdamW", "learning_rate_at"]
+__all__ = [
+    "RATE_GROWTH",
+    "ROTATION_SCALE",
+    "SCHEDULES",
+    "OptimizerConfig",
+    "StiefelAdamW",
+    "learning_rate_at",
+]
 
 SCHEDULES = ("device", "paper")
+RATE_GROWTH = 10.0  # of a device's rate from its first step to its last
 
 Array = npt.NDArray[np.float32]
 # Torch's Householder coordinates move R about twice as far for one lr; on small random problems 4
@@ -44,12 +52,12 @@ class OptimizerConfig:
 
     learning_rate: float  # peak
     total_steps: int
-    warm_up: float = 0.1  # share of the steps
+    warm_up: float = 0.1  # share of the steps; not of "device"
     clip: float = 0.3  # global gradient norm
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    schedule: str = "device"  # or "paper", see `learning_rate_at`
+    schedule: str = "device"  # of SCHEDULES, see `learning_rate_at`
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 10):
@@ -61,18 +69,27 @@ class OptimizerConfig:
 
 
 def learning_rate_at(step: int, config: OptimizerConfig) -> float:
-    """The rate of step 0 … total_steps − 1: linear warm-up, then linear decay towards 0.
+    """The rate of step 0 … total_steps − 1.
 
-    "paper" is the schedule of Hugging Face's trainer, whose first step has rate 0; only where there is
-    but one step, which would learn nothing, it is the peak. "device" begins a step further on: a short
-    history has no step to waste.
+    "device" grows tenfold, by an equal factor a step, up to the peak half-way, then decays linearly
+    towards 0. How far a shift should move differs by more than that from one history to another: training
+    passes through the small moves first, and the examples that judge its epochs say where to stop
+    (docs/updates-in-small.md).
+
+    "paper" is the schedule of Hugging Face's trainer: linear warm-up from 0, then linear decay towards 0.
+    Only where there is but one step, which would learn nothing, it is the peak.
     """
+    if config.schedule == "device":
+        top = max(1, config.total_steps // 2)
+        if step <= top:
+            return config.learning_rate * math.pow(RATE_GROWTH, (step - top) / top)
+        return config.learning_rate * (config.total_steps - step) / (config.total_steps - top)
+    if config.total_steps == 1:
+        return config.learning_rate
     warm = max(1, math.ceil(config.warm_up * config.total_steps))
-    paper = config.schedule == "paper" and config.total_steps > 1
     if step < warm:
-        return config.learning_rate * (step if paper else step + 1) / warm
-    decay = config.total_steps - warm
-    return config.learning_rate * (config.total_steps - step) / max(1, decay if paper else decay + 1)
+        return config.learning_rate * step / warm
+    return config.learning_rate * (config.total_steps - step) / max(1, config.total_steps - warm)
 
 
 class StiefelAdamW:

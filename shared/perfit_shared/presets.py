@@ -14,7 +14,7 @@ from typing import TypeVar
 from perfit_shared.errors import InvalidInput, NotFound
 from perfit_shared.shifts import ShiftSpec
 
-__all__ = ["PRESETS", "Preset", "preset_for", "preset_name", "value_or"]
+__all__ = ["PRESETS", "Preset", "preset_for", "preset_name", "spaced_layers", "value_or"]
 
 T = TypeVar("T")
 
@@ -83,6 +83,14 @@ class Preset:
             personal_rank=value_or(personal_rank, min(self.personal_rank, hidden_size)),
             hidden_size=hidden_size,
         )
+
+
+def spaced_layers(count: int, blocks: int) -> tuple[int, ...]:
+    """`count` blocks symmetric about the middle one, blocks / count apart (Fig. 6). Raises InvalidInput."""
+    if not 1 <= count <= blocks:
+        raise InvalidInput(f"a model of {blocks} blocks has no {count} layers to choose")
+    # (at + ½) blocks / count − ½, a half rounded down, so that one of 32 is the paper's 15.
+    return tuple(-((2 * count - (2 * at + 1) * blocks) // (2 * count)) for at in range(count))
 
 
 def value_or(value: T | None, default: T) -> T:

@@ -79,7 +79,9 @@ def with_prompts(task: Task, prompts: str) -> Task:
         chat="auto",
         chat_template="" if prompts == "oppu" else worded(lamp.chat_template),
     )
-    return replace(asked, stop=(), answer_tokens=_OPPU_TOKENS) if prompts == "oppu" else asked
+    if prompts != "oppu":
+        return asked
+    return replace(asked, stop=(), answer_tokens=_OPPU_TOKENS, frequency_penalty=0.0, presence_penalty=0.0)
 
 
 def as_read(

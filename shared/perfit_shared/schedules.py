@@ -110,7 +110,7 @@ class Schedule:
         return rows
 
     def rate(self, step: int) -> float:
-        """The learning rate of one step: linear warm-up over a tenth of all, then linear decay."""
+        """The learning rate of one step, by `learning_rate_at`."""
         return learning_rate_at(step, self.optimizer())
 
     def optimizer(self) -> OptimizerConfig:

@@ -14,14 +14,16 @@ import re
 import string
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import is_text
 from perfit_shared.metrics import HIGHER_IS_BETTER
+from perfit_shared.types import LARGEST_PENALTY, Sampling, are_penalties
 
-__all__ = ["TASK_NAME", "Example", "Task"]
+__all__ = ["PENALTIES", "TASK_NAME", "Example", "Task"]
 
+PENALTIES = ("frequency_penalty", "presence_penalty")  # fields of a task that `Sampling` has, too
 _FIELD_WORDS = 768  # OPPU cuts every field to this many words in training
 TASK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Tasks come from clouds and files that may be hostile, so all of it is bounded.
@@ -57,6 +59,8 @@ class Task:
     history_template: str = ""  # prompt of items that lack fields of the template; "": there are none
     system: str = ""  # first turn of the chat; "": none
     chat_template: str = ""  # the user's turn of the chat, where that is not the template
+    frequency_penalty: float = 0.0  # of `Sampling`, where the caller says none
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not TASK_NAME.fullmatch(self.name):
@@ -81,6 +85,11 @@ class Task:
             raise InvalidData(f"there may be {_STOP_TEXTS} stop texts of at most {_STOP_BYTES} bytes")
         if type(self.answer_tokens) is not int or not 1 <= self.answer_tokens <= _ANSWER_TOKENS:
             raise InvalidData(f"its answer_tokens should be a whole number from 1 to {_ANSWER_TOKENS}")
+        for key in PENALTIES:
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not are_penalties(value):
+                most = LARGEST_PENALTY
+                raise InvalidData(f"its {key} should be a number from -{most} to {most}")
         if self.metric not in HIGHER_IS_BETTER:
             there = ", ".join(HIGHER_IS_BETTER)
             raise InvalidData(f'no metric "{self.metric[:40]}"; there are {there}')
@@ -158,6 +167,16 @@ class Task:
         template = self.chat_template or self.template
         return replace(self, chat=True, template=template, answer=self.answer.lstrip(), chat_template="")
 
+    def sampling(self, *, most: int = _ANSWER_TOKENS, **settings: Any) -> Sampling:
+        """How an answer is asked for: at most `most` tokens of it, greedily, but for what `settings` say.
+
+        A setting of None stands for the task's own.
+        """
+        own: dict[str, Any] = {"max_new_tokens": self.answer_tokens, "stop": self.stop}
+        own |= {key: getattr(self, key) for key in PENALTIES}
+        whole = Sampling(**own | {key: value for key, value in settings.items() if value is not None})
+        return replace(whole, max_new_tokens=min(whole.max_new_tokens, most))
+
     def read_as(self, prompt: str) -> str | list[tuple[str, str]]:
         """What the model gets of a filled template: the text, or (role, content) turns of a chat."""
         if self.chat is not True:
@@ -198,7 +217,7 @@ class Task:
 
     def to_json(self) -> str:
         values = asdict(self)
-        for key in ("history_template", "system", "chat_template"):
+        for key in ("history_template", "system", "chat_template", *PENALTIES):
             if not values[key]:  # so that readers from before there was one take the rest
                 del values[key]
         return json.dumps(values, ensure_ascii=False)

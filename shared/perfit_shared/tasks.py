@@ -180,6 +180,7 @@ TASKS: dict[str, Task] = {
             answer_tokens=128,
             chat="auto",
             chat_template="Write a reply to this message: {message}",
+            frequency_penalty=0.4,  # against loops: docs/results.md
         ),
         Task("chat", "{prompt}", "{reply}", "rouge_1", stop=(), answer_tokens=256, chat=True),
     )

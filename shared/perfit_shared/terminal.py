@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import unicodedata
-from typing import Any
+from typing import Any, TextIO
 
 from perfit_shared.errors import InvalidInput
 
@@ -15,12 +15,15 @@ __all__ = [
     "clean",
     "discard_unwritable",
     "one_line",
+    "paint",
     "prepare_streams",
     "read_stdin",
     "read_stdin_bytes",
+    "read_stdin_line",
     "utf8",
 ]
 
+_COLOURS = {"red": 31, "green": 32, "yellow": 33}
 _HARMLESS = "\n\t\u200c\u200d"  # the joiners that scripts and emoji need
 
 
@@ -33,6 +36,26 @@ def clean(text: str) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(clean(text).split())
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    """`text` in a colour of the terminal's own, where `stream` is one and nobody asked for none.
+
+    NO_COLOR and FORCE_COLOR decide first (any text), then CLICOLOR_FORCE=1 and CLICOLOR=0.
+    """
+    is_on = _colour_wanted()
+    if is_on is None:
+        is_on = stream.isatty() and os.environ.get("TERM") != "dumb"
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if is_on else text
+
+
+def _colour_wanted() -> bool | None:
+    """What the environment says; None: nothing."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR") or os.environ.get("CLICOLOR_FORCE", "0") not in ("", "0"):
+        return True
+    return False if os.environ.get("CLICOLOR") == "0" else None
 
 
 # -- input ---------------------------------------------------------------------------------------
@@ -64,7 +87,19 @@ def read_stdin_bytes(most: int) -> bytes:
 
 def read_stdin(most: int) -> str:
     """All of stdin as text: UTF-8, else what the locale says. Raises InvalidInput as above, or on no text."""
-    data = read_stdin_bytes(most)
+    return _decoded(read_stdin_bytes(most))
+
+
+def read_stdin_line(most: int) -> str | None:
+    """The next line, without its end; None at the end of stdin. Raises InvalidInput as above."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    data = bytes(buffer.readline(most + 1)) if buffer is not None else sys.stdin.readline(most + 1).encode()
+    if len(data) > most:
+        raise InvalidInput(f"a line of stdin holds more than {most >> 10} KiB; give less at a time")
+    return _decoded(data).rstrip("\r\n") if data else None
+
+
+def _decoded(data: bytes) -> str:
     for encoding in ("utf-8-sig", sys.stdin.encoding):
         with contextlib.suppress(UnicodeError, LookupError, TypeError):
             text = str(data, encoding)

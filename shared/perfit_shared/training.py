@@ -27,6 +27,7 @@ import safetensors
 import safetensors.numpy
 
 from perfit_shared.errors import Diverged, InvalidData, PerfitError, UpdateFailed
+from perfit_shared.mixes import between
 from perfit_shared.optimizer import StiefelAdamW
 from perfit_shared.schedules import Figures, Overrides, PaperSchedule, Schedule, schedule_for
 from perfit_shared.shifts import ShiftTensors
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 _PATIENCE = 0.3  # of all epochs: training ends that long after the best one
+_SHARE = 0.75  # of the way from the start to the best epoch (docs/updates-in-small.md, "Not all the way")
 
 
 S = TypeVar("S", bound=Schedule)
@@ -101,15 +103,21 @@ class Training(Generic[S]):
         found = [judgement.scores for judgement in self.judgements]
         return Comparison(found[0], chosen_by_others(found) if self.best_step else found[0])
 
-    @property
-    def outcome(self) -> ShiftTensors | None:
-        """The last tensors; where epochs are judged the best one's, or None when it is not better.
+    def outcome(self, start: ShiftTensors) -> ShiftTensors | None:
+        """The last tensors; where epochs are judged `ending`, or None when the best one is not better.
 
         Better than the start, that is, by more than chance explains.
         """
         if not self.schedule.judged:
             return self.tensors
-        return self.best if self.comparison.is_better else None
+        return self.ending(start) if self.comparison.is_better else None
+
+    def ending(self, start: ShiftTensors) -> ShiftTensors:
+        """Three quarters of the way from the start to the best epoch, which alone goes too far.
+
+        The start where no epoch has a lower loss.
+        """
+        return start if self.best is None else between(start, self.best, _SHARE)
 
     @property
     def step(self) -> int:

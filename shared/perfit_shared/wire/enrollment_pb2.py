@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10\x65nrollment.proto\x12\tperfit.v1\",\n\rEnrollRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"X\n\x0b\x43redentials\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x10\n\x08\x63loud_id\x18\x04 \x01(\t\"\x12\n\x10\x43hallengeRequest\"\"\n\x11\x43hallengeResponse\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"X\n\x12RenewLapsedRequest\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x04 \x01(\x0c\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\x32\xd6\x01\n\nEnrollment\x12:\n\x06\x45nroll\x12\x18.perfit.v1.EnrollRequest\x1a\x16.perfit.v1.Credentials\x12\x46\n\tChallenge\x12\x1b.perfit.v1.ChallengeRequest\x1a\x1c.perfit.v1.ChallengeResponse\x12\x44\n\x0bRenewLapsed\x12\x1d.perfit.v1.RenewLapsedRequest\x1a\x16.perfit.v1.Credentials2D\n\x08Identity\x12\x38\n\x05Renew\x12\x17.perfit.v1.RenewRequest\x1a\x16.perfit.v1.Credentialsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10\x65nrollment.proto\x12\tperfit.v1\",\n\rEnrollRequest\x12\x0e\n\x06secret\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\"q\n\x0b\x43redentials\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x10\n\x08\x63loud_id\x18\x04 \x01(\t\x12\x17\n\x0fother_server_ca\x18\x05 \x01(\x0c\"\x12\n\x10\x43hallengeRequest\"\"\n\x11\x43hallengeResponse\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"j\n\x12RenewLapsedRequest\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x04 \x01(\x0c\x12\x10\n\x08not_here\x18\x05 \x01(\x08\"X\n\x12RenewServerRequest\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x0b\n\x03\x63sr\x18\x04 \x01(\x0c\"N\n\x11ServerCredentials\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x03(\x0c\x12\x11\n\tdevice_ca\x18\x03 \x03(\x0c\"\x96\x01\n\x18\x43\x65rtifySealingKeyRequest\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\x0e\n\x06x25519\x18\x04 \x01(\x0c\x12\r\n\x05mlkem\x18\x05 \x01(\x0c\x12\x14\n\x0clife_seconds\x18\x06 \x01(\r\x12\x0e\n\x06key_id\x18\x07 \x01(\t\"0\n\x19\x43\x65rtifySealingKeyResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"\x1b\n\x0cRenewRequest\x12\x0b\n\x03\x63sr\x18\x01 \x01(\x0c\"\x0e\n\x0cLeaveRequest\"\x0f\n\rLeaveResponse2\xd6\x01\n\nEnrollment\x12:\n\x06\x45nroll\x12\x18.perfit.v1.EnrollRequest\x1a\x16.perfit.v1.Credentials\x12\x46\n\tChallenge\x12\x1b.perfit.v1.ChallengeRequest\x1a\x1c.perfit.v1.ChallengeResponse\x12\x44\n\x0bRenewLapsed\x12\x1d.perfit.v1.RenewLapsedRequest\x1a\x16.perfit.v1.Credentials2\xb5\x01\n\x07Servers\x12J\n\x0bRenewServer\x12\x1d.perfit.v1.RenewServerRequest\x1a\x1c.perfit.v1.ServerCredentials\x12^\n\x11\x43\x65rtifySealingKey\x12#.perfit.v1.CertifySealingKeyRequest\x1a$.perfit.v1.CertifySealingKeyResponse2\x80\x01\n\x08Identity\x12\x38\n\x05Renew\x12\x17.perfit.v1.RenewRequest\x1a\x16.perfit.v1.Credentials\x12:\n\x05Leave\x12\x17.perfit.v1.LeaveRequest\x1a\x18.perfit.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLLREQUEST']._serialized_start=31
   _globals['_ENROLLREQUEST']._serialized_end=75
   _globals['_CREDENTIALS']._serialized_start=77
-  _globals['_CREDENTIALS']._serialized_end=165
-  _globals['_CHALLENGEREQUEST']._serialized_start=167
-  _globals['_CHALLENGEREQUEST']._serialized_end=185
-  _globals['_CHALLENGERESPONSE']._serialized_start=187
-  _globals['_CHALLENGERESPONSE']._serialized_end=221
-  _globals['_RENEWLAPSEDREQUEST']._serialized_start=223
-  _globals['_RENEWLAPSEDREQUEST']._serialized_end=311
-  _globals['_RENEWREQUEST']._serialized_start=313
-  _globals['_RENEWREQUEST']._serialized_end=340
-  _globals['_ENROLLMENT']._serialized_start=343
-  _globals['_ENROLLMENT']._serialized_end=557
-  _globals['_IDENTITY']._serialized_start=559
-  _globals['_IDENTITY']._serialized_end=627
+  _globals['_CREDENTIALS']._serialized_end=190
+  _globals['_CHALLENGEREQUEST']._serialized_start=192
+  _globals['_CHALLENGEREQUEST']._serialized_end=210
+  _globals['_CHALLENGERESPONSE']._serialized_start=212
+  _globals['_CHALLENGERESPONSE']._serialized_end=246
+  _globals['_RENEWLAPSEDREQUEST']._serialized_start=248
+  _globals['_RENEWLAPSEDREQUEST']._serialized_end=354
+  _globals['_RENEWSERVERREQUEST']._serialized_start=356
+  _globals['_RENEWSERVERREQUEST']._serialized_end=444
+  _globals['_SERVERCREDENTIALS']._serialized_start=446
+  _globals['_SERVERCREDENTIALS']._serialized_end=524
+  _globals['_CERTIFYSEALINGKEYREQUEST']._serialized_start=527
+  _globals['_CERTIFYSEALINGKEYREQUEST']._serialized_end=677
+  _globals['_CERTIFYSEALINGKEYRESPONSE']._serialized_start=679
+  _globals['_CERTIFYSEALINGKEYRESPONSE']._serialized_end=727
+  _globals['_RENEWREQUEST']._serialized_start=729
+  _globals['_RENEWREQUEST']._serialized_end=756
+  _globals['_LEAVEREQUEST']._serialized_start=758
+  _globals['_LEAVEREQUEST']._serialized_end=772
+  _globals['_LEAVERESPONSE']._serialized_start=774
+  _globals['_LEAVERESPONSE']._serialized_end=789
+  _globals['_ENROLLMENT']._serialized_start=792
+  _globals['_ENROLLMENT']._serialized_end=1006
+  _globals['_SERVERS']._serialized_start=1009
+  _globals['_SERVERS']._serialized_end=1190
+  _globals['_IDENTITY']._serialized_start=1193
+  _globals['_IDENTITY']._serialized_end=1321
 # @@protoc_insertion_point(module_scope)

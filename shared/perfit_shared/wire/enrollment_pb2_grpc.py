@@ -71,7 +71,8 @@ class EnrollmentServicer:
 
     def RenewLapsed(self, request, context):
         """Renews a lapsed, unrevoked certificate within 30 days of its end (the cloud's lapse_seconds). One
-        that holds is refused (INVALID_ARGUMENT, certificate_valid): renew it by Renew. What is said of old
+        that holds is refused (INVALID_ARGUMENT, certificate_valid): renew it by Renew. But where Renew says
+        not_here, as in a cloud of several servers, one that holds is renewed here: say not_here, too. What is said of old
         certificates there holds here, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -189,6 +190,128 @@ class Enrollment:
             _registered_method=True)
 
 
+class ServersStub:
+    """For the servers of a cloud that has several: on the enrolment listener, beside Enrollment.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.RenewServer = channel.unary_unary(
+                '/perfit.v1.Servers/RenewServer',
+                request_serializer=enrollment__pb2.RenewServerRequest.SerializeToString,
+                response_deserializer=enrollment__pb2.ServerCredentials.FromString,
+                _registered_method=True)
+        self.CertifySealingKey = channel.unary_unary(
+                '/perfit.v1.Servers/CertifySealingKey',
+                request_serializer=enrollment__pb2.CertifySealingKeyRequest.SerializeToString,
+                response_deserializer=enrollment__pb2.CertifySealingKeyResponse.FromString,
+                _registered_method=True)
+
+
+class ServersServicer:
+    """For the servers of a cloud that has several: on the enrolment listener, beside Enrollment.
+    """
+
+    def RenewServer(self, request, context):
+        """The next certificate of a server, which proves that it holds the one before by signing a nonce of
+        Enrollment.Challenge; and what it has to trust from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CertifySealingKey(self, request, context):
+        """A certificate for a key of a server that calls are sealed to. The server proves that it holds its own
+        certificate, which has to be valid, by signing a nonce of Enrollment.Challenge.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ServersServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'RenewServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewServer,
+                    request_deserializer=enrollment__pb2.RenewServerRequest.FromString,
+                    response_serializer=enrollment__pb2.ServerCredentials.SerializeToString,
+            ),
+            'CertifySealingKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CertifySealingKey,
+                    request_deserializer=enrollment__pb2.CertifySealingKeyRequest.FromString,
+                    response_serializer=enrollment__pb2.CertifySealingKeyResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'perfit.v1.Servers', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('perfit.v1.Servers', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Servers:
+    """For the servers of a cloud that has several: on the enrolment listener, beside Enrollment.
+    """
+
+    @staticmethod
+    def RenewServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perfit.v1.Servers/RenewServer',
+            enrollment__pb2.RenewServerRequest.SerializeToString,
+            enrollment__pb2.ServerCredentials.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CertifySealingKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perfit.v1.Servers/CertifySealingKey',
+            enrollment__pb2.CertifySealingKeyRequest.SerializeToString,
+            enrollment__pb2.CertifySealingKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class IdentityStub:
     """Missing associated documentation comment in .proto file."""
 
@@ -203,6 +326,11 @@ class IdentityStub:
                 request_serializer=enrollment__pb2.RenewRequest.SerializeToString,
                 response_deserializer=enrollment__pb2.Credentials.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/perfit.v1.Identity/Leave',
+                request_serializer=enrollment__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=enrollment__pb2.LeaveResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityServicer:
@@ -216,6 +344,17 @@ class IdentityServicer:
         newest of several), all older ones are retired: they begin no call and renew nothing, lapsed or
         not (UNAUTHENTICATED, certificate_superseded). Calls that are open end in their own time. A device
         that is refused so, and whose own processes renewed nothing, shares its identity with somebody.
+
+        A server that holds no key of an authority says UNIMPLEMENTED, not_here: then Enrollment.RenewLapsed
+        renews a certificate that holds, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Leave(self, request, context):
+        """Withdraws the identity that calls, for good: from now on no certificate of it begins a call or
+        renews anything (PERMISSION_DENIED, identity_revoked). Called again it gets that answer, too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,6 +367,11 @@ def add_IdentityServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=enrollment__pb2.RenewRequest.FromString,
                     response_serializer=enrollment__pb2.Credentials.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=enrollment__pb2.LeaveRequest.FromString,
+                    response_serializer=enrollment__pb2.LeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -257,6 +401,33 @@ class Identity:
             '/perfit.v1.Identity/Renew',
             enrollment__pb2.RenewRequest.SerializeToString,
             enrollment__pb2.Credentials.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perfit.v1.Identity/Leave',
+            enrollment__pb2.LeaveRequest.SerializeToString,
+            enrollment__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

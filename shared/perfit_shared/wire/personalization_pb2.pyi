@@ -76,7 +76,7 @@ class ShiftSpec(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[int]] = ..., positions: _Optional[str] = ..., collective_rank: _Optional[int] = ..., personal_rank: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class Artefact(_message.Message):
-    __slots__ = ("name", "version", "spec", "task_json", "learning_rate", "epochs", "batch_size")
+    __slots__ = ("name", "version", "spec", "task_json", "learning_rate", "epochs", "batch_size", "communities")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class Artefact(_message.Message):
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    COMMUNITIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     spec: ShiftSpec
@@ -91,10 +92,11 @@ class Artefact(_message.Message):
     learning_rate: float
     epochs: int
     batch_size: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., spec: _Optional[_Union[ShiftSpec, _Mapping]] = ..., task_json: _Optional[str] = ..., learning_rate: _Optional[float] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ...) -> None: ...
+    communities: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., spec: _Optional[_Union[ShiftSpec, _Mapping]] = ..., task_json: _Optional[str] = ..., learning_rate: _Optional[float] = ..., epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., communities: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("prompt_tokens", "new_tokens", "examples", "message_bytes", "adapt_examples", "adapt_tokens", "questions", "context", "call_tokens")
+    __slots__ = ("prompt_tokens", "new_tokens", "examples", "message_bytes", "adapt_examples", "adapt_tokens", "questions", "context", "call_tokens", "logprobs")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +106,7 @@ class Limits(_message.Message):
     QUESTIONS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     CALL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     new_tokens: int
     examples: int
@@ -113,14 +116,15 @@ class Limits(_message.Message):
     questions: int
     context: int
     call_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., examples: _Optional[int] = ..., message_bytes: _Optional[int] = ..., adapt_examples: _Optional[int] = ..., adapt_tokens: _Optional[int] = ..., questions: _Optional[int] = ..., context: _Optional[int] = ..., call_tokens: _Optional[int] = ...) -> None: ...
+    logprobs: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., examples: _Optional[int] = ..., message_bytes: _Optional[int] = ..., adapt_examples: _Optional[int] = ..., adapt_tokens: _Optional[int] = ..., questions: _Optional[int] = ..., context: _Optional[int] = ..., call_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("base_model", "fingerprint", "artefacts", "limits", "cloud_id", "continuous", "keeps")
+    __slots__ = ("base_model", "fingerprint", "artefacts", "limits", "cloud_id", "continuous", "keeps", "sealing_keys")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ARTEFACTS_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +132,7 @@ class DescribeResponse(_message.Message):
     CLOUD_ID_FIELD_NUMBER: _ClassVar[int]
     CONTINUOUS_FIELD_NUMBER: _ClassVar[int]
     KEEPS_FIELD_NUMBER: _ClassVar[int]
+    SEALING_KEYS_FIELD_NUMBER: _ClassVar[int]
     base_model: str
     fingerprint: str
     artefacts: _containers.RepeatedCompositeFieldContainer[Artefact]
@@ -135,7 +140,16 @@ class DescribeResponse(_message.Message):
     cloud_id: str
     continuous: bool
     keeps: bool
-    def __init__(self, base_model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., artefacts: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cloud_id: _Optional[str] = ..., continuous: _Optional[bool] = ..., keeps: _Optional[bool] = ...) -> None: ...
+    sealing_keys: _containers.RepeatedCompositeFieldContainer[SealingKey]
+    def __init__(self, base_model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., artefacts: _Optional[_Iterable[_Union[Artefact, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., cloud_id: _Optional[str] = ..., continuous: _Optional[bool] = ..., keeps: _Optional[bool] = ..., sealing_keys: _Optional[_Iterable[_Union[SealingKey, _Mapping]]] = ...) -> None: ...
+
+class SealingKey(_message.Message):
+    __slots__ = ("certificate", "evidence")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    evidence: bytes
+    def __init__(self, certificate: _Optional[bytes] = ..., evidence: _Optional[bytes] = ...) -> None: ...
 
 class FetchSeedRequest(_message.Message):
     __slots__ = ("artefact",)
@@ -144,28 +158,36 @@ class FetchSeedRequest(_message.Message):
     def __init__(self, artefact: _Optional[str] = ...) -> None: ...
 
 class FetchSeedResponse(_message.Message):
-    __slots__ = ("version", "seed")
+    __slots__ = ("version", "seed", "communities")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    COMMUNITIES_FIELD_NUMBER: _ClassVar[int]
     version: str
     seed: bytes
-    def __init__(self, version: _Optional[str] = ..., seed: _Optional[bytes] = ...) -> None: ...
+    communities: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, version: _Optional[str] = ..., seed: _Optional[bytes] = ..., communities: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    __slots__ = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "logprobs", "frequency_penalty", "presence_penalty")
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
     max_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
     seed: int
     stop: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
+    logprobs: int
+    frequency_penalty: float
+    presence_penalty: float
+    def __init__(self, max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., logprobs: _Optional[int] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("prompt", "shift", "sampling")
@@ -178,16 +200,40 @@ class GenerateRequest(_message.Message):
     def __init__(self, prompt: _Optional[_Union[Prompt, _Mapping]] = ..., shift: _Optional[_Union[Shift, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "finish", "prompt_tokens", "answer_tokens")
+    __slots__ = ("text", "finish", "prompt_tokens", "answer_tokens", "logprobs")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     text: str
     finish: FinishReason
     prompt_tokens: int
     answer_tokens: int
-    def __init__(self, text: _Optional[str] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    def __init__(self, text: _Optional[str] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., answer_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
+
+class TokenLogprob(_message.Message):
+    __slots__ = ("text", "data", "logprob", "top")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    data: bytes
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[TopLogprob]
+    def __init__(self, text: _Optional[str] = ..., data: _Optional[bytes] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
+
+class TopLogprob(_message.Message):
+    __slots__ = ("text", "data", "logprob")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    data: bytes
+    logprob: float
+    def __init__(self, text: _Optional[str] = ..., data: _Optional[bytes] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class AskRequest(_message.Message):
     __slots__ = ("shift", "question")

@@ -83,7 +83,9 @@ class PersonalizationServicer:
 
     def FetchSeed(self, request, context):
         """The public personal shift from which every user starts. It was learned together with the collective
-        shift, so it is not the identity, and an answer with it differs from one in COLLECTIVE mode.
+        shift, so it is not the identity, and an answer with it differs from one in COLLECTIVE mode. Where the
+        artefact has communities, their seeds come along, and a device may start from the one that suits its
+        user's examples best.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
