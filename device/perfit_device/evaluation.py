@@ -20,7 +20,7 @@ from perfit_device.history import HistoryItem
 from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
-from perfit_shared.types import Sampling, Score
+from perfit_shared.types import Score
 from perfit_shared.validation import mean_loss
 
 __all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "refusal"]
@@ -32,9 +32,9 @@ _ACCEPTED_IN_A_ROW = 4  # examples, after which shorter ones count as accepted
 _NAMED = 8  # examples in a message
 
 
-def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False) -> Prompt:
-    """What the model reads for an item: text, or the turns of a chat."""
-    read = task.read_as(task.prompt(item.fields, cut=cut))
+def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False, before: Sequence[str] = ()) -> Prompt:
+    """What the model reads for an item: text, or the turns of a chat, with lines `before` in the user's."""
+    read = task.read_as("\n".join([*before, task.prompt(item.fields, cut=cut)]))
     return read if isinstance(read, str) else [Message(role, content) for role, content in read]
 
 
@@ -114,7 +114,7 @@ class TaskClient:
     ) -> list[str | InvalidPrompt]:
         """Greedy answers in the order of the items, or why the cloud refuses an item."""
         task, limits = self.task, self.limits
-        sampling = Sampling(min(task.answer_tokens, limits.new_tokens), stop=task.stop)
+        sampling = task.sampling(most=limits.new_tokens)
         refused: dict[int, InvalidPrompt] = {}
         texts = ask_all(
             self.cloud,
@@ -127,14 +127,14 @@ class TaskClient:
         )
         return [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
 
-    def refused_among(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
+    def refused_among(self, items: Sequence[HistoryItem], most: int | None = None) -> list[HistoryItem]:
         """The examples that the cloud refuses, as an update takes them.
 
         Only the cloud knows, since it has the tokenizer. The search goes from the longest down until some
-        in a row are accepted; a missed one is refused by name later.
+        in a row are accepted, or `most` were tried; a missed one is refused by name later.
         """
         found, accepted = [], 0
-        for item in sorted(items, key=_length, reverse=True):
+        for item in sorted(items, key=_length, reverse=True)[:most]:
             pair = pair_of(self.task, item)
             try:
                 self.retry_policy.call(partial(self.cloud.score, [pair], ShiftUse()))

@@ -24,15 +24,23 @@ def migrate(vault: Vault, number: int) -> None:
 
 
 def _from_1_to_2(vault: Vault) -> None:
-    from perfit_device.personal import import_versions
+    from perfit_device.personal import add
+    from perfit_device.shift_versions import Version
     from perfit_shared.shifts import read_metadata
 
     earlier = {name.rpartition("/")[0]: data for name, data in vault.list("previous").items()}
     for name in vault.list("previous"):
         vault.delete("previous", name)
     for row, current in vault.list("shift").items():
-        rows = [earlier[row], current] if row in earlier else [current]
-        try:
-            import_versions(vault, row, [(data, read_metadata(data)) for data in rows])
-        except InvalidTensors as error:
-            raise VaultDamaged("the vault holds a shift that cannot be read") from error
+        vault.delete("shift", row)
+        versions, task = [], ""
+        for number, data in enumerate([earlier[row], current] if row in earlier else [current], start=1):
+            try:
+                metadata = read_metadata(data)
+            except InvalidTensors as error:
+                raise VaultDamaged("the vault holds a shift that cannot be read") from error
+            updates, forgotten = (int(metadata.get(key, "0")) for key in ("updates", "forgotten"))
+            version = Version(number, metadata.get("version", ""), updates, forgotten, follows=number - 1)
+            versions.append((version, data, None))
+            task = metadata.get("task", row.rpartition("/")[2])
+        add(vault, row, task, versions, len(versions))

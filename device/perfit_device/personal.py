@@ -2,38 +2,42 @@
 
     shift    CLOUD/ARTEFACT           JSON: which version is current, and what is known of each
     version  CLOUD/ARTEFACT/NUMBER    the tensors of one version
+    trained  CLOUD/ARTEFACT/NUMBER    what it was made from: 16 bytes of each example's name
 
-An update adds a version behind the current one. `undo` makes an earlier one current; the later ones stay
-until the next update takes their place.
+An update adds a version that follows the current one, and `undo` goes back to the one that it follows.
+Of more than ten the oldest go, but never the current one and the one before it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from perfit_device.vault.store import Vault
+from perfit_device.shift_versions import PersonalShift, Version, Versions
 from perfit_shared.errors import InvalidInput, InvalidTensors, NotFound, ShiftMismatch, VaultDamaged
 
 if TYPE_CHECKING:
     from perfit_device.cloud.codec import Artefact
+    from perfit_device.vault.store import Vault
     from perfit_shared.shifts import ShiftTensors
 
 __all__ = [
     "MOST_VERSIONS",
-    "PersonalShift",
-    "TrainingSummary",
-    "Version",
-    "Versions",
+    "add",
     "artefacts",
     "check_version",
-    "forget_earlier",
-    "import_versions",
+    "digest",
+    "drop",
+    "forget_examples",
+    "knowing",
     "load",
+    "marks_from",
+    "marks_of",
+    "not_kept",
     "read_tensors",
+    "read_trained",
     "read_versions",
     "shift_row",
     "store",
@@ -41,88 +45,8 @@ __all__ = [
 ]
 
 MOST_VERSIONS = 10  # kept of one shift, the current one among them
-_INDEX, _TENSORS = "shift", "version"  # kinds of rows
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a version was made of. None where unknown: vaults of format 1 did not record it.
-
-    `examples` counts those that trained, the oldest of the history. Losses are in nats a token. Those of
-    training are means over the first and the last epoch's steps; the gate's are of what training began
-    with, and of this version.
-    """
-
-    examples: int | None = None
-    train_before: float | None = None
-    train_after: float | None = None
-    gate_before: float | None = None
-    gate_after: float | None = None
-
-
-@dataclass(frozen=True)
-class PersonalShift:
-    """The current version of a user's shift, and how many updates made it."""
-
-    tensors: ShiftTensors
-    updates: int
-    # The value of `history.forgotten` when this shift, or the one that it continues, began at the seed.
-    # It may remember what was forgotten since.
-    forgotten: int = 0
-    learned: TrainingSummary = field(default_factory=TrainingSummary)
-
-
-@dataclass(frozen=True)
-class Version:
-    """What is known of one version, beside its tensors."""
-
-    number: int  # from 1
-    artefact_version: str
-    updates: int
-    forgotten: int = 0  # as of PersonalShift
-    date: str = ""  # ISO 8601, UTC; "" where unknown
-    learned: TrainingSummary = field(default_factory=TrainingSummary)
-
-
-@dataclass(frozen=True)
-class Versions:
-    """The kept versions of one shift, by their numbers, and the number of the current one."""
-
-    task: str  # name of the artefact's task
-    current: int
-    kept: tuple[Version, ...]
-
-    def find(self, number: int) -> Version | None:
-        return next((version for version in self.kept if version.number == number), None)
-
-    @property
-    def now(self) -> Version:
-        """The current version."""
-        return next(version for version in self.kept if version.number == self.current)
-
-    @property
-    def before(self) -> Version | None:
-        """The version that `undo` makes current."""
-        earlier = [version for version in self.kept if version.number < self.current]
-        return earlier[-1] if earlier else None
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Versions:
-        """Raises VaultDamaged."""
-        try:
-            values = json.loads(data)
-            kept = [
-                Version(**each | {"learned": TrainingSummary(**each["learned"])}) for each in values["kept"]
-            ]
-            versions = cls(values["task"], values["current"], tuple(kept))
-            if versions.find(versions.current) is None:
-                raise ValueError("the current version is not kept")
-            return versions
-        except (ValueError, KeyError, TypeError) as error:
-            raise VaultDamaged("the vault holds a list of versions that cannot be read") from error
+_INDEX, _TENSORS, _TRAINED = "shift", "version", "trained"  # kinds of rows
+_MARK_BYTES = 16  # of an example's name, which is a sha-256
 
 
 def shift_row(cloud_id: str, artefact: str) -> str:
@@ -142,6 +66,11 @@ def read_versions(vault: Vault, cloud_id: str, artefact: str) -> Versions | None
     return None if data is None else Versions.from_bytes(data)
 
 
+def digest(vault: Vault, cloud_id: str, artefact: str) -> bytes | None:
+    """Of what says which version is current: another one after every change. None where there is none."""
+    return vault.digest(_INDEX, shift_row(cloud_id, artefact))
+
+
 def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | None:
     """None when this user has none yet. Raises ShiftMismatch when the artefact has changed since."""
     from perfit_shared.shifts import ShiftTensors
@@ -150,12 +79,28 @@ def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | Non
     if versions is None:
         return None
     now = versions.now
-    check_version(
-        now.artefact_version, artefact, "your personal shift", "`perfit update --fresh` trains a new one"
-    )
-    data = _read(vault, shift_row(cloud_id, artefact.name), now.number)
+    check_version(now.artefact_version, artefact, "your personal shift", "`perfit migrate` trains a new one")
+    row = shift_row(cloud_id, artefact.name)
+    data = _read(vault, row, now.number)
     tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
-    return PersonalShift(tensors, now.updates, now.forgotten, now.learned)
+    return PersonalShift(
+        tensors, now.updates, now.forgotten, now.learned, read_trained(vault, row, now.number)
+    )
+
+
+def read_trained(vault: Vault, row: str, number: int) -> frozenset[bytes] | None:
+    """Marks (`marks_of`) of the examples that a version was made from; None where that is unknown."""
+    data = vault.get(_TRAINED, f"{row}/{number}")
+    return None if data is None else marks_from(data)
+
+
+def marks_from(data: bytes) -> frozenset[bytes]:
+    return frozenset(data[at : at + _MARK_BYTES] for at in range(0, len(data), _MARK_BYTES))
+
+
+def marks_of(names: Iterable[str]) -> frozenset[bytes]:
+    """What stands for examples in the record of a version."""
+    return frozenset(bytes.fromhex(name)[:_MARK_BYTES] for name in names)
 
 
 def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> ShiftTensors:
@@ -172,11 +117,12 @@ def read_tensors(vault: Vault, cloud_id: str, artefact: str, number: int) -> Shi
         raise VaultDamaged("the vault holds a shift that cannot be read") from error
 
 
-def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift) -> None:
-    """Add a version behind the current one, and make it current.
+def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift, *, origin: str = "") -> None:
+    """Add a version that follows the current one, and make it current.
 
-    It removes undone versions, and the oldest of more than ten. It also removes versions that may remember
-    what this one does not: a shift trained afresh after examples were forgotten is there to unlearn them.
+    It removes the oldest of more than ten, but not the one before. It also removes versions that may
+    remember what this one does not: a shift trained afresh after examples were forgotten is there to
+    unlearn them.
     """
     row = shift_row(cloud_id, artefact.name)
     old = read_versions(vault, cloud_id, artefact.name)
@@ -188,27 +134,50 @@ def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift)
         forgotten=shift.forgotten,
         date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         learned=shift.learned,
+        follows=0 if old is None else old.current,
+        origin=origin,
     )
-    earlier = [
-        each
-        for each in kept
-        if old is not None and each.number <= old.current and each.forgotten >= shift.forgotten
-    ]
-    new = Versions(artefact.task.name, version.number, (*earlier, version)[-MOST_VERSIONS:])
+    others = [each for each in kept if each.forgotten >= shift.forgotten]
+    spare = sorted(
+        (each for each in others if each.number != version.follows), key=lambda v: (v.date, v.number)
+    )
+    excess = {each.number for each in spare[: max(0, len(others) + 1 - MOST_VERSIONS)]}
+    others = [each for each in others if each.number not in excess]
+    new = Versions(artefact.task.name, version.number, (*others, version))
     with vault.transaction():
         _write(vault, row, old, new)
-        vault.put(_TENSORS, f"{row}/{version.number}", shift.tensors.to_bytes())
+        _put(vault, row, version.number, shift.tensors.to_bytes(), shift.trained)
 
 
-def import_versions(vault: Vault, row: str, rows: Sequence[tuple[bytes, Mapping[str, str]]]) -> None:
-    """Make these (tensors, metadata) the versions of a shift that has no list yet; the last is current."""
-    kept = []
-    for number, (data, metadata) in enumerate(rows, start=1):
-        updates, forgotten = (int(metadata.get(key, "0")) for key in ("updates", "forgotten"))
-        kept.append(Version(number, metadata.get("version", ""), updates, forgotten))
-        vault.put(_TENSORS, f"{row}/{number}", data)
-    task = rows[-1][1].get("task", row.rpartition("/")[2])
-    _write(vault, row, None, Versions(task, len(kept), tuple(kept)))
+def add(
+    vault: Vault,
+    row: str,
+    task: str,
+    more: Sequence[tuple[Version, bytes, frozenset[bytes] | None]],
+    current: int,
+) -> tuple[int, ...]:
+    """Keep these (version, tensors, what it was made from) beside those that are there; their numbers.
+
+    Where the shift has no version yet, they keep their numbers, and `current` is the current one. Else the
+    current one stays.
+    """
+    data = vault.get(_INDEX, row)
+    old = None if data is None else Versions.from_bytes(data)
+    first = 0 if old is None else max(version.number for version in old.kept)
+    new_numbers = {
+        version.number: version.number if old is None else first + at
+        for at, (version, _, _) in enumerate(more, start=1)
+    }
+    versions = [
+        replace(version, number=new_numbers[version.number], follows=new_numbers.get(version.follows, 0))
+        for version, _, _ in more
+    ]
+    with vault.transaction():
+        kept = (*(old.kept if old else ()), *versions)
+        _write(vault, row, old, Versions(task, old.current if old else new_numbers[current], kept))
+        for version, (_, tensors, trained) in zip(versions, more, strict=True):
+            _put(vault, row, version.number, tensors, trained)
+    return tuple(version.number for version in versions)
 
 
 def undo(vault: Vault, cloud_id: str, artefact: str, to: int | None = None) -> Version:
@@ -223,19 +192,77 @@ def undo(vault: Vault, cloud_id: str, artefact: str, to: int | None = None) -> V
         raise InvalidInput(f"version {to} of {artefact} is the current one already")
     version = versions.before if to is None else versions.find(to)
     if version is None and to is not None:
-        raise NotFound(f"version {to} of {artefact} is not kept; `perfit undo --list` shows those that are")
+        raise not_kept(artefact, to)
     if version is None:
         raise NotFound(f"there is no earlier version of your shift for {artefact} to go back to")
     _write(vault, shift_row(cloud_id, artefact), versions, replace(versions, current=version.number))
     return version
 
 
-def forget_earlier(vault: Vault, tasks: Collection[str]) -> None:
-    """Delete all versions of these tasks' shifts for good, but for the current ones."""
-    for row, data in vault.list(_INDEX).items():
-        versions = Versions.from_bytes(data)
-        if versions.task in tasks and len(versions.kept) > 1:
-            _write(vault, row, versions, replace(versions, kept=(versions.now,)))
+def not_kept(artefact: str, number: int) -> NotFound:
+    return NotFound(f"version {number} of {artefact} is not kept; `perfit versions list` shows the others")
+
+
+def drop(vault: Vault, cloud_id: str, artefact: str, number: int | None) -> int:
+    """Delete a version for good, or the whole shift where it is None; how many versions went.
+
+    Raises NotFound, and InvalidInput for the current one.
+    """
+    row, versions = shift_row(cloud_id, artefact), read_versions(vault, cloud_id, artefact)
+    if versions is None or (number is not None and versions.find(number) is None):
+        raise not_kept(artefact, number or 0)
+    if number == versions.current:
+        raise InvalidInput(
+            f"version {number} of {artefact} is the current one; `perfit versions use` another first, or "
+            "--all drops the whole shift"
+        )
+    with vault.transaction():
+        if number is not None:
+            kept = tuple(version for version in versions.kept if version.number != number)
+            _write(vault, row, versions, replace(versions, kept=kept))
+            return 1
+        for kind in (_TENSORS, _TRAINED):
+            for each in versions.kept:
+                vault.delete(kind, f"{row}/{each.number}")
+        vault.delete(_INDEX, row)
+        return len(versions.kept)
+
+
+def knowing(vault: Vault, tasks: Collection[str], names: Iterable[str]) -> list[tuple[str, Version, bool]]:
+    """(row, version, whether it is certain) of those that were made from one of these examples."""
+    marks, found = marks_of(names), []
+    for row, versions in _all(vault).items():
+        for version in versions.kept if versions.task in tasks else ():
+            trained = read_trained(vault, row, version.number)
+            if trained is None or not trained.isdisjoint(marks):
+                found.append((row, version, trained is not None))
+    return found
+
+
+def forget_examples(vault: Vault, tasks: Collection[str], names: Collection[str], count: int) -> None:
+    """Delete the versions that may know these examples for good, but for the current ones.
+
+    `count` is the value of `history.forgotten` from now on. What knows none of them keeps its way back.
+    """
+    marks = marks_of(names)
+    knows = {(row, version.number) for row, version, _ in knowing(vault, tasks, names)}
+    for row, versions in _all(vault).items():
+        if versions.task not in tasks:
+            continue
+        kept = [
+            version if (row, version.number) in knows else _without_doubt(version, count)
+            for version in versions.kept
+            if version.number == versions.current or (row, version.number) not in knows
+        ]
+        _write(vault, row, versions, replace(versions, kept=tuple(kept)))
+        trained = read_trained(vault, row, versions.current)
+        if trained is not None and not trained.isdisjoint(marks):  # they are digests of what is forgotten
+            vault.put(_TRAINED, f"{row}/{versions.current}", b"".join(sorted(trained - marks)))
+
+
+def _without_doubt(version: Version, count: int) -> Version:
+    """One that knew nothing forgotten so far knows nothing of the next either."""
+    return replace(version, forgotten=count) if version.forgotten == count - 1 else version
 
 
 def check_version(version: str, artefact: Artefact, whose: str, remedy: str) -> None:
@@ -253,12 +280,23 @@ def _read(vault: Vault, row: str, number: int) -> bytes:
     return data
 
 
+def _all(vault: Vault) -> dict[str, Versions]:
+    return {row: Versions.from_bytes(data) for row, data in vault.list(_INDEX).items()}
+
+
+def _put(vault: Vault, row: str, number: int, tensors: bytes, trained: frozenset[bytes] | None) -> None:
+    vault.put(_TENSORS, f"{row}/{number}", tensors)
+    if trained is not None:
+        vault.put(_TRAINED, f"{row}/{number}", b"".join(sorted(trained)))
+
+
 def _write(vault: Vault, row: str, old: Versions | None, new: Versions) -> None:
     """The list, and nothing of versions that are no longer in it."""
     with vault.transaction():
         vault.put(_INDEX, row, new.to_bytes())
         for number in _numbers(old.kept if old else ()) - _numbers(new.kept):
-            vault.delete(_TENSORS, f"{row}/{number}")
+            for kind in (_TENSORS, _TRAINED):
+                vault.delete(kind, f"{row}/{number}")
 
 
 def _numbers(versions: Iterable[Version]) -> set[int]:

@@ -7,7 +7,6 @@ they wait for one another: a step of 18 ms took 900. glibc keeps freed memory fo
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -38,4 +37,8 @@ def release_memory() -> None:
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    return getattr(ctypes.CDLL(None), name, None)

@@ -1,11 +1,10 @@
 """One profile of this device, opened: its vault, its cloud, its artefacts.
 
-What a profile can do stands in `operations`, a file for each; they take a `Profile` and give values. The
+What a profile can do stands in `operations`, a file for each: requests that `perform` carries out. The
 command line parses, asks and prints around them.
 
     with Profile.open(DeviceSettings("default"), passphrase=ask) as profile:
-        prepared = prepare(profile, Question("The council met until dawn."), [Mode.PERSONAL])
-        for chunk in prepared.stream(Mode.PERSONAL): …
+        profile.perform(Undo())
 
 Nothing here prints or prompts: it calls `passphrase` when the vault needs one, and `notify` with lines for
 a person. Heavy modules are imported where they are needed, so that what works offline loads no gRPC.
@@ -14,49 +13,78 @@ a person. Heavy modules are imported where they are needed, so that what works o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
 
-from perfit_device import personal
+from perfit_device import history, personal
 from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.cloud_record import read_enrolment, read_record, write_enrolment, write_record
+from perfit_device.encoded_shifts import EncodedShifts
+from perfit_device.file_lock import locked_file
 from perfit_device.settings import DeviceSettings
+from perfit_device.vault.crypto import wipe
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import InvalidInput, NotAuthenticated, NotFound, Unavailable, VaultBusy
+from perfit_shared.errors import (
+    Busy,
+    InvalidInput,
+    NotAuthenticated,
+    NotFound,
+    ShiftMismatch,
+    Unavailable,
+    VaultBusy,
+)
 from perfit_shared.tasks import TASKS, Task
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
     from perfit_device.cloud.client import Cloud
-    from perfit_device.cloud.codec import Artefact, CloudInfo
+    from perfit_device.cloud.codec import Artefact, CloudInfo, EncodedShift
     from perfit_device.cloud.identity import Enrolment
     from perfit_device.history import HistoryItem
+    from perfit_device.operations.operation import Emit, Operation
 
-__all__ = ["OPENING_SECONDS", "Profile", "check_fields", "listed"]
+__all__ = ["OPENING_SECONDS", "Profile", "check_fields", "default_task", "listed"]
 
+Result = TypeVar("Result")
+# What the caller of an agent means where it names no task: its config and environment may be newer.
+default_task: ContextVar[str | None] = ContextVar("default_task")
 OPENING_SECONDS = 10.0  # that the first calls wait for a cloud that is away
+_DESCRIBED_SECONDS = (
+    60.0  # after which a cloud is asked again what it serves; it has closed the channel by then
+)
 
 
 class Profile:
     """An open profile; `open` or `create` one, and use `with`.
 
     Several threads may share it. A caller with a long call ahead may `release_vault`, so that other
-    processes can use the vault meanwhile.
+    processes can use the vault meanwhile; an agent, which serves those, `keeps_vault`.
     """
 
     def __init__(
-        self, settings: DeviceSettings, vault: Vault, passphrase: str | None, notify: Callable[[str], None]
+        self,
+        settings: DeviceSettings,
+        vault: Vault,
+        notify: Callable[[str], None],
+        *,
+        keeps_vault: bool = False,
     ) -> None:
         self.settings = settings
-        self.notify = notify
+        self._notify = ContextVar("notify", default=notify)
         self._vault = vault
-        self._passphrase = passphrase  # reopens a released vault without another prompt
+        self._key = vault.copy_key()  # reopens a released vault without a prompt or a key derivation
+        self._keeps_vault = keeps_vault
+        self._encoded_shifts = EncodedShifts()
         self._using = threading.RLock()  # of the next three, and while the vault is opened or closed
         self._users = 0
-        self._is_released = False
+        self._is_released = self._is_closed = False
         self._connecting = threading.Lock()
         self._connected: tuple[Cloud, CloudInfo] | None = None
+        self._described = 0.0  # when the cloud said what it serves, by the monotonic clock
 
     # -- opening and closing -------------------------------------------------------------------
 
@@ -67,16 +95,13 @@ class Profile:
         *,
         passphrase: Callable[[], str],
         notify: Callable[[str], None] = lambda _: None,
+        keeps_vault: bool = False,
     ) -> Profile:
         """Raises NotFound, VaultBusy, WrongPassphrase or VaultDamaged."""
         path, costly = settings.vault_path, settings.costly_vault
-        if not path.exists():
-            raise NotFound(
-                f'there is no profile "{settings.profile}"; `perfit enroll INVITE` makes one, '
-                "--profile chooses another, and `perfit profiles` lists them"
-            )
+        settings.check_exists()
         given = passphrase() if Vault.lock_of(path, costly=costly) == "passphrase" else None
-        return cls(settings, Vault.open(path, given, costly=costly), given, notify)
+        return cls(settings, Vault.open(path, given, costly=costly), notify, keeps_vault=keeps_vault)
 
     @classmethod
     def create(
@@ -87,19 +112,41 @@ class Profile:
         notify: Callable[[str], None] = lambda _: None,
     ) -> Profile:
         """A new profile, locked by `passphrase`, or by the OS keyring where it is None."""
-        return cls(settings, Vault.create(settings.vault_path, passphrase), passphrase, notify)
+        return cls(settings, Vault.create(settings.vault_path, passphrase), notify)
 
     def close(self) -> None:
-        """Ends every call in flight."""
-        if self._connected is not None:
-            self._connected[0].close()
-        self.release_vault()
+        """Ends every call in flight, and overwrites the key as soon as no thread uses the vault."""
+        self.disconnect()
+        with self._using:
+            self._keeps_vault, self._is_closed = False, True
+            self.release_vault()
 
     def __enter__(self) -> Profile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # -- doing something with it ---------------------------------------------------------------
+
+    def perform(self, operation: Operation[Result], emit: Emit = lambda _: None) -> Result:
+        """What `notify` gets meanwhile from this thread goes to `emit` as notes."""
+        from perfit_device.operations.operation import Note
+
+        token = self._notify.set(lambda text: emit(Note(text)))
+        try:
+            return operation.run(self, emit)
+        except ShiftMismatch:
+            self._described = 0.0  # the cloud may have replaced an artefact since
+            raise
+        finally:
+            self._notify.reset(token)
+            self.release_vault()
+            self._encoded_shifts.drop_changed(self._vault)
+
+    def notify(self, text: str) -> None:
+        """A line for a person."""
+        self._notify.get()(text)
 
     # -- the vault -----------------------------------------------------------------------------
 
@@ -122,46 +169,70 @@ class Profile:
                 self._close_unused()
 
     def _open_again(self) -> Vault:
+        if self._is_closed:
+            raise Unavailable("the profile was closed meanwhile")
         path, costly = self.settings.vault_path, self.settings.costly_vault
         try:
-            return Vault.open(path, self._passphrase, costly=costly)
+            return Vault.open(path, None, key=self._key, costly=costly)
         except VaultBusy as error:
             raise Unavailable(str(error)) from error
 
     def _close_unused(self) -> None:
         if self._is_released and not self._users:
+            self._encoded_shifts.wipe()
             self._vault.close()
-
-    def change_passphrase(self, new: str) -> None:
-        with self.vault() as vault:
-            vault.change_passphrase(new)
-        self._passphrase = new
+            if self._is_closed:
+                wipe(self._key)
 
     def release_vault(self) -> None:
         """Let other processes have it, as soon as no thread uses it."""
         with self._using:
-            self._is_released = True
-            self._close_unused()
+            if not self._keeps_vault:
+                self._is_released = True
+                self._close_unused()
+
+    @contextlib.contextmanager
+    def updating(self, row: str) -> Iterator[None]:
+        """While an update of this row runs, here or in another process. Raises Busy where one does."""
+        name = hashlib.sha256(row.encode()).hexdigest()[:16]  # tells nothing of the task
+        with locked_file(self.settings.vault_path.with_name(f"update-{name}.lock")) as is_ours:
+            if not is_ours:
+                raise Busy("an update of this task is running already; wait for it, or end it with Ctrl-C")
+            yield
 
     # -- the cloud -----------------------------------------------------------------------------
 
-    def connect(self, retry_policy: RetryPolicy | None = None) -> tuple[Cloud, CloudInfo]:
+    def connect(
+        self, retry_policy: RetryPolicy | None = None, *, most_seconds: float = _DESCRIBED_SECONDS
+    ) -> tuple[Cloud, CloudInfo]:
         """The profile's cloud, and what it serves; one connection as long as the profile is open.
 
-        The default policy is that of `while_opening`. Raises NotAuthenticated when the profile is not
-        enrolled.
+        The cloud is asked again what it serves when its last answer is older than `most_seconds`. The
+        default policy is that of `while_opening`. Raises NotAuthenticated when the profile is not enrolled.
         """
+        policy = retry_policy or self.while_opening()
         with self._connecting:
+            if self._connected is not None and self._connected[0].sealing != self.settings.sealing():
+                self.disconnect()  # the setting changed, as an agent finds it
             if self._connected is None:
-                self._connected = self._connect(retry_policy or self.while_opening())
+                self._connected = self._checked(*policy.call(self._connector()))
+            elif time.monotonic() - self._described > most_seconds or not self._described:
+                cloud = self._connected[0]
+                self._connected = self._checked(cloud, policy.call(cloud.describe))
             return self._connected
+
+    def disconnect(self) -> None:
+        """Ends every call in flight; the next one connects anew."""
+        connected, self._connected = self._connected, None
+        if connected is not None:
+            connected[0].close()
 
     def while_opening(self) -> RetryPolicy:
         """For first calls: a person waits for them, so `notify` says why they take longer."""
         return RetryPolicy(give_up=OPENING_SECONDS, notify=self.notify)
 
-    def _connect(self, retry_policy: RetryPolicy) -> tuple[Cloud, CloudInfo]:
-        cloud, info = retry_policy.call(self._connector())
+    def _checked(self, cloud: Cloud, info: CloudInfo) -> tuple[Cloud, CloudInfo]:
+        """What the cloud just described; it goes into the vault, too."""
         try:
             if info.cloud_id != cloud.enrolment.cloud_id:
                 raise NotAuthenticated(
@@ -170,10 +241,12 @@ class Profile:
                 )
             with self.vault() as vault:
                 write_record(vault, info)
-            return cloud, info
         except BaseException:
+            self._connected = None
             cloud.close()
             raise
+        self._described = time.monotonic()
+        return cloud, info
 
     def _connector(self) -> Callable[[], tuple[Cloud, CloudInfo]]:
         """Makes a connection each time it is called; a certificate that one try renewed serves the next."""
@@ -192,7 +265,9 @@ class Profile:
             enrolment = new
 
         def connect() -> tuple[Cloud, CloudInfo]:
-            cloud = Cloud(enrolment, on_renewed=save, reload_enrolment=self._enrolment)
+            cloud = Cloud(
+                enrolment, on_renewed=save, reload_enrolment=self._enrolment, sealing=self.settings.sealing()
+            )
             try:
                 return cloud, cloud.describe()
             except BaseException:
@@ -208,9 +283,12 @@ class Profile:
     # -- artefacts, tasks, shifts --------------------------------------------------------------
 
     def artefact(self, task: str | None) -> Artefact:
-        """The cloud's artefact of that name; else the only one, or the only one this user has a shift for."""
+        """The cloud's artefact of that name; else the only one, of those that this user has a shift for, or
+        where there is none, examples.
+        """
         _, info = self.connect()
         by_name = {artefact.name: artefact for artefact in info.artefacts}
+        task = task or self._default
         if task is None:
             return by_name[self._default_task(by_name, info.cloud_id)]
         if task not in by_name:
@@ -221,6 +299,7 @@ class Profile:
         """A task by name, as the cloud last described it; offline, and before enrolment too."""
         with self.vault() as vault:
             record = read_record(vault)
+        name = name or self._default
         if name is None:
             if not record.tasks:
                 raise NotFound("say which task the examples are of, with --task NAME")
@@ -235,21 +314,40 @@ class Profile:
             )
         return TASKS[name]
 
+    @property
+    def _default(self) -> str | None:
+        """Of the one who asks."""
+        return default_task.get(self.settings.task)
+
     def _default_task(self, names: Iterable[str], cloud_id: str) -> str:
         names = list(names)
         if not names:
             raise NotFound("the cloud serves no artefact; ask its operator")
+        if len(names) == 1:
+            return names[0]
         with self.vault() as vault:
             mine = [name for name in names if name in personal.artefacts(vault, cloud_id)]
-        if len(names) > 1 and len(mine) != 1:
+            if not mine:
+                mine = sorted(history.tasks(vault) & {*names})
+        if len(mine) != 1:
             raise NotFound(f"the cloud has several tasks; choose one with --task: {listed(names)}")
-        return names[0] if len(names) == 1 else mine[0]
+        return mine[0]
+
+    def encoded_shift(self, artefact: Artefact) -> EncodedShift | None:
+        """The current personal shift as answers want it on the wire; None when this user has none yet.
+
+        Raises ShiftMismatch when the artefact has changed since.
+        """
+        _, info = self.connect()
+        with self.vault() as vault:
+            return self._encoded_shifts.get(vault, info.cloud_id, artefact)
 
     def trained(self, task: str | None) -> tuple[str, str]:
         """(cloud id, artefact) of the personal shift that is meant. Works offline."""
         with self.vault() as vault:
             cloud_id = read_record(vault).cloud_id
             names = personal.artefacts(vault, cloud_id)
+        task = task or self._default
         if task is None and len(names) == 1:
             return cloud_id, names[0]
         if task in names:
@@ -264,8 +362,6 @@ class Profile:
 
     def usable(self, items: Iterable[HistoryItem], task: Task) -> list[HistoryItem]:
         """The examples that have the task's fields; `notify` gets how many lack one."""
-        from perfit_device import history
-
         items = list(items)
         usable = history.usable(items, task)
         if len(usable) < len(items):

@@ -10,7 +10,7 @@ from perfit_device.cloud.codec import Artefact, CloudInfo
 from perfit_device.training import update as updates
 from perfit_device.vault.store import Vault
 
-__all__ = ["Refusals"]
+__all__ = ["Refusals", "names_refused"]
 
 _KIND = "refused"
 
@@ -37,3 +37,8 @@ class Refusals:
         data = json.dumps({"of": self.of, "names": sorted(more.names)}).encode()
         vault.put(_KIND, self.row, data)
         return more
+
+
+def names_refused(vault: Vault, row: str) -> frozenset[str]:
+    """Those that the cloud refused last, whatever it serves now: offline nobody can say more."""
+    return frozenset(json.loads(vault.get(_KIND, row) or b"{}").get("names", ()))

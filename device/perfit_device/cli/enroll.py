@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from perfit_device.cli.common import JsonFlag, ProfileOption, Session, say
-from perfit_shared.errors import InvalidInvite
+from perfit_device.cli.common import JsonFlag, ProfileOption, Session, say, show
+from perfit_shared.errors import InvalidInvite, Unavailable
 from perfit_shared.terminal import read_stdin
 
 
@@ -34,20 +35,24 @@ def enroll(
     pbpaste | perfit enroll -
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.cloud import enrolment as enrolments
-    from perfit_device.operations import enroll as operation
+    from perfit_device.cli.profiles import finish_removals
+    from perfit_device.operations.enroll import Enroll
     from perfit_device.profile import Profile
     from perfit_shared.invites import Invite
 
-    opened_invite = Invite.decode(_read(invite))
-    enrolments.check_expiry(opened_invite)
-    if session.settings.vault_path.exists():
-        opened = session.open_profile()
+    operation = Enroll(_read(invite), replace=replace)
+    Invite.decode(operation.invite).check_expiry()
+    settings = session.settings
+    if settings.vault_path.exists():
+        done = session.perform(operation)
     else:
-        new = None if keyring else session.passphrase("A new passphrase for this device", confirm=True)
-        opened = Profile.create(session.settings, passphrase=new, notify=say)
-    with opened:
-        done = operation.enroll(opened, opened_invite, replace=replace)
+        finish_removals(settings)
+        new = None if keyring else session.new_passphrase()
+        with Profile.create(settings, passphrase=new, notify=say) as created:
+            done = created.perform(operation, show)
+        if new is not None and not settings.has_passphrase and settings.starts_agent:
+            with contextlib.suppress(Unavailable, OSError):  # the next command tries again
+                session.start_agent(new)
     if session.json:
         session.emit(asdict(done))
     else:

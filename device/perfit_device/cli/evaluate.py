@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +9,11 @@ import typer
 
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
 from perfit_device.cli.progress import Progress
-from perfit_shared.errors import InvalidData, PerfitError
 from perfit_shared.terminal import one_line
 
 if TYPE_CHECKING:
     from perfit_device.operations.evaluate import Report
+    from perfit_device.operations.operation import Event
 
 
 def evaluate(
@@ -43,25 +42,33 @@ def evaluate(
     perfit evaluate --task news_headline --shift friend.shift --json
     """
     session = Session.of(context, profile=profile, json=json)
-    from perfit_device.operations.evaluate import prepare
+    from perfit_device import shift_files
+    from perfit_device.operations.evaluate import Evaluate, Measured, Stopped
 
+    operation = Evaluate(
+        task=task,
+        with_seed=with_seed,
+        shift=None if shift is None else shift_files.read_bytes(shift),
+        shift_name=str(shift or ""),
+    )
     progress = Progress()
-    with progress, session.open_profile(notify=progress.say) as opened:
-        evaluation = prepare(opened, task, with_seed=with_seed, shift=shift)
-        opened.release_vault()
-        try:
-            evaluation.run(progress.count)
-        except (KeyboardInterrupt, PerfitError) as error:
-            if evaluation.judged:
-                progress.say(
-                    f"stopped; {', '.join(evaluation.judged)} of {', '.join(evaluation.uses)} are measured"
-                )
-                with contextlib.suppress(InvalidData):  # that no example is left is not why it stopped
-                    _show(session, evaluation.report(), answers=answers, partial=True)
-            elif isinstance(error, KeyboardInterrupt):
+
+    def happened(event: Event) -> None:
+        if isinstance(event, Measured):
+            progress.count(event.name, event.done, event.total)
+        elif isinstance(event, Stopped):
+            if event.measured:
+                progress.say(f"stopped; {', '.join(event.measured)} of {', '.join(event.of)} are measured")
+            else:
                 progress.say("stopped, before anything was measured")
-            raise
-    _show(session, evaluation.report(), answers=answers, partial=False)
+            if event.report is not None:
+                _show(session, event.report, answers=answers, partial=True)
+        else:
+            progress.note(event)
+
+    with progress:
+        report = session.perform(operation, happened)
+    _show(session, report, answers=answers, partial=False)
 
 
 def _show(session: Session, report: Report, *, answers: bool, partial: bool) -> None:

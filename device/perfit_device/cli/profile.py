@@ -1,4 +1,4 @@
-"""`perfit status`, `profiles`, `export`, `undo` and `passphrase`: the profile itself."""
+"""`perfit status`, `export`, `undo` and `passphrase`: the profile itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perfit_device.cli.common import JsonFlag, ProfileOption, Session, TaskOption, say
+from perfit_device.cli.common import show as show_event
 from perfit_device.cli.prompts import ask_passphrase
-from perfit_shared.errors import ConfigError, InvalidInput, exit_code
-from perfit_shared.terminal import clean
+from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from perfit_device.operations.status import Status
-    from perfit_device.personal import Version, Versions
+    from perfit_device.shift_versions import Version, Versions
 
 
 def export(
@@ -36,12 +35,12 @@ def export(
     """
     session = Session.of(context, profile=profile, json=json_)
     from perfit_device import shift_files
+    from perfit_device.operations.shifts import ExportShift
 
-    with session.open_profile() as opened, opened.vault() as vault:
-        cloud_id, name = opened.trained(task)
-        metadata = shift_files.export(vault, cloud_id, name, shift, force=force)
+    exported = session.perform(ExportShift(task))
+    shift_files.write(shift, exported.data, force=force)
     if session.json:
-        session.emit({"task": name, "version": metadata.get("version"), "file": str(shift)})
+        session.emit({"task": exported.artefact, "version": exported.version, "file": str(shift)})
     say(f"wrote {shift}; it is not sealed, so keep it where you would keep a diary")
 
 
@@ -59,8 +58,8 @@ def undo(
 ) -> None:
     """Take back the last update: the version before it is your shift again.
 
-    Once more, and the one before that; the last ten versions are kept. What is undone stays until the next
-    update, and --to brings it back. An update that is half-done is dropped, since it went on from the
+    Once more, and the one before that; the last ten versions are kept, what is undone too, and --to brings it
+    back. `perfit versions` has more. An update that is half-done is dropped, since it went on from the
     version that is taken back. The cloud is not asked.
 
     \b
@@ -71,22 +70,30 @@ def undo(
     session = Session.of(context, profile=profile, json=json_)
     if show and to is not None:
         raise InvalidInput("--list changes nothing; leave it or --to out")
-    with session.open_profile() as opened:
-        from perfit_device.operations import versions  # behind the vault, whose key derivation takes 64 MiB
+    from perfit_device.operations.versions import ListVersions
 
-        if show:
-            _list_versions(session, *versions.read(opened, task))
-            return
-        name, version = versions.undo(opened, task, to)
+    if show:
+        listed = session.perform(ListVersions(task))
+        list_versions(session, listed.artefact, listed.versions)
+        return
+    use_version(session, task, to)
+
+
+def use_version(session: Session, task: str | None, to: int | None) -> None:
+    """Make this version the current one, or the one before where `to` is None."""
+    from perfit_device.operations.versions import Undo
+
+    done = session.perform(Undo(task, to))
+    name, version = done.artefact, done.version
     if session.json:
         session.emit({"task": name, "updates": version.updates, "number": version.number})
     say(
         f"{name}: your shift is version {version.number} again, of {version.updates} updates; "
-        "`perfit undo --list` shows the others"
+        "`perfit versions list` shows the others"
     )
 
 
-def _list_versions(session: Session, name: str, versions: Versions) -> None:
+def list_versions(session: Session, name: str, versions: Versions) -> None:
     """Oldest first; a star marks the current one."""
     if session.json:
         listed = [asdict(version) | {"current": version is versions.now} for version in versions.kept]
@@ -112,56 +119,24 @@ def _from_to(before: float | None, after: float | None) -> str:
     return "-" if before is None or after is None else f"{before:.4f} → {after:.4f}"
 
 
-def profiles(context: typer.Context, *, json_: JsonFlag = False) -> None:
-    """List the profiles on this device; a star marks the one that commands use.
-
-    --profile or PERFIT_PROFILE chooses another.
-    """
-    session = Session.of(context, json=json_)
-    settings = session.settings
-    names = settings.profiles()
-    if session.json:
-        session.emit([{"name": name, "current": name == settings.profile} for name in names])
-        return
-    for name in names:
-        print(f"{'*' if name == settings.profile else ' '} {name}")
-    if not names:
-        say("there is no profile yet; `perfit enroll INVITE` makes one")
-
-
 def status(context: typer.Context, *, profile: ProfileOption = None, json_: JsonFlag = False) -> None:
-    """Show the profile: its cloud, certificate, tasks, examples and shifts.
+    """Show the profile at a glance: its cloud, and for each task which way is better and what is new.
 
+    Losses are in nats a token, lower is better: of the last `perfit evaluate`, else of the last update.
     The exit code is 3 when the cloud cannot be reached, and 4 when it refuses this device.
     """
     session = Session.of(context, profile=profile, json=json_)
-    with session.open_profile() as opened:
-        from perfit_device.operations import status as operation  # behind the vault, as in `undo`
+    from perfit_device.operations.status import ProfileStatus
 
-        found, trouble = operation.status(opened)
+    found = session.perform(ProfileStatus())
     if session.json:
-        session.emit(asdict(found))
+        session.emit({key: value for key, value in asdict(found).items() if key != "exit_code"})
     else:
-        _print_status(found)
-    if trouble is not None:
-        raise typer.Exit(exit_code(trouble))
+        from perfit_device.cli.glance import print_status
 
-
-def _print_status(found: Status) -> None:
-    print(f"profile      {found.profile}\nvault        {found.vault}")
-    print(f"cloud        {found.address or 'not enrolled'}, {found.cloud}")
-    if found.certificate_until:
-        print(f"identity     {clean(found.identity or '')}, certified until {found.certificate_until}")
-    for name, task in found.tasks.items():
-        parts = [f"{task.examples} examples"]
-        if task.updates:
-            parts.append(f"personal shift of {task.updates} updates")
-            parts.append(f"version {task.current}, {len(task.versions)} kept")
-        else:
-            parts.append("no personal shift")
-        if task.half_done:
-            parts.append(f"an update waits at step {task.half_done}; `perfit update` resumes it")
-        print(f"{name}: {', '.join(parts)}")
+        print_status(found)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
 
 
 def passphrase(context: typer.Context, profile: ProfileOption = None) -> None:
@@ -171,9 +146,12 @@ def passphrase(context: typer.Context, profile: ProfileOption = None) -> None:
     on a terminal when not set.
     """
     session = Session.of(context, profile=profile)
-    with session.open_profile() as opened:
-        new = session.settings.new_passphrase() or ask_passphrase("New passphrase", confirm=True)
-        if new == session.settings.passphrase():
-            raise ConfigError("the new passphrase is the old one; choose another")
-        opened.change_passphrase(new)
+    from perfit_device.operations.passphrase import ChangePassphrase, VaultLock
+
+    settings = session.settings
+    with session.performer() as performer:
+        is_typed = performer.perform(VaultLock()) == "passphrase"
+        old = session.passphrase() if is_typed else None
+        new = settings.new_passphrase() or ask_passphrase("New passphrase", confirm=True)
+        performer.perform(ChangePassphrase(old, new), show_event)
     say("the passphrase is changed")

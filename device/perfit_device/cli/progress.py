@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from perfit_device.cli.common import say
+from perfit_device.cli.common import say, show
+
+if TYPE_CHECKING:
+    from perfit_device.operations.operation import Event
 
 __all__ = ["Progress"]
 
@@ -18,12 +25,26 @@ class Progress:
     Use `with`, which ends the line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started: tuple[int, float] | None = None  # the first step seen, and when
         self._is_terminal = sys.stderr.isatty()
         self._is_open = False  # whether the cursor stands in the line
 
-    def step(self, step: int, steps: int, loss: float) -> None:
-        self._show(f"step {step}/{steps}  loss {loss:.4f}", step, steps)
+    def step(self, step: int, steps: int, loss: float | None) -> None:
+        shown = "" if loss is None else f"  loss {loss:.4f}"
+        self._show(f"step {step}/{steps}{shown}{self._pace(step, steps)}", step, steps)
+
+    def _pace(self, done: int, total: int) -> str:
+        """Rate and time left, by the steps of this run: a resumed one has others behind it."""
+        now = self._clock()
+        if self._started is None or done < self._started[0]:
+            self._started = (done, now)
+        first, since = self._started
+        if done == first or now <= since:
+            return ""
+        rate = (done - first) / (now - since)
+        return f"  {rate:.1f}/s  {_duration((total - done) / rate)} left"
 
     def count(self, what: str, done: int, total: int) -> None:
         self._show(f"{what}: {done}/{total}", done, total)
@@ -32,6 +53,20 @@ class Progress:
         """A line for a person, below."""
         self._end()
         say(text)
+
+    def step_or_note(self, event: Event) -> None:
+        """Of an update."""
+        from perfit_device.operations.operation import Progress as Step
+
+        if isinstance(event, Step):
+            self.step(event.done, event.total, event.loss)
+        else:
+            self.note(event)
+
+    def note(self, event: Event) -> None:
+        """What `show` says, below."""
+        self._end()
+        show(event)
 
     def __enter__(self) -> Progress:
         return self
@@ -52,6 +87,14 @@ class Progress:
             self._is_open = True
         elif done in {1, total} or done % max(1, total // _TENTHS) == 0:
             say(line)
+
+
+def _duration(seconds: float) -> str:
+    """Rounded up, so that nothing takes longer than it says for want of a second."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}:{whole % 60:02} min" if whole < 3600 else f"{whole / 3600:.1f} h"
 
 
 def _columns() -> int:

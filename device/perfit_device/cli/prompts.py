@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from perfit_shared.errors import ConfigError
 
-__all__ = ["ask_passphrase", "has_terminal", "require_yes"]
+__all__ = ["ask_passphrase", "has_terminal", "require_yes", "without_questions"]
 
+_MAY_ASK: ContextVar[bool] = ContextVar("may_ask", default=True)
 _DEVICE = "CONIN$" if os.name == "nt" else "/dev/tty"
 
 
 def has_terminal() -> bool:
     """Whether this process has a terminal to ask at, whatever its streams are."""
+    if not _MAY_ASK.get():
+        return False
     with contextlib.suppress(OSError):
         os.close(os.open(_DEVICE, os.O_RDWR))
         return True
     return False
+
+
+@contextlib.contextmanager
+def without_questions() -> Iterator[None]:
+    """As if there were no terminal: for what runs inside another program."""
+    token = _MAY_ASK.set(False)
+    try:
+        yield
+    finally:
+        _MAY_ASK.reset(token)
 
 
 def ask_passphrase(prompt: str, *, confirm: bool = False) -> str:

@@ -6,14 +6,14 @@ What comes from a cloud is checked: a hostile one may answer anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from perfit_device.cloud.channels import readable
-from perfit_shared.errors import InvalidInput, PerfitError, from_code
+from perfit_shared.errors import InvalidInput, InvalidTensors, PerfitError, from_code
 from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.tasks import Task
-from perfit_shared.types import Chunk, Finish, Sampling, Score
+from perfit_shared.types import MOST_LOGPROBS, Chunk, Finish, Sampling, Score, TokenLogprob, TopLogprob
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LOSS_DTYPE",
     "Artefact",
     "CloudInfo",
+    "EncodedShift",
     "Limits",
     "Message",
     "ShiftUse",
@@ -36,6 +37,7 @@ __all__ = [
     "sampling_to_wire",
     "scores_from_wire",
     "shift_to_wire",
+    "tensors_from_wire",
 ]
 
 # Forms of personal tensors (perfit_shared.shifts; docs/wire.md has what rounding costs). A loss decides
@@ -67,6 +69,7 @@ class Artefact:
     learning_rate: float  # peak
     epochs: int
     batch_size: int  # examples a step
+    communities: int = 0  # seeds beside the plain one that a shift may start from
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,13 @@ class Limits:
     questions: int  # of one Ask at a time; 0: a cloud without Ask
     adapt_examples: int  # of one update; 0: a cloud without Adapt
     call_tokens: int = 0  # of one ComputeGradient or Score together; 0: the cloud does not say
+    logprobs: int = 0  # largest Sampling.logprobs; 0: a cloud that gives no log-probabilities
+
+    def check_logprobs(self, wanted: int) -> None:
+        """Raises InvalidInput on more than this cloud gives."""
+        if wanted > self.logprobs:
+            most = f"of at most {self.logprobs} tokens" if self.logprobs else "of no tokens"
+            raise InvalidInput(f"this cloud gives log-probabilities {most}")
 
 
 @dataclass(frozen=True)
@@ -92,12 +102,25 @@ class CloudInfo:
 
 
 @dataclass(frozen=True)
+class EncodedShift:
+    """Personal tensors in the form of `ANSWER_DTYPE`: encoded once, for many answers."""
+
+    data: bytes
+
+    def to_bytes(self, *, dtype: str) -> bytes:
+        """Raises InvalidInput on another form."""
+        if dtype != ANSWER_DTYPE:
+            raise InvalidInput(f"a shift that is encoded in {ANSWER_DTYPE} answers alone")
+        return self.data
+
+
+@dataclass(frozen=True)
 class ShiftUse:
     """Which shift a request goes through. `artefact` is None for the untouched base model,
     `personal` None for the collective shift alone."""
 
     artefact: Artefact | None = None
-    personal: ShiftTensors | None = None
+    personal: ShiftTensors | EncodedShift | None = None
 
 
 def prompt_to_wire(prompt: Prompt) -> pb.Prompt:
@@ -126,12 +149,25 @@ def sampling_to_wire(sampling: Sampling) -> pb.Sampling:
         top_p=sampling.top_p,
         seed=sampling.seed,
         stop=sampling.stop,
+        logprobs=sampling.logprobs,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
     )
 
 
 def chunk_from_wire(response: pb.GenerateResponse) -> Chunk:
+    """Raises PerfitError on log-probabilities that cannot be."""
     finish = _FINISHES.get(response.finish)
-    return Chunk(response.text, finish, response.prompt_tokens, response.answer_tokens)
+    logprobs = tuple(_logprob_from_wire(of_token) for of_token in response.logprobs)
+    return Chunk(response.text, finish, response.prompt_tokens, response.answer_tokens, logprobs)
+
+
+def _logprob_from_wire(message: pb.TokenLogprob) -> TokenLogprob:
+    known = [message.logprob, *(top.logprob for top in message.top)]
+    if len(message.top) > MOST_LOGPROBS or not all(map(math.isfinite, known)):
+        raise PerfitError("the cloud answered with log-probabilities that cannot be; tell its operator")
+    top = tuple(TopLogprob(t.text, t.data, t.logprob) for t in message.top)
+    return TokenLogprob(message.text, message.data, message.logprob, top)
 
 
 def scores_from_wire(response: pb.ScoreResponse | pb.AdaptResponse, count: int) -> list[Score]:
@@ -201,6 +237,7 @@ def cloud_info_from_wire(response: pb.DescribeResponse) -> CloudInfo:
             questions=limits.questions,
             adapt_examples=limits.adapt_examples,
             call_tokens=limits.call_tokens,
+            logprobs=limits.logprobs,
         ),
     )
 
@@ -226,8 +263,21 @@ def _artefact_from_wire(artefact: pb.Artefact) -> Artefact:
             learning_rate=artefact.learning_rate,
             epochs=max(1, artefact.epochs),
             batch_size=max(1, artefact.batch_size),
+            communities=artefact.communities,
         )
     except PerfitError as error:
         raise PerfitError(
             f"the cloud serves an artefact that this version cannot use ({error}); update perfit"
+        ) from error
+
+
+def tensors_from_wire(
+    decode: Callable[[bytes, ShiftSpec, int], ShiftTensors], data: bytes, artefact: Artefact, what: str
+) -> ShiftTensors:
+    """Decoded and checked. Raises PerfitError: what is wrong here is the cloud's doing, not the user's."""
+    try:
+        return decode(data, artefact.spec, artefact.spec.personal_rank)
+    except InvalidTensors as error:
+        raise PerfitError(
+            f"the cloud sent {what} that cannot be used ({error}); tell its operator"
         ) from error

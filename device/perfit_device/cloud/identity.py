@@ -85,10 +85,21 @@ class Enrolment:
 
     identity: Identity
     certificate: bytes  # DER
-    server_ca: bytes  # DER: the only root that the cloud's servers chain to
-    address: str  # host:port of the mutual-TLS listener
-    enrolment_address: str  # host:port of the enrolment listener, where a lapsed certificate renews
+    server_ca: bytes  # DER: the root that the cloud's servers chain to
+    address: str  # host:port of the mutual-TLS listener, or several with commas
+    enrolment_address: str  # the same of the enrolment listener, where a lapsed certificate renews
     cloud_id: str  # hex
+    other_server_ca: bytes = b""  # DER: while the cloud changes its root, the other one; else empty
+
+    @property
+    def server_cas(self) -> tuple[bytes, ...]:
+        """DER: every root that the cloud's servers may chain to."""
+        return tuple(root for root in (self.server_ca, self.other_server_ca) if root)
+
+    @property
+    def roots(self) -> bytes:
+        """PEM: the same. Raises NotAuthenticated when one is none."""
+        return b"".join(map(pem, self.server_cas))
 
     def to_bytes(self) -> bytes:
         return json.dumps(
@@ -96,6 +107,7 @@ class Enrolment:
                 "key": _b64(self.identity.to_der()),
                 "certificate": _b64(self.certificate),
                 "server_ca": _b64(self.server_ca),
+                "other_server_ca": _b64(self.other_server_ca),
                 "address": self.address,
                 "enrolment_address": self.enrolment_address,
                 "cloud_id": self.cloud_id,
@@ -116,6 +128,7 @@ class Enrolment:
                 address=values["address"],
                 enrolment_address=values["enrolment_address"],
                 cloud_id=values["cloud_id"],
+                other_server_ca=base64.b64decode(values.get("other_server_ca", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise VaultDamaged("the vault holds an enrolment that cannot be read") from error

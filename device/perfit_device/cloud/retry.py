@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from perfit_device.cancellation import pause
 from perfit_shared.errors import Busy, TooSlow, Unavailable
 
 __all__ = ["NO_RETRIES", "TRANSIENT", "RetryPolicy"]
 
 _T = TypeVar("_T")
+_LATER = 1.25  # at most, times the delay that a cloud asked for
 TRANSIENT = (Unavailable, TooSlow, Busy)  # what may be over in a while
 
 
@@ -24,7 +26,7 @@ class RetryPolicy:
     give_up: float = 60.0  # after this long without an answer
     first_wait: float = 0.5
     longest_wait: float = 8.0
-    sleep: Callable[[float], object] = time.sleep
+    sleep: Callable[[float], object] = pause
     clock: Callable[[], float] = time.monotonic
     notify: Callable[[str], None] | None = None  # gets the reason of the first wait
 
@@ -36,7 +38,8 @@ class RetryPolicy:
                 return call()
             except TRANSIENT as error:
                 # Jitter spreads devices that lost a cloud at the same time.
-                pause = max(random.uniform(wait / 2, wait), error.retry_ms / 1000)  # noqa: S311
+                asked = error.retry_ms / 1000 * random.uniform(1, _LATER)  # noqa: S311
+                pause = max(random.uniform(wait / 2, wait), asked)  # noqa: S311
                 if self.clock() - since + pause > self.give_up:
                     raise
                 if self.notify is not None and not notified:
@@ -45,7 +48,7 @@ class RetryPolicy:
                 self.sleep(pause)
                 wait = min(2 * wait, self.longest_wait)
 
-    def stream(self, call: Callable[[], Iterator[_T]]) -> Iterator[_T]:
+    def stream(self, call: Callable[[], Iterator[_T]]) -> Generator[_T, None, None]:
         """The call's values. Retries only before the first: later it would repeat values."""
 
         def start() -> tuple[list[_T], Iterator[_T]]:

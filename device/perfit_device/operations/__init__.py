@@ -1,5 +1,6 @@
 """What can be done with a profile, one file an operation.
 
-Each takes an open `Profile` and gives values. None prints, prompts or knows the command line; they report
-through `profile.notify` and progress callbacks. The commands of `cli` use them.
+Each is a request that runs with an open `Profile` and gives values (`operation`). None prints, prompts or
+knows the command line; they report by events. Commands, chat and the endpoint perform them at a profile or
+its agent.
 """

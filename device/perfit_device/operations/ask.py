@@ -5,26 +5,27 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from perfit_device import personal
-from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
-from perfit_device.cloud.retry import RetryPolicy
-from perfit_device.evaluation import prompt_of
-from perfit_device.history import HistoryItem
-from perfit_device.profile import Profile, check_fields
+from perfit_device.operations.operation import Emit, Event, Operation
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
-from perfit_shared.tasks import Task
 from perfit_shared.types import Chunk, Mode, Sampling
 
-__all__ = ["PreparedQuestion", "Question", "prepare"]
+if TYPE_CHECKING:
+    from perfit_device.cloud.client import Cloud
+    from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
+    from perfit_device.cloud.retry import RetryPolicy
+    from perfit_device.profile import Profile
+    from perfit_shared.tasks import Task
+
+__all__ = ["Answer", "AnswerPart", "Answers", "Ask", "PreparedQuestion", "Question", "prepare", "shift_use"]
 
 
 @dataclass(frozen=True)
 class Question:
     """A text, and how to answer it. None stands for the task's own figure, or a random seed.
 
-    Raises InvalidPrompt on an empty text.
+    Raises InvalidPrompt on an empty text, InvalidInput on too many examples.
     """
 
     text: str
@@ -35,10 +36,61 @@ class Question:
     top_k: int = 10  # 0 is all tokens
     top_p: float = 0.9
     seed: int | None = None
+    logprobs: int = 0  # how many likeliest tokens to name beside each chosen one; 0: no log-probabilities
+    frequency_penalty: float | None = None  # taken off a token's logit for each time that the answer has it
+    presence_penalty: float | None = None  # taken off it once
+    examples: int = 0  # own ones that stand before it, those nearest to it
 
     def __post_init__(self) -> None:
+        from perfit_shared.retrieval import MOST_EXAMPLES
+
         if not self.text.strip():
             raise InvalidPrompt("the text is empty; give a text to ask about")
+        if not 0 <= self.examples <= MOST_EXAMPLES:
+            raise InvalidInput(f"examples before a question should be from 0 to {MOST_EXAMPLES}")
+
+
+@dataclass(frozen=True)
+class AnswerPart(Event):
+    """What the cloud said just now, in one of the modes."""
+
+    mode: Mode
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str  # as it came
+    parsed: str  # as the task reads it
+    last: Chunk  # with how it ended, and the counts
+
+
+@dataclass(frozen=True)
+class Answers:
+    artefact: str
+    by_mode: Mapping[Mode, Answer]
+
+
+@dataclass(frozen=True)
+class Ask(Operation[Answers]):
+    """One question in each of the modes, one after the other; the answers come as `AnswerPart`s, too."""
+
+    question: Question
+    modes: tuple[Mode, ...] = (Mode.PERSONAL,)
+
+    def run(self, profile: Profile, emit: Emit) -> Answers:
+        prepared = prepare(profile, self.question, self.modes)
+        profile.release_vault()
+        answers = {}
+        for mode in self.modes:
+            chunks = []
+            for chunk in prepared.stream(mode):
+                chunks.append(chunk)
+                emit(AnswerPart(mode, chunk))
+            text = "".join(chunk.text for chunk in chunks)
+            last = chunks[-1] if chunks else Chunk("")
+            answers[mode] = Answer(text, prepared.artefact.task.parse(text), last)
+        return Answers(prepared.artefact.name, answers)
 
 
 @dataclass(frozen=True)
@@ -67,29 +119,42 @@ class PreparedQuestion:
 
 def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
     """Find artefact, prompt and shifts. Raises InvalidInput on what cannot be asked."""
+    from perfit_device.cloud.retry import RetryPolicy
+
     text = question.text.strip()
     cloud, info = profile.connect()
     artefact = profile.artefact(question.task)
-    prompt = _prompt(artefact.task, text, question.fields)
+    prompt = _prompt(profile, artefact.task, text, question, most=info.limits.prompt_tokens)
     most, longest = info.limits.new_tokens, question.max_tokens
     if longest is not None and longest > most:
         raise InvalidInput(f"this cloud answers with at most {most} tokens")
-    sampling = Sampling(
-        max_new_tokens=min(artefact.task.answer_tokens if longest is None else longest, most),
+    info.limits.check_logprobs(question.logprobs)
+    sampling = artefact.task.sampling(
+        most=most,
+        max_new_tokens=longest,
         temperature=question.temperature,
         top_k=question.top_k,
         top_p=question.top_p,
         seed=secrets.randbits(32) if question.seed is None else question.seed,
-        stop=artefact.task.stop,
+        logprobs=question.logprobs,
+        frequency_penalty=question.frequency_penalty,
+        presence_penalty=question.presence_penalty,
     )
-    uses = {mode: _use(profile, artefact, mode) for mode in modes}
+    uses = {mode: shift_use(profile, artefact, mode) for mode in modes}
     return PreparedQuestion(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
-def _prompt(task: Task, text: str, fields: Mapping[str, str]) -> Prompt:
-    check_fields(task, fields)
+def _prompt(profile: Profile, task: Task, text: str, question: Question, *, most: int) -> Prompt:
+    from perfit_device.evaluation import prompt_of
+    from perfit_device.history import HistoryItem
+    from perfit_device.nearest import nearest_examples
+    from perfit_device.profile import check_fields
+
+    check_fields(task, question.fields)
+    item = HistoryItem(task.name, {task.text_field: text, **question.fields})
     try:
-        return prompt_of(task, HistoryItem(task.name, {task.text_field: text, **fields}))
+        before = nearest_examples(profile, task, item, question.examples, tokens=most)
+        return prompt_of(task, item, before=before)
     except InvalidData as error:
         raise InvalidInput(
             f"the task {task.name} needs more than the text, its {task.text_field}: {error}; give it with "
@@ -97,18 +162,20 @@ def _prompt(task: Task, text: str, fields: Mapping[str, str]) -> Prompt:
         ) from error
 
 
-def _use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
-    """Which shift answers. A user without one gets the seed, and a notice."""
+def shift_use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
+    """Which shift answers. A user without one gets the start that suits their examples, and a notice."""
+    from perfit_device.cloud.codec import ShiftUse
+    from perfit_device.starts import start_of
+
     if mode is Mode.BASE:
         return ShiftUse()
     if mode is Mode.COLLECTIVE:
         return ShiftUse(artefact)
-    cloud, info = profile.connect()
-    with profile.vault() as vault:
-        mine = personal.load(vault, info.cloud_id, artefact)
+    mine = profile.encoded_shift(artefact)
     if mine is not None:
-        return ShiftUse(artefact, mine.tensors)
+        return ShiftUse(artefact, mine)
+    start = start_of(profile, artefact, profile.while_opening())
     profile.notify(
-        f"no personal shift for {artefact.name} yet, so this is the seed; `perfit update` trains one"
+        f"no personal shift for {artefact.name} yet, so this is {start.words}; `perfit update` trains one"
     )
-    return ShiftUse(artefact, profile.while_opening().call(lambda: cloud.fetch_seed(artefact)))
+    return ShiftUse(artefact, start.tensors)

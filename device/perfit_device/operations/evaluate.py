@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
-from perfit_device import history, personal, shift_files
-from perfit_device.cloud.codec import Artefact, ShiftUse
-from perfit_device.cloud.retry import RetryPolicy
-from perfit_device.evaluation import Judged, TaskClient
-from perfit_device.profile import Profile
-from perfit_device.refusals import Refusals
-from perfit_shared.errors import InvalidData
-from perfit_shared.metrics import measure
+from perfit_device.operations.operation import Emit, Event, Operation
+from perfit_shared.errors import InvalidData, PerfitError, Unavailable
 
 if TYPE_CHECKING:
+    from perfit_device.cloud.codec import Artefact, ShiftUse
+    from perfit_device.evaluation import Judged, TaskClient
     from perfit_device.history import HistoryItem
+    from perfit_device.profile import Profile
+    from perfit_device.vault.store import Vault
 
-__all__ = ["Evaluation", "Report", "prepare"]
+__all__ = ["Evaluate", "Measured", "Report", "Stopped"]
 
 
 @dataclass(frozen=True)
@@ -36,38 +35,91 @@ class Report:
     answers: Sequence[Mapping[str, str]]  # of each example, "gold" in front
 
 
+@dataclass(frozen=True)
+class Measured(Event):
+    """How many scores and answers of one shift there are."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """An error or an interrupt ends it; which shifts are measured, of which, and what they came to."""
+
+    measured: Sequence[str]
+    of: Sequence[str]
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Evaluate(Operation[Report]):
+    """`shift` is somebody's exported one, as its file has it."""
+
+    task: str | None = None
+    with_seed: bool = False
+    shift: bytes | None = None
+    shift_name: str = ""  # of the file
+
+    def run(self, profile: Profile, emit: Emit) -> Report:
+        evaluation = _prepare(profile, self)
+        profile.release_vault()
+        try:
+            evaluation.run(emit)
+        except (KeyboardInterrupt, PerfitError) as error:
+            report = None
+            if evaluation.judged:
+                with contextlib.suppress(InvalidData):  # that no example is left is not why it stopped
+                    report = evaluation.report()
+            elif isinstance(error, PerfitError):
+                raise
+            emit(Stopped(list(evaluation.judged), list(evaluation.uses), report))
+            raise
+        found = evaluation.report()
+        with contextlib.suppress(Unavailable), profile.vault() as vault:  # another process may have it
+            evaluation.remember(vault, found)
+        return found
+
+
 @dataclass
-class Evaluation:
-    """What is to be measured, and what is measured so far. It needs no vault."""
+class _Evaluation:
+    """What is to be measured, and what is measured so far."""
 
     artefact: Artefact
     test: Sequence[HistoryItem]
     uses: Mapping[str, ShiftUse]  # by name
     left_out: int
-    _client: TaskClient
+    client: TaskClient
+    row: str  # of the task's updates
+    version: int | None  # of the personal shift
     judged: dict[str, Judged] = field(default_factory=dict)
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
-        """Measure; equal shifts are measured once. `progress` gets name, done and total.
+    def run(self, emit: Emit) -> None:
+        """Measure; equal shifts are measured once.
 
         After an error or an interrupt `judged` has what was measured until then.
         """
+        from perfit_shared.shifts import ShiftTensors
+
         same: dict[str, str] = {}  # digest of the tensors → the first name they have
         total = 2 * len(self.test)
+
+        def report(name: str, done: int) -> None:
+            emit(Measured(name, done, total))
+
         for name, use in self.uses.items():
-            digest = use.personal.digest() if use.personal is not None else name
+            digest = use.personal.digest() if isinstance(use.personal, ShiftTensors) else name
             first = same.setdefault(digest, name)
             if first != name:
                 self.judged[name] = self.judged[first]
-                continue
-
-            def report(done: int, name: str = name) -> None:
-                progress(name, done, total)
-
-            self.judged[name] = self._client.judge(self.test, use, progress=report)
+            else:
+                self.judged[name] = self.client.judge(self.test, use, progress=partial(report, name))
 
     def report(self) -> Report:
         """Of what is measured. Raises InvalidData when no example is left."""
+        from perfit_shared.metrics import measure
+
         task, rows = self.artefact.task, self._rows()
         golds = [self.test[row].fields[task.gold_field] for row in rows]
         texts = {name: judged.texts(rows) for name, judged in self.judged.items()}
@@ -85,6 +137,20 @@ class Evaluation:
             ],
         )
 
+    def remember(self, vault: Vault, report: Report) -> None:
+        """Keep the figures for `perfit status`; not those of somebody else's shift."""
+        from perfit_device.training import journal
+
+        measured = journal.Measured(
+            date=journal.now(),
+            version=self.version,
+            examples=report.examples,
+            metric_name=report.metric_name,
+            loss={name: loss for name, loss in report.loss.items() if name != "other"},
+            metric={name: value for name, value in report.metric.items() if name != "other"},
+        )
+        journal.write_measured(vault, self.row, measured)
+
     def _rows(self) -> list[int]:
         """The examples that the cloud took under every shift."""
         every = range(len(self.test))
@@ -94,12 +160,18 @@ class Evaluation:
         return rows
 
 
-def prepare(
-    profile: Profile, task: str | None = None, *, with_seed: bool = False, shift: Path | None = None
-) -> Evaluation:
-    """The test part, and the shifts to measure on it; `shift` is somebody's exported one."""
+def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
+    """The test part, and the shifts to measure on it."""
+    from perfit_device import history, personal, shift_files
+    from perfit_device.cloud.codec import ShiftUse
+    from perfit_device.cloud.retry import RetryPolicy
+    from perfit_device.evaluation import TaskClient
+    from perfit_device.refusals import Refusals
+    from perfit_device.starts import start_of
+    from perfit_device.training.update import update_row
+
     cloud, info = profile.connect()
-    artefact = profile.artefact(task)
+    artefact = profile.artefact(request.task)
     retry_policy = RetryPolicy(notify=profile.notify)
     with profile.vault() as vault:
         items = history.load(vault, artefact.task.name)
@@ -108,13 +180,20 @@ def prepare(
         usable = [item for item in profile.usable(items, artefact.task) if item.name not in refused]
         test = history.split(usable).test
         mine = personal.load(vault, info.cloud_id, artefact)
-    if mine is None:
-        profile.notify("no personal shift yet, so personal is the seed; `perfit update` trains one")
+        versions = personal.read_versions(vault, info.cloud_id, artefact.name)
     uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
-    if with_seed or mine is None:
+    if request.with_seed or mine is None:
         uses["seed"] = ShiftUse(artefact, retry_policy.call(lambda: cloud.fetch_seed(artefact)))
-    uses["personal"] = ShiftUse(artefact, mine.tensors) if mine else uses["seed"]
-    if shift is not None:
-        uses["other"] = ShiftUse(artefact, shift_files.read_file(shift, artefact))
+    if mine is not None:
+        uses["personal"] = ShiftUse(artefact, mine.tensors)
+    else:
+        start = start_of(profile, artefact, retry_policy)
+        profile.notify(f"no personal shift yet, so personal is {start.words}; `perfit update` trains one")
+        uses["personal"] = ShiftUse(artefact, start.tensors) if start.is_community else uses["seed"]
+    if request.shift is not None:
+        other = shift_files.read(request.shift, request.shift_name, artefact)
+        uses["other"] = ShiftUse(artefact, other)
     client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
-    return Evaluation(artefact, test, uses, len(items) - len(usable), client)
+    row = update_row(info.cloud_id, artefact.name, artefact.task.name)
+    version = versions.current if versions else None
+    return _Evaluation(artefact, test, uses, len(items) - len(usable), client, row, version)

@@ -9,7 +9,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Self, TypeVar
 
-from perfit_device.cloud.client import Cloud, tensors_from_wire
+from perfit_device.cancellation import waiting
+from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.codec import (
     Artefact,
     Limits,
@@ -18,6 +19,7 @@ from perfit_device.cloud.codec import (
     adapt_open_to_wire,
     adapt_step_to_wire,
     scores_from_wire,
+    tensors_from_wire,
 )
 from perfit_device.cloud.retry import TRANSIENT
 from perfit_device.evaluation import TaskClient, gradient_of, pair_of, refusal
@@ -161,7 +163,8 @@ class _AdaptStream:
     def receive(self) -> Any:
         """The response to the next step that was sent. Raises PerfitError."""
         try:
-            response = self._received.get(timeout=_STEP_SECONDS if self._has_answered else _FIRST_SECONDS)
+            with waiting(self._responses.close):
+                response = self._received.get(timeout=_STEP_SECONDS if self._has_answered else _FIRST_SECONDS)
         except Empty:
             self.opens_too_slowly = not self._has_answered
             self._responses.close()

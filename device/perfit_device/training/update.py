@@ -9,16 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from perfit_device import personal, process_limits
 from perfit_device.cloud.codec import Artefact
 from perfit_device.cloud.retry import TRANSIENT, RetryPolicy
-from perfit_device.personal import PersonalShift, TrainingSummary
+from perfit_device.shift_versions import PersonalShift, TrainingSummary
+from perfit_device.training import distance, journal
+from perfit_device.training.gate import ValidationGate
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import Diverged, InvalidData, InvalidInput, UpdateFailed, VaultDamaged, VaultUnswept
+from perfit_shared.errors import (
+    Diverged,
+    InvalidData,
+    InvalidInput,
+    Unavailable,
+    UpdateFailed,
+    VaultDamaged,
+    VaultUnswept,
+)
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.splits import SMALLEST_PART
 from perfit_shared.training import Request, Schedule, Training, train
@@ -26,12 +37,12 @@ from perfit_shared.types import Score
 from perfit_shared.validation import Comparison, mean_loss
 
 __all__ = [
+    "OpenVault",
     "Plan",
     "Result",
     "Source",
     "Update",
     "UpdateSettings",
-    "ValidationGate",
     "forget_checkpoint",
     "forget_finished",
     "read_checkpoint",
@@ -40,6 +51,7 @@ __all__ = [
 ]
 
 _KIND, _FINISHED = "checkpoint", "finished"
+OpenVault = Callable[[], AbstractContextManager[Vault]]
 # Both send a request and return what waits for the answer; called again after an error, it repeats it.
 Gradient = Callable[[Sequence[int], ShiftTensors], Callable[[], tuple[float, int, ShiftTensors]]]
 Evaluate = Callable[[Sequence[int], ShiftTensors], Callable[[], Sequence[Score]]]
@@ -57,42 +69,6 @@ class Plan(Schedule):
     def anew(self) -> bool:
         """Whether it starts from the seed. In folds it must: the current shift knows all their examples."""
         return self.fresh or self.folds > 0
-
-
-@dataclass(frozen=True)
-class ValidationGate:
-    """The new shift (of its best epoch) on examples that it was not trained on.
-
-    It must be better than the start by more than the standard error, and not worse than the current shift
-    by more than that: on the examples that this was not trained on either, or where they are too few, by
-    what its own gate found.
-    """
-
-    start: Comparison
-    current: Comparison | None = None  # where training did not start with it
-    recorded: float | None = None  # what the current one's gate found, where there is nothing to compare
-    folds: int = 0
-    anyway: bool = False  # the new one is taken even where it is no better
-
-    @property
-    def shown(self) -> Comparison:
-        return self.current or self.start
-
-    @property
-    def before(self) -> float:
-        """Mean nats a token."""
-        return mean_loss(self.shown.before)
-
-    @property
-    def after(self) -> float:
-        return mean_loss(self.shown.after)
-
-    @property
-    def accepted(self) -> bool:
-        is_worse = self.current is not None and self.current.is_worse
-        if self.recorded is not None:
-            is_worse = self.after > self.recorded + self.start.error
-        return self.anyway or (self.start.is_better and not is_worse)
 
 
 @dataclass(frozen=True)
@@ -165,19 +141,26 @@ class UpdateSettings:
 
     current: PersonalShift | None = None  # the user's shift, with which the gate compares; None: the start
     forgotten: int = 0  # `history.forgotten` of the task
+    names: Sequence[str] = ()  # of the examples that train and judge
+    known: int = 0  # largest `order` in the history, as `journal.Entry` has it
     fingerprint: str = ""  # of the cloud's base model
     anyway: bool = False  # the gate lets the new version through all the same
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     checkpoint_seconds: float = 30.0  # between two checkpoints
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None  # called after a step
+    # Whether what it learns from is still there: others use the vault while it trains.
+    holds: Callable[[Vault], bool] = lambda vault: True
 
 
 class Update:
-    """One update of one artefact's personal shift, from its first step or from its checkpoint."""
+    """One update of one artefact's personal shift, from its first step or from its checkpoint.
+
+    It takes the vault only to read and to write, so that others have it while the cloud computes.
+    """
 
     def __init__(
         self,
-        vault: Vault,
+        open_vault: OpenVault,
         cloud_id: str,
         artefact: Artefact,
         plan: Plan,
@@ -187,14 +170,15 @@ class Update:
         settings: UpdateSettings | None = None,
     ) -> None:
         """`start`: what training begins with, which may be the seed although there is a `current`."""
-        self._vault = vault
+        self._open_vault = open_vault
         self._cloud_id = cloud_id
         self._artefact = artefact
         self._start = start
         self._source = source
         self._settings = settings or UpdateSettings()
         self._row = update_row(cloud_id, artefact.name, artefact.task.name)
-        checkpoint = read_checkpoint(vault, self._row)
+        with open_vault() as vault:
+            checkpoint = read_checkpoint(vault, self._row)
         if checkpoint is None or checkpoint.schedule != plan:
             checkpoint = Training.start(plan, start)
         self._training = [checkpoint]
@@ -218,37 +202,39 @@ class Update:
         UpdateFailed when the cloud stays away or training diverges, and whatever else the callables
         raise; the checkpoint holds every step that was done, after Ctrl-C too.
         """
-        self._vault.reserve(self._largest())
+        with self._open_vault() as vault:
+            vault.reserve(self._largest())
+        retry = self._settings.retry_policy.call  # another process may have the vault
         try:
             self._train()
             gate = self._gate()
         except TRANSIENT as error:
-            self._save()
+            retry(self._save)
             raise UpdateFailed(
                 f"{error}; stopped after step {self.step} of {self._state.schedule.steps}, "
-                "and `perfit update` resumes there"
+                "and the same command resumes there"
             ) from error
         except Diverged as error:
             # Keep the steps so far: the cloud may be at fault.
-            self._save()
+            retry(self._save)
             raise UpdateFailed(
-                f"{error}, or `perfit update` as before, which resumes after step {self.step}; "
+                f"{error}, or the same command again, which resumes after step {self.step}; "
                 "your shift stays as it was"
             ) from error
         except BaseException:
-            self._save()
+            retry(self._save)
             raise
-        self._finish(gate)
+        retry(lambda: self._finish(gate))
         return self._result(gate)
 
     def _largest(self) -> int:
         """Bytes that this update adds to the vault at most: a checkpoint, or a version beside another.
 
         A checkpoint holds the tensors and two moments of each, also of the folds, the best epoch's, a loss
-        a step, and a score an example of every judgement.
+        a step, and a score an example of every judgement. A version may bring the seed along.
         """
         plan = self._state.schedule
-        tensors = 3 * (1 + plan.folds) + 2
+        tensors = 3 * (1 + plan.folds) + 3
         scores = plan.judgements * sum(map(len, plan.judged))
         return tensors * len(self._start.to_bytes()) + 24 * plan.steps + 48 * scores
 
@@ -261,8 +247,9 @@ class Update:
             took, last_done = time.monotonic() - last_done, time.monotonic()
             # Save early where one more such step would exceed what a kill may cost.
             if last_done - last_saved + took >= self._settings.checkpoint_seconds:
-                self._save()
-                last_saved = time.monotonic()
+                with contextlib.suppress(Unavailable):  # the next step tries again
+                    self._save()
+                    last_saved = time.monotonic()
             process_limits.release_memory()
 
     def _gradients(self, requests: Sequence[Request]) -> Callable[[], list[tuple[float, ShiftTensors]]]:
@@ -298,31 +285,71 @@ class Update:
         if self._state is self._saved:
             return
         # On a full disk traces of the last checkpoint stay in the file until the next save.
-        with contextlib.suppress(VaultUnswept):
+        with contextlib.suppress(VaultUnswept), self._changing() as vault:
             # The checkpoint before is nothing that anybody forgets; the update's end sweeps it away.
-            self._vault.put(_KIND, self._row, self._state.to_bytes(), sweep=False)
+            vault.put(_KIND, self._row, self._state.to_bytes(), sweep=False)
         self._saved = self._state
 
     def _finish(self, gate: ValidationGate) -> None:
         """Store the new version if the gate accepts it, and drop the checkpoint, in one transaction."""
-        with self._vault.transaction():
+        with self._changing() as vault:
             if gate.accepted:
-                personal.store(self._vault, self._cloud_id, self._artefact, self._shift(gate))
-            forget_checkpoint(self._vault, self._row)
+                personal.store(vault, self._cloud_id, self._artefact, self._shift(gate))
+                if self._began_at_seed:
+                    row = personal.shift_row(self._cloud_id, self._artefact.name)
+                    distance.write_seed(vault, row, self._artefact, self._start)
+            journal.add(vault, self._row, self._entry(vault, gate))
+            forget_checkpoint(vault, self._row)
             finished = Finished(self._state.schedule, self._settings.fingerprint, gate.accepted)
-            self._vault.put(_FINISHED, self._row, json.dumps(asdict(finished)).encode())
+            vault.put(_FINISHED, self._row, json.dumps(asdict(finished)).encode())
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Vault]:
+        """One transaction. Raises UpdateFailed where nothing of this update may be written any more."""
+        with self._open_vault() as vault, vault.transaction():
+            if not self._settings.holds(vault):
+                raise UpdateFailed(
+                    "what this update learns from was forgotten, or its shift undone, while it trained; "
+                    "`perfit update` starts anew"
+                )
+            yield vault
+
+    @property
+    def _began_at_seed(self) -> bool:
+        return self._state.schedule.anew or self._settings.current is None
+
+    def _entry(self, vault: Vault, gate: ValidationGate) -> journal.Entry:
+        versions = personal.read_versions(vault, self._cloud_id, self._artefact.name)
+        first, last = self._losses()
+        return journal.Entry(
+            date=journal.now(),
+            known=self._settings.known,
+            examples=self._state.schedule.examples,
+            judges=len(gate.start.after),
+            train_before=first,
+            train_after=last,
+            gate_before=mean_loss(gate.start.before),
+            gate_after=mean_loss(gate.start.after),
+            error=gate.start.error,
+            accepted=gate.accepted,
+            version=versions.current if versions and gate.accepted else None,
+            seconds=self._state.seconds,
+        )
 
     def _shift(self, gate: ValidationGate) -> PersonalShift:
-        """The new version. It inherits `forgotten` from the version that it continues."""
+        """The new version. It inherits `forgotten` and what it knows from the version that it continues."""
         plan, current = self._state.schedule, self._settings.current
+        marks, continued = personal.marks_of(self._settings.names), None if plan.anew else current
+        before: frozenset[bytes] | None = frozenset() if continued is None else continued.trained
         first, last = self._losses()
         # Of all examples that judge: a later gate compares with them, and `gate.current` may have three.
         found = gate.start
         return PersonalShift(
-            self._state.best or self._start,
+            self._state.ending(self._start),
             updates=1 if plan.fresh or current is None else current.updates + 1,
-            forgotten=self._settings.forgotten if plan.anew or current is None else current.forgotten,
+            forgotten=self._settings.forgotten if continued is None else continued.forgotten,
             learned=TrainingSummary(plan.examples, first, last, *map(mean_loss, (found.before, found.after))),
+            trained=None if before is None else marks | before,
         )
 
     def _losses(self) -> tuple[float, float]:

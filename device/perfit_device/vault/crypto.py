@@ -35,7 +35,18 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from perfit_shared.errors import ConfigError, VaultDamaged, VaultError, WrongPassphrase
 
-__all__ = ["COSTLIEST", "FORMAT", "OLDEST_FORMAT", "DataKey", "Header", "KdfParams", "new_key", "wiped"]
+__all__ = [
+    "COSTLIEST",
+    "FORMAT",
+    "OLDEST_FORMAT",
+    "DataKey",
+    "Header",
+    "KdfParams",
+    "forget_keyring_key",
+    "new_key",
+    "wipe",
+    "wiped",
+]
 
 FORMAT, OLDEST_FORMAT = 2, 1  # what new vaults are of, and what can still be opened
 _KEY_BYTES, _NONCE_BYTES, _TAG_BYTES, _SALT_BYTES = 32, 12, 16, 16
@@ -232,7 +243,12 @@ def wiped(key: bytearray) -> Iterator[bytearray]:
     try:
         yield key
     finally:
-        key[:] = bytes(len(key))
+        wipe(key)
+
+
+def wipe(data: bytearray) -> None:
+    """Zeros in its place."""
+    data[:] = bytes(len(data))
 
 
 class DataKey:
@@ -251,6 +267,9 @@ class DataKey:
     def wipe(self) -> None:
         with wiped(self._key):
             del self._wrapping
+
+    def copy(self) -> bytearray:
+        return bytearray(self._key)
 
     def rewrap(self, header: Header, passphrase: str) -> Header:
         """The header with this key under another passphrase."""
@@ -292,6 +311,19 @@ class DataKey:
 def new_key() -> bytearray:
     """32 random bytes."""
     return bytearray(secrets.token_bytes(_KEY_BYTES))
+
+
+def forget_keyring_key(vault_id: str) -> None:
+    """Where there is one. Raises ConfigError."""
+    import keyring
+    from keyring.errors import KeyringError, PasswordDeleteError
+
+    try:
+        keyring.delete_password(_KEYRING_SERVICE, vault_id)
+    except PasswordDeleteError:
+        return
+    except KeyringError as error:
+        raise ConfigError("the OS keyring cannot be used here; unlock it first") from error
 
 
 def _keyring_key(vault_id: str, *, new: bool) -> bytearray:

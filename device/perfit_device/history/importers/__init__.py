@@ -1,65 +1,117 @@
-"""History files: `read_history` reads any; one module a format.
+"""What a history is imported from: `read_history` reads any source; one module a format.
 
-    JSONL  {"text": "…", "title": "…", "date": "2024-05-01", "part": "test"}   a line an example
-    JSON   a list of the same
-    CSV    the same names in the first row; commas, semicolons, tabs or bars
-    LaMP   [{"user_id", "profile": [{task fields}], "query": [{"id", "input", "gold"}]}]
-    ours   what `perfit history list --json` prints
-
-`date` (ISO 8601) and `part` ("test": never trained on) may be left out. The format shows in the
-content; a name that ends in .csv or .tsv says that it is a table. Every problem is InvalidData that
-names the file, the item and all fields that are wrong; only entries of LaMP files that have an empty
-field are passed over.
-
-A format is a module with `fits(source)`, whether the file is of it, and `read(source, task)`, its examples.
+The format shows in the content; a name that ends in .csv or .tsv says that it is a table. Every problem is
+InvalidData that names the source, the place and all fields that are wrong, and then nothing is kept. What a
+source holds that is no example by its nature (others' mails, merges) is counted in the report, by reason.
+docs/importing.md describes the formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from perfit_device.history.importers import jsonl, lamp, listing, table
-from perfit_device.history.importers.source import Source
+from perfit_device.history.importers import (
+    chatgpt,
+    chats,
+    git,
+    jsonl,
+    lamp,
+    listing,
+    mail,
+    markdown,
+    spreadsheet,
+    table,
+)
+from perfit_device.history.importers.choices import Choices, Report, Skipped, newest
+from perfit_device.history.importers.source import Format, Source
+from perfit_device.history.importers.text import cannot_be_read
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import error_context
-from perfit_shared.tasks import Task
+from perfit_shared.terminal import one_line
 
-__all__ = ["read_history"]
+if TYPE_CHECKING:
+    from perfit_shared.tasks import Task
 
-_FORMATS = (lamp, table, jsonl)  # the first that fits
+__all__ = ["FORMATS", "Choices", "Report", "Skipped", "read_history"]
+
+
+# The first that fits; `listing` is apart, since its examples say their tasks.
+_FOLDERS = (mail, chatgpt, git, markdown)
+_BINARY = (mail, chatgpt, markdown, spreadsheet)  # and what need not be read as a whole
+_TEXTS = (lamp, chats, table, jsonl)
+FORMATS: dict[str, Format] = {m.FORMAT.name: m.FORMAT for m in (listing, *_FOLDERS, spreadsheet, *_TEXTS)}
 
 
 def read_history(
     path: Path,
     task: Task | None,
     *,
-    default: Callable[[], Task] | None = None,
+    default: Callable[[Sequence[str]], Task] | None = None,
     data: bytes | None = None,
-    user: str | None = None,
+    choices: Choices | None = None,
+    report: Report | None = None,
     tasks: Mapping[str, Task] | None = None,
-    notify: Callable[[str], None] = lambda _: None,
 ) -> list[HistoryItem]:
-    """All examples of a file, of the user named `user` where it holds several people.
+    """All examples of a source that `choices` takes.
 
     They are of `task`, or where that is None, of the tasks that our own listing names (looked up in
-    `tasks`, by their names), and in other files of `default()`. `data` is the file's content where it was
-    read already. `notify` gets lines about assumptions. Raises InvalidData; then the caller should
-    keep nothing of it.
+    `tasks`, by their names), and in other sources of `default(names that suit the format)`. `data` is the
+    content where it was read already. Raises InvalidData; then the caller should keep nothing of it.
     """
-    with error_context(str(path)):
-        source = Source.read(path, data, notify, user=user, tasks=tasks or {})
-        if user is not None and not lamp.fits(source):
-            raise InvalidData("this file holds one person; --user is for LaMP files")
-        if listing.fits(source):
-            found = listing.read(source, task)
+    choices, report = choices or Choices(), report or Report()
+    with error_context(one_line(str(path))), _readable():
+        source = Source(path, data, choices, report, tasks or {})
+        form = _format_of(source)
+        report.name, report.format = form.name, form.kind
+        choices.check(form.reads, form.kind)
+        if form is listing.FORMAT:
+            items: Iterable[HistoryItem] = listing.read(source, task)
         else:
             if task is None:
                 if default is None:
                     raise InvalidData("say which task the examples are of, with --task NAME")
-                task = default()
-            found = next(form for form in _FORMATS if form.fits(source)).read(source, task)
+                task = default(form.tasks)
+            items = form.read(source, task)
+        found = newest(items, choices.last, report)
         if not found:
-            raise InvalidData("there are no examples in it")
+            raise InvalidData("there are no examples in it" + _why(report))
         return found
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """A disk that fails half-way is an answer too."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_be_read(error) from error
+
+
+def _format_of(source: Source) -> Format:
+    named = source.choices.format
+    if named is not None:
+        if named not in FORMATS:
+            raise InvalidData(f'there is no format "{named[:40]}"; there are {", ".join(FORMATS)}')
+        return FORMATS[named]
+    if source.is_folder:
+        if found := _first_that_fits(source, _FOLDERS):
+            return found
+        raise InvalidData("a folder of no mail (Maildir), Markdown, git repository or export of ChatGPT")
+    found = _first_that_fits(source, _BINARY) or _first_that_fits(source, (listing, *_TEXTS))
+    return found or jsonl.FORMAT
+
+
+def _first_that_fits(source: Source, modules: Iterable[ModuleType]) -> Format | None:
+    forms: Iterable[Format] = (module.FORMAT for module in modules)
+    return next((form for form in forms if form.fits(source)), None)
+
+
+def _why(report: Report) -> str:
+    """What was left out, behind a message that nothing is left."""
+    said = ", ".join(f"{each.count} {each.reason}" for each in report.skipped)
+    return f" ({said})" if said else ""

@@ -6,14 +6,14 @@ the task's fields, the queries are the history.
 
 from __future__ import annotations
 
-from perfit_device.history.importers.source import Source
+from perfit_device.history.importers.source import Format, Source
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import is_date
 from perfit_shared.lamp import Entry, User, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
-__all__ = ["fits", "read"]
+__all__ = ["FORMAT"]
 
 
 def fits(source: Source) -> bool:
@@ -29,8 +29,10 @@ def read(source: Source, task: Task) -> list[HistoryItem]:
     golds = {} if labels is None else read_golds(labels)
     found = users_of(source.records, task, golds=golds, source=source.path.name)
     if found.dropped_empty:
-        source.notify(f"{found.dropped_empty} entries of the file have an empty field and were left out")
-    return _of_user(_chosen(found.users, source.user), task, queries_are_history=found.no_profiles)
+        source.report.notify(
+            f"{found.dropped_empty} entries of the file have an empty field and were left out"
+        )
+    return _of_user(_chosen(found.users, source.choices.user), task, queries_are_history=found.no_profiles)
 
 
 def _chosen(users: tuple[User, ...], user_id: str | None) -> User:
@@ -57,3 +59,6 @@ def _of_user(user: User, task: Task, *, queries_are_history: bool) -> list[Histo
     # Dates that cannot order a profile are dropped: the order of adding stands for them.
     history = [found("profile item", entry, dated=user.dated) for entry in user.profile]
     return history + [found("query", entry, dated=is_date(entry.date), part=part) for entry in user.query]
+
+
+FORMAT = Format("lamp", "a file of LaMP", fits, read, reads=("user",))

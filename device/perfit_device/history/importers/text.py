@@ -9,7 +9,7 @@ from pathlib import Path
 from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import refuse_html
 
-__all__ = ["LARGEST", "decoded", "read_bytes"]
+__all__ = ["LARGEST", "cannot_be_read", "decoded", "read_bytes"]
 
 LARGEST = 256 * 1024 * 1024  # bytes of one file
 # Longest first: a mark of UTF-32 begins with one of UTF-16.
@@ -20,7 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_ARCHIVE = b"PK\x03\x04"  # what .xlsx and .ods files are
+_BINARY = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # what .xlsx and .ods files are, and .xls
 
 
 def read_bytes(path: Path) -> bytes:
@@ -29,19 +29,24 @@ def read_bytes(path: Path) -> bytes:
         if path.stat().st_size > LARGEST:
             raise InvalidData(f"larger than {LARGEST >> 20} MiB; split it")
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        reason = getattr(error, "strerror", None) or "not a file's name"
-        raise InvalidData(f"cannot be read ({reason})") from error
+    except (OSError, ValueError) as error:
+        raise cannot_be_read(error) from error
 
 
-def decoded(data: bytes, notify: Callable[[str], None]) -> str:
+def cannot_be_read(error: OSError | ValueError) -> InvalidData:
+    """What to say of it. ValueError: a name with a null byte."""
+    reason = getattr(error, "strerror", None) or "not a file's name"
+    return InvalidData(f"cannot be read ({reason})")
+
+
+def decoded(data: bytes, notify: Callable[[str], None], *, may_be_html: bool = False) -> str:
     """By its mark, else UTF-8, else Windows-1252, which `notify` reports. Raises InvalidData.
 
     UTF-8 with a few bad bytes is refused: as Windows-1252 every accent of it would be two letters.
     """
     if len(data) > LARGEST:
         raise InvalidData(f"larger than {LARGEST >> 20} MiB; split it")
-    if data.startswith(_ARCHIVE):
+    if data.startswith(_BINARY):
         raise InvalidData("a spreadsheet or an archive, not text; save it as CSV")
     mark, encoding = next(((m, e) for m, e in _MARKS if data.startswith(m)), (b"", "utf-8"))
     try:
@@ -57,7 +62,8 @@ def decoded(data: bytes, notify: Callable[[str], None]) -> str:
         notify("the file is not UTF-8, so it was read as Windows-1252; check an accent or two")
     if "\0" in text:
         raise InvalidData("not text: it holds null characters; save it as UTF-8")
-    refuse_html(text)
+    if not may_be_html:
+        refuse_html(text)
     return text
 
 
