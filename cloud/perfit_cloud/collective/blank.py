@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from perfit_cloud.collective.card import libraries
 from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.collective.files import check_out, make_out
 from perfit_cloud.collective.progress import Progress
-from perfit_cloud.collective.run import check_out, make_out
 from perfit_cloud.collective.spec import ShiftChoice, spec_of
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.placement import ONE_DEVICE, Placement
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.presets import Preset, preset_for, preset_name, value_or
@@ -66,6 +67,7 @@ class BlankRequest:
     force: bool = False  # replace a finished artefact
     dtype: str = "auto"
     device: str = "auto"
+    placement: Placement = ONE_DEVICE  # over several devices, instead
     collective_rank: int | None = None  # not asked for: nothing needs one
 
     def __post_init__(self) -> None:
@@ -85,7 +87,9 @@ def make_blank(request: BlankRequest, *, base: BaseModel | None = None) -> Artef
     check_out(request.out, force=request.force)
     task = task_named(request.task) if request.data is None else load_task(request.data, request.task)
     preset = preset_for(preset_name(task.name, request.preset))  # before a model is loaded
-    base = base or load_base(request.model, dtype=request.dtype, device=request.device)
+    base = base or load_base(
+        request.model, dtype=request.dtype, device=request.device, placement=request.placement
+    )
     task, how = as_read(task, has_template=base.has_chat_template)
     item = dict.fromkeys(task.field_names, _SOME_TEXT)
     prompts = [example.pair[0] for example in Encoder(base, task).examples([item])]

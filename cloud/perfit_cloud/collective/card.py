@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from perfit_cloud.collective.community_card import community_lines
 from perfit_cloud.collective.optimizer import CLIP
 from perfit_cloud.collective.steps import WARM_UP
 from perfit_cloud.collective.training import Stage1Training
@@ -175,6 +176,7 @@ def write_card(path: Path, name: str, card: Mapping[str, Any]) -> None:
         f"{card['device_trials_note']}.",
         *_table(card["device_trials"], ("learning_rate", "before", "after", "users")),
         "",
+        *community_lines(card),
         f"**Privacy.** {card['privacy']['note']}.",
         "",
         "**Libraries.** " + ", ".join(f"{k} {v}" for k, v in card["libraries"].items()) + ".",

@@ -52,6 +52,7 @@ class Corpus:
     shortened: int  # prompts cut to fit it
     token_cap: int
     only_profiles: int  # users left out, since they have no queries and others do
+    validated: Mapping[str, list[Pair]]  # the examples of the validation users, whole
 
     def examples(self) -> list[Pair]:
         """Every training pair, in a fixed order."""
@@ -192,10 +193,10 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: It
         )
     if others is None:
         split = _split(users, seed)
-        histories = _histories(items, set(users), split.users, encoder)
+        histories = _histories(items, set(users), set(split.users), encoder)
     else:
         split = _validated_on(others, users, encoder)
-        histories = _histories(others, split.users, split.users, encoder)
+        histories = _histories(others, set(split.users), set(split.users), encoder)
     return Corpus(
         source=items.source,
         kind=items.kind,
@@ -203,19 +204,20 @@ def tokenise(items: Items, *, base: BaseModel, task: Task, seed: int, others: It
         validation=split.validation,
         validation_users=len(split.users),
         histories=histories,
-        held_out_histories=len(split.users & set(histories)),
+        held_out_histories=len(split.users.keys() & set(histories)),
         dropped_empty=items.dropped_empty,
         dropped_long=sum(len(items.users[user]) - len(found) for user, found in encoded.items()),
         shortened=sum(example.is_cut for found in encoded.values() for example in found),
         token_cap=encoder.cap,
         only_profiles=items.only_profiles,
+        validated=split.users,
     )
 
 
 class _Split(NamedTuple):
     train: Mapping[str, list[Pair]]
     validation: list[Pair]
-    users: set[str]  # of the validation examples, unless they are trained on too
+    users: Mapping[str, list[Pair]]  # of the validation examples, unless they are trained on too
 
 
 def _with_examples(encoded: Mapping[str, list[Encoded]]) -> dict[str, list[Pair]]:
@@ -227,9 +229,10 @@ def _split(users: Mapping[str, list[Pair]], seed: int) -> _Split:
     if not held_out:  # one user alone: their latest tenth
         (user, pairs), *_ = users.items()
         cut = len(pairs) - max(1, len(pairs) // 10)
-        return _Split({user: pairs[:cut]}, pairs[cut:], set())
+        return _Split({user: pairs[:cut]}, pairs[cut:], {})
     train = {user: pairs for user, pairs in users.items() if user not in held_out}
-    return _Split(train, [pair for user in sorted(held_out) for pair in users[user]], held_out)
+    theirs = {user: users[user] for user in sorted(held_out)}
+    return _Split(train, [pair for pairs in theirs.values() for pair in pairs], theirs)
 
 
 def _validated_on(others: Items, users: Mapping[str, list[Pair]], encoder: Encoder) -> _Split:
@@ -238,7 +241,7 @@ def _validated_on(others: Items, users: Mapping[str, list[Pair]], encoder: Encod
         raise InvalidData(f"{others.source}: no example fits {encoder.cap} tokens, nothing to validate on")
     everything = [pair for pairs in theirs.values() for pair in pairs]
     some = everything[:: -(-len(everything) // _VALIDATION_MAX)]  # of everybody alike
-    return _Split(users, some, set(theirs))
+    return _Split(users, some, theirs)
 
 
 def _histories(items: Items, users: set[str], held_out: set[str], encoder: Encoder) -> dict[str, list[Pair]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from perfit_shared.errors import InvalidInput
 
-__all__ = ["Items", "source_of"]
+__all__ = ["GROUPS", "Items", "source_of"]
+
+GROUPS = 5  # of users for Table 15
 
 
 def source_of(path: Path) -> str:
@@ -35,6 +37,20 @@ class Items:
         """What this user's device would hold: the profile or the training items, whichever is longer."""
         return max(self.users[user], self.profiles.get(user, []), key=len)
 
+    def group(self, number: int, seed: int) -> Items:
+        """One of the five disjoint groups, of equal size, that `seed` draws (Table 15); 0 to 4.
+
+        Where five do not divide the users, up to four of them are in no group. Raises InvalidInput when
+        there is no such group, or nobody for it.
+        """
+        size = len(self.users) // GROUPS
+        if not 0 <= number < GROUPS or size < 1:
+            raise InvalidInput(
+                f"there are groups 0 to {GROUPS - 1}, each a fifth of the {len(self.users)} users of "
+                f"{self.source}"
+            )
+        return self._of(self._shuffled(seed)[number * size : (number + 1) * size])
+
     def first_users(self, count: int, seed: int) -> Items:
         """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
 
@@ -44,8 +60,14 @@ class Items:
             raise InvalidInput(
                 f"{self.source} holds {len(self.users)} users, {count} of them cannot be taken"
             )
+        return self._of(self._shuffled(seed)[:count])
+
+    def _shuffled(self, seed: int) -> list[str]:
         names = sorted(self.users)
-        chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+        return [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+
+    def _of(self, names: Collection[str]) -> Items:
+        chosen = set(names)
         return replace(
             self,
             users={name: items for name, items in self.users.items() if name in chosen},

@@ -1,6 +1,7 @@
 """Personal training in this process, with gradients of the engine that serves devices.
 
-The research pipeline trains many people with it, and the trials of learning rates one after another.
+The research pipeline trains many people with it, and the trials of learning rates one after another. Whoever
+measures which start suits somebody scores their examples here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Request, S, Training, train
 from perfit_shared.types import Score
 
-__all__ = ["train_people"]
+__all__ = ["scores_by_start", "train_people"]
+
+
+def scores_by_start(engine: UpdateEngine, artefact: Artefact, pairs: Sequence[Pair]) -> list[list[Score]]:
+    """Of every start of the artefact: the scores of these examples."""
+    with engine.open(pairs, artefact) as opened:
+        rows = range(len(pairs))
+        return engine.scores([GradientRequest(opened, rows, start) for start in artefact.starts])
 
 
 def train_people(

@@ -10,7 +10,11 @@ import torch
 
 from perfit_cloud.collective import checkpoint
 from perfit_cloud.collective.card import draw_losses, make_card, write_card
+from perfit_cloud.collective.communities import FILE as COMMUNITIES
+from perfit_cloud.collective.communities import check_communities
+from perfit_cloud.collective.community_run import with_communities
 from perfit_cloud.collective.data import Corpus, find_data, read_items, tokenise
+from perfit_cloud.collective.files import check_out, make_out
 from perfit_cloud.collective.items import Items
 from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.processes import Processes
@@ -21,6 +25,7 @@ from perfit_cloud.collective.training import FORWARD, RunControl, Stage1Settings
 from perfit_cloud.collective.trials import choose_device_rate, choose_rate, device_work, trial_work
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.placement import ONE_DEVICE, Placement
 from perfit_cloud.model.sinks import past_sinks
 from perfit_shared.errors import InvalidInput
 from perfit_shared.positions import Positions
@@ -28,7 +33,7 @@ from perfit_shared.presets import Preset, preset_for, preset_name, value_or
 from perfit_shared.prompts import as_read, load_prompts
 from perfit_shared.shifts import ShiftSpec
 
-__all__ = ["CollectiveRequest", "check_out", "make_out", "train_collective"]
+__all__ = ["CollectiveRequest", "train_collective"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class CollectiveRequest:
     accumulate: int = 1  # micro-batches that a process splits its share of a batch into
     gradient_checkpointing: bool = False
     users: int | None = None  # train on so many, drawn by the seed; all
+    group: int | None = None  # train on one of the groups of `Items.group`
     validation: Path | None = None  # examples of others to validate on; a slice of the data's users
     budget: Budget | None = None  # of differential privacy by person; it needs `validation`
+    communities: int = 1  # seeds beside the plain one, for clusters of people; 1: none
     device_epochs: int | None = None
     device_learning_rate: float | None = None
     seed: int = 0
@@ -61,6 +68,7 @@ class CollectiveRequest:
     threads: int = 0  # of the CPU; 0: torch's own choice, one a core
     dtype: str = "auto"
     device: str = "auto"
+    placement: Placement = ONE_DEVICE  # over several devices, instead
 
 
 def train_collective(
@@ -92,6 +100,17 @@ def train_collective(
         losses = {mode: training.validation_loss(mode=mode) for mode in ("base", "collective", "seed")}
     training.save()
     artefact = _artefact(training, request, device_rate, losses)
+    if request.communities > 1:
+        artefact = with_communities(
+            artefact,
+            training.corpus,
+            training.base,
+            request.communities,
+            seed=request.seed,
+            out=request.out,
+            progress=progress,
+            stop=stop,
+        )
     if processes.main:
         _write(artefact, training, request.out, base_loss=losses["base"])
     return artefact
@@ -111,19 +130,32 @@ def _begin(
     validation = None if request.validation is None else read_items(request.validation, task)
     if request.budget is not None:
         _check_private(request, items)
+    if request.communities > 1 and processes.count > 1:
+        raise InvalidInput(
+            "communities are learned in one process; leave out --communities, and add them with "
+            "`perfit-cloud collective communities`"
+        )
+    if request.placement.splits and processes.count > 1:
+        raise InvalidInput(
+            "a model over several devices is trained on in one process; leave out the launcher"
+        )
+    if request.group is not None:
+        items = items.group(request.group, request.seed)
     if request.users is not None:
         items = items.first_users(request.users, request.seed)
     if base is None:
         device = processes.device(request.device)
         dtype = processes.dtype(request.dtype, device)
         with processes.local_main_first():
-            base = load_base(request.model, dtype=dtype, device=device)
+            base = load_base(request.model, dtype=dtype, device=device, placement=request.placement)
     else:
         base = replace(base, model=base.share_weights())  # hooks that the caller has on it would shift twice
     task, how = as_read(task, has_template=base.has_chat_template, chat=request.chat, prompts=request.prompts)
     preset = preset_for(preset_name(task.name, request.preset))
     spec = spec_of(request, preset, base)  # before the data are tokenised: flags that cannot be end here
     corpus = tokenise(items, base=base, task=task, seed=request.seed, others=validation)
+    if request.communities != 1:
+        check_communities(request.communities, len(corpus.train))
     # The spec is public, so private prompts must not decide where the sinks are.
     prompts = [prompt for prompt, _ in corpus.validation]
     positions = processes.broadcast_from_main(
@@ -151,6 +183,11 @@ def _begin(
 
 def _check_private(request: CollectiveRequest, items: Items) -> None:
     """Raises InvalidInput where one person could stand as several, or decide what others' data do."""
+    if request.communities > 1:
+        raise InvalidInput(
+            "the communities' seeds would tell of people beyond the privacy budget; leave out --communities "
+            "with --epsilon"
+        )
     if request.validation is None:
         raise InvalidInput(
             "what is validated on is told outside the privacy budget; give public examples with --validation"
@@ -196,23 +233,8 @@ def _write(artefact: Artefact, training: Stage1Training, out: Path, *, base_loss
     draw_losses(out / "loss.png", training, base=base_loss)
     write_card(out / "CARD.md", artefact.name, artefact.card)
     artefact.save(out)
-    (out / checkpoint.FILE).unlink(missing_ok=True)
-
-
-def check_out(out: Path, *, force: bool) -> None:
-    """Raises InvalidInput where an artefact cannot be written, or one is there and may not be replaced."""
-    if out.exists() and not out.is_dir():
-        raise InvalidInput(f"{out} is a file; --out should be a folder")
-    if (out / "artefact.json").exists() and not force:
-        raise InvalidInput(f"{out} holds a finished artefact; use another --out, or --force to replace it")
-
-
-def make_out(out: Path) -> None:
-    """Raises InvalidInput."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInput(f"cannot write to {out}: {error.strerror}") from error
+    for name in (checkpoint.FILE, COMMUNITIES):
+        (out / name).unlink(missing_ok=True)
 
 
 def _settings(request: CollectiveRequest, preset: Preset, spec: ShiftSpec) -> Stage1Settings:

@@ -40,7 +40,7 @@ def from_torch(shift: Shift) -> ShiftTensors:
     )
 
 
-def rate_at(index: int, total: int, peak: float, *, schedule: str = "device") -> float:
+def rate_at(index: int, total: int, peak: float, *, schedule: str = "paper") -> float:
     """The rate of step `index` of `total`, by one of `perfit_shared.optimizer`'s schedules."""
     return learning_rate_at(index, OptimizerConfig(peak, total, warm_up=WARM_UP, schedule=schedule))
 

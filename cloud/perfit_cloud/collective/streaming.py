@@ -19,10 +19,10 @@ import ijson
 from perfit_cloud.collective.items import Items, source_of
 from perfit_shared.errors import InvalidData
 from perfit_shared.json_input import error_context
-from perfit_shared.lamp import Entry, labels_beside, read_golds, users_of
+from perfit_shared.lamp import Entry, Users, labels_beside, read_golds, users_of
 from perfit_shared.tasks import Task
 
-__all__ = ["stream_users"]
+__all__ = ["each_user", "stream_users"]
 
 _PROFILES = 512  # kept for trial updates; enough that some people are not trained on
 
@@ -52,39 +52,49 @@ def stream_users(path: Path, task: Task, *, latest: int) -> Items:
     `latest`: items to keep of a profile, where queries are trained on. Raises InvalidData on whatever
     is malformed; its message may be less exact than `read_users`'.
     """
-    labels = labels_beside(path)
-    golds = {} if labels is None else read_golds(labels)
-    aside = _leaves_profiles_aside(path, task)
     queries: Entries = {}
     profiles: Entries = {}  # of everybody, until the first queries
     longest = _Longest(latest)
+    dropped = only_profiles = unnamed = 0
+    for found in each_user(path, task):
+        dropped += found.dropped_empty
+        (user,) = found.users
+        if user.query and not found.held_out:
+            profiles.clear()  # queries are trained on where there are any
+            queries[user.user_id] = _items(user.query)
+            longest.add(user.user_id, user.profile)
+            unnamed += found.questions
+        elif user.profile:
+            only_profiles += not found.questions
+            if not queries:
+                profiles[user.user_id] = _items(user.profile)
+    if queries:
+        return Items(source_of(path), "query", queries, dropped, longest.profiles, only_profiles, unnamed)
+    return Items(source_of(path), "profile", profiles, dropped)
+
+
+def each_user(path: Path, task: Task) -> Iterator[Users]:
+    """What `users_of` gives for each record of a file, in its order; one record is in memory at a time.
+
+    Raises InvalidData on whatever is malformed, also a user or query id that comes twice.
+    """
+    labels = labels_beside(path)
+    golds = {} if labels is None else read_golds(labels)
+    aside = _leaves_profiles_aside(path, task)
     seen: set[str] = set()
     query_ids: set[str] = set()
-    dropped = only_profiles = unnamed = 0
     with error_context(str(path)):
         for record in _records(path):
             found = users_of(
                 [{**record, "profile": []} if aside else record], task, golds=golds, source=path.name
             )
-            dropped += found.dropped_empty
             (user,) = found.users
             names = [entry.id for entry in (*user.query, *found.empty_queries)]
             if user.user_id in seen or not query_ids.isdisjoint(names):
                 raise InvalidData(f"user {user.user_id[:40]} or one of the queries is there twice")
             seen.add(user.user_id)
             query_ids.update(names)
-            if user.query and not found.held_out:
-                profiles.clear()  # queries are trained on where there are any
-                queries[user.user_id] = _items(user.query)
-                longest.add(user.user_id, user.profile)
-                unnamed += found.questions
-            elif user.profile:
-                only_profiles += not found.questions
-                if not queries:
-                    profiles[user.user_id] = _items(user.profile)
-    if queries:
-        return Items(source_of(path), "query", queries, dropped, longest.profiles, only_profiles, unnamed)
-    return Items(source_of(path), "profile", profiles, dropped)
+            yield found
 
 
 def _items(entries: Sequence[Entry]) -> list[dict[str, str]]:

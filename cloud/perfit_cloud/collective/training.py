@@ -213,7 +213,7 @@ class Stage1Training:
             self._check()
         while record.step < self.steps and not record.stopped:
             began = time.monotonic()
-            rate = rate_at(record.step, self.steps, record.learning_rate, schedule="paper")
+            rate = rate_at(record.step, self.steps, record.learning_rate)
             examples = self._step(rate)
             record.step_seconds += time.monotonic() - began
             record.step += 1

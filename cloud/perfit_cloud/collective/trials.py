@@ -268,7 +268,8 @@ class _DeviceTrials:
                     self._training.pause()
         except Diverged:
             return [math.inf]
-        return self._test_losses([each.outcome or self._artefact.seed for each in trainings])
+        seed = self._artefact.seed
+        return self._test_losses([each.outcome(seed) or seed for each in trainings])
 
     def _test_losses(self, tensors: Sequence[ShiftTensors]) -> list[float]:
         found = []

@@ -125,7 +125,7 @@ def _differing(a: Run, b: Run) -> dict[str, tuple[str, str]]:
         "prompts": (a.prompts, b.prompts),
         "reading": (a.reading, b.reading),
         "decoding": (a.decoding, b.decoding),
-        "schedule": (a.settings["schedule"], b.settings["schedule"]),
+        "schedule": (a.settings.get("schedule", "none"), b.settings.get("schedule", "none")),
     }
     return {name: (one, two) for name, (one, two) in both.items() if one != two}
 
@@ -140,10 +140,15 @@ def _shared(one: UserResult, two: UserResult) -> tuple[UserResult, UserResult]:
                 f"query {query.id} of user {one.user_id} has different golds in the two runs; "
                 "compare runs of the same data"
             )
-    return (
-        replace(one, queries=tuple(query for query, _ in kept)),
-        replace(two, queries=tuple(other for _, other in kept)),
+    # Both sides' words are told apart in one way, by a's history; of an older run nothing tells.
+    known = all(query.origins is not None and other.origins is not None for query, other in kept)
+    origins = [query.origins if known else None for query, _ in kept]
+    sides = zip(*kept, strict=True) if kept else ((), ())
+    ours, theirs_kept = (
+        tuple(replace(query, origins=origin) for query, origin in zip(side, origins, strict=True))
+        for side in sides
     )
+    return replace(one, queries=ours), replace(two, queries=theirs_kept)
 
 
 def _count(users: Sequence[UserResult]) -> int:

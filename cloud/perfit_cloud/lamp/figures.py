@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from perfit_cloud.lamp.groups import Cell
+from perfit_cloud.plots import DPI, panel_grid
 
 __all__ = ["HeatMap", "PointPlot", "draw_heat", "draw_points"]
 
@@ -25,7 +27,7 @@ _UNITS: Mapping[str, str] = {
     "rouge_l": "ROUGE-L\n(F-measure)",
 }
 _Panel = TypeVar("_Panel", "PointPlot", "HeatMap")
-_DPI = 120
+_TITLE_LETTERS = 44  # of a line above one panel
 _MARKERS = ("o", "s", "^", "D")
 
 
@@ -85,7 +87,7 @@ def draw_points(path: Path, panels: Sequence[Sequence[PointPlot]]) -> None:
         _name(axes, panel, _UNITS[panel.measure])
         if len(panel.series) > 1:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def draw_heat(path: Path, panels: Sequence[HeatMap]) -> None:
@@ -103,11 +105,12 @@ def draw_heat(path: Path, panels: Sequence[HeatMap]) -> None:
         axes.set_yticks(range(len(panel.rows)), map(str, panel.rows))
         _name(axes, panel, panel.y_label)
         figure.colorbar(image, ax=axes, label=_UNITS[panel.measure].replace("\n", " "))
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def _name(axes: Axes, panel: PointPlot | HeatMap, y_label: str) -> None:
-    axes.set_title(panel.title, fontsize="medium")
+    lines = (part for line in panel.title.splitlines() for part in textwrap.wrap(line, _TITLE_LETTERS))
+    axes.set_title("\n".join(lines), fontsize="medium")
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(y_label)
 
@@ -115,9 +118,7 @@ def _name(axes: Axes, panel: PointPlot | HeatMap, y_label: str) -> None:
 def _grid(panels: Sequence[Sequence[_Panel]], height: float) -> tuple[Figure, list[tuple[Axes, _Panel]]]:
     """A figure and its axes with their panels; `height` of a row in inches."""
     columns = max(len(row) for row in panels)
-    # Figure without pyplot: no window, no process-wide state, and PNG by Agg.
-    figure = Figure(figsize=(4.4 * columns, height * len(panels)), layout="constrained")
-    grid = figure.subplots(len(panels), columns, squeeze=False)
+    figure, grid = panel_grid(len(panels), columns, height=height)
     placed = []
     for row, row_panels in enumerate(panels):
         for column in range(columns):

@@ -6,21 +6,33 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perfit_cloud.lamp.results import MODES, Run
 from perfit_cloud.lamp.scores import metric_names
 from perfit_cloud.lamp.summary import summarise
-from perfit_shared.errors import InvalidInput
 from perfit_shared.tasks import TASKS, Task
 
-__all__ = ["Cell", "RunGroup", "families", "group_runs", "main_groups", "nearest", "rank_grids", "sweeps"]
+__all__ = [
+    "Cell",
+    "RunGroup",
+    "families",
+    "group_runs",
+    "main_groups",
+    "nearest",
+    "rank_grids",
+    "short_histories",
+    "sweeps",
+]
 
-# What another seed changes besides: the artefact of stage 1 that it trained.
-_OF_THE_SEED = ("seed", "artefact")
+_log = logging.getLogger(__name__)
+# What another seed changes besides: the collective shift or LoRA of stage 1 that it trained.
+_OF_THE_SEED = ("seed", "artefact", "lora")
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class RunGroup:
     settings: Mapping[str, Any]  # of the first run
     runs: tuple[Run, ...]
     summaries: tuple[Mapping[str, Any], ...]
+    collective_users: int | None = None  # whom stage 1 saw, here or where it was taken from; None: all
+    whole: int | None = None  # the same of the whole method, of this task and model
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.settings.get(key, default)
@@ -77,10 +91,15 @@ class RunGroup:
     @property
     def plain(self) -> bool:
         """The whole method, as the paper's main table has it."""
+        return self.complete and self.collective_users == self.whole
+
+    @property
+    def complete(self) -> bool:
+        """PerFit as it is, but perhaps with few collective users."""
         return (
             self.method == "perfit"
             and self.get("histories", "own") == "own"
-            and self.get("collective_users") is None
+            and self.get("collective_group") is None
             and self.get("artefact_prompts") == self.get("prompts")
             and not self.foreign
         )
@@ -97,6 +116,11 @@ class RunGroup:
     @property
     def method(self) -> str:
         return str(self.get("method"))
+
+    @property
+    def ablation(self) -> str:
+        """What is left of PerFit, of layout.ABLATIONS; another method's own name."""
+        return "full" if self.method == "perfit" else self.method.removeprefix("perfit_")
 
     def seconds(self, part: str) -> float:
         """Mean over seeds."""
@@ -120,21 +144,55 @@ class RunGroup:
 
 
 def _look_up(nest: Mapping[str, Any], measure: str, mode: str) -> Any:
-    by_mode = nest["loss"] if measure == "loss" else nest["metrics"][measure]
-    return by_mode.get(mode)
+    if measure == "loss":
+        return nest["loss"].get(mode)
+    metrics = {**nest["metrics"], **nest.get("text_metrics", {})}
+    return metrics.get(measure, {}).get(mode)
 
 
 def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
-    """Groups by task, the whole method first. Raises InvalidInput when a run comes twice."""
+    """Groups by task, the whole method first. Of equal runs, as of two sweeps, the first counts."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         key = _key(run.settings)
         same_seed = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
-        if any(other.settings.get("artefact") == run.settings.get("artefact") for other in same_seed):
-            raise InvalidInput(f"{run.folder} and {same_seed[0].folder} are the same run; give one of them")
+        if any(_stage_1(other.settings) == _stage_1(run.settings) for other in same_seed):
+            _log.warning("%s is the same run as %s and is left out", run.folder, same_seed[0].folder)
+            continue
         # One seed with another artefact is another collective shift, not another seed.
-        found.setdefault(f"{key} {run.settings.get('artefact')}" if same_seed else key, []).append(run)
-    return sorted((_group(sorted(members, key=_seed)) for members in found.values()), key=_order)
+        found.setdefault(f"{key} {_stage_1(run.settings)}" if same_seed else key, []).append(run)
+    groups = [_group(sorted(members, key=_seed)) for members in found.values()]
+    return sorted(_with_collective_users(groups), key=_order)
+
+
+def _with_collective_users(groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """Where no run saw all collective users, the whole method is the one that saw most of them.
+
+    Without a run of PerFit, any method that shares something says how many that were.
+    """
+    trained = {_stage_1(g.settings): users for g in groups if (users := g.get("collective_users"))}
+    trained.pop(None, None)
+    known = [
+        replace(g, collective_users=g.get("collective_users") or trained.get(_stage_1(g.settings)))
+        for g in groups
+    ]
+    seen: dict[tuple[Any, ...], list[int | None]] = {}
+    for group in known:
+        users = seen.setdefault((group.task, group.get("fingerprint"), group.complete), [])
+        if group.complete or "collective" in group.modes:
+            users.append(group.collective_users)
+
+    def whole(group: RunGroup) -> int | None:
+        of = group.task, group.get("fingerprint")
+        users = seen.get((*of, True)) or seen.get((*of, False)) or [None]
+        return None if None in users else max(filter(None, users))
+
+    return [replace(group, whole=whole(group)) for group in known]
+
+
+def _stage_1(settings: Mapping[str, Any]) -> Any:
+    """The version of the collective LoRA or shift."""
+    return (settings.get("lora") or {}).get("version") or settings.get("artefact")
 
 
 def _seed(run: Run) -> int:
@@ -187,12 +245,34 @@ def rank_grids(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     ]
 
 
+def short_histories(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
+    """Groups with histories of several lengths, with plain seeds or other starts; the shortest first."""
+    own = [g for g in groups if g.get("histories", "own") == "own" and g.method in ("perfit", "perfit+rag")]
+    follow = ("data", "shortened", "asked", "together")
+    found = families(own, "examples", "method", "k", "communities", *follow)
+    lengths = [sorted(f, key=lambda g: (_length(g), g.method, g.get("communities", 0))) for f in found]
+    return [family for family in lengths if len({_length(group) for group in family}) > 1]
+
+
+def _length(group: RunGroup) -> float:
+    """Examples of a history; the whole of it is the longest."""
+    examples = group.get("examples")
+    return math.inf if examples is None else float(examples)
+
+
 def main_groups(groups: Sequence[RunGroup]) -> list[RunGroup]:
     """The groups of the main table: the plain ones that are no member of a sweep or a grid.
 
-    Where a task and model has no other, the member of most users, then of most seeds, stands in.
+    Where a task and model has no other, the member of most users, then of most seeds, stands in; then the
+    one whose layers and ranks most variants share.
     """
+
+    def rank(group: RunGroup) -> tuple[int, ...]:
+        alike = [g for g in groups if not g.plain and (g.layers, g.ranks) == (group.layers, group.ranks)]
+        return group.get("users", 0), len(group.summaries), len(alike)
+
     explored = {id(group) for family in (*sweeps(groups), *rank_grids(groups)) for group in family}
+    explored |= {id(g) for family in short_histories(groups) for g in family if g.get("examples") is not None}
     found: dict[tuple[Any, ...], list[RunGroup]] = {}
     for group in groups:
         if group.plain:
@@ -200,7 +280,7 @@ def main_groups(groups: Sequence[RunGroup]) -> list[RunGroup]:
     chosen = []
     for candidates in found.values():
         own = [group for group in candidates if id(group) not in explored]
-        chosen += own or [max(candidates, key=lambda g: (g.get("users", 0), len(g.summaries)))]
+        chosen += own or [max(candidates, key=rank)]
     return chosen
 
 

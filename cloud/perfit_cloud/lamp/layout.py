@@ -8,12 +8,14 @@ from typing import Any
 
 from perfit_cloud.lamp.figures import HeatMap, PointPlot
 from perfit_cloud.lamp.groups import Cell, RunGroup, nearest
+from perfit_cloud.lamp.paper import PaperTable
 
 __all__ = [
     "ABLATIONS",
     "TESTED",
     "Block",
     "Section",
+    "beside",
     "caption",
     "columns_of",
     "panels",
@@ -43,7 +45,7 @@ class Section:
     title: str
     about: str
     blocks: Sequence[Block]  # without a row where no run has anything for it
-    paper: str  # where the paper's figures come from, or that they are not at hand
+    paper: str  # where the paper's figures come from
 
 
 ABLATIONS = {
@@ -62,19 +64,29 @@ def setting(group: RunGroup, *, but: str = "") -> str:
     """Layers, ranks, positions, prompts and schedule; `but`: "layers" or "ranks", which a table varies."""
     turns = " as chat turns" if group.get("chat") else ""
     words = {
-        "layers": f"layers {';'.join(map(str, group.layers))}",
-        "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}",
+        "layers": f"layers {';'.join(map(str, group.layers))}" if group.layers else "",
+        "ranks": f"ranks {group.ranks[0]}/{group.ranks[1]}" if any(group.ranks) else "",
         "positions": group.get("positions", ""),
-        "asked": f"{group.get('prompts')} prompts{turns}, {group.get('schedule')} schedule",
+        "collective": f"{group.whole} collective users" if group.plain and group.whole else "",
+        "asked": f"{group.get('prompts')} prompts{turns}",
+        "schedule": f"{group.get('schedule')} schedule" if group.get("schedule") else "",
     }
-    return ", ".join(text for name, text in words.items() if name != but)
+    return ", ".join(text for name, text in words.items() if text and name != but)
 
 
 def variant(group: RunGroup) -> str:
     """What sets a group apart from the whole method."""
-    words = [ABLATIONS.get(group.get("ablation", "full"), group.method)]
-    if group.get("collective_users") is not None:
-        words.append(f"{group.get('collective_users')} collective users")
+    words = [ABLATIONS.get(group.ablation, group.method)]
+    if group.get("k") is not None:
+        words.append(f"{group.get('k')} own examples")
+    if group.collective_users is not None and not group.plain:
+        words.append(f"{group.collective_users} collective users")
+    if group.get("communities"):
+        words.append(f"starts of {group.get('communities')} communities")
+    if group.get("examples") is not None:
+        words.append(f"latest {group.get('examples')} examples of each history")
+    if group.get("collective_group") is not None:
+        words.append(f"group {group.get('collective_group')} of collective users")
     if group.foreign:
         words.append(f"collective shift of {group.get('artefact_task')}")
     elif group.get("artefact_prompts") != group.get("prompts"):
@@ -117,16 +129,16 @@ def panels(
     return [PointPlot(title, x_label, measure, ticks, {measure: row}) for measure, row in cells.items()]
 
 
-def columns_of(group: RunGroup) -> dict[str, tuple[str, str]]:
+def columns_of(*groups: RunGroup) -> dict[str, tuple[str, str]]:
     """(measure, mode) of a table of variants, by the column's name."""
-    shown = [mode for mode in ("collective", "personal") if mode in group.modes]
-    return {f"{measure}, {mode}": (measure, mode) for measure in group.measures for mode in shown}
+    shown = [mode for mode in ("collective", "personal") if any(mode in group.modes for group in groups)]
+    return {f"{measure}, {mode}": (measure, mode) for measure in groups[0].measures for mode in shown}
 
 
 def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0, but: str = "") -> Block:
     """A table with a row for each variant, and a panel for each measure; `joined` as in PointPlot."""
     first = rows[0][1]
-    columns = columns_of(first)
+    columns = columns_of(*(group for _, group in rows))
     modes = dict.fromkeys(mode for _, mode in columns.values())
     ticks = [tick(name, group) for name, group in rows]
 
@@ -139,6 +151,25 @@ def variants(what: str, rows: Sequence[tuple[str, RunGroup]], *, joined: int = 0
         caption(first, but=but),
         points=[[PointPlot(first.task.name, what, m, ticks, series(m), joined) for m in first.measures]],
     )
+
+
+def beside(blocks: Sequence[Block], groups: Sequence[RunGroup], table: PaperTable, what: str) -> list[Block]:
+    """Our blocks, then the paper's rows for each task of `groups` that the table has; none without ours."""
+    if not any(block.rows for block in blocks):
+        return list(blocks)
+    theirs = []
+    for task in dict.fromkeys(group.task.name for group in groups):
+        measures = list(table.figures.get(task, {}))
+        rows = [[row, *(_plain(table.get(task, m, row)) for m in measures)] for row in table.rows(task)]
+        theirs.append(Block([what, *measures], rows, f"The paper's {task}, {table.tables}"))
+    return [*blocks, *theirs]
+
+
+def _plain(figure: float | None) -> str | None:
+    """As the paper prints it, small ones in powers of ten."""
+    if figure is None:
+        return None
+    return f"{figure:.1e}" if 0 < figure < 1e-2 else f"{figure:.3f}"
 
 
 def with_full_method(

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from perfit_cloud.engine.generation.static import generate_batch
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp.people import Query
-from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput
 from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling, Score
 
-__all__ = ["Decoding", "answer_frozen", "score_frozen"]
-
-_TOGETHER = 32  # prompts that are answered in one batch
+__all__ = ["Decoding", "score_frozen"]
 
 
 @dataclass(frozen=True)
@@ -39,37 +35,12 @@ class Decoding:
     def sampling(self, task: Task, user_id: str, query: Query) -> Sampling:
         """Each query has its own seed, so no draw depends on other queries."""
         name = f"{self.seed}/{user_id}/{query.id}".encode()
-        return Sampling(
-            max_new_tokens=task.answer_tokens,
+        return task.sampling(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            stop=task.stop,
             seed=int.from_bytes(hashlib.sha256(name).digest()[:7], "big"),
         )
-
-
-def answer_frozen(
-    base: BaseModel,
-    prompts: Sequence[list[int]],
-    uses: Sequence[ShiftUse],
-    samplings: Sequence[Sampling],
-    done: Callable[[int], None],
-) -> list[str]:
-    """The answer to each prompt. `done` gets the number of answers of each batch.
-
-    Which prompts share a batch is a function of the prompts alone, so the answers are too.
-    """
-    texts = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for chunk in (by_length[k : k + _TOGETHER] for k in range(0, len(by_length), _TOGETHER)):
-        answers = generate_batch(
-            base, [prompts[i] for i in chunk], [uses[i] for i in chunk], [samplings[i] for i in chunk]
-        )
-        for i, text in zip(chunk, answers, strict=True):
-            texts[i] = text
-        done(len(chunk))
-    return texts
 
 
 def score_frozen(

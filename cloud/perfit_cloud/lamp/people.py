@@ -35,6 +35,7 @@ class Query:
     id: str
     gold: str  # the answer alone, as metrics compare it
     item: Mapping[str, str]  # the task's fields, the gold answer's included
+    date: str = ""  # as the file has it; "" if it has none
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Person:
     user_id: str
     history: tuple[Mapping[str, str], ...]  # the task's fields of every item, oldest first
     queries: tuple[Query, ...]
+    dates: tuple[str, ...] = ()  # of every history item, as the file has them
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class People:
     empty_queries: tuple[Entry, ...]  # with an empty field, of the whole file; none where users are left out
     labels: Labels  # of the label file
     raw_ids: Mapping[str, str | int]  # of all queries, as the file has them
+    asked: str = ""  # as `digest`, without histories
 
     @property
     def extra_labels(self) -> int:
@@ -94,9 +97,17 @@ class People:
 
 
 def read_people(
-    folder: Path, task: Task, base: BaseModel, *, users: int | None = None, examples: int | None = None
+    folder: Path,
+    task: Task,
+    base: BaseModel,
+    *,
+    users: int | None = None,
+    examples: int | None = None,
+    queries: int | None = None,
 ) -> People:
-    """The first `users` users of a folder's test cohort, with the latest `examples` of each history.
+    """The first `users` users of a folder's test cohort.
+
+    Of each the latest `examples` of the history (all, or none for 0) and the first `queries` queries.
 
     Raises InvalidData naming file, item and field when a file is missing or malformed.
     """
@@ -105,7 +116,7 @@ def read_people(
         raise InvalidData(f"{folder} holds no {HISTORY_FILES[0]}; `perfit-cloud lamp prepare` makes one")
     found = read_users(path, task)
     chosen = found.users[:users]
-    reader = _Reader(Encoder(base, task), task, examples)
+    reader = _Reader(Encoder(base, task), task, examples, queries)
     people = tuple(reader.person(user) for user in chosen if user.query)
     if not people:
         raise InvalidData(f"{path}: no user has a query with all fields of task {task.name}")
@@ -115,9 +126,10 @@ def read_people(
         counts=Counts(found.dropped_empty, reader.dropped_long, reader.shortened, left_out),
         token_cap=reader.encoder.cap,
         digest=reader.hash.hexdigest(),
-        empty_queries=found.empty_queries if users is None else (),
+        empty_queries=found.empty_queries if users is None and queries is None else (),
         labels=found.labels,
         raw_ids=_raw_ids(found),
+        asked=reader.asked.hexdigest(),
     )
 
 
@@ -129,32 +141,39 @@ def _raw_ids(found: Users) -> dict[str, str | int]:
 class _Reader:
     """Encodes person by person, counts, and keeps the text of what fits."""
 
-    def __init__(self, encoder: Encoder, task: Task, examples: int | None) -> None:
-        self.encoder, self._task, self._examples = encoder, task, examples
+    def __init__(self, encoder: Encoder, task: Task, examples: int | None, queries: int | None) -> None:
+        self.encoder, self._task = encoder, task
+        self._examples, self._queries = examples, queries
         self.dropped_long = self.shortened = 0
-        self.hash = hashlib.sha256()
+        self.hash, self.asked = hashlib.sha256(), hashlib.sha256()
 
     def person(self, user: User) -> Person:
-        fitting = [(e.item, x) for e in user.profile if (x := self.encoder.example(e.item)) is not None]
+        fitting = [(e, x) for e in user.profile if (x := self.encoder.example(e.item)) is not None]
         self.dropped_long += len(user.profile) - len(fitting)
         if self._examples is not None:
-            fitting = fitting[-self._examples :]
+            fitting = fitting[len(fitting) - min(self._examples, len(fitting)) :]
         queries, encoded = [], []
-        for entry in user.query:
+        for entry in user.query[: self._queries]:
             with error_context(f"query {entry.id}"):
                 encoded.append(self.encoder.query(entry.item))
-            queries.append(Query(entry.id, entry.item[self._task.gold_field].strip(), entry.item))
+            gold = entry.item[self._task.gold_field].strip()
+            queries.append(Query(entry.id, gold, entry.item, entry.date))
         self.shortened += sum(encoded.is_cut for encoded in [*(x for _, x in fitting), *encoded])
         history = [example.pair for _, example in fitting]
         rows = [(q.id, q.gold, encoded.pair) for q, encoded in zip(queries, encoded, strict=True)]
         self.hash.update(json.dumps([user.user_id, history, rows]).encode())
-        return Person(user.user_id, tuple(item for item, _ in fitting), tuple(queries))
+        self.asked.update(json.dumps([user.user_id, rows]).encode())
+        past, dates = tuple(e.item for e, _ in fitting), tuple(e.date for e, _ in fitting)
+        return Person(user.user_id, past, tuple(queries), dates)
 
 
 def swap_histories(people: Sequence[Person]) -> tuple[Person, ...]:
-    """Everyone with the history of the next one (the last with the first's): the control of Table 15."""
+    """Everyone with the history of the next one (the last with the first's): a control of ours."""
     after = [*people[1:], people[0]]
-    return tuple(replace(person, history=other.history) for person, other in zip(people, after, strict=True))
+    return tuple(
+        replace(person, history=other.history, dates=other.dates)
+        for person, other in zip(people, after, strict=True)
+    )
 
 
 def cohorts(people: Sequence[Person], size: int) -> list[list[Person]]:

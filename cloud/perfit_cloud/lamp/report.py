@@ -9,6 +9,7 @@ from pathlib import Path
 from perfit_cloud.lamp.figures import draw_heat, draw_points
 from perfit_cloud.lamp.groups import RunGroup, group_runs
 from perfit_cloud.lamp.layout import Section, setting, variant
+from perfit_cloud.lamp.method_tables import text_section
 from perfit_cloud.lamp.results import Run, write_bytes
 from perfit_cloud.lamp.statistics import RESAMPLES
 from perfit_cloud.lamp.tables import SECTIONS
@@ -29,8 +30,10 @@ _HOW_TO_READ = (
 )
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(folders: Sequence[Path], out: Path, *, texts: bool = True) -> Path:
     """Draw what the runs allow into `out`; the path of report.md.
+
+    Without `texts` nothing that people or the model wrote goes into it: no answer, no gold, no user's id.
 
     Raises InvalidData on a folder without a finished run, InvalidInput without any folder.
     """
@@ -47,7 +50,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     lines = ["# LaMP", "", _HOW_TO_READ, ""]
     missing = []
-    for section in (make(groups) for make in SECTIONS):
+    for section in (make(groups) for make in (*SECTIONS, *([text_section] if texts else []))):
         if any(block.rows for block in section.blocks):
             lines += _written(section, out)
         else:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, Self
 
+from perfit_cloud.collective.items import GROUPS
 from perfit_cloud.lamp.measure import Decoding
 from perfit_cloud.lamp.methods import METHODS
+from perfit_cloud.model.placement import ONE_DEVICE, Placement
 from perfit_shared.errors import InvalidInput
 from perfit_shared.optimizer import OptimizerConfig
+from perfit_shared.presets import value_or
 from perfit_shared.training import Schedule
 
-__all__ = ["ABLATIONS", "HISTORIES", "LampRequest"]
+__all__ = ["HISTORIES", "LampRequest"]
 
-# full; φ₁ alone; φ₂ alone from the identity, at the personal rank or at the sum of both (Table 4)
-ABLATIONS = ("full", "stage1", "stage2", "stage2_sum")
-HISTORIES = ("own", "other")  # whose history a user's shift is trained on (Table 15)
+_COUNTS = ("users", "examples", "queries", "collective_users", "users_together", "collective_epochs")
+HISTORIES = ("own", "other")  # whose a user's shift is trained on; "other" is an ablation
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,19 @@ class LampRequest:
     data: Path  # folder with one task's files
     out: Path
     artefact: Path | None = None  # a collective shift that is there already, perhaps of another task
+    lora: Path | None = None  # a collective LoRA that is there already: its file, or OUT of its run
+    lora_layers: str = "all"  # the blocks of a collective LoRA below a shift, or "perfit"'s
     preset: str | None = None  # the task's own
     prompts: str | None = None  # of perfit_shared.prompts; the artefact's, else task.json's, else built in
     chat: str | None = None  # of perfit_shared.prompts.READINGS; as the task says
     schedule: str = "paper"  # of stage 2: as the paper trains, or "device"
     users: int | None = None  # the first N of the test cohort
-    examples: int | None = None  # of each history, the latest N
+    examples: int | None = None  # of each history, the latest N; 0: nobody has one
+    queries: int | None = None  # of each user, the first N
+    reuse: Path | None = None  # a finished run of the same people; what would come out the same is taken
     collective_users: int | None = None  # so many of user_others.json, chosen by the seed
-    ablation: str = "full"
+    collective_group: int | None = None  # one of five disjoint groups of user_others.json (Table 15)
+    method: str = "perfit"  # of methods.METHODS
     histories: str = "own"
     layers: tuple[int, ...] | None = None
     positions: str | None = None
@@ -46,6 +54,10 @@ class LampRequest:
     epochs: int | None = None  # of stage 2
     learning_rate: float | None = None  # of stage 2
     figures: tuple[int, int] | None = None  # epochs and batch size of a run that this one is like
+    k: int = 4  # own examples before a query, nearest first
+    profile_model: str | None = None  # that writes profiles; the base
+    strength: float | None = None  # of a style vector; chosen on the history
+    drift: bool = False  # measure `drift` too
     seed: int = 0
     decoding: Decoding = field(default_factory=Decoding)
     users_together: int = 8  # a cohort of stage 2
@@ -53,41 +65,46 @@ class LampRequest:
     threads: int = 0  # of the CPU; 0: torch's own choice
     dtype: str = "auto"
     device: str = "auto"
+    placement: Placement = ONE_DEVICE  # over several devices, instead
 
     def __post_init__(self) -> None:
-        if self.ablation not in ABLATIONS:
-            raise InvalidInput(f'no ablation "{self.ablation[:20]}"; there are {", ".join(ABLATIONS)}')
+        if self.method not in METHODS:
+            raise InvalidInput(f'no method "{self.method[:20]}"; there are {", ".join(METHODS)}')
         if self.histories not in HISTORIES:
             raise InvalidInput(f"histories should be {' or '.join(HISTORIES)}")
-        for name in ("users", "examples", "collective_users", "users_together", "collective_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInput(f"{name.replace('_', ' ')} should be at least 1")
+        for name in _COUNTS:
+            value, least = getattr(self, name), int(name != "examples")
+            if value is not None and value < least:
+                raise InvalidInput(f"{name.replace('_', ' ')} should be at least {least}")
+        if self.collective_group is not None and not 0 <= self.collective_group < GROUPS:
+            raise InvalidInput(f"a collective group should be from 0 to {GROUPS - 1}")
+        if self.collective_users is not None and self.collective_group is not None:
+            raise InvalidInput("stage 1 is on so many users, or on a group of them; leave one out")
         if self.keep_bytes < 0:
             raise InvalidInput("the memory for activations should not be negative")
         # Raises on what no schedule can have, before anything is trained or written.
-        Schedule(
-            epochs=1 if self.epochs is None else self.epochs,
-            seed=self.seed,
-            examples=1,
-            batch_size=1 if self.batch_size is None else self.batch_size,
-            learning_rate=1e-4 if self.learning_rate is None else self.learning_rate,
-        )
+        for epochs, rate in (
+            (self.epochs, self.learning_rate),
+            (self.collective_epochs, self.collective_learning_rate),
+        ):
+            Schedule(
+                epochs=value_or(epochs, 1),
+                seed=self.seed,
+                examples=1,
+                batch_size=value_or(self.batch_size, 1),
+                learning_rate=value_or(rate, 1e-4),
+            )
         OptimizerConfig(1.0, 1, schedule=self.schedule)
-        self._check_options()
-
-    def _check_options(self) -> None:
-        """No option that would change nothing."""
-        method = METHODS[self.method]
-        of_methods = frozenset().union(*(each.options for each in METHODS.values()))
-        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-        idle = sorted(given & (of_methods - method.options))
-        if idle:
-            names = ", ".join(name.replace("_", " ") for name in idle)
-            raise InvalidInput(f"{names}: {self.ablation} does not use that; leave it out")
-        method.check(self)
+        METHODS[self.method].check(self)
 
     @property
-    def method(self) -> str:
-        """The name in `methods.METHODS`."""
-        return "perfit" if self.ablation == "full" else f"perfit_{self.ablation}"
+    def unused(self) -> tuple[str, ...]:
+        """Given options of other methods, which this one does not read."""
+        of_methods = frozenset().union(*(each.options for each in METHODS.values()))
+        idle = of_methods - METHODS[self.method].options
+        return tuple(f.name for f in fields(self) if f.name in idle and getattr(self, f.name) != f.default)
+
+    def without_unused(self) -> Self:
+        """As if those had not been given."""
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in self.unused}
+        return replace(self, **defaults)

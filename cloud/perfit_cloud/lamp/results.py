@@ -19,10 +19,12 @@ from typing import Any
 from perfit_shared.errors import InvalidData
 from perfit_shared.files import write_whole
 from perfit_shared.prompts import prompts_of
+from perfit_shared.task import PENALTIES
 from perfit_shared.tasks import Task
 
 __all__ = [
     "MODES",
+    "SECONDS",
     "QueryResult",
     "Run",
     "UserFolder",
@@ -34,6 +36,10 @@ __all__ = [
 
 # φ₁ alone is "collective"; stage 1 trained φ₂∘φ₁, which is "seed", where every user starts.
 MODES = ("base", "collective", "seed", "personal", "other")
+# What took a run's time: what everybody shares, everybody's own state, losses and answers; by the words
+# that older versions had for it.
+_OLD_SECONDS = {"stage1": "preparation", "stage2": "fit", "evaluation": "answers"}
+SECONDS = tuple(_OLD_SECONDS.values())
 _DECODING_KEYS = ("temperature", "top_k", "top_p")
 _FORMAT = 1
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -49,6 +55,7 @@ class QueryResult:
     tokens: int  # of the target, end of sequence included
     loss: Mapping[str, float]  # by mode, mean nats a target token of this query
     answers: Mapping[str, str]  # by mode, parsed
+    origins: str | None = None  # `text_scores.origins_of` the gold; None of runs before there was this
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class UserResult:
     def with_modes(self, queries: Sequence[QueryResult]) -> UserResult:
         """With what these, the same queries in the same order, say of other modes."""
         merged = tuple(
-            replace(old, loss={**old.loss, **new.loss}, answers={**old.answers, **new.answers})
+            replace(new, loss={**old.loss, **new.loss}, answers={**old.answers, **new.answers})
             for old, new in zip(self.queries, queries, strict=True)
         )
         return replace(self, queries=merged)
@@ -90,21 +97,26 @@ class UserFolder:
 
     def save_state(self, state: bytes, *, losses: Sequence[float], seconds: float) -> None:
         """`losses`: of every step. The state is written last: where it is, the rest is too."""
-        self._save_seconds(stage2=seconds)
+        self._save_seconds(fit=seconds)
         write_json(self.path / "stage2.json", {"losses": losses, "seconds": seconds})
         write_bytes(self.state_path, state)
 
     @property
-    def steps(self) -> int:
+    def losses(self) -> tuple[float, ...]:
+        """Of every step of stage 2."""
         path = self.path / "stage2.json"
-        return len(_read(path)["losses"]) if self.has_state and path.is_file() else 0
+        return tuple(_read(path)["losses"]) if self.has_state and path.is_file() else ()
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
 
     def has_measured(self, mode: str) -> bool:
         return (self.path / "result.json").is_file() and mode in self.load().modes
 
     def add_mode(self, measured: UserResult, seconds: float) -> None:
         """Add the modes of `measured` to this user's results; `seconds` that they took."""
-        self._save_seconds(evaluation=self.seconds["evaluation"] + seconds)
+        self._save_seconds(answers=self.seconds["answers"] + seconds)
         known = self.load() if (self.path / "result.json").is_file() else measured
         self.save(known.with_modes(measured.queries))
 
@@ -123,7 +135,7 @@ class UserFolder:
     @property
     def seconds(self) -> dict[str, float]:
         path = self.path / "seconds.json"
-        return {"stage2": 0.0, "evaluation": 0.0} | (_read(path) if path.is_file() else {})
+        return {"fit": 0.0, "answers": 0.0} | _renamed(_read(path) if path.is_file() else {})
 
     def _save_seconds(self, **seconds: float) -> None:
         write_json(self.path / "seconds.json", self.seconds | seconds)
@@ -136,7 +148,7 @@ class Run:
     folder: Path
     task: Task
     settings: Mapping[str, Any]
-    seconds: Mapping[str, float]  # stage1, stage2, evaluation
+    seconds: Mapping[str, float]  # SECONDS
     users: tuple[UserResult, ...]
 
     @property
@@ -166,6 +178,8 @@ class Run:
         stops = " or ".join(map(json.dumps, self.settings["stop"]))
         stop = f"to {stops}" if stops else "no stop"
         words = ["greedy"] if decoding.get("temperature") == 0 else words
+        penalties = {name: self.settings[name] for name in PENALTIES if self.settings[name]}
+        words += [f"{name.replace('_', ' ')} {value:g}" for name, value in penalties.items()]
         return ", ".join([*words, f"up to {self.settings['answer_tokens']} tokens, {stop}"])
 
     def save(self) -> None:
@@ -188,26 +202,41 @@ class Run:
                 raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
             task = Task.from_json(json.dumps(data["task"]))
             users = tuple(UserFolder(folder, user).load() for user in data["users"])
-            return cls(folder, task, completed(data["settings"], task), data["seconds"], users)
+            seconds = _renamed(data["seconds"])
+            return cls(folder, task, completed(data["settings"], task), seconds, users)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
 
 
+def _renamed(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {_OLD_SECONDS.get(part, part): value for part, value in seconds.items()}
+
+
 def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """Settings of a run with what older versions did not write: how they trained and asked."""
-    prompts, ablation = prompts_of(task), settings.get("ablation", "full")
-    if "asked_epochs" not in settings and settings.get("schedule", "device") == "device":
+    prompts, settings = prompts_of(task), dict(settings)
+    ablation = settings.pop("ablation", "full")
+    schedule = settings.get("schedule", None if "method" in settings else "device")
+    if "asked_epochs" not in settings and schedule == "device":
         # It took the artefact's batches and epochs, however short a history was.
         settings = {**settings, "schedule": "old device"}
+    elif schedule == "device" and "rate_growth" not in settings:  # its rate warmed up and decayed
+        settings = {**settings, "schedule": "linear device"}
     return {
         "method": "perfit" if ablation == "full" else f"perfit_{ablation}",
         "asked_epochs": None,
         "asked_batch_size": None,
+        "rate_growth": None,
+        "collective_group": None,
+        "queries": None,
+        "communities": 0,
         "prompts": prompts,
         "chat": task.chat is True,
         "artefact_prompts": prompts,
         "answer_tokens": task.answer_tokens,
         "stop": list(task.stop),
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
         **settings,
     }
 

@@ -2,7 +2,8 @@
 
     OUT/settings.json                the run's settings; a later one must share them
     OUT/artefact/                    stage 1 of PerFit, unless an artefact was given
-    OUT/users/{user_id}/             the user's state (personal.safetensors), result.json
+    OUT/users/{user_id}/             the user's state (personal.safetensors), result.json (`cohorts`)
+    OUT/drift.json                   with --drift (`drift`)
     OUT/run.json, summary.json       written last
     OUT/predictions.json             personal answers in LaMP's schema, with golds.json (`predictions`)
 
@@ -12,30 +13,36 @@ figures.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from perfit_cloud.collective.progress import Progress
+from perfit_cloud.lamp.cohorts import STOPPED, CohortWork
+from perfit_cloud.lamp.drift import DriftTrial
+from perfit_cloud.lamp.drift_results import drift_of
 from perfit_cloud.lamp.methods import METHODS
-from perfit_cloud.lamp.methods.interface import FitContext, Method, QueryRequest, TaskData
-from perfit_cloud.lamp.people import People, Person, cohorts, read_people, swap_histories
+from perfit_cloud.lamp.methods.interface import Method, TaskData
+from perfit_cloud.lamp.people import People, Person, cohorts, read_people
 from perfit_cloud.lamp.predictions import write_predictions
+from perfit_cloud.lamp.ray_workers import RayCluster, RayWorkers
 from perfit_cloud.lamp.request import LampRequest
-from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserFolder, UserResult, completed, write_json
+from perfit_cloud.lamp.results import MODES, Run, completed, write_json
+from perfit_cloud.lamp.settings import check_out, settings_of_all
+from perfit_cloud.lamp.shared_answers import SharedAnswers
 from perfit_cloud.lamp.summary import summarise
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, PerfitError
+from perfit_shared.errors import Cancelled, InvalidData
 from perfit_shared.prompts import as_read, load_prompts, prompts_of
 from perfit_shared.tasks import Task, differing_keys
 
 __all__ = ["run_lamp"]
 
+_BUT_FOR_WORDS = " (but it asks in the artefact's words)"
 _ANSWER = 1.5  # cost of a query's loss and answer in one mode, in units of a training example
 
 
@@ -45,10 +52,12 @@ def run_lamp(
     base: BaseModel | None = None,
     task: Task | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ray: RayCluster | None = None,
 ) -> Run:
     """Run it, or go on with an interrupted run of the same request; a finished one is only read.
 
-    `task`: as the model reads it, where another run of a sweep has decided that.
+    `task`: as the model reads it, where another run of a sweep has decided that. `ray`: fit and measure
+    people there instead of in this process, with the same figures.
 
     Raises Cancelled when `stop` says so (everything done is kept), InvalidInput on flags that cannot
     be or an OUT of another request, InvalidData on data that cannot be read.
@@ -57,16 +66,27 @@ def run_lamp(
         import torch
 
         torch.set_num_threads(request.threads)
-    base = base or load_base(request.model, dtype=request.dtype, device=request.device)
-    task, say = task or _read_task(request, base), Progress(0).say
+    say = Progress(0).say
+    asked = request
+    if request.unused:
+        names = ", ".join(name.replace("_", " ") for name in request.unused)
+        say(f"{request.method} does not use: {names}" + _BUT_FOR_WORDS * ("artefact" in request.unused))
+        request = request.without_unused()
+    base = base or load_base(
+        request.model, dtype=request.dtype, device=request.device, placement=request.placement
+    )
+    task = task or _read_task(asked, base)
     request = replace(request, task=task.name)
-    people = read_people(request.data, task, base, users=request.users, examples=request.examples)
+    people = read_people(
+        request.data, task, base, users=request.users, examples=request.examples, queries=request.queries
+    )
     say(base.precision)
     _describe(people, task, say)
     data = TaskData(task, base, people)
+    check_out(request.out, task, settings_of_all(request, data))  # before hours of stage 1
     with closing(METHODS[request.method](request, data)) as method:
         seconds = method.prepare(stop)
-        run = _LampRun(request, data, method, stop)
+        run = _LampRun(request, data, method, stop, ray)
         return run.finished() or run.run(seconds)
 
 
@@ -111,38 +131,28 @@ class _LampRun:
     """One run with everything loaded."""
 
     def __init__(
-        self, request: LampRequest, data: TaskData, method: Method[Any], should_stop: Callable[[], bool]
+        self,
+        request: LampRequest,
+        data: TaskData,
+        method: Method[Any],
+        should_stop: Callable[[], bool],
+        ray: RayCluster | None,
     ) -> None:
-        self._request, self._data, self._method = request, data, method
+        self._request, self._data, self._method, self._ray = request, data, method, ray
         self._out, self._should_stop = request.out, should_stop
-        people = data.people.people
-        self._people = people if request.histories == "own" else swap_histories(people)
-        after = [*self._people[1:], self._people[0]]
-        self._next = {one.user_id: other for one, other in zip(self._people, after, strict=True)}
+        self._work = CohortWork(request, data, method, self._stop)
+        self._people, self._folder = self._work.people, self._work.folder
         self._settings = self._described()
+        self._known = SharedAnswers.of(request.reuse, self._settings)
 
     def _described(self) -> dict[str, Any]:
-        """Everything that decides the figures, plain JSON values."""
-        request, task, base, people = self._request, self._data.task, self._data.base, self._data.people
+        """Everything that decides the figures, and what follows from it; plain JSON values."""
+        people = self._data.people
         return {
-            "task": task.name,
-            "model": base.name,
-            "fingerprint": base.fingerprint,
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "data": people.digest,
-            "method": self._method.name,
+            **settings_of_all(self._request, self._data),
             **self._method.settings,
             "personal_parameters": self._method.parameters,
-            "seed": request.seed,
-            "users": len(self._people),
-            "examples": request.examples,
-            "users_together": request.users_together,
-            "histories": request.histories,
-            "prompts": prompts_of(task),
-            "chat": task.chat,
-            "decoding": asdict(request.decoding),
-            "answer_tokens": task.answer_tokens,
-            "stop": list(task.stop),
+            "asked": people.asked,
             "token_cap": people.token_cap,
             "shortened": people.counts.shortened,
         }
@@ -152,37 +162,32 @@ class _LampRun:
 
         Raises InvalidInput when OUT holds another one, finished or not.
         """
-        path = self._out / "settings.json"
-        if path.is_file():
-            try:
-                theirs = json.loads(path.read_text("utf-8"))
-            except ValueError as error:
-                raise InvalidData(f"{path} is damaged; use another --out") from error
-            ours = json.loads(json.dumps(self._settings))
-            theirs, ours = (completed(settings, self._data.task) for settings in (theirs, ours))
-            differing = {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)}
-            changed = sorted(differing - {"token_cap", "shortened"})  # what they do shows in the data
-            if changed:
-                names = ", ".join(name.replace("_", " ") for name in changed)
-                raise InvalidInput(f"{self._out} holds a run with other {names}; use another --out")
-        else:
-            write_json(path, self._settings)
+        task = self._data.task
+        follows = {"personal_parameters", "asked", "token_cap", "shortened"}  # the rest decides them
+        deciding = {k: v for k, v in completed(self._settings, task).items() if k not in follows}
+        if not check_out(self._out, task, deciding):
+            write_json(self._out / "settings.json", self._settings)
         if not (self._out / "summary.json").is_file():
             return None
         try:
             run = Run.load(self._out)
         except InvalidData:  # a file is missing or damaged; the run repairs it
             return None
-        return run if run.modes == self._modes() else None
+        drifting = set(self._modes()) - {"base", "other"} if self._request.drift else set()
+        complete = run.modes == self._modes() and drifting <= (drift_of(run) or {}).keys()
+        return run if complete else None
 
-    def run(self, stage1_seconds: float) -> Run:
-        """`stage1_seconds`: what preparation took, perhaps in an earlier run."""
-        if self._method.learns:
-            self._fit()
-        self._evaluate()
+    def run(self, prepared: float) -> Run:
+        """`prepared`: the seconds that preparation took, perhaps in an earlier run."""
+        with self._workers() as workers:
+            if self._method.learns:
+                self._fit(workers)
+            self._evaluate(workers)
+        if self._request.drift:
+            self._measure_drift()
         folders = [self._folder(person) for person in self._people]
-        seconds = {"stage1": stage1_seconds}
-        for part in ("stage2", "evaluation"):
+        seconds = {"preparation": prepared}
+        for part in ("fit", "answers"):
             seconds[part] = sum(folder.seconds[part] for folder in folders)
         users = tuple(folder.load() for folder in folders)
         run = Run(self._out, self._data.task, self._settings, seconds, users)
@@ -191,43 +196,51 @@ class _LampRun:
         write_json(self._out / "summary.json", summarise(run))
         return run
 
-    def _folder(self, person: Person) -> UserFolder:
-        return UserFolder(self._out, person.user_id, self._method.state_file)
-
     def _stop(self) -> None:
         if self._should_stop():
-            raise Cancelled("stopped; the same command goes on from there")
+            raise Cancelled(STOPPED)
+
+    @contextmanager
+    def _workers(self) -> Iterator[RayWorkers | None]:
+        """None: this process does it itself."""
+        if self._ray is None:
+            yield None
+            return
+        with closing(RayWorkers(self._ray, self._request, self._data.task, self._should_stop)) as workers:
+            Progress(0).say(f"{workers.count} workers, each with the model, by Ray ({self._ray.address})")
+            yield workers
 
     # -- a state for every user ----------------------------------------------------------------
 
-    def _fit(self) -> None:
+    def _fit(self, workers: RayWorkers | None) -> None:
         """Fit everyone with a history, cohort by cohort; refit a whole cohort where a state is missing."""
         method = self._method
         learners = [person for person in self._people if method.can_fit(person)]
         progress = Progress(sum(map(method.examples, learners)))
         if learners and (how := method.announce(learners)):
             progress.say(how)
-        finished = 0
+        missing, finished = [], 0
         for cohort in cohorts(learners, method.together):
             if all(self._folder(person).has_state for person in cohort):
                 progress.skip(sum(map(method.examples, cohort)))
+                finished += len(cohort)
             else:
-                self._fit_cohort(cohort, progress, finished=finished, of=len(learners))
+                missing.append(cohort)
+        for cohort in missing if workers is None else ():
+            self._fit_cohort(cohort, progress, finished=finished, of=len(learners))
             finished += len(cohort)
+        for fitted in () if workers is None else workers.fit(missing):
+            finished += len(fitted)
+            progress.advance(sum(map(method.examples, fitted)), f"{finished} of {len(learners)} users fitted")
 
     def _fit_cohort(self, cohort: Sequence[Person], progress: Progress, *, finished: int, of: int) -> None:
         began = time.monotonic()
 
         def done(examples: int, people: int) -> None:
-            progress.advance(examples, f"stage 2: {finished + people} of {of} users done")
+            progress.advance(examples, f"{finished + people} of {of} users fitted")
 
-        work = FitContext(done, progress.skip, self._stop, self._out / "stage2.bin")
-        fitted = self._method.fit_cohort(cohort, work)
-        for person, one in zip(cohort, fitted, strict=True):
-            state = self._method.to_bytes(one.state)
-            self._folder(person).save_state(state, losses=one.losses, seconds=one.seconds)
-        work.checkpoint.unlink(missing_ok=True)
-        progress.say(f"stage 2: {len(cohort)} users in {time.monotonic() - began:.0f} s")
+        self._work.fit(cohort, done, progress.skip)
+        progress.say(f"{len(cohort)} users fitted in {time.monotonic() - began:.0f} s")
 
     # -- answers -------------------------------------------------------------------------------
 
@@ -236,57 +249,49 @@ class _LampRun:
         measured = {*self._method.shared, *(own if self._method.learns else ())}
         return tuple(mode for mode in MODES if mode in measured)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, workers: RayWorkers | None) -> None:
         """Losses and answers of everyone, in the modes that their results lack."""
-        modes = self._modes()
-        queries = sum(len(person.queries) for person in self._people)
-        progress = Progress(queries * len(modes) * _ANSWER)
-        finished = 0
+        modes, users = self._modes(), len(self._people)
+        progress = Progress(sum(len(person.queries) for person in self._people) * len(modes) * _ANSWER)
+        missing, finished = [], 0
         for cohort in cohorts(self._people, self._request.users_together):
-            for mode in modes:
-                if all(self._folder(person).has_measured(mode) for person in cohort):
-                    progress.skip(sum(len(person.queries) for person in cohort) * _ANSWER)
-                else:
-                    text = f"answers: {finished} of {len(self._people)} users done"
-                    self._measure(cohort, mode, progress, text)
-                    self._stop()
+            self._take_known(cohort, modes)
+            lacking = [m for m in modes if not all(self._folder(one).has_measured(m) for one in cohort)]
+            queries = sum(len(person.queries) for person in cohort)
+            progress.skip(queries * (len(modes) - len(lacking)) * _ANSWER)
+            if lacking:
+                missing.append((cohort, lacking))
+            else:
+                finished += len(cohort)
+        for cohort, lacking in missing if workers is None else ():
+            advance = partial(_advance, progress, f"answers: {finished} of {users} users done")
+            for mode in lacking:
+                self._work.measure(cohort, mode, advance)
+                self._stop()
             finished += len(cohort)
+        for measured, modes_done in () if workers is None else workers.measure(missing):
+            finished += len(measured)
+            queries = sum(len(person.queries) for person in measured) * len(modes_done)
+            _advance(progress, f"answers: {finished} of {users} users done", queries)
 
-    def _measure(self, cohort: Sequence[Person], mode: str, progress: Progress, text: str) -> None:
-        began, task, method = time.monotonic(), self._data.task, self._method
-        requests = []
-        for person in cohort:
-            state = self._state(person, mode)
-            for query in person.queries:
-                sampling = self._request.decoding.sampling(task, person.user_id, query)
-                requests.append(QueryRequest(person.user_id, query, state, sampling))
-        scores = method.score(requests)
-        answers = method.answer(requests, lambda count: progress.advance(count * _ANSWER, text))
-        results = (
-            QueryResult(
-                one.query.id,
-                one.query.gold,
-                score.tokens,
-                loss={mode: -score.log_likelihood / score.tokens},
-                answers={mode: task.parse(answer)},
-            )
-            for one, score, answer in zip(requests, scores, answers, strict=True)
-        )
-        own = [tuple(islice(results, len(person.queries))) for person in cohort]
-        seconds = (time.monotonic() - began) / len(cohort)
-        for person, queries in zip(cohort, own, strict=True):
-            folder = self._folder(person)
-            folder.add_mode(UserResult(person.user_id, len(person.history), folder.steps, queries), seconds)
+    def _take_known(self, cohort: Sequence[Person], modes: Sequence[str]) -> None:
+        """Save what another run has measured of this one's, before anybody measures it again."""
+        for mode in modes if self._known.results is not None else ():
+            if mode in self._method.shared:
+                for person in cohort:
+                    known = self._known.result(person.user_id, mode)
+                    if known is not None:
+                        self._work.take_known(person, mode, known)
 
-    def _state(self, person: Person, mode: str) -> Any:
-        """What answers this person in one of results.MODES."""
-        if mode in self._method.shared:
-            return self._method.shared[mode]
-        owner = person if mode == "personal" else self._next[person.user_id]
-        folder = self._folder(owner)
-        if not folder.has_state:
-            return self._method.start
-        try:
-            return self._method.from_bytes(folder.state_path.read_bytes())
-        except PerfitError as error:
-            raise InvalidData(f"{folder.state_path}: {error}; remove it and run again") from error
+    def _measure_drift(self) -> None:
+        trial, people = DriftTrial(self._method, self._data, self._out), self._people
+        progress = Progress(len(people))
+        trial.measure_shared()
+        for done, person in enumerate(people if self._method.learns else ()):
+            self._stop()
+            trial.measure(person.user_id, partial(self._work.state, person, "personal"))
+            progress.advance(1, f"drift: {done + 1} of {len(people)} users done")
+
+
+def _advance(progress: Progress, text: str, queries: int) -> None:
+    progress.advance(queries * _ANSWER, text)

@@ -12,15 +12,21 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import f1_score
 
+from perfit_cloud.lamp import text_scores
 from perfit_shared import metrics
 from perfit_shared.errors import InvalidInput
 from perfit_shared.tasks import Task
 
-__all__ = ["HIGHER_IS_BETTER", "combine", "metric_names", "parts", "score"]
+__all__ = ["HIGHER_IS_BETTER", "combine", "is_text", "metric_names", "parts", "score"]
 
 Array = npt.NDArray[np.float64]
 
-HIGHER_IS_BETTER: Mapping[str, bool] = {**metrics.HIGHER_IS_BETTER, "macro_f1": True, "loss": False}
+HIGHER_IS_BETTER: Mapping[str, bool] = {
+    **metrics.HIGHER_IS_BETTER,
+    **text_scores.HIGHER_IS_BETTER,
+    "macro_f1": True,
+    "loss": False,
+}
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
@@ -28,6 +34,11 @@ def metric_names(task: Task) -> tuple[str, ...]:
     if task.metric == "accuracy":
         return ("accuracy", "macro_f1") if task.labels else ("accuracy",)
     return ("mae", "rmse") if task.metric in ("mae", "rmse") else ("rouge_1", "rouge_l")
+
+
+def is_text(task: Task) -> bool:
+    """Whether answers are free texts, which `text_scores` measures too."""
+    return "rouge_1" in metric_names(task)
 
 
 def score(task: Task, answers: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
@@ -85,10 +96,11 @@ def _label_parts(labels: Sequence[str], answers: Sequence[str], golds: Sequence[
 
 
 def combine(name: str, sums: Array) -> Array:
-    """The metric from sums of `parts` over any queries: (..., K) → (...)."""
+    """The metric from sums of `parts` or `text_parts` over any queries: (..., K) → (...)."""
     if name == "macro_f1":
         hits, seen = np.split(sums, 2, axis=-1)
         f1: Array = np.divide(2 * hits, seen, out=np.zeros_like(hits), where=seen > 0)
         return np.asarray(f1.mean(-1))
-    mean: Array = sums[..., 0] / sums[..., 1]
+    above, below = sums[..., 0], sums[..., 1]
+    mean: Array = np.divide(above, below, out=np.zeros_like(above), where=below != 0)
     return np.sqrt(mean) if name == "rmse" else mean

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from perfit_cloud.lamp.methods.interface import TaskData
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["collective_artefact", "identity_artefact"]
+__all__ = ["collective_artefact", "identity_artefact", "prompt_texts"]
 
 
 def collective_artefact(
@@ -41,7 +41,7 @@ def collective_artefact(
     _check(artefact, request, base, folder)
     if request.artefact is None:
         _check_own(artefact, request, task, folder)
-    elif artefact.task.name == task.name and _prompt_texts(artefact.task) != _prompt_texts(task):
+    elif artefact.task.name == task.name and prompt_texts(artefact.task) != prompt_texts(task):
         trained, requested = prompts_of(artefact.task), prompts_of(task)
         say(f"{folder} was trained with other prompts ({trained}) than are asked here ({requested})")
     return artefact
@@ -62,7 +62,8 @@ def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool)
     return blank_artefact(request, data.task, data.base, spec, preset=preset, prompts=prompts)
 
 
-def _prompt_texts(task: Task) -> tuple[object, ...]:
+def prompt_texts(task: Task) -> tuple[object, ...]:
+    """What decides how the model is asked."""
     return task.template, task.answer, task.history_template, task.chat, task.system
 
 
@@ -77,6 +78,7 @@ def _collective(request: LampRequest, out: Path) -> CollectiveRequest:
         **{name: getattr(request, name) for name in _ALIKE},
         out=out,
         users=request.collective_users,
+        group=request.collective_group,
         epochs=request.collective_epochs,
         learning_rate=request.collective_learning_rate,
         device_epochs=request.epochs,
@@ -121,7 +123,7 @@ def _check_own(artefact: Artefact, request: LampRequest, task: Task, folder: Pat
         "preset": request.preset,
     }
     differing = [k for k, v in requested.items() if v is not None and k in trained and trained[k] != v]
-    if _prompt_texts(artefact.task) != _prompt_texts(task):
+    if prompt_texts(artefact.task) != prompt_texts(task):
         differing.append("prompts")
     if differing:
         names = ", ".join(name.replace("_", " ") for name in differing)

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.collective.personal import train_people
+from perfit_cloud.collective.personal import scores_by_start, train_people
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.lamp.results import write_bytes
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Diverged, InvalidData, UpdateFailed
+from perfit_shared.shifts import ShiftTensors
 from perfit_shared.splits import LEAST_HISTORY, SMALLEST_PART, split_sizes
+from perfit_shared.starts import CHOOSING, LEAST_TO_CHOOSE, choose_start
 from perfit_shared.training import Overrides, Schedule, Training, schedule_for
 
 __all__ = ["Stage2Settings", "train"]
@@ -64,8 +66,11 @@ class Stage2Settings:
         overrides = Overrides(self.asked_epochs, self.asked_batch_size, seed=self.seed)
         return schedule_for(self.schedule, self, len(lengths), overrides, held_out=held_out, lengths=lengths)
 
-    def start(self, person: Learner, artefact: Artefact) -> Training[Schedule]:
-        return Training.start(self.schedule_for(person), artefact.seed)
+    def start_of(self, engine: UpdateEngine, person: Learner, artefact: Artefact) -> ShiftTensors:
+        """Where a person starts: on a "device" schedule at the start that a device would choose."""
+        if not (self.on_device and artefact.communities) or len(person.history) < LEAST_TO_CHOOSE:
+            return artefact.seed
+        return artefact.starts[choose_start(scores_by_start(engine, artefact, person.history[-CHOOSING:]))]
 
 
 def train(
@@ -74,6 +79,7 @@ def train(
     artefact: Artefact,
     settings: Stage2Settings,
     *,
+    starts: Sequence[ShiftTensors] | None = None,
     checkpoint: Path,
     resumed: Callable[[int], None],
     progress: Callable[[int, int], None],
@@ -81,12 +87,17 @@ def train(
 ) -> list[Training[Schedule]]:
     """The finished trainings of one cohort, in its order; everybody has a history.
 
+    `starts`: of each person; None: the seed.
     `resumed` gets how many examples an interrupted run took already, `progress` those of every step and
     how many users are done. `stop` runs after each step and may raise, with the cohort saved in
     `checkpoint` (the caller removes it once the results are saved). Raises UpdateFailed naming the
     user whose loss is no longer a number.
     """
-    trainings = _resumed(checkpoint, people, settings) or [settings.start(p, artefact) for p in people]
+    starts = starts or [artefact.seed] * len(people)
+    trainings = _resumed(checkpoint, people, settings) or [
+        Training.start(settings.schedule_for(person), start)
+        for person, start in zip(people, starts, strict=True)
+    ]
     resumed(sum(t.schedule.work_of(step) for t in trainings for step in range(t.step)))
     last_saved = time.monotonic()
     try:

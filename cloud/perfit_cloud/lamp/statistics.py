@@ -34,6 +34,8 @@ class Statistic:
     sums: Array  # (users, K)
     combine: Callable[[Array], Array]  # (..., K) → (...)
     higher_is_better: bool
+    # How far a value is from the best one, of a measure that is best in between.
+    miss: Callable[[float], float] | None = None
 
     @classmethod
     def mean(cls, values: npt.ArrayLike, *, higher_is_better: bool) -> Statistic:
@@ -49,6 +51,13 @@ class Statistic:
     def by_user(self) -> Array:
         """(users,)"""
         return self.combine(self.sums)
+
+    @property
+    def merit_by_user(self) -> Array:
+        """(users,), higher is better."""
+        if self.miss is not None:
+            return -np.array([self.miss(float(value)) for value in self.by_user])
+        return self.by_user if self.higher_is_better else -self.by_user
 
 
 def _ratio(sums: Array) -> Array:
@@ -95,7 +104,7 @@ def paired(a: Statistic, b: Statistic) -> Paired:
         return np.round(gap, 12)  # else rounding would break ties
 
     bounds = _bootstrap(lambda rows: difference(rows, rows + users), both, users)
-    gain = (a.by_user - b.by_user) * (1 if a.higher_is_better else -1)
+    one, two = a.merit_by_user, b.merit_by_user
     p = None
     if users > 1 and np.isfinite(both).all():
         rows = np.arange(users)
@@ -116,8 +125,8 @@ def paired(a: Statistic, b: Statistic) -> Paired:
         difference=a.value - b.value,
         interval=bounds,
         p=p,
-        better=int((gain > 0).sum()),
-        worse=int((gain < 0).sum()),
+        better=int((one > two).sum()),
+        worse=int((one < two).sum()),
         of=users,
     )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from perfit_cloud.lamp import scores
+from perfit_cloud.lamp import scores, text_scores
+from perfit_cloud.lamp.drift_results import drift_of
 from perfit_cloud.lamp.results import Run, UserResult
 from perfit_cloud.lamp.statistics import Paired, Statistic, interval, paired
 from perfit_shared.errors import InvalidData
@@ -18,12 +19,15 @@ from perfit_shared.tasks import Task
 
 __all__ = ["Nest", "as_json", "measure_users", "over", "summarise"]
 
-_COMPARED = (("personal", "collective"), ("personal", "seed"), ("personal", "other"))
+_COMPARED = (
+    *(("personal", mode) for mode in ("collective", "seed", "other", "base")),
+    *((mode, "base") for mode in ("seed", "collective")),
+)
 
 
 # {"loss", "metrics": {name}, "mean_over_users": {name}}, with any value at the leaves. The loss is
 # the mean over users of a user's mean nats a target token; "metrics" count all queries alike, as LaMP's
-# scripts do, "mean_over_users" each user's own.
+# scripts do, "mean_over_users" each user's own. Free texts have "text_metrics" too, of all queries alike.
 Nest = Mapping[str, Any]
 
 
@@ -62,14 +66,30 @@ def measure_users(task: Task, users: Sequence[UserResult], mode: str) -> Nest:
         for name, statistic in metrics.items()
     }
     loss = Statistic.mean([user.loss(mode) for user in users], higher_is_better=False)
-    return {"loss": loss, "metrics": metrics, "mean_over_users": own}
+    nest = {"loss": loss, "metrics": metrics, "mean_over_users": own}
+    if not scores.is_text(task):
+        return nest
+    tables = text_scores.text_parts(
+        [q.answers[mode] for q in queries], [q.gold for q in queries], [q.origins for q in queries]
+    )
+    return nest | {
+        "text_metrics": {
+            name: Statistic(
+                np.add.reduceat(table, starts, axis=0),
+                partial(scores.combine, name),
+                scores.HIGHER_IS_BETTER[name],
+                text_scores.miss if name == "length_ratio" else None,
+            )
+            for name, table in tables.items()
+        }
+    }
 
 
 def summarise(run: Run) -> dict[str, Any]:
     """summary.json, plain JSON values; a mode that was not measured is missing.
 
     `loss` is in nats a target token. `metrics` counts all queries alike, `mean_over_users` all users.
-    Intervals are 95 %; `paired` is personal minus the other mode.
+    Intervals are 95 %; `paired` is one mode minus another; `drift` is of runs that measured it.
     """
     if not run.users:
         raise InvalidData(f"{run.folder} has no users")
@@ -95,6 +115,7 @@ def summarise(run: Run) -> dict[str, Any]:
                     for one, two in _COMPARED
                     if one in measured and two in measured
                 },
+                **({} if (drift := drift_of(run)) is None else {"drift": drift}),
             }
         )
     )

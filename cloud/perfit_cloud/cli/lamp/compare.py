@@ -46,6 +46,9 @@ def compare(
     rows = [_row("loss (nats a token, mean over users)", against["loss"])]
     rows += [_row(f"{name} (all queries)", paired) for name, paired in against["metrics"].items()]
     rows += [_row(f"{name} (mean over users)", paired) for name, paired in against["mean_over_users"].items()]
+    rows += [
+        _row(f"{name} (all queries)", paired) for name, paired in against.get("text_metrics", {}).items()
+    ]
     typer.echo("\n".join(aligned_table(_HEAD, rows)))
 
 

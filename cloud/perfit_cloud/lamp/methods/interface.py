@@ -4,7 +4,14 @@
     fitted = method.fit(person, context)       one person's own state, from their history alone
     texts = method.answer(requests, done)      held-out queries, each with the state that answers it
 
-A new method is one file in this folder and one entry in `methods.METHODS`.
+`fit` promises: the state depends on this person's history and on what `prepare` made, on nobody else's
+text and not on the order of people; fitting again gives the same bytes. `answer` and `score` promise: a
+query is answered by the state that it came with alone, its gold answer and the other queries of the call
+change nothing, and the model is left as it was. All ask `data.task` with `QueryRequest.sampling`, so methods
+differ in nothing but what they add. `data` is read at each call: `drift` asks another task through it.
+
+A new method is one file in this folder and one entry in `methods.METHODS`; `lamp run --method` and the
+tests of what all methods promise then take it by its name. Options that it alone reads go into `options`.
 """
 
 from __future__ import annotations
@@ -92,7 +99,7 @@ class Method(ABC, Generic[State]):
     @property
     @abstractmethod
     def parameters(self) -> int:
-        """Numbers that one person's state holds."""
+        """Numbers that fitting one person learns; 0 where a state is text."""
 
     @property
     @abstractmethod

@@ -6,38 +6,40 @@ A state is the shift that answers: `ShiftUse`, the personal tensors of which are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfit_cloud.engine.gradients.session import UpdateEngine
-from perfit_cloud.engine.gradients.stateless import GradientEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
-from perfit_cloud.lamp.measure import answer_frozen, score_frozen
-from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, Method, QueryRequest, TaskData
+from perfit_cloud.lamp.methods.frozen import FrozenMethod
+from perfit_cloud.lamp.methods.interface import FitContext, Fitted, TaskData
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
+from perfit_shared.optimizer import RATE_GROWTH
 from perfit_shared.presets import PRESETS, value_or
 from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftTensors
+from perfit_shared.starts import LEAST_TO_CHOOSE
 from perfit_shared.tasks import Task
 from perfit_shared.training import Schedule
-from perfit_shared.types import Mode, Score
+from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRequest
 
 __all__ = ["BothRanks", "CollectiveOnly", "PerFit", "PersonalOnly"]
 
-_STAGE_1 = frozenset({"collective_users", "collective_epochs", "collective_learning_rate"})
+_STAGE_1 = frozenset(
+    {"collective_users", "collective_group", "collective_epochs", "collective_learning_rate"}
+)
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
 _STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
 
 
-class PerFit(Method[ShiftUse]):
+class PerFit(FrozenMethod[ShiftUse]):
     """Stage 1 for everybody, stage 2 for each person on top of it."""
 
     name = "perfit"
@@ -48,13 +50,12 @@ class PerFit(Method[ShiftUse]):
 
     def __init__(self, request: LampRequest, data: TaskData) -> None:
         super().__init__(request, data)
-        self._engines = ExitStack()
         self._schedules: dict[str, Schedule] = {}  # by user
 
     @classmethod
     def check(cls, request: LampRequest) -> None:
         given = [name for name in sorted(_STAGE_1) if getattr(request, name) is not None]
-        if request.artefact is not None and given:
+        if "artefact" in cls.options and request.artefact is not None and given:
             names = ", ".join(name.replace("_", " ") for name in given)
             raise InvalidInput(f"{names}: an artefact is given, so there is no stage 1 to train")
 
@@ -93,11 +94,13 @@ class PerFit(Method[ShiftUse]):
             "collective_rank": spec.collective_rank,
             "personal_rank": spec.personal_rank,
             **asdict(self.training),
+            "rate_growth": RATE_GROWTH if self.training.on_device else None,
             "collective_users": request.collective_users,
+            "collective_group": request.collective_group,
             "collective_epochs": request.collective_epochs,
             "collective_learning_rate": request.collective_learning_rate,
             "preset": request.preset,
-            "ablation": request.ablation,
+            "communities": len(artefact.communities) if self.training.on_device else 0,
             "artefact": artefact.version,
             "artefact_task": artefact.task.name,
             "artefact_prompts": prompts_of(artefact.task),
@@ -114,26 +117,37 @@ class PerFit(Method[ShiftUse]):
 
     def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
         learners = [Learner.of(person, self.data.encoder) for person in people]
+        starts = [self.training.start_of(self._trainer, each, self.artefact) for each in learners]
+        fitted = [Fitted(self._use(start), (), 0.0) for start in starts]
+        training = [i for i, person in enumerate(people) if self.training.trains(person)]
         trainings = stage2.train(
             self._trainer,
-            learners,
+            [learners[i] for i in training],
             self.artefact,
             self.training,
+            starts=[starts[i] for i in training],
             checkpoint=context.checkpoint,
             resumed=context.resumed,
             progress=context.done,
             stop=context.stop,
         )
-        return [Fitted(self._use(t.outcome or self.artefact.seed), t.losses, t.seconds) for t in trainings]
+        for i, t in zip(training, trainings, strict=True):
+            fitted[i] = Fitted(self._use(t.outcome(starts[i]) or starts[i]), t.losses, t.seconds)
+        return fitted
 
     def can_fit(self, person: Person) -> bool:
-        return self.training.trains(person)
+        return self.training.trains(person) or self._chooses(person)
+
+    def _chooses(self, person: Person) -> bool:
+        """Whether a start is chosen for somebody, who may have too few examples to train on."""
+        known = self.training.on_device and self.artefact.communities
+        return bool(known) and len(person.history) >= LEAST_TO_CHOOSE
 
     def examples(self, person: Person) -> int:
-        return self._schedule(person).work
+        return self._schedule(person).work if self.training.trains(person) else 0
 
     def announce(self, people: Sequence[Person]) -> str:
-        steps = [self._schedule(person).steps for person in people]
+        steps = [self._schedule(person).steps for person in people if self.training.trains(person)] or [0]
         return f"stage 2 by the {self.training.schedule} schedule: {min(steps)} to {max(steps)} steps a user"
 
     def _schedule(self, person: Person) -> Schedule:
@@ -154,27 +168,8 @@ class PerFit(Method[ShiftUse]):
         spec = self.artefact.spec
         return self._use(ShiftTensors.from_bytes(data, spec, spec.personal_rank))
 
-    # -- answers -------------------------------------------------------------------------------
-
-    def answer(self, requests: Sequence[QueryRequest[ShiftUse]], done: Done) -> list[str]:
-        prompts = [self.data.encoder.query(one.query.item).pair[0] for one in requests]
-        return answer_frozen(
-            self.data.base, prompts, [one.state for one in requests], [one.sampling for one in requests], done
-        )
-
-    def score(
-        self, requests: Sequence[QueryRequest[ShiftUse]], answers: Sequence[str] | None = None
-    ) -> list[Score]:
-        items = [one.query.item for one in requests]
-        if answers is not None:
-            gold = self.data.task.gold_field
-            items = [{**item, gold: text} for item, text in zip(items, answers, strict=True)]
-        pairs = [self.data.encoder.query(item).pair for item in items]
-        return score_frozen(
-            self._scorer, pairs, [one.state for one in requests], owners=[one.user_id for one in requests]
-        )
-
-    # -- engines -------------------------------------------------------------------------------
+    def use(self, state: ShiftUse) -> ShiftUse:
+        return state
 
     @cached_property
     def _trainer(self) -> UpdateEngine:
@@ -182,21 +177,13 @@ class PerFit(Method[ShiftUse]):
         self._engines.callback(engine.close)
         return engine
 
-    @cached_property
-    def _scorer(self) -> GradientEngine:
-        engine = GradientEngine(self.data.base)
-        self._engines.callback(engine.close)
-        return engine
-
-    def close(self) -> None:
-        self._engines.close()
-
 
 class CollectiveOnly(PerFit):
     """Stage 1 alone."""
 
     name = "perfit_stage1"
     learns = False
+    parameters = 0
 
 
 class PersonalOnly(PerFit):

@@ -1,0 +1,93 @@
+"""PerFit with retrieval: the trained shift answers prompts before which the k nearest own examples stand.
+
+Stages 1 and 2 are PerFit's, on plain prompts, so one shift serves with and without retrieval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from perfit_cloud.engine.gradients.batch import Pair
+from perfit_cloud.engine.interface import ShiftUse
+from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
+from perfit_cloud.lamp.methods.perfit import PerFit
+from perfit_cloud.lamp.methods.prefixed import prefixed_pair
+from perfit_cloud.lamp.methods.rag import OwnExamples, check_k
+from perfit_cloud.lamp.people import Person
+from perfit_cloud.lamp.results import Run, UserFolder
+from perfit_shared.errors import InvalidData
+
+if TYPE_CHECKING:
+    from perfit_cloud.lamp.request import LampRequest
+
+__all__ = ["PerFitRag"]
+
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RetrievingUse(ShiftUse):
+    """A personal shift, and the examples that it answers with. A shared state has none."""
+
+    examples: OwnExamples | None = None
+
+
+class PerFitRag(PerFit):
+    name = "perfit+rag"
+    options = PerFit.options | {"k"}
+    state_file = "personal.bin"
+
+    @classmethod
+    def check(cls, request: LampRequest) -> None:
+        super().check(request)
+        check_k(request)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {**super().settings, "k": self.request.k}
+
+    def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
+        fitted = self._fitted_elsewhere(people) or super().fit_cohort(people, context)
+        examples = [OwnExamples.of(self.data.task, person) for person in people]
+        return [
+            Fitted(_retrieving(one.state, own), one.losses, one.seconds)
+            for one, own in zip(fitted, examples, strict=True)
+        ]
+
+    def _fitted_elsewhere(self, people: Sequence[Person]) -> list[Fitted[ShiftUse]] | None:
+        """What PerFit learned for these people in the run to reuse; None where that is no such run."""
+        if self.request.reuse is None:
+            return None
+        run = Run.load(self.request.reuse)
+        ours = json.loads(json.dumps({**super().settings, "data": self.data.people.digest}))
+        alike = {name: run.settings.get(name) for name in ours} == ours
+        folders = [UserFolder(run.folder, person.user_id, PerFit.state_file) for person in people]
+        if run.settings["method"] != PerFit.name or run.settings["histories"] != self.request.histories:
+            return None
+        if not alike or not all(folder.has_state for folder in folders):
+            return None
+        states = [super(PerFitRag, self).from_bytes(folder.state_path.read_bytes()) for folder in folders]
+        return [Fitted(state, folder.losses, 0.0) for state, folder in zip(states, folders, strict=True)]
+
+    def pair(self, request: QueryRequest[ShiftUse], item: Mapping[str, str]) -> Pair:
+        examples = request.state.examples if isinstance(request.state, RetrievingUse) else None
+        texts = [] if examples is None else examples.nearest(request.query, self.request.k)
+        return prefixed_pair(self.data, texts, item)
+
+    def to_bytes(self, state: ShiftUse) -> bytes:
+        tensors = super().to_bytes(state)
+        if not isinstance(state, RetrievingUse) or state.examples is None:
+            raise InvalidData("a shared state is nobody's own")
+        return len(tensors).to_bytes(_LENGTH_BYTES, "big") + tensors + state.examples.to_bytes()
+
+    def from_bytes(self, data: bytes) -> ShiftUse:
+        end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
+        examples = OwnExamples.from_bytes(self.data.task, data[end:])
+        return _retrieving(super().from_bytes(data[_LENGTH_BYTES:end]), examples)
+
+
+def _retrieving(use: ShiftUse, examples: OwnExamples) -> RetrievingUse:
+    return RetrievingUse(use.mode, use.artefact, use.personal, examples)
