@@ -8,7 +8,8 @@ request it is. It gives a stream of chunks. It promises:
 
 Right         In float32 and greedy an answer has the tokens that the model gives to this request alone,
               with the shift applied to the intervened prompt positions, however requests are batched.
-              BASE is the untouched model, and so is a shift that changes nothing.
+              BASE is the untouched model, and so is a shift that changes nothing. Log-probabilities, of
+              requests that ask for them, are the log-softmax of the logits that a token was chosen from.
 Apart         While shapes stay the same, no bit of an answer depends on what others ask or send. With
               `alone`, not even on whether others are there. Tensors of other names or shapes, or with
               numbers that are not finite, are refused; others harm nobody else, however large.
@@ -69,10 +70,6 @@ class CompletionStream(Protocol):
     def ids(self) -> list[int]:
         """Tokens of all chunks so far, an end of sequence included."""
 
-    @property
-    def log_probabilities(self) -> list[float]:
-        """Of these tokens, where the settings ask for them."""
-
     def __iter__(self) -> Iterator[Chunk]: ...
     def __next__(self) -> Chunk: ...
     def cancel(self) -> None: ...
@@ -98,7 +95,7 @@ class GenerationSettings:
     batch_tokens: int = 512  # most tokens of one pass, where long prompts are read in parts
     max_requests: int = 64  # answers in flight; more are refused with Busy
     alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
-    log_probabilities: bool = False  # whether streams give them (nats, before temperature and top-k)
+    tensor_parallel: int = 1  # vLLM's workers, of which each computes a part of every block
 
 
 def most_tokens(context: int, cache_tokens: int) -> int:

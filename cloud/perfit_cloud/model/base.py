@@ -14,8 +14,17 @@ import torch
 from perfit_cloud.model.blocks import block_list, context_of
 from perfit_cloud.model.capabilities import Capabilities, try_model
 from perfit_cloud.model.checkpoint import ModelFiles, check_folder, check_loaded
+from perfit_cloud.model.devices import (
+    check_blocks_whole,
+    devices_of,
+    finish_split,
+    input_device,
+    is_split,
+    shared_by_hooks,
+)
 from perfit_cloud.model.forward import arguments_of
 from perfit_cloud.model.gguf import EMBEDDED, GgufFile, embedded_file
+from perfit_cloud.model.placement import ONE_DEVICE, Placement
 from perfit_cloud.model.precision import DTYPES, choose_precision
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary, forget_words
 from perfit_shared.errors import ConfigError, InvalidData, InvalidPrompt
@@ -58,7 +67,18 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.model.device)
+        """Where token ids go, and logits come from."""
+        return input_device(self.model)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that the model computes on, `device` first."""
+        return devices_of(self.model)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether it is on several devices, or has weights that are loaded for each pass."""
+        return is_split(self.model)
 
     @property
     def context(self) -> int:
@@ -132,6 +152,10 @@ class BaseModel:
     def decode(self, ids: list[int]) -> str:
         return self._tokens.text(ids)
 
+    def token(self, number: int) -> tuple[str, bytes]:
+        """One token by itself: its text or name, and the bytes that it adds to an answer."""
+        return self._tokens.token(number)
+
     @property
     def _embedded(self) -> int:
         """Tokens that have an embedding."""
@@ -149,7 +173,8 @@ class BaseModel:
         Engines switch the attention implementation and register hooks. With a tree for each, they do not
         disturb each other, and it costs no memory.
         """
-        memo = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        shared = (*self.model.parameters(), *self.model.buffers(), *shared_by_hooks(self.model))
+        memo = {id(each): each for each in shared}
         for module in self.model.modules():
             # Some recurrent families leave the state of their last pass, with its graph, on their modules.
             left = (v for v in vars(module).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
@@ -160,19 +185,26 @@ class BaseModel:
         return copied
 
 
-def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> BaseModel:
+def load_base(
+    name: str, *, dtype: str = "auto", device: str = "auto", placement: Placement = ONE_DEVICE
+) -> BaseModel:
     """Load a causal LM: from a folder, a .gguf file, by its name on the hub, or smollm2.
 
     `dtype`: "auto" (what `choose_precision` finds faster), "float32", "bfloat16" or "float16".
-    `device`: "auto", "cpu", "cuda", "cuda:1". Raises ConfigError for values it does not know and
-    InvalidData when there is no usable model.
+    `device`: "auto", "cpu", "cuda", "cuda:1". `placement`, instead: over several devices. Raises ConfigError
+    for values it does not know and InvalidData when there is no usable model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    if device == "auto":
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every weight that is offloaded
+    if placement.splits:
+        if device != "auto":
+            raise ConfigError("device and device_map both say where the model goes; leave one out")
+        device = placement.main_device()
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not _device_exists(device):
         raise ConfigError(f'there is no device "{device}" here; use auto or cpu')
@@ -190,17 +222,23 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> BaseMo
             attn_implementation="eager" if is_capped else None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **placement.arguments(),
             **files.model_arguments,
         )
         quantised = getattr(config, "quantization_config", None)
-        if quantised and all(weight.dtype in DTYPES.values() for weight in model.parameters()):
-            model = model.to(DTYPES[precision.dtype])  # some are unpacked to the dtype of their scales
-        model = model.to(device).eval()
+        if not is_split(model):
+            if quantised and all(weight.dtype in DTYPES.values() for weight in model.parameters()):
+                model = model.to(DTYPES[precision.dtype])  # some are unpacked to the dtype of their scales
+            model = model.to(device)
+        model.eval()
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.tokenizer_arguments)
         files.finish(model)
     name = Path(name).name
     check_loaded(name, model, info)
     model.requires_grad_(False)
+    if is_split(model):
+        check_blocks_whole(name, model)
+        finish_split(model)
     if not forget_words(tokenizer):
         _log.info("tokenizer has no word cache to turn off")
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from perfit_cloud.model.blocks import block_list, depends_on_length, hidden_of, with_hidden
+from perfit_cloud.model.devices import input_device
 from perfit_cloud.model.forward import arguments_of, decoder_output, forward, sliced_logits
 from perfit_shared.errors import InvalidData
 
@@ -213,7 +214,7 @@ class _Trial:
     # -- helpers -----------------------------------------------------------------------------------
 
     def _on_device(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        return tuple(tensor.to(self._model.device) for tensor in left_padded(sequences))
+        return tuple(tensor.to(input_device(self._model)) for tensor in left_padded(sequences))
 
     def _run(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of each sequence, (its length, V)."""
@@ -273,7 +274,7 @@ class _Trial:
         return int((5 * number + 3) % self._vocabulary)
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
-        one, other = one.float(), other.float()
+        one, other = one.float(), other.float().to(one.device)
         if not bool(other.isfinite().all()):
             return False
         return bool((one - other).abs().mean() <= self._same * other.abs().mean())

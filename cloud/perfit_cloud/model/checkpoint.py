@@ -57,8 +57,12 @@ class ModelFiles:
         return self.path
 
     @property
+    def config_arguments(self) -> dict[str, Any]:
+        """Of `from_pretrained`, beside the folder."""
+        return {}
+
+    @property
     def tokenizer_arguments(self) -> dict[str, Any]:
-        """Of `from_pretrained`, beside the folder; configurations take them too."""
         return {}
 
     @property
@@ -100,7 +104,7 @@ class ModelFiles:
     def config(self) -> Any:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.folder, **self.tokenizer_arguments)
+        return AutoConfig.from_pretrained(self.folder, **self.config_arguments)
 
     def finish(self, model: Any) -> None:
         """What is left to do on a model that was read."""

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perfit_cloud.model.blocks import decoder_of
 
-__all__ = ["arguments_of", "forward", "recomputed", "replaced", "slice_rows", "token_losses"]
+__all__ = ["arguments_of", "forward", "recomputed", "replaced", "rows_of", "slice_rows", "token_losses"]
 
 # Numbers of float32 in one slice of logits. glibc gives blocks above 32 MB back to the system whenever they
 # are freed, and getting the pages again costs as much time as the head itself.
@@ -68,7 +68,8 @@ def token_losses(
         logits = forward(model, arguments, ids, **more).logits[rows]
         return F.cross_entropy(logits.float(), labels, reduction="none")
     output = decoder_output(model, arguments, ids, **more)
-    hidden = _first(output)[rows]  # (N, d)
+    hidden = rows_of(_first(output), rows)  # (N, d)
+    labels = labels.to(hidden.device)
     size = slice_rows(model.config.get_text_config().vocab_size)
 
     def of_slice(part: Tensor, of_part: Tensor) -> Tensor:
@@ -83,6 +84,12 @@ def token_losses(
             for part in zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
         ]
     )
+
+
+def rows_of(hidden: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
+    """Rows (N, d) of hidden (B, T, d) at these positions, two (N,), wherever they are."""
+    row, column = (index.to(hidden.device) for index in rows)
+    return hidden[row, column]
 
 
 def decoder_output(model: Any, arguments: frozenset[str], ids: Tensor, **more: Any) -> Any:

@@ -26,6 +26,7 @@ import transformers
 
 from perfit_cloud.model.blocks import decoder_of
 from perfit_cloud.model.checkpoint import ModelFiles
+from perfit_cloud.model.devices import weights_of
 from perfit_shared.errors import InvalidData
 
 __all__ = ["EMBEDDED", "GgufFile", "embedded_file"]
@@ -78,13 +79,19 @@ class GgufFile(ModelFiles):
         return self._alone
 
     @property
-    def tokenizer_arguments(self) -> dict[str, Any]:
+    def config_arguments(self) -> dict[str, Any]:
         return {"gguf_file": self.path.name}
+
+    @property
+    def tokenizer_arguments(self) -> dict[str, Any]:
+        # Older versions do not read these themselves, and put no start in front.
+        told = {f"add_{end}_token": self._value(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos")}
+        return self.config_arguments | {key: value for key, value in told.items() if isinstance(value, bool)}
 
     @property
     def model_arguments(self) -> dict[str, Any]:
         kind = getattr(transformers, "GgufConfig", None)  # versions without it always unpack
-        return self.tokenizer_arguments | ({"quantization_config": kind(dequantize=True)} if kind else {})
+        return self.config_arguments | ({"quantization_config": kind(dequantize=True)} if kind else {})
 
     def fingerprint(self) -> str:
         """sha-256 over metadata and tensors, each by name; hex.
@@ -155,7 +162,7 @@ class GgufFile(ModelFiles):
             raise InvalidData(f"{self.path.name}: transformers leaves out {', '.join(map(_short, own[:3]))}")
         if others := left - {_ROPE}:
             _log.warning("%s: %s are left out", self.path.name, ", ".join(map(_short, sorted(others)[:3])))
-        if not all(bound.isfinite() for weight in model.parameters() for bound in weight.aminmax()):
+        if not all(bound.isfinite() for weight in weights_of(model) for bound in weight.aminmax()):
             raise InvalidData(f"{self.path.name} is damaged: it has weights that are not finite")
         model.generation_config.eos_token_id = self._ends() or None
 

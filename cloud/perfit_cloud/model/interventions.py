@@ -31,6 +31,7 @@ __all__ = [
     "phi",
     "row_index",
     "shift_rows",
+    "shifted_rows",
     "to_torch",
 ]
 
@@ -126,14 +127,23 @@ def shift_rows(hidden: Tensor, group: ShiftGroup, layer: int) -> Tensor:
     """hidden (B, T, d) with φ₂∘φ₁ of this layer on the group's rows, the rest untouched."""
     if layer not in group.collective:
         return hidden
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    x = phi(flat[group.index], group.collective[layer])  # (U, k, d)
-    if group.personal is not None:
-        x = phi(x, group.personal[layer])
-    index = group.index
+    flat, index = hidden.reshape(-1, hidden.shape[-1]), group.index.to(hidden.device)
+    x = shifted_rows(flat[index], group, layer)
     if group.valid is not None:
-        x, index = x[group.valid], index[group.valid]
+        valid = group.valid.to(hidden.device)
+        x, index = x[valid], index[valid]
     return flat.index_copy(0, index.reshape(-1), x.reshape(-1, flat.shape[-1])).view_as(hidden)
+
+
+def shifted_rows(x: Tensor, group: ShiftGroup, layer: int) -> Tensor:
+    """φ₂(φ₁(x)) of this layer for x (U, k, d), the rows of the group's owners."""
+    x = phi(x, _at(x, group.collective[layer]))
+    return x if group.personal is None else phi(x, _at(x, group.personal[layer]))
+
+
+def _at(x: Tensor, shift: Phi) -> Phi:
+    """The shift on the device of x. Its gradients arrive where it was."""
+    return shift if shift.bias.device == x.device else Phi(*(tensor.to(x.device) for tensor in shift))
 
 
 _ACTIVE: ContextVar[Sequence[ShiftGroup]] = ContextVar("perfit_active_interventions", default=())

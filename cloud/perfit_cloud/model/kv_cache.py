@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perfit_cloud.model.attention import attend, hiding
+from perfit_cloud.model.devices import Copies
 
 __all__ = ["BatchMetadata", "KVCache", "Slot", "attend_over_cache"]
 
@@ -131,8 +132,8 @@ class _Singles(NamedTuple):
 
     pool: _SlotPool
     rows: slice  # of the packed batch, by slot
-    slots: Tensor  # (rows,)
-    positions: Tensor  # (rows,)
+    slots: Copies  # (rows,)
+    positions: Copies  # (rows,)
     view: int  # slots that attention reads, up to the last with a row
     keys: int  # tokens that it reads of each slot, up to the longest
 
@@ -160,11 +161,10 @@ class BatchMetadata:
         self.order = sorted(
             range(len(slots)), key=lambda i: (counts[i] > 1, slots[i].pool.size, slots[i].index)
         )
-        self._device = device
         self._members = [(slots[i], counts[i]) for i in self.order]
         self._chunks: list[_PromptChunk] = []
-        # By the number of singles or chunk, and window: blocks with the same window share a mask.
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        # By the number of singles or chunk, window and device: blocks with the same window share a mask.
+        self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
         positions: list[int] = []
         last, singles = [], dict[int, list[Slot]]()
         for slot, count in self._members:
@@ -181,8 +181,8 @@ class BatchMetadata:
                 _Singles(
                     of_pool[0].pool,
                     slice(row, row + len(of_pool)),
-                    torch.tensor([slot.index for slot in of_pool], device=device),
-                    torch.tensor([slot.length for slot in of_pool], device=device),
+                    Copies(torch.tensor([slot.index for slot in of_pool], device=device)),
+                    Copies(torch.tensor([slot.length for slot in of_pool], device=device)),
                     of_pool[-1].index + 1,
                     max(slot.length for slot in of_pool) + 1,
                 )
@@ -214,22 +214,23 @@ class BatchMetadata:
         groups = query.shape[1] // key.shape[1]
         for number, single in enumerate(self._singles):
             keys, values = single.pool.stores(layer, key)
-            keys[single.slots, :, single.positions] = key[single.rows]
-            values[single.slots, :, single.positions] = value[single.rows]
+            slots, positions = single.slots.on(key.device), single.positions.on(key.device)
+            keys[slots, :, positions] = key[single.rows]
+            values[slots, :, positions] = value[single.rows]
             keys, values = (t[: single.view, :, : single.keys] for t in (keys, values))
-            is_full = len(single.slots) == single.view
+            is_full = len(slots) == single.view
             rows = query[single.rows]
             if not is_full:  # attention also computes unused rows for the other slots
-                rows = rows.new_zeros(single.view, *rows.shape[1:]).index_copy_(0, single.slots, rows)
+                rows = rows.new_zeros(single.view, *rows.shape[1:]).index_copy_(0, slots, rows)
             found = attend(
                 rows.reshape(single.view, -1, groups, rows.shape[2]),
                 keys,
                 values,
-                self._single_mask(number, window, query.dtype),
+                self._single_mask(number, window, query),
                 scale=scale,
                 softcap=softcap,
             ).reshape(rows.shape)
-            out[single.rows] = found if is_full else found[single.slots]
+            out[single.rows] = found if is_full else found[slots]
         for number, chunk in enumerate(self._chunks, len(self._singles)):
             keys, values = (
                 t[chunk.slot.index, :, : chunk.start + chunk.rows.stop - chunk.rows.start]
@@ -266,7 +267,7 @@ class BatchMetadata:
                 enable_gqa=groups > 1,
             )
             return found[0].transpose(0, 1)
-        mask = self._chunk_mask(number, chunk, window, query.dtype)
+        mask = self._chunk_mask(number, chunk, window, query)
         # Heads that share keys become one long query, so that no key is repeated.
         rows = (
             query.reshape(count, -1, groups, query.shape[2])
@@ -278,23 +279,26 @@ class BatchMetadata:
         )
         return found.view(len(keys), groups, count, -1).permute(2, 0, 1, 3).reshape(query.shape)
 
-    def _single_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _single_mask(self, number: int, window: int | None, like: Tensor) -> Tensor:
         """(view, 1, 1, keys): 0 where the slot's row sees the key, −∞ elsewhere."""
-        if (number, window) not in self._masks:
-            single = self._singles[number]
+        key = (number, window, like.device)
+        if key not in self._masks:
+            single, device = self._singles[number], like.device
+            slots = single.slots.on(device)
             # A slot without a row sees its first key. The softmax over no key at all is not a number.
-            positions = single.slots.new_zeros(single.view).index_copy_(0, single.slots, single.positions)
-            keys = torch.arange(single.keys, device=self._device)
+            positions = slots.new_zeros(single.view).index_copy_(0, slots, single.positions.on(device))
+            keys = torch.arange(single.keys, device=device)
             hidden = _hidden(positions[:, None], keys, window)
-            self._masks[number, window] = hiding(hidden[:, None, None], dtype)
-        return self._masks[number, window]
+            self._masks[key] = hiding(hidden[:, None, None], like.dtype)
+        return self._masks[key]
 
-    def _chunk_mask(self, number: int, chunk: _PromptChunk, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _chunk_mask(self, number: int, chunk: _PromptChunk, window: int | None, like: Tensor) -> Tensor:
         """(n, S) of a chunk."""
-        if (number, window) not in self._masks:
-            keys = torch.arange(chunk.start + chunk.rows.stop - chunk.rows.start, device=self._device)
-            self._masks[number, window] = hiding(_hidden(keys[chunk.start :, None], keys, window), dtype)
-        return self._masks[number, window]
+        key = (number, window, like.device)
+        if key not in self._masks:
+            keys = torch.arange(chunk.start + chunk.rows.stop - chunk.rows.start, device=like.device)
+            self._masks[key] = hiding(_hidden(keys[chunk.start :, None], keys, window), like.dtype)
+        return self._masks[key]
 
 
 def _hidden(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:

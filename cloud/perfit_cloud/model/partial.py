@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perfit_cloud.model.attention import attend, hiding
 from perfit_cloud.model.blocks import depends_on_length
+from perfit_cloud.model.devices import Copies, block_devices
 from perfit_cloud.model.forward import slice_rows
 from perfit_cloud.model.interventions import ShiftGroup, shift_rows
 
@@ -33,6 +34,7 @@ Indices = npt.NDArray[np.int64]
 
 _FAMILIES = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 _ATTENTION = "perfit_packed"
+_CACHED = 2**19  # numbers of float32 that a CPU's cache holds
 _FAR = 2**40  # a position that no query has reached
 
 
@@ -75,13 +77,15 @@ class Packing:
         self._past, self._capture = past, capture
         self._starts, self._device = starts, device
         self._reach = int((starts + lengths).max())
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
         self._is_even = bool((lengths == self.longest).all())
         which = np.arange(self.batch)
         slots = ragged(which * self.longest, lengths)
         self.position_ids = self._on_device(ragged(starts, lengths)).unsqueeze(0)  # (1, N)
-        self._slots = self._on_device(slots)  # (N,) rows of (B · T)
-        self._key_slots = self._on_device(ragged(which * self.keys + self.prefix, lengths))  # of (B · S)
+        self._slots = Copies(self._on_device(slots))  # (N,) rows of (B · T)
+        self._key_slots = Copies(
+            self._on_device(ragged(which * self.keys + self.prefix, lengths))
+        )  # of (B · S)
 
     def attend(
         self,
@@ -115,34 +119,35 @@ class Packing:
             # Heads that share keys become one long query, so that no key is repeated.
             q = q.view(self.batch, self.longest, -1, groups, width).permute(0, 2, 3, 1, 4)
             q = q.reshape(self.batch, -1, groups * self.longest, width)  # (B, K, G · T, D)
-            mask = self._mask(window, groups, q.dtype)
+            mask = self._mask(window, groups, q)
             out = attend(q, k, v, mask, scale=scaling, softcap=softcap)
             out = out.reshape(self.batch, -1, groups, self.longest, width).permute(0, 3, 1, 2, 4)
         out = out.reshape(self.batch * self.longest, -1)
-        out = out if self._is_even else out.index_select(0, self._slots)
+        out = out if self._is_even else out.index_select(0, self._slots.on(out.device))
         return out.view(1, -1, heads, width)
 
     def _with_past(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B · S, width) of whole sequences."""
         if self._past is None:
             return self._spread(key), self._spread(value)
-        keys, values = self._past(layer)
-        return (keys.index_copy_(0, self._key_slots, key), values.index_copy_(0, self._key_slots, value))
+        keys, values = (past.to(key.device) for past in self._past(layer))
+        slots = self._key_slots.on(key.device)
+        return keys.index_copy_(0, slots, key), values.index_copy_(0, slots, value)
 
     def _spread(self, rows: Tensor) -> Tensor:
         """(N, width) to (B · T, width), zeros behind shorter sequences."""
         if self._is_even:
             return rows
         spread = rows.new_zeros(self.batch * self.longest, rows.shape[1])
-        return spread.index_copy_(0, self._slots, rows)
+        return spread.index_copy_(0, self._slots.on(rows.device), rows)
 
     def _needs_mask(self, window: int | None) -> bool:
         """Whether more than causality keeps a query from a key. What pads a sequence lies behind it."""
         return self.prefix > 0 or (window is not None and window < self._reach)
 
-    def _mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    def _mask(self, window: int | None, groups: int, like: Tensor) -> Tensor:
         """(B, 1, G · T, S) to be added to scores: 0 or −∞. Every query sees itself at least."""
-        key = (window, dtype)
+        key = (window, like.dtype, like.device)
         if key not in self._masks:
             starts = self._on_device(self._starts).unsqueeze(1)
             before = torch.arange(self.prefix, device=self._device)
@@ -151,7 +156,8 @@ class Packing:
             hidden = positions.unsqueeze(1) > rows.unsqueeze(2)
             if window is not None:
                 hidden |= positions.unsqueeze(1) <= rows.unsqueeze(2) - window
-            self._masks[key] = hiding(hidden, dtype).repeat(1, groups, 1).unsqueeze(1)
+            mask = hiding(hidden, like.dtype).repeat(1, groups, 1).unsqueeze(1)
+            self._masks[key] = mask.to(like.device)
         return self._masks[key]
 
     def _on_device(self, index: Indices) -> Tensor:
@@ -190,6 +196,7 @@ class PartialDecoder:
         self.blocks = len(self._decoder.layers)
         self.hidden_size = int(model.config.hidden_size)
         self.dtype: torch.dtype = model.dtype
+        self.devices = block_devices(model)  # of each block
         attention = self._decoder.layers[0].self_attn
         # Numbers of one token's keys at one block, and as many of its values.
         self.past_width = int(model.config.num_key_value_heads * attention.head_dim)
@@ -217,7 +224,7 @@ class PartialDecoder:
         embeddings = self._rotary(hidden, packing.position_ids)
         hidden = hidden.unsqueeze(0)
         for layer in layers:
-            block = self._decoder.layers[layer]
+            block, hidden = self._decoder.layers[layer], hidden.to(self.devices[layer])
             arguments = {
                 "attention_mask": None,
                 "position_ids": packing.position_ids,
@@ -225,12 +232,12 @@ class PartialDecoder:
                 "position_embeddings": embeddings(layer),
             }
             if layer == layers[-1] and rows is not None and not any(layer in g.collective for g in groups):
-                return _narrow(block, hidden, rows, arguments).squeeze(0)
+                return _narrow(block, hidden, rows.to(hidden.device), arguments).squeeze(0)
             hidden = block(hidden, **arguments)
             for group in groups:
                 hidden = shift_rows(hidden, group, layer)
         hidden = hidden.squeeze(0)
-        return hidden if rows is None else hidden.index_select(0, rows)
+        return hidden if rows is None else hidden.index_select(0, rows.to(hidden.device))
 
     def losses(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """−log p of labels (M,) after hidden (M, d), the last block's output: (M,), float32.
@@ -246,14 +253,12 @@ class PartialDecoder:
                 logits = self._head(self._decoder.norm(part))
                 if self._softcap is not None:
                     logits = torch.tanh(logits / self._softcap) * self._softcap
-            of_chunk = labels[at : at + chunk].unsqueeze(1)
-            scores = logits.detach().float().log_softmax(-1)
-            losses.append(-scores.gather(1, of_chunk).squeeze(1))
+            of_chunk = labels[at : at + chunk].to(logits.device)
+            weight = None if weights is None else weights[at : at + chunk].to(logits.device)
+            found, slope = _cross_entropy(logits.detach(), of_chunk, weight)
+            losses.append(found)
             if weights is not None:
-                # (softmax − one-hot) · weight, made in place: autograd would write two more (M, V).
-                weight = weights[at : at + chunk].unsqueeze(1)
-                slope = scores.exp_().mul_(weight).scatter_add_(1, of_chunk, -weight)
-                gradients += torch.autograd.grad(logits, part, slope.to(logits.dtype))
+                gradients += torch.autograd.grad(logits, part, slope)
         return torch.cat(losses), torch.cat(gradients)
 
     def _rotary(self, hidden: Tensor, position_ids: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -265,6 +270,24 @@ class PartialDecoder:
         types = self._config.layer_types
         of_type = {kind: rotary(hidden, position_ids, kind) for kind in set(types)}
         return lambda layer: of_type[types[layer]]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """−log p of labels (M,) by logits (M, V): (M,), float32. And the gradient of their weighted sum, (M, V).
+
+    Autograd would write three (M, V) of float32. Here a few rows at a time stay in a CPU's cache.
+    """
+    slope = None if weights is None else torch.empty_like(logits)
+    losses = []
+    size = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for at in range(0, len(logits), size):
+        of_part = labels[at : at + size].unsqueeze(1)
+        scores = logits[at : at + size].float().log_softmax(-1)
+        losses.append(-scores.gather(1, of_part).squeeze(1))
+        if weights is not None and slope is not None:
+            weight = weights[at : at + size].unsqueeze(1)  # (softmax − one-hot) · weight
+            slope[at : at + size] = scores.exp_().mul_(weight).scatter_add_(1, of_part, -weight)
+    return torch.cat(losses), slope
 
 
 def _narrow(block: Any, hidden: Tensor, rows: Tensor, arguments: dict[str, Any]) -> Tensor:

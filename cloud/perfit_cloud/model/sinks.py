@@ -67,7 +67,7 @@ def _longest(base: BaseModel, prompt: Sequence[int], first_block: int) -> list[f
     ratios: list[Tensor] = []
 
     def measure(_module: nn.Module, _args: Any, output: Any) -> None:
-        norms = hidden_of(output)[0].float().norm(dim=-1)  # (T,)
+        norms = hidden_of(output)[0].float().norm(dim=-1).to(base.device)  # (T,)
         ratios.append(norms / norms.median().clamp_min(torch.finfo(torch.float32).tiny))
 
     handles = [block.register_forward_hook(measure) for block in block_list(base.model)[first_block:]]

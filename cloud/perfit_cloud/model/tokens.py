@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 _ANCHORS = ("\n", ":", "a")
 _SHOWN = 5  # tokens that a message names
 _TOGETHER = 1024  # parts of a text that are tokenised at once
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that GPT-2 writes as they are
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)  # written as the letters from U+0100 on
+_BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 
 
 class TokenCodec:
@@ -33,6 +36,8 @@ class TokenCodec:
         self._template = str(getattr(tokenizer, "chat_template", None) or "")
         added = getattr(tokenizer, "added_tokens_decoder", {})
         beyond = {str(token) for number, token in added.items() if number >= embedded}
+        self._special = {number for number, token in added.items() if token.special}
+        self._letter = self._ids("a")[-1:]
         self._beyond = _any_of(beyond)
         self._guarded = _any_of(beyond | _marks(tokenizer, self._template))
         self._takes_system, self._before_reply, self.turn_end = True, "", None
@@ -90,6 +95,21 @@ class TokenCodec:
     def text(self, ids: list[int]) -> str:
         with self._lock:
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def token(self, number: int) -> tuple[str, bytes]:
+        """(text or name, bytes) of one token by itself; a special token adds no bytes to an answer."""
+        with self._lock:
+            name = str(self._tokenizer.convert_ids_to_tokens(number) or "")
+            if number in self._special:
+                return name, b""
+            # Behind another token, because tokenizers drop a space in front of a text.
+            before, text = (
+                self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                for ids in (self._letter, [*self._letter, number])
+            )
+        text = text[len(before) :]
+        data = (_bytes_of(name) if "\ufffd" in text else None) or text.encode()
+        return data.decode(errors="replace"), data
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -209,6 +229,14 @@ def check_vocabulary(tokenizer: Any, codec: TokenCodec, embedded: int, end_ids: 
 def _named(tokens: Sequence[tuple[int, str]]) -> str:
     shown = ", ".join(f'"{token}" ({number})' for number, token in tokens[:_SHOWN])
     return f"{shown} and {len(tokens) - _SHOWN:,} more" if len(tokens) > _SHOWN else shown
+
+
+def _bytes_of(name: str) -> bytes | None:
+    """What a name in the vocabulary spells: "<0xE2>", or a letter for each byte as GPT-2 writes them."""
+    if found := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(found[1])
+    values = [_BYTE_LETTERS.get(letter) for letter in name]
+    return None if None in values else bytes(value for value in values if value is not None)
 
 
 def forget_words(tokenizer: Any) -> bool:

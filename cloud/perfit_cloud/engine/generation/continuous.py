@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import PrefillScheduler, round_robin
 from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine
-from perfit_cloud.engine.generation.sampling import draw, log_probabilities
+from perfit_cloud.engine.generation.sampling import draw, forget, likelihoods
 from perfit_cloud.engine.interface import GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.blocks import depends_on_length
-from perfit_cloud.model.forward import forward
+from perfit_cloud.model.forward import decoder_output, forward
 from perfit_cloud.model.interventions import active_interventions, groups_of
 from perfit_cloud.model.kv_cache import BatchMetadata, KVCache, Slot, attend_over_cache
 
@@ -46,6 +46,8 @@ class GenerationEngine(OwnEngine):
         device_lock: DeviceLock | None = None,
     ) -> None:
         super().__init__(base, artefacts, settings, device_lock)
+        self._model = self._hooked(base, artefacts)
+        self._state_device = _state_device(base)
         attend_over_cache(self._model)
         self._kv_cache = KVCache(settings.cache_tokens)
         self._slots: dict[GenerationRequest, Slot] = {}  # by request in the batch, oldest first
@@ -70,9 +72,7 @@ class GenerationEngine(OwnEngine):
         begun = time.monotonic()
         logits, sampled = self._forward(plan)
         tokens = draw(logits, [request.sampler for request in sampled])
-        known: Sequence[float | None] = [None] * len(tokens)
-        if self.settings.log_probabilities and tokens:
-            known = log_probabilities(logits, tokens)
+        known = likelihoods(logits, tokens, [request.sampling.logprobs for request in sampled])
         seconds = time.monotonic() - begun
         read = Counter[str]()
         for request, count in reading.items():
@@ -82,15 +82,16 @@ class GenerationEngine(OwnEngine):
         if self.settings.alone:
             for owner in {request.owner for request in plan}:
                 self._share.charge(owner, seconds)
-        for request, token, log_probability in zip(sampled, tokens, known, strict=True):
+        for request, token, likelihood in zip(sampled, tokens, known, strict=True):
             self._newest[request] = token
-            self._produced(request, token, log_probability)
+            self._produced(request, token, likelihood)
 
     def _rest(self) -> None:
         super()._rest()
         self._prefills.rest()
 
     def _drop(self) -> None:
+        forget(request.sampler for request in self._slots)
         self._slots.clear()
         self._newest.clear()
         self._kv_cache.clear()
@@ -101,6 +102,7 @@ class GenerationEngine(OwnEngine):
 
     def _release(self, request: GenerationRequest) -> None:
         self._newest.pop(request, None)
+        forget([request.sampler])
         self._kv_cache.free(self._slots.pop(request))
 
     def _admit(self) -> None:
@@ -108,18 +110,14 @@ class GenerationEngine(OwnEngine):
 
         The owner who holds least of the cache is next. Nobody overtakes it when there is no room for it.
         """
-        for request in [r for r in self._slots if r.has_left]:
-            self._release(request)
+        for left in [r for r in self._slots if r.has_left]:
+            self._release(left)
         while True:
-            with self._changed:
-                if not self._waiting:
-                    return
-                held = Counter[str]()
-                for running in self._slots:
-                    held[running.owner] += len(running.prompt) + running.sampling.max_new_tokens
-                request = min(self._waiting, key=lambda waiting: held[waiting.owner])
+            request = self._next_waiting(self._slots)
+            if request is None:
+                return
             # Not under the condition: growing the cache takes time, and callers would wait.
-            slot = self._kv_cache.allocate(len(request.prompt) + request.sampling.max_new_tokens)
+            slot = self._kv_cache.allocate(request.most_tokens)
             if slot is None:
                 return
             self._slots[request] = slot
@@ -192,7 +190,7 @@ class GenerationEngine(OwnEngine):
                 input_ids=input_ids,
                 position_ids=kv_cache.position_ids,
                 use_cache=False,
-                logits_to_keep=rows,
+                logits_to_keep=rows.to(self._state_device),
                 kv_cache=kv_cache,
             ).logits[0]
         kv_cache.done()
@@ -225,7 +223,7 @@ def can_share(base: BaseModel) -> bool:
                 input_ids=torch.tensor([packed], device=base.device),
                 position_ids=step.position_ids,
                 use_cache=False,
-                logits_to_keep=step.last,
+                logits_to_keep=step.last.to(_state_device(base)),
                 kv_cache=step,
             ).logits[0]
             step.done()
@@ -240,6 +238,16 @@ def can_share(base: BaseModel) -> bool:
                 return False
         return True
     return False
+
+
+@torch.no_grad()
+def _state_device(base: BaseModel) -> torch.device:
+    """Where the hidden state is that the head reads rows of, by a pass over one token."""
+    if not base.is_split:
+        return base.device
+    ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
+    found: torch.Tensor = decoder_output(base.model, base.capabilities.arguments, ids)[0]
+    return found.device
 
 
 def _windows(config: Any) -> dict[int, int | None]:

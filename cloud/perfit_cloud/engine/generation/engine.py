@@ -1,4 +1,4 @@
-"""What both of our own engines share: requests, admission, a thread, streams."""
+"""What all engines share: requests, admission, a thread, streams."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.errors import error_location
 from perfit_cloud.engine.fairness import FairShare
-from perfit_cloud.engine.generation.sampling import Sampler
-from perfit_cloud.engine.generation.stream import TextStream, finish_of
+from perfit_cloud.engine.generation.sampling import Likelihood, Sampler
+from perfit_cloud.engine.generation.stream import TextStream, WholeText, finish_of
 from perfit_cloud.engine.interface import EngineHealth, GenerationSettings, ShiftUse, most_tokens
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
@@ -26,10 +28,11 @@ from perfit_shared.errors import Busy, InvalidPrompt, InvalidTensors, NotFound, 
 from perfit_shared.positions import Positions
 from perfit_shared.types import Mode, Sampling
 
-__all__ = ["GenerationRequest", "OwnEngine", "intervention", "sampler_of"]
+__all__ = ["GenerationRequest", "OwnEngine", "intervention"]
 
 _log = logging.getLogger(__name__)
 _BUSY_MS = 1000  # before a refused request may retry
+_Sink = TypeVar("_Sink", TextStream, WholeText)
 
 
 def intervention(
@@ -45,11 +48,6 @@ def intervention(
     )
 
 
-def sampler_of(sampling: Sampling) -> Sampler | None:
-    """None: greedy."""
-    return Sampler(sampling) if sampling.temperature > 0 else None
-
-
 @dataclass(eq=False)
 class GenerationRequest:
     """One answer in flight: what was asked for, and how far it is. Dropped when it ends."""
@@ -57,11 +55,16 @@ class GenerationRequest:
     prompt: list[int]
     shift: Intervention
     sampling: Sampling
-    sampler: Sampler | None  # None: greedy
-    stream: TextStream
+    sampler: Sampler | None  # None: the arg-max
+    stream: TextStream | WholeText
     owner: str = ""
     produced: int = 0  # tokens
     has_left: bool = False  # nobody reads its answer any more
+
+    @property
+    def most_tokens(self) -> int:
+        """What it takes of the cache at most."""
+        return len(self.prompt) + self.sampling.max_new_tokens
 
 
 class OwnEngine(ABC):
@@ -83,9 +86,6 @@ class OwnEngine(ABC):
         self.settings = settings
         self._base, self._device_lock = base, device_lock or DeviceLock()
         self._end_ids = frozenset(base.end_ids)
-        self._model = base.share_weights()
-        # Only blocks that an artefact names carry a hook.
-        install(self._model, {layer for a in artefacts.values() for layer in a.spec.layers})
         self._vocabulary = int(base.model.get_input_embeddings().num_embeddings)
         self._collective = {name: to_torch(a.collective, base.device) for name, a in artefacts.items()}
         self._changed = threading.Condition()
@@ -129,7 +129,7 @@ class OwnEngine(ABC):
     def submit(self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str = "") -> TextStream:
         """Queue one answer; see `Engine`."""
         self._check(prompt, shift, sampling)
-        request = self._request(prompt, shift, sampling, owner)
+        request, stream = self._request(prompt, shift, sampling, owner, TextStream)
         with self._changed:
             if len(self._requests) >= self.settings.max_requests:
                 raise Busy("the cloud is answering as many as it can; try again", retry_ms=_BUSY_MS)
@@ -139,7 +139,43 @@ class OwnEngine(ABC):
             self._requests.add(request)
             self._waiting.append(request)
             self._changed.notify()
-        return request.stream
+        return stream
+
+    def answer_all(
+        self,
+        prompts: Sequence[list[int]],
+        uses: Sequence[ShiftUse],
+        samplings: Sequence[Sampling],
+        done: Callable[[int], None],
+    ) -> list[str]:
+        """All these answers, made in this thread, of an engine that has no other requests.
+
+        Who shares a pass is a function of the arguments alone, so the answers are too. `done` gets the
+        number of answers that ended. Raises as `submit` does, before the first pass.
+        """
+        for asked in zip(prompts, uses, samplings, strict=True):
+            self._check(*asked)
+        pending = zip(prompts, uses, samplings, strict=True)
+        texts: list[WholeText] = []
+        ended = 0
+        try:
+            while ended < len(prompts):
+                for asked in islice(pending, self.settings.max_requests - len(self._requests)):
+                    request, text = self._request(*asked, "", WholeText)
+                    texts.append(text)
+                    self._requests.add(request)
+                    self._waiting.append(request)
+                self._round()
+                over = len(texts) - len(self._requests)
+                if over > ended:
+                    done(over - ended)
+                    ended = over
+        finally:
+            self._requests.clear()
+            self._waiting.clear()
+            self._drop()
+            self._rest()
+        return [text.text for text in texts]
 
     # -- for subclasses ------------------------------------------------------------------------
 
@@ -167,15 +203,32 @@ class OwnEngine(ABC):
         with self._changed:
             self._requests.discard(request)
 
-    def _produced(self, request: GenerationRequest, token: int, log_probability: float | None) -> bool:
+    def _produced(self, request: GenerationRequest, token: int, likelihood: Likelihood | None) -> bool:
         """Hand over a token; whether it was the last."""
         self._moved = time.monotonic()
         request.produced += 1
         is_last = finish_of(token, request.produced, request.sampling, self._end_ids) is not None
         if is_last:
             self._end(request)
-        request.stream.put(token, log_probability)
+        request.stream.put(token, likelihood)
         return is_last
+
+    @staticmethod
+    def _hooked(base: BaseModel, artefacts: Mapping[str, Artefact]) -> Any:
+        """A tree of the model's modules whose blocks carry a hook where an artefact names them."""
+        model = base.share_weights()
+        install(model, {layer for a in artefacts.values() for layer in a.spec.layers})
+        return model
+
+    def _next_waiting(self, running: Iterable[GenerationRequest]) -> GenerationRequest | None:
+        """Of those who wait, the first of the owner whose `running` requests take least of the cache."""
+        with self._changed:
+            if not self._waiting:
+                return None
+            held = Counter[str]()
+            for request in running:
+                held[request.owner] += request.most_tokens
+            return min(self._waiting, key=lambda waiting: held[waiting.owner])
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -199,25 +252,34 @@ class OwnEngine(ABC):
             shift.personal.check_layout(shift.artefact.spec, shift.artefact.spec.personal_rank)
 
     def _request(
-        self, prompt: list[int], shift: ShiftUse, sampling: Sampling, owner: str
-    ) -> GenerationRequest:
+        self,
+        prompt: list[int],
+        shift: ShiftUse,
+        sampling: Sampling,
+        owner: str,
+        sink: Callable[[BaseModel, int, Sampling, Callable[[], None]], _Sink],
+    ) -> tuple[GenerationRequest, _Sink]:
+        """A request, and what takes its tokens."""
+        known: Callable[[], GenerationRequest | None]
+
         def leave() -> None:
             request = known()
             if request is not None:
                 self._leave(request)
 
+        stream = sink(self._base, len(prompt), sampling, leave)
         request = GenerationRequest(
             prompt=prompt,
             shift=intervention(shift, len(prompt), lambda of: self._collective[of.name], self._base.device),
             sampling=sampling,
-            sampler=sampler_of(sampling),
-            stream=TextStream(self._base, len(prompt), sampling, leave),
+            sampler=Sampler.of(sampling),
+            stream=stream,
             owner=owner,
         )
         # Weak, or request and stream would form a cycle, and what a request holds would outlive the
         # engine's last use of it until the next garbage collection.
         known = weakref.ref(request)
-        return request
+        return request, stream
 
     def _leave(self, request: GenerationRequest) -> None:
         with self._changed:

@@ -1,7 +1,7 @@
 """Static batches: several prompts at once by the library's own `generate`, each under its own shift.
 
-For research, where all prompts are known beforehand, and to serve families that continuous batching
-does not take. Prompts are padded on the left. Shifts are active for one forward pass, that of the prompts:
+For families that continuous batching does not take, and for research that puts hooks of its own on the
+model. Prompts are padded on the left. Shifts are active for one forward pass, that of the prompts:
 decoded tokens are never intervened on. The family's capabilities say which prompts may share a batch, and
 whether `generate` may cache keys and values between passes.
 """
@@ -26,13 +26,14 @@ from transformers import (
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.fairness import round_robin
-from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine, intervention, sampler_of
-from perfit_cloud.engine.generation.sampling import Sampler, draw, log_probabilities
-from perfit_cloud.engine.generation.stream import AnswerText, finish_of
+from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine, intervention
+from perfit_cloud.engine.generation.sampling import Likelihood, Sampler, draw, forget, likelihoods
+from perfit_cloud.engine.generation.stream import WholeText
 from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.capabilities import Batching, left_padded
+from perfit_cloud.model.devices import input_device
 from perfit_cloud.model.interventions import (
     Intervention,
     ShiftGroup,
@@ -48,9 +49,16 @@ __all__ = ["BatchedEngine", "generate_batch"]
 
 
 def generate_batch(
-    base: BaseModel, prompts: Sequence[list[int]], uses: Sequence[ShiftUse], samplings: Sequence[Sampling]
+    base: BaseModel,
+    prompts: Sequence[list[int]],
+    uses: Sequence[ShiftUse],
+    samplings: Sequence[Sampling],
+    *,
+    model: Any = None,
 ) -> list[str]:
     """The answer to each prompt under its shift and sampling, end of sequence and stop text cut off.
+
+    `model`: a module tree of the base's weights whose own hooks run too; else a fresh one.
 
     Raises InvalidPrompt when a prompt is empty or does not fit the model's context together with its
     answer, InvalidInput unless there are as many uses and samplings as prompts.
@@ -71,7 +79,7 @@ def generate_batch(
         )
         for prompt, use, sampling in zip(prompts, uses, samplings, strict=True)
     ]
-    model = base.share_weights()
+    model = base.share_weights() if model is None else model
     model.generation_config = GenerationConfig()  # what the model's folder suggests is not asked for
     with hooked(model, {layer for artefact in artefacts.values() for layer in artefact.spec.layers}):
         asked = [(len(row.prompt), row.sampling) for row in rows]
@@ -94,6 +102,7 @@ class BatchedEngine(OwnEngine):
     ) -> None:
         super().__init__(base, artefacts, settings, device_lock)
         # What the model's folder suggests is not asked for.
+        self._model = self._hooked(base, artefacts)
         self._model.generation_config = GenerationConfig()
 
     def _has_work(self) -> bool:
@@ -108,7 +117,6 @@ class BatchedEngine(OwnEngine):
                 self._model,
                 [_StreamedRow(request, self._produced, lambda: self._is_stopped) for request in members],
                 caches=self._base.capabilities.caches,
-                with_log_probabilities=self.settings.log_probabilities,
                 between=self._device_lock.yield_to_waiting,
             )
 
@@ -151,7 +159,7 @@ class _Row(ABC):
         """Whether nobody wants more of its tokens."""
 
     @abstractmethod
-    def take(self, token: int, log_probability: float | None) -> None:
+    def take(self, token: int, likelihood: Likelihood | None) -> None:
         """Its next token."""
 
 
@@ -161,7 +169,7 @@ class _StreamedRow(_Row):
     def __init__(
         self,
         request: GenerationRequest,
-        produced: Callable[[GenerationRequest, int, float | None], bool],
+        produced: Callable[[GenerationRequest, int, Likelihood | None], bool],
         is_stopped: Callable[[], bool],
     ) -> None:
         super().__init__(request.prompt, request.shift, request.sampling, request.sampler)
@@ -172,48 +180,37 @@ class _StreamedRow(_Row):
     def is_over(self) -> bool:
         return self._is_done or self._request.has_left or self._is_stopped()
 
-    def take(self, token: int, log_probability: float | None) -> None:
-        self._is_done = self._produced(self._request, token, log_probability)
+    def take(self, token: int, likelihood: Likelihood | None) -> None:
+        self._is_done = self._produced(self._request, token, likelihood)
 
 
 class _TextRow(_Row):
     """A row whose whole text is wanted at the end."""
 
     def __init__(self, prompt: list[int], shift: Intervention, sampling: Sampling, base: BaseModel) -> None:
-        super().__init__(prompt, shift, sampling, sampler_of(sampling))
-        self._answer = AnswerText(base, len(prompt), sampling)
-        self._end_ids = frozenset(base.end_ids)
-        self._unread: list[int] = []  # tokens not decoded yet
-        self.text = ""
+        super().__init__(prompt, shift, sampling, Sampler.of(sampling))
+        self._answer = WholeText(base, len(prompt), sampling)
 
     @property
     def is_over(self) -> bool:
         return self._answer.is_over
 
-    def take(self, token: int, _log_probability: float | None) -> None:
-        self._unread.append(token)
-        count = len(self._answer.ids) + len(self._unread)
-        # Without stop texts one look at the end is enough.
-        if self.sampling.stop or finish_of(token, count, self.sampling, self._end_ids):
-            chunk = self._answer.take(self._unread)
-            self._unread = []
-            self.text += "" if chunk is None else chunk.text
+    @property
+    def text(self) -> str:
+        return self._answer.text
+
+    def take(self, token: int, likelihood: Likelihood | None) -> None:
+        self._answer.put(token, likelihood)
 
 
 def _generate(
-    model: Any,
-    rows: Sequence[_Row],
-    *,
-    caches: bool,
-    with_log_probabilities: bool = False,
-    between: Callable[[], None] = lambda: None,
+    model: Any, rows: Sequence[_Row], *, caches: bool, between: Callable[[], None] = lambda: None
 ) -> None:
     """One `generate` on a model whose hooks are on; calls `between` its passes.
 
-    `with_log_probabilities`: whether rows get the log-probabilities of their tokens.
     Without caches every pass reads the prompts again, and they are shifted again.
     """
-    prompts = [row.prompt for row in rows]
+    prompts, device = [row.prompt for row in rows], input_device(model)
     ids, mask, _ = left_padded(prompts)
 
     def groups(length: int) -> list[ShiftGroup]:
@@ -221,10 +218,11 @@ def _generate(
         starts = _starts(prompts, length)
         shifted = zip(starts, rows, strict=True)
         return groups_of(
-            ((row.shift, [start + p for p in row.shift.positions]) for start, row in shifted), model.device
+            ((row.shift, [start + p for p in row.shift.positions]) for start, row in shifted), device
         )
 
-    with ExitStack() as active:
+    with ExitStack() as end, ExitStack() as active:
+        end.callback(forget, [row.sampler for row in rows])
 
         def after(length: int) -> None:
             active.close()  # may be repeated
@@ -233,10 +231,10 @@ def _generate(
             between()
 
         active.enter_context(active_interventions(groups(ids.shape[1])))
-        choice = _Choice(rows, after, with_log_probabilities)
+        choice = _Choice(rows, after)
         model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             max_new_tokens=max(row.sampling.max_new_tokens for row in rows),
             do_sample=False,
             use_cache=caches,
@@ -254,20 +252,18 @@ def _starts(prompts: Sequence[list[int]], length: int) -> list[int]:
 class _Choice(LogitsProcessor):  # type: ignore[misc]
     """Leaves the chosen token alone in the scores; `generate` takes the arg-max."""
 
-    def __init__(
-        self, rows: Sequence[_Row], after: Callable[[int], None], with_log_probabilities: bool
-    ) -> None:
+    def __init__(self, rows: Sequence[_Row], after: Callable[[int], None]) -> None:
         """`after` is called behind every pass, with the tokens that a row has so far."""
-        self._rows, self._after, self._with_log_probabilities = rows, after, with_log_probabilities
-        self.log_probabilities: list[float] | None = None  # of the chosen tokens
+        self._rows, self._after = rows, after
+        self.likelihoods: Sequence[Likelihood | None] = [None] * len(rows)  # of the chosen tokens
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self._after(ids.shape[1])
         samplers = [None if row.is_over else row.sampler for row in self._rows]
-        if any(samplers) or self._with_log_probabilities:
+        wanted = [0 if row.is_over else row.sampling.logprobs for row in self._rows]
+        if any(samplers) or any(wanted):
             chosen = draw(scores, samplers)
-            if self._with_log_probabilities:
-                self.log_probabilities = log_probabilities(scores, chosen)
+            self.likelihoods = likelihoods(scores, chosen, wanted)
             scores.fill_(-torch.inf)
             scores[range(len(chosen)), chosen] = 0
         return scores
@@ -280,10 +276,10 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
         self._rows, self._choice = rows, choice
 
     def __call__(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        known = self._choice.log_probabilities
-        for number, (row, token) in enumerate(zip(self._rows, ids[:, -1].tolist(), strict=True)):
+        chosen = zip(self._rows, ids[:, -1].tolist(), self._choice.likelihoods, strict=True)
+        for row, token, likelihood in chosen:
             if not row.is_over:
-                row.take(token, None if known is None else known[number])
+                row.take(token, likelihood)
         return torch.tensor([row.is_over for row in self._rows], device=ids.device)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 
+from perfit_cloud.engine.generation.sampling import Likelihood
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Unavailable
-from perfit_shared.types import Chunk, Finish, Sampling
+from perfit_shared.types import Chunk, Finish, Sampling, TokenLogprob, TopLogprob
 
-__all__ = ["AnswerText", "TextStream", "finish_of"]
+__all__ = ["AnswerText", "TextStream", "WholeText", "finish_of"]
 
 _UNFINISHED = "\ufffd"  # what a tokenizer writes for an incomplete character
 
@@ -32,12 +33,18 @@ class AnswerText:
         self._sampling = sampling
         self._text = _Text(base)
         self._sent = 0  # characters
+        self._logprobs = _Logprobs(base)
 
-    def take(self, new: list[int]) -> Chunk | None:
-        """The next chunk, with these tokens. None while there is nothing to send."""
+    def take(self, new: list[int], likelihood: Likelihood | None = None) -> Chunk | None:
+        """The next chunk, with these tokens. None while there is nothing to send.
+
+        `likelihood`, where it is asked for: of the one new token.
+        """
         self.ids += new
         finish = finish_of(self.ids[-1], len(self.ids), self._sampling, self._end_ids)
         text = self._text.extended(new[:-1] if self.ids[-1] in self._end_ids else new)
+        if likelihood is not None:
+            self._logprobs.add(new[0], likelihood, text)
         cut, stopped = _stop(text, self._sampling.stop, self._sent)
         if stopped:
             finish = Finish.END
@@ -49,8 +56,9 @@ class AnswerText:
         self._sent = max(self._sent, cut)
         if finish is not None:
             self.is_over = True
-            return Chunk(unsent, finish, self._prompt_tokens, len(self.ids))
-        return Chunk(unsent) if unsent else None
+            shown = self._logprobs.take(cut if stopped else None)
+            return Chunk(unsent, finish, self._prompt_tokens, len(self.ids), shown)
+        return Chunk(unsent, logprobs=self._logprobs.take(cut)) if unsent else None
 
 
 class TextStream(Iterator[Chunk]):
@@ -63,11 +71,10 @@ class TextStream(Iterator[Chunk]):
         self, base: BaseModel, prompt_tokens: int, sampling: Sampling, leave: Callable[[], None]
     ) -> None:
         """`leave`: frees the request in the engine; may be called more than once."""
-        self.log_probabilities: list[float] = []
         self._answer = AnswerText(base, prompt_tokens, sampling)
-        self._one_by_one = bool(sampling.stop)
+        self._one_by_one = bool(sampling.stop or sampling.logprobs)
         self._leave = leave
-        self._tokens: queue.SimpleQueue[tuple[int, float | None] | None] = queue.SimpleQueue()
+        self._tokens: queue.SimpleQueue[tuple[int, Likelihood | None] | None] = queue.SimpleQueue()
         self._is_over = False
 
     @property
@@ -77,9 +84,9 @@ class TextStream(Iterator[Chunk]):
 
     # -- for the engine ------------------------------------------------------------------------
 
-    def put(self, token: int, log_probability: float | None = None) -> None:
+    def put(self, token: int, likelihood: Likelihood | None = None) -> None:
         """The next token."""
-        self._tokens.put((token, log_probability))
+        self._tokens.put((token, likelihood))
 
     def fail(self) -> None:
         """No more tokens will come."""
@@ -90,13 +97,13 @@ class TextStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         """Raises Unavailable when the engine stopped or died under it; ends when it was cancelled."""
         while not self._is_over:
-            new = self._read()
+            new, likelihood = self._read()
             if self._is_over:
                 break
             if not new:
                 self.cancel()
                 raise Unavailable("the cloud could not finish this answer; ask again")
-            chunk = self._answer.take(new)
+            chunk = self._answer.take(new, likelihood)
             if self._answer.is_over:
                 self._is_over = True
                 self._leave()
@@ -111,24 +118,60 @@ class TextStream(Iterator[Chunk]):
         self._leave()
         self._tokens.put(None)  # wakes a reader in another thread
 
-    def _read(self) -> list[int]:
+    def _read(self) -> tuple[list[int], Likelihood | None]:
         """All tokens that are there, at least one; none when there will be no more.
 
-        One token at a time where a stop text may end the answer: the count of tokens ends there.
+        One token at a time where a stop text may end the answer, since the count of tokens ends there, and
+        where the text of each token is told apart. Then with its likelihood.
         """
         new: list[int] = []
         item = self._tokens.get()
         while item is not None:
-            token, log_probability = item
+            token, likelihood = item
             new.append(token)
-            if log_probability is not None:
-                self.log_probabilities.append(log_probability)
             if self._one_by_one or self._tokens.empty():
-                return new
+                return new, likelihood
             item = self._tokens.get()
         if new:
             self._tokens.put(None)  # the next call finds the end again, after these tokens
-        return new
+        return new, None
+
+
+class WholeText:
+    """An answer of which nobody reads a part: its text is there at the end."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        prompt_tokens: int,
+        sampling: Sampling,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`leave`: frees the request in its engine, when the answer is over."""
+        self.text = ""
+        self._answer = AnswerText(base, prompt_tokens, sampling)
+        self._end_ids = frozenset(base.end_ids)
+        self._sampling, self._leave = sampling, leave
+        self._unread: list[int] = []  # tokens not decoded yet
+
+    @property
+    def is_over(self) -> bool:
+        return self._answer.is_over
+
+    def put(self, token: int, _likelihood: Likelihood | None = None) -> None:
+        """The next token."""
+        self._unread.append(token)
+        count = len(self._answer.ids) + len(self._unread)
+        # Without stop texts one look at the end is enough.
+        if self._sampling.stop or finish_of(token, count, self._sampling, self._end_ids):
+            chunk = self._answer.take(self._unread)
+            self._unread = []
+            self.text += "" if chunk is None else chunk.text
+        if self.is_over:
+            self._leave()
+
+    def fail(self) -> None:
+        """No more tokens will come; what is there is all."""
 
 
 class _Text:
@@ -155,6 +198,28 @@ class _Text:
             self._ids, self._before = self._ids[self._before :], len(self._ids) - self._before
             return self._settled
         return self._settled + added
+
+
+class _Logprobs:
+    """Log-probabilities of tokens, held back until the text of these is sent."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._unsent: list[tuple[int, TokenLogprob]] = []  # (where the text of a token begins, the token)
+        self._length = 0  # of the text so far, without an incomplete character
+
+    def add(self, token: int, likelihood: Likelihood, text: str) -> None:
+        """The next token; `text`: of the answer, with it."""
+        top = tuple(TopLogprob(*self._base.token(id_), logprob) for id_, logprob in likelihood.top)
+        named = TokenLogprob(*self._base.token(token), likelihood.chosen, top)
+        self._unsent.append((self._length, named))
+        self._length = len(text.rstrip(_UNFINISHED))
+
+    def take(self, cut: int | None) -> tuple[TokenLogprob, ...]:
+        """Those of the text before `cut`, which is sent. None: all."""
+        count = sum(1 for start, _ in self._unsent if cut is None or start < cut)
+        taken, self._unsent = self._unsent[:count], self._unsent[count:]
+        return tuple(token for _, token in taken)
 
 
 def _stop(text: str, stops: tuple[str, ...], sent: int) -> tuple[int, bool]:

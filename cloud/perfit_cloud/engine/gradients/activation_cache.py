@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from perfit_cloud.engine.gradients.batch import BatchBudget, Pair
+from perfit_cloud.model.devices import Copies
 from perfit_cloud.model.interventions import Shift, ShiftGroup, shift_rows
 from perfit_cloud.model.partial import Indices, Packing, PartialDecoder, ragged
 from perfit_shared.positions import Positions
@@ -70,6 +71,7 @@ class ActivationCache:
     past: dict[int, tuple[Tensor, Tensor]]  # by later block: keys and values (Q, width)
     first_row: Indices  # by entry
     first_past: Indices
+    devices: Sequence[torch.device]  # where each block of the model computes
 
     def erase(self) -> None:
         """Overwrite every number."""
@@ -79,18 +81,23 @@ class ActivationCache:
     def moved(
         self, entries: Indices, rows: Indices, starts: Indices, device: torch.device
     ) -> ActivationCache:
-        """Copy these entries, which have so many rows and past tokens, to `device`."""
+        """Copy these entries, of so many rows and past tokens, to `device`, and pasts to their block's."""
         past_from = self.first_past[entries]
+
+        def of_block(tensor: Tensor, block: int) -> Tensor:
+            return _runs(tensor, past_from, starts, self.devices[block])
+
         return ActivationCache(
             layer=self.layer,
             is_shifted=self.is_shifted,
             hidden=_runs(self.hidden, self.first_row[entries], rows, device),
             past={
-                block: (_runs(keys, past_from, starts, device), _runs(values, past_from, starts, device))
+                block: (of_block(keys, block), of_block(values, block))
                 for block, (keys, values) in self.past.items()
             },
             first_row=_first(rows),
             first_past=_first(starts),
+            devices=self.devices,
         )
 
 
@@ -127,14 +134,14 @@ def build_cache(
 ) -> ActivationCache:
     """Compute rows and pasts of examples `which`, on their device or (`spill`) in host memory.
 
-    `layer` is the first intervened block. `collective` is the shift applied to its rows; None leaves them
-    unshifted, so that φ₁ can be trained. `budget` bounds each pass. `working` is entered for each pass, and
-    what it raises ends the build.
+    Pasts are where their block computes. `layer` is the first intervened block. `collective` is the shift
+    applied to its rows; None leaves them unshifted, so that φ₁ can be trained. `budget` bounds each pass.
+    `working` is entered for each pass, and what it raises ends the build.
     """
     device = examples.ids.device
     rows, starts = examples.rows[which], examples.starts[which]
 
-    def store(count: int, width: int) -> Tensor:
+    def store(count: int, width: int, device: torch.device = device) -> Tensor:
         """Zeros, because passes fill it one by one, and an empty tensor shows what memory held before."""
         if spill:  # pinned, or a copy to the device would wait for the CPU
             return torch.zeros(count, width, dtype=decoder.dtype, pin_memory=device.type == "cuda")
@@ -146,11 +153,13 @@ def build_cache(
         is_shifted=collective is not None,
         hidden=store(rows.sum(), decoder.hidden_size),
         past={
-            later: (store(past_tokens, decoder.past_width), store(past_tokens, decoder.past_width))
-            for later in range(layer + 1, decoder.blocks)
+            later: (store(past_tokens, decoder.past_width, at), store(past_tokens, decoder.past_width, at))
+            for later, at in enumerate(decoder.devices)
+            if later > layer
         },
         first_row=_first(rows),
         first_past=_first(starts),
+        devices=decoder.devices,
     )
     lengths = rows + starts
     try:
@@ -175,7 +184,7 @@ def _fill(decoder: PartialDecoder, part: Part, collective: Shift | None) -> None
 
     none = np.zeros_like(starts)
     hidden = decoder.embed(examples.ids.index_select(0, index(examples.first_id[which], starts + rows)))
-    hidden = decoder.run(hidden, range(layer + 1), Packing(none, starts + rows, device))
+    hidden = decoder.run(hidden, range(layer + 1), Packing(none, starts + rows, device)).to(device)
     if collective is not None:
         marks = examples.marks_of(which) + np.repeat(first + starts, examples.marked[which])
         group = ShiftGroup(torch.from_numpy(marks).to(device).unsqueeze(0), None, collective, None)
@@ -184,17 +193,17 @@ def _fill(decoder: PartialDecoder, part: Part, collective: Shift | None) -> None
     cache.hidden.index_copy_(0, there, hidden.index_select(0, index(first + starts, rows)).to(store))
     if not cache.past or not starts.any():
         return
-    there = index(cache.first_past[entries], starts).to(store)
+    places = Copies(index(cache.first_past[entries], starts))
 
     def capture(block: int, keys: Tensor, values: Tensor) -> None:
         for cached, new in zip(cache.past[block], (keys, values), strict=True):
-            cached.index_copy_(0, there, new.to(store))
+            cached.index_copy_(0, places.on(cached.device), new.to(cached.device))
 
     behind = starts > 0
     packing = Packing(none[behind], starts[behind], device, capture=capture)
     hidden = hidden.index_select(0, index(first, starts))
     # Only the last block's keys and values are used, not its output.
-    decoder.run(hidden, range(layer + 1, decoder.blocks), packing, rows=there[:0].to(device))
+    decoder.run(hidden, range(layer + 1, decoder.blocks), packing, rows=there[:0])
 
 
 # -- joining -----------------------------------------------------------------------------------------
@@ -289,11 +298,11 @@ def _gather(sources: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows `index` of each (tensor, index), one behind another; written once."""
     if len(sources) == 1:
         tensor, index = sources[0]
-        return tensor.index_select(0, index)
+        return tensor.index_select(0, index.to(tensor.device))
     out = sources[0][0].new_empty(sum(len(index) for _, index in sources), *sources[0][0].shape[1:])
     at = 0
     for tensor, index in sources:
-        torch.index_select(tensor, 0, index, out=out[at : at + len(index)])
+        torch.index_select(tensor, 0, index.to(tensor.device), out=out[at : at + len(index)])
         at += len(index)
     return out
 

@@ -133,6 +133,7 @@ def target_log_likelihoods(base: BaseModel, batch: Batch, groups: Sequence[Shift
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
         )
+    losses = losses.to(row.device)
     return losses.new_zeros(batch.labels.shape).index_put((row, column), -losses)
 
 
