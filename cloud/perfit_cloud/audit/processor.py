@@ -26,8 +26,9 @@ _FEATURES = (
     "sve2",
 )
 _SECONDS = 120.0
-# A product in each dtype, after which the libraries tell which of their kernels they take.
-_PRODUCTS = "import torch; a = torch.ones(64, 64); a @ a; b = a.bfloat16(); b @ b"
+# Work for each library, after which it tells which of its kernels it takes. Products of bfloat16 go to
+# oneDNN on some processors alone, large convolutions on all.
+_WORK = "import torch; a = torch.ones(64, 64); a @ a; torch.nn.Conv2d(64, 64, 3)(torch.ones(8, 64, 128, 128))"
 _VERBOSE = {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1"}
 _SAID = {
     "MKL": re.compile(r"^MKL_VERBOSE .* 64 architecture (.+?), \w+ [\d.]+GHz", re.MULTILINE),
@@ -54,7 +55,7 @@ def processor() -> Processor:
     about = torch.cpu.get_capabilities()
     kernels = {"torch": torch.backends.cpu.get_cpu_capability()}
     said = subprocess.run(
-        [sys.executable, "-c", _PRODUCTS],
+        [sys.executable, "-c", _WORK],
         capture_output=True,
         text=True,
         check=False,

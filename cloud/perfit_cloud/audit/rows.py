@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Row", "forms_found", "passed", "unseen"]
 
@@ -38,6 +38,16 @@ class Row:
         if self.moment == "closed" and self.hardening == "on" and self.found:
             return "not forgotten"
         return ""
+
+    def joined(self, other: Row) -> Row:
+        """With what another look at the same moment of the same call found."""
+        found = {
+            kind: tuple(dict.fromkeys((*self.found.get(kind, ()), *other.found.get(kind, ()))))
+            for kind in self.sought
+            if kind in self.found or kind in other.found
+        }
+        unreadable = tuple(dict.fromkeys((*self.unreadable, *other.unreadable)))
+        return replace(self, found=found, searched=self.searched + other.searched, unreadable=unreadable)
 
 
 def passed(rows: Sequence[Row]) -> bool:

@@ -25,15 +25,15 @@ from perfit_cloud.audit.calls import CALLS, Canaries, PersonalCall, Running
 from perfit_cloud.audit.memory import Look, Pages, cpu_seconds, look_at, settle, stopped
 from perfit_cloud.audit.needles import Needle, raw
 from perfit_cloud.audit.reference import ReferenceEngines
-from perfit_cloud.audit.rows import Row
+from perfit_cloud.audit.rows import Row, unseen
 from perfit_cloud.audit.search import Index
-from perfit_cloud.audit.server import AuditedServer, Connection, DeviceKey, signature_of
+from perfit_cloud.audit.server import AuditedServer, Connection, DeviceKey, Sealed, signature_of
 from perfit_shared.errors import PerfitError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 
-__all__ = ["ENDINGS", "RPCS", "Plan", "audit"]
+__all__ = ["ENDINGS", "RPCS", "Plan", "audit", "caught"]
 
-RPCS = (*CALLS, "Enroll", "Renew")
+RPCS = (*CALLS, "Enroll", "Renew", "Leave")
 ENDINGS = ("done", "cancelled", "deadline", "refused", "gone")
 _DTYPES = ("float32", "float16", "int8")
 _STATUS = {  # what the client sees
@@ -66,6 +66,7 @@ class Plan:
     seed: int = 0
     is_quick: bool = False  # with hardening off only one call, with it on two endings; no load
     flags: Sequence[str] = ()  # more, for `perfit-cloud serve`
+    sealed: Sealed | None = None  # what seals the devices' calls; None: nothing
 
 
 def audit(plan: Plan, reference: ReferenceEngines, report: Callable[[Row], None]) -> list[Row]:
@@ -79,9 +80,10 @@ def audit(plan: Plan, reference: ReferenceEngines, report: Callable[[Row], None]
             artefact=plan.artefact,
             hardening=hardening,
             flags=plan.flags,
+            sealed=plan.sealed,
         )
         with server:
-            for row in _Auditor(of_mode, server, reference, hardening).rows():
+            for row in _Auditor(of_mode, server, reference, hardening, rows).rows():
                 rows.append(row)
                 report(row)
     return rows
@@ -101,9 +103,15 @@ class _Auditor:
     """The scenarios of one server."""
 
     def __init__(
-        self, plan: Plan, server: AuditedServer, reference: ReferenceEngines, hardening: str
+        self,
+        plan: Plan,
+        server: AuditedServer,
+        reference: ReferenceEngines,
+        hardening: str,
+        so_far: Sequence[Row],
     ) -> None:
         self._plan, self._server, self._foresight, self._hardening = plan, server, reference, hardening
+        self._so_far = so_far  # rows of the whole audit
         self._tokens = min(_MANY_TOKENS, reference.base.context - 64)
         self._made = 0  # calls
 
@@ -138,7 +146,7 @@ class _Auditor:
                         running = call.refused(connection.personalization, seconds)
                     else:
                         running = call.start(connection.personalization, seconds)
-                        row = self._caught(running, search, held)
+                        row = caught(self._server.pid, running, search.during, held, self._wanted(ending))
                         if row is None:
                             continue
                         rows.append(row)
@@ -156,19 +164,13 @@ class _Auditor:
             f"{rpc} {ending}: the call ended before the server was caught at it; audit a larger model"
         )
 
-    def _caught(self, running: Running, search: _ScenarioSearch, held: ExitStack) -> Row | None:
-        """What was found while the server worked; `held` keeps it stopped. None: the call was over."""
-        for number in range(_LOOKS):
-            _let_work(self._server.pid, 0.02 * 1.5**number, running)
-            with ExitStack() as hold:
-                hold.enter_context(stopped(self._server.pid))
-                if running.status is not None:
-                    return None
-                row = search.during()
-                if not row.fault or number == _LOOKS - 1:
-                    held.push(hold.pop_all())
-                    return row
-        return None
+    def _wanted(self, ending: str) -> Callable[[Row], bool]:
+        """Whether a look at a call under way left something to be found.
+
+        Of calls that are cut off the first look that found its controls will do. One that is answered is
+        looked at until every family of needles was found once: a server holds some for a moment alone.
+        """
+        return lambda row: ending == "done" and bool(unseen([*self._so_far, row]))
 
     # -- identities ------------------------------------------------------------------------------
 
@@ -190,6 +192,12 @@ class _Auditor:
             connection = self._server.connect(device)
             renew = partial(connection.identity.Renew, enrol_pb.RenewRequest(csr=csr))
             yield from self._short("Renew", "done", needles, connection, renew)
+        if "Leave" in self._plan.rpcs and "done" in self._plan.endings:
+            leaver = self._server.enrol(1)[0]  # the load still needs the other one
+            connection = self._server.connect(leaver)
+            leave = partial(connection.identity.Leave, enrol_pb.LeaveRequest())
+            needles = [raw("device key", leaver.secret)]
+            yield from self._short("Leave", "done", needles, connection, leave)
 
     def _short(
         self, rpc: str, ending: str, needles: list[Needle], connection: Connection, call: Callable[..., Any]
@@ -323,6 +331,29 @@ class _ScenarioSearch:
             searched=look.searched,
             unreadable=look.unreadable,
         )
+
+
+def caught(
+    pid: int, running: Running, look: Callable[[], Row], held: ExitStack, wants_more: Callable[[Row], bool]
+) -> Row | None:
+    """What looks at a process found while it worked; `held` keeps it stopped. None: the call was over.
+
+    It is looked at again while the controls failed, or while `wants_more` of what was found so far.
+    """
+    found: Row | None = None
+    for number in range(_LOOKS):
+        _let_work(pid, 0.02 * 1.5**number, running)
+        with ExitStack() as hold:
+            hold.enter_context(stopped(pid))
+            if running.status is not None:
+                return found
+            row = look() if found is None else found.joined(look())
+            is_last = number == _LOOKS - 1
+            if is_last or not (row.fault or wants_more(row)):
+                held.push(hold.pop_all())
+                return row
+            found = None if row.fault else row
+    return None
 
 
 def _end(running: Running, ending: str, connection: Connection, seconds: float) -> None:

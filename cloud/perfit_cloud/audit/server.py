@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,7 @@ from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
-__all__ = ["AuditedServer", "Connection", "DeviceKey", "Relay", "signature_of"]
+__all__ = ["AuditedServer", "Connection", "DeviceKey", "Relay", "Sealed", "signature_of"]
 
 _SECONDS = 30.0  # deadline of an enrolment, and of the server's end
 _INVITES = 3  # made at once, at least: the command takes seconds
@@ -59,13 +59,25 @@ class DeviceKey:
         return grpc.ssl_channel_credentials(_pem(server_ca), key, _pem(self.certificate))
 
 
+# A channel whose calls are sealed, over this one, for a device of the cloud with this server CA (DER).
+Sealed = Callable[[grpc.Channel, DeviceKey, bytes], grpc.Channel]
+
+
 class AuditedServer:
     """`perfit-cloud serve` for the length of a with block, its folders all below `folder`."""
 
     def __init__(
-        self, folder: Path, *, model: str, artefact: Path, hardening: str, flags: Sequence[str] = ()
+        self,
+        folder: Path,
+        *,
+        model: str,
+        artefact: Path,
+        hardening: str,
+        flags: Sequence[str] = (),
+        sealed: Sealed | None = None,
     ) -> None:
-        self.folder, self._state = folder, folder / "state"
+        """`sealed`: devices call where sealed calls alone are taken, over what it makes of their channels."""
+        self.folder, self._state, self._sealed = folder, folder / "state", sealed
         self._unused: list[Invite] = []
         command = Path(sys.executable).with_name("perfit-cloud")
         if not command.exists():
@@ -86,6 +98,7 @@ class AuditedServer:
             "127.0.0.1:0",
             "--set",
             f"hardening={hardening}",
+            *(["--front-address", "127.0.0.1:0"] if sealed else []),
             *flags,
         ]
 
@@ -158,9 +171,11 @@ class AuditedServer:
 
     def connect(self, device: DeviceKey) -> Connection:
         """A channel of the device's own, through a relay that can cut it."""
-        relay = Relay(parse_address(self.said["address"]))
+        relay = Relay(parse_address(self.said["front_address" if self._sealed else "address"]))
         credentials = device.credentials(self._server_ca)
         channel = grpc.secure_channel(f"127.0.0.1:{relay.port}", credentials, options=_OPTIONS)
+        if self._sealed is not None:
+            channel = self._sealed(channel, device, self._server_ca)
         return Connection(channel, relay)
 
 

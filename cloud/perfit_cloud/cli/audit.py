@@ -38,6 +38,7 @@ def audit(  # noqa: PLR0917 - options of a command
     dtype: Annotated[
         str, typer.Option(help="auto (the faster), float32 or bfloat16, as the server's.")
     ] = "auto",
+    engine: Annotated[str, typer.Option(help="The server's engine: auto, own or vllm.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer calls, and no load.")] = False,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write what each look found.")
@@ -62,10 +63,10 @@ def audit(  # noqa: PLR0917 - options of a command
     from perfit_cloud.audit.scenarios import ENDINGS, RPCS, Plan
     from perfit_cloud.audit.scenarios import audit as run
 
-    # A server that was stopped to be looked at should not stay so: SIGTERM unwinds as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     rpcs, endings = _chosen("--rpc", rpc, RPCS), _chosen("--ending", ending, ENDINGS)
     check_allowed()
+    # A server that was stopped to be looked at should not stay so: SIGTERM unwinds as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     import torch
 
@@ -86,7 +87,7 @@ def audit(  # noqa: PLR0917 - options of a command
             devices=devices,
             seed=seed,
             is_quick=quick,
-            flags=("--threads", str(threads), "--dtype", dtype),
+            flags=("--threads", str(threads), "--dtype", dtype, "--engine", engine),
         )
         with ReferenceEngines(base, Artefact.load(artefact)) as reference:
             rows = run(plan, reference, _notify)
@@ -98,6 +99,7 @@ def audit(  # noqa: PLR0917 - options of a command
             "processor": asdict(made_on),
             "dtype": dtype,
             "threads": threads,
+            "engine": engine,
             "forms_found": forms_found(rows),
             "never_found": unseen(rows),
             "rows": [_written(row) for row in rows],

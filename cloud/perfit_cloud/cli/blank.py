@@ -11,14 +11,17 @@ import typer
 from perfit_cloud.cli.common import (
     AsJson,
     Device,
+    DeviceMap,
     Force,
     Layers,
+    MaxMemory,
     Model,
     Out,
     PersonalRank,
     Positions,
     Preset,
     layers_of,
+    placement_of,
 )
 
 __all__ = ["blank"]
@@ -40,6 +43,8 @@ def blank(  # noqa: PLR0917 - options of a command
     batch_size: Annotated[int | None, typer.Option(help="Examples a step on devices.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random start.")] = 0,
     device: Device = "auto",
+    device_map: DeviceMap = "none",
+    max_memory: MaxMemory = "",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,6 +73,7 @@ def blank(  # noqa: PLR0917 - options of a command
             batch_size=batch_size,
             seed=seed,
             device=device,
+            placement=placement_of(device_map, max_memory),
             force=force,
         )
     )

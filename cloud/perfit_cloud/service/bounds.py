@@ -111,7 +111,9 @@ class MessageBounds:
 
     @classmethod
     def of_enrolment(cls) -> MessageBounds:
-        return cls(_RENEWAL, {"Enroll": 2 * _DER_BYTES, "RenewLapsed": 3 * _DER_BYTES})
+        sizes = {"Enroll": 2 * _DER_BYTES, "RenewLapsed": 3 * _DER_BYTES, "RenewServer": 3 * _DER_BYTES}
+        sizes["CertifySealingKey"] = 3 * _DER_BYTES
+        return cls(_RENEWAL, sizes)
 
     @staticmethod
     def largest(limits: Limits, tensor_bytes: int) -> int:
@@ -184,6 +186,13 @@ _RENEWAL = {
     "RenewLapsedRequest.nonce": Bound(_NAME_BYTES),
     "RenewLapsedRequest.signature": Bound(_NAME_BYTES),
     "RenewLapsedRequest.csr": Bound(_DER_BYTES),
+    **{f"RenewServerRequest.{field}": Bound(_DER_BYTES) for field in ("certificate", "csr")},
+    **{f"RenewServerRequest.{field}": Bound(_NAME_BYTES) for field in ("nonce", "signature")},
+    **{f"CertifySealingKeyRequest.{field}": Bound(_DER_BYTES) for field in ("certificate", "mlkem")},
+    **{
+        f"CertifySealingKeyRequest.{field}": Bound(_NAME_BYTES)
+        for field in ("nonce", "signature", "x25519", "key_id")
+    },
     "RenewRequest.csr": Bound(_DER_BYTES),
     "HealthCheckRequest.service": Bound(_NAME_BYTES),
 }

@@ -46,7 +46,8 @@ class Catalog:
                 raise ConfigError(f'two artefacts are named "{artefact.name}"; serve one of them')
             by_name[artefact.name] = artefact
             _check_fits(artefact, base)
-            needed = _tensor_bytes(artefact) + _MESSAGE_OVERHEAD
+            # FetchSeed gives all starts in one message.
+            needed = len(artefact.starts) * _tensor_bytes(artefact) + _MESSAGE_OVERHEAD
             if needed > config.message_bytes:
                 raise ConfigError(
                     f'message_bytes is too small for artefact "{artefact.name}"; set it to {needed} or more'

@@ -18,7 +18,16 @@ from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import Limits
 from perfit_shared.errors import InvalidInput, InvalidPrompt, InvalidTensors, NotFound, ShiftMismatch
 from perfit_shared.shifts import ShiftSpec, ShiftTensors, gradient_to_bytes, wire_dtype
-from perfit_shared.types import Chunk, Finish, Mode, Sampling, Score
+from perfit_shared.types import (
+    LARGEST_PENALTY,
+    MOST_LOGPROBS,
+    Chunk,
+    Finish,
+    Mode,
+    Sampling,
+    Score,
+    are_penalties,
+)
 from perfit_shared.wire import personalization_pb2 as pb
 
 __all__ = [
@@ -263,6 +272,10 @@ def decode_sampling(message: pb.Sampling, *, prompt_tokens: int, limits: Limits)
         raise InvalidInput(f"top_k should be 0 to {_TOP_K_CAP}")
     if len(message.stop) > STOP_TEXTS or any(not 0 < len(s.encode()) <= STOP_BYTES for s in message.stop):
         raise InvalidInput(f"there may be {STOP_TEXTS} stop texts of 1 to {STOP_BYTES} bytes")
+    if message.logprobs > MOST_LOGPROBS:
+        raise InvalidInput(f"logprobs should be 0 to {MOST_LOGPROBS}")
+    if not are_penalties(message.frequency_penalty, message.presence_penalty):
+        raise InvalidInput(f"penalties should be -{LARGEST_PENALTY} to {LARGEST_PENALTY}")
     return Sampling(
         max_new_tokens=new,
         temperature=message.temperature,
@@ -270,6 +283,9 @@ def decode_sampling(message: pb.Sampling, *, prompt_tokens: int, limits: Limits)
         top_p=message.top_p or 1.0,
         seed=message.seed,
         stop=tuple(message.stop),
+        logprobs=message.logprobs,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
     )
 
 
@@ -282,6 +298,15 @@ def encode_chunk(chunk: Chunk) -> pb.GenerateResponse:
         finish=_FINISHES[chunk.finish],
         prompt_tokens=chunk.prompt_tokens,
         answer_tokens=chunk.answer_tokens,
+        logprobs=[
+            pb.TokenLogprob(
+                text=of.token,
+                data=of.data,
+                logprob=of.logprob,
+                top=[pb.TopLogprob(text=t.token, data=t.data, logprob=t.logprob) for t in of.top],
+            )
+            for of in chunk.logprobs
+        ],
     )
 
 
@@ -325,7 +350,11 @@ def _gradient_bytes(gradient: Gradient, personal: bytes) -> bytes:
 
 
 def encode_seed(artefact: Artefact) -> pb.FetchSeedResponse:
-    return pb.FetchSeedResponse(version=artefact.version, seed=artefact.seed.to_bytes())
+    return pb.FetchSeedResponse(
+        version=artefact.version,
+        seed=artefact.seed.to_bytes(),
+        communities=[seed.to_bytes() for seed in artefact.communities],
+    )
 
 
 def encode_description(
@@ -344,6 +373,7 @@ def encode_description(
                 learning_rate=artefact.learning_rate,
                 epochs=artefact.epochs,
                 batch_size=artefact.batch_size,
+                communities=len(artefact.communities),
             )
             for artefact in catalog.artefacts.values()
         ],
@@ -357,6 +387,7 @@ def encode_description(
             questions=limits.questions,
             context=limits.context,
             call_tokens=limits.call_tokens,
+            logprobs=MOST_LOGPROBS,
         ),
         cloud_id=catalog.cloud_id,
         continuous=continuous,

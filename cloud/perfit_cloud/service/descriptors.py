@@ -36,9 +36,9 @@ class Connections(NamedTuple):
     devices: int
     enrolment: int
 
-    def within(self, descriptors: int) -> Connections:
-        """As many as fit under the system's limit; warns where these do not."""
-        room = max(16, descriptors - _OWN)
+    def within(self, descriptors: int, each: int = 1) -> Connections:
+        """As many as fit under the system's limit, `each` taking so many; warns where these do not."""
+        room = max(16, (descriptors - _OWN) // each)
         if self.devices + self.enrolment <= room:
             return self
         enrolment = min(self.enrolment, room // 8)

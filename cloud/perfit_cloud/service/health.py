@@ -1,9 +1,14 @@
-"""The health service: NOT_SERVING while an engine is stuck or dead, and once the cloud stops."""
+"""The health service.
+
+NOT_SERVING while an engine is stuck or dead, while nobody is let in because the store of identities is away,
+and once the cloud stops.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from grpc_health.v1 import health, health_pb2
 
@@ -20,9 +25,17 @@ _MODEL = ("", "perfit.v1.Personalization")
 class HealthMonitor:
     """Runs the health service and watches the engines."""
 
-    def __init__(self, engines: Engines | None, telemetry: Telemetry, *, stuck_seconds: float) -> None:
+    def __init__(
+        self,
+        engines: Engines | None,
+        telemetry: Telemetry,
+        *,
+        stuck_seconds: float,
+        is_deaf: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.health = health.HealthServicer()
         self._engines, self._telemetry, self._stuck_seconds = engines, telemetry, stuck_seconds
+        self._is_deaf = is_deaf
         self._over = threading.Event()
         self._is_well = True
         self._thread = threading.Thread(target=self._run, name="perfit-watch", daemon=True)
@@ -41,15 +54,17 @@ class HealthMonitor:
 
     def _run(self) -> None:
         while not self._over.wait(min(_LOOK_SECONDS, self._stuck_seconds / 4)):
-            if self._engines is not None:
-                self._look(self._engines)
+            self._look()
 
-    def _look(self, engines: Engines) -> None:
+    def _look(self) -> None:
+        engines = {} if self._engines is None else self._engines.engine_health()
         ill = [
             f"{name} ({'stuck' if health.is_alive else 'dead'})"
-            for name, health in engines.engine_health().items()
+            for name, health in engines.items()
             if not health.is_alive or health.stalled_seconds > self._stuck_seconds
         ]
+        if self._is_deaf():
+            ill.append("the list of devices (away)")
         if bool(ill) != self._is_well:
             return
         self._is_well = not ill

@@ -33,8 +33,8 @@ __all__ = [
     "RateLimiter",
 ]
 
-AtOnce = Literal["calls", "answers", "adaptations", "gradients", "bytes"]
-AMinute = Literal["requests", "tokens"]
+AtOnce = Literal["calls", "openings", "answers", "adaptations", "gradients", "bytes"]
+AMinute = Literal["requests", "tokens", "openings"]
 Refused = Callable[[str], None]  # called with the reason of every refusal
 
 _MINUTE = 60.0  # seconds

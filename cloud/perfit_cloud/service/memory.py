@@ -1,16 +1,19 @@
 """The memory plan: an operator's ceiling, divided among the parts of the process.
 
 Parts that serving needs have a least size. What the ceiling leaves is shared in proportion to what each part
-wants beyond that. Without a ceiling each gets what it wants. The estimates are for the worst pass or message,
-from the shapes of the model.
+wants beyond that. Without a ceiling each gets what it wants, and what only saves time wants a share of the
+machine. The estimates are for the worst pass or message, from the shapes of the model.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.gradients.batch import PASS_TOKENS, BatchBudget, most_pass_tokens
@@ -18,13 +21,17 @@ from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.limits import MESSAGE_COPIES, UPDATE_TOKEN_BYTES
 from perfit_shared.errors import ConfigError
 
-__all__ = ["MemoryPlan", "plan_memory", "resident_bytes"]
+__all__ = ["MemoryPlan", "kept_bytes", "machine_bytes", "plan_memory", "resident_bytes"]
 
 _MIB = 2**20
 _MARGIN = 0.1  # of the ceiling: what the C library and Python cannot give back
 _CALL_BYTES = _MIB // 2  # of a call's thread and of gRPC's buffers for it
 _LOGITS = 3  # numbers of float32 for each of a pass: logits, their copy in float32, its gradient
-_FREED_BYTES = (64 * _MIB, 1024 * _MIB)  # of tensors that were freed and not overwritten yet
+_KEPT_SHARE, _MOST_KEPT = 1 / 16, 2048 * _MIB  # of the memory that the model is in, unless keep_bytes says
+# Of tensors that were freed and not overwritten yet. What a pass of an update frees is about as much.
+_FREED_SHARE, _LEAST_FREED, _MOST_FREED = 1 / 64, 64 * _MIB, 256 * _MIB
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of a control group, version 2 and 1
 
 
 class _Part(NamedTuple):
@@ -68,10 +75,44 @@ def resident_bytes() -> int:
         return 0
 
 
-def plan_memory(config: CloudConfig, catalog: Catalog, *, process: int, continuous: bool) -> MemoryPlan:
-    """`process`: bytes that it has before it serves. `continuous`: whether long prompts are read in chunks.
+def machine_bytes(groups: Path = _CONTROL_GROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Memory of the machine, or what the control group of this process (`own`) may take, if that is less."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits(groups, own)])
 
-    Raises ConfigError that names the parts when they cannot fit the ceiling.
+
+def _limits(groups: Path, own: Path) -> Iterator[int]:
+    """Of the control group of this process and of all above it; what cannot be read is none."""
+    try:
+        last = own.read_text("ascii").splitlines()[-1].split(":", 2)[2].strip("/")
+    except (OSError, ValueError, IndexError):
+        last = ""
+    for folder in (groups / last, *(groups / last).parents):
+        if not folder.is_relative_to(groups):
+            return
+        for name in _LIMITS:
+            try:
+                yield int((folder / name).read_text("ascii"))
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+
+
+def kept_bytes(config: CloudConfig, devices: Sequence[torch.device], machine: int) -> int:
+    """What updates may keep on the model's devices: as it is set, or a share of the smallest one's memory."""
+    if config.keep_bytes:
+        return config.keep_bytes
+    cards = [device for device in devices if device.type == "cuda"]
+    if cards:
+        machine = min(int(torch.cuda.get_device_properties(card).total_memory) for card in cards)
+    return min(_MOST_KEPT, int(_KEPT_SHARE * machine))
+
+
+def plan_memory(
+    config: CloudConfig, catalog: Catalog, *, process: int, continuous: bool, machine: int
+) -> MemoryPlan:
+    """`process`: bytes that it has before it serves. `machine`: bytes that it may have at most.
+
+    `continuous`: whether long prompts are read in chunks. Raises ConfigError that names the parts when they
+    cannot fit the ceiling.
     """
     limits, shapes = catalog.limits, _Shapes(catalog)
     is_host = catalog.base.device.type == "cpu"
@@ -85,17 +126,17 @@ def plan_memory(config: CloudConfig, catalog: Catalog, *, process: int, continuo
     parts = {
         "messages": _Part(min(4, config.calls) * largest, config.calls * largest),
         "examples": _Part(updates * update, config.adaptations * update),
-        "freed": _Part(*_FREED_BYTES),
+        "freed": _Part(_LEAST_FREED, max(_LEAST_FREED, min(_MOST_FREED, int(_FREED_SHARE * machine)))),
     }
     if is_host:
         rows = config.batch_tokens if continuous else config.cache_tokens
         fixed["answers"] = rows * shapes.row + _LOGITS * config.max_requests * shapes.logits
         parts["cache"] = _Part(2 * limits.context * shapes.cached, most_tokens * shapes.cached)
-        least = max(limits.context, 64)
-        # No engine takes on more.
+        # No example is longer, and no engine takes on more.
+        least = max(min(limits.context, limits.prompt_tokens + limits.new_tokens), 64)
         most = max(least, most_pass_tokens(catalog.base.device), BatchBudget.of(catalog.base.device).rows)
         parts["gradients"] = _Part(*(tokens * shapes.differentiated for tokens in (least, most)))
-        parts["kept"] = _Part(0, config.keep_bytes)
+        parts["kept"] = _Part(0, kept_bytes(config, catalog.base.devices, machine))
     else:
         parts["kept"] = _Part(0, config.spill_bytes)
     given = {name: part.most for name, part in parts.items()}

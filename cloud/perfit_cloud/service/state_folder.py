@@ -21,7 +21,9 @@ from perfit_shared.ownership import check_ownership
 __all__ = [
     "DATABASE",
     "DEVICE_CA_CERTIFICATE",
+    "SERVER_CA_CERTIFICATE",
     "SERVER_IDENTITY",
+    "SERVING",
     "Addresses",
     "check_state",
     "is_served",
@@ -30,20 +32,26 @@ __all__ = [
 
 _ADDRESSES = "addresses.json"
 _LOCK = "serve.lock"
+SERVING = "serving.json"  # what the server said at its last start
 DATABASE = "authority.db"
-DEVICE_CA_CERTIFICATE = "device_ca.crt"  # this and the next: for processes that only serve
+DEVICE_CA_CERTIFICATE = "device_ca.crt"  # this and the next two: of processes that do not enrol
+SERVER_CA_CERTIFICATE = "server_ca.crt"
 SERVER_IDENTITY = "server.pem"
 _FILES = (
     "server_ca.pem",
     "device_ca.pem",
+    *(f"{ca}_ca.{which}" for ca in ("server", "device") for which in ("next.pem", "last.crt")),
     DEVICE_CA_CERTIFICATE,
+    SERVER_CA_CERTIFICATE,
     SERVER_IDENTITY,
     DATABASE,
     f"{DATABASE}-journal",
     f"{DATABASE}-wal",
     f"{DATABASE}-shm",
+    "rotation.json",
     _ADDRESSES,
     _LOCK,
+    SERVING,
 )
 
 

@@ -13,21 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Info,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from perfit_cloud.config import parse_address
 from perfit_cloud.engine.interface import Engine, EngineHealth
-from perfit_shared.errors import ConfigError
+from perfit_cloud.service.metrics_page import serve_page
 
 __all__ = ["CallOutcome", "Engines", "Telemetry"]
 
@@ -79,6 +70,7 @@ class Telemetry:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
+        self._is_serving = self._has_served = self._is_draining = False
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
@@ -132,9 +124,12 @@ class Telemetry:
         self._passes.labels(kind).observe(seconds)
 
     def draining(self) -> None:
+        self._is_draining = True
         self._draining.set(1)
 
     def serving(self, *, is_so: bool) -> None:
+        self._is_serving = is_so
+        self._has_served |= is_so
         self._serving.set(is_so)
 
     # -- what is read when somebody looks --------------------------------------------------------
@@ -165,21 +160,16 @@ class Telemetry:
         self.registry.register(_OfEngines(engines))
 
     def serve(self, address: str) -> Callable[[], None]:
-        """Answer GET /metrics on `address` until the function returned is called. Raises ConfigError."""
-        host, port = parse_address(address, "metrics_address")
-        try:
-            server, thread = start_http_server(port, host, self.registry)
-        except OSError:
-            raise ConfigError(
-                f"cannot listen on {address} for metrics; is the port taken, or the host not ours?"
-            ) from None
+        """Serve the page (`metrics_page`) until the function returned is called. Raises ConfigError.
 
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return stop
+        Ready: new calls are taken. Live: restarting would not help, as all is well or it is stopping.
+        """
+        return serve_page(
+            address,
+            self.registry,
+            is_ready=lambda: self._is_serving,
+            is_live=lambda: self._is_serving or not self._has_served or self._is_draining,
+        )
 
 
 def _days_left(end: Callable[[], float]) -> float:

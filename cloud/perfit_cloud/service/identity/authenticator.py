@@ -1,28 +1,25 @@
 """Who may call. A process that serves needs no key of an authority.
 
-It needs the state folder's database and two files, which `Authority.write_serving_files` makes:
-
-    device_ca.crt   the certificate that devices' certificates are checked against
-    server.pem      the server's own key and certificate, 0600
+It needs the database and the files of `server_files`, which `Authority.write_serving_files` makes.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from perfit_cloud.service.identity.certificates import generation_of, identity_of, private_pem, read_pair
+from perfit_cloud.service.identity.certificates import generation_of, identity_of
 from perfit_cloud.service.identity.identity_cache import IdentityCache
-from perfit_cloud.service.identity.sqlite_store import SQLiteStore
+from perfit_cloud.service.identity.opening import open_store
+from perfit_cloud.service.identity.server_files import ServerFiles
 from perfit_cloud.service.identity.store import IdentityState, IdentityStore
-from perfit_cloud.service.state_folder import DATABASE, DEVICE_CA_CERTIFICATE, check_state
+from perfit_cloud.service.state_folder import check_state
 from perfit_shared.errors import (
     CertificateExpired,
     CertificateSuperseded,
@@ -32,75 +29,71 @@ from perfit_shared.errors import (
     StoreFailed,
 )
 
-__all__ = ["Authenticator", "ServerIdentity", "unknown_identity"]
-
-
-@dataclass(frozen=True)
-class ServerIdentity:
-    """The server's TLS key and certificate."""
-
-    key_pem: bytes
-    certificate_pem: bytes
-    starts_at: float  # unix seconds
-    renew_at: float  # when half of its life is over
-    ends_at: float
-
-    @classmethod
-    def of(cls, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Self:
-        starts_at = certificate.not_valid_before_utc.timestamp()
-        ends_at = certificate.not_valid_after_utc.timestamp()
-        return cls(
-            key_pem=private_pem(key),
-            certificate_pem=certificate.public_bytes(serialization.Encoding.PEM),
-            starts_at=starts_at,
-            renew_at=(starts_at + ends_at) / 2,
-            ends_at=ends_at,
-        )
-
-    @classmethod
-    def load(cls, path: Path, *, trusts_group: bool = False) -> Self:
-        """Raises ConfigError when the file is missing, damaged, or readable by others."""
-        try:
-            return cls.of(*read_pair(path, trusts_group=trusts_group))
-        except OSError as error:
-            raise ConfigError(f"cannot read the server's certificate {path}: {error.strerror}") from error
+__all__ = ["Authenticator", "unknown_identity"]
 
 
 class Authenticator:
     """Thread-safe; several processes may share one store."""
 
-    def __init__(self, store: IdentityStore, device_ca: x509.Certificate) -> None:
-        """Raises Busy, StoreFailed."""
+    def __init__(
+        self,
+        store: IdentityStore,
+        device_cas: Callable[[], tuple[x509.Certificate, ...]],
+        *,
+        refuse_after: float | None = None,
+    ) -> None:
+        """`device_cas`: the roots of devices' certificates, as they are now, the one that signs first.
+
+        `refuse_after`: as the identity cache takes it. Raises Busy, StoreFailed, the store closed.
+        """
         self._store = store
-        self._device_ca_certificate = device_ca
-        self._identities = IdentityCache(store)
-        self.cloud_id = store.setting("cloud_id", secrets.token_hex(16))
+        self._device_cas = device_cas
+        try:
+            self._identities = IdentityCache(store, refuse_after=refuse_after)
+            self.cloud_id = store.setting("cloud_id", secrets.token_hex(16))
+        except BaseException:
+            store.close()
+            raise
 
     @classmethod
-    def open(cls, state: Path, *, trusts_group: bool = False) -> Authenticator:
+    def open(
+        cls, state: Path, *, trusts_group: bool = False, database: str = "", refuse_after: float | None = None
+    ) -> Authenticator:
         """Open a state folder that an `Authority` made. `trusts_group`: its group may write it.
 
-        Raises ConfigError when a file is missing, damaged or writable by others; Busy.
+        `database`: PostgreSQL, where that remembers, and not a file in the folder. Raises ConfigError when a
+        file is missing, damaged or writable by others; Busy.
         """
         check_state(state, trusts_group=trusts_group)
+        files = ServerFiles(state, trusts_group=trusts_group)
+        files.device_cas()
         try:
-            device_ca = x509.load_pem_x509_certificate((state / DEVICE_CA_CERTIFICATE).read_bytes())
-            return Authenticator(SQLiteStore(state / DATABASE), device_ca)
-        except (OSError, ValueError, StoreFailed) as error:
+            return Authenticator(open_store(state, database), files.device_cas, refuse_after=refuse_after)
+        except (OSError, StoreFailed) as error:
             raise ConfigError(f"cannot use the state folder {state}: {error}") from error
 
     @property
     def device_ca_pem(self) -> bytes:
-        return self._device_ca_certificate.public_bytes(serialization.Encoding.PEM)
+        """All roots of devices' certificates that hold now."""
+        return b"".join(ca.public_bytes(serialization.Encoding.PEM) for ca in self._device_cas())
 
     def ends(self) -> dict[str, float]:
-        """When the authorities' certificates end, unix seconds. Nothing renews them."""
-        return {"device_ca": self._device_ca_certificate.not_valid_after_utc.timestamp()}
+        """When the authorities' certificates end, unix seconds; `perfit-cloud rotate` replaces them."""
+        return {"device_ca": self._device_cas()[0].not_valid_after_utc.timestamp()}
 
     @property
     def identities_age_seconds(self) -> float:
         """Since the last look at what other processes wrote to the store."""
         return self._identities.age_seconds
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether calls are refused because the store was not looked at for too long."""
+        return self._identities.is_deaf
+
+    def watched(self, identity: str, end: Callable[[], object]) -> AbstractContextManager[None]:
+        """Call `end`, which must not wait, should the identity be withdrawn while the block runs."""
+        return self._identities.watched(identity, end)
 
     def start(self) -> None:
         """Look at the store twice a second from now on, until `close`."""
@@ -138,6 +131,11 @@ class Authenticator:
         self._state(identity)
         return identity
 
+    def leave(self, certificate: x509.Certificate) -> None:
+        """Withdraw the identity of a device that asks for it. Raises as `check` does."""
+        self._store.revoke(self.check(certificate), int(time.time()))
+        self._identities.look()
+
     def _check_newest(self, certificate: x509.Certificate) -> None:
         """Retire what is older than this certificate, or find it retired itself."""
         self._refuse_superseded(certificate)
@@ -159,7 +157,7 @@ class Authenticator:
         if state is None:
             raise unknown_identity()
         if state.is_revoked:
-            raise IdentityRevoked("the operator withdrew this device's identity; ask for a new invite")
+            raise IdentityRevoked("this device's identity was withdrawn; ask the operator for a new invite")
         return state
 
 

@@ -2,8 +2,10 @@
 
 A state folder (0700) holds
 
-    server_ca.pem, device_ca.pem   keys and certificates of the two authorities, 0600
-    authority.db                   invites (hashed) and identities with their dates (`store`)
+    server_ca.pem, device_ca.pem   keys and certificates of the two authorities, 0600 (`authorities`: and
+                                   those before and after them, while they are replaced)
+    authority.db                   invites (hashed) and identities with their dates (`store`), unless
+                                   PostgreSQL has them
     addresses.json                 where the running server is reached; `invite` reads it
 
 `perfit-cloud invite` and `revoke` write the database while a server runs; the server sees it within a
@@ -20,29 +22,34 @@ import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from perfit_cloud.service.identity.authenticator import Authenticator, ServerIdentity, unknown_identity
+from perfit_cloud.service.identity.authenticator import Authenticator, unknown_identity
+from perfit_cloud.service.identity.authorities import AuthorityFiles
+from perfit_cloud.service.identity.authority_keys import FILE_KEYS, AuthorityKeys
 from perfit_cloud.service.identity.certificates import (
-    CertificateAuthority,
+    check_lapse,
+    check_proof,
     fresh_identity,
     generation_of,
     identity_of,
+    key_hash,
     read_certificate,
     read_csr,
 )
 from perfit_cloud.service.identity.challenges import Challenges
-from perfit_cloud.service.identity.sqlite_store import SQLiteStore
-from perfit_cloud.service.identity.store import Device, Enrolment, InviteState
-from perfit_cloud.service.state_folder import DATABASE, DEVICE_CA_CERTIFICATE, SERVER_IDENTITY, check_state
+from perfit_cloud.service.identity.opening import open_store
+from perfit_cloud.service.identity.rotation import Rotation
+from perfit_cloud.service.identity.server_authority import ServerAuthority
+from perfit_cloud.service.identity.server_identity import ServerIdentity
+from perfit_cloud.service.identity.store import Device, Enrolment, InviteState, OpenInvite
+from perfit_cloud.service.state_folder import check_state
 from perfit_shared.errors import (
-    CertificateExpired,
     CertificateValid,
     ConfigError,
     InvalidInput,
@@ -51,69 +58,116 @@ from perfit_shared.errors import (
     NotFound,
     StoreFailed,
 )
-from perfit_shared.files import write_whole
 from perfit_shared.ownership import make_private_folder
+from perfit_shared.sealing.keys import PublicSealingKey
 
 __all__ = ["Authority"]
 
 _SECRET_BYTES = 32
 _RENEW_CONTEXT = b"perfit-renew-v1"  # so that what is signed for a renewal can be taken for nothing else
-_SERVER_LIFE = datetime.timedelta(days=90)
 _SHORTEST_PREFIX = 4  # characters of an identity that `revoke` takes
+_LONGEST_LABEL = 100  # characters
 
 
 class Authority(Authenticator):
     """An authenticator that also holds the keys of both authorities."""
 
     def __init__(
-        self, state: Path, *, certificate_seconds: int, lapse_seconds: int, trusts_group: bool = False
+        self,
+        state: Path,
+        *,
+        certificate_seconds: int,
+        lapse_seconds: int,
+        trusts_group: bool = False,
+        database: str = "",
+        refuse_after: float | None = None,
+        keys: AuthorityKeys = FILE_KEYS,
     ) -> None:
         """Open or make the state folder; `trusts_group`: its group may write it.
+
+        `database`: PostgreSQL that remembers in place of a file in the folder. `keys`: where the authorities'
+        are kept.
 
         Raises ConfigError when it is damaged, cannot be made or is writable by others; Busy.
         """
         self._life = datetime.timedelta(seconds=certificate_seconds)
-        self._lapse = lapse_seconds
+        self._lapse, self._state_folder = lapse_seconds, state
         try:
             make_private_folder(state)
             check_state(state, trusts_group=trusts_group)
-            self._server_ca = CertificateAuthority.open(
-                state / "server_ca.pem", "perfit server CA", trusts_group=trusts_group
+            self._server_ca = AuthorityFiles(
+                state, "server_ca", "perfit server CA", trusts_group=trusts_group, keys=keys
             )
-            self._device_ca = CertificateAuthority.open(
-                state / "device_ca.pem", "perfit device CA", trusts_group=trusts_group
+            self._device_ca = AuthorityFiles(
+                state, "device_ca", "perfit device CA", trusts_group=trusts_group, keys=keys
             )
-            super().__init__(SQLiteStore(state / DATABASE), self._device_ca.certificate)
+            super().__init__(
+                open_store(state, database),
+                lambda: self._device_ca.get().certificates,
+                refuse_after=refuse_after,
+            )
         except (OSError, StoreFailed) as error:
             raise ConfigError(f"cannot use the state folder {state}: {error}") from error
         self._challenges = Challenges(self._store)
+        self._renews_valid = bool(database)
+        self.servers = ServerAuthority(
+            self._server_ca,
+            self._device_ca,
+            self._store,
+            self._challenges,
+            lapse_seconds=lapse_seconds,
+            check_identity=self._check_now,
+        )
+
+    @property
+    def rotation(self) -> Rotation:
+        """The steps by which both authorities are replaced."""
+        authorities = (self._server_ca, self._device_ca)
+        return Rotation(self._state_folder, authorities, self._store, lapse_seconds=self._lapse)
 
     @property
     def server_ca_der(self) -> bytes:
-        return self._server_ca.der
+        return self._server_ca.get().current.der
+
+    @property
+    def other_server_ca_der(self) -> bytes:
+        """The next root of servers, or the last; b"" where there is but one."""
+        others = self._server_ca.get().certificates[1:]
+        return others[0].public_bytes(serialization.Encoding.DER) if others else b""
 
     def ends(self) -> dict[str, float]:
-        return {"server_ca": self._server_ca.certificate.not_valid_after_utc.timestamp(), **super().ends()}
+        end = self._server_ca.get().current.certificate.not_valid_after_utc.timestamp()
+        return {"server_ca": end, **super().ends()}
 
     # -- servers' certificates -------------------------------------------------------------------
 
     def server_identity(self, names: Sequence[str]) -> ServerIdentity:
         """A fresh key and certificate for `names`; ask again at `renew_at`."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        return ServerIdentity.of(key, self._server_ca.issue_server(key.public_key(), names, _SERVER_LIFE))
+        return self.servers.identity(names)
 
-    def write_serving_files(self, folder: Path, names: Sequence[str]) -> None:
-        """Write the files that a serving process needs. Call again in time to renew its certificate."""
-        identity = self.server_identity(names)
-        write_whole(folder / DEVICE_CA_CERTIFICATE, self.device_ca_pem, mode=0o600)
-        write_whole(folder / SERVER_IDENTITY, identity.key_pem + identity.certificate_pem, mode=0o600)
+    def certify_sealing_key(self, key: PublicSealingKey, key_id: str, life_seconds: int) -> bytes:
+        """The server CA's certificate, DER, for a key that calls may be sealed to."""
+        return self.servers.certify_sealing_key(key, key_id, life_seconds)
+
+    def write_serving_files(self, folder: Path, names: Sequence[str]) -> str:
+        """Write the files that a server without the role enrolment begins with; returns its identity."""
+        return self.servers.write_files(folder, names)
+
+    def _check_now(self, identity: str) -> None:
+        """That it may call, by what the store says now. Raises as `_state` and `refresh` do."""
+        self.refresh()
+        self._state(identity)
 
     # -- invites and enrolment -------------------------------------------------------------------
 
-    def invite(self, life_seconds: int) -> tuple[bytes, int]:
-        """(secret, expiry in unix seconds) of a new one-time invite."""
+    def invite(self, life_seconds: int, label: str = "") -> tuple[bytes, int]:
+        """(secret, expiry in unix seconds) of a new one-time invite; the device gets its label.
+
+        Raises InvalidInput on a label that does not fit a line.
+        """
+        _check_label(label)
         secret, expires = secrets.token_bytes(_SECRET_BYTES), int(time.time()) + life_seconds
-        self._store.add_invite(_hash(secret), expires)
+        self._store.add_invite(_hash(secret), expires, label)
         return secret, expires
 
     def enroll(self, secret: bytes, csr: bytes) -> bytes:
@@ -123,19 +177,19 @@ class Authority(Authenticator):
         IdentityRevoked or InvalidInput.
         """
         key = read_csr(csr)
-        secret_hash, key_hash = _hash(secret), _hash(_key_bytes(key))
+        secret_hash, hash_of_key = _hash(secret), key_hash(key)
         invite = self._store.invite(secret_hash)
         if invite is not None and not invite.is_used and time.time() < invite.expires:
             identity, issued = fresh_identity(), int(time.time())
             certificate = self._issue(key, identity, generation=1, issued=issued)
-            enrolment = Enrolment(identity, key_hash, certificate)
+            enrolment = Enrolment(identity, hash_of_key, certificate)
             if self._store.enroll(secret_hash, enrolment, issued=issued, expires=self._end(issued)):
                 self._identities.look()  # so that the device's first call finds it known
                 return certificate
             invite = self._store.invite(secret_hash)  # another caller was faster
-        return self._answer_again(invite, key_hash)
+        return self._answer_again(invite, hash_of_key)
 
-    def _answer_again(self, invite: InviteState | None, key_hash: bytes) -> bytes:
+    def _answer_again(self, invite: InviteState | None, hash_of_key: bytes) -> bytes:
         """The certificate that the invite was spent on, for whoever has its key. Raises as `enroll` does."""
         if invite is None:
             raise InviteRefused("this cloud does not know this invite; ask the operator for a new one")
@@ -143,7 +197,7 @@ class Authority(Authenticator):
             raise InviteRefused("this invite has expired; ask the operator for a new one")
         if invite.enrolment is None:
             raise InviteRefused("this invite was used already; ask the operator for a new one")
-        if not hmac.compare_digest(invite.enrolment.key_hash, key_hash):
+        if not hmac.compare_digest(invite.enrolment.key_hash, hash_of_key):
             raise InviteRefused("another device used this invite; ask the operator for a new one")
         self._state(invite.enrolment.identity)
         return invite.enrolment.certificate
@@ -162,9 +216,13 @@ class Authority(Authenticator):
         """A nonce for `renew_lapsed`, good once and for a minute."""
         return self._challenges.make()
 
-    def renew_lapsed(self, *, certificate: bytes, nonce: bytes, signature: bytes, csr: bytes) -> bytes:
+    def renew_lapsed(
+        self, *, certificate: bytes, nonce: bytes, signature: bytes, csr: bytes, is_not_here: bool = False
+    ) -> bytes:
         """The next certificate, against one whose time is over, and proof of its key.
 
+        `is_not_here`: the server that the device asked issues none, so one that holds is renewed, too, where
+        several share a database.
         A certificate that is not valid yet is accepted, too: a fast clock may have made it, and no listener
         takes it. The nonce is spent last, so that only a successful renewal writes to the store. Raises
         NotAuthenticated, CertificateExpired, CertificateValid, CertificateSuperseded, IdentityRevoked or
@@ -172,20 +230,13 @@ class Authority(Authenticator):
         """
         old = read_certificate(certificate)
         # Only if we issued it: the library raises on keys of unknown kinds.
-        key = old.public_key() if self._device_ca.issued(old) else None
-        if not isinstance(key, ec.EllipticCurvePublicKey):
+        if not self._device_ca.get().issued(old):
             raise NotAuthenticated("this cloud did not issue that certificate; enrol with `perfit enroll`")
-        try:
-            key.verify(signature, _RENEW_CONTEXT + nonce + csr, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature:
-            raise NotAuthenticated("the renewal is not signed by the key of the old certificate") from None
+        check_proof(old, _RENEW_CONTEXT + nonce + csr, signature)
         new_key, now = read_csr(csr), time.time()
-        if now > old.not_valid_after_utc.timestamp() + self._lapse:
-            days = self._lapse // 86400
-            raise CertificateExpired(
-                f"the certificate lapsed more than {days} days ago; ask the operator for an invite"
-            )
-        if old.not_valid_before_utc.timestamp() <= now <= old.not_valid_after_utc.timestamp():
+        check_lapse(old, self._lapse)
+        is_valid = old.not_valid_before_utc.timestamp() <= now <= old.not_valid_after_utc.timestamp()
+        if is_valid and not (is_not_here and self._renews_valid):
             raise CertificateValid("this certificate has not lapsed; renew it with it, over mutual TLS")
         self._refuse_superseded(old)
         self._challenges.use(nonce)
@@ -207,7 +258,7 @@ class Authority(Authenticator):
         return issued + int(self._life.total_seconds())
 
     def _issue(self, key: ec.EllipticCurvePublicKey, identity: str, *, generation: int, issued: int) -> bytes:
-        certificate = self._device_ca.issue_device(
+        certificate = self._device_ca.get().current.issue_device(
             key, identity, self._life, generation=generation, issued=issued
         )
         return certificate.public_bytes(serialization.Encoding.DER)
@@ -219,17 +270,39 @@ class Authority(Authenticator):
 
         Raises InvalidInput when the prefix is short or fits several, NotFound when it fits none.
         """
-        prefix = prefix.strip().lower()
-        if len(prefix) < _SHORTEST_PREFIX:
-            raise InvalidInput(f"give at least {_SHORTEST_PREFIX} characters of the identity")
-        found = self._store.matching(prefix)
-        if not found:
-            raise NotFound(f'no identity starts with "{prefix[:40]}"; see `perfit-cloud devices`')
-        if len(found) > 1:
-            raise InvalidInput(f'several identities start with "{prefix[:40]}"; give more of it')
-        self._store.revoke(found[0], int(time.time()))
+        identity = self._identity(prefix)
+        self._store.revoke(identity, int(time.time()))
         self._identities.look()
-        return found[0]
+        return identity
+
+    def restore(self, prefix: str) -> str:
+        """Welcome an identity again that was withdrawn, as `revoke` finds it."""
+        identity = self._identity(prefix)
+        self._store.restore(identity)
+        self._identities.look()
+        return identity
+
+    def set_label(self, prefix: str, label: str) -> str:
+        """Put the operator's own words to an identity, as `revoke` finds it; "" takes them away."""
+        _check_label(label)
+        identity = self._identity(prefix)
+        self._store.set_label(identity, label)
+        return identity
+
+    def _identity(self, prefix: str) -> str:
+        return _only(prefix, "identity", self._store.matching, "devices")
+
+    def open_invites(self) -> list[OpenInvite]:
+        """Those that can still be used, the first to end first."""
+        return [invite for invite in self._store.open_invites() if invite.expires > time.time()]
+
+    def revoke_invite(self, prefix: str) -> str:
+        """Forget the one open invite whose id starts with `prefix`, and return its id. Raises as `revoke`."""
+        ids = {invite.secret_hash.hex(): invite for invite in self._store.open_invites()}
+        found = _only(prefix, "open invite", lambda p: [i for i in ids if i.startswith(p)], "invites")
+        if not self._store.delete_invite(ids[found].secret_hash):
+            raise NotFound("a device used this invite just now; see `perfit-cloud devices`")
+        return found
 
     def devices(self) -> list[Device]:
         """All identities, newest certificate first. Raises Busy."""
@@ -247,9 +320,23 @@ class Authority(Authenticator):
         return self._store.prune(identities_before=int(start) - self._lapse, invites_before=int(start))
 
 
+def _only(prefix: str, what: str, matching: Callable[[str], list[str]], command: str) -> str:
+    """The one that starts with `prefix`. Raises InvalidInput, NotFound."""
+    prefix = prefix.strip().lower()
+    if len(prefix) < _SHORTEST_PREFIX:
+        raise InvalidInput(f"give at least {_SHORTEST_PREFIX} characters of the {what}")
+    found = matching(prefix)
+    if not found:
+        raise NotFound(f'no {what} starts with "{prefix[:40]}"; see `perfit-cloud {command}`')
+    if len(found) > 1:
+        raise InvalidInput(f'more than one {what} starts with "{prefix[:40]}"; give more of it')
+    return found[0]
+
+
+def _check_label(label: str) -> None:
+    if len(label) > _LONGEST_LABEL or not (label.isprintable() or not label):
+        raise InvalidInput(f"a label should be one line of at most {_LONGEST_LABEL} characters")
+
+
 def _hash(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
-
-
-def _key_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
-    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -1,4 +1,4 @@
-"""The server's certificate for gRPC, replaced at half its life without a restart."""
+"""The server's certificate for gRPC, replaced at half its life, or with its authority, without a restart."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ from collections.abc import Callable
 
 import grpc
 
-from perfit_cloud.service.identity.authenticator import ServerIdentity
+from perfit_cloud.service.identity.server_identity import ServerIdentity
 
 __all__ = ["ServerCredentials"]
 
 
 class ServerCredentials:
-    def __init__(self, renew: Callable[[], ServerIdentity]) -> None:
-        """`renew` issues the next certificate, or reads what another process issued."""
-        self._renew = renew
+    def __init__(
+        self, renew: Callable[[], ServerIdentity], is_current: Callable[[ServerIdentity], bool]
+    ) -> None:
+        """`renew` issues the next certificate, or reads what another process issued.
+
+        `is_current`: whether the authority that signs now signed this one; asked at every handshake.
+        """
+        self._renew, self._is_current = renew, is_current
         self._lock = threading.Lock()
         self._identity = renew()
 
-    def credentials(self, client_ca: bytes | None) -> grpc.ServerCredentials:
-        """With `client_ca`, callers must show a certificate that it issued."""
+    def credentials(self, client_cas: Callable[[], bytes] | None) -> grpc.ServerCredentials:
+        """With `client_cas`, callers must show a certificate that one of these roots (PEM) issued.
 
-        given = self._current()
+        Roots that change hold from the next handshake on.
+        """
+
+        def now() -> tuple[ServerIdentity, bytes | None]:
+            return self._current(), None if client_cas is None else client_cas()
+
+        given = now()
 
         def configuration() -> grpc.ServerCertificateConfiguration:
+            identity, roots = given
             return grpc.ssl_server_certificate_configuration(
-                [(given.key_pem, given.certificate_pem)], root_certificates=client_ca
+                [(identity.key_pem, identity.certificate_pem)], root_certificates=roots
             )
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
@@ -37,7 +49,7 @@ class ServerCredentials:
             reconnected after a network cut crashed the process.
             """
             nonlocal given
-            current = self._current()
+            current = now()
             if current == given:
                 return None
             given = current
@@ -46,7 +58,7 @@ class ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(
             configuration(),
             renewed,  # type: ignore[arg-type]  # the stubs do not know of the documented None
-            require_client_authentication=client_ca is not None,
+            require_client_authentication=client_cas is not None,
         )
 
     def ends_at(self) -> float:
@@ -56,6 +68,7 @@ class ServerCredentials:
     def _current(self) -> ServerIdentity:
         with self._lock:
             # Renew one that is not valid yet, too: a fast clock made it, and nobody accepts it.
-            if not self._identity.starts_at <= time.time() < self._identity.renew_at:
+            is_due = not self._identity.starts_at <= time.time() < self._identity.renew_at
+            if is_due or not self._is_current(self._identity):
                 self._identity = self._renew()
             return self._identity

@@ -2,7 +2,8 @@
 
 1   no generations; every invite kept the certificate it was answered with
 2   no challenges, no sequence numbers
-3   this one
+3   no labels
+4   this one
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from perfit_cloud.service.identity.store import UNUSED
 from perfit_cloud.service.state_folder import is_served
 from perfit_shared.errors import ConfigError, NotAuthenticated
 
-__all__ = ["prepare"]
+__all__ = ["FORMAT", "MOVED", "prepare"]
 
-_FORMAT = "3"
+FORMAT = "4"
+MOVED = "moved to PostgreSQL"  # the format of a file whose rows are there
 _TABLES = (
     """CREATE TABLE invites (
     secret_hash BLOB PRIMARY KEY,   -- sha-256: whoever reads this file cannot enrol
@@ -55,6 +57,11 @@ _SINCE_3 = (
     # The newest sequence number that was given out, and that of the last deletion of identities.
     "INSERT INTO meta VALUES ('sequence', '1'), ('pruned', '0')",
 )
+# The operator's own words. An invite's go to the device that it lets in, and are deleted here.
+_SINCE_4 = (
+    "ALTER TABLE invites ADD COLUMN label TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE devices ADD COLUMN label TEXT NOT NULL DEFAULT ''",
+)
 
 
 def prepare(db: sqlite3.Connection, folder: Path) -> None:
@@ -62,9 +69,11 @@ def prepare(db: sqlite3.Connection, folder: Path) -> None:
     db.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
     row = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()
     found = None if row is None else str(row[0])
-    if found == _FORMAT:
+    if found == FORMAT:
         return
-    if found not in (None, "1", "2"):
+    if found == MOVED:
+        raise ConfigError(f"what {folder} held was moved to PostgreSQL; set `database` to where it is")
+    if found not in (None, "1", "2", "3"):
         raise ConfigError(f"{folder} was written by another version of perfit-cloud")
     if found is not None and is_served(folder):  # it could no longer write to the file
         raise ConfigError("the running server is of an earlier version of perfit-cloud; restart it first")
@@ -72,8 +81,10 @@ def prepare(db: sqlite3.Connection, folder: Path) -> None:
         _run(db, _TABLES)
     elif found == "1":
         _from_format_1(db)
-    _run(db, _SINCE_3)
-    db.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
+    if found != "3":
+        _run(db, _SINCE_3)
+    _run(db, _SINCE_4)
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (FORMAT,))
 
 
 def _run(db: sqlite3.Connection, statements: tuple[str, ...]) -> None:

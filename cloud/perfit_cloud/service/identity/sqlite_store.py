@@ -25,6 +25,7 @@ from perfit_cloud.service.identity.store import (
     IdentityState,
     IdentityStore,
     InviteState,
+    OpenInvite,
 )
 from perfit_shared.errors import Busy, StoreFailed
 
@@ -101,9 +102,12 @@ class SQLiteStore(IdentityStore):
 
     # -- invites ---------------------------------------------------------------------------------
 
-    def add_invite(self, secret_hash: bytes, expires: int) -> None:
+    def add_invite(self, secret_hash: bytes, expires: int, label: str = "") -> None:
         with self._transaction() as db:
-            db.execute("INSERT INTO invites (secret_hash, expires) VALUES (?, ?)", (secret_hash, expires))
+            db.execute(
+                "INSERT INTO invites (secret_hash, expires, label) VALUES (?, ?, ?)",
+                (secret_hash, expires, label),
+            )
 
     def invite(self, secret_hash: bytes) -> InviteState | None:
         with self._transaction("DEFERRED") as db:
@@ -117,6 +121,18 @@ class SQLiteStore(IdentityStore):
         expires, is_used, *enrolment = row
         return InviteState(expires, bool(is_used), Enrolment(*enrolment) if enrolment[0] else None)
 
+    def open_invites(self) -> list[OpenInvite]:
+        with self._transaction("DEFERRED") as db:
+            rows = db.execute(
+                "SELECT secret_hash, expires, label FROM invites WHERE used = 0 ORDER BY expires, secret_hash"
+            ).fetchall()
+        return [OpenInvite(*row) for row in rows]
+
+    def delete_invite(self, secret_hash: bytes) -> bool:
+        with self._transaction() as db:
+            deleted = db.execute("DELETE FROM invites WHERE secret_hash = ? AND used = 0", (secret_hash,))
+        return bool(deleted.rowcount)
+
     def enroll(self, secret_hash: bytes, enrolment: Enrolment, *, issued: int, expires: int) -> bool:
         with self._transaction() as db:
             spent = db.execute(
@@ -125,10 +141,11 @@ class SQLiteStore(IdentityStore):
             if not spent.rowcount:
                 return False
             db.execute(
-                "INSERT INTO devices (identity, issued, expires, generation, used, sequence) "
-                "VALUES (?, ?, ?, 1, ?, ?)",
-                (enrolment.identity, issued, expires, UNUSED, _next_sequence(db)),
+                "INSERT INTO devices (identity, issued, expires, generation, used, sequence, label) "
+                "SELECT ?, ?, ?, 1, ?, ?, label FROM invites WHERE secret_hash = ?",
+                (enrolment.identity, issued, expires, UNUSED, _next_sequence(db), secret_hash),
             )
+            db.execute("UPDATE invites SET label = '' WHERE secret_hash = ?", (secret_hash,))
             db.execute(
                 "INSERT INTO enrolments (identity, secret_hash, key_hash, certificate) VALUES (?, ?, ?, ?)",
                 (enrolment.identity, secret_hash, enrolment.key_hash, enrolment.certificate),
@@ -179,6 +196,17 @@ class SQLiteStore(IdentityStore):
                 (at, _next_sequence(db), identity),
             )
 
+    def restore(self, identity: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE devices SET revoked = NULL, sequence = ? WHERE identity = ? AND revoked IS NOT NULL",
+                (_next_sequence(db), identity),
+            )
+
+    def set_label(self, identity: str, label: str) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE devices SET label = ? WHERE identity = ?", (label, identity))
+
     def changes(self, since: int) -> Changes:
         with self._transaction("DEFERRED") as db:
             last, pruned = int(_meta(db, "sequence")), int(_meta(db, "pruned"))
@@ -201,7 +229,7 @@ class SQLiteStore(IdentityStore):
     def devices(self) -> list[Device]:
         with self._transaction("DEFERRED") as db:
             rows = db.execute(
-                "SELECT identity, issued, expires, revoked, superseded FROM devices "
+                "SELECT identity, issued, expires, revoked, superseded, label FROM devices "
                 "ORDER BY issued DESC, identity"
             ).fetchall()
         return [Device(*row) for row in rows]

@@ -16,7 +16,7 @@ Unavailable once it is closed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ __all__ = [
     "IdentityState",
     "IdentityStore",
     "InviteState",
+    "OpenInvite",
 ]
 
 UNUSED = -1  # no certificate was used yet; certificates older than generations count as generation 0
@@ -46,13 +47,23 @@ class IdentityState(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """What the operator sees of an identity: dates."""
+    """What the operator sees of an identity: dates, and a label."""
 
     identity: str  # 32 hex digits, in its certificate
     issued: int  # unix seconds, of its newest certificate
     expires: int
     revoked: int | None  # unix seconds, None while welcome
     superseded: int | None  # unix seconds of the day a retired certificate was last presented
+    label: str = ""  # the operator's own words
+
+
+@dataclass(frozen=True)
+class OpenInvite:
+    """An invite that was not used."""
+
+    secret_hash: bytes
+    expires: int  # unix seconds
+    label: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class IdentityStore(ABC):
     # -- invites ---------------------------------------------------------------------------------
 
     @abstractmethod
-    def add_invite(self, secret_hash: bytes, expires: int) -> None:
+    def add_invite(self, secret_hash: bytes, expires: int, label: str = "") -> None:
         """Remember an invite. Only the hash of its secret: whoever reads the store cannot enrol."""
 
     @abstractmethod
@@ -109,8 +120,18 @@ class IdentityStore(ABC):
         """One invite. This only reads, for anybody may guess secrets."""
 
     @abstractmethod
+    def open_invites(self) -> list[OpenInvite]:
+        """Those that were not used, whether or not they ended; the first to end first."""
+
+    @abstractmethod
+    def delete_invite(self, secret_hash: bytes) -> bool:
+        """Forget an invite that was not used. False when there is none, or it was used meanwhile."""
+
+    @abstractmethod
     def enroll(self, secret_hash: bytes, enrolment: Enrolment, *, issued: int, expires: int) -> bool:
         """Spend the invite on a new identity, whose first certificate has these dates (unix seconds).
+
+        The invite's label becomes the identity's, and leaves the invite, so that it links nothing.
 
         Returns False and changes nothing when the invite is unknown or used. Of several who try at once, one
         succeeds.
@@ -144,11 +165,25 @@ class IdentityStore(ABC):
         """Withdraw an identity at that time (unix seconds). May be repeated."""
 
     @abstractmethod
+    def restore(self, identity: str) -> None:
+        """Welcome an identity again that was withdrawn. May be repeated."""
+
+    @abstractmethod
+    def set_label(self, identity: str, label: str) -> None:
+        """The operator's own words about an identity."""
+
+    @abstractmethod
     def changes(self, since: int) -> Changes:
         """The identities that came, were revoked or used a new certificate after that sequence number.
 
         0 asks for all. Numbers become visible in order, so a reader that asks with the last number it got
         misses nothing, whoever writes meanwhile.
+        """
+
+    def on_change(self, wake: Callable[[], None]) -> None:  # noqa: B027 - a store need not
+        """Call `wake`, from any thread, soon after another process revoked somebody. It may come too often.
+
+        A store that cannot know does nothing: whoever must know looks by `changes`.
         """
 
     @abstractmethod
