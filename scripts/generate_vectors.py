@@ -26,9 +26,12 @@ from perfit_shared.invites import Invite
 from perfit_shared.metrics import HIGHER_IS_BETTER
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW, learning_rate_at
 from perfit_shared.positions import Positions
+from perfit_shared.sealing.calls import CallHeader, CallSecret
+from perfit_shared.sealing.chunks import ChunkSealer, padded_size
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors, gradient_from_bytes, gradient_to_bytes
 from perfit_shared.tasks import TASKS, Task
 from perfit_shared.training import Schedule
+from perfit_shared.types import LARGEST_PENALTY
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "wire"
 SPEC = ShiftSpec(layers=(1, 3), positions="f7+l7", collective_rank=4, personal_rank=2, hidden_size=6)
@@ -39,6 +42,7 @@ ADVICE = {
     "invalid_input": "mend the request; the same one is refused again",
     "invalid_tensors": "mend the tensors; nothing of the call touched the model",
     "invalid_prompt": "shorten the prompt or the answer (`Limits`), or mend the chat's turns",
+    "not_here": "call another address of the cloud; `Renew`: call `RenewLapsed` on the enrolment listener",
     "not_found": "call `Describe` and use a name that it lists",
     "shift_mismatch": "call `Describe` and `FetchSeed`, and train again on the new version",
     "certificate_valid": "call `Renew` on the mutual-TLS channel",
@@ -50,6 +54,9 @@ ADVICE = {
     "busy": "wait `perfit-retry-ms` and try again",
     "too_slow": "try again, with a later deadline or less in one call",
     "unavailable": "wait `perfit-retry-ms`, or some seconds, and try again",
+    "seal_required": "seal the call, or dial the address that takes unsealed ones",
+    "seal_broken": "seal anew, with a clock that is right; if it stays so, something on the way alters calls",
+    "seal_unknown": "call `Describe`, and seal the call once more to a key of it, with the whole certificate",
     "cancelled": "nothing: the caller ended it",
     "internal": "try again, and tell the operator if it stays",
 }
@@ -116,6 +123,13 @@ def schema() -> dict[str, Any]:
             {"type": "integer", "minimum": 1, "maximum": task._ANSWER_TOKENS},
             "longest answer to ask for: Sampling.max_new_tokens",
         ),
+        **{
+            key: (
+                {"type": "number", "minimum": -LARGEST_PENALTY, "maximum": LARGEST_PENALTY},
+                f"Sampling.{key} where the caller says none; absent: 0",
+            )
+            for key in task.PENALTIES
+        },
         "lamp": ({"type": "string"}, "LaMP's own name of the task, or empty"),
         "chat": ({"type": "boolean"}, "true: the filled template is the user's turn of a Chat"),
         "system": (
@@ -210,6 +224,35 @@ def renewal() -> dict[str, Any]:
     }
 
 
+def sealing() -> dict[str, Any]:
+    """A call whose HPKE part is made up: what both sides derive of its secret, and two chunks each way."""
+    header = CallHeader(
+        "/perfit.v1.Personalization/Generate", "a.0011223344556677", "news_headline", 1_700_000_000_000
+    )
+    secret, sealed, random = bytes(range(32)), bytes(range(256)), bytes(range(100, 132))
+    call = CallSecret(sealed, secret)
+    made: dict[str, Any] = {
+        "method": header.method,
+        "key_id": header.key_id,
+        "artefact": header.artefact,
+        "time_ms": header.time_ms,
+        "info": header.encode().hex(),
+        "secret": secret.hex(),
+        "encapsulated": sealed.hex(),
+        "random": random.hex(),
+        "signed_message": (b"perfit-seal-proof-v1" + header.encode() + sealed).hex(),
+        "padded_sizes": {str(size): padded_size(size) for size in (1, 64, 65, 512, 513, 66_000)},
+    }
+    for name, keys in (("request", call.request_keys()), ("response", call.response_keys(random))):
+        sealer = ChunkSealer(keys)
+        made[name] = {
+            "nonce": keys.nonce.hex(),
+            "payloads": [b"first".hex(), ""],
+            "chunks": [sealer.seal(b"first").hex(), sealer.seal(b"", last=True).hex()],
+        }
+    return made
+
+
 def listed(tensors: ShiftTensors) -> dict[str, Any]:
     return {name: array.tolist() for name, array in tensors.named()}
 
@@ -264,7 +307,7 @@ def gradients() -> dict[str, Any]:
 
 
 def optimizer() -> dict[str, Any]:
-    config = OptimizerConfig(learning_rate=0.05, total_steps=5, warm_up=0.4)
+    config = OptimizerConfig(learning_rate=0.05, total_steps=5)
     steps, training, tensors = [], StiefelAdamW(config), personal()
     for step in range(config.total_steps):
         of = gradient(10 + step)
@@ -314,6 +357,7 @@ def prompts() -> list[dict[str, Any]]:
 VECTORS = {
     "invites": invites,
     "renewal": renewal,
+    "sealing": sealing,
     "shifts": shifts,
     "gradients": gradients,
     "optimizer": optimizer,

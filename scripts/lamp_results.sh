@@ -21,15 +21,15 @@ for task in news_headline news_categorize; do
   rate=() alone=(--lr 3e-4)
   if [ "$task" = news_headline ]; then rate=(--lr 5e-3) alone=(--lr 5e-3); fi
   lamp "$task" "$newslm" "$task/seeds" --sweep seeds "${rate[@]}"
-  lamp "$task" "$newslm" "$task/stage1" --ablation stage1 "${rate[@]}" \
+  lamp "$task" "$newslm" "$task/stage1" --method perfit_stage1 "${rate[@]}" \
     --artefact "$runs/$task/seeds/seed-0/artefact"
-  lamp "$task" "$newslm" "$task/stage2" --ablation stage2 "${alone[@]}"
-  lamp "$task" "$newslm" "$task/stage2_sum" --ablation stage2_sum "${alone[@]}"
+  lamp "$task" "$newslm" "$task/stage2" --method perfit_stage2 "${alone[@]}"
+  lamp "$task" "$newslm" "$task/stage2_sum" --method perfit_stage2_sum "${alone[@]}"
 done
 # What a rate too high costs.
 lamp news_categorize "$newslm" high_rate/seeds --sweep seeds --lr 5e-3
-lamp news_categorize "$newslm" high_rate/stage2 --ablation stage2 --lr 5e-3
-lamp news_categorize "$newslm" high_rate/stage2_sum --ablation stage2_sum --lr 5e-3
+lamp news_categorize "$newslm" high_rate/stage2 --method perfit_stage2 --lr 5e-3
+lamp news_categorize "$newslm" high_rate/stage2_sum --method perfit_stage2_sum --lr 5e-3
 
 few=(--users 8 --epochs 1 --lr 1e-3 --collective-epochs 1 --collective-lr 3e-4)
 lamp news_categorize "$newslm" sweeps/layers --sweep layers "${few[@]}"

@@ -15,7 +15,7 @@ from perfit_shared.errors import KEPT_OUT, Unavailable, exit_code
 
 BIN = Path(sys.executable).parent
 # Exit codes of commands that did their work: the gate kept an update out, the cloud is away.
-_FINE = {"update": KEPT_OUT, "status": exit_code(Unavailable(""))}
+FINE = {"update": KEPT_OUT, "status": exit_code(Unavailable(""))}
 PASSPHRASE = "a passphrase for this run only"  # noqa: S105 - protects nothing but the demo
 
 
@@ -151,7 +151,7 @@ class Device:
         return [str(BIN / "perfit"), "--profile", self.profile, *args]
 
     def __call__(self, *args: str, text: str | None = None) -> str:
-        fine = _FINE.get(args[0], 0)
+        fine = FINE.get(args[0], 0)
         return run(self.command(*args), env=self.env, text=text, fine=fine)
 
     def json(self, *args: str) -> Any:

@@ -68,7 +68,7 @@ class Measure:
         for _ in train_people(self._engine, self._artefact, past, trainings):
             pass
         before = [self._loss(test, seed) for test in tests]
-        after = [self._loss(test, t.outcome or seed) for test, t in zip(tests, trainings, strict=True)]
+        after = [self._loss(test, t.outcome(seed) or seed) for test, t in zip(tests, trainings, strict=True)]
         best = [self._loss(test, t.best or seed) for test, t in zip(tests, trainings, strict=True)]
         last = [self._loss(test, t.tensors) for test, t in zip(tests, trainings, strict=True)]
         return {
@@ -79,7 +79,7 @@ class Measure:
             "personal": round(sum(after) / count, 4),
             "without the test of chance": round(sum(best) / count, 4),
             "of the last epoch": round(sum(last) / count, 4),
-            "rejected": sum(t.outcome is None for t in trainings),
+            "rejected": sum(t.outcome(seed) is None for t in trainings),
             "worse": sum(a > b for a, b in zip(after, before, strict=True)),
             "worse without the test of chance": sum(a > b for a, b in zip(best, before, strict=True)),
             "worse at the last epoch": sum(a > b for a, b in zip(last, before, strict=True)),

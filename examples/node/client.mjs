@@ -27,7 +27,7 @@ answers.seed = await ask(use("PERSONAL", seed));
 // One step on one example; a real update takes hundreds, and keeps them only if held-out examples agree.
 const examples = [{ prompt, target: " no ferries" }];
 const optimizer = new StiefelAdamW({
-  learning_rate: artefact.learning_rate, total_steps: 10, warm_up: 0.1, clip: 0.3,
+  learning_rate: 10 * artefact.learning_rate, total_steps: 10, clip: 0.3, // so that one step shows
   beta1: 0.9, beta2: 0.999, epsilon: 1e-8,
 });
 const before = await cloud.computeGradient({ examples, shift: use("PERSONAL", seed) });

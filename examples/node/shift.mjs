@@ -29,11 +29,11 @@ export function toSafetensors(shift) {
   return Buffer.concat([size, Buffer.from(text), ...bodies]);
 }
 
-/** The rate of one step: linear warm-up, then linear decay. */
-export function rateAt(step, { learning_rate, total_steps, warm_up }) {
-  const warm = Math.max(1, Math.ceil(warm_up * total_steps));
-  if (step < warm) return (learning_rate * (step + 1)) / warm;
-  return (learning_rate * (total_steps - step)) / (total_steps - warm + 1);
+/** The rate of one step: it grows tenfold up to the peak half-way, then decays linearly. */
+export function rateAt(step, { learning_rate, total_steps }) {
+  const top = Math.max(1, Math.floor(total_steps / 2));
+  if (step <= top) return learning_rate * 10 ** ((step - top) / top);
+  return (learning_rate * (total_steps - step)) / (total_steps - top);
 }
 
 /** Adam on sources and biases; on rotations along the Stiefel manifold, where rows stay orthonormal. */

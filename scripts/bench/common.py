@@ -11,9 +11,12 @@ Knows no torch: what is measured decides what is loaded.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Ratio", "finish", "interleaved", "machine", "parser", "ratio", "table"]
+__all__ = ["Peak", "Ratio", "finish", "interleaved", "machine", "parser", "ratio", "table", "timed"]
 
 _PAIRS = 9  # fewest that a ratio is quoted from
 _RESAMPLES = 10_000
@@ -44,6 +47,22 @@ class Ratio:
         return [self.median, self.low, self.high]
 
 
+class Peak:
+    """The most memory that this process is resident with while the block runs."""
+
+    megabytes: float
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        self.megabytes = int(status["VmHWM"].split()[0]) / 1024
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """With --json and --small; a script adds its own. Its docstring is the help."""
     made = argparse.ArgumentParser(
@@ -52,6 +71,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="where the result goes")
     made.add_argument("--small", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     return made
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of wall clock."""
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
 
 
 def interleaved(

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +31,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from perfit_device import personal, process_limits
-from perfit_device.personal import MOST_VERSIONS, PersonalShift
+from perfit_device.personal import MOST_VERSIONS
 from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
+from perfit_device.shift_versions import PersonalShift
 from perfit_shared.errors import KEPT_OUT
 from perfit_shared.optimizer import OptimizerConfig, StiefelAdamW
 from perfit_shared.presets import preset_for
@@ -95,8 +96,8 @@ def stepping(spec: ShiftSpec, steps: int) -> dict[str, float]:
         tensors.check(spec, spec.personal_rank)
         training = Training(Schedule(1, 1e-4, 1, 0, steps), Track(tensors, optimizer), best=tensors)
         data = training.to_bytes()
-        write = median(timed(training.to_bytes) for _ in range(9))
-        read = median(timed(lambda: Training.from_bytes(data, Schedule)) for _ in range(9))
+        write = median(common.timed(training.to_bytes) for _ in range(9))
+        read = median(common.timed(lambda: Training.from_bytes(data, Schedule)) for _ in range(9))
     return {
         "step_ms": 1e3 * median(times),
         "checkpoint_mb": len(data) / 1e6,
@@ -111,14 +112,7 @@ def helping(times: int) -> dict[str, float]:
     def ask() -> None:
         subprocess.run([BIN / "perfit", "--help"], check=True, capture_output=True)
 
-    return {"help_ms": 1e3 * median(timed(ask) for _ in range(times))}
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Seconds."""
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
+    return {"help_ms": 1e3 * median(common.timed(ask) for _ in range(times))}
 
 
 def updating(spec: ShiftSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import ctypes
-import gc
 import pstats
 import time
 from pathlib import Path
@@ -41,7 +39,7 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         settings = GenerationSettings(cache_tokens=max(32_768, room), max_requests=count)
         ours, plain = (build_engine(base, of, settings) for of in ({artefact.name: artefact}, {}))
         asked, unshifted = (_asked(texts, of, new) for of in (artefact, None))
-        with _Peak() as peak:  # of ours alone: the other engine holds nothing yet
+        with common.Peak() as peak:  # of ours alone: the other engine holds nothing yet
             ask_all(ours, asked)
         ask_all(plain, unshifted)
         rounds = [ask_in_step({"base": (plain, unshifted), "ours": (ours, asked)}) for _ in range(pairs)]
@@ -93,22 +91,6 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
 def _asked(texts: list[list[int]], artefact: Artefact | None, new_tokens: int) -> list[Asked]:
     whose = uses(artefact, len(texts), len(texts))
     return [(text, use, Sampling(new_tokens)) for text, use in zip(texts, whose, strict=True)]
-
-
-class _Peak:
-    """The most memory that this process is resident with while the block runs."""
-
-    megabytes: float
-
-    def __enter__(self) -> _Peak:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        self.megabytes = int(status["VmHWM"].split()[0]) / 1024
 
 
 # -- where the time goes -------------------------------------------------------------------------

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -44,11 +42,10 @@ _WORDS = ["the", "council", "said", "prices", "rose", "after", "rain", "on", "mo
 
 
 class Caller:
-    """A device and one cloud; every method is one call."""
+    """A device and one cloud; answer, score and gradient are one call each."""
 
-    def __init__(self, cloud: LocalCloud, stack: ExitStack) -> None:
-        enrolment = enroll(Invite.decode(cloud.invite()), Identity.create())
-        self._cloud = stack.enter_context(Cloud(enrolment))
+    def __init__(self, cloud: Cloud) -> None:
+        self._cloud = cloud
         (self._artefact,) = self._cloud.describe().artefacts
         self._shift = self._cloud.fetch_seed(self._artefact)
         rng = np.random.default_rng(0)
@@ -58,6 +55,12 @@ class Caller:
         use = ShiftUse(self._artefact, self._shift)
         for _ in self._cloud.generate(self._texts[0], use, Sampling(16)):
             pass
+
+    def request_bytes(self) -> int:
+        """Of an answer's request."""
+        before = self._cloud.bytes_up
+        self.answer()
+        return self._cloud.bytes_up - before
 
     def score(self) -> None:
         pairs = [(self._texts[0], answer) for answer in ("red", "old", "big", "new")]
@@ -84,7 +87,7 @@ def main() -> None:
         for number in range(starts):
             with ExitStack() as stack:
                 callers = {
-                    name: Caller(cloud_of(folder, name, number, args.threads, stack), stack)
+                    name: enrolled(cloud_of(folder, name, number, args.threads, stack), stack)
                     for name in _SETTINGS[:: 1 if number % 2 else -1]
                 }
                 for kind in _KINDS:
@@ -100,6 +103,11 @@ def main() -> None:
     common.finish({"model": base.name, "rows": rows}, args.json)
 
 
+def enrolled(cloud: LocalCloud, stack: ExitStack) -> Caller:
+    enrolment = enroll(Invite.decode(cloud.invite()), Identity.create())
+    return Caller(stack.enter_context(Cloud(enrolment)))
+
+
 def cloud_of(folder: Path, setting: str, number: int, threads: int, stack: ExitStack) -> LocalCloud:
     flags = ["--set", f"hardening={setting}", "--threads", str(threads)]
     state = folder / f"{setting}-{number}" / "state"
@@ -109,12 +117,7 @@ def cloud_of(folder: Path, setting: str, number: int, threads: int, stack: ExitS
 def measure(kind: str, callers: dict[str, Caller], pairs: int) -> dict[str, float]:
     """Median seconds of a call, by setting."""
 
-    def timed(call: Callable[[], None]) -> float:
-        begun = time.perf_counter()
-        call()
-        return time.perf_counter() - begun
-
-    calls = {name: partial(timed, getattr(caller, kind)) for name, caller in callers.items()}
+    calls = {name: partial(common.timed, getattr(caller, kind)) for name, caller in callers.items()}
     return {name: median(s) for name, s in common.interleaved(calls, pairs=pairs, warm_up=5).items()}
 
 

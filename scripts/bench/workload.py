@@ -75,7 +75,8 @@ def load_model(args: argparse.Namespace) -> BaseModel:
     load = _random_model if name in RANDOM else load_base
     base = load(name, dtype=args.dtype, device=args.device)
     base.model.generation_config.eos_token_id = []
-    return base
+    base.tokenizer.chat_template = None  # it would end turns
+    return replace(base, _codec=None)
 
 
 def _random_model(name: str, *, dtype: str, device: str) -> BaseModel:

@@ -1,4 +1,4 @@
-"""Throw bad inputs at every form that somebody else may hand to a device or a cloud, and at a live cloud.
+"""Throw bad inputs at every form that somebody else may hand to a device or a cloud, and at live ones.
 
     PYTHONPATH=scripts .venv/bin/python -m soak.fuzz --inputs 100000 --seed 1 --json fuzz.json
     PYTHONPATH=scripts .venv/bin/python -m soak.fuzz --only "vault files" --inputs 2000
@@ -49,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def all_targets(work: Path, *, only: str | None = None) -> Iterator[list[Target]]:
     """Those whose names hold `only`; a cloud runs as long as it lasts, where one of them needs it."""
     import tiny
-    from soak.fuzzing import commands, rpcs
+    from soak.fuzzing import agent, commands, rpcs
 
     wanted = [target for target in offline_targets(work) if only is None or only in target.name]
     with ExitStack() as stack:
         if only is None or only in commands.NAME:
             wanted += stack.enter_context(commands.targets(work / "commands"))
+        if only is None or only in agent.NAME:
+            wanted += stack.enter_context(agent.targets(work / "agent"))
         if any(only is None or only in name for name in rpcs.NAMES):
             live = stack.enter_context(rpcs.live(tiny.build(work / "served"), work / "live"))
             wanted += [target for target in live.targets() if only is None or only in target.name]
@@ -64,12 +66,13 @@ def all_targets(work: Path, *, only: str | None = None) -> Iterator[list[Target]
 def offline_targets(work: Path) -> list[Target]:
     """Those that need no live cloud."""
     import tiny
-    from soak.fuzzing import cloud, device, shared, vaults
+    from soak.fuzzing import agent, cloud, device, shared, vaults
 
     return [
         *shared.targets(),
         *device.targets(work / "device"),
         *vaults.targets(work / "vaults"),
+        *agent.offline_targets(),
         *cloud.targets(tiny.build(work / "tiny"), work / "cloud"),
     ]
 

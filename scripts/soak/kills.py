@@ -2,8 +2,10 @@
 
     PYTHONPATH=scripts .venv/bin/python -m soak.kills --kills 200 --seed 1 --json kills.json
 
-kill −9 hits a process that changes a vault without end, commands of a real device (`enroll`, `history
-import`, `add` and `forget`, `passphrase`) and `perfit update`, all against a real cloud on this machine.
+kill −9 hits a process that changes a vault without end, commands of a real device (`enroll`, `ask`, `history
+import`, `undo`, `add` and `forget`, `passphrase`, `restore`, `forget --retrain`, `unenroll`) and `perfit
+update`, all against a real cloud on this machine; then commands at an agent, of which the agent is killed,
+or the command.
 After every kill the vault opens, and holds the state before or after the change at hand, and no change
 that was told of is gone; nothing that was removed can be found in its folder; the command can be given
 again. An update resumes, repeats no more than the time between checkpoints and one step (here 0.3 s;
@@ -31,6 +33,7 @@ import tiny
 from local import LocalCloud
 from soak.killing.changes import kill_changes
 from soak.killing.commands import Killed, World
+from soak.killing.ownership import Owner
 
 __all__ = ["main", "run"]
 
@@ -58,9 +61,9 @@ def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
     model = tiny.build(folder / "tiny")
     begun = time.monotonic()
     with LocalCloud(model.model, model.artefacts, folder / "cloud") as cloud:
-        world = World(cloud, folder, seed)
+        world, owner = World(cloud, folder, seed), Owner(cloud, folder / "owner")
         done: list[Killed] = []
-        for killed in _kills(world, folder, seed):
+        for killed in _kills(world, owner, folder, seed):
             done.append(killed)
             if killed.wrong is not None:
                 print(f"kill {len(done)}, {killed.of}: {killed.wrong}", file=sys.stderr, flush=True)
@@ -68,7 +71,7 @@ def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
                 print(f"{len(done)}/{kills} kills", file=sys.stderr, flush=True)
             if len(done) >= kills:
                 break
-    updates = [killed for killed in done if killed.of == "update"]
+    updates = [killed for killed in done if killed.of.endswith("update")]
     return {
         "kills": len(done),
         "seed": seed,
@@ -82,15 +85,20 @@ def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _kills(world: World, folder: Path, seed: int) -> Iterator[Killed]:
-    """Without end: changes, commands and updates in turn."""
+def _kills(world: World, owner: Owner, folder: Path, seed: int) -> Iterator[Killed]:
+    """Without end: changes, commands, what moves and ends a profile, and updates in turn.
+
+    Commands and updates without an agent, then with one.
+    """
     rng, number = random.Random(seed), 0
     while True:
         number += 1
         wrong = kill_changes(folder / f"changes{number}", seed * 1000 + number, rng)
         yield Killed("changes", wrong)
-        yield from world.kill_command(rng)
-        yield from world.kill_update(rng, at_most=_MOST_KILLS_OF_ONE_UPDATE)
+        yield from owner.kill(rng)
+        for at_agent in (False, True):
+            yield from world.kill_command(rng, at_agent=at_agent)
+            yield from world.kill_update(rng, at_most=_MOST_KILLS_OF_ONE_UPDATE, at_agent=at_agent)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ from perfit_shared.invites import Invite
 from soak.loading import devices as loading
 from soak.loading.devices import Device, Tally, Wrong
 from soak.loading.proxy import Proxy
+from soak.settings import UNDER_LOAD
+from soak.settings import flags as flags_of
 
 __all__ = ["Life", "main", "run"]
 
@@ -54,14 +56,6 @@ _CANCELLED = 20  # beside 96 other calls, where the cloud is not restarted: a si
 _CALLS_A_RESTART = 6_000
 _CALLS_A_CUT = 400
 _CALLS_AN_UPDATE = 160  # of one device
-_FLAGS = {
-    "new_tokens": 16,
-    "threads": 1,
-    "requests_minute": 10**6,
-    "tokens_minute": 10**9,
-    "drain_seconds": 10,
-    "enrol_requests_minute": 10**6,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +118,7 @@ def run(folder: Path, *, calls: int, devices: int, seed: int, restarts: bool = T
         port = _free_port()
         proxy = Proxy(port)
         stack.callback(proxy.close)
-        flags = [part for key, value in _FLAGS.items() for part in ("--set", f"{key}={value}")]
+        flags = flags_of(UNDER_LOAD)
         flags += ["--address", f"127.0.0.1:{port}", "--public-address", f"127.0.0.1:{proxy.port}"]
         flags += ["--enrol-address", f"127.0.0.1:{_free_port()}"]
         model = tiny.build(folder / "tiny")

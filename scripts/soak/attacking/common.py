@@ -82,8 +82,8 @@ class Attacker:
         self.pid = pid  # of the server
         self.outcomes: Counter[str] = Counter()
         self.is_over = threading.Event()
-        self.channel = mutual_channel(enrolment)
-        self.enrol_channel = enrolment_channel(enrolment.enrolment_address, enrolment.server_ca)
+        self.channel = mutual_channel(enrolment, enrolment.address)
+        self.enrol_channel = enrolment_channel(enrolment.enrolment_address, enrolment.roots)
         self._lock = threading.Lock()
 
     def call(

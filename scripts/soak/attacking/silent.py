@@ -67,7 +67,7 @@ def silent_at_devices(attacker: Attacker) -> None:
 
 
 def connect_anew(honest: Cloud) -> None:
-    with mutual_channel(honest.enrolment) as channel:
+    with mutual_channel(honest.enrolment, honest.enrolment.address) as channel:
         try:
             PersonalizationStub(channel).Describe(pb.DescribeRequest(), timeout=_PATIENCE)
         except grpc.RpcError as error:

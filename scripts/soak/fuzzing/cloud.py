@@ -27,6 +27,7 @@ from perfit_cloud.service.identity.certificates import (
 )
 from perfit_cloud.service.limits import Limits
 from perfit_device.cloud.identity import Identity
+from perfit_shared.types import LARGEST_PENALTY
 from perfit_shared.wire import personalization_pb2 as pb
 from soak.fuzzing import counts
 from soak.fuzzing.checking import Target, Unsound
@@ -79,6 +80,8 @@ class _Codec:
             and sampling.temperature >= 0
             and 0 < sampling.top_p <= 1
             and sampling.top_k >= 0
+            and abs(sampling.frequency_penalty) <= LARGEST_PENALTY
+            and abs(sampling.presence_penalty) <= LARGEST_PENALTY
             and all(sampling.stop)
         )
         if not sound:

@@ -11,6 +11,7 @@ streams as Python does at start, runs the command, and flushes as Python does at
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ INPUTS = ("text", "bytes", "empty", "closed")
 OUTPUTS = ("file", "full", "closed", "gone")  # gone: a pipe that nobody reads
 ENCODINGS = ("utf-8", "latin-1", "ascii")
 _PASSPHRASE = "correct horse"  # noqa: S105 - protects nothing
+_NOTHING = SimpleNamespace(params=[])
 _CODES = {0, 1, 2, 3, 4, 5, 6, 7}
 
 
@@ -76,16 +78,41 @@ class Outcome:
             raise Unsound(f"exit code {self.code} [{' '.join(case.words)[:80]}]")
         if self.code in (1, 3, 4, 6, 7) and not said and (case.stdout, case.stderr) == ("file", "file"):
             raise Unsound(f"exit code {self.code} without a word [{' '.join(case.words)[:80]}]")
+        if self.code and said and case.words[-1:] == ("--json",) and case.stderr == "file":
+            _check_json(said.splitlines()[-1], case)
+
+
+def _check_json(line: str, case: Case) -> None:
+    """Raises Unsound where --json, as the last word and a flag, does not make an error JSON."""
+    options = [p for p in leaves().get(_leaf(case), _NOTHING).params if getattr(p, "is_flag", False)]
+    flags = {name for option in options for name in option.opts}
+    if "--json" not in flags or "--" in case.words:
+        return
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if set(json.loads(line)["error"]) == {"code", "message"}:
+            return
+    raise Unsound(f"an error that is no JSON: {line[:200]} [{' '.join(case.words)[:80]}]")
+
+
+def _leaf(case: Case) -> tuple[str, ...]:
+    """The command that the words begin with."""
+    name = (case.program,)
+    for word in case.words:
+        if (*name, word) not in leaves():
+            break
+        name = (*name, word)
+    return name
 
 
 # -- all commands ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def leaves() -> dict[tuple[str, ...], Any]:
     """(program, words of the command) → the command, of both programs, groups included."""
     from perfit_cloud.cli.main import app as cloud
     from perfit_device.cli.main import app as device
-    from perfit_shared.command_line import command_of
+    from perfit_shared.command_tree import command_of
 
     found: dict[tuple[str, ...], Any] = {}
 
@@ -106,11 +133,20 @@ _MORE: dict[tuple[str, ...], tuple[str, ...]] = {
     ("perfit", "update"): ("--epochs", "1"),
     ("perfit", "evaluate"): ("--answers",),
     ("perfit", "history", "import"): ("-", "--task", "news_headline"),
+    ("perfit", "forget"): ("--all", "--yes"),
     ("perfit", "history", "forget"): ("--all", "--yes"),
+    ("perfit", "backup"): ("-",),
+    ("perfit", "restore"): ("-",),
+    ("perfit", "unenroll"): ("--yes",),
+    ("perfit", "versions", "drop"): ("--all", "--yes"),
+    ("perfit", "profiles", "remove"): ("default", "--yes"),
 }
 # What keeps a command from going on to what takes seconds, or starts the program anew.
-# With hardening it would start the program anew.
-_ALWAYS = {("perfit-cloud", "serve"): ("--set", "hardening=off", "--model", "nowhere")}
+# With hardening it would start the program anew; on an address of this machine it would serve for ever.
+_ALWAYS = {
+    ("perfit-cloud", "serve"): ("--set", "hardening=off", "--model", "nowhere"),
+    ("perfit", "serve"): ("--host", "192.0.2.1"),
+}
 
 
 def bare_words(name: tuple[str, ...]) -> tuple[str, ...]:
@@ -146,10 +182,13 @@ class Commands:
             [sys.executable, "-m", "soak.fuzzing.commands_child", str(folder)],
             env={**os.environ, "PYTHONPATH": script, "PERFIT_HOME": str(folder / "home")}
             | {
+                "HOME": str(folder),  # where perfit-cloud keeps its state
                 "PERFIT_PASSPHRASE": _PASSPHRASE,
+                "PERFIT_BACKUP_PASSPHRASE": _PASSPHRASE,
                 "COLUMNS": "80",
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
+                "XDG_CONFIG_HOME": str(folder / "config"),
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

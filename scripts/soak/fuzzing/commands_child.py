@@ -55,6 +55,7 @@ class _Home:
                 path.unlink()
         for path, data in self._files.items():
             if not path.exists() or path.read_bytes() != data:
+                path.parent.mkdir(parents=True, exist_ok=True)  # removing a profile takes its folder
                 path.write_bytes(data)
 
 
@@ -163,28 +164,38 @@ def _load(folder: Path) -> dict[str, Callable[[], None]]:
     import perfit_cloud.model.base
     import perfit_cloud.service.server  # noqa: F401
     import perfit_device.cli.main as device
+    import perfit_device.openai_api.server  # noqa: F401
     from perfit_device import history, personal
+    from perfit_device.agent import install, launch
     from perfit_device.cloud_record import write_record
     from perfit_device.profile import Profile
+    from perfit_device.shift_versions import PersonalShift
     from perfit_device.vault.crypto import KdfParams
     from perfit_device.vault.store import Vault
+    from perfit_shared.errors import Unavailable
     from perfit_shared.tasks import TASKS
 
     info = _info()
     task = TASKS["news_headline"]
     path = folder / "home" / "profiles" / "default" / "vault.db"
     passphrase = os.environ["PERFIT_PASSPHRASE"]
-    with Vault.create(path, passphrase, kdf=KdfParams(memory_kib=32, iterations=1, lanes=4)) as vault:
+    KdfParams.__init__.__defaults__ = (32, 1, 4)  # what commands seal is as cheap
+    with Vault.create(path, passphrase) as vault:
         write_record(vault, info)
         items = [{"text": f"Café № {n} …", "title": f"Türe {n} \u202e 🙂"} for n in range(12)]
         history.add(vault, [history.HistoryItem.make(task, item) for item in items])
         seed = _Cloud().fetch_seed(None)
-        personal.store(vault, info.cloud_id, info.artefacts[0], personal.PersonalShift(seed, 1))
+        personal.store(vault, info.cloud_id, info.artefacts[0], PersonalShift(seed, 1))
 
-    def connect(profile: Any, retry_policy: Any = None) -> tuple[Any, Any]:
+    def connect(profile: Any, retry_policy: Any = None, **_: Any) -> tuple[Any, Any]:
         return _Cloud(), info
 
+    def start(*_: Any, **__: Any) -> None:
+        raise Unavailable("no agent starts here: it would outlive its case")
+
     Profile.connect = connect  # type: ignore[method-assign]
+    launch.start = start
+    install._run = lambda words: False
     return {"perfit": device.run, "perfit-cloud": cloud.run}
 
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from perfit_cloud.service.identity.certificates import CertificateAuthority, read_csr
 from perfit_device import shift_files
 from perfit_device.cloud.channels import MESSAGE_BYTES, address_of, readable, translate
-from perfit_device.cloud.client import tensors_from_wire
 from perfit_device.cloud.codec import (
     Artefact,
     chunk_from_wire,
     cloud_info_from_wire,
     part_from_wire,
     scores_from_wire,
+    tensors_from_wire,
 )
-from perfit_device.cloud.enrolment import check_expiry, wants_renewal
+from perfit_device.cloud.enrolment import wants_renewal
 from perfit_device.cloud.identity import Enrolment, Identity, certificate_life, identity_in, life_left, pem
 from perfit_device.history import HistoryItem
 from perfit_device.history.importers import read_history
@@ -159,7 +159,7 @@ def _errors() -> st.SearchStrategy[_Refusal]:
 
 
 def _error(error: _Refusal, enrolment: Enrolment) -> str:
-    made = translate(error, enrolment.address, enrolment.server_ca)
+    made = translate(error, enrolment.address, enrolment.roots)
     _check_readable(str(made))
     if not 0 <= made.retry_ms < 10**9:
         raise Unsound("a delay without end")
@@ -221,7 +221,7 @@ def _address(text: str) -> None:
     host, port = address_of(text)
     if not host or not 0 < port < 65536:
         raise Unsound("an address that cannot be dialled")
-    check_expiry(Invite(text, b"x", 2**63 - 1, bytes(32)))
+    Invite(text, b"x", 2**63 - 1, bytes(32)).check_expiry()
 
 
 # -- files ---------------------------------------------------------------------------------------------
@@ -261,4 +261,5 @@ class _Exported:
 
     def check(self, data: bytes) -> None:
         self._path.write_bytes(data)
-        shift_files.read_file(self._path, _ARTEFACT).check(SPEC, SPEC.personal_rank)
+        read = shift_files.read(shift_files.read_bytes(self._path), "a file", _ARTEFACT)
+        read.check(SPEC, SPEC.personal_rank)

@@ -58,6 +58,8 @@ def hints_for(known: Known) -> dict[str, st.SearchStrategy[Any]]:
         "temperature": st.sampled_from([0.0, 0.7]),
         "top_p": st.sampled_from([0.0, 0.9, 1.0]),
         "top_k": st.integers(0, 12),
+        "frequency_penalty": st.sampled_from([0.0, 0.5, -2.0]),
+        "presence_penalty": st.sampled_from([0.0, 2.0]),
         "number": st.integers(0, 3),
         "rows": st.integers(0, 4),
         "positions": st.sampled_from(["f3+l3", "l7"]),

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from local import LocalCloud
 from perfit_device.cloud.channels import enrolment_channel, mutual_channel
 from perfit_device.cloud.enrolment import enroll
-from perfit_device.cloud.identity import Enrolment, Identity
+from perfit_device.cloud.identity import Enrolment, Identity, pem
 from perfit_shared.errors import from_code, to_status
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftSpec
@@ -37,6 +37,7 @@ from soak.fuzzing.checking import Target, Unsound
 from soak.fuzzing.counts import Counted, counted
 from soak.fuzzing.hints import Known, hints_for
 from soak.fuzzing.mutation import edited, messages, mostly
+from soak.settings import flags as flags_of
 from tiny import Tiny
 
 __all__ = ["NAMES", "Live", "live"]
@@ -54,7 +55,7 @@ _SECONDS = 20.0  # most that a call may take here
 _PROBE_EVERY = 40  # calls
 _LARGEST = 1 << 20  # bytes of a message, as this cloud is configured
 # Small answers, and no rate that would keep inputs from being looked at.
-_FLAGS = {
+_SETTINGS = {
     "new_tokens": 8,
     "message_bytes": _LARGEST,
     "examples": 8,
@@ -65,12 +66,14 @@ _FLAGS = {
     "enrol_requests_minute": 10**6,
 }
 _PERSONALIZATION, _ENROLMENT = "perfit.v1.Personalization", "perfit.v1.Enrollment"
+_LEAVE = "/perfit.v1.Identity/Leave"
 _UNARY: dict[str, tuple[type[Message], type[Message]]] = {
     f"/{_PERSONALIZATION}/Describe": (pb.DescribeRequest, pb.DescribeResponse),
     f"/{_PERSONALIZATION}/FetchSeed": (pb.FetchSeedRequest, pb.FetchSeedResponse),
     f"/{_PERSONALIZATION}/Score": (pb.ScoreRequest, pb.ScoreResponse),
     f"/{_PERSONALIZATION}/ComputeGradient": (pb.ComputeGradientRequest, pb.ComputeGradientResponse),
     "/perfit.v1.Identity/Renew": (epb.RenewRequest, epb.Credentials),
+    _LEAVE: (epb.LeaveRequest, epb.LeaveResponse),
 }
 _GENERATE = f"/{_PERSONALIZATION}/Generate"
 _STREAMS: dict[str, type[Message]] = {
@@ -93,7 +96,7 @@ _OF_GRPC = {
 def live(tiny: Tiny, work: Path) -> Iterator[Live]:
     """A cloud in a process of its own, a hostile device and an honest one."""
     work.mkdir(parents=True, exist_ok=True)
-    flags = [part for key, value in _FLAGS.items() for part in ("--set", f"{key}={value}")]
+    flags = flags_of(_SETTINGS)
     log = work / "cloud.log"
     with LocalCloud(tiny.model, tiny.artefacts, work / "state", log=log, flags=flags) as cloud:
         made = Live(cloud, log)
@@ -109,10 +112,12 @@ class Live:
     def __init__(self, cloud: LocalCloud, log: Path) -> None:
         self._cloud, self._log = cloud, log
         self._spare = Invite.decode(cloud.invite())
-        enrolments = [enroll(Invite.decode(cloud.invite()), Identity.create()) for _ in range(2)]
+        enrolments = [enroll(Invite.decode(cloud.invite()), Identity.create()) for _ in range(3)]
         self._hostile_enrolment: Enrolment = enrolments[0]
-        self._hostile, self._honest = (mutual_channel(enrolment) for enrolment in enrolments)
-        self._anybody = enrolment_channel(self._spare.address, self._spare.server_ca_der)
+        self._hostile, self._honest, self._leaver = (
+            mutual_channel(each, each.address) for each in enrolments
+        )
+        self._anybody = enrolment_channel(self._spare.address, pem(self._spare.server_ca_der))
         self._calls = 0
         described = pb.DescribeResponse.FromString(
             self._honest.unary_unary(f"/{_PERSONALIZATION}/Describe")(b"", timeout=_SECONDS)
@@ -131,7 +136,7 @@ class Live:
         self._taken = self._process.memory_info().rss  # bytes
 
     def close(self) -> None:
-        for channel in (self._hostile, self._honest, self._anybody):
+        for channel in (self._hostile, self._honest, self._leaver, self._anybody):
             channel.close()
 
     def targets(self) -> list[Target]:
@@ -156,8 +161,8 @@ class Live:
 
     def _messages(self, hints: dict[str, Any]) -> st.SearchStrategy[tuple[str, bytes]]:
         kinds = {**{method: kinds[0] for method, kinds in _UNARY.items()}, _GENERATE: pb.GenerateRequest}
-        # Describe and Renew take next to nothing, so three kinds of five would be all but empty.
-        wanted = [_GENERATE, *(m for m in _UNARY if not m.endswith("Describe"))]
+        # Describe, Leave and Renew take next to nothing, so half of the kinds would be all but empty.
+        wanted = [_GENERATE, *(m for m in _UNARY if not m.endswith(("Describe", "Leave")))]
         return st.one_of(
             [st.tuples(st.just(method), messages(kinds[method], hints).map(_serialized)) for method in wanted]
         )
@@ -248,7 +253,8 @@ class Live:
 
     def _check_raw(self, call: tuple[str, bytes]) -> str:
         method, data = call
-        return self._check(self._hostile, method, [data])
+        # Who has left gets nothing but that answer, so the hostile one has somebody else leave.
+        return self._check(self._leaver if method == _LEAVE else self._hostile, method, [data])
 
     def _check_enrolment(self, call: tuple[str, bytes]) -> str:
         return self._check(self._anybody, call[0], [call[1]])

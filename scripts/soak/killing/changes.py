@@ -127,7 +127,7 @@ def _open(path: Path, seed: int, acknowledged: int) -> int | None:
 def carved(folder: Path, seen: set[bytes]) -> str | None:
     """Whether a file in `folder` still holds bytes of rows that are no more. `seen`: pieces of all rows."""
     kept = pieces_of(folder / "vault.db")
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     if not all(piece in files["vault.db"] for piece in kept):
         return "the search does not find what is there, so it proves nothing"
     for piece in seen - kept:

@@ -3,9 +3,9 @@
     python -m soak.killing.child command update --epochs 6
     python -m soak.killing.child changes vault.db SEED
 
-A command prints `opened` when its vault is open, `step N T` when an update has done N steps (T by the
-monotonic clock; first the step it begins with) and `done`. Changes print their number once they are
-made, and pieces of what rows held before.
+A command prints `opened` when its vault is open or its agent begins, `step N T` when an update has done N
+steps (T by the monotonic clock; first the step it begins with) and `done`. Changes print their number once
+they are made, and pieces of what rows held before.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def start(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.P
 
 
 def command(arguments: list[str]) -> None:
+    from perfit_device.agent.client import AgentClient
     from perfit_device.cli import main, progress
     from perfit_device.training import update as updates
     from perfit_device.vault.store import Vault
@@ -47,6 +48,12 @@ def command(arguments: list[str]) -> None:
 
         return opened
 
+    perform = AgentClient.perform
+
+    def performed(*args: Any, **how: Any) -> Any:
+        print("opened", flush=True)
+        return perform(*args, **how)
+
     run_update = updates.Update.run
 
     def run(self: updates.Update) -> updates.Result:
@@ -54,6 +61,7 @@ def command(arguments: list[str]) -> None:
         return run_update(self)
 
     Vault.open, Vault.create = tell_opened(Vault.open), tell_opened(Vault.create)  # type: ignore[method-assign]
+    AgentClient.perform = performed  # type: ignore[method-assign]
     updates.Update.run = run  # type: ignore[method-assign]
     progress.Progress.step = lambda self, step, steps, loss: _tell_step(step)  # type: ignore[method-assign]
     sys.argv = ["perfit", *arguments]

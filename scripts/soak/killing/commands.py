@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import shutil
-import signal
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +19,17 @@ from perfit_device.training.update import read_checkpoint
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import PerfitError, WrongPassphrase
 from perfit_shared.shifts import ShiftTensors
+from soak.killing.agents import settings_of
 from soak.killing.changes import carved, pieces_of
-from soak.killing.child import start
+from soak.killing.runs import Run, copy_of, run_command
 
 __all__ = ["Killed", "World"]
 
 TASK = "news_headline"
 _NEW_PASSPHRASE = "another passphrase for this run"  # noqa: S105
-_COMMANDS = ("import", "forget", "add", "passphrase", "enroll")
+_COMMANDS = ("import", "undo", "forget", "add", "passphrase", "ask", "enroll")
+_AT_AGENT = _COMMANDS[:-1]  # before `enroll` there is no profile, so no agent
+_VICTIMS = ("agent", "caller")
 _CHECKPOINT_SECONDS = 0.3
 _UPDATE = (
     "update",
@@ -73,21 +71,6 @@ class Killed:
     difference: float = 0.0  # the largest between the numbers of the shift and of an unkilled update's
 
 
-@dataclass
-class _Run:
-    """What a child told."""
-
-    steps: dict[int, float] = field(default_factory=dict)  # step → when it was done
-    opened: float = 0.0
-    ended: float = 0.0
-    done: bool = False
-
-    @property
-    def longest_step(self) -> float:
-        times = list(self.steps.values())
-        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
-
-
 class World:
     """A cloud, and the profile that every kill begins with a copy of."""
 
@@ -103,52 +86,54 @@ class World:
         self._start = self._look(self._template)
         self._references = {name: self._reference(name) for name in _COMMANDS}
         with self._device() as device:
-            self._update_run = self._run(device, list(_UPDATE))
+            self._update_run = run_command(device, list(_UPDATE))
             self._trained = self._shift(device)
 
     # -- kills ---------------------------------------------------------------------------------
 
-    def kill_command(self, rng: random.Random) -> list[Killed]:
-        """Of one command; none when it was faster."""
-        name = rng.choice(_COMMANDS)
+    def kill_command(self, rng: random.Random, *, at_agent: bool = False) -> list[Killed]:
+        """Of one command, or of the agent that does it; none when it was faster."""
+        name = rng.choice(_AT_AGENT if at_agent else _COMMANDS)
+        victim = rng.choice(_VICTIMS) if at_agent else ""
         after, seconds = self._references[name]
-        killed = Killed(name)
+        killed = Killed(f"{victim}: {name}" if victim else name)
         is_new = name == "enroll"
         with self._device(empty=is_new) as device:
             arguments, folder = self._arguments(name), _vault(device).parent
             before = _NOBODY if is_new else self._start
             rows = set() if is_new else pieces_of(folder / "vault.db")
-            run = self._run(device, arguments, kill_after=rng.uniform(0, seconds))
+            run = run_command(device, arguments, kill_after=rng.uniform(0, seconds), victim=victim)
             try:
                 now = self._look(device)
                 if now != after and (run.done or now != before):
                     killed.wrong = "what it left is neither the old state nor the new one"
                 elif not is_new:
                     killed.wrong = carved(folder, rows)
-                if now.passphrase != _NEW_PASSPHRASE:
-                    self._run(device, arguments)
-                    if self._look(device) != after:
+                if now.passphrase != _NEW_PASSPHRASE and (now != after or after == before):
+                    again = run_command(device, arguments, victim=victim)
+                    if not again.done or self._look(device) != after:
                         killed.wrong = killed.wrong or "it could not be done after the kill"
             except PerfitError as error:
                 killed.wrong = str(error)
         return [] if run.done and killed.wrong is None else [killed]
 
-    def kill_update(self, rng: random.Random, *, at_most: int) -> list[Killed]:
-        """One update, killed once or more often, and resumed to its end."""
-        seconds = self._update_run.ended - self._update_run.opened
+    def kill_update(self, rng: random.Random, *, at_most: int, at_agent: bool = False) -> list[Killed]:
+        """One update, killed once or more often, itself or its agent, and resumed to its end."""
+        seconds = self._update_run.seconds
         kills: list[Killed] = []
         with self._device() as device:
             for _ in range(rng.randint(1, at_most)):
-                run = self._run(device, list(_UPDATE), kill_after=rng.uniform(0, seconds))
+                victim = rng.choice(_VICTIMS) if at_agent else ""
+                run = run_command(device, list(_UPDATE), kill_after=rng.uniform(0, seconds), victim=victim)
                 if run.done:
                     break
-                kills.append(self._judged(device, run))
+                kills.append(self._judged(device, run, victim))
                 if kills[-1].wrong is not None:
                     return kills
                 if self._is_updated(device):  # the kill came between its end and telling so
                     run.done = True
                     break
-            if kills and not run.done and not self._run(device, list(_UPDATE)).done:
+            if kills and not run.done and not run_command(device, list(_UPDATE)).done:
                 kills[-1].wrong = "the update did not resume"
                 return kills
             if kills:
@@ -157,8 +142,9 @@ class World:
                     kills[-1].wrong = "the update ended elsewhere than one that was not killed"
         return kills
 
-    def _judged(self, device: Device, run: _Run) -> Killed:
-        killed = Killed("update", longest_step_seconds=run.longest_step)
+    def _judged(self, device: Device, run: Run, victim: str) -> Killed:
+        of = f"{victim}: update" if victim else "update"
+        killed = Killed(of, longest_step_seconds=run.longest_step)
         try:
             kept = self._checkpoint_step(device)
             now = self._look(device)
@@ -183,50 +169,25 @@ class World:
     def _reference(self, name: str) -> tuple[Seen, float]:
         """(the state after an unkilled command, seconds from its opening the vault to its end)."""
         with self._device(empty=name == "enroll") as device:
-            run = self._run(device, self._arguments(name))
-            return self._look(device), run.ended - run.opened
+            run = run_command(device, self._arguments(name))
+            return self._look(device), run.seconds
 
     def _arguments(self, name: str) -> list[str]:
         return {
             "import": ["history", "import", str(self._more), "--task", TASK],
-            "forget": ["history", "forget", "--task", TASK],
+            "undo": ["history", "undo", "1", "--yes"],
+            "ask": ["ask", "the cat sat", "--task", TASK, "--mode", "base", "--json"],
+            "forget": ["history", "forget", "--task", TASK, "--yes"],
             "add": ["history", "add", "a text that was not there", "A Title", "--task", TASK],
             "passphrase": ["passphrase"],
             "enroll": ["enroll", self._cloud.invite() if name == "enroll" else ""],
         }[name]
 
-    @contextmanager
-    def _device(self, *, empty: bool = False) -> Iterator[Device]:
+    def _device(self, *, empty: bool = False) -> AbstractContextManager[Device]:
         """A copy of the template, or a profile that does not exist yet."""
         self._count += 1
-        device = Device(self._folder / f"home{self._count}", "default")
-        home, template = Path(device.env["PERFIT_HOME"]), Path(self._template.env["PERFIT_HOME"])
-        if not empty:
-            shutil.copytree(template, home)
-        try:
-            yield device
-        finally:
-            shutil.rmtree(home, ignore_errors=True)
-
-    def _run(self, device: Device, arguments: list[str], *, kill_after: float | None = None) -> _Run:
-        """The command in a process of its own, killed so many seconds after it opened its vault."""
-        env = {**device.env, "PERFIT_NEW_PASSPHRASE": _NEW_PASSPHRASE}
-        run, timer = _Run(), None
-        with start("command", *arguments, env=env) as child:
-            for line in child.stdout or ():
-                word, *rest = line.split()
-                if word == "opened" and not run.opened:
-                    run.opened = time.monotonic()
-                    if kill_after is not None:
-                        timer = threading.Timer(kill_after, child.send_signal, [signal.SIGKILL])
-                        timer.start()
-                elif word == "step" and len(rest) == 2 and line.endswith("\n"):
-                    run.steps[int(rest[0])] = float(rest[1])
-                run.done = run.done or line == "done\n"
-            run.ended = time.monotonic()
-        if timer is not None:
-            timer.cancel()
-        return run
+        home = self._folder / f"home{self._count}"
+        return copy_of(None if empty else self._template, home, PERFIT_NEW_PASSPHRASE=_NEW_PASSPHRASE)
 
     def _look(self, device: Device) -> Seen:
         """Raises PerfitError when the vault does not open."""
@@ -270,7 +231,7 @@ class World:
 
 
 def _vault(device: Device) -> Path:
-    return Path(device.env["PERFIT_HOME"]) / "profiles" / device.profile / "vault.db"
+    return settings_of(device).vault_path
 
 
 def _difference(a: ShiftTensors, b: ShiftTensors) -> float:

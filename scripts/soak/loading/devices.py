@@ -14,8 +14,10 @@ Before the load every device asks everything once, alone. Under load the same qu
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,7 @@ class Device:
         self._enrolment: Enrolment = enroll(invite, Identity.create())
         self._vault = Vault.create(folder / f"{number}.db", _PASSPHRASE, kdf=_CHEAP)
         self._cloud = Cloud(self._enrolment)
-        self._channel = mutual_channel(self._enrolment)
+        self._channel = mutual_channel(self._enrolment, self._enrolment.address)
         self._stub: Any = services.PersonalizationStub(self._channel)
         info: CloudInfo = self._cloud.describe()
         self._info = info
@@ -153,8 +155,9 @@ class Device:
                 self._references[kind, variant] = self._ask(kind, variant)
         self._references["update", 0] = self._updated(RetryPolicy(give_up=_PATIENCE))
 
-    def call(self) -> None:
-        """One call, of a kind and a variant that the seed chooses. Raises Wrong."""
+    def call(self) -> tuple[str, float]:
+        """One call, of a kind and a variant that the seed chooses; its kind and seconds. Raises Wrong."""
+        begun = time.monotonic()
         kind = self._random.choices(list(self._kinds), list(self._kinds.values()))[0]
         variant = self._random.randrange(_VARIANTS)
         if kind in ("cancelled", "deadline"):
@@ -165,6 +168,7 @@ class Device:
                 self._compare(kind, found, self._references[kind, variant])
         self.tally.answered[kind] += 1
         self.progress += 1
+        return kind, time.monotonic() - begun
 
     def update(self) -> None:
         """A whole update, which must end where the undisturbed one ended. Raises Wrong."""
@@ -214,7 +218,8 @@ class Device:
         except grpc.RpcError as error:
             passing = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED"}
             if error.code().name not in passing:
-                raise Wrong(f"a call that was left ended with {error.code().name}") from error
+                said = f"{error.code().name}: {error.details()}"
+                raise Wrong(f"a call that was left ended with {said}") from error
             self.tally.faults[error.code().name] += 1
         finally:
             call.cancel()
@@ -261,7 +266,7 @@ class Device:
         start = self._patiently(lambda: self._cloud.fetch_seed(artefact))
         with GradientSource(self._cloud, artefact, info.limits, split) as source:
             run = updates.Update(
-                vault,
+                lambda: nullcontext(vault),
                 info.cloud_id,
                 artefact,
                 plan,

@@ -1,0 +1,128 @@
+"""Write docs/wire/reference.md from the protos: `python scripts/generate_wire_reference.py [--out FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Field numbers of FileDescriptorProto, DescriptorProto, EnumDescriptorProto and ServiceDescriptorProto.
+MESSAGE, ENUM, SERVICE = 4, 5, 6
+FIELD, NESTED, NESTED_ENUM, VALUE, METHOD = 2, 3, 4, 2, 2
+_PACKAGE = ".perfit.v1."
+
+
+class Proto:
+    """One proto file and its comments."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self._comments = {
+            tuple(at.path): " ".join((at.leading_comments or at.trailing_comments).split())
+            for at in file.source_code_info.location
+        }
+
+    def comment(self, *path: int) -> str:
+        return self._comments.get(path, "").replace("|", "\\|").replace("<", "&lt;")
+
+    def page(self) -> Iterator[str]:
+        yield f"## {Path(self.file.name).name}\n"
+        for n, service in enumerate(self.file.service):
+            yield f"### service {service.name}\n"
+            yield from _paragraph(self.comment(SERVICE, n))
+            for m, method in enumerate(service.method):
+                streams = "stream " if method.client_streaming else ""
+                back = "stream " if method.server_streaming else ""
+                yield (
+                    f"**{method.name}** ({streams}{_link(method.input_type)}) → "
+                    f"{back}{_link(method.output_type)}\n"
+                )
+                yield from _paragraph(self.comment(SERVICE, n, METHOD, m))
+        for n, message in enumerate(self.file.message_type):
+            yield from self.message(message, message.name, (MESSAGE, n))
+        for n, enum in enumerate(self.file.enum_type):
+            yield from self.enum(enum, enum.name, (ENUM, n))
+
+    def message(self, message: Any, name: str, path: tuple[int, ...]) -> Iterator[str]:
+        if message.options.map_entry:
+            return
+        yield f"### {name}\n"
+        yield from _paragraph(self.comment(*path))
+        if message.field:
+            yield "| no. | field | type | what it holds |\n|---|---|---|---|"
+            for n, field in enumerate(message.field):
+                what = self.comment(*path, FIELD, n)
+                yield f"| {field.number} | `{field.name}` | {_type_of(field, message)} | {what} |"
+            yield ""
+        for n, nested in enumerate(message.nested_type):
+            yield from self.message(nested, f"{name}.{nested.name}", (*path, NESTED, n))
+        for n, enum in enumerate(message.enum_type):
+            yield from self.enum(enum, f"{name}.{enum.name}", (*path, NESTED_ENUM, n))
+
+    def enum(self, enum: Any, name: str, path: tuple[int, ...]) -> Iterator[str]:
+        yield f"### enum {name}\n"
+        yield from _paragraph(self.comment(*path))
+        yield "| no. | value | what it says |\n|---|---|---|"
+        for n, value in enumerate(enum.value):
+            yield f"| {value.number} | `{value.name}` | {self.comment(*path, VALUE, n)} |"
+        yield ""
+
+
+def _paragraph(comment: str) -> list[str]:
+    return [comment + "\n"] if comment else []
+
+
+def _link(name: str, *, is_enum: bool = False) -> str:
+    """To a message or an enum on this page, by its whole name: .perfit.v1.Outer.Inner."""
+    plain = name.removeprefix(_PACKAGE)
+    anchor = ("enum-" if is_enum else "") + plain.lower().replace(".", "")
+    return f"[`{plain}`](#{anchor})"
+
+
+def _type_of(field: Any, message: Any) -> str:
+    for nested in message.nested_type:
+        if nested.options.map_entry and field.type_name.endswith("." + nested.name):
+            key, value = nested.field
+            return f"map of {_type_of(key, nested)} to {_type_of(value, nested)}"
+    kind = f"`{field.Type.Name(field.type).removeprefix('TYPE_').lower()}`"
+    if field.type_name:
+        kind = _link(field.type_name, is_enum=field.type == field.TYPE_ENUM)
+    if field.label == field.LABEL_REPEATED:
+        return f"list of {kind}"
+    if field.proto3_optional:
+        return f"{kind}, optional"
+    if field.HasField("oneof_index"):
+        return f"{kind}, one of `{message.oneof_decl[field.oneof_index].name}`"
+    return kind
+
+
+def reference() -> str:
+    from google.protobuf.descriptor_pb2 import FileDescriptorSet
+    from grpc_tools import protoc
+
+    found = sorted((ROOT / "protos" / "perfit" / "v1").glob("*.proto"))
+    with tempfile.TemporaryDirectory() as work:
+        image = Path(work) / "image"
+        options = [f"-I{ROOT / 'protos'}", "--include_source_info", f"--descriptor_set_out={image}"]
+        if protoc.main(["protoc", *options, *map(str, found)]):
+            sys.exit("protoc failed")
+        files = FileDescriptorSet.FromString(image.read_bytes()).file
+    head = (
+        "# Wire reference\n\nGenerated by `make wire` from the protos; a test says when it is stale.\n"
+        "How to use it: [Write a client](client.md). Status codes: [Errors](errors.md).\n\n"
+    )
+    return head + "\n".join(line for file in files for line in Proto(file).page())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "wire" / "reference.md")
+    parser.parse_args().out.write_text(reference(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
