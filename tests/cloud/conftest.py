@@ -11,24 +11,72 @@ import pytest
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, opening
 from tests.support.ask_calls import ask_threads
 from tests.support.authority import open_authority
-from tests.support.cloud import SETTINGS, Device, Running
+from tests.support.cloud import SETTINGS, Device, Running, own_keys
+from tests.support.fleet import Fleet
 from tests.support.hostile import Honest
+from tests.support.lamp_files import LORA_STAGE_1, TASK, write_files
+from tests.support.lamp_requests import task_data
 from tests.support.pyreft import Shifts, random_shifts, written
 from tests.support.waiting import wait_for
 
+from local_postgres import Cluster
+from perfit_cloud.cli.roles import sealing_keys
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.gradients.stateless import GradientEngine
+from perfit_cloud.lamp.methods import METHODS
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.identity.authenticator import Authenticator
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.memory import plan_memory
+from perfit_cloud.service.sealing.keys import ReplicaKeys
 from perfit_cloud.service.server import CloudServer
 from perfit_cloud.service.settings import ServerParts
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def database(cluster: Cluster) -> str:
+    """An empty one of its own."""
+    return cluster.database()
+
+
+@pytest.fixture
+def fleet(
+    tmp_path: Path,
+    database: str,
+    base: BaseModel,
+    artefact: Artefact,
+    generation: GenerationEngine,
+    step_queue: GradientScheduler,
+) -> Iterator[Fleet]:
+    def parts(config: CloudConfig, authenticator: Authenticator) -> ServerParts:
+        catalog = Catalog.build(config, base, [artefact], authenticator.cloud_id)
+        return ServerParts(
+            authenticator=authenticator,
+            issuer=None,
+            catalog=catalog,
+            generation=generation,
+            scheduler=step_queue,
+            memory=plan_memory(config, catalog, process=0, continuous=True, machine=2**34),
+            roles=config.roles,
+            sealing_keys=sealing_keys(authenticator, config),
+        )
+
+    made = Fleet(tmp_path, database, parts)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -67,6 +115,43 @@ def base(load: Callable[[str], BaseModel]) -> BaseModel:
 @pytest.fixture(scope="module")
 def artefact(base: BaseModel, make_artefact: Callable[..., Artefact]) -> Artefact:
     return make_artefact(base)
+
+
+@pytest.fixture(scope="module")
+def lora_run(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of lora-c on invented LaMP files: a collective LoRA on all blocks."""
+    data, out = write_files(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("lora")
+    request = LampRequest(TASK, "tiny", data, out, method="lora-c", batch_size=4, **LORA_STAGE_1)
+    METHODS["lora-c"](request, task_data(data, base)).prepare(lambda: False)
+    return out
+
+
+@pytest.fixture
+def method_request(
+    tmp_path: Path, base: BaseModel, make_artefact: Callable[..., Artefact], lora_run: Path
+) -> Callable[..., LampRequest]:
+    """Of a method by its name; those that take an artefact or a collective LoRA are given one."""
+
+    def make(method: str = "perfit", **changes: Any) -> LampRequest:
+        values: dict[str, Any] = {
+            "task": TASK,
+            "model": "tiny",
+            "data": write_files(tmp_path / "data"),
+            "out": tmp_path / "out",
+            "epochs": 2,
+            "learning_rate": 1e-2,
+            "batch_size": 4,
+            "users_together": 2,
+            "lora": lora_run,
+        }
+        if "artefact" in METHODS[method].options:
+            make_artefact(base).save(tmp_path / "artefact")
+            values["artefact"] = tmp_path / "artefact"
+        else:
+            values |= {"layers": (1,), "positions": "l2", "collective_rank": 2, "personal_rank": 1}
+        return LampRequest(method=method, **(values | changes)).without_unused()
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +203,7 @@ def run(
         steps: Any = None,
         engines: Any = None,
         ended: Callable[[], None] = lambda: None,
+        sealing_keys: Callable[[Authority], ReplicaKeys] = own_keys,
         **change: Any,
     ) -> Running:
         settings: dict[str, Any] = {
@@ -132,7 +218,7 @@ def run(
             config.state, certificate_seconds=config.certificate_seconds, lapse_seconds=config.lapse_seconds
         )
         catalog = Catalog.build(config, base, [artefact], authority.cloud_id)
-        memory = plan_memory(config, catalog, process=0, continuous=True)
+        memory = plan_memory(config, catalog, process=0, continuous=True, machine=2**34)
         authenticator: Authenticator = authority
         if serves_only:
             authority.write_serving_files(config.state, ["localhost", "127.0.0.1"])
@@ -149,6 +235,7 @@ def run(
             memory=memory,
             engines=engines,
             ended=ended,
+            sealing_keys=sealing_keys(authority) if config.front_address else None,
         )
         server = CloudServer(config, parts)
         server.start()

@@ -5,117 +5,26 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.support.adapt_calls import wait_until_freed
 from tests.support.cloud import Running
+from tests.support.updating import KEEP, Parts, Watched, assert_near, enrolled, split_of
 from tests.support.waiting import wait_for
 
-from perfit_cloud.engine.gradients.scheduler import GradientScheduler
-from perfit_cloud.engine.gradients.session import UpdateEngine, UpdateSession
-from perfit_device import evaluation, history, personal
-from perfit_device.cloud import enrolment
+from perfit_cloud.engine.gradients.session import UpdateEngine
+from perfit_device import evaluation
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import Artefact, CloudInfo, ShiftUse
-from perfit_device.cloud.identity import Identity
-from perfit_device.cloud.retry import RetryPolicy
-from perfit_device.history import HistoryItem, Split
+from perfit_device.cloud.codec import ShiftUse
+from perfit_device.history import HistoryItem
 from perfit_device.training import gradients as adapting
 from perfit_device.training.gradients import GradientSource
-from perfit_device.training.update import Plan, Source, Update, UpdateSettings
-from perfit_device.vault.crypto import KdfParams
-from perfit_device.vault.store import Vault
 from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
-from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.validation import mean_loss
-
-WORDS = ["cat", "dog", "mat", "door", "sat", "ran"]
-KEEP = 2**26
-
-
-class Watched(GradientScheduler):
-    """A queue that counts the steps of streams, and whose n-th step fails as a test says."""
-
-    def __init__(self, engine: UpdateEngine) -> None:
-        super().__init__(engine)
-        self.opened = self.asked = 0
-        self.fail: dict[int, PerfitError] = {}  # by number of the step
-        self.hold = threading.Event()
-        self.hold.set()
-
-    def open(self, *args: Any, **how: Any) -> Any:
-        self.opened += 1
-        return super().open(*args, **how)
-
-    def submit(self, step: Any, **how: Any) -> Any:
-        if not isinstance(step.session, UpdateSession):
-            return super().submit(step, **how)
-        self.asked += 1
-        self.hold.wait(20)
-        if self.asked in self.fail:
-            raise self.fail[self.asked]
-        return super().submit(step, **how)
-
-
-@dataclass
-class Parts:
-    """A cloud, a device that is enrolled there, and its history."""
-
-    running: Running
-    engine: UpdateEngine
-    queue: Watched
-    cloud: Cloud
-    info: CloudInfo
-    split: Split
-    folder: Path
-    streams: list[str] = field(default_factory=list)  # methods of the streams that were opened
-
-    @property
-    def artefact(self) -> Artefact:
-        return self.info.artefacts[0]
-
-    def adapting(self, **limits: int) -> GradientSource:
-        return GradientSource(self.cloud, self.artefact, replace(self.info.limits, **limits), self.split)
-
-    def gate_loss(self, source: GradientSource, tensors: ShiftTensors) -> float:
-        """Nats a token."""
-        first = len(self.split.train)
-        return mean_loss(source.scores(range(first, first + len(self.split.gate)), tensors)())
-
-    def update(self, source: GradientSource, name: str, *, folds: int = 0) -> ShiftTensors:
-        """The final tensors of an update of 3 epochs and 12 steps."""
-        train, gate = len(self.split.train), len(self.split.gate)
-        plan = Plan(
-            epochs=3,
-            learning_rate=1e-2,
-            batch_size=5,
-            seed=0,
-            fresh=False,
-            history=self.split.digest(),
-            version=self.artefact.version,
-            examples=train + gate if folds else train,
-            held_out=0 if folds else gate,
-            folds=folds,
-        )
-        with Vault.create(self.folder / name, "x", kdf=KdfParams(32, 1, 4)) as vault:
-            result = Update(
-                vault,
-                self.info.cloud_id,
-                self.artefact,
-                plan,
-                start=self.cloud.fetch_seed(self.artefact),
-                source=Source(source.gradient, source.scores),
-                settings=UpdateSettings(retry_policy=RetryPolicy(give_up=5.0, sleep=lambda _: None)),
-            ).run()
-            assert result.steps == 12 and result.gate.accepted
-            shift = personal.load(vault, self.info.cloud_id, self.artefact)
-            assert shift is not None
-            return shift.tensors
 
 
 @pytest.fixture
@@ -125,19 +34,8 @@ def parts(
     engine = UpdateEngine(base, keep_bytes=KEEP)
     queue = Watched(engine)
     running = run(steps=queue)
-    addresses = running.server.addresses
-    invite = Invite(addresses.enrol_address, running.authority.server_ca_der, 2**31, running.invite())
-    rng = np.random.default_rng(0)
-    items = [
-        HistoryItem.make(
-            artefact.task,
-            {"text": " ".join(rng.choice(WORDS, 5)), "title": f"a {rng.choice(WORDS)}"},
-            date=f"2024-01-{n + 1:02}",
-        )
-        for n in range(24)
-    ]
-    with Cloud(enrolment.enroll(invite, Identity.create())) as cloud:
-        made = Parts(running, engine, queue, cloud, cloud.describe(), history.split(items), tmp_path)
+    with Cloud(enrolled(running)) as cloud:
+        made = Parts(running, engine, queue, cloud, cloud.describe(), split_of(artefact), tmp_path)
         stream = cloud.stream
 
         def counted(method: str, *args: Any) -> Any:
@@ -148,14 +46,6 @@ def parts(
         yield made
     queue.hold.set()
     queue.close()
-
-
-def assert_near(got: ShiftTensors, wanted: ShiftTensors, start: ShiftTensors) -> None:
-    moved = 0.0
-    for (_, a), (_, b), (_, seed) in zip(got.named(), wanted.named(), start.named(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
-        moved += float(np.abs(b - seed).max())
-    assert moved > 0.02, "or two updates that learn nothing would agree too"
 
 
 @pytest.fixture
@@ -177,6 +67,7 @@ def test_an_update_over_a_stream_ends_as_call_by_call(
     assert_near(tensors, call_by_call, parts.cloud.fetch_seed(parts.artefact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [TooSlow("over its time"), Unavailable("stopping"), Busy("busy"), InvalidInput("no")]
 )

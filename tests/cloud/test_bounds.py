@@ -24,7 +24,7 @@ DEVICES, ENROLMENT = MessageBounds.of_devices(LIMITS, TENSORS), MessageBounds.of
 
 
 def bounds_of(path: str) -> MessageBounds:
-    return ENROLMENT if ".Enrollment/" in path else DEVICES
+    return ENROLMENT if ".Enrollment/" in path or ".Servers/" in path else DEVICES
 
 
 def checked(path: str, message: Any) -> list[int]:

@@ -255,6 +255,7 @@ def test_recomputed_activations_give_the_same_gradient(load: Any, pairs: list[Pa
     assert not any("forward" in vars(block) for block in block_list(forward.model))
 
 
+@pytest.mark.slow
 def test_options_that_save_memory_learn_the_same(request_for: Any, tmp_path: Path) -> None:
     plain = train_collective(request_for(out=tmp_path / "plain"))
     saving = request_for(out=tmp_path / "saving", accumulate=4, gradient_checkpointing=True)
@@ -267,6 +268,7 @@ def test_options_that_save_memory_learn_the_same(request_for: Any, tmp_path: Pat
         train_collective(request_for(accumulate=0))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_learns_and_its_shifts_are_float32(request_for: Any) -> None:
     artefact = train_collective(request_for(dtype="bfloat16", epochs=3))
     losses = artefact.card["losses"]["validation"]

@@ -123,7 +123,7 @@ def test_a_step_is_the_device_s_step() -> None:
     """Both shifts' gradients are clipped together; each moves as numpy's optimizer moves it."""
     spec = ShiftSpec((0, 2), "l1", R, R, D)
     start = random_shift(spec, R, seed=3)
-    theirs, numpy_s = StiefelAdamW(OptimizerConfig(2e-2, 40)), start
+    theirs, numpy_s = StiefelAdamW(OptimizerConfig(2e-2, 40, schedule="paper")), start
     ours = trainable(start, torch.device("cpu"))
     optimizer = StiefelAdam([ours])
     for index in range(40):

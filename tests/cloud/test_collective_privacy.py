@@ -233,6 +233,7 @@ def test_with_little_noise_a_private_run_learns(make_request: Any) -> None:
     assert losses["validation"]["seed"] < 0.97 * losses["validation"]["base"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_private_run_goes_on_to_the_same_number_of_steps(make_request: Any) -> None:
     with pytest.raises(Cancelled):
         # Soon: the noise is another in each run, and may end one early.
@@ -292,6 +293,7 @@ def test_one_person_s_query_does_not_turn_everybody_s_profile_away(make_request:
         train_collective(make_request(data=path))
 
 
+@pytest.mark.slow
 def test_how_much_people_wrote_decides_neither_when_to_validate_nor_on_whom_rates_are_tried(
     make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_without_users_to_try_on_devices_get_stage_1_s_rate(make_request: Any, t
     assert "stage 1's rate" in artefact.card["device_trials_note"]
 
 
+@pytest.mark.slow
 def test_where_trial_updates_tell_nothing_devices_get_no_more_than_stage_1_s_rate(
     make_request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +125,7 @@ def test_trial_updates_are_those_of_a_device(make_request: Any, monkeypatch: pyt
         for history, done in zip(histories, trainings, strict=True):
             seen.append((len(history), done.schedule, done.step))
             assert done.judged == done.step
-            outcomes.append(done.outcome)
+            outcomes.append(done.outcome(artefact.seed))
 
     monkeypatch.setattr(trials, "train_people", noted)
     monkeypatch.setattr(trials, "LADDER", (1e-2,))
@@ -137,6 +138,7 @@ def test_trial_updates_are_those_of_a_device(make_request: Any, monkeypatch: pyt
     assert (trial["after"] == trial["before"]) == all(each is None for each in outcomes)
 
 
+@pytest.mark.slow
 def test_profiles_are_tried_on_where_queries_are_too_few(
     make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

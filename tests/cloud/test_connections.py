@@ -42,7 +42,7 @@ def test_silent_connections_to_enrol_take_nothing_of_devices(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1,100 took all descriptors of the process for two minutes, and no device could connect."""
-    monkeypatch.setattr("perfit_cloud.service.server._HANDSHAKE_SECONDS", 2)
+    monkeypatch.setattr("perfit_cloud.service.listeners._HANDSHAKE_SECONDS", 2)
     running = run(enrol_connections=20)
     device, before = running.device(), open_descriptors()
     with silent(running.server.addresses.enrol_address, 60):
@@ -57,7 +57,7 @@ def test_silent_connections_to_enrol_take_nothing_of_devices(
 def test_silent_connections_to_devices_have_their_time(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perfit_cloud.service.server._HANDSHAKE_SECONDS", 1)
+    monkeypatch.setattr("perfit_cloud.service.listeners._HANDSHAKE_SECONDS", 1)
     running = run(connections=40)
     with silent(running.address, 30) as connections:
         running.device().describe()  # there are more
@@ -69,7 +69,7 @@ def test_silent_connections_to_devices_have_their_time(
 def test_who_speaks_tls_and_no_more_has_the_same_time(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perfit_cloud.service.server._HANDSHAKE_SECONDS", 1)
+    monkeypatch.setattr("perfit_cloud.service.listeners._HANDSHAKE_SECONDS", 1)
     running = run()
     host, port = running.server.addresses.enrol_address.rsplit(":", 1)
     context = ssl.create_default_context(cadata=pem(running.authority.server_ca_der).decode())

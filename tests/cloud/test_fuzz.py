@@ -38,6 +38,7 @@ def test_no_input_does_harm(targets: list[Target]) -> None:
         "tasks": {"value", "InvalidData"},
         "vault files": {"VaultDamaged", "the rows of the sound vault"},
         "cloud: Generate and questions": {"value", "InvalidPrompt"},
+        "agent: frames": {"closed", "done"},
         "rpc: messages": {"answered", "invalid_input", "invalid_prompt"},
         "rpc: streams": {"answered", "left"},
         "rpc: enrolment": {"answered", "not_authenticated"},

@@ -33,6 +33,12 @@ def test_there_is_no_engine_of_an_unknown_name(load: Any) -> None:
         engine_kind(load("llama"), "another")
 
 
+@pytest.mark.parametrize("name", ["auto", "own"])
+def test_only_vllm_divides_blocks_among_workers(name: str, load: Any) -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel"):
+        engine_kind(load("llama"), name, 2)
+
+
 def test_a_long_prompt_and_short_ones_keep_nobody_waiting(load: Any) -> None:
     """Short prompts that come behind a long one are answered first."""
     device_lock = DeviceLock()

@@ -329,6 +329,7 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(llama: Path, tmp_pat
         assert "ends too early" in message or length < 24, length
 
 
+@pytest.mark.slow
 def test_flipped_bytes_of_the_header_load_or_are_refused(llama: Path, tmp_path: Path) -> None:
     """With one clear error: never another exception, and nothing large is built."""
     data = llama.read_bytes()

@@ -24,12 +24,13 @@ from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
 
 
+@pytest.mark.slow
 def test_calls_without_a_message_on_one_connection_starve_nobody(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # gRPC takes a thread for a call whose message has not come; these were as many as there are threads.
-    monkeypatch.setattr("perfit_cloud.service.server._ENROL_AGE_SECONDS", 3)
-    monkeypatch.setattr("perfit_cloud.service.server._GRACE_SECONDS", 1)
+    monkeypatch.setattr("perfit_cloud.service.listeners._ENROL_AGE_SECONDS", 3)
+    monkeypatch.setattr("perfit_cloud.service.listeners._GRACE_SECONDS", 1)
     running = run(calls=4, calls_each=2)
     enrol, main = running.server.addresses.enrol_address, running.address
     hostile, honest = running.device(), running.device()
@@ -72,6 +73,7 @@ def test_a_message_that_does_not_come_has_its_time(
         wait_for(lambda: under_way(running, hostile) == 0)
 
 
+@pytest.mark.slow
 def test_replies_that_nobody_reads_are_under_way(
     run: Callable[..., Running],
     artefact: Artefact,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -47,17 +46,18 @@ def test_a_stream_whose_certificate_ends_gets_no_further(
     artefact: Artefact,
     step_queue: GradientScheduler,
     monkeypatch: pytest.MonkeyPatch,
+    wrong_clock: Callable[[float], None],
     how: str,
 ) -> None:
     """It was looked at before an answer went out, but the work of it was done."""
-    running = run(**({"certificate_seconds": 3} if how == "expired" else {}))
+    running = run(certificate_seconds=60)
     device = running.device()
     stream = Stream(device, opening(artefact), examples(EXAMPLES))
     stream.ask(step(mine(artefact, 1), [0]))
     submitted = []
     monkeypatch.setattr(step_queue, "submit", submitted.append)
     if how == "expired":
-        time.sleep(4)
+        wrong_clock(61)
     else:
         running.authority.revoke(device.identity)
     want = "UNAUTHENTICATED" if how == "expired" else "PERMISSION_DENIED"

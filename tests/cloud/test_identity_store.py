@@ -54,7 +54,7 @@ def test_earlier_dates_of_a_device_stand_nowhere(
 
 
 def test_no_invite_leads_to_an_identity_that_was_used(authority: Authority, tmp_path: Path) -> None:
-    key, (secret, _) = new_key(), authority.invite(60)
+    key, (secret, _) = new_key(), authority.invite(60, "Ann")
     der = authority.enroll(secret, csr_of(key))
     spki = key.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -73,7 +73,7 @@ def test_no_invite_leads_to_an_identity_that_was_used(authority: Authority, tmp_
         assert db.execute("SELECT count(*) FROM enrolments").fetchone() == (0,)
     assert tables == {"meta", "invites", "enrolments", "devices", "challenge_keys", "challenges"}
     assert len(rows) == 1
-    assert len(rows[0]) == 3  # hash, end, used
+    assert rows[0][2:] == (1, "")  # hash, end, used, and no label
 
 
 def test_many_changes_leave_no_copies_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,7 @@ def test_a_format_of_later_is_refused_and_stays(authority: Authority, tmp_path: 
     authority.close()
     path = tmp_path / "state" / "authority.db"
     with sqlite3.connect(path) as db:
-        db.execute("UPDATE meta SET value = '4' WHERE key = 'format'")
+        db.execute("UPDATE meta SET value = '5' WHERE key = 'format'")
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="another version"):
         open_authority(tmp_path / "state")

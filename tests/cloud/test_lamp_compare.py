@@ -90,11 +90,12 @@ def test_prompts_and_decoding_that_differ_are_said(tmp_path: Path) -> None:
     users = simple_users({"personal": 1.0})
     oppu = with_prompts(TASKS[LABELS.name], "oppu")
     drawn = {"temperature": 0.1, "top_k": 10, "top_p": 0.9}
-    for name, task in (("a", oppu), ("b", replace(oppu, stop=("\n",), answer_tokens=12))):
-        save_run(tmp_path / name, task, users, decoding=drawn)
+    for name, task, penalty in (("a", oppu, 0.0), ("b", replace(oppu, stop=("\n",), answer_tokens=12), 0.4)):
+        save_run(tmp_path / name, task, users, decoding=drawn, frequency_penalty=penalty)
     a, b = (str(tmp_path / name) for name in "ab")
     drawing = "temperature 0.1, top-k 10, top-p 0.9"
-    both = f'{drawing}, up to 200 tokens, no stop; {drawing}, up to 12 tokens, to "\\n"'
+    other = f'{drawing}, frequency penalty 0.4, up to 12 tokens, to "\\n"'
+    both = f"{drawing}, up to 200 tokens, no stop; {other}"
     assert _run(a, b).stderr.splitlines() == [
         "perfit-cloud: the two runs differ in prompts (oppu; task), which their answers follow as well",
         f"perfit-cloud: the two runs differ in decoding ({both}), which their answers follow as well",

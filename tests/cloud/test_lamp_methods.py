@@ -11,68 +11,42 @@ from typing import Any
 
 import pytest
 from tests.support.lamp_files import TASK, write_files
+from tests.support.lamp_requests import task_data
+from tests.support.models import random_shift
 
 from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.collective.personal import scores_by_start
+from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import FitContext, Fitted, Method, QueryRequest, TaskData
-from perfit_cloud.lamp.people import Learner, Person, read_people
-from perfit_cloud.lamp.request import ABLATIONS, LampRequest
+from perfit_cloud.lamp.people import Learner, Person
+from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import UserFolder
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Cancelled, InvalidInput
-from perfit_shared.tasks import load_task
+from perfit_shared.starts import choose_start
 from perfit_shared.types import Score
 
-LEARNING = [
-    name for name in ABLATIONS if METHODS[LampRequest("t", "m", Path(), Path(), ablation=name).method].learns
-]
+NAMES = [name for name, method in METHODS.items() if method.name == name]
+LEARNING = [name for name in NAMES if METHODS[name].learns]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, base: BaseModel) -> TaskData:
     folder = write_files(tmp_path_factory.mktemp("lamp"))
-    task = load_task(folder, TASK).resolved(False)
-    return TaskData(task, base, read_people(folder, task, base))
-
-
-@pytest.fixture
-def request_for(
-    tmp_path: Path, base: BaseModel, make_artefact: Callable[..., Artefact]
-) -> Callable[..., LampRequest]:
-    """Of a method by its ablation's name; those with a stage 1 are given an artefact."""
-
-    def make(ablation: str = "full", **changes: Any) -> LampRequest:
-        values: dict[str, Any] = {
-            "task": TASK,
-            "model": "tiny",
-            "data": write_files(tmp_path / "data"),
-            "out": tmp_path / "out",
-            "epochs": 2,
-            "learning_rate": 1e-2,
-            "batch_size": 4,
-            "users_together": 2,
-        }
-        if ablation.startswith("stage2"):
-            values |= {"layers": (1,), "positions": "l2", "collective_rank": 2, "personal_rank": 1}
-        else:
-            make_artefact(base).save(tmp_path / "artefact")
-            values["artefact"] = tmp_path / "artefact"
-        return LampRequest(ablation=ablation, **(values | changes))
-
-    return make
+    return task_data(folder, base)
 
 
 @pytest.fixture
 def open_method(
-    request_for: Callable[..., LampRequest], data: TaskData
+    method_request: Callable[..., LampRequest], data: TaskData
 ) -> Iterator[Callable[[str], Method[Any]]]:
     opened = []
 
-    def make(ablation: str) -> Method[Any]:
-        request = request_for(ablation)
-        method = METHODS[request.method](request, data)
+    def make(name: str) -> Method[Any]:
+        method = METHODS[name](method_request(name), data)
         opened.append(method)
         method.prepare(lambda: False)
         return method
@@ -98,25 +72,27 @@ def disguised(person: Person) -> Person:
 # -- what every method promises ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ablation", LEARNING)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNING)
 def test_who_was_fitted_before_leaves_no_trace(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
+    name: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
     """FACTS: a widely copied baseline trains user i on the data of users 0…i."""
     first, second, third = data.people.people[:3]
-    alone = open_method(ablation)
+    alone = open_method(name)
     expected = alone.to_bytes(alone.fit(third, context).state)
-    later = open_method(ablation)
+    later = open_method(name)
     states = [later.to_bytes(later.fit(person, context).state) for person in (first, second, third)]
     assert states[2] == expected
     assert len(set(states)) == 3, "or methods that learn nothing would pass too"
 
 
-@pytest.mark.parametrize("ablation", LEARNING)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNING)
 def test_who_is_fitted_beside_leaves_no_trace(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
+    name: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
-    method = open_method(ablation)
+    method = open_method(name)
     first, second = data.people.people[:2]
     ours, theirs = (
         [method.to_bytes(one.state) for one in method.fit_cohort([who, second], context)]
@@ -125,16 +101,16 @@ def test_who_is_fitted_beside_leaves_no_trace(
     assert ours[0] != theirs[0] and ours[1] == theirs[1]
 
 
-@pytest.mark.parametrize("ablation", LEARNING)
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_state_survives_its_bytes(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
+    name: str, open_method: Callable[[str], Method[Any]], data: TaskData, context: FitContext
 ) -> None:
-    method, person = open_method(ablation), data.people.people[0]
+    method, person = open_method(name), data.people.people[0]
     state = method.fit(person, context).state
     written = method.to_bytes(state)
     read = method.from_bytes(written)
     assert method.to_bytes(read) == written
-    assert method.parameters > 0
+    assert method.parameters >= 0 and METHODS["perfit_stage1"].parameters == 0
     sampling = request_sampling(data, person)
     before, after = ([QueryRequest(person.user_id, person.queries[0], s, sampling)] for s in (state, read))
     assert method.answer(before, lambda count: None) == method.answer(after, lambda count: None)
@@ -146,11 +122,12 @@ def request_sampling(data: TaskData, person: Person) -> Any:
     return request.decoding.sampling(data.task, person.user_id, person.queries[0])
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_answers_come_in_the_order_asked(
-    ablation: str, open_method: Callable[[str], Method[Any]], data: TaskData
+    name: str, open_method: Callable[[str], Method[Any]], data: TaskData
 ) -> None:
-    method = open_method(ablation)
+    method = open_method(name)
     requests = [
         QueryRequest(person.user_id, query, method.start, request_sampling(data, person))
         for person in data.people.people[:3]
@@ -167,20 +144,25 @@ def test_answers_come_in_the_order_asked(
     assert method.score(requests, golds[1:] + golds[:1]) != scores
 
 
-def test_options_of_other_methods_are_refused(
-    request_for: Callable[..., LampRequest], tmp_path: Path
+def test_options_of_other_methods_are_named_and_change_nothing(
+    method_request: Callable[..., LampRequest],
+    base: BaseModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for ablation, changes in (
-        ("stage2", {"artefact": tmp_path}),
-        ("stage2_sum", {"collective_users": 3}),
-        ("full", {"collective_learning_rate": 1e-3}),  # beside an artefact
-    ):
-        with pytest.raises(InvalidInput, match=next(iter(changes)).replace("_", " ")):
-            request_for(ablation, **changes)
+    plain = run_lamp(method_request("perfit_stage2", users=2), base=base)
+    request = replace(method_request("perfit_stage2", users=2), collective_users=3, strength=2.0)
+    capsys.readouterr()
+    assert run_lamp(request, base=base).users == plain.users
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == "perfit_stage2 does not use: collective users, strength"
+    with pytest.raises(InvalidInput, match="collective learning rate: an artefact is given"):
+        method_request(collective_learning_rate=1e-3)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_cohort_at_most_are_held(
-    request_for: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    method_request: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ids, a history takes many times the memory of its text: a run held those of all users."""
     made: list[weakref.ref[Learner]] = []
@@ -194,7 +176,7 @@ def test_tokens_of_a_cohort_at_most_are_held(
         return learner
 
     monkeypatch.setattr(Learner, "of", remembered)
-    run = run_lamp(request_for(), base=base)
+    run = run_lamp(method_request(), base=base)
     # Each is made once for its schedule and once to train.
     assert len(run.users) == 5 and len(made) == 10 and max(held) == 2
 
@@ -286,7 +268,7 @@ def test_a_run_takes_any_method(notebook: type[Notebook], base: BaseModel, tmp_p
         "personal_parameters": 7,
         "pages": 3,
     }
-    assert summary["seconds"]["stage1"] == 2.5 and summary["seconds"]["stage2"] == 5 * 0.25
+    assert summary["seconds"]["preparation"] == 2.5 and summary["seconds"]["fit"] == 5 * 0.25
 
 
 def test_who_is_fitted_is_not_fitted_again(notebook: type[Notebook], base: BaseModel, tmp_path: Path) -> None:
@@ -298,10 +280,64 @@ def test_who_is_fitted_is_not_fitted_again(notebook: type[Notebook], base: BaseM
     assert len(notebook.fitted) == 5 and len(run.users) == 5
 
 
+def test_another_method_is_refused_before_it_prepares(
+    notebook: type[Notebook], base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stage 1 took hours, and left its files in the other's folder."""
+    request = small_request(tmp_path, users=1)
+    run_lamp(request, base=base)
+    monkeypatch.setattr(Notebook, "prepare", lambda *_: pytest.fail("prepared"))
+    with pytest.raises(InvalidInput, match="holds a run with other data, seed, users; use another --out"):
+        run_lamp(replace(request, seed=1, users=2), base=base)
+    with pytest.raises(InvalidInput, match="holds a run with other method"):
+        run_lamp(replace(request, method="rag"), base=base)
+
+
 def test_a_method_gives_the_model_back(
-    request_for: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    method_request: Callable[..., LampRequest], base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[str] = []
     monkeypatch.setattr(METHODS["perfit"], "close", lambda self: closed.append(self.name))
-    run_lamp(request_for(users=1), base=base)
+    run_lamp(method_request(users=1), base=base)
     assert closed == ["perfit"]
+
+
+# -- starts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["device", "paper"])
+def test_on_a_device_s_schedule_people_start_where_their_devices_would(
+    schedule: str, method_request: Callable[..., LampRequest], data: TaskData, context: FitContext
+) -> None:
+    """Those with too few examples for an update stay there."""
+    request = method_request(schedule=schedule)
+    assert request.artefact is not None
+    artefact = Artefact.load(request.artefact)
+    spec = artefact.spec
+    communities = tuple(random_shift(spec, spec.personal_rank, seed, size=0.5) for seed in (5, 6, 7))
+    replace(artefact, communities=communities).save(request.artefact)
+    method = METHODS[request.method](request, data)
+    method.prepare(lambda: False)
+    engine = UpdateEngine(data.base, keep_bytes=2**26)
+    try:
+        people = [
+            replace(person, history=person.history[:n])
+            for person, n in zip(data.people.people[:3], (2, 4, 9), strict=True)
+        ]
+        chosen = [
+            choose_start(scores_by_start(engine, method.artefact, Learner.of(each, data.encoder).history))
+            for each in people
+        ]
+        assert chosen[0] == 0 < max(chosen), "or the plain seed for everybody would pass too"
+        on_device = schedule == "device"
+        assert [method.can_fit(each) for each in people] == [not on_device, True, True]
+        fitted = method.fit_cohort(people[1:], context)
+    finally:
+        method.close()
+        engine.close()
+    few, enough = fitted
+    if on_device:
+        assert few.state.personal.digest() == method.artefact.starts[chosen[1]].digest()
+        assert not few.losses and enough.losses
+    else:
+        assert few.losses and enough.losses

@@ -29,7 +29,7 @@ def run(base: BaseModel, tmp_path: Path) -> Run:
 
     def go(data: Path, task: str, **changes: Any) -> Path:
         values: dict[str, Any] = {
-            "ablation": "stage2",
+            "method": "perfit_stage2",
             "layers": (1,),
             "positions": "l2",
             "personal_rank": 1,

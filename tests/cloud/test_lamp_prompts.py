@@ -51,10 +51,11 @@ def request_for(data: Path, tmp_path: Path) -> Callable[..., LampRequest]:
     return make
 
 
-ALONE = {"ablation": "stage2"}
+ALONE = {"method": "perfit_stage2"}
 STAGE_1 = {"collective_epochs": 1, "collective_learning_rate": 5e-3}
 
 
+@pytest.mark.slow
 def test_oppu_s_prompts_reach_both_stages_and_the_answers(
     request_for: Callable[..., LampRequest], base: BaseModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +76,7 @@ def test_oppu_s_prompts_reach_both_stages_and_the_answers(
         "token_cap": 256,
         "schedule": "paper",
     }
-    with pytest.raises(InvalidInput, match="artefact was trained with other prompts; use another --out"):
+    with pytest.raises(InvalidInput, match=r"holds a run with other .*prompts.*; use another --out"):
         run_lamp(request_for(prompts="lamp", **STAGE_1), base=base)
 
 
@@ -95,6 +96,7 @@ def test_without_a_wish_task_json_s_prompts_are_asked(
         run_lamp(request_for(data=bare, prompts="task", **ALONE), base=base)
 
 
+@pytest.mark.slow
 def test_an_artefact_of_other_prompts_is_used_and_said(
     request_for: Callable[..., LampRequest],
     base: BaseModel,
@@ -110,6 +112,7 @@ def test_an_artefact_of_other_prompts_is_used_and_said(
     assert (run.settings["artefact_prompts"], run.prompts) == ("lamp", "oppu")
 
 
+@pytest.mark.slow
 def test_the_paper_s_schedule_and_a_device_s(
     request_for: Callable[..., LampRequest],
     base: BaseModel,
@@ -121,15 +124,16 @@ def test_the_paper_s_schedule_and_a_device_s(
     paper = run_lamp(request, base=base)
     assert [user.steps for user in paper.users] == [8, 4, 4, 4]
     device = run_lamp(replace(request, out=tmp_path / "device", schedule="device"), base=base)
-    # In folds, 4 a batch: 75 steps or a few more, one ends early; with 5 examples a device makes no update.
-    assert [user.steps for user in device.users] == [78, 66, 76, 0]
+    # In folds, 4 a batch: 75 steps or a few more, one may end early; with 5 examples there is no update.
+    steps = [user.steps for user in device.users]
+    assert steps[0] == 78 and 0 < steps[1] <= 75 <= steps[2] <= 78 and steps[3] == 0
     assert "stage 2 by the device schedule: 75 to 78 steps a user" in capsys.readouterr().err
     last = device.users[-1]
     assert last.loss("personal") == last.loss("base") != paper.users[-1].loss("personal")
     summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (paper, device)]
     assert [summary["settings"]["schedule"] for summary in summaries] == ["paper", "device"]
-    assert [user["steps"] for user in summaries[1]["users"]] == [78, 66, 76, 0]
-    with pytest.raises(InvalidInput, match="other schedule"):
+    assert [user["steps"] for user in summaries[1]["users"]] == steps
+    with pytest.raises(InvalidInput, match="other rate growth, schedule"):
         run_lamp(replace(request, schedule="device"), base=base)
     with pytest.raises(InvalidInput, match='no schedule "mine"; there are device, paper'):
         request_for(schedule="mine", **ALONE)
@@ -141,6 +145,7 @@ def test_a_device_s_epochs_as_asked(request_for: Callable[..., LampRequest], bas
     assert run.settings["asked_epochs"] == 2
 
 
+@pytest.mark.slow
 def test_the_paper_s_figures_stand_whatever_an_artefact_says(
     request_for: Callable[..., LampRequest],
     base: BaseModel,
@@ -157,23 +162,30 @@ def test_the_paper_s_figures_stand_whatever_an_artefact_says(
 
 
 NEW = ("schedule", "prompts", "artefact_prompts", "answer_tokens", "stop", "token_cap", "shortened")
-NEW += ("asked_epochs", "asked_batch_size")
+NEW += ("frequency_penalty", "presence_penalty", "asked_epochs", "asked_batch_size", "method", "rate_growth")
 
 
+@pytest.mark.parametrize(
+    ("new", "schedule_then"), [(NEW, "old device"), (("rate_growth", "method"), "linear device")]
+)
 def test_a_run_of_an_earlier_version_says_its_schedule_and_is_not_gone_on_with(
-    request_for: Callable[..., LampRequest], base: BaseModel
+    new: tuple[str, ...], schedule_then: str, request_for: Callable[..., LampRequest], base: BaseModel
 ) -> None:
-    """Its "device" took the artefact's epochs and batches on the whole history, as no device does."""
+    """The first "device" took the artefact's epochs and batches on the whole history, as no device does.
+
+    The next one's rate warmed up and decayed.
+    """
     run = run_lamp(request_for(schedule="device", **ALONE), base=base)
     for name in ("settings.json", "run.json"):
         path = run.folder / name
         written = json.loads(path.read_text())
         settings = written["settings"] if name == "run.json" else written
-        for key in NEW:
+        for key in new:
             del settings[key]
+        settings["ablation"] = "stage2"  # its word for the method
         path.write_text(json.dumps(written))
     old = Run.load(run.folder)
-    assert (old.prompts, old.settings["schedule"]) == ("task", "old device")
+    assert (old.prompts, old.settings["schedule"]) == ("task", schedule_then)
     for schedule in ("device", "paper"):
         with pytest.raises(InvalidInput, match="schedule; use another --out"):
             run_lamp(request_for(schedule=schedule, **ALONE), base=base)
@@ -185,7 +197,7 @@ def test_a_paper_run_of_an_earlier_version_goes_on(
     run = run_lamp(request_for(**ALONE), base=base)
     path = run.folder / "settings.json"
     settings = json.loads(path.read_text())
-    del settings["asked_epochs"], settings["asked_batch_size"]
+    del settings["asked_epochs"], settings["asked_batch_size"], settings["rate_growth"]
     path.write_text(json.dumps(settings))
     assert run_lamp(request_for(**ALONE), base=base).users == run.users
 

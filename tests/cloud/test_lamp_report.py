@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from matplotlib import image
+from tests.support.lamp_reports import LOSSES, Runs, one_of, rows_of
 from tests.support.lamp_runs import LABELS, TEXTS, save_run, simple_users
 from typer.testing import CliRunner
 
@@ -23,52 +22,10 @@ from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.prompts import with_prompts
 from perfit_shared.tasks import TASKS
 
-LOSSES = {"base": 3.0, "collective": 2.0, "personal": 1.0, "other": 3.5}
-
-
-class Runs:
-    """Writes runs of four users; `loss` of the personal mode, or of the collective one without."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folders: list[Path] = []
-
-    def add(self, name: str, loss: float = 1.0, *, modes: str = "", **settings: Any) -> None:
-        losses = {m: LOSSES[m] for m in (modes.split() or LOSSES)}
-        losses["personal" if "personal" in losses else "collective"] = loss
-        users = simple_users(losses, users=4)
-        save_run(self.root / name, settings.pop("task", LABELS), users, **{"users": 4} | settings)
-        self.folders.append(self.root / name)
-
-    def report(self) -> str:
-        return write_report(self.folders, self.root / "report").read_text("utf-8")
-
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
-
-
-def _rows(text: str, title: str) -> list[dict[str, str]]:
-    """Every table row of a section, by its column."""
-    part = text.split(f"## {title}", 1)[1].split("\n## ", 1)[0]
-    rows: list[dict[str, str]] = []
-    head: list[str] = []
-    for line in part.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            head = []
-        elif not head:
-            head = cells
-        elif set(line) - set("|- "):
-            rows.append(dict(zip(head, cells, strict=True)))
-    return rows
-
-
-def _one(rows: list[dict[str, str]], **wanted: str) -> Mapping[str, str]:
-    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-    assert len(found) == 1, (wanted, rows)
-    return found[0]
 
 
 # -- the main table ----------------------------------------------------------------------------
@@ -78,17 +35,18 @@ def test_main_table_has_our_numbers_beside_the_paper_s(runs: Runs) -> None:
     runs.add("labels")
     runs.add("texts", task=TEXTS)
     text = runs.report()
-    rows = _rows(text, "Main results")
-    loss = _one(rows, task="news_categorize", measure="loss")
+    rows = rows_of(text, "Main results")
+    loss = one_of(rows, task="news_categorize", measure="loss")
     assert loss["personal"].startswith("1.150 [")  # the users' 1.0, 1.1, 1.2, 1.3
     assert loss["base"].startswith("3.150 [")
     assert (loss["paper: PerFit"], loss["users"], loss["seeds"]) == ("–", "4", "1")
-    accuracy = _one(rows, task="news_categorize", measure="accuracy")
+    accuracy = one_of(rows, task="news_categorize", measure="accuracy")
     assert accuracy["base"] == "0.000 [0.000, 0.000]"
     assert (accuracy["paper: PerFit"], accuracy["paper: OPPU"]) == ("0.818", "0.810")
-    assert _one(rows, task="news_headline", measure="rouge_l")["paper: PerFit"] == "0.186"
+    assert one_of(rows, task="news_headline", measure="rouge_l")["paper: PerFit"] == "0.186"
     assert "Llama-2-7B" in text
-    assert "No runs for: ablation (Table 4), layers" in text
+    assert "No runs for: methods (Tables 2 and 3), a collective LoRA" in text
+    assert "data of stage 2" not in text.split("No runs for:")[1]
 
 
 def test_seeds_become_one_row_with_their_spread(runs: Runs) -> None:
@@ -101,25 +59,27 @@ def test_seeds_become_one_row_with_their_spread(runs: Runs) -> None:
     text = runs.report()
     means = [loss + 0.15 for loss in losses]
     expected = f"{statistics.fmean(means):.3f} ± {statistics.stdev(means):.3f}"
-    rows = [row for row in _rows(text, "Main results") if row["measure"] == "loss"]
+    rows = [row for row in rows_of(text, "Main results") if row["measure"] == "loss"]
     assert [(row["seeds"], row["personal"].split(" [")[0]) for row in rows] == [
         ("3", expected),
         ("1", "2.150"),
     ]
-    seeds = _rows(text, "Seeds (Table 10)")
+    seeds = [row for row in rows_of(text, "Seeds (Table 10)") if "seed" in row]
     assert [row["loss, personal"] for row in seeds] == ["1.150", "1.450", "1.250", expected]
     assert [row["seed"] for row in seeds] == ["0", "1", "2", "mean ± sd"]
+    theirs = one_of(rows_of(text, "Seeds (Table 10)"), seeds="perfit, sd")
+    assert (theirs["accuracy"], theirs["macro_f1"]) == ("3.2e-05", "2.8e-05")
 
 
 def test_one_seed_with_two_artefacts_is_two_settings(runs: Runs) -> None:
     runs.add("a", artefact="v0")
     runs.add("b", artefact="v1")
-    assert len(_rows(runs.report(), "Main results")) == 6
+    assert len(rows_of(runs.report(), "Main results")) == 6
 
 
 def test_paired_tests_are_those_of_the_summary(runs: Runs) -> None:
     runs.add("full")
-    row = _one(_rows(runs.report(), "Paired tests"), pair="personal − collective", measure="loss")
+    row = one_of(rows_of(runs.report(), "Paired tests"), pair="personal − collective", measure="loss")
     assert (row["difference"], row["p"], row["users better"]) == ("-1.000", "0.1250", "4 of 4")
     assert row["95 % interval"] == "[-1.000, -1.000]"
 
@@ -139,11 +99,11 @@ def _ablations(runs: Runs) -> None:
 def test_ablation(runs: Runs) -> None:
     _ablations(runs)
     text = runs.report()
-    rows = _rows(text, "Ablation (Table 4)")
-    loss = _one([r for r in rows if "of" in r], measure="loss", of="ours")
+    rows = rows_of(text, "Ablation (Table 4)")
+    loss = one_of([r for r in rows if "of" in r], measure="loss", of="ours")
     names = ("stage 1 only", "stage 2 only (P)", "stage 2 only (C+P)", "full")
     assert [loss[name].split(" ")[0] for name in names] == ["2.050", "1.650", "1.550", "1.150"]
-    theirs = _one([r for r in rows if "of" in r], measure="accuracy", of="paper")
+    theirs = one_of([r for r in rows if "of" in r], measure="accuracy", of="paper")
     assert [theirs[name] for name in names] == ["0.792", "0.801", "0.803", "0.818"]
     tests = [r for r in rows if r.get("measure") == "loss" and "pair" in r]
     assert [(r["pair"], r["difference"], r["p"]) for r in tests] == [
@@ -154,20 +114,22 @@ def test_ablation(runs: Runs) -> None:
     assert (runs.root / "report" / "ablation.png").is_file()
 
 
+@pytest.mark.slow
 def test_an_ablation_finds_the_run_of_its_ranks(runs: Runs) -> None:
     """Among full runs of several ranks: 8 + 4 = 12 and 4 are those of the 8/4 run."""
     _ablations(runs)
     for ranks in ((4, 4), (4, 2), (8, 2)):
         runs.add(f"r{ranks}", 0.5, collective_rank=ranks[0], personal_rank=ranks[1])
     runs.add("sum-8-2", 1.2, ablation="stage2_sum", collective_rank=0, personal_rank=10)
-    rows = [r for r in _rows(runs.report(), "Ablation (Table 4)") if r.get("of") == "ours"]
-    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7, task prompts, device schedule")
+    rows = [r for r in rows_of(runs.report(), "Ablation (Table 4)") if r.get("of") == "ours"]
+    row = one_of(rows, measure="loss", setting="layers 2;3, ranks 8/4, f7+l7, task prompts, device schedule")
     assert row["stage 2 only (C+P)"].startswith("1.550")
-    row = _one(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7, task prompts, device schedule")
+    row = one_of(rows, measure="loss", setting="layers 2;3, ranks 8/2, f7+l7, task prompts, device schedule")
     assert row["stage 2 only (C+P)"].startswith("1.350")
     assert row["stage 1 only"].startswith("2.150")  # the full run's own collective mode
 
 
+@pytest.mark.slow
 def test_layers_and_ranks(runs: Runs) -> None:
     runs.add("main", users=24)
     for layer in (0, 1, 2):
@@ -175,19 +137,21 @@ def test_layers_and_ranks(runs: Runs) -> None:
     for ranks in ((2, 4), (2, 8), (6, 4), (6, 8)):
         runs.add(f"r{ranks}", ranks[0] + ranks[1] / 10, collective_rank=ranks[0], personal_rank=ranks[1])
     text = runs.report()
-    layers = _rows(text, "Layers (Fig. 6, Table 11)")
+    layers = [row for row in rows_of(text, "Layers (Table 11)") if "layers" in row]
     assert [row["layers"] for row in layers] == ["0", "1", "2"]
+    theirs = [row for row in rows_of(text, "Layers (Table 11)") if "layer of 32" in row]
+    assert [row["accuracy"] for row in theirs[-2:]] == ["0.795", "0.000"]
     assert layers[2]["loss, personal"].startswith("1.350")
-    ranks = _rows(text, "Ranks (Fig. 5)")
+    ranks = rows_of(text, "Ranks (Fig. 5)")
     row = next(r for r in ranks if (r["measure"], r["collective rank"]) == ("loss", "6"))
     assert (row["personal rank 4"][:5], row["personal rank 8"][:5]) == ("6.550", "6.950")
     # What explores is not the method's result.
-    assert {row["users"] for row in _rows(text, "Main results")} == {"24"}
+    assert {row["users"] for row in rows_of(text, "Main results")} == {"24"}
     for name in ("layers.png", "ranks.png", "main.png"):
         pixels = image.imread(runs.root / "report" / name)
         assert pixels.shape[0] > 200
         assert pixels.std() > 0.05  # something is drawn
-    assert "figures for this table are not at hand" in text
+    assert "Figure 5 is a picture without printed numbers" in text
 
 
 def test_of_a_grid_alone_one_run_stands_for_the_method(runs: Runs) -> None:
@@ -195,40 +159,42 @@ def test_of_a_grid_alone_one_run_stands_for_the_method(runs: Runs) -> None:
         for personal in (4, 8):
             runs.add(f"r{collective}-{personal}", collective_rank=collective, personal_rank=personal)
     runs.add("again", collective_rank=6, personal_rank=4, seed=1)
-    rows = _rows(runs.report(), "Main results")
+    rows = rows_of(runs.report(), "Main results")
     setting = "layers 2;3, ranks 6/4, f7+l7, task prompts, device schedule"
     assert {(row["setting"], row["seeds"]) for row in rows} == {(setting, "2")}
 
 
+@pytest.mark.slow
 def test_collective_users_other_histories_and_other_tasks(runs: Runs) -> None:
     runs.add("full", 1.0)
     runs.add("more", 0.9, users=24)
-    runs.add("c100", 1.1, collective_users=100)
-    runs.add("c10", 1.2, collective_users=10)
+    runs.add("c100", 1.1, collective_users=100, artefact="v100")
+    runs.add("c10", 1.2, collective_users=10, artefact="v10")
     runs.add("swap", 2.2, histories="other")
     runs.add("foreign", 1.4, artefact_task="news_headline")
     text = runs.report()
 
     def column(title: str) -> list[tuple[str, str]]:
-        return [(next(iter(row.values())), row["loss, personal"][:5]) for row in _rows(text, title)]
+        ours = (row for row in rows_of(text, title) if "loss, personal" in row)
+        return [(next(iter(row.values())), row["loss, personal"][:5]) for row in ours]
 
     few = [("10", "1.350"), ("100", "1.250"), ("all", "1.150")]
     assert column("Few collective users (Table 14)") == few
     swapped = [("own history", "1.150"), ("another user's history", "2.350")]
-    assert column("Other users' batches (Table 15)") == swapped
+    assert column("Another user's history") == swapped
     foreign = [("news_categorize", "1.150"), ("news_headline", "1.550")]
     assert column("Another task's collective shift (Table 16)") == foreign
 
 
 def test_costs(runs: Runs) -> None:
     _ablations(runs)
-    rows = _rows(runs.report(), "Seconds and parameters")
-    full = _one(rows, variant="full")
+    rows = rows_of(runs.report(), "Seconds and parameters")
+    full = one_of(rows, variant="full")
     # 2 layers, R and W of 16 numbers a rank, b of 1; ranks 8 and 4.
     assert (full["collective parameters"], full["personal parameters"]) == ("528", "264")
     assert (full["stage 1, s"], full["stage 2, s a user"]) == ("100", "7.5")
     assert full["paper: personal, %"] == "0.0117"
-    assert _one(rows, variant="stage 2 only (C+P)")["collective parameters"] == "0"
+    assert one_of(rows, variant="stage 2 only (C+P)")["collective parameters"] == "0"
 
 
 # -- groups ------------------------------------------------------------------------------------
@@ -239,7 +205,7 @@ def test_nearest_keeps_to_the_same_test_users(tmp_path: Path) -> None:
     made = [
         save_run(tmp_path / "24", LABELS, users, users=24),
         save_run(tmp_path / "3", LABELS, users, users=3, epochs=5),
-        save_run(tmp_path / "few", LABELS, users, users=3, collective_users=10),
+        save_run(tmp_path / "few", LABELS, users, users=3, collective_users=10, artefact="v10"),
         save_run(tmp_path / "other", LABELS, users, users=3, fingerprint="f1"),
     ]
     groups = group_runs(made)
@@ -251,6 +217,7 @@ def test_nearest_keeps_to_the_same_test_users(tmp_path: Path) -> None:
     assert sweeps(groups) == rank_grids(groups) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_taken_from_runs_of_other_prompts_or_decoding(runs: Runs) -> None:
     """An ablation was put beside the whole method asked in other words, without a word on it."""
     oppu = with_prompts(TASKS[LABELS.name], "oppu")
@@ -267,7 +234,7 @@ def test_nothing_is_taken_from_runs_of_other_prompts_or_decoding(runs: Runs) -> 
     assert (of_lamp.prompts, of_lamp.decoding) == ("lamp", Run.load(runs.folders[0]).decoding)
     assert nearest(group_runs([of_lamp])[0], groups) is None, "prompts alone keep them apart"
     text = runs.report()
-    rows = _rows(text, "Main results")
+    rows = rows_of(text, "Main results")
     assert {(row["setting"].split(", ")[-2], row["decoding"]) for row in rows} == {
         ("task prompts", 'temperature 0.1, up to 48 tokens, to "\\n"'),
         ("oppu prompts", "temperature 0.1, up to 200 tokens, no stop"),
@@ -305,10 +272,14 @@ def test_what_is_no_run_is_refused(runs: Runs) -> None:
         write_report([runs.root / "none"], runs.root / "report")
     with pytest.raises(InvalidInput, match="no runs"):
         write_report([], runs.root / "report")
+
+
+def test_a_run_that_two_sweeps_have_counts_once(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     runs.add("a")
     runs.add("copy")
-    with pytest.raises(InvalidInput, match="are the same run"):
-        runs.report()
+    (group,) = group_runs(Run.load(f) for f in runs.folders)
+    assert group.seeds == [0]
+    assert "copy is the same run as" in caplog.text
 
 
 # -- the paper ---------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from tests.support.lamp_files import TASK, write_files
+from tests.support.lamp_requests import small_request
 
+from perfit_cloud.collective.data import read_items
 from perfit_cloud.collective.encoding import Encoder
 from perfit_cloud.lamp.measure import Decoding
 from perfit_cloud.lamp.people import Learner, read_people, swap_histories
@@ -22,6 +24,7 @@ from perfit_cloud.lamp.sweep import run_sweep, sweep_requests
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, ShiftMismatch
+from perfit_shared.presets import spaced_layers
 from perfit_shared.tasks import TASKS
 
 
@@ -33,23 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def request_for(data: Path, model_folder: Callable[[str], Path]) -> Callable[..., LampRequest]:
     def make(out: Path, **changes: Any) -> LampRequest:
-        values: dict[str, Any] = {
-            "task": TASK,
-            "model": str(model_folder("llama")),
-            "data": data,
-            "out": out,
-            "layers": (1, 2),
-            "positions": "f2+l3",
-            "collective_rank": 4,
-            "personal_rank": 2,
-            "batch_size": 4,
-            "collective_epochs": 1,
-            "collective_learning_rate": 5e-3,
-            "epochs": 4,
-            "learning_rate": 2e-2,
-            "users_together": 2,
-        }
-        return LampRequest(**(values | changes))
+        return small_request(model_folder("llama"), **({"data": data, "out": out} | changes))
 
     return make
 
@@ -87,11 +74,16 @@ def test_a_run_leaves_everything(full: Run, data: Path) -> None:
     assert set(summary["metrics"]) == {"rouge_1", "rouge_l"}
     assert all(set(values) == modes for values in summary["metrics"].values())
     assert [u["user_id"] for u in summary["users"]] == ["12", "13", "14", "15", "16"]
-    assert set(summary["seconds"]) == {"stage1", "stage2", "evaluation"}
+    assert set(summary["seconds"]) == {"preparation", "fit", "answers"}
     assert all(value > 0 for value in summary["seconds"].values())
     assert summary["loss"]["personal"] < summary["loss"]["collective"], "everyone has a habit to learn"
     assert summary["loss"]["personal"] < summary["loss"]["other"], "and it is their own"
     assert len(tensors(full)) == len(set(tensors(full).values())) == 5
+    # Whose words answers share with golds, by mode and over all queries alike.
+    shares = [summary["text_metrics"][name] for name in ("matter", "wording", "other_overlap")]
+    assert sum(share["personal"] for share in shares) == pytest.approx(1)
+    assert shares[1]["personal"] > 0, "everyone's headlines hold their own word"
+    assert {"meteor", "chrf", "length_ratio", "edit_distance"} < set(summary["text_metrics"])
 
 
 def test_predictions_are_in_lamps_schema(full: Run, data: Path) -> None:
@@ -126,6 +118,7 @@ def test_an_out_of_another_run_is_refused(
         run_lamp(request, base=base)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed_gives_the_same_figures(
     full: Run, request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
 ) -> None:
@@ -166,6 +159,7 @@ def test_a_users_history_reaches_nobody_else(
     assert {k: v for k, v in theirs.items() if k != "12"} == {k: v for k, v in ours.items() if k != "12"}
 
 
+@pytest.mark.slow
 def test_ablations(
     request_for: Callable[..., LampRequest], make_artefact: Any, base: BaseModel, tmp_path: Path
 ) -> None:
@@ -181,7 +175,7 @@ def test_ablations(
         collective_rank=None,
         personal_rank=2,
     )
-    runs = {run.settings["ablation"]: run for run in run_sweep(request, "ablations")}
+    runs = {run.folder.name: run for run in run_sweep(request, "ablations")}
     assert set(runs) == {"full", "stage1", "stage2", "stage2_sum"}
     assert runs["stage1"].modes == ("base", "collective", "seed") and not tensors(runs["stage1"])
     assert runs["stage2"].modes == ("base", "personal", "other")
@@ -212,6 +206,54 @@ def test_a_collective_shift_of_another_task_serves(
         )
 
 
+@pytest.mark.parametrize(
+    ("count", "blocks", "layers"),
+    [
+        (1, 32, (15,)),
+        (2, 32, (7, 23)),
+        (4, 32, (3, 11, 19, 27)),
+        (3, 30, (4, 14, 24)),
+        (5, 5, (0, 1, 2, 3, 4)),
+    ],
+)
+def test_layers_lie_about_the_middle(count: int, blocks: int, layers: tuple[int, ...]) -> None:
+    """Fig. 6: symmetric about block 15 of 32, the model's blocks over their number apart."""
+    assert spaced_layers(count, blocks) == layers
+
+
+def test_groups_of_collective_users_are_disjoint_and_equal(data: Path) -> None:
+    """Table 15: five random groups, who is tested stays the same."""
+    items = read_items(data, TASKS[TASK])
+    groups = [set(items.group(number, seed=3).users) for number in range(5)]
+    assert [len(group) for group in groups] == [len(items.users) // 5] * 5
+    assert len(set().union(*groups)) == sum(map(len, groups)), "nobody is in two"
+    assert groups != [set(items.group(number, seed=4).users) for number in range(5)]
+    with pytest.raises(InvalidInput, match="groups 0 to 4"):
+        items.group(5, seed=3)
+    with pytest.raises(InvalidInput, match="groups 0 to 4"):
+        items.first_users(4, 0).group(0, 0)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_groups_trains_stage_1_on_each(
+    request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
+) -> None:
+    runs = run_sweep(request_for(tmp_path, users=1, epochs=1), "groups=0,1")
+    assert [run.settings["collective_group"] for run in runs] == [0, 1]
+    users = [json.loads((run.folder / "artefact" / "artefact.json").read_text())["card"] for run in runs]
+    assert [card["data"]["users"] for card in users] == [2, 2], "a fifth of twelve"
+    # The same artefacts, as other tasks' collective shifts: Table 16.
+    other = replace(Artefact.load(runs[1].folder / "artefact"), name="chat", task=TASKS["chat"])
+    other.save(tmp_path / "chat")
+    given = {**NO_STAGE_1, "artefact": runs[0].folder / "artefact"}
+    request = request_for(tmp_path / "foreign", users=1, epochs=1, **given)
+    foreign = run_sweep(request, f"artefacts={tmp_path / 'chat'}")
+    assert [(run.folder.name, run.settings["artefact_task"]) for run in foreign] == [
+        ("own", TASK),
+        ("1-chat", "chat"),
+    ]
+
+
 def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, full: Run) -> None:
     people = read_people(data, TASKS[TASK], base).people
     swapped = swap_histories(people)
@@ -219,6 +261,7 @@ def test_other_histories_swap_and_keep_the_queries(data: Path, base: BaseModel, 
     assert [p.queries for p in swapped] == [p.queries for p in people]
 
 
+@pytest.mark.slow
 def test_short_histories_keep_their_latest(
     full: Run, request_for: Callable[..., LampRequest], data: Path, base: BaseModel, tmp_path: Path
 ) -> None:
@@ -243,23 +286,33 @@ def test_sweeps_name_their_runs(request_for: Callable[..., LampRequest], tmp_pat
     few = sweep_requests(request, "collective-users", blocks=3)
     assert [r.collective_users for r in few] == [10, 100]
     assert len({r.out for r in grid}) == 4
-    for wrong in ("depth", "layers=a", "ablations=2", "ranks=-1"):
+    assert [r.collective_group for r in sweep_requests(request, "groups", blocks=3)] == [0, 1, 2, 3, 4]
+    counts = sweep_requests(request, "layer-counts", blocks=6)
+    assert [r.layers for r in counts] == [(2,), (1, 4), (0, 2, 3, 5), (0, 1, 2, 3, 4, 5)]
+    for wrong in ("depth", "layers=a", "ablations=2", "ranks=-1", "artefacts", "groups=5", "layer-counts=9"):
         with pytest.raises(InvalidInput):
             sweep_requests(request, wrong, blocks=3)
     for both, sweep in (
         ({"layers": (1,)}, "layers"),
         ({"seed": 2}, "seeds"),
         ({"personal_rank": 2}, "ranks"),
+        ({"layers": (1,)}, "layer-counts=2"),
+        ({"collective_group": 0}, "groups"),
     ):
         with pytest.raises(InvalidInput, match="leave one out"):
             sweep_requests(replace(request, **both), sweep, blocks=3)
+    assert len(sweep_requests(replace(request, method="oppu"), "groups", blocks=3)) == 5
+    for method, sweep in (("lora-p", "groups"), ("none", "layers"), ("rag", "ranks=2,4")):
+        with pytest.raises(InvalidInput, match=f"equal runs: {method} does not use"):
+            sweep_requests(replace(request, method=method), sweep, blocks=3)
 
 
+@pytest.mark.slow
 def test_sweeps_keep_what_they_do_not_sweep(
     full: Run, request_for: Callable[..., LampRequest], tmp_path: Path
 ) -> None:
     """A review found both of these to end in an IndexError."""
-    alone = request_for(tmp_path / "a", ablation="stage2", users=1, epochs=1, **NO_STAGE_1)
+    alone = request_for(tmp_path / "a", method="perfit_stage2", users=1, epochs=1, **NO_STAGE_1)
     assert [run.settings["seed"] for run in run_sweep(alone, "seeds=0,1")] == [0, 1]
     few = request_for(tmp_path / "b", users=1, epochs=1, collective_epochs=None)
     runs = run_sweep(few, "collective-users=2,5")
@@ -303,7 +356,7 @@ def test_what_cannot_be_is_said(
     request_for: Callable[..., LampRequest], base: BaseModel, data: Path, tmp_path: Path
 ) -> None:
     for changes in (
-        {"ablation": "none"},
+        {"method": "mine"},
         {"histories": "mine"},
         {"users": 0},
         {"epochs": 0},
@@ -311,13 +364,14 @@ def test_what_cannot_be_is_said(
         {"batch_size": 0},
         {"keep_bytes": -1},
         {"artefact": tmp_path},
-        {"ablation": "stage2"},
     ):
         with pytest.raises(InvalidInput):
             request_for(tmp_path, **changes)
     with pytest.raises(InvalidInput, match="temperature"):
         Decoding(temperature=-1)
     with pytest.raises(InvalidInput, match="--lr"):
-        run_lamp(request_for(tmp_path / "a", ablation="stage2", learning_rate=None, **NO_STAGE_1), base=base)
+        run_lamp(
+            request_for(tmp_path / "a", method="perfit_stage2", learning_rate=None, **NO_STAGE_1), base=base
+        )
     with pytest.raises(InvalidData, match="lamp prepare"):
         run_lamp(request_for(tmp_path / "b", data=tmp_path), base=base)

@@ -82,8 +82,9 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
         "paired",
     ]
     assert summary["task"] == "news_categorize"
-    assert summary["seconds"] == {"stage1": 100, "stage2": 30, "evaluation": 6}
+    assert summary["seconds"] == {"preparation": 100, "fit": 30, "answers": 6}
     written = dict(SETTINGS) | {"task": LABELS.name, "artefact_task": LABELS.name}
+    del written["ablation"]  # an older run's word for its method
     # And what a run from before it was written did.
     assert summary["settings"] == written | {
         "method": "perfit",
@@ -93,12 +94,15 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
         "artefact_prompts": "task",
         "answer_tokens": 48,
         "stop": ["\n"],
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
     }
     for kind in ("loss", "metrics", "mean_over_users"):
         assert _shape(summary["intervals"][kind]) == _shape(summary[kind])
     low, high = summary["intervals"]["loss"]["base"]
     assert 3 <= low <= 3.5 <= high <= 4  # between the two users
-    assert list(summary["paired"]) == ["personal_vs_collective", "personal_vs_other"]
+    pairs = ("personal_vs_collective", "personal_vs_other", "personal_vs_base", "collective_vs_base")
+    assert tuple(summary["paired"]) == pairs
     found = summary["paired"]["personal_vs_collective"]["loss"]
     assert found["difference"] == pytest.approx(1.25 - 2.625)
     assert (found["better"], found["worse"], found["of"]) == (2, 0, 2)
@@ -120,7 +124,7 @@ def test_only_what_was_measured(tmp_path: Path) -> None:
     summary = summarise(save_run(tmp_path, LABELS, simple_users({"base": 2.0, "collective": 1.5})))
     assert list(summary["loss"]) == ["base", "collective"]
     assert summary["metrics"]["accuracy"] == {"base": 0, "collective": 1}
-    assert summary["paired"] == {}
+    assert list(summary["paired"]) == ["collective_vs_base"]
 
 
 def test_ratings_and_texts(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from tests.support.waiting import wait_for
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.model.artefacts import Artefact
-from perfit_cloud.service.interceptor import network_of
 from perfit_cloud.service.limits import ConcurrencyLimit
+from perfit_cloud.service.networks import forwarded_network, network_of
 from perfit_shared.errors import Busy, ConfigError
 from perfit_shared.types import Chunk, Finish
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
@@ -114,8 +113,27 @@ def test_a_gate_lets_in_as_many_as_it_says() -> None:
     ],
 )
 def test_callers_without_a_certificate_are_known_by_their_network(peer: str, want: str) -> None:
-    context: Any = SimpleNamespace(peer=lambda: peer)
-    assert network_of(context) == want
+    assert network_of(peer) == want
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        (["192.0.2.7"], "192.0.2.7"),
+        (["192.0.2.7:4711"], "192.0.2.7"),
+        (["198.51.100.1, 192.0.2.7"], "192.0.2.7"),  # the first is what the caller said itself
+        (["198.51.100.1", "192.0.2.7"], "192.0.2.7"),
+        (["2001:db8:1:2:3:4:5:6"], "2001:db8:1:2::/64"),
+        (["[2001:db8:1:2:3:4:5:6]:4711"], "2001:db8:1:2::/64"),
+        (["::ffff:192.0.2.7"], "192.0.2.7"),
+        (["192.0.2.7, unknown"], None),
+        ([""], None),
+        ([], None),
+    ],
+)
+def test_callers_behind_a_front_are_known_by_what_it_added_last(values: list[str], want: str | None) -> None:
+    metadata = [("other", "203.0.113.1"), *(("x-forwarded-for", value) for value in values)]
+    assert forwarded_network(metadata, "x-forwarded-for") == want
 
 
 @pytest.mark.parametrize(
@@ -286,7 +304,7 @@ def test_tokens_a_minute(run: Callable[..., Running], artefact: Artefact) -> Non
         call()
         spent = failure(lambda c=call: [c() for _ in range(100)])  # type: ignore[misc]
         assert (spent[0], spent[1]["perfit-code"]) == ("RESOURCE_EXHAUSTED", "busy")
-        running.server._rate_limiter._buckets.clear()
+        running.server._listeners.of_devices[0].rate_limiter._buckets.clear()
 
 
 def candidates() -> list[pb.Candidate]:

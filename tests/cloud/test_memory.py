@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from tests.support.waiting import wait_for
@@ -13,9 +14,9 @@ from perfit_cloud.config import CloudConfig
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.catalog import Catalog
-from perfit_cloud.service.interceptor import _Messages
 from perfit_cloud.service.limits import Budget
-from perfit_cloud.service.memory import MemoryPlan, plan_memory, resident_bytes
+from perfit_cloud.service.memory import MemoryPlan, machine_bytes, plan_memory, resident_bytes
+from perfit_cloud.service.messages import Messages
 from perfit_shared.errors import Busy, Cancelled, ConfigError
 
 MIB = 2**20
@@ -23,11 +24,10 @@ MIB = 2**20
 
 @pytest.fixture
 def planned(base: BaseModel, artefact: Artefact) -> Callable[..., MemoryPlan]:
-    def plan(process: int = 200 * MIB, **change: int) -> MemoryPlan:
+    def plan(process: int = 200 * MIB, machine: int = 2**37, **change: int) -> MemoryPlan:
         config = CloudConfig(**change)
-        return plan_memory(
-            config, Catalog.build(config, base, [artefact], "c0"), process=process, continuous=True
-        )
+        catalog = Catalog.build(config, base, [artefact], "c0")
+        return plan_memory(config, catalog, process=process, continuous=True, machine=machine)
 
     return plan
 
@@ -35,7 +35,34 @@ def planned(base: BaseModel, artefact: Artefact) -> Callable[..., MemoryPlan]:
 def test_without_a_ceiling_everything_is_as_it_is_set(planned: Callable[..., MemoryPlan]) -> None:
     plan = planned(cache_tokens=4096, keep_bytes=123 * MIB)
     assert (plan.cache_tokens, plan.kept, plan.pass_tokens) == (4096, 123 * MIB, 1024)  # rows
-    assert plan.total > 1024 * MIB  # of freed tensors alone
+    assert plan.total > 1024 * MIB  # of messages alone
+
+
+@pytest.mark.parametrize(
+    ("machine", "kept", "freed"),
+    [(2**37, 2048, 256), (2**34, 1024, 256), (2**33, 512, 128), (2**30, 64, 64), (2**29, 32, 64)],
+)
+def test_what_only_saves_time_follows_the_machine(
+    planned: Callable[..., MemoryPlan], machine: int, kept: int, freed: int
+) -> None:
+    plan = planned(machine=machine)
+    assert (plan.kept, plan.freed) == (kept * MIB, freed * MIB)
+    assert planned(machine=machine, keep_bytes=5 * MIB).kept == 5 * MIB
+
+
+def test_the_machine_is_what_its_control_groups_leave(tmp_path: Path) -> None:
+    own, groups = tmp_path / "own", tmp_path / "groups"
+    whole = machine_bytes(groups, own)  # there are none
+    assert 2**28 < whole < 2**50
+    (groups / "service" / "worker").mkdir(parents=True)
+    own.write_text("0::/service/worker\n")
+    for folder, limit in ((groups, "max\n"), (groups / "service", f"{100 * MIB}\n")):
+        (folder / "memory.max").write_text(limit)
+    assert machine_bytes(groups, own) == 100 * MIB  # of the group above its own
+    (groups / "service" / "worker" / "memory.max").write_text(f"{90 * MIB}\n")
+    assert machine_bytes(groups, own) == 90 * MIB
+    own.write_text("0::/../../elsewhere\n")  # seen from a namespace: nothing above its root is read
+    assert machine_bytes(groups, own) == whole
 
 
 @pytest.mark.parametrize("ceiling", [1000 * MIB, 1500 * MIB, 4000 * MIB])
@@ -63,7 +90,7 @@ def test_the_longest_request_fits_into_the_smallest_parts(
     missing = int(str(caught.value).split("too small by ")[1].split()[0])
     bound = planned(memory_bytes=int((10 + missing / 0.9 + 2) * MIB))
     assert bound.cache_tokens >= 2 * min(base.context, config.cache_tokens // 2)
-    assert bound.pass_tokens >= base.context
+    assert bound.pass_tokens >= min(base.context, config.prompt_tokens + config.new_tokens)
     # One device's updates leave room for another's.
     assert bound.examples >= (config.adaptations_each + 1) * 8 * config.adapt_tokens
 
@@ -124,7 +151,7 @@ def test_the_end_of_a_call_waits_for_no_message() -> None:
         with room.hold(len(data), 30):
             yield
 
-    messages = _Messages(iter([bytes(60)]), bytes, arrive)
+    messages = Messages(iter([bytes(60)]), bytes, arrive)
     errors: list[Exception] = []
 
     def read() -> None:

@@ -22,6 +22,7 @@ from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.generation.continuous import GenerationEngine
 from perfit_cloud.engine.generation.engine import GenerationRequest
+from perfit_cloud.engine.generation.penalties import Penalties
 from perfit_cloud.engine.generation.stream import TextStream
 from perfit_cloud.engine.gradients.activation_cache import ActivationCache
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
@@ -37,6 +38,7 @@ PERSONAL = (
     Message,
     GenerationRequest,
     TextStream,
+    Penalties,
     ShiftUse,
     ShiftTensors,
     Sampling,
@@ -97,11 +99,13 @@ def refused(call: Callable[[], object]) -> None:
 
 
 def generated(device: Device, artefact: Artefact) -> None:
-    assert list(device.stub.Generate(generate(shift=personal(artefact)[0], stop=["zebra"]), timeout=TIMEOUT))
+    asked = generate(shift=personal(artefact)[0], stop=["zebra"], frequency_penalty=0.5)
+    assert list(device.stub.Generate(asked, timeout=TIMEOUT))
 
 
 def generate_cancelled(device: Device, artefact: Artefact) -> None:
-    call = device.stub.Generate(generate(shift=personal(artefact)[0], max_new_tokens=200), timeout=TIMEOUT)
+    asked = generate(shift=personal(artefact)[0], max_new_tokens=200, presence_penalty=0.5)
+    call = device.stub.Generate(asked, timeout=TIMEOUT)
     next(call)
     call.cancel()
 

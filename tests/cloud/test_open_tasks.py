@@ -122,10 +122,11 @@ def test_an_artefact_s_own_task_is_run_and_what_differs_is_said(
     # What is asked for by name counts; without an artefact, the folder's file does.
     asked = ran(other, spoken, tmp_path / "asked", artefact=tmp_path / "artefact", prompts="task", **spec)
     assert asked.task == load_task(other) and "was trained with other prompts" in capsys.readouterr().err
-    alone = ran(other, spoken, tmp_path / "alone", ablation="stage2")
+    alone = ran(other, spoken, tmp_path / "alone", method="perfit_stage2")
     assert alone.task == load_task(other)
 
 
+@pytest.mark.slow
 def test_reports_and_comparisons_of_a_task_that_the_paper_lacks(spoken: BaseModel, tmp_path: Path) -> None:
     data = tickets(tmp_path / "data")
     runs = [ran(data, spoken, tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
@@ -135,7 +136,7 @@ def test_reports_and_comparisons_of_a_task_that_the_paper_lacks(spoken: BaseMode
     sides = [Side(run, "personal") for run in runs]
     compared = compare(*sides)
     assert compared.to_json()["task"] == "support_ticket" and not compared.differing
-    as_text = ran(data, spoken, tmp_path / "text", ablation="stage2", chat="no")
+    as_text = ran(data, spoken, tmp_path / "text", method="perfit_stage2", chat="no")
     differing = compare(sides[0], Side(as_text, "personal")).differing
     assert differing["reading"] == ("chat turns", "text")
 
@@ -193,7 +194,7 @@ def test_a_query_of_several_fields_lacks_one(spoken: BaseModel, tmp_path: Path) 
     del users[0]["query"][0]["product"]
     file.write_text(json.dumps(users))
     with pytest.raises(InvalidData, match='query 0-7: field "product" is missing'):
-        ran(data, spoken, tmp_path / "out", ablation="stage2")
+        ran(data, spoken, tmp_path / "out", method="perfit_stage2")
 
 
 def test_an_artefact_says_how_its_task_is_read(

@@ -1,4 +1,7 @@
-"""No word, number or identity of a caller in logs, errors, metadata or metrics: every RPC, every failure."""
+"""No word, number or identity of a caller in logs, errors, metadata or metrics: every RPC, every failure.
+
+Once over mutual TLS, and once sealed: errors are not sealed, so a front that ends TLS reads them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from prometheus_client import generate_latest
 from tests.support.authority import csr_of, new_key
 from tests.support.cloud import TIMEOUT, Device, Running, failure, generate
 from tests.support.models import random_shift
-from tests.support.processes import RUN
+from tests.support.processes import fork
 
 from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.continuous import GenerationEngine
@@ -27,15 +30,20 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.state_folder import Addresses
+from perfit_device.cloud.channels import mutual_channel
+from perfit_device.cloud.sealed_channel import SealedChannel
+from perfit_device.cloud.sealing import Sealer, Sealing
 from perfit_shared.errors import Busy, Cancelled, PerfitError, TooSlow, Unavailable
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 from perfit_shared.wire import personalization_pb2 as pb
+from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
 
 WORD = "zebracanary"
 NUMBER = 61.80339  # in tensors and sampling
-MARKS = (WORD, WORD[::-1], "61.8")
+# Itself, and a million times itself as a double and as a float. No clock shows so many digits by chance.
+MARKS = (WORD, WORD[::-1], "61.8033", "61803390", "61803392")
 
 
 class Caller:
@@ -99,7 +107,8 @@ class Caller:
 
     def raw(self, method: str, data: bytes) -> list[bytes]:
         """A call with bytes of one's own."""
-        call = self.device.channel.stream_stream(f"/perfit.v1.Personalization/{method}")
+        path = f"/perfit.v1.Personalization/{method}"
+        call = self.device.channel.stream_stream(path, request_serializer=bytes, response_deserializer=bytes)
         return list(call(iter([data]), timeout=TIMEOUT))
 
 
@@ -131,10 +140,28 @@ def heard(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -
     return Heard(caplog, capfd)
 
 
-@pytest.fixture
-def caller(run: Callable[..., Running], artefact: Artefact) -> tuple[Caller, Running]:
-    running = run()
-    return Caller(running.device(), artefact), running
+@pytest.fixture(params=["mutual TLS", "sealed"])
+def caller(
+    request: pytest.FixtureRequest, run: Callable[..., Running], artefact: Artefact
+) -> tuple[Caller, Running]:
+    if request.param == "mutual TLS":
+        running = run()
+        return Caller(running.device(), artefact), running
+    running = run(front_address="127.0.0.1:0")
+    return Caller(sealing_device(running), artefact), running
+
+
+def sealing_device(running: Running) -> Device:
+    """One whose every call is sealed. What it is told of an error, the front is told."""
+    enrolment = running.enrolled(running.front_address)
+    clear = mutual_channel(enrolment, enrolment.address)
+    running.channels.append(clear)
+
+    def keys() -> Any:
+        return pb_grpc.PersonalizationStub(clear).Describe(pb.DescribeRequest(), timeout=TIMEOUT).sealing_keys
+
+    sealed = SealedChannel(clear, Sealer(enrolment, Sealing(), keys))
+    return Device(enrolment.identity.key, enrolment.certificate, sealed)
 
 
 def test_calls_that_go_well(caller: tuple[Caller, Running], heard: Heard) -> None:
@@ -366,12 +393,7 @@ def test_a_process_of_its_own(
         assert mark not in rest + errors
 
 
-def test_a_server_that_is_not_hardened_says_so() -> None:
-    done = subprocess.run(
-        [*RUN, "serve", "--set", "hardening=off", "--model", "nowhere"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "hardening is off" in done.stderr.splitlines()[0]
+def test_a_server_that_is_not_hardened_says_so(tmp_path: Path) -> None:
+    words = ("serve", "--state", str(tmp_path / "state"), "--set", "hardening=off", "--model", "nowhere")
+    assert fork(*words, errors=tmp_path / "errors").wait(60) == 1
+    assert "hardening is off" in (tmp_path / "errors").read_text().splitlines()[0]

@@ -58,7 +58,7 @@ def pause(word):
 
 torch.set_num_threads(1)
 numbers = np.frombuffer(sys.stdin.buffer.read(int(sys.argv[1])), np.float32).reshape(32, -1).copy()
-scrubber = MemoryScrubber(torch.device("cpu"), DeviceLock())
+scrubber = MemoryScrubber([torch.device("cpu")], DeviceLock())
 scrubber.start()
 if "bfloat16" in sys.argv:
     half = torch.from_numpy(numbers).bfloat16()
@@ -121,9 +121,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 @pytest.mark.parametrize(
     ("how", "which"),
     [
-        ("as it comes", "its own"),
         ("overwritten", "its own"),
-        ("overwritten", "Intel's"),
+        pytest.param("as it comes", "its own", marks=pytest.mark.slow),
+        pytest.param("overwritten", "Intel's", marks=pytest.mark.slow),
         pytest.param("as it comes", "Intel's", marks=pytest.mark.slow),
     ],
 )
@@ -146,6 +146,7 @@ def test_what_matrices_are_copied_to_is_overwritten(
 
 
 @looking
+@pytest.mark.slow
 def test_what_matrices_in_bfloat16_are_packed_to_is_overwritten() -> None:
     """Kernels of oneDNN for this dtype want two numbers of a column side by side."""
     half = torch.from_numpy(NUMBERS).bfloat16().view(torch.int16).numpy()
@@ -185,7 +186,7 @@ def test_free_memory_of_a_cuda_device_is_overwritten_largest_first(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch, "empty", empty)
-    MemoryScrubber(torch.device("cuda:1"), DeviceLock()).scrub()
+    MemoryScrubber([torch.device("cuda:1")], DeviceLock()).scrub()
     assert [len(block) for block in taken] == [5 * mib, mib + 512, mib, mib - 512, 512]
     assert not any(block.any() for block in taken)
 
@@ -194,17 +195,18 @@ def test_a_scrub_is_no_pass_of_answers() -> None:
     """Four idle turns a second stood among the passes that an operator is told of."""
     device_lock, kinds = DeviceLock(), []
     device_lock.on_pass = lambda kind, _seconds: kinds.append(kind)
-    MemoryScrubber(torch.device("cpu"), device_lock).scrub()
+    MemoryScrubber([torch.device("cpu")], device_lock).scrub()
     assert kinds == ["sweep"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_hardened", [True, False])
 def test_whether_tensors_are_overwritten_is_tried(is_hardened: bool) -> None:
     """A build of torch with an allocator of its own would not show otherwise."""
     code = (
         "import torch; from perfit_cloud.engine.device_lock import DeviceLock; "
         "from perfit_cloud.hardening.scrubber import MemoryScrubber; "
-        "print(MemoryScrubber(torch.device('cpu'), DeviceLock()).overwrites_tensors())"
+        "print(MemoryScrubber([torch.device('cpu')], DeviceLock()).overwrites_tensors())"
     )
     library = build(os.environ)  # none where there is no compiler: glibc overwrites then
     environment = process_hardening._environment(os.environ, library if is_hardened else None)
@@ -215,7 +217,7 @@ def test_whether_tensors_are_overwritten_is_tried(is_hardened: bool) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=280,
         env=environment,
         pass_fds=[] if library is None else [library],
     )
@@ -228,7 +230,7 @@ class Knot:
 
 
 def test_what_keeps_itself_is_scrubbed_after_a_call() -> None:
-    scrubber = MemoryScrubber(torch.device("cpu"), DeviceLock())
+    scrubber = MemoryScrubber([torch.device("cpu")], DeviceLock())
     gc.disable()
     try:
         scrubber.start()
@@ -268,7 +270,7 @@ class Calls(threading.Event):
 def scrubs_for(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When there were any, by the calls' clock; that of the start is the first."""
     scrubbed: list[float] = []
-    scrubber = MemoryScrubber(torch.device("cpu"), DeviceLock(), clock=lambda: calls.now, ended=calls)
+    scrubber = MemoryScrubber([torch.device("cpu")], DeviceLock(), clock=lambda: calls.now, ended=calls)
     monkeypatch.setattr(scrubber, "scrub", lambda: scrubbed.append(calls.now))
     scrubber.start()
     try:

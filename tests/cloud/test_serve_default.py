@@ -15,7 +15,7 @@ from tests.support.models import needs_smollm2
 from tests.support.processes import Forked, fork
 
 from local import Device, LocalCloud
-from perfit_cloud.cli.serve import _say_what_is_next
+from perfit_cloud.cli.announcement import say_what_is_next
 from perfit_cloud.collective.blank import BlankRequest, make_blank
 from perfit_cloud.config import CloudConfig, load_config
 from perfit_cloud.model.base import BaseModel
@@ -51,6 +51,7 @@ def shipped(tmp_path: Path, load: Callable[[str], BaseModel], make_artefact: Any
     )
 
 
+@pytest.mark.slow
 def test_what_ships_for_the_model_is_served(
     shipped: str, model_folder: Callable[[str], Path], load: Any, make_artefact: Any, tmp_path: Path
 ) -> None:
@@ -89,7 +90,7 @@ def test_what_is_next_is_said_until_somebody_enrols(
 def saying(
     capsys: pytest.CaptureFixture[str], authority: Authority, artefacts: list[str], **config: Any
 ) -> str:
-    _say_what_is_next(authority, CloudConfig(**config), artefacts)
+    say_what_is_next(authority, CloudConfig(**config), artefacts)
     said = capsys.readouterr()
     assert said.out == ""
     return said.err

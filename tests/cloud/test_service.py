@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from tests.support import ask_calls
 from tests.support.cloud import BASE, INVALID, TIMEOUT, Running, failure, generate, pem, personal
 from tests.support.doubles import Slow, score
 from tests.support.waiting import wait_for
@@ -64,6 +65,34 @@ def test_answers_are_the_engines(
         assert got[-1].answer_tokens == expected[-1].answer_tokens
         texts.add("".join(m.text for m in got))
     assert len(texts) == 2  # the personal shift is on
+
+
+def test_log_probabilities_of_an_answer_add_up_to_its_score(
+    run: Callable[..., Running],
+    artefact: Artefact,
+    base: BaseModel,
+    generation: GenerationEngine,
+    gradients: GradientEngine,
+) -> None:
+    """In Generate and in Ask, an end of sequence included."""
+    device = run().device()
+    message, use = personal(artefact)
+    assert device.describe().limits.logprobs == 20
+    prompt, finishes = base.encode("the cat sat"), set()
+    for seed in range(12):
+        hot = {"temperature": 1.5, "max_new_tokens": 40, "seed": seed}
+        got = list(device.stub.Generate(generate(shift=message, logprobs=3, **hot), timeout=TIMEOUT))
+        told = [token for part in got for token in part.logprobs]
+        assert len(told) == got[-1].answer_tokens and {len(token.top) for token in told} == {3}
+        answer = generation.submit(prompt, use, Sampling(**hot))
+        assert list(answer)[-1].finish
+        (score,) = gradients.score([(prompt, answer.ids)], use)  # what Score answers with
+        assert sum(token.logprob for token in told) == pytest.approx(score.log_likelihood, abs=1e-3)
+        question = ask_calls.question(1, logprobs=3, **hot)
+        parts = [r.part for r in ask_calls.ask(device, ask_calls.opening(message), question)]
+        assert [token.text for part in parts for token in part.logprobs] == [token.text for token in told]
+        finishes.add(got[-1].finish)
+    assert len(finishes) == 2  # some end by themselves
 
 
 def test_an_answer_arrives_while_it_is_made(

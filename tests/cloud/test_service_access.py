@@ -159,13 +159,15 @@ def test_revoked_between_messages_of_a_stream(run: Callable[..., Running]) -> No
     assert drip.cancelled.wait(TIMEOUT)
 
 
-def test_expired_between_messages_of_a_stream(run: Callable[..., Running]) -> None:
+def test_expired_between_messages_of_a_stream(
+    run: Callable[..., Running], wrong_clock: Callable[[float], None]
+) -> None:
     drip = Drip()
-    device = run(engine=drip, certificate_seconds=3).device()
+    device = run(engine=drip, certificate_seconds=60).device()
     stream = device.stub.Generate(generate(), timeout=TIMEOUT)
     drip.go.release()
     next(stream)
-    time.sleep(4)
+    wrong_clock(61)
     drip.go.release()
     assert failure(lambda: next(stream))[:2] == ("UNAUTHENTICATED", {"perfit-code": "certificate_expired"})
 

@@ -15,7 +15,7 @@ from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service import interceptor as guard
-from perfit_cloud.service import server
+from perfit_cloud.service import listeners
 from perfit_cloud.service.streams import adapt
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -208,6 +208,7 @@ def test_no_stream_lasts_for_ever(
     wait_until_freed(adaptations)
 
 
+@pytest.mark.slow
 def test_a_caller_who_does_not_read_is_cut_off(
     run: Callable[..., Running],
     artefact: Artefact,
@@ -223,7 +224,7 @@ def test_a_caller_who_does_not_read_is_cut_off(
         return pb.AdaptResponse(gradient=bytes(5_000_000))  # more than all buffers on the way take
 
     monkeypatch.setattr(guard, "_LATE_SECONDS", 0.5)
-    monkeypatch.setattr(server, "_GRACE_SECONDS", 10 * TIMEOUT)  # or the connection's end would do it
+    monkeypatch.setattr(listeners, "_GRACE_SECONDS", 10 * TIMEOUT)  # or the connection's end would do it
     running = run(adaptations=1, stream_seconds=3)
     unread, other = stream(running.device()), running.device()
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from tests.support.doubles import Held
 from tests.support.waiting import wait_for
 
 from perfit_cloud.service import interceptor as guard
-from perfit_cloud.service import server
+from perfit_cloud.service import listeners
 from perfit_cloud.service.streams import ask as ask_module
 from perfit_shared.wire import personalization_pb2 as pb
 
@@ -108,13 +108,14 @@ def answers(device: Device) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["Generate", "Ask"])
 def test_a_caller_who_does_not_read_is_cut_off(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """gRPC's send held the call for as long as the caller liked."""
     monkeypatch.setattr(guard, "_LATE_SECONDS", 0.5)
-    monkeypatch.setattr(server, "_GRACE_SECONDS", 10 * TIMEOUT)  # or the connection's end would do it
+    monkeypatch.setattr(listeners, "_GRACE_SECONDS", 10 * TIMEOUT)  # or the connection's end would do it
     engine = Held(piece="x" * 1_000_000)
     running = run(engine=engine, calls=1, streams=1, call_seconds=3, stream_seconds=3)
     device, other = running.device(), running.device()

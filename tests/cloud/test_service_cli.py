@@ -51,6 +51,7 @@ def refusal(tmp_path: Path, *words: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_serve_invite_revoke_and_stop(
     tmp_path: Path,
     model_folder: Callable[[str], Path],
@@ -101,6 +102,9 @@ def test_serve_invite_revoke_and_stop(
             assert len({invite.secret for invite in invites}) == 2
             assert {invite.address for invite in invites} == {told["enrol_address"]}
             assert cloud("devices", "--state", state).stdout == ""
+            seen = json.loads(cloud("status", "--json", "--state", state, "--check").stdout)
+            assert (seen["health"], seen["open_invites"]) == ("SERVING", 2)
+            assert (seen["fingerprint"], seen["artefacts"]) == (base.fingerprint, told["artefacts"])
             assert "no identity starts with" in one_line(cloud("revoke", "abcdef", "--state", state))
             second = one_line(cloud(*words))
             assert "another perfit-cloud serves from" in second
@@ -125,6 +129,7 @@ run()
 """
 
 
+@pytest.mark.slow
 def test_start_up_line_for_people(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
     words = ["serve", "--model", str(model_folder("llama")), "--address", "127.0.0.1:0"]
     words += ["--enrol-address", "127.0.0.1:0", "--state", str(tmp_path)]
@@ -156,6 +161,7 @@ def test_artefact_of_another_model_is_not_served(
     assert "trained on another model" in refusal(tmp_path, *words)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_one_line(
     tmp_path: Path,
     model_folder: Callable[[str], Path],

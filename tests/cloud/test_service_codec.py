@@ -242,8 +242,13 @@ def sampling(**change: Any) -> Sampling:
 
 def test_sampling_is_what_was_asked() -> None:
     assert sampling() == Sampling(5, 0.0, 0, 1.0, 0, ())
-    asked = sampling(temperature=0.5, top_k=10, top_p=0.25, seed=2**64 - 1, stop=["\n", "é" * 32])
-    assert asked == Sampling(5, 0.5, 10, 0.25, 2**64 - 1, ("\n", "é" * 32))
+    asked = sampling(
+        temperature=0.5, top_k=10, top_p=0.25, seed=2**64 - 1, stop=["\n", "é" * 32], logprobs=20
+    )
+    assert asked == Sampling(5, 0.5, 10, 0.25, 2**64 - 1, ("\n", "é" * 32), 20)
+    assert sampling(frequency_penalty=-2, presence_penalty=2) == replace(
+        sampling(), frequency_penalty=-2.0, presence_penalty=2.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +264,13 @@ def test_sampling_is_what_was_asked() -> None:
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": -0.1}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
+        *(
+            ({key: value}, "penalties should be -2 to 2")
+            for key in ("frequency_penalty", "presence_penalty")
+            for value in (2.1, -2.1, math.nan, math.inf, -math.inf)
+        ),
         ({"top_k": 2**31}, "top_k"),
+        ({"logprobs": 21}, "logprobs"),
         ({"stop": ["a"] * 9}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["é" * 33]}, "stop"),

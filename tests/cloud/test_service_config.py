@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perfit_cloud.config import CloudConfig, load_config, parse_address, parse_duration
+from perfit_cloud.config import CloudConfig, load_config, parse_address, parse_addresses, parse_duration
 from perfit_shared.errors import ConfigError
 
 
@@ -61,6 +61,7 @@ def test_unknown_keys_are_refused_wherever_they_stand(tmp_path: Path) -> None:
         ("invite_seconds", ""),
         ("certificate_seconds", "400d"),
         ("dtype", "float64"),
+        ("tensor_parallel", 0),
     ],
 )
 def test_values_that_cannot_be_are_refused_by_name(key: str, value: object) -> None:
@@ -72,9 +73,15 @@ def test_every_key_is_read_by_its_type_and_zero_only_where_it_means_something() 
     config = CloudConfig(threads="0", state="~/x", names=["a", " "], drain_seconds="2m", calls=2**40)  # type: ignore[arg-type]
     assert (config.threads, config.state, config.names) == (0, Path("~/x").expanduser(), ("a",))
     assert (config.drain_seconds, config.calls) == (120, 2**40)
-    for key, value in (("threads", -1), ("memory_bytes", 2**40 + 1), ("keep_bytes", 0), ("state", 3)):
+    for key, value in (("threads", -1), ("memory_bytes", 2**40 + 1), ("keep_bytes", -1), ("state", 3)):
         with pytest.raises(ConfigError, match=key):
             load_config(environment={}, flags={key: value})
+
+
+def test_our_own_engine_has_no_worker_processes() -> None:
+    assert CloudConfig(engine="vllm", tensor_parallel=2).tensor_parallel == 2
+    with pytest.raises(ConfigError, match="tensor_parallel is vLLM's"):
+        CloudConfig(engine="own", tensor_parallel=2)
 
 
 def test_float16_is_refused_with_the_reason() -> None:
@@ -108,3 +115,11 @@ def test_addresses_and_durations() -> None:
         86400,
         604800,
     ]
+
+
+def test_devices_may_be_given_several_addresses() -> None:
+    config = CloudConfig(public_address="a.example:7443, b.example:7443", public_enrol_address="[::1]:7444")
+    assert parse_addresses(config.public_address) == [("a.example", 7443), ("b.example", 7443)]
+    for wrong in ("a.example:7443,", "a.example:7443,0.0.0.0:7443", "a.example:7443 b.example:7443", "a:0"):
+        with pytest.raises(ConfigError, match="public_address"):
+            CloudConfig(public_address=wrong)

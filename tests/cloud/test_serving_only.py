@@ -11,7 +11,8 @@ from tests.support.authority import DAY, csr_of, new_key, open_authority
 from tests.support.cloud import Running, failure, generate
 from tests.support.waiting import wait_for
 
-from perfit_cloud.service.identity.authenticator import Authenticator, ServerIdentity
+from perfit_cloud.service.identity.authenticator import Authenticator
+from perfit_cloud.service.identity.server_identity import ServerIdentity
 from perfit_shared.errors import ConfigError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -48,7 +49,10 @@ def test_it_neither_enrols_nor_renews(run: Callable[..., Running]) -> None:
     running = run(serves_only=True)
     device = running.device()
     renew = enrol_grpc.IdentityStub(device.channel).Renew
-    assert failure(lambda: renew(enrol_pb.RenewRequest(csr=csr_of(new_key()))))[0] == "UNIMPLEMENTED"
+    assert failure(lambda: renew(enrol_pb.RenewRequest(csr=csr_of(new_key()))))[:2] == (
+        "UNIMPLEMENTED",
+        {"perfit-code": "not_here"},
+    )
     assert running.server.addresses.enrol_address == ""
     # `perfit-cloud invite` reads there where devices enrol.
     assert not (running.config.state / "addresses.json").exists()
@@ -62,7 +66,7 @@ def test_it_shows_the_certificate_that_was_renewed_for_it(
     running.authority.write_serving_files(running.config.state, ["localhost", "127.0.0.1"])
     device.describe()
     assert shown_by(running) == first  # at half of its life, and not before
-    clock(50 * DAY)
+    clock(4 * DAY)
     assert shown_by(running) != first
     running.with_certificate(device.key, device.certificate).describe()
 

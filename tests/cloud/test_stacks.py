@@ -165,7 +165,7 @@ from perfit_cloud.model.base import load_base
 from perfit_cloud.hardening.scrubber import MemoryScrubber
 
 base, artefact, device_lock = load_base(sys.argv[3]), Artefact.load(pathlib.Path(sys.argv[4])), DeviceLock()
-scrubber = MemoryScrubber(base.device, device_lock)
+scrubber = MemoryScrubber(base.devices, device_lock)
 if "nothing" not in sys.argv:
     scrubber.start()
 
@@ -207,7 +207,8 @@ ALL = ("perfit-generation", "perfit-steps", "MainThread", "gradient", "call")
 
 
 @looking
-@pytest.mark.parametrize("by", ["library", pytest.param("nothing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["library", "nothing"])
 def test_every_thread_that_computes_overwrites_what_it_left(
     library: int,
     model_folder: Callable[[str], Path],

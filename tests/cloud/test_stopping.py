@@ -93,6 +93,7 @@ def test_a_call_that_does_not_end_is_cut_off(
         assert "cut off" in process.errors()
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_end_is_cut_off(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
     with serving(STUCK_ENGINE, tmp_path / "state", model_folder("llama"), 1) as (process, _):
         process.send_signal(signal.SIGTERM)
@@ -100,14 +101,15 @@ def test_an_engine_that_does_not_end_is_cut_off(tmp_path: Path, model_folder: Ca
         assert process.wait(ENDS) == 0
 
 
+@pytest.mark.slow
 def test_a_thread_that_never_lets_python_go_on_is_ended_by_the_system(
     tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:
     program = f"""
 import ctypes
-from perfit_cloud.cli import serve
+from perfit_cloud.cli import shutdown
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
-serve._LAST_SECONDS = 2
+shutdown._LAST_SECONDS = 2
 GradientScheduler.close = lambda self: ctypes.PyDLL(None).sleep({int(LONG)})
 """
     with serving(program, tmp_path / "state", model_folder("llama"), 1) as (process, _):

@@ -128,9 +128,19 @@ INSERT INTO devices VALUES ('aaaa', 5, 9, 4, 3, 8, 86400), ('abab', 6, 10, 1, -1
 """
 
 
-def test_a_file_of_format_2_is_taken_over(path: Path, open_store: Opener) -> None:
+TO_FORMAT_3 = """
+ALTER TABLE devices ADD COLUMN sequence INTEGER NOT NULL DEFAULT 1;
+CREATE TABLE challenge_keys (number INTEGER PRIMARY KEY, key BLOB NOT NULL, made INTEGER NOT NULL);
+CREATE TABLE challenges (hash BLOB PRIMARY KEY, key_number INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO meta VALUES ('sequence', '1'), ('pruned', '0');
+UPDATE meta SET value = '3' WHERE key = 'format';
+"""
+
+
+@pytest.mark.parametrize("script", [FORMAT_2, FORMAT_2 + TO_FORMAT_3])
+def test_a_file_of_an_earlier_format_is_taken_over(path: Path, open_store: Opener, script: str) -> None:
     with sqlite3.connect(path) as db:
-        db.executescript(FORMAT_2)
+        db.executescript(script)
     path.chmod(0o600)
     store = open_store()
     assert store.setting("cloud_id", "new") == "c1"
@@ -142,6 +152,8 @@ def test_a_file_of_format_2_is_taken_over(path: Path, open_store: Opener) -> Non
     assert used is not None
     assert used.enrolment is not None
     assert (used.enrolment.identity, used.enrolment.certificate) == ("abab", b"\4")
+    assert [device.label for device in store.devices()] == ["", ""]
+    assert [invite.label for invite in store.open_invites()] == [""]
     assert store.renew("abab", generation=0, issued=7, expires=11) == 2
     store.revoke("abab", 12)
     assert store.changes(changes.sequence).states == {"abab": IdentityState(-1, True)}
@@ -150,7 +162,7 @@ def test_a_file_of_format_2_is_taken_over(path: Path, open_store: Opener) -> Non
     assert open_store().devices() == store.devices()
 
 
-@pytest.mark.parametrize("found", ["0", "4", "x"])
+@pytest.mark.parametrize("found", ["0", "5", "x"])
 def test_another_format_is_refused(path: Path, open_store: Opener, found: str) -> None:
     open_store().close()
     with sqlite3.connect(path) as db:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import socket
@@ -10,9 +11,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
 from tests.support.cloud import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
@@ -34,6 +37,7 @@ from perfit_shared.wire import personalization_pb2 as pb
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
 BASE_USE = ShiftUse(Mode.BASE)
+DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def free_address() -> str:
@@ -174,6 +178,25 @@ def test_metrics_are_off_by_default_and_a_taken_port_is_one_clear_error(run: Cal
         pytest.raises(ConfigError, match=r"cannot listen on .* for metrics"),
     ):
         run(metrics_address=f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+def expressions() -> list[str]:
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    alerts = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]] + [
+        rule["expr"] for group in alerts["groups"] for rule in group["rules"]
+    ]
+
+
+def test_dashboard_and_alerts_name_metrics_that_there_are(
+    run: Callable[..., Running], engines: Engines
+) -> None:
+    running = run(**over(engines), metrics_address=free_address())
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", page(running), re.M))
+    there = set(kinds) | {f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"}
+    wanted = {name for text in expressions() for name in re.findall(r"\b(?:perfit|process)_\w+", text)}
+    assert len(wanted) > 15
+    assert wanted - there == set()
 
 
 # -- health --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.support.models import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.tokens import TokenCodec, check_vocabulary
@@ -68,6 +68,22 @@ def test_no_prompt_ends_with_an_end_of_sequence() -> None:
     codec = TokenCodec(tokenizer, EMBEDDED)
     assert codec.prompt("the cat") == codec.plain_prompt("the cat") == before
     assert 1 not in before
+
+
+def test_a_token_has_its_own_bytes() -> None:
+    """Part of a character, a space in front, a special token, and an embedding that no token has."""
+    raw = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2, "Ġa": 3, "Ã": 4, "©": 5, "ï¿½": 6, "Ċ": 7}, []))
+    raw.add_special_tokens(["<s>", "</s>"])
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    codec = TokenCodec(fast(raw), 9)
+    found = [codec.token(number) for number in range(9)]
+    assert found[:4] == [("<s>", b""), ("</s>", b""), ("a", b"a"), (" a", b" a")]
+    assert found[4:6] == [("\ufffd", b"\xc3"), ("\ufffd", b"\xa9")]
+    assert found[6:] == [("\ufffd", "\ufffd".encode()), ("\n", b"\n"), ("", b"")]
+    tokenizer = prepending()
+    tokenizer.add_tokens(["<0xE2>"])
+    ids = {name: TokenCodec(tokenizer, EMBEDDED).token(n) for name, n in tokenizer.get_vocab().items()}
+    assert (ids["▁business"], ids["<0x0A>"]) == ((" business", b" business"), ("\n", b"\n"))
 
 
 def test_a_target_goes_on_from_its_prompt() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from tests.support.device import Perfit
+from tests.support.endpoint import App, serving
 from tests.support.fake_cloud import FakeCloud
-from tests.support.vaults import CHEAP
+from tests.support.vaults import make_cheap
 
 from perfit_device import profile
 from perfit_device.cli import prompts
+from perfit_device.settings import DeviceSettings
+from perfit_shared import schedules
 
 
 @pytest.fixture
@@ -25,16 +28,15 @@ def cloud() -> Iterator[FakeCloud]:
 
 @pytest.fixture
 def cheap_vaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New vaults with a key derivation that tests can afford."""
-    from perfit_device.vault import store as vault
-
-    monkeypatch.setattr(vault, "KdfParams", lambda: CHEAP)
+    """New vaults and backups with a key derivation that tests can afford."""
+    make_cheap(monkeypatch)
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap_vaults: None) -> Path:
     monkeypatch.setenv("PERFIT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PERFIT_PASSPHRASE", "correct horse")
+    monkeypatch.setenv("PERFIT_AGENT_START", "never")
     return tmp_path / "home"
 
 
@@ -50,7 +52,16 @@ def history_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def perfit(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Perfit:
+def short_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates in this process take a third of the steps, each of which is calls to a cloud."""
+    monkeypatch.setattr(schedules, "_LEAST_STEPS", 50)
+    monkeypatch.setattr(schedules, "_LEAST_STEPS_IN_FOLDS", 25)
+
+
+@pytest.fixture
+def perfit(
+    home: Path, short_updates: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Perfit:
     monkeypatch.setattr(prompts, "has_terminal", lambda: False)  # whoever runs the tests may have one
     monkeypatch.setattr(profile, "OPENING_SECONDS", 0.1)  # most clouds here that are gone stay away
     return Perfit(capsys, monkeypatch)
@@ -64,5 +75,20 @@ def enrolled(perfit: Perfit, cloud: Any) -> Perfit:
 
 @pytest.fixture
 def ready(enrolled: Perfit, history_file: Path) -> Perfit:
-    enrolled.ok("history", "import", str(history_file))
+    enrolled.ok("history", "import", str(history_file), "--offline")
     return enrolled
+
+
+@pytest.fixture
+def opened(enrolled: Perfit, home: Path) -> Iterator[profile.Profile]:
+    """The enrolled profile, in this process."""
+    settings = DeviceSettings("default", home)
+    with profile.Profile.open(settings, passphrase=lambda: "correct horse") as opened:
+        yield opened
+
+
+@pytest.fixture
+def app(opened: profile.Profile) -> Iterator[App]:
+    """An app at the endpoint of that profile."""
+    with serving(opened) as app:
+        yield app

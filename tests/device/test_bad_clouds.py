@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,11 @@ from perfit_device import profile
 from perfit_device.cloud import client as clouds
 from perfit_device.cloud import enrolment
 from perfit_device.cloud.client import Cloud
-from perfit_device.cloud.codec import ShiftUse
+from perfit_device.cloud.codec import ShiftUse, chunk_from_wire
 from perfit_device.cloud.identity import Identity
 from perfit_shared.errors import Busy, NotAuthenticated, PerfitError, TooSlow, Unavailable
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.types import Sampling
+from perfit_shared.types import Sampling, TokenLogprob, TopLogprob
 from perfit_shared.wire import personalization_pb2 as pb
 
 
@@ -85,6 +86,7 @@ def test_a_clock_that_is_wrong_is_named(cloud: FakeCloud, device: Cloud, age: ti
 # -- waiting -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_command_waits_for_a_cloud_that_is_back_soon(
     ready: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +185,37 @@ def test_pieces_without_text_have_an_end(
 # -- lies --------------------------------------------------------------------------------------
 
 
+def test_log_probabilities_arrive_and_those_that_cannot_be_are_refused() -> None:
+    top = [pb.TopLogprob(text="b", data=b"b", logprob=-0.5)]
+    good = pb.TokenLogprob(text="\ufffd", data=b"\xc3", logprob=-1.5, top=top)
+    (told,) = chunk_from_wire(pb.GenerateResponse(text="a", logprobs=[good])).logprobs
+    assert told == TokenLogprob("\ufffd", b"\xc3", -1.5, (TopLogprob("b", b"b", -0.5),))
+    for change in ({"logprob": math.nan}, {"top": top * 21}, {"top": [pb.TopLogprob(logprob=math.inf)]}):
+        bad = pb.TokenLogprob(**{"logprob": -1.0, **change})
+        with pytest.raises(PerfitError, match="cannot be"):
+            chunk_from_wire(pb.GenerateResponse(logprobs=[bad]))
+
+
+def test_an_answer_of_log_probabilities_alone_has_an_end(
+    cloud: FakeCloud, device: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clouds, "ANSWER_CHARACTERS", 1000)
+    sent = []
+
+    def generate(self: Any, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:
+        while context.is_active() and len(sent) < 100:
+            sent.append(request.sampling.logprobs)
+            yield pb.GenerateResponse(logprobs=[pb.TokenLogprob()] * 500)
+
+    cloud.stop()
+    monkeypatch.setattr(Personalization, "Generate", generate)
+    cloud.start()
+    with pytest.raises(PerfitError, match="without end"):
+        list(device.generate("x", ShiftUse(), Sampling(4, logprobs=2)))
+    assert sent[0] == 2
+
+
+@pytest.mark.slow
 def test_what_a_cloud_makes_of_losses_and_gradients_costs_no_step(
     ready: Perfit, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -49,11 +50,8 @@ def test_enrol_ask_update_evaluate_export(ready: Perfit, tmp_path: Path, home: P
         "bytes_down",
     }
     assert updated["gate"]["accepted"] and updated["loss_last"] < updated["loss_first"]
-    assert (updated["epochs"], updated["examples"], updated["steps"]) == (
-        19,
-        16,
-        76,
-    )  # in folds, which spend no example on the gate
+    # In folds, which spend no example on the gate.
+    assert (updated["epochs"], updated["examples"], updated["steps"]) == (7, 16, 28)
     assert updated["bytes_up"] > 1000 and updated["bytes_down"] > 1000
     report = ready.json("evaluate")
     assert report["loss"]["personal"] < report["loss"]["collective"]
@@ -86,6 +84,21 @@ def test_ask_modes_and_json(enrolled: Perfit, cloud: Any) -> None:
     assert enrolled.fails("ask", " ")
     assert "at most 64" in enrolled.fails("ask", "x", "--max-tokens", "65")
     assert "longer than" in enrolled.fails("ask", "much too long", "--mode", "base")
+
+
+def test_a_stream_of_json(enrolled: Perfit, cloud: Any) -> None:
+    alone = enrolled.json("ask", "x", "--mode", "base")
+    lines = [
+        json.loads(line)
+        for line in enrolled.ok("ask", "x", "--mode", "base", "--json", "--stream").splitlines()
+    ]
+    *pieces, last = lines
+    assert {piece["mode"] for piece in pieces} == {"base"} and len(pieces) > 1
+    assert "".join(piece["text"] for piece in pieces).strip() == alone["answer"]
+    assert last == alone | {"done": True}
+    *pieces, last = map(json.loads, enrolled.ok("ask", "x", "--compare", "--json", "--stream").splitlines())
+    assert [*dict.fromkeys(piece["mode"] for piece in pieces)] == ["base", "collective", "personal"]
+    assert last["done"] and set(last["answers"]) == {"base", "collective", "personal"}
 
 
 def test_answers_cannot_steer_the_terminal(enrolled: Perfit, cloud: Any) -> None:
@@ -130,15 +143,12 @@ def test_status(ready: Perfit, cloud: Any) -> None:
 
 
 def test_history_commands(ready: Perfit, history_file: Path) -> None:
-    assert ready.json("history", "import", str(history_file)) == {
-        "task": "news_headline",
-        "added": 0,
-        "known": 20,
-    }
+    done = ready.json("history", "import", str(history_file))
+    assert (done["task"], done["added"], done["known"]) == ("news_headline", 0, 20)
     items = ready.json("history", "list")
     assert len(items) == 20 and items[0]["fields"]["title"] == "Meeting 0"
-    assert ready.json("history", "forget", items[0]["name"][:8]) == {"forgotten": 1}
-    ready.fails("history", "forget", items[0]["name"][:8])
+    assert ready.json("history", "forget", items[0]["name"][:8], "--yes") == {"forgotten": 1}
+    ready.fails("history", "forget", items[0]["name"][:8], "--yes")
     ready.fails("history", "forget")
     assert ready.json("history", "forget", "--all", "--yes") == {"forgotten": 19}
     assert "at least 10" in ready.fails("update")
@@ -261,7 +271,7 @@ def test_foreign_shifts_must_fit(ready: Perfit, cloud: Any, tmp_path: Path) -> N
     assert "not a shift file" in ready.fails("evaluate", "--shift", str(junk))
     cloud.version = "v2"
     line = ready.fails("evaluate", "--shift", str(shift))
-    assert "another version" in line and "perfit update --fresh" in line
+    assert "another version" in line and "perfit migrate" in line
     ready.ok("update", "--fresh")
     assert str(shift) in ready.fails("evaluate", "--shift", str(shift))
 
@@ -313,34 +323,34 @@ def test_help_is_quick_and_light() -> None:
         start = cpu_seconds()
         subprocess.run([sys.executable, "-m", "perfit_device.cli", "--help"], capture_output=True, check=True)
         best = min(best, cpu_seconds() - start)
-    assert best < 0.3
+    assert best < 0.6  # 0.1 alone; another thread on the same core doubles it and more
 
 
 def test_ctrl_c_says_where_it_left_things(ready: Perfit, cloud: Any, home: Path) -> None:
     import signal
     import threading
 
-    started = threading.Event()
+    steps, sixth = itertools.count(1), threading.Event()
 
     def slow(method: str) -> None:
         if method == "ComputeGradient":
-            started.set()
+            if next(steps) == 6:
+                sixth.set()
             time.sleep(0.2)
 
     cloud.fail = slow
     process = subprocess.Popen(
-        [sys.executable, "-m", "perfit_device.cli", "update", "--epochs", "50"],
+        [sys.executable, "-m", "perfit_device.cli", "update", "--epochs", "16"],
         env=os.environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert started.wait(SECONDS)
-    time.sleep(1.5)
+    assert sixth.wait(SECONDS)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
-    assert "`perfit update` resumes there" in err
+    assert "the same command resumes there" in err
     assert "Traceback" not in err
     cloud.fail = lambda method: None
     assert ready.json("update")["resumed_from"] > 0

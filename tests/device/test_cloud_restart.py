@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from perfit_device.cloud.channels import enrolment_channel, translate
+from perfit_device.cloud.identity import pem
 from perfit_device.cloud.retry import RetryPolicy
 
 SERVER = """
@@ -91,20 +92,22 @@ def start(tmp_path: Path, address: str) -> Iterator[Callable[[], subprocess.Pope
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_call_begun_while_the_cloud_restarts_is_answered_soon_after_it_is_back(
     certificate: bytes, address: str, start: Callable[[], subprocess.Popen[str]]
 ) -> None:
     """With another of gRPC's ways to wait for sockets it stood still for half a minute and more."""
     cloud = start()
     answered = threading.Event()
-    with enrolment_channel(address, certificate) as channel:
+    roots = pem(certificate)
+    with enrolment_channel(address, roots) as channel:
         method = channel.unary_stream("/test.Cloud/Answer")
 
         def ask() -> list[bytes]:
             try:
                 return list(method(b"question", timeout=120))
             except grpc.RpcError as error:
-                raise translate(error, address, certificate) from error
+                raise translate(error, address, roots) from error
 
         def patiently() -> None:
             assert RetryPolicy(give_up=60, longest_wait=1).call(ask) == [b"question"] * 3

@@ -14,7 +14,7 @@ from tests.support.updates import ARTEFACT, SEED, TASK, make_split, plan_for, pr
 
 from perfit_device import history, personal, shift_files
 from perfit_device.history import HistoryItem
-from perfit_device.personal import PersonalShift, TrainingSummary
+from perfit_device.shift_versions import PersonalShift, TrainingSummary
 from perfit_device.training.update import Result
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
@@ -162,7 +162,7 @@ def test_undo_shows_the_versions(ready: Perfit, cloud: Any) -> None:
     assert two.startswith("     2  20")
     assert "--list changes nothing" in ready.fails("undo", "--list", "--to", "1")
     shown = ready("status")[1]
-    assert "personal shift of 1 updates, version 1, 2 kept" in shown
+    assert "version 1, of 1 updates, 2 kept" in shown
     assert json.loads(ready("status", "--json")[1])["tasks"]["news_headline"]["current"] == 1
 
 
@@ -195,7 +195,7 @@ def test_export_needs_no_cloud(ready: Perfit, cloud: Any, tmp_path: Path) -> Non
     cloud.stop()
     exported = ready.json("export", "--shift", str(tmp_path / "mine.shift"))
     assert (exported["task"], exported["version"]) == ("news_headline", "v1")
-    shift = shift_files.read_file(tmp_path / "mine.shift", _artefact(cloud))
+    shift = shift_files.read((tmp_path / "mine.shift").read_bytes(), "mine.shift", _artefact(cloud))
     assert set(shift.layers) == {1, 2}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tests.support.vaults import sealed_rows
 
 from perfit_device import history
 from perfit_device.history import HistoryItem
-from perfit_device.history.importers import read_history
+from perfit_device.history.importers import Choices, Report, read_history
+from perfit_device.history.items import store as store_item
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
@@ -76,17 +78,17 @@ def test_line_separators_inside_a_line_are_text(tmp_path: Path) -> None:
 
 def test_lamp_files(tmp_path: Path) -> None:
     path = write(tmp_path, "user_top_100_history.json", LAMP)
-    items = read_history(path, TASK, user="8")
+    items = read_history(path, TASK, choices=Choices(user="8"))
     assert [(i.fields["text"], i.part) for i in items] == [
         ("old 8 0", ""),
         ("old 8 1", ""),
         ("new 8", "test"),
     ]
-    assert read_history(path, TASK, user="2")[0].fields["text"] == "old 900 0", "an index"
+    assert read_history(path, TASK, choices=Choices(user="2"))[0].fields["text"] == "old 900 0", "an index"
     with pytest.raises(InvalidData, match="3 users; say which with --user"):
         read_history(path, TASK)
     with pytest.raises(InvalidData, match='no user "44"; there are 7, 8, 900'):
-        read_history(path, TASK, user="44")
+        read_history(path, TASK, choices=Choices(user="44"))
     assert len(read_history(write(tmp_path, "one.json", LAMP[:1]), TASK)) == 3
 
 
@@ -183,7 +185,7 @@ def test_entries_with_an_empty_field_are_left_out_and_told(tmp_path: Path) -> No
     user = lamp_user(1)
     user["profile"].append({"id": "x", "text": " ", "title": "t", "date": "2020-01-01"})
     messages: list[str] = []
-    assert len(read_history(write(tmp_path, "u.json", [user]), TASK, notify=messages.append)) == 3
+    assert len(read_history(write(tmp_path, "u.json", [user]), TASK, report=Report(messages.append))) == 3
     assert messages == ["1 entries of the file have an empty field and were left out"]
 
 
@@ -200,7 +202,7 @@ def test_dates_that_cannot_order_a_profile_are_dropped(tmp_path: Path) -> None:
 def test_the_briefs_files(name: str, vault: Vault, brief: Path) -> None:
     folder = brief / "data" / "lamp_news" / name
     task = load_task(folder, name)
-    items = read_history(folder / "user_top_100_history.json", task, user="12")
+    items = read_history(folder / "user_top_100_history.json", task, choices=Choices(user="12"))
     added, known = history.add(vault, items)
     assert added + known == len(items) and added > 70
     split = history.split(history.load(vault, name))
@@ -266,7 +268,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     for path, says in (
         (binary, "UTF-8"),
         (tmp_path / "none.csv", "No such file"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "a folder of no mail"),
     ):
         with pytest.raises(InvalidData, match=says):
             read_history(path, TASK)
@@ -333,3 +335,28 @@ def test_forgetting_drops_what_saw_it(vault: Vault, kind: str) -> None:
     vault.put(kind, "cloud/news_categorize/news_categorize", b"x")
     history.forget(vault, history.load(vault)[:1])
     assert list(vault.list(kind)) == ["cloud/news_categorize/news_categorize"]
+
+
+def test_the_tasks_are_known_without_the_examples(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ask without --task read the whole history to find the one that it has examples of."""
+
+    def known(*expected: str, reads: int) -> None:
+        read: list[str] = []
+        listed = vault.list
+        with monkeypatch.context() as patched:
+            patched.setattr(vault, "list", lambda kind: [read.append(kind), listed(kind)][1])
+            assert history.tasks(vault) == {*expected}
+        assert len(read) == reads
+
+    known(reads=1)  # nothing
+    items = [HistoryItem.make(TASK, row) for row in ROWS]
+    history.add(vault, [*items, replace(items[0], task="another")])
+    known("another", TASK.name, reads=0)
+    history.forget(vault, [item for item in history.load(vault) if item.task == "another"])
+    known(TASK.name, reads=0)
+    # An earlier perfit adds without a word of the tasks.
+    store_item(vault, replace(items[0], task="third"))
+    vault.put("counter", "history", b"4")
+    known("third", TASK.name, reads=1)
+    history.add(vault, items[:1])
+    known("third", TASK.name, reads=0)

@@ -75,10 +75,10 @@ def test_an_invite_that_nobody_would_make_is_refused(expires: int, address: byte
 
 def test_expiry_is_seen_before_the_network() -> None:
     now = int(time.time())
-    enrolments.check_expiry(replace(INVITE, expires_unix=now + 60))
+    replace(INVITE, expires_unix=now + 60).check_expiry()
     day = f"{datetime.fromtimestamp(now - 60, UTC):%Y-%m-%d}"
     with pytest.raises(InviteRefused, match=f"expired on {day} .*ask the operator"):
-        enrolments.check_expiry(replace(INVITE, expires_unix=now - 60))
+        replace(INVITE, expires_unix=now - 60).check_expiry()
 
 
 def certificate(identity: Identity, days: tuple[float, float]) -> bytes:

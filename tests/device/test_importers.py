@@ -12,7 +12,7 @@ import pytest
 from tests.support.device import Perfit
 
 from perfit_device.cli import prompts
-from perfit_device.history.importers import read_history
+from perfit_device.history.importers import Report, read_history
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import TASKS
 
@@ -74,7 +74,7 @@ def test_a_long_text_in_a_table(tmp_path: Path) -> None:
 def test_windows_1252_is_told(tmp_path: Path) -> None:
     messages: list[str] = []
     (tmp_path / "a.csv").write_bytes(TABLE.format(";").encode("cp1252"))
-    read_history(tmp_path / "a.csv", TASK, notify=messages.append)
+    read_history(tmp_path / "a.csv", TASK, report=Report(messages.append))
     assert messages == ["the file is not UTF-8, so it was read as Windows-1252; check an accent or two"]
 
 
@@ -105,6 +105,7 @@ def test_windows_1252_may_look_like_utf_8_in_places(tmp_path: Path) -> None:
         (b'{"text": ["x"]}\n{"text": "x", "title": "y"}\n{}\n{}', "(2 more are wrong)"),
         (b"body;head\nx;y\n", "the first row has no column text and no column title; it has body, head"),
         (b"text;title;text\nx;y;z\n", "the first row has the column text twice"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0", "a spreadsheet or an archive, not text"),
         (b"PK\x03\x04 spreadsheet", "a spreadsheet or an archive, not text; save it as CSV"),
         (b"text,title\nx\0,y\n", "null characters"),
         ("text,title\nx,y\n".encode("utf-16-le"), "null characters"),
@@ -143,18 +144,15 @@ def test_a_listing_comes_back_exactly(
     ready.ok("history", "import", str(file), "--task", "news_categorize")
     listing = ready.ok("history", "list", "--json")
     (tmp_path / "all.json").write_text(listing)
-    assert ready.json("history", "import", str(tmp_path / "all.json")) == {
-        "task": "news_categorize, news_headline",
-        "added": 0,
-        "known": 22,
-    }
+    again = ready.json("history", "import", str(tmp_path / "all.json"))
+    assert (again["task"], again["added"], again["known"]) == ("news_categorize, news_headline", 0, 22)
     ready.ok("history", "forget", "--all", "--yes")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listing.encode())))
     assert ready.json("history", "import", "-")["added"] == 22
     assert ready.ok("history", "list", "--json") == listing
     ready.ok("history", "forget", "--all", "--yes")
     _, _, err = ready("history", "import", str(tmp_path / "all.json"), "--task", "news_categorize")
-    assert "21 examples of the file are of other tasks and were left out" in err
+    assert "left out 21 of another task (item 1, item 2, item 3, …)" in err
 
 
 @pytest.mark.parametrize(
@@ -198,7 +196,7 @@ def test_forgetting_everything_asks(ready: Perfit, monkeypatch: pytest.MonkeyPat
             "history", "forget", *flags
         )
     asked: list[str] = []
-    monkeypatch.setattr("perfit_device.cli.history.require_yes", asked.append)
+    monkeypatch.setattr("perfit_device.cli.forget.require_yes", asked.append)
     ready.ok("history", "forget", "--all")
     assert asked == ["this forgets 20 examples for good."]
     assert ready.json("history", "list") == []
@@ -228,14 +226,34 @@ def test_unknown_tasks_are_named(ready: Perfit) -> None:
 def test_examples_too_long_for_the_cloud_are_named_at_import(
     ready: Perfit, tmp_path: Path, cloud: Any
 ) -> None:
+    """By the cloud, which has the tokenizer; the update that follows does not find out again."""
+    path = tmp_path / "long.jsonl"
+    rows = [{"text": f"{text} {n}", "title": "x"} for n, text in enumerate(["fine", "too long", "short"])]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = ready("history", "import", str(path), "--dry-run")
+    assert code == 0 and "3 examples would be added" in err
+    assert "1 are too long for the cloud (line 2); they are kept" in err
+    assert len(ready.json("history", "list")) == 20
+    _, _, err = ready("history", "import", str(path))
+    assert "1 are too long for the cloud (line 2)" in err and "3 examples added" in err
+    cloud.calls.clear()
+    _, _, err = ready("update", "--epochs", "1")
+    assert "1 examples are too long for this cloud and are left out" in err
+    assert cloud.calls.count("Adapt") <= 1
+
+
+def test_without_the_cloud_words_are_counted(ready: Perfit, tmp_path: Path, cloud: Any) -> None:
+    """As an update takes them: it cuts a text to 768 words, and a word has a token at least."""
     path = tmp_path / "long.jsonl"
     rows = [{"text": "word " * n, "title": "x"} for n in (300, 20_000, 5)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    code, _, err = ready("history", "import", str(path))
-    assert code == 0
-    assert "line 2: 20000 words are too long for the cloud, which takes 512 tokens" in err
-    assert "line 1" not in err and "3 examples added" in err
+    cloud.calls.clear()
+    code, _, err = ready("history", "import", str(path), "--offline")
+    assert code == 0 and not cloud.calls
+    assert "1 are too long for the cloud (line 2)" in err and "3 examples added" in err
     rows = [{"text": f"{'word ' * 600}{n}", "title": "x"} for n in range(8)]
     path.write_text("\n".join(map(json.dumps, rows)))
+    cloud.stop()
     _, _, err = ready("history", "import", str(path))
-    assert err.count("are too long for the cloud") == 5 and "3 more are too long as well" in err
+    assert "the cloud cannot say which examples are too long now" in err
+    assert "8 are too long for the cloud (line 1, line 2, line 3, line 4, line 5, …)" in err

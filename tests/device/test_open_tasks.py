@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,8 @@ def test_examples_of_an_operator_s_task(tickets: Perfit, tmp_path: Path) -> None
     rows = [{"product": "Web", "ticket": f"No {n} fails.", "answer": f"Do {n}."} for n in range(19)]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert tickets.json("history", "import", str(path)) == {"task": "tickets", "added": 19, "known": 0}
+    done = tickets.json("history", "import", str(path))
+    assert (done["task"], done["added"], done["known"]) == ("tickets", 19, 0)
     assert len(tickets.json("history", "list", "--task", "tickets")) == 20
     path.write_text(json.dumps({"product": "Web", "answer": "x"}))
     said = tickets.fails("history", "import", str(path), "--task", "tickets")
@@ -82,6 +86,24 @@ def test_the_cloud_s_task_counts_not_perfit_s_of_that_name(cloud: Any, perfit: P
     perfit.ok("history", "add", "Hello?", "Hi!")
     (item,) = perfit.json("history", "list")
     assert item["fields"] == {"mail": "Hello?", "mine": "Hi!"}
+
+
+def test_a_task_s_penalties_count_where_none_is_given(cloud: Any, perfit: Perfit, monkeypatch: Any) -> None:
+    cloud.tasks = ["chat"]
+    chat = TASKS["chat"].resolved(True)
+    cloud.own_tasks = {"chat": replace(chat, frequency_penalty=0.5, presence_penalty=-1)}
+    perfit.ok("enroll", cloud.invite().encode())
+    for command in (("ask", "What should I cook?"), ("chat",)):
+        for flags, wanted in (
+            ((), (0.5, -1.0)),
+            (("--frequency-penalty", "0"), (0.0, -1.0)),
+            (("--presence-penalty", "1.5", "--frequency-penalty", "-2"), (-2.0, 1.5)),
+        ):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What should I cook?")))
+            perfit.ok(*command, *flags)
+            sent = cloud.samplings[-1]
+            assert (sent.frequency_penalty, sent.presence_penalty) == wanted, (command, flags)
+    assert "from -2 to 2" in perfit.fails("ask", "x", "--frequency-penalty", "2.5")
 
 
 def test_replies_and_chats_are_asked_by_name(cloud: Any, perfit: Perfit) -> None:

@@ -6,17 +6,30 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.support.vaults import CHEAP, PASSPHRASE
 
-from perfit_device.operations import ask, enroll, evaluate, examples, status, update, versions
+from perfit_device.history.importers import read_history
+from perfit_device.nearest import nearest_examples
+from perfit_device.operations.ask import AnswerPart, Ask, Question
+from perfit_device.operations.enroll import Enroll
+from perfit_device.operations.evaluate import Evaluate
+from perfit_device.operations.examples import AddExample, FindExamples
+from perfit_device.operations.forgetting import Forget
+from perfit_device.operations.imports import ImportExamples
+from perfit_device.operations.operation import Emit, Event, Note, Progress
+from perfit_device.operations.status import ProfileStatus
+from perfit_device.operations.update import Update
+from perfit_device.operations.versions import ListVersions, Undo
 from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidInput, NotFound, Unavailable, VaultBusy
+from perfit_shared.tasks import TASKS
 from perfit_shared.types import Mode
 
 
@@ -31,55 +44,89 @@ def profile(
 ) -> Iterator[Profile]:
     """Enrolled, with 20 examples."""
     with Profile.create(DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append) as opened:
-        enroll.enroll(opened, cloud.invite())
-        assert examples.import_file(opened, history_file).added == 20
+        opened.perform(Enroll(cloud.invite().encode()))
+        items = read_history(history_file, TASKS["news_headline"])
+        assert opened.perform(ImportExamples(items, offline=True)).added == 20
         yield opened
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
-def answer(profile: Profile, mode: Mode) -> str:
-    asked = ask.prepare(profile, ask.Question("The council met.", temperature=0.0), [mode])
-    return "".join(chunk.text for chunk in asked.stream(mode))
+def answer(profile: Profile, mode: Mode, emit: Emit = lambda _: None) -> str:
+    asking = Ask(Question("The council met.", temperature=0.0), (mode,))
+    return profile.perform(asking, emit).by_mode[mode].text
 
 
-SHORT = update.UpdateRequest(settings={"epochs": 2})
+SHORT = Update(settings={"epochs": 2})
 
 
-def test_a_day_with_a_profile(profile: Profile, messages: list[str]) -> None:
-    assert answer(profile, Mode.PERSONAL) == "Hello world personal "
-    assert messages == [
+def test_a_day_with_a_profile(profile: Profile) -> None:
+    events: list[Event] = []
+    assert answer(profile, Mode.PERSONAL, events.append) == "Hello world personal "
+    assert events[0] == Note(
         "no personal shift for news_headline yet, so this is the seed; `perfit update` trains one"
-    ]
+    )
+    said = [event.chunk.text for event in events if isinstance(event, AnswerPart)]
+    assert "".join(said) == "Hello world personal " and len(said) > 2
     steps: list[int] = []
-    done = update.update(profile, SHORT, lambda step, *_: steps.append(step))
-    assert done.result is not None and done.result.gate.accepted
-    assert steps == list(range(1, done.result.steps + 1))
-    update.update(profile, update.UpdateRequest(settings={"epochs": 3}))
-    name, kept = versions.read(profile, None)
+
+    def happened(event: Event) -> None:
+        if isinstance(event, Progress):
+            steps.append(event.done)
+
+    done = profile.perform(SHORT, happened)
+    assert done.trained is not None and done.trained.gate.accepted
+    assert steps == list(range(1, done.trained.steps + 1))
+    profile.perform(Update(settings={"epochs": 3}))
+    found = profile.perform(ListVersions())
+    name, kept = found.artefact, found.versions
     assert (name, [v.number for v in kept.kept], kept.current) == ("news_headline", [1, 2], 2)
-    assert kept.kept[0].learned.gate_after == done.result.gate.after
-    assert versions.undo(profile, None)[1].number == 1
-    measuring = evaluate.prepare(profile)
-    measuring.run()
-    report = measuring.report()
+    assert kept.kept[0].learned.gate_after == done.trained.gate.after
+    assert profile.perform(Undo()).version.number == 1
+    report = profile.perform(Evaluate())
     assert (report.examples, list(report.loss)) == (4, ["base", "collective", "personal"])
     assert report.answers[0]["personal"] == "Hello world personal"
-    found, trouble = status.status(profile)
-    assert trouble is None and found.tasks[name].examples == 20 and found.tasks[name].current == 1
-    assert examples.add(profile, "It rained.", "Rain").added == 1
-    assert len(examples.find(profile, "news_headline")) == 21
-    assert examples.forget(profile, examples.find(profile)) == examples.Forgotten(21, is_trained=True)
-    assert versions.read(profile, None)[1].before is None
+    status = profile.perform(ProfileStatus())
+    assert status.exit_code == 0 and status.tasks[name].examples == 20 and status.tasks[name].current == 1
+    assert profile.perform(AddExample("It rained.", "Rain")).added == 1
+    items = profile.perform(FindExamples("news_headline"))
+    assert len(items) == 21
+    names = [item.name for item in items]
+    done = profile.perform(Forget(names))
+    assert done.count == 21 and [each.number for each in done.left] == [1]
+    assert profile.perform(ListVersions()).versions.before is None
 
 
 def test_what_cannot_be_asked_is_an_error(profile: Profile) -> None:
     with pytest.raises(InvalidInput, match="empty"):
-        ask.Question(" ")
+        Question(" ")
     with pytest.raises(InvalidInput):
-        ask.prepare(profile, ask.Question("x", max_tokens=65), [Mode.BASE])
+        profile.perform(Ask(Question("x", max_tokens=65), (Mode.BASE,)))
     with pytest.raises(NotFound):
-        ask.prepare(profile, ask.Question("x", task="poems"), [Mode.BASE])
+        profile.perform(Ask(Question("x", task="poems"), (Mode.BASE,)))
+    with pytest.raises(InvalidInput, match="log-probabilities of no tokens"):  # an older cloud
+        profile.perform(Ask(Question("x", logprobs=1), (Mode.BASE,)))
+
+
+def test_own_examples_stand_before_a_question(profile: Profile, cloud: Any) -> None:
+    """The nearest first and never the question itself; as many as fit; the same in every mode."""
+    task = TASKS["news_headline"]
+    examples = profile.perform(FindExamples(task.name))
+    wanted = examples[7]
+    text = wanted.fields["text"]
+    asked = Question(f"{text} Again.", temperature=0.0, examples=3)
+    profile.perform(Ask(asked, (Mode.BASE, Mode.COLLECTIVE)))
+    *before, own = cloud.prompts[-1].text.split("\n", 3)
+    assert cloud.prompts[-1] == cloud.prompts[-2]
+    assert before[0] == f"article: {text} title: {wanted.fields['title']}" and len({*before}) == 3
+    assert own == task.prompt({"text": asked.text})
+    profile.perform(Ask(replace(asked, text=text), (Mode.BASE,)))
+    assert f"article: {text} title: " not in cloud.prompts[-1].text
+    profile.perform(Ask(replace(asked, examples=0), (Mode.BASE,)))
+    assert cloud.prompts[-1].text == own
+    assert nearest_examples(profile, task, wanted, 3, tokens=40) == []
+    with pytest.raises(InvalidInput, match="from 0 to 64"):
+        replace(asked, examples=65)
 
 
 def test_the_passphrase_is_asked_for_once(profile: Profile, home: Path) -> None:
@@ -125,17 +172,17 @@ def test_one_profile_answers_while_it_trains(profile: Profile, cloud: Any) -> No
 
     cloud.fail = waiting
     done: list[Any] = []
-    training = threading.Thread(target=lambda: done.append(update.update(profile, SHORT)))
+    training = threading.Thread(target=lambda: done.append(profile.perform(SHORT)))
     training.start()
     try:
         assert under_way.wait(30)
         assert answer(profile, Mode.PERSONAL) == "Hello world personal "
-        assert examples.add(profile, "It rained.", "Rain").added == 1
+        assert profile.perform(AddExample("It rained.", "Rain")).added == 1
     finally:
         answered.set()
         training.join(60)
-    assert done[0].result.gate.accepted
-    assert len(examples.find(profile)) == 21
+    assert done[0].trained.gate.accepted
+    assert len(profile.perform(FindExamples())) == 21
 
 
 def test_a_thread_s_change_is_no_part_of_another_s(tmp_path: Path) -> None:
@@ -185,7 +232,9 @@ def test_a_released_vault_is_shared_by_all_who_need_it(profile: Profile) -> None
         vault.put("note", "new", b"x")
     assert vault.closed
     found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(len(examples.find(profile)))) for _ in range(12)]
+    threads = [
+        threading.Thread(target=lambda: found.append(len(profile.perform(FindExamples())))) for _ in range(12)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

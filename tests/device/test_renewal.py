@@ -188,7 +188,7 @@ def test_a_vault_that_is_busy_is_waited_for_in_mid_run(
 
     asked: list[str] = []
 
-    def typed(prompt: str, *, confirm: bool) -> str:
+    def typed(prompt: str) -> str:
         asked.append(prompt)
         return "correct horse"
 

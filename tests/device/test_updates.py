@@ -24,6 +24,7 @@ from tests.support.updates import (
 
 from perfit_device import personal
 from perfit_device.cloud.retry import RetryPolicy
+from perfit_device.shift_versions import PersonalShift
 from perfit_device.training import update as updates
 from perfit_device.training.update import Plan, Result
 from perfit_device.vault.crypto import KdfParams
@@ -38,6 +39,7 @@ from perfit_shared.errors import (
     VaultError,
     VaultUnswept,
 )
+from perfit_shared.mixes import between
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Training
 from perfit_shared.types import Score
@@ -117,7 +119,7 @@ def test_an_interrupt_at_the_gate_costs_no_step(vault: Vault) -> None:
     assert again.run().gate.accepted
 
 
-def test_the_best_epoch_is_the_candidate(vault: Vault) -> None:
+def test_the_candidate_lies_on_the_way_to_the_best_epoch(vault: Vault) -> None:
     seen: list[ShiftTensors] = []
 
     def second_is_best(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], list[Score]]:
@@ -130,7 +132,7 @@ def test_the_best_epoch_is_the_candidate(vault: Vault) -> None:
     assert (result.gate.before, result.gate.after, len(seen)) == (1.0, 0.5, 4)
     kept = personal.load(vault, "cloud", ARTEFACT)
     assert kept is not None
-    assert kept.tensors.digest() == seen[1].digest() != seen[3].digest()
+    assert kept.tensors.digest() == between(SEED, seen[1], 0.75).digest() != seen[1].digest()
 
 
 def test_checkpoint_bytes_round_trip(vault: Vault) -> None:
@@ -160,7 +162,7 @@ def test_another_plan_starts_anew(vault: Vault) -> None:
 
 
 def test_the_gate_keeps_a_worse_candidate_out(vault: Vault) -> None:
-    personal.store(vault, "cloud", ARTEFACT, personal.PersonalShift(SEED, 3))
+    personal.store(vault, "cloud", ARTEFACT, PersonalShift(SEED, 3))
     mine = personal.load(vault, "cloud", ARTEFACT)
     worse = prepared(
         vault,
@@ -233,6 +235,9 @@ def test_the_next_request_is_out_before_the_bookkeeping(
         "checkpoint",
         "shift",
         "version",
+        "trained",
+        "seed",
+        "updates",
         "finished",
     ]
 
@@ -256,7 +261,7 @@ def test_a_cloud_that_comes_back_is_waited_for(vault: Vault) -> None:
 
 
 def test_a_cloud_that_stays_away_ends_it_with_a_hint(vault: Vault) -> None:
-    with pytest.raises(UpdateFailed, match="after step 6 of 24, and `perfit update` resumes"):
+    with pytest.raises(UpdateFailed, match="after step 6 of 24, and the same command resumes"):
         prepared(vault, gradient=failing_after(6, Unavailable("gone"))).run()
 
 
@@ -366,6 +371,6 @@ def test_a_disk_too_full_for_a_checkpoint_keeps_the_one_before(
 
 
 def test_a_shift_of_another_artefact_version_is_a_mismatch(vault: Vault) -> None:
-    personal.store(vault, "cloud", ARTEFACT, personal.PersonalShift(SEED, 1))
-    with pytest.raises(ShiftMismatch, match="--fresh"):
+    personal.store(vault, "cloud", ARTEFACT, PersonalShift(SEED, 1))
+    with pytest.raises(ShiftMismatch, match="perfit migrate"):
         personal.load(vault, "cloud", replace(ARTEFACT, version="v2"))

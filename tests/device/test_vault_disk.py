@@ -36,6 +36,7 @@ def path(tmp_path: Path) -> Path:
 # -- at every byte -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "refused"])
 def test_writing_ends_at_any_byte(path: Path, tmp_path: Path, how: str) -> None:
     """No file may grow beyond a limit: the process dies in the middle of a write, or is refused it."""

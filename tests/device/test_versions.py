@@ -6,18 +6,20 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.support.limited import run_limited
 from tests.support.old_files import KEPT_OF_1, TWO, header_of, versions
 from tests.support.old_files import PASSPHRASE as KEPT_PASSPHRASE
-from tests.support.updates import ARTEFACT, make_split, prepared
+from tests.support.updates import ARTEFACT, make_split, plan_for, prepared
 from tests.support.vaults import CHEAP, PASSPHRASE
 
 from perfit_device import history, personal
 from perfit_device.history import HistoryItem
-from perfit_device.personal import MOST_VERSIONS, PersonalShift, TrainingSummary, Versions
+from perfit_device.personal import MOST_VERSIONS
+from perfit_device.shift_versions import PersonalShift, TrainingSummary, Versions
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidInput, NotFound
 from perfit_shared.shifts import ShiftTensors
@@ -82,11 +84,22 @@ def test_undo_goes_back_again_and_again(vault: Vault) -> None:
         personal.undo(vault, "cloud", "poems")
 
 
-def test_an_update_takes_the_place_of_what_was_undone(vault: Vault) -> None:
+def test_an_update_keeps_what_was_undone_and_follows_what_was_current(vault: Vault) -> None:
     personal.undo(vault, "cloud", NAME)
     personal.store(vault, "cloud", ARTEFACT, shift(4))
-    assert (current(vault), numbers(vault)) == (4, [1, 2, 4])
-    assert len(vault.list("version")) == 3
+    assert (current(vault), numbers(vault)) == (4, [1, 2, 3, 4])
+    assert personal.undo(vault, "cloud", NAME).number == 2
+    assert len(vault.list("version")) == 4
+
+
+def test_the_version_before_stays_although_it_is_the_oldest_of_ten(vault: Vault) -> None:
+    """An update after going back to the first of ten removed the one that it went on from."""
+    for number in range(4, 11):
+        personal.store(vault, "cloud", ARTEFACT, shift(number))
+    personal.undo(vault, "cloud", NAME, to=1)
+    personal.store(vault, "cloud", ARTEFACT, shift(11))
+    assert numbers(vault) == [1, *range(3, 12)]
+    assert personal.undo(vault, "cloud", NAME).number == 1
 
 
 def test_the_last_ten_are_kept(vault: Vault) -> None:
@@ -112,6 +125,52 @@ def test_forgetting_leaves_the_current_version_alone(vault: Vault) -> None:
     personal.undo(vault, "cloud", NAME)
     history.forget(vault, items)
     assert (current(vault), numbers(vault)) == (2, [2])
+
+
+def test_forgetting_drops_only_versions_that_know_the_example(vault: Vault) -> None:
+    """All versions but the current one went, whether they knew it or not."""
+    one, two = (HistoryItem.make(ARTEFACT.task, {"text": text, "title": text}) for text in "ab")
+    history.add(vault, [one, two])
+    personal.drop(vault, "cloud", NAME, None)
+    for number, known in enumerate(([one], [one, two], [one]), start=1):
+        marks = personal.marks_of(item.name for item in known)
+        personal.store(vault, "cloud", ARTEFACT, replace(shift(number), trained=marks))
+    assert [(v.number, sure) for _, v, sure in personal.knowing(vault, {two.task}, [two.name])] == [(2, True)]
+    history.forget(vault, [two])
+    assert (current(vault), numbers(vault)) == (3, [1, 3])
+    assert history.forgotten(vault, two.task) == 1
+    assert [version.forgotten for version in read(vault).kept] == [1, 1]
+    personal.store(vault, "cloud", ARTEFACT, shift(4, forgotten=1))
+    assert numbers(vault) == [1, 3, 4], "none of them has anything to unlearn"
+    history.forget(vault, [one])
+    personal.store(vault, "cloud", ARTEFACT, shift(5, forgotten=2))
+    assert numbers(vault) == [5]
+    assert len(vault.list("version")) == len(vault.list("trained")) + 1 == 1
+
+
+def test_a_continued_version_knows_what_the_one_before_knew(vault: Vault) -> None:
+    split = make_split()
+    names = [item.name for item in split.train]
+    older = replace(shift(1), trained=personal.marks_of(["ab" * 32]))
+    assert prepared(vault, current=older, names=names).run().gate.accepted
+    made = personal.load(vault, "cloud", ARTEFACT)
+    assert made is not None and made.trained == personal.marks_of([*names, "ab" * 32])
+    fresh = prepared(vault, plan=plan_for(split, fresh=True, seed=1), current=older, names=names, anyway=True)
+    fresh.run()
+    made = personal.load(vault, "cloud", ARTEFACT)
+    assert made is not None and made.trained == personal.marks_of(names)
+
+
+def test_dropping_is_for_good_and_not_for_the_current_one(vault: Vault) -> None:
+    with pytest.raises(InvalidInput, match="the current one"):
+        personal.drop(vault, "cloud", NAME, 3)
+    with pytest.raises(NotFound, match="version 9"):
+        personal.drop(vault, "cloud", NAME, 9)
+    assert personal.drop(vault, "cloud", NAME, 2) == 1
+    assert (numbers(vault), len(vault.list("version"))) == ([1, 3], 2)
+    assert personal.undo(vault, "cloud", NAME).number == 1, "what it followed is gone"
+    assert personal.drop(vault, "cloud", NAME, None) == 2
+    assert not vault.list("version") and not personal.artefacts(vault)
 
 
 def test_an_update_says_what_the_version_was_made_of(vault: Vault) -> None:
@@ -181,6 +240,7 @@ def test_what_makes_room_for_the_eleventh_is_overwritten(full: Path) -> None:
         assert not any(piece in data for piece in gone), file.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "refused"])
 def test_a_new_version_is_there_or_not_whenever_it_ends(full: Path, tmp_path: Path, how: str) -> None:
     """And the one that it took the place of is there, or nowhere."""
@@ -203,6 +263,7 @@ def test_a_new_version_is_there_or_not_whenever_it_ends(full: Path, tmp_path: Pa
     assert seen == {tuple(range(1, 11)), tuple(range(2, 12))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "refused"])
 def test_a_migration_is_done_or_not_whenever_it_ends(tmp_path: Path, how: str) -> None:
     source = tmp_path / "source"

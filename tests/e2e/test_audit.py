@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from tests.support.memory import looking
 from tests.support.models import needs_smollm2
+from typer.testing import CliRunner
 
 from local import BIN, CommandFailed, run
+from perfit_cloud.cli.main import app
 from perfit_cloud.collective.blank import BlankRequest, make_blank
+from perfit_shared.errors import InvalidInput
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_a_hardened_server_forgets(command: list[str], tmp_path: Path, dtype: st
     seen = {(row["rpc"], row["ending"]) for row in written["rows"] if row["hardening"] == "on"}
     for rpc in ("Generate", "Ask", "Score", "ComputeGradient", "Adapt"):
         assert {(rpc, "done"), (rpc, "gone")} <= seen
-    assert {("Enroll", "done"), ("Renew", "done")} <= seen
+    assert {("Enroll", "done"), ("Renew", "done"), ("Leave", "done")} <= seen
     during = [row for row in written["rows"] if row["moment"] == "during"]
     assert all(any(kind.startswith("tensor") for kind in row["found"]) for row in during)
     left = [
@@ -89,8 +92,8 @@ def test_smollm2_is_forgotten_too(tmp_path: Path, dtype: str) -> None:
 
 
 def test_an_rpc_that_there_is_not_is_refused(command: list[str]) -> None:
-    with pytest.raises(CommandFailed) as failed:
-        run([*command, "--rpc", "Forget"])
-    said = failed.value.said.strip()
-    assert said.startswith("perfit-cloud: --rpc should be Generate, Ask, Score,")
+    refused = CliRunner().invoke(app, [*command[1:], "--rpc", "Forget"])
+    assert isinstance(refused.exception, InvalidInput), refused.output
+    said = str(refused.exception)
+    assert said.startswith("--rpc should be Generate, Ask, Score,")
     assert said.endswith('not "Forget"')

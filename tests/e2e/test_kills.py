@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import tiny
+from local import LocalCloud
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 from soak.killing.changes import State, carved, kill_changes, pieces_of
+from soak.killing.ownership import Owned, Owner, fault
 from soak.kills import run
 
 
@@ -19,11 +22,32 @@ def test_kills(tmp_path: Path) -> None:
     assert result["wrong"] == []
     assert result["kills"] == 10
     assert set(result["of"]) >= {"changes", "update"}
+    assert any(of.startswith(("agent: ", "caller: ")) for of in result["of"])
 
 
 def test_kills_of_a_vault_that_changes_without_end(tmp_path: Path) -> None:
     rng = random.Random(5)
     assert [kill_changes(tmp_path / str(seed), seed, rng) for seed in range(3)] == [None] * 3
+
+
+@pytest.mark.slow
+def test_kills_of_restoring_unlearning_and_leaving(tmp_path: Path) -> None:
+    model = tiny.build(tmp_path / "tiny")
+    with LocalCloud(model.model, model.artefacts, tmp_path / "cloud") as cloud:
+        owner, rng = Owner(cloud, tmp_path / "owner"), random.Random(1)
+        killed = [each for _ in range(8) for each in owner.kill(rng)]
+    assert killed and [each for each in killed if each.wrong] == []
+
+
+def test_half_of_what_an_owner_does_would_be_seen() -> None:
+    before, after = Owned(frozenset("ab"), (1,), 1, 1), Owned(frozenset("a"), (2,), 2, 0)
+    name = "forget --retrain"
+    assert fault(name, before, before, after) is None is fault(name, before, after, after)
+    assert fault(name, before, Owned(before.examples, (1, 2), 2, 1), after) is None
+    for half in (None, Owned(after.examples, (1,), 1, 0), Owned(after.examples, (1, 2), 2, 0)):
+        assert fault(name, before, half, after)
+    assert fault("restore", Owned(), Owned(before.examples), before)
+    assert fault("unenroll", before, Owned(before.examples), None)
 
 
 def test_the_outcome_of_changes_is_known(tmp_path: Path) -> None:

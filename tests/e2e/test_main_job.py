@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.processes import ForkedCloud
+from tests.support.processes import ForkedCloud, ForkedDevice
+from tests.support.waiting import read_until
 
 from local import CommandFailed, Device, LocalCloud
 from perfit_shared.shifts import ShiftTensors, read_metadata
@@ -55,7 +56,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def device(cloud: LocalCloud, tmp_path: Path) -> Device:
-    device = Device(tmp_path, "default")
+    device = ForkedDevice(tmp_path, "default")
     device("enroll", "-", text=cloud.invite())
     return device
 
@@ -71,10 +72,23 @@ def fails(run: Callable[[], Any], code: int = 1) -> CommandFailed:
     return caught.value
 
 
-def test_the_whole_way(
-    device: Device, cloud: LocalCloud, history: Path, artefact: Path, tmp_path: Path
+def test_the_short_way(
+    model_folder: Callable[[str], Path], history: Path, artefact: Path, tmp_path: Path
 ) -> None:
+    """The whole way, where libraries are loaded once."""
+    with ForkedCloud(model_folder("llama"), [artefact], tmp_path / "cloud") as cloud:
+        go_the_whole_way(cloud, ForkedDevice(tmp_path, "default"), history, artefact)
+
+
+@pytest.mark.slow
+def test_the_whole_way(cloud: LocalCloud, history: Path, artefact: Path, tmp_path: Path) -> None:
+    """By commands as users start them."""
+    go_the_whole_way(cloud, Device(tmp_path, "default"), history, artefact)
+
+
+def go_the_whole_way(cloud: LocalCloud, device: Device, history: Path, artefact: Path) -> None:
     assert cloud.said["artefacts"] == [TASK]
+    device("enroll", "-", text=cloud.invite())
     first = device.json("ask", "the cat sat", "--task", TASK, "--temperature", "0")
     assert first["mode"] == "personal"
     assert first["answer_tokens"] >= 1
@@ -91,7 +105,7 @@ def test_the_whole_way(
     assert update["bytes_up"] > 0
     assert update["bytes_down"] > 0
 
-    shift = tmp_path / "mine.safetensors"
+    shift = Path(device.env["PERFIT_HOME"], "mine.safetensors")
     device("export", "--shift", str(shift), "--task", TASK)
     assert shift.stat().st_mode & 0o777 == 0o600
     assert read_metadata(shift.read_bytes())["artefact"] == TASK
@@ -109,6 +123,7 @@ def test_the_whole_way(
     assert device("history", "list", "--task", TASK).count("sat") > 10
 
 
+@pytest.mark.slow
 def test_answers_stream(device: Device) -> None:
     process = device.popen("ask", "the cat", "--max-tokens", "40", "--temperature", "0", "--mode", "base")
     out, said = process.communicate(timeout=60)
@@ -116,41 +131,48 @@ def test_answers_stream(device: Device) -> None:
     assert out.strip()
 
 
+@pytest.mark.slow
 def test_two_profiles_do_not_mix(cloud: LocalCloud, device: Device, history: Path, tmp_path: Path) -> None:
-    other = Device(tmp_path, "other")
+    other = ForkedDevice(tmp_path, "other")
     other("enroll", "-", text=cloud.invite())
     device("history", "import", str(history), "--task", TASK)
     assert "sat" not in other("history", "list")
     assert fails(lambda: other("update", "--task", TASK)).said
 
 
+@pytest.mark.slow
 def test_bad_invites(cloud: LocalCloud, device: Device, tmp_path: Path) -> None:
     invite = cloud.invite()
-    Device(tmp_path, "first")("enroll", "-", text=invite)
-    reused = fails(lambda: Device(tmp_path, "second")("enroll", "-", text=invite), code=4)
+    ForkedDevice(tmp_path, "first")("enroll", "-", text=invite)
+    reused = fails(lambda: ForkedDevice(tmp_path, "second")("enroll", "-", text=invite), code=4)
     assert "invite" in reused.said
     altered = invite[:30] + ("A" if invite[30] != "A" else "B") + invite[31:]
-    assert "invite" in fails(lambda: Device(tmp_path, "third")("enroll", altered)).said
+    assert "invite" in fails(lambda: ForkedDevice(tmp_path, "third")("enroll", altered)).said
     expired = cloud.invite("--life", "1s")
     time.sleep(1.5)
-    assert "expired" in fails(lambda: Device(tmp_path, "fourth")("enroll", "-", text=expired), code=4).said
+    fourth = ForkedDevice(tmp_path, "fourth")
+    assert "expired" in fails(lambda: fourth("enroll", "-", text=expired), code=4).said
 
 
+@pytest.mark.slow
 def test_a_revoked_device_is_refused(cloud: LocalCloud, device: Device) -> None:
     device("ask", "the cat", "--max-tokens", "2")
     cloud.revoke(device.json("status")["identity"])
+    time.sleep(2)  # in which every server hears of it
     said = fails(lambda: device("ask", "the cat", "--max-tokens", "2"), code=4).said
     assert "revoked" in said or "withdrawn" in said or "withdrew" in said
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be(device: Device) -> None:
     assert "give a text" in fails(lambda: device("ask", "  ", "--mode", "base")).said
     assert "shorten it" in fails(lambda: device("ask", "the cat " * 4000)).said
 
 
+@pytest.mark.slow
 def test_wrong_passphrase_and_flipped_byte(device: Device, history: Path) -> None:
     device("history", "import", str(history), "--task", TASK)
-    wrong = Device(Path(device.env["PERFIT_HOME"]), "default")
+    wrong = ForkedDevice(Path(device.env["PERFIT_HOME"]), "default")
     wrong.env["PERFIT_PASSPHRASE"] = "another"
     assert "passphrase" in fails(lambda: wrong("status"), code=6).said
     [vault] = Path(device.env["PERFIT_HOME"]).rglob("vault.db")
@@ -168,11 +190,12 @@ def test_wrong_passphrase_and_flipped_byte(device: Device, history: Path) -> Non
     device("history", "list")
 
 
+@pytest.mark.slow
 def test_cloud_killed_in_mid_update_and_mid_answer(
     model_folder: Callable[[str], Path], artefact: Path, history: Path, tmp_path: Path
 ) -> None:
     with ForkedCloud(model_folder("llama"), [artefact], tmp_path / "cloud") as cloud:
-        device = Device(tmp_path / "home", "default")
+        device = ForkedDevice(tmp_path / "home", "default")
         device("enroll", "-", text=cloud.invite())
         device("history", "import", str(history), "--task", TASK)
         assert device.json("status")["tasks"][TASK]["updates"] == 0
@@ -188,17 +211,16 @@ def test_cloud_killed_in_mid_update_and_mid_answer(
         assert "Traceback" not in said
 
         cloud.at_the_same_ports()
-        update = device.popen("update", "--task", TASK, "--epochs", "60", "--lr", "0.02")
+        update = device.popen("update", "--task", TASK, "--epochs", "20", "--lr", "0.02")
         assert update.stderr is not None
-        while "loss" not in update.stderr.readline():  # progress: at least one step has been taken
-            assert update.poll() is None
+        read_until(update.stderr, "loss")  # progress: at least one step has been taken
         cloud.kill()
         answer.communicate(timeout=60)
         time.sleep(1)
         update.send_signal(signal.SIGINT)
         _, said = update.communicate(timeout=90)
         assert update.returncode not in (0, None)
-        assert "perfit update" in said
+        assert "the same command resumes there" in said
         waiting = device.json("status")["tasks"][TASK]
         assert waiting["updates"] == 0
         assert waiting["half_done"] >= 1
@@ -207,12 +229,13 @@ def test_cloud_killed_in_mid_update_and_mid_answer(
         assert "reach" in said or "cloud" in said
 
         cloud.at_the_same_ports()
-        resumed = device.json("update", "--task", TASK, "--epochs", "60", "--lr", "0.02")
+        resumed = device.json("update", "--task", TASK, "--epochs", "20", "--lr", "0.02")
         assert resumed.get("resumed_from", 0) >= 1
         assert resumed["gate"]["accepted"]
         assert device.json("status")["tasks"][TASK]["updates"] == 1
 
 
+@pytest.mark.slow
 def test_another_artefact_is_a_mismatch_and_says_what_to_do(
     model_folder: Callable[[str], Path],
     artefact: Path,
@@ -222,7 +245,7 @@ def test_another_artefact_is_a_mismatch_and_says_what_to_do(
     tmp_path: Path,
 ) -> None:
     with ForkedCloud(model_folder("llama"), [artefact], tmp_path / "cloud") as cloud:
-        device = Device(tmp_path / "home", "default")
+        device = ForkedDevice(tmp_path / "home", "default")
         device("enroll", "-", text=cloud.invite())
         device("history", "import", str(history), "--task", TASK)
         device("update", "--task", TASK, "--epochs", "2", "--lr", "0.02")
@@ -231,12 +254,13 @@ def test_another_artefact_is_a_mismatch_and_says_what_to_do(
         cloud.command[cloud.command.index(str(artefact))] = str(tmp_path / "newer")
         cloud.at_the_same_ports()
         said = fails(lambda: device("ask", "the cat", "--task", TASK)).said
-        assert "perfit update" in said
-        assert "--fresh" in fails(lambda: device("update", "--task", TASK)).said
+        assert "perfit migrate" in said
+        assert "perfit migrate" in fails(lambda: device("update", "--task", TASK)).said
         device("update", "--task", TASK, "--epochs", "2", "--lr", "0.02", "--fresh")
         device("ask", "the cat", "--task", TASK, "--max-tokens", "3")
 
 
+@pytest.mark.slow
 def test_serve_refuses_an_artefact_of_another_model(
     model_folder: Callable[[str], Path], artefact: Path, tmp_path: Path
 ) -> None:

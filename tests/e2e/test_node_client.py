@@ -14,9 +14,12 @@ from tests.support.processes import ForkedCloud
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("npm") is None, reason="the client in Node needs node and npm, which are not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("npm") is None, reason="the client in Node needs node and npm, which are not installed"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

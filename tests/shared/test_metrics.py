@@ -58,3 +58,20 @@ def test_rouge_by_hand() -> None:
 
 def test_rouge_does_not_stem() -> None:
     assert rouge(["cats running"], ["cat run"]) == (0, 0)
+
+
+def test_rating_rules_of_lamp() -> None:
+    # Unreadable counts as whichever of 1 and 5 is farther from the gold.
+    assert mae(["5", "x", "nan"], ["4", "2", "4"]) == pytest.approx((1 + 3 + 3) / 3)
+    assert rmse(["5", "x"], ["4", "2"]) == pytest.approx((10 / 2) ** 0.5)
+
+
+def test_text_metrics() -> None:
+    one, longest = rouge(["the cat sat", ""], ["the cat ran", "dog"])
+    assert one == pytest.approx(1 / 3)
+    assert longest == pytest.approx(1 / 3)
+    assert measure("accuracy", [" a ", "b"], ["a", "c"]) == 0.5
+    with pytest.raises(InvalidInput):
+        measure("accuracy", [], [])
+    with pytest.raises(InvalidInput):
+        measure("bleu", ["a"], ["a"])

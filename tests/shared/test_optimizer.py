@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -88,15 +87,14 @@ def train_torch(problem: Problem, start: ShiftTensors, config: OptimizerConfig) 
         return problem.full(rotation.weight, W, b)
 
 
-@pytest.mark.parametrize(
-    "rate", [5e-3, *(pytest.param(r, marks=pytest.mark.slow) for r in (2e-3, 1e-2, 2e-2))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [2e-3, 5e-3, 1e-2, 2e-2])
 def test_ends_no_worse_than_torchs_orthogonal_parametrization(rate: float) -> None:
     ratios = []
     for seed, rank in [(0, 4), (1, 4), (2, 8), (3, 16)]:
         torch.manual_seed(seed)
         problem, start = Problem(seed, rank), shift_for(rank, seed)
-        config = OptimizerConfig(learning_rate=rate, total_steps=200)
+        config = OptimizerConfig(learning_rate=rate, total_steps=200, schedule="paper")
         ours, theirs = train_ours(problem, start, config), train_torch(problem, start, config)
         before = problem.full(*(torch.tensor(a) for a in start.layers[0]))
         assert theirs < 0.9 * before, "the reference learned nothing, so it proves nothing"
@@ -140,13 +138,13 @@ def test_state_survives_bytes_exactly() -> None:
     assert again.digest() == tensors.digest()
 
 
-def test_schedule_warms_up_then_decays_to_zero() -> None:
+def test_a_device_s_rate_grows_tenfold_then_decays() -> None:
     config = OptimizerConfig(learning_rate=1.0, total_steps=100)
     rates = [learning_rate_at(step, config) for step in range(100)]
-    assert rates[9] == max(rates) == 1.0
-    assert all(a < b for a, b in pairwise(rates[:10]))
-    assert all(a > b > 0 for a, b in pairwise(rates[9:]))
-    assert learning_rate_at(0, OptimizerConfig(learning_rate=1.0, total_steps=1)) == 1.0
+    assert rates[0] == pytest.approx(0.1) and rates[50] == max(rates) == 1.0
+    np.testing.assert_allclose(np.divide(rates[1:51], rates[:50]), 10 ** (1 / 50))
+    np.testing.assert_allclose(rates[50:], np.arange(50, 0, -1) / 50)
+    assert learning_rate_at(0, OptimizerConfig(learning_rate=1.0, total_steps=1)) == pytest.approx(0.1)
 
 
 def test_nonsense_is_refused() -> None:

@@ -1,18 +1,20 @@
-"""Positions, presets, tasks and metrics against the paper's and LaMP's own numbers."""
+"""Positions, presets and tasks against the paper's and LaMP's own numbers."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound
-from perfit_shared.metrics import mae, measure, rmse, rouge
 from perfit_shared.positions import Positions
 from perfit_shared.presets import PRESETS, preset_for
+from perfit_shared.task import PENALTIES
 from perfit_shared.tasks import TASKS, Example, Task, load_task, task_named
+from perfit_shared.types import Sampling
 
 
 @pytest.mark.parametrize(
@@ -327,6 +329,7 @@ def test_a_task_file_says_that_it_is_too_large_or_says_a_thing_twice(tmp_path: P
         {"answer_tokens": 4.0},
         {"answer_tokens": "4"},
         {"answer_tokens": None},
+        *({key: value} for key in PENALTIES for value in (2.1, -2.1, float("nan"), True, "1", None, [])),
         {"history_template": None},
         {"history_template": 1},
         {"history_template": "{text} {title}"},
@@ -360,7 +363,8 @@ def test_what_is_no_task_is_invalid_data(text: str) -> None:
 
 
 def test_tasks_at_their_bounds() -> None:
-    full = {"stop": ["é" * 32] * 8, "answer_tokens": 4096, "template": "{{x}} {text}" + "y" * 16_000}
+    full = {"frequency_penalty": 2, "presence_penalty": -2.0}
+    full |= {"stop": ["é" * 32] * 8, "answer_tokens": 4096, "template": "{{x}} {text}" + "y" * 16_000}
     task = Task(**json.loads(TASKS["news_headline"].to_json()) | full)
     assert task.stop == ("é" * 32,) * 8
     assert task.prompt({"text": "t"}).startswith("{x} ty")
@@ -376,26 +380,19 @@ def test_a_task_file_overrides(tmp_path: Path) -> None:
     assert load_task(tmp_path / "none", "news_categorize") == TASKS["news_categorize"]
 
 
+def test_an_answer_is_asked_for_as_the_task_and_the_caller_say(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(json.dumps({"task": "reply", "frequency_penalty": 0.5}))
+    task = Task.from_json(load_task(tmp_path).to_json())
+    assert task.sampling() == Sampling(128, stop=task.stop, frequency_penalty=0.5)
+    assert task.sampling(most=64, max_new_tokens=None, frequency_penalty=None).max_new_tokens == 64
+    own = task.sampling(max_new_tokens=9, frequency_penalty=0.0, presence_penalty=1.0, stop=())
+    assert own == Sampling(9, presence_penalty=1.0)
+    assert "frequency_penalty" not in json.loads(replace(task, frequency_penalty=0.0).to_json())
+
+
 @pytest.mark.brief
 def test_the_brief_s_tasks(brief: Path) -> None:
     folder = brief / "data" / "lamp_news" / "news_categorize"
     task = load_task(folder, "news_categorize")
     assert task.prompt({"text": "x"}) == "description: x\ncategory:"
     assert len(task.labels) == 20
-
-
-def test_rating_rules_of_lamp() -> None:
-    # Unreadable counts as whichever of 1 and 5 is farther from the gold.
-    assert mae(["5", "x", "nan"], ["4", "2", "4"]) == pytest.approx((1 + 3 + 3) / 3)
-    assert rmse(["5", "x"], ["4", "2"]) == pytest.approx((10 / 2) ** 0.5)
-
-
-def test_text_metrics() -> None:
-    one, longest = rouge(["the cat sat", ""], ["the cat ran", "dog"])
-    assert one == pytest.approx(1 / 3)
-    assert longest == pytest.approx(1 / 3)
-    assert measure("accuracy", [" a ", "b"], ["a", "c"]) == 0.5
-    with pytest.raises(InvalidInput):
-        measure("accuracy", [], [])
-    with pytest.raises(InvalidInput):
-        measure("bleu", ["a"], ["a"])

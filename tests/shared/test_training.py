@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from perfit_shared.errors import Diverged, InvalidInput
+from perfit_shared.mixes import between
 from perfit_shared.shifts import LayerShift, ShiftSpec, ShiftTensors
 from perfit_shared.splits import split_sizes
 from perfit_shared.training import Overrides, PaperSchedule, Request, Schedule, Training, schedule_for, train
@@ -69,12 +70,12 @@ def test_the_paper_s_figures_stay_as_they_stand() -> None:
 
 
 def test_rates_as_numbers() -> None:
-    """12 steps warm up over 2: a tenth, rounded up."""
+    """A device's grow, then decay; the paper's 12 steps warm up over 2: a tenth, rounded up."""
     device = Schedule(4, 0.1, 4, 0, 12)
     paper = PaperSchedule(4, 0.1, 4, 0, 12, lengths=(1,) * 12)
     ours = [device.rate(step) for step in range(12)]
-    np.testing.assert_allclose(ours[:4], [0.05, 0.1, 0.1 * 10 / 11, 0.1 * 9 / 11])
-    np.testing.assert_allclose(ours[-1], 0.1 / 11)
+    growing = [0.01 * 10 ** (step / 6) for step in range(7)]
+    np.testing.assert_allclose(ours, [*growing, *(0.1 * left / 6 for left in range(5, 0, -1))])
     theirs = [paper.rate(step) for step in range(12)]
     np.testing.assert_allclose(theirs[:4], [0, 0.05, 0.1, 0.09])
     np.testing.assert_allclose(theirs[-1], 0.01)
@@ -141,7 +142,7 @@ def test_people_step_together_until_each_is_through() -> None:
     assert [each.step for each in trainings] == [4, 2]
     alone = started(8)
     run(Source([1.0]), alone)
-    outcome = alone[0].outcome
+    outcome = alone[0].outcome(START)
     assert outcome is not None
     assert outcome.digest() == trainings[0].tensors.digest() == alone[0].tensors.digest()
 
@@ -176,11 +177,18 @@ def test_epochs_are_judged_while_others_step() -> None:
 def test_no_epoch_is_the_best_one_that_is_no_better_than_the_start() -> None:
     trainings = started(4, held_out=3)
     run(Source([1.0]), trainings)  # held-out examples want the bias to stay where it is
-    assert trainings[0].outcome is None and trainings[0].best is None
+    assert trainings[0].outcome(START) is None and trainings[0].best is None
+    assert trainings[0].ending(START) is START
+
+
+def test_an_update_ends_three_quarters_of_the_way_to_the_best_epoch() -> None:
     trainings = started(4, held_out=3)
     run(Source([1.0], held_out=1.0), trainings)
-    assert trainings[0].outcome is not None
-    assert trainings[0].outcome.digest() == trainings[0].tensors.digest()
+    assert trainings[0].best is not None and trainings[0].best.digest() == trainings[0].tensors.digest()
+    outcome, moved = trainings[0].outcome(START), trainings[0].tensors.layers[0].bias
+    assert outcome is not None and abs(moved).min() > 0.05
+    np.testing.assert_allclose(outcome.layers[0].bias, 0.75 * moved, rtol=1e-6)
+    outcome.check(SPEC, 2)
 
 
 def test_a_gain_that_chance_explains_is_none() -> None:
@@ -188,10 +196,10 @@ def test_a_gain_that_chance_explains_is_none() -> None:
     mixed = started(4, held_out=12)
     run(Source([1.0], held_out=lambda row: 1.0 if row in (4, 8) else 0.0), mixed)
     assert mixed[0].best is not None and mixed[0].comparison.gain > 0
-    assert mixed[0].outcome is None
+    assert mixed[0].outcome(START) is None
     most = started(4, held_out=3)
     run(Source([1.0], held_out=lambda row: 0.04 if row == 4 else 1.0), most)
-    assert most[0].outcome is not None
+    assert most[0].outcome(START) is not None
 
 
 def test_every_fold_goes_without_the_part_that_judges_it() -> None:
@@ -212,13 +220,15 @@ def test_folds_choose_the_epoch_of_a_training_that_takes_the_steps_it_would_take
     run(Source([1.0], held_out=1.0), trainings)
     alone = started(10)
     run(Source([1.0]), alone)
-    outcome = trainings[0].outcome
-    assert outcome is not None and outcome.digest() == alone[0].tensors.digest()
+    best, outcome = trainings[0].best, trainings[0].outcome(START)
+    assert best is not None and best.digest() == alone[0].tensors.digest()
+    assert outcome is not None and outcome.digest() == between(START, best, 0.75).digest()
     early = started(10, folds=3, epochs=6)
     run(Source([1.0], held_out=0.35), early)  # the bias passes it on its way
-    assert 0 < early[0].best_step < early[0].step
-    assert early[0].outcome is not None
-    assert early[0].outcome.digest() != early[0].tensors.digest()
+    assert 0 < early[0].best_step < early[0].step and early[0].best is not None
+    outcome = early[0].outcome(START)
+    assert outcome is not None and outcome.digest() == between(START, early[0].best, 0.75).digest()
+    assert early[0].best.digest() != early[0].tensors.digest()
 
 
 def test_it_ends_a_third_of_all_epochs_after_the_best() -> None:
@@ -285,7 +295,7 @@ def test_what_few_examples_choose_for_themselves_is_no_gain() -> None:
     assert training.best is not None and training.best_step == 1
     own = Comparison(training.judgements[0].scores, training.judgements[1].scores)
     assert own.is_better
-    assert not training.comparison.is_better and training.outcome is None
+    assert not training.comparison.is_better and training.outcome(START) is None
 
 
 def test_gain_and_error_as_numbers() -> None:

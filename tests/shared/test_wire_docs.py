@@ -66,6 +66,8 @@ def test_every_task_fits_the_schema(task: Task) -> None:
         {"stop": ["x"] * 9},
         {"answer_tokens": 0},
         {"answer_tokens": 1.5},
+        {"frequency_penalty": 2.5},
+        {"presence_penalty": "1"},
         {"chat": "yes"},
         {"system": " "},
         {"colour": "red"},
@@ -98,7 +100,7 @@ def test_a_change_that_breaks_clients_is_found(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "protos", tmp_path / "protos")
     shutil.copy(ROOT / "buf.yaml", tmp_path)
     proto = tmp_path / "protos" / "perfit" / "v1" / "personalization.proto"
-    proto.write_text(proto.read_text("utf-8").replace("uint32 context = 8;", "uint32 context = 10;"), "utf-8")
+    proto.write_text(proto.read_text("utf-8").replace("uint32 context = 8;", "uint32 context = 99;"), "utf-8")
     buf = Path(sys.executable).parent / "buf"
     command = [buf, "breaking", "--against", "protos/perfit.v1.binpb"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

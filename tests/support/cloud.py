@@ -17,7 +17,9 @@ from perfit_cloud.engine.interface import GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
+from perfit_cloud.service.sealing.keys import ReplicaKeys
 from perfit_cloud.service.server import CloudServer
+from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_shared.types import Mode
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
@@ -27,6 +29,11 @@ from tests.support.models import random_shift
 SETTINGS = GenerationSettings(cache_tokens=2048, batch_tokens=64, max_requests=8)
 TIMEOUT = 30
 INVALID = "INVALID_ARGUMENT"
+
+
+def own_keys(authority: Authority) -> ReplicaKeys:
+    """A server's sealing keys, as `serve` makes them."""
+    return ReplicaKeys(authority.certify_sealing_key, life_seconds=3600)
 
 
 @dataclass
@@ -41,6 +48,23 @@ class Running:
     @property
     def address(self) -> str:
         return self.server.addresses.address
+
+    @property
+    def front_address(self) -> str:
+        """Where sealed calls alone are taken."""
+        return self.server.front_address
+
+    def enrolled(self, address: str) -> Enrolment:
+        """A device's, that dials this address."""
+        identity = Identity.create()
+        return Enrolment(
+            identity=identity,
+            certificate=self.authority.enroll(self.invite(), identity.csr()),
+            server_ca=self.authority.server_ca_der,
+            address=address,
+            enrolment_address=self.server.addresses.enrol_address,
+            cloud_id=self.authority.cloud_id,
+        )
 
     def invite(self) -> bytes:
         return self.authority.invite(60)[0]

@@ -15,6 +15,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from perfit_cloud.engine.interface import EngineHealth
 from perfit_shared.errors import Busy, InvalidPrompt, Unavailable
 from perfit_shared.types import Finish, Sampling
 from tests.support.engine_right import RightAndApart
-from tests.support.engine_subject import PLAIN, POISON, SHORT, Asked, Subject, endless, fragile
+from tests.support.engine_subject import PLAIN, POISON, SHORT, Asked, Subject, endless, fragile, logprobs_of
 from tests.support.generation import NEW, alone, prompts, serve, uses
 from tests.support.waiting import wait_for
 
@@ -118,6 +119,27 @@ class EngineContract(RightAndApart):
         assert (chunks[-1].finish, chunks[-1].answer_tokens) == (Finish.END, len(stream.ids))
         assert len(stream.ids) < 24
 
+    def test_log_probabilities_are_of_the_tokens_that_are_shown(
+        self, each_of_few: str, build: Callable[..., Subject]
+    ) -> None:
+        """Each with the chunk that its text begins in, none of a stop text, and one of an end of sequence."""
+        subject, prompt = build(each_of_few), prompts(8)[7]
+        for seed, use in enumerate(uses(subject.artefacts, 6)):
+            hot = Sampling(40, temperature=3.0, seed=seed, logprobs=2)
+            stream = subject.engine.submit(prompt, use, hot)
+            told, text, ids = logprobs_of(stream), subject.base.decode(stream.ids), stream.ids
+            assert [(t.token, t.data) for t in told] == [subject.base.token(id_) for id_ in ids]
+            assert b"".join(token.data for token in told).decode(errors="replace").lstrip() == text.lstrip()
+            stop = text[len(text) // 2 :][:6]
+            starts = [len(subject.base.decode(ids[:n]).rstrip("\ufffd")) for n in range(len(ids))]
+            shown, cut = 0, ""
+            for chunk in subject.engine.submit(prompt, use, replace(hot, stop=(stop,))):
+                cut += chunk.text
+                assert list(chunk.logprobs) == told[shown : shown + len(chunk.logprobs)]
+                shown += len(chunk.logprobs)
+                assert shown == sum(start < len(cut) for start in starts)
+            assert cut == text[: text.index(stop)]
+
     def test_the_same_seed_draws_the_same_tokens_whoever_is_there(
         self, build: Callable[..., Subject]
     ) -> None:
@@ -125,9 +147,14 @@ class EngineContract(RightAndApart):
         use = subject.person(101)
         hot = Sampling(NEW, temperature=1.5, top_k=50, top_p=0.95, seed=7)
         crowd = [(prompt, use, Sampling(NEW, temperature=1.5, seed=i)) for i in range(6)]
-        first = serve(subject.engine, [(prompt, use, hot), (prompt, use, Sampling(NEW)), *crowd])
+        lowered = [
+            (prompt, use, replace(plain, frequency_penalty=1.0, presence_penalty=0.5))
+            for plain in (hot, Sampling(NEW))
+        ]
+        first = serve(subject.engine, [(prompt, use, hot), (prompt, use, Sampling(NEW)), *crowd, *lowered])
         again = serve(subject.engine, [(prompt, use, Sampling(NEW)), (prompt, use, hot)])
         assert first[0] == again[1]
+        assert first[-2:] == [serve(subject.engine, [each])[0] for each in lowered]
         assert first[1] == again[0] == alone(subject.base, prompt, use)  # greedy neighbours stay greedy
         assert len({tuple(ids) for ids in first[2:]}) > 1
         greedy = Sampling(NEW, temperature=5.0, top_k=1, seed=3)

@@ -15,7 +15,7 @@ from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.interface import CompletionStream, Engine, EngineKind, GenerationSettings, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_shared.types import Mode, Sampling
+from perfit_shared.types import Mode, Sampling, TokenLogprob
 from tests.support.models import FAMILIES, random_shift
 
 __all__ = [
@@ -25,9 +25,11 @@ __all__ = [
     "SMALL",
     "Asked",
     "EngineSuite",
+    "FragileEmbedding",
     "Subject",
     "endless",
     "fragile",
+    "logprobs_of",
     "opinionated",
 ]
 
@@ -36,7 +38,7 @@ Asked = tuple[list[int], ShiftUse, Sampling]
 PLAIN = ShiftUse(Mode.BASE)
 SHORT = [0, 5, 6]
 POISON = 7  # a token that a fragile model fails on
-SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16, log_probabilities=True)
+SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16)
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,15 @@ class Subject:
 
     def log_probabilities(self, asked: Sequence[Asked]) -> list[list[float]]:
         """Of every token of every answer: where one bit of a logit changes, these change."""
-        streams = self.together(asked)
-        for stream in streams:
-            assert list(stream)[-1].finish
-        return [list(stream.log_probabilities) for stream in streams]
+        streams = self.together([(p, use, replace(sampling, logprobs=1)) for p, use, sampling in asked])
+        return [[token.logprob for token in logprobs_of(stream)] for stream in streams]
+
+
+def logprobs_of(stream: CompletionStream) -> list[TokenLogprob]:
+    """Of all tokens of an answer, which is read to its end."""
+    chunks = list(stream)
+    assert chunks[-1].finish
+    return [token for chunk in chunks for token in chunk.logprobs]
 
 
 def endless(base: BaseModel) -> BaseModel:
@@ -88,7 +95,7 @@ def opinionated(base: BaseModel) -> BaseModel:
     return replace(base, model=model)
 
 
-class _FragileEmbedding(torch.nn.Embedding):
+class FragileEmbedding(torch.nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if bool((ids == POISON).any()):
             raise RuntimeError("secret")
@@ -99,7 +106,7 @@ def fragile(base: BaseModel) -> BaseModel:
     """The same model, but that a pass with POISON in it fails."""
     model = base.share_weights()
     weight = model.get_input_embeddings().weight
-    model.set_input_embeddings(_FragileEmbedding(*weight.shape, _weight=weight))
+    model.set_input_embeddings(FragileEmbedding(*weight.shape, _weight=weight))
     return replace(base, model=model)
 
 
@@ -108,12 +115,16 @@ class EngineSuite:
 
     kind: ClassVar[EngineKind]
     families: ClassVar[Sequence[str]] = tuple(FAMILIES)
+    largest: ClassVar[float] = 8.0  # of a shift that is let through on these models
     few: ClassVar[Sequence[str]] = ("llama", "gpt2", "gemma3_text")  # for what a family hardly changes
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         for name in ("families", "few"):
             if f"each_of_{name}" in metafunc.fixturenames:
                 metafunc.parametrize(f"each_of_{name}", getattr(self, name))
+
+    def prepare(self, engine: Any, base: BaseModel) -> None:
+        """For suites of engines whose passes are not those of `base`."""
 
     @pytest.fixture
     def build(self, load: Any, make_artefact: Any) -> Iterator[Callable[..., Subject]]:
@@ -133,6 +144,7 @@ class EngineSuite:
             device_lock = DeviceLock()
             engine = type(self).kind(base, artefacts, replace(SMALL, **settings), device_lock)
             made.append(engine)
+            self.prepare(engine, base)
             return Subject(base, artefacts, engine, device_lock.hold)
 
         yield build

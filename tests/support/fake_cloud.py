@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from perfit_cloud.service.identity import certificates
+from perfit_cloud.service.identity.authority_keys import private_pem
 from perfit_cloud.service.identity.certificates import CertificateAuthority
 from perfit_shared.errors import InvalidPrompt, InviteRefused, NotAuthenticated, PerfitError, to_status
 from perfit_shared.invites import Invite
@@ -63,8 +64,11 @@ class FakeCloud:
         self.tasks = ["news_headline"]
         self.own_tasks: dict[str, Task] = {}  # of tasks that are not perfit's, or read otherwise
         self.prompts: list[pb.Prompt] = []  # of Generate, as they came
+        self.samplings: list[pb.Sampling] = []  # likewise
+        self.personal: list[bytes] = []  # tensors of Generate, as they came
         self.gradient: Callable[[ShiftTensors], bytes] = ShiftTensors.to_bytes
         self.seed_bytes: bytes | None = None
+        self.communities: list[bytes] = []  # their seeds
         with tempfile.TemporaryDirectory() as folder:
             self.server_ca = CertificateAuthority.open(Path(folder, "server.pem"), "server ca")
             self.device_ca = CertificateAuthority.open(Path(folder, "device.pem"), "device ca")
@@ -78,7 +82,7 @@ class FakeCloud:
         key = ec.generate_private_key(ec.SECP256R1())
         with _clock_behind(self.server_age):
             leaf = self.server_ca.issue_server(key.public_key(), ["localhost", "127.0.0.1"], _LIFE)
-        pair = [(certificates.private_pem(key), leaf.public_bytes(Encoding.PEM))]
+        pair = [(private_pem(key), leaf.public_bytes(Encoding.PEM))]
         mutual = grpc.ssl_server_credentials(pair, self.device_ca.pem, require_client_auth=True)
         plain = grpc.ssl_server_credentials(pair)
         main = grpc.server(futures.ThreadPoolExecutor(16))
@@ -166,6 +170,7 @@ class Personalization(services.PersonalizationServicer):
                 learning_rate=0.01,
                 epochs=3,
                 batch_size=4,
+                communities=len(self.cloud.communities),
                 spec=pb.ShiftSpec(
                     layers=SPEC.layers,
                     positions=SPEC.positions,
@@ -188,12 +193,16 @@ class Personalization(services.PersonalizationServicer):
     def FetchSeed(self, request: Any, context: Any) -> pb.FetchSeedResponse:  # noqa: N802
         self.cloud.check("FetchSeed", context)
         return pb.FetchSeedResponse(
-            version=self.cloud.version, seed=self.cloud.seed_bytes or self.cloud.seed.to_bytes()
+            version=self.cloud.version,
+            seed=self.cloud.seed_bytes or self.cloud.seed.to_bytes(),
+            communities=self.cloud.communities,
         )
 
     def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
         self.cloud.check("Generate", context)
         self.cloud.prompts.append(request.prompt)
+        self.cloud.samplings.append(request.sampling)
+        self.cloud.personal.append(request.shift.personal)
         self.cloud.tensors(request.shift, context)
         if self.cloud.refuses(request.prompt.text):
             _abort(context, InvalidPrompt("the prompt is longer than 512 tokens; shorten it"))
@@ -290,3 +299,7 @@ class Identity(eservices.IdentityServicer):
         self.cloud.check("Renew", context)
         self.cloud.certificate_age = timedelta(minutes=1)
         return self.cloud.credentials(request.csr)
+
+    def Leave(self, request: Any, context: Any) -> epb.LeaveResponse:  # noqa: N802
+        self.cloud.check("Leave", context)
+        return epb.LeaveResponse()

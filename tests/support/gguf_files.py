@@ -26,6 +26,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
     "gemma2": {"query_pre_attn_scalar": 256, "head_dim": 8},
 }
+_ENDS = {"gemma2": ("<bos>", "<eos>")}  # older transformers look for no other start in Gemma's files
 # What the package can make; of the others a test takes blocks of random bytes.
 QUANTISED = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ2_0", "Q4_K", "Q6_K")
 _WIDE = {Kind.TQ2_0, Kind.Q4_K, Kind.Q6_K}  # blocks of 256
@@ -77,7 +78,7 @@ def write_gguf(
     else:
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     if tokens:
-        _add_tokenizer(writer)
+        _add_tokenizer(writer, _ENDS.get(config.model_type, ("<s>", "</s>")))
     if change is not None:
         change(writer)
     for name, array, in_blocks in _tensors(model, Kind[kind]):
@@ -89,20 +90,23 @@ def write_gguf(
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, ends: tuple[str, str]) -> None:
     tokenizer = tiny_tokenizer()
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
+    writer.add_token_list([*ends, *tokens[2:]])
     writer.add_token_types([3 if token in tokenizer.all_special_tokens else 1 for token in tokens])
+    # Gemma's files have these two; older transformers read its tokenizer by them.
+    writer.add_token_scores([-float(at) for at in range(len(tokens))])
+    writer.add_unk_token_id(2)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(TEMPLATE.replace("</s>", ends[1]))
 
 
 def _tensors(model: Any, kind: Kind) -> Iterator[tuple[str, np.ndarray, bool]]:

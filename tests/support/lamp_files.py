@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 TASK = "news_headline"
+# Of a collective LoRA that learns something in seconds.
+LORA_STAGE_1 = {"collective_epochs": 2, "collective_learning_rate": 1e-2, "collective_users": 4}
 WORDS = ["cat", "dog", "mat", "door", "sat", "ran", "the", "on"]
 
 

@@ -21,7 +21,7 @@ def rate_limiter(clock: Clock, refused: Callable[[str], None] = lambda _: None, 
 
 
 def under_way(running: Running, device: Device, what: AtOnce = "calls") -> int:
-    bucket = running.server._rate_limiter._buckets.get(device.identity)
+    bucket = running.server._listeners.of_devices[0].rate_limiter._buckets.get(device.identity)
     return bucket.held[what] if bucket else 0
 
 

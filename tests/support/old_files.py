@@ -23,7 +23,7 @@ from perfit_device.cloud.codec import Artefact, CloudInfo, Limits
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_device.cloud_record import write_enrolment, write_record
 from perfit_device.history import HistoryItem
-from perfit_device.personal import PersonalShift, TrainingSummary
+from perfit_device.shift_versions import PersonalShift, TrainingSummary
 from perfit_device.training import update as updates
 from perfit_device.training.update import Finished, Plan
 from perfit_device.vault.crypto import Header, KdfParams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -82,4 +83,6 @@ def prepared(vault: Vault, *, plan: Plan | None = None, **changes: Any) -> Updat
     source = Source(changes.pop("gradient", gradient), changes.pop("evaluate", evaluate))
     settings = UpdateSettings(**({"retry_policy": NO_WAIT, "checkpoint_seconds": 0.0} | changes))
     plan = plan or plan_for(make_split())
-    return Update(vault, "cloud", ARTEFACT, plan, start=start, source=source, settings=settings)
+    return Update(
+        lambda: nullcontext(vault), "cloud", ARTEFACT, plan, start=start, source=source, settings=settings
+    )

@@ -5,13 +5,21 @@ from __future__ import annotations
 import random
 import sqlite3
 from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
+
+import pytest
 
 from perfit_device.vault.crypto import KdfParams
 from perfit_device.vault.store import Vault
 
 PASSPHRASE = "open sesame"
 CHEAP = KdfParams(memory_kib=32, iterations=1, lanes=4)
+
+
+def make_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sealed from here on, vaults and backups, costs what `CHEAP` does."""
+    monkeypatch.setattr(KdfParams.__init__, "__defaults__", astuple(CHEAP))
 
 
 def fill(path: Path) -> Path:

@@ -1,0 +1,166 @@
+"""What an operator copies from deploy/: read by the programs that will read it, and true to what we serve."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.support.balancers import ENVOY_FILE, HAPROXY_FILE, ROOT, envoy, needs_haproxy
+
+from perfit_cloud.config import CloudConfig, load_config
+
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+KUBERNETES_VERSION = "1.31"
+
+
+def ran(*words: object) -> str:
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said
+
+
+def documents() -> list[tuple[str, dict[str, Any]]]:
+    """(file, object) of everything that is applied."""
+    listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
+    assert {path.name for path in KUBERNETES.glob("*.yaml")} - set(listed) == {
+        "kustomization.yaml",
+        "prometheus-adapter.yaml",
+    }
+    return [(name, each) for name in listed for each in yaml.safe_load_all((KUBERNETES / name).read_text())]
+
+
+def pods() -> list[dict[str, Any]]:
+    return [each["spec"]["template"]["spec"] for _, each in documents() if "template" in each.get("spec", {})]
+
+
+def test_kubernetes_knows_every_field() -> None:
+    """By the schemas of a release, and strictly: a field of a wrong name is an error."""
+    validate: Any = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed"
+    ).validate
+    for name, document in documents():
+        validate(document, KUBERNETES_VERSION, strict=True)
+        assert document["kind"] and name
+    broken = next(each for _, each in documents() if each["kind"] == "Deployment")
+    broken["spec"]["template"]["spec"]["containers"][0]["readinessProb"] = {}
+    with pytest.raises(Exception, match="readinessProb"):
+        validate(broken, KUBERNETES_VERSION, strict=True)
+
+
+def test_pods_may_little() -> None:
+    for pod in pods():
+        assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+        assert pod["terminationGracePeriodSeconds"] >= 50  # docs/operating.md, "Stopping, restarting"
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            rights = container["securityContext"]
+            assert rights["readOnlyRootFilesystem"] and not rights["allowPrivilegeEscalation"]
+            assert rights["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_services_budgets_and_scaling_choose_pods_that_there_are() -> None:
+    labels = [
+        each["spec"]["template"]["metadata"]["labels"]
+        for _, each in documents()
+        if each["kind"] in {"Deployment", "StatefulSet"}
+    ]
+    names = {each["metadata"]["name"] for _, each in documents() if each["kind"] == "Deployment"}
+    for _, each in documents():
+        spec = each.get("spec", {})
+        selector = spec.get("selector") or spec.get("podSelector")
+        if selector is not None:
+            wanted = selector.get("matchLabels", selector)
+            assert any(wanted.items() <= one.items() for one in labels), each["metadata"]
+        if each["kind"] == "HorizontalPodAutoscaler":
+            assert spec["scaleTargetRef"]["name"] in names
+    budgets = {each["metadata"]["name"] for _, each in documents() if each["kind"] == "PodDisruptionBudget"}
+    assert budgets == names == {"answers", "updates"}
+
+
+def test_pools_grow_by_metrics_that_we_have() -> None:
+    rules = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    made = {rule["name"]["as"] for rule in rules}
+    used = {
+        metric["pods"]["metric"]["name"]
+        for _, each in documents()
+        if each["kind"] == "HorizontalPodAutoscaler"
+        for metric in each["spec"]["metrics"]
+    }
+    assert used == made
+    telemetry = (ROOT / "cloud/perfit_cloud/service/telemetry.py").read_text()
+    assert all(f'"{rule["seriesQuery"].partition("{")[0]}"' in telemetry for rule in rules)
+
+
+def settings_of_kubernetes() -> set[str]:
+    made = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"]
+    own = [each["name"] for pod in pods() for one in pod["containers"] for each in one["env"]]
+    names = [literal.partition("=")[0] for each in made for literal in each["literals"]] + own
+    return {name.removeprefix("PERFIT_CLOUD_").lower() for name in names}
+
+
+def test_settings_are_known() -> None:
+    known = set(CloudConfig.__dataclass_fields__)
+    assert settings_of_kubernetes() <= known
+    for file in (DEPLOY / "systemd").glob("*.toml"):
+        values = tomllib.loads(file.read_text())
+        assert values.keys() <= known, file
+        load_config(file=file, environment={}, flags={})
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_reads_the_units(tmp_path: Path) -> None:
+    for unit in sorted((DEPLOY / "systemd").glob("*.service")):
+        text = unit.read_text()
+        assert "/opt/perfit/bin/perfit-cloud serve" in text
+        copy = tmp_path / unit.name
+        copy.write_text(text.replace("/opt/perfit/bin/perfit-cloud", "/bin/true"))
+        assert ran("systemd-analyze", "verify", copy) == ""
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_alerts_fire_when_they_should_and_not_else() -> None:
+    assert "SUCCESS" in ran("promtool", "check", "rules", DEPLOY / "alerts.yml")
+    assert "SUCCESS" in ran("promtool", "test", "rules", DEPLOY / "alerts.test.yml")
+
+
+@needs_haproxy
+def test_haproxy_reads_its_file() -> None:
+    assert "WARNING" not in ran("haproxy", "-c", "-f", HAPROXY_FILE)
+
+
+def test_envoy_reads_its_file() -> None:
+    assert "OK" in ran(envoy(), "--mode", "validate", "-c", ENVOY_FILE)
+
+
+def test_the_container_installs_what_the_tests_ran_with() -> None:
+    """By hash; `make lock` writes the list anew when constraints.txt changes."""
+
+    def versions(text: str) -> dict[str, str]:
+        found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s\\]+)", text, re.M)
+        return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+    lines = (DEPLOY / "requirements.txt").read_text()
+    locked, tested = versions(lines), versions((ROOT / "constraints.txt").read_text())
+    assert len(locked) > 90 and lines.count("--hash=sha256:") >= len(locked)
+    assert {name: version for name, version in locked.items() if tested.get(name) != version} == {}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("cloud", "fleet", "signing"):  # the manifests have a database, and sign artefacts
+        wanted = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in extras[extra]} - {"torch"}
+        assert wanted <= locked.keys(), extra
+
+
+def test_the_container_needs_neither_root_nor_a_shell() -> None:
+    lines = (DEPLOY / "Containerfile").read_text().splitlines()
+    runtime = lines[max(n for n, line in enumerate(lines) if line.startswith("FROM")) :]
+    assert "USER 10001" in runtime
+    for word in ("ENTRYPOINT", "CMD", "HEALTHCHECK"):
+        assert any(re.match(rf"{word}.*\[\"", line) for line in runtime), f"{word} in exec form: no shell"
+    assert any("--require-hashes" in line for line in lines)

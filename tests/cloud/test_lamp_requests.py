@@ -1,0 +1,134 @@
+"""What a LaMP run is asked for: in whose words, for whom stage 1 is, and what another run has already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.lamp_files import LORA_STAGE_1, TASK, write_files
+from tests.support.lamp_requests import task_data
+
+from perfit_cloud.lamp import stage2
+from perfit_cloud.lamp.cohorts import CohortWork
+from perfit_cloud.lamp.methods import METHODS
+from perfit_cloud.lamp.methods.interface import TaskData
+from perfit_cloud.lamp.methods.lora_collective import collective_corpus
+from perfit_cloud.lamp.request import LampRequest
+from perfit_cloud.lamp.run import run_lamp
+from perfit_cloud.model.artefacts import Artefact
+from perfit_cloud.model.base import BaseModel
+from perfit_shared.errors import InvalidInput
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_files(tmp_path / "data")
+
+
+@pytest.fixture
+def data(folder: Path, base: BaseModel) -> TaskData:
+    return task_data(folder, base)
+
+
+def test_a_method_without_the_artefact_asks_in_its_words(
+    method_request: Callable[..., LampRequest],
+    base: BaseModel,
+    make_artefact: Callable[..., Artefact],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Else methods would be compared on other prompts than the shift's."""
+    made = make_artefact(base)
+    asked = replace(made.task, template=f"In other words: {made.task.template}")
+    replace(made, task=asked).save(tmp_path / "words")
+    run = run_lamp(replace(method_request("none", users=2), artefact=tmp_path / "words"), base=base)
+    assert run.task.template == asked.template
+    assert "none does not use: artefact (but it asks in the artefact's words)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_would_come_out_the_same_is_taken_from_another_run(
+    method_request: Callable[..., LampRequest],
+    base: BaseModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Answers of the untouched model and of the same collective shift, and the shifts of PerFit."""
+    first = run_lamp(method_request(users=2, out=tmp_path / "first"), base=base)
+    plain = run_lamp(method_request("perfit+rag", users=2, out=tmp_path / "plain"), base=base)
+    measured: list[str] = []
+    measure = CohortWork.measure
+
+    def counted(self: CohortWork, cohort: Any, mode: str, *rest: Any) -> None:
+        measured.append(mode)
+        measure(self, cohort, mode, *rest)
+
+    monkeypatch.setattr(CohortWork, "measure", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage2, "train", lambda *_, **__: pytest.fail("the shifts are there"))
+        given = {"users": 2, "reuse": first.folder}
+        taken = run_lamp(method_request("perfit+rag", out=tmp_path / "taken", **given), base=base)
+    assert taken.users == plain.users
+    assert measured == ["personal", "other"]
+    measured.clear()
+    words = {"artefact": tmp_path / "artefact"}
+    run_lamp(replace(method_request("perfit_stage2", out=tmp_path / "alone", **given), **words), base=base)
+    assert measured == ["personal", "other"]  # its identity is no collective shift, and is not measured
+    measured.clear()
+    run_lamp(replace(method_request("lora-c", out=tmp_path / "lora-c", **given), **words), base=base)
+    assert measured == ["collective"]  # of another collective state
+    with pytest.raises(InvalidInput, match="differs from this run in asked"):
+        request = method_request("none", out=tmp_path / "other", users=1, reuse=first.folder)
+        run_lamp(replace(request, **words), base=base)
+
+
+def test_nobody_has_a_history(method_request: Callable[..., LampRequest], base: BaseModel) -> None:
+    """0 examples: everybody stays at the start."""
+    run = run_lamp(method_request(users=2, examples=0, queries=1), base=base)
+    for user in run.users:
+        (query,) = user.queries
+        assert (user.examples, user.steps) == (0, 0)
+        assert query.loss["personal"] == query.loss["seed"]
+        assert query.answers["personal"] == query.answers["seed"]
+
+
+def test_a_collective_lora_learns_from_one_group_of_users(
+    folder: Path, data: TaskData, tmp_path: Path
+) -> None:
+    """Table 15: the groups are PerFit's, disjoint and of equal size, and a LoRA of one is none of another."""
+
+    def of_group(group: int | None, **changes: Any) -> LampRequest:
+        values = {**LORA_STAGE_1, "collective_users": None, "collective_epochs": 1, "collective_group": group}
+        return LampRequest(TASK, "tiny", folder, tmp_path, **{"method": "lora-c", **values, **changes})
+
+    def users(group: int) -> set[str]:
+        corpus = collective_corpus(of_group(group), data)
+        return {*corpus.train, *corpus.validated}
+
+    groups = [users(group) for group in range(5)]
+    assert [len(group) for group in groups] == [2] * 5 and len(set.union(*groups)) == 10
+    for name in ("lora-c", "oppu", "lora-c+perfit"):
+        assert "collective_group" in METHODS[name].options
+        with pytest.raises(InvalidInput, match="collective group: a LoRA is given"):
+            of_group(1, method=name, lora=tmp_path, collective_epochs=None, collective_learning_rate=None)
+    METHODS["lora-c"](of_group(1), data).prepare(lambda: False)
+    with pytest.raises(InvalidInput, match="other group"):
+        METHODS["lora-c"](of_group(2), data).prepare(lambda: False)
+    with pytest.raises(InvalidInput, match="other group"):
+        METHODS["lora-c"](of_group(None), data).prepare(lambda: False)
+    again = METHODS["lora-c"](of_group(1), data)
+    again.prepare(lambda: pytest.fail("it was trained again"))
+    assert again.settings["collective_group"] == 1
+
+
+def test_a_stage_1_that_cannot_be_is_refused_before_work_begins(folder: Path, tmp_path: Path) -> None:
+    """A rate of 0 or of nan was found out after the model was loaded and the data read."""
+    for changes in ({"collective_learning_rate": 0.0}, {"collective_learning_rate": math.nan}):
+        with pytest.raises(InvalidInput, match="rate"):
+            LampRequest(TASK, "tiny", folder, tmp_path, **changes)
+    with pytest.raises(InvalidInput, match="leave one out"):
+        LampRequest(TASK, "tiny", folder, tmp_path, collective_users=3, collective_group=0)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+
+from perfit_shared.retrieval import Retriever, entry_text
+from perfit_shared.tasks import TASKS
+
+TEXTS = ("The cat sat on the mat", "a dog ran", "The DOG sat; it was late", "...", "")
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "found"),
+    [
+        ("dog sat", 1, [2]),  # both words, in whatever case
+        ("mat, cat", 2, [0, 4]),  # then one without a common word, the latest
+        ("zebra", 2, [4, 3]),
+        ("", 2, [4, 3]),
+        ("dog", 99, [1, 2, 4, 3, 0]),  # the shorter text is nearer
+        ("dog", 0, []),
+    ],
+)
+def test_the_nearest_come_first(query: str, k: int, found: list[int]) -> None:
+    assert Retriever(TEXTS).best(query, k) == found
+
+
+@pytest.mark.parametrize("texts", [(), ("",), ("...", "!")])
+def test_nothing_to_compare(texts: tuple[str, ...]) -> None:
+    assert Retriever(texts).best("dog", 5) == list(reversed(range(len(texts))))
+
+
+@pytest.mark.parametrize(
+    ("task", "item", "words", "line"),
+    [
+        (
+            "scholarly_title",
+            {"title": "On rain", "abstract": "It rains."},
+            9,
+            "abstract: It rains. title: On rain",
+        ),
+        (
+            "news_headline",
+            {"title": "Rain", "text": "It  rained\nall day."},
+            2,
+            "article: It rained title: Rain",
+        ),
+        ("product_rating", {"score": "4", "text": "Fine."}, 9, "review: Fine. score: 4"),
+        ("commit_message", {"changes": "a.py", "message": "Add a"}, 9, "changes: a.py message: Add a"),
+    ],
+)
+def test_an_entry_is_one_line_with_the_answer_last(
+    task: str, item: dict[str, str], words: int, line: str
+) -> None:
+    assert entry_text(TASKS[task], item, words=words) == line
