@@ -19,6 +19,7 @@
 # SIZES      lengths of history of the cold start                     10 0 25 5 50 all
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
+# METHODS    which of methods and news, as "none rag/4"               all, in the order below
 # BUDGET     no step begins after so many seconds                     none
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -68,21 +69,24 @@ lamp() { # folder, data, options…
 # Every method on the same people, asked in the shipped artefact's words. What the untouched model answers is
 # computed once.
 every_method() { # folder, data, artefact, people, rate
-  local of=$1 task=$2 shipped="$ours/$3"
+  local of=$1 task=$2 shipped="$ours/$3" method
   local same=(--users "$4" "${history[@]}" --artefact "$shipped") base=(--reuse "$runs/$1/none")
-  lamp "$of/none" "$task" --method none "${same[@]}"
-  lamp "$of/perfit" "$task" "${same[@]}" "${base[@]}" "${memory[@]}"
-  lamp "$of/lora-p" "$task" --method lora-p "${same[@]}" "${base[@]}"
-  lamp "$of/lora-c" "$task" --method lora-c "${lora[@]}" "${same[@]}" "${base[@]}"
   local adapter=(--lora "$runs/$of/lora-c") known=(--reuse "$runs/$of/lora-c")
-  lamp "$of/oppu" "$task" --method oppu "${adapter[@]}" "${same[@]}" "${known[@]}"
-  lamp "$of/rag" "$task" --method rag "${same[@]}" "${base[@]}"
-  lamp "$of/perfit+rag" "$task" --method perfit+rag "${same[@]}" --reuse "$runs/$of/perfit" "${memory[@]}"
-  lamp "$of/reft" "$task" --method reft --lr "$5" "${same[@]}" "${base[@]}" "${memory[@]}"
-  lamp "$of/stylevector" "$task" --method stylevector "${same[@]}" "${base[@]}"
-  lamp "$of/pag" "$task" --method pag "${same[@]}" "${base[@]}"
-  lamp "$of/lofit" "$task" --method lofit "${same[@]}" "${base[@]}"
-  lamp "$of/lora-c+perfit" "$task" --method lora-c+perfit --lr "$5" "${adapter[@]}" "${same[@]}" "${base[@]}" "${memory[@]}"
+  for method in ${METHODS:-none perfit lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag reft stylevector pag lofit lora-c+perfit}; do
+    local options=(--method "${method%/*}" "${same[@]}")
+    case "$method" in
+      none) ;;
+      perfit) options+=("${base[@]}" "${memory[@]}") ;;
+      rag/*) options+=(--k "${method#*/}" "${base[@]}") ;;
+      perfit+rag) options+=(--reuse "$runs/$of/perfit" "${memory[@]}") ;;
+      reft) options+=(--lr "$5" "${base[@]}" "${memory[@]}") ;;
+      lora-c) options+=("${lora[@]}" "${base[@]}") ;;
+      oppu) options+=("${adapter[@]}" "${known[@]}") ;;
+      lora-c+perfit) options+=(--lr "$5" "${adapter[@]}" "${base[@]}" "${memory[@]}") ;;
+      *) options+=("${base[@]}") ;;
+    esac
+    lamp "$of/$method" "$task" "${options[@]}"
+  done
 }
 
 methods() { every_method methods commits commit_message "$people" "$rate"; }

@@ -135,7 +135,7 @@ class CloudConfig:
     apart: str = "values"
 
     # The generation engine
-    # auto: vllm where it is installed and the model is on a GPU, else own
+    # auto: vllm where it is installed and takes the model, else own
     engine: str = "auto"
     cache_tokens: int = 65536  # tokens of keys and values kept for all running requests
     batch_tokens: int = 512  # most tokens of one forward pass; a GPU wants some thousands

@@ -6,10 +6,11 @@ One real `perfit-cloud serve` with a random artefact, and three devices that cal
 unsealed, one sealed without padding, one sealed as devices do it. They call in turns, so that what else the
 machine does falls on all alike: an answer of 16 tokens to a prompt of about 60 words (int8 tensors), the
 log-likelihoods of 4 candidates, the gradient of 8 examples (float16 tensors). Bytes are counted at a relay
-in between, TLS and HTTP/2 included, up and down: the median over calls. An answer's pieces come in as many
-messages as the moment makes of them, so what sealing adds to messages is counted exactly as well. `first`
-is a device's first call to a server, which shows its certificate. Ratios are of the times of a round, with
-the bootstrap's interval.
+in between, TLS and HTTP/2 included, up and down: the median over calls. A server pads in any case: zeros
+that its responses to the unpadded device hold are counted, and reckoned as padding. An answer's pieces come
+in as many messages as the moment makes of them, so what sealing adds to messages is counted exactly as well.
+`first` is a device's first call to a server, which shows its certificate. Ratios are of the times of a
+round, with the bootstrap's interval.
 
 `sealing itself` is the processor time of the sealing code of both sides for one such answer: encapsulate,
 sign, seal, open, check, and the answer's chunks. Of an answer's time it is the share that counts where the
@@ -29,7 +30,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import common
@@ -53,6 +54,7 @@ from local import LocalCloud
 _SIDES: dict[str, Sealing | None] = {"unsealed": None, "unpadded": Sealing(pads=False), "sealed": Sealing()}
 _KINDS = ("answer", "score", "gradient")
 _CHUNKS = 16  # of an answer
+_MARK_AND_TAG = 1 + 16  # bytes that every chunk adds, without zeros
 _METADATA_BYTES = len(KEY_METADATA) + 16 + 3  # the first time; an index of HTTP/2 from then on
 
 
@@ -84,6 +86,35 @@ class Relay:
                 sink.sendall(data)
 
 
+class Padding:
+    """Counts the zeros of the responses that devices open while it is entered."""
+
+    def __init__(self) -> None:
+        self.zeros = 0
+
+    def __enter__(self) -> Padding:
+        opened = ChunkOpener.open
+
+        def counting(chunks: ChunkOpener, chunk: bytes) -> bytes:
+            payload = opened(chunks, chunk)
+            self.zeros += len(chunk) - _MARK_AND_TAG - len(payload)
+            return payload
+
+        self._patch = mock.patch.object(ChunkOpener, "open", counting)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
+
+
+class Traffic(NamedTuple):
+    """Of one call."""
+
+    bytes: int
+    zeros: int  # among them, in responses
+
+
 class Side:
     """One device behind a relay of its own."""
 
@@ -97,18 +128,19 @@ class Side:
         enrolment: Enrolment = replace(self._enrolment, address=self.relay.address)
         return Cloud(enrolment, sealing=self._sealing)
 
-    def first(self) -> int:
-        """Bytes of an answer on a connection that has carried a call, by a client that has made none."""
+    def first(self) -> Traffic:
+        """An answer on a connection that has carried a call, by a client that has made none."""
         with self._opened() as cloud:
             caller = Caller(cloud)
             with mock.patch.object(Sealer, "shows_certificate", lambda *_: True):
                 return self.counted(caller.answer)
 
-    def counted(self, call: Callable[[], None]) -> int:
+    def counted(self, call: Callable[[], None]) -> Traffic:
         before = self.relay.bytes
-        call()
+        with Padding() as padding:
+            call()
         time.sleep(0.05)  # what answers pings and windows is under way
-        return self.relay.bytes - before
+        return Traffic(self.relay.bytes - before, padding.zeros)
 
 
 def main() -> None:
@@ -143,7 +175,7 @@ def main() -> None:
             ["call", *_SIDES, "sealing adds", "padding adds"], [list(r.values()) for r in bytes_rows]
         )
     )
-    print("\nBytes that sealing adds to the messages and metadata of an unpadded call\n")
+    print("\nBytes that sealing adds to the messages and metadata of a call, without padding\n")
     heads = ["call", "all", "responses", "with one response", "each further one"]
     print(common.table(heads, [list(row.values()) for row in added]))
     print("\nTime\n")
@@ -162,37 +194,42 @@ def main() -> None:
     common.finish(result, args.json)
 
 
-def bytes_of(kind: str, counts: Mapping[str, Callable[[], int]], times: int = 3) -> dict[str, Any]:
+def bytes_of(kind: str, counts: Mapping[str, Callable[[], Traffic]], times: int = 3) -> dict[str, Any]:
     for count in counts.values():
         count()
-    found = {name: int(median(count() for _ in range(times))) for name, count in counts.items()}
+    found = {name: sorted(count() for _ in range(times))[times // 2] for name, count in counts.items()}
+    unpadded = found["unpadded"].bytes - found["unpadded"].zeros
     return {
         "call": kind,
-        **found,
-        "sealing": found["unpadded"] - found["unsealed"],
-        "padding": found["sealed"] - found["unpadded"],
+        "unsealed": found["unsealed"].bytes,
+        "unpadded": unpadded,
+        "sealed": found["sealed"].bytes,
+        "sealing": unpadded - found["unsealed"].bytes,
+        "padding": found["sealed"].bytes - unpadded,
     }
 
 
 def added_by(kind: str, call: Callable[[], None]) -> dict[str, Any]:
-    """Bytes that the messages of one unpadded call have more than those that they seal, exactly."""
-    added: dict[str, list[int]] = {"request": [], "response": []}
+    """Bytes that the messages of one call have more than those that they seal, exactly, without zeros."""
+    requests: list[int] = []
+    responses: list[int] = []
     seal, opened = SealedCall.seal, SealedCall.open
+    with Padding() as padding:
 
-    def sealing(self: SealedCall, request: Any, payload: bytes, *, last: bool) -> bytes:
-        data = seal(self, request, payload, last=last)
-        added["request"].append(len(data) - len(payload))
-        return data
+        def sealing(self: SealedCall, request: Any, payload: bytes, *, last: bool) -> bytes:
+            data = seal(self, request, payload, last=last)
+            requests.append(len(data) - len(payload))
+            return data
 
-    def opening(self: SealedCall, data: bytes, *, is_only: bool) -> bytes | None:
-        payload = opened(self, data, is_only=is_only)
-        added["response"].append(len(data) - len(payload or b""))
-        return payload
+        def opening(self: SealedCall, data: bytes, *, is_only: bool) -> bytes | None:
+            before = padding.zeros
+            payload = opened(self, data, is_only=is_only)
+            responses.append(len(data) - len(payload or b"") - (padding.zeros - before))
+            return payload
 
-    with mock.patch.object(SealedCall, "seal", sealing), mock.patch.object(SealedCall, "open", opening):
-        call()
-    whole = sum(map(sum, added.values())) + _METADATA_BYTES
-    responses = added["response"]
+        with mock.patch.object(SealedCall, "seal", sealing), mock.patch.object(SealedCall, "open", opening):
+            call()
+    whole = sum(requests) + sum(responses) + _METADATA_BYTES
     return {
         "call": kind,
         "added": whole,

@@ -92,15 +92,16 @@ def random_shift(spec: ShiftSpec, rank: int, seed: int, size: float = 0.5) -> Sh
 
 
 @functools.cache
-def build(family: str, dtype: str = "float32") -> BaseModel:
-    """A tiny random model of four blocks, without a tokenizer."""
+def build(family: str, dtype: str = "float32", width: int = 8) -> BaseModel:
+    """A tiny random model of four blocks, without a tokenizer; heads are so wide."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from perfit_cloud.model.base import BaseModel
 
     torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(tiny_config(family, 300), dtype=getattr(torch, dtype)).eval()
+    config = tiny_config(family, 300, width)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     model.requires_grad_(False)
     return BaseModel(family, "fingerprint", model, None)
 

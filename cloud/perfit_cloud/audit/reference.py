@@ -30,7 +30,7 @@ class ReferenceEngines:
 
     def __init__(self, base: BaseModel, artefact: Artefact) -> None:
         self.base, self.artefact = base, artefact
-        self._generation = build_engine(base, {artefact.name: artefact}, GenerationSettings())
+        self._generation = build_engine(base, {artefact.name: artefact}, GenerationSettings(), name="own")
         self._gradients = GradientEngine(base)
         self._adaptations = UpdateEngine(base, keep_bytes=_KEEP_BYTES)
 

@@ -65,7 +65,7 @@ def serve(  # noqa: PLR0917 - options of a command
         ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="auto (vllm where it is installed, on a GPU), own, vllm.")
+        str | None, typer.Option(help="auto (vllm where it is installed), own, vllm.")
     ] = None,
     tensor_parallel: Annotated[
         int | None, typer.Option(help="With engine vllm: cards that share every block of the model.")

@@ -28,11 +28,12 @@ def _vllm(_base: BaseModel) -> EngineKind:
 
 
 def _auto(base: BaseModel) -> EngineKind:
-    """vLLM where it is installed and the model is on one GPU, else our own."""
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if not has_vllm or base.device.type != "cuda" or base.is_split:
+    """vLLM where it is installed and takes the model, else our own."""
+    if base.is_split or importlib.util.find_spec("vllm") is None:
         return _own(base)
-    return _vllm(base)
+    from perfit_cloud.engine.generation.vllm.core import takes
+
+    return _vllm(base) if takes(base) else _own(base)
 
 
 def _own(base: BaseModel) -> EngineKind:

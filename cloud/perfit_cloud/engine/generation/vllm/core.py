@@ -27,7 +27,7 @@ from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import ConfigError, InvalidData
 from perfit_shared.types import MOST_LOGPROBS, Sampling
 
-__all__ = ["EngineCore", "Output", "check_installed"]
+__all__ = ["EngineCore", "Output", "check_installed", "takes"]
 
 _BLOCK_TOKENS = 32  # of a page of keys and values, on a CPU; on a GPU vLLM chooses
 _GPU_BLOCK_TOKENS = 16
@@ -54,7 +54,8 @@ _ENVIRONMENT = {
 # all where there is none.
 _ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}
 _STARTING = threading.Lock()
-_REFUSALS = (ImportError, RuntimeError, ValueError)  # of a model by vLLM
+_REFUSALS = (AssertionError, ImportError, RuntimeError, ValueError)  # of a model by vLLM
+_NO_WINDOWS_IN_PART = {"qwen2", "qwen3"}  # where some blocks have a sliding window, vLLM takes none of these
 
 
 class Output(NamedTuple):
@@ -73,6 +74,23 @@ def check_installed() -> None:
         raise ConfigError(
             "vLLM is not installed; pip install 'perfit[vllm]', or serve with --engine own"
         ) from error
+
+
+def takes(base: BaseModel) -> bool:
+    """Whether vLLM's build here is for the base's device, and has its attention: for who leaves it the choice."""
+    from vllm.platforms import current_platform
+
+    on_cpu = base.device.type == "cpu"
+    config = base.model.config.get_text_config()
+    windows = set(getattr(config, "layer_types", None) or ()) == {"sliding_attention", "full_attention"}
+    if on_cpu != current_platform.is_cpu() or (windows and config.model_type in _NO_WINDOWS_IN_PART):
+        return False
+    if not on_cpu:
+        return True
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width in CPUAttentionBackend.get_supported_head_sizes()
 
 
 class EngineCore:
@@ -205,7 +223,7 @@ def _start(base: BaseModel, settings: GenerationSettings, told: dict[str, Any]) 
                 log_stats=False,
             )
         except refusals as error:
-            raise InvalidData(f"vLLM does not take {base.name}: {error}") from error
+            raise InvalidData(f"vLLM does not take {base.name}; set engine to own: {error}") from error
         finally:
             torch.set_num_threads = set_threads
 
