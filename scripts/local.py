@@ -59,7 +59,7 @@ class LocalCloud:
         """`model`: None takes the one that is served by default. `env`: beside this process's environment.
         `prefix`: a command that runs ours, such as prlimit.
         """
-        self.state, self._log = state, log or state.with_suffix(".log")
+        self.state, self.log = state, log or state.with_suffix(".log")
         self._env, self._prefix = env or {}, prefix
         # A cloud that ran before comes back where its devices look for it.
         known = state / "addresses.json"
@@ -85,11 +85,11 @@ class LocalCloud:
 
     def start(self) -> LocalCloud:
         self.state.parent.mkdir(parents=True, exist_ok=True)
-        self.process = self.launch(self._log, self._env)
+        self.process = self.launch(self.log, self._env)
         line = self.process.stdout.readline() if self.process.stdout else ""
         if not line.strip():
             code = self.process.wait(30)
-            raise CommandFailed(self.command, code, self._log.read_text())
+            raise CommandFailed(self.command, code, self.log.read_text())
         self.said = json.loads(line)
         return self
 

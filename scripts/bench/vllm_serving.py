@@ -6,18 +6,24 @@
 Requests as in serving.py: prompts of 32 to 256 random tokens, 64 new ones, greedy, LaMP-2M's preset. 32 are
 in flight, of 1, 8 and 32 distinct users, and then 256 of 256. Four engines take turns pass by
 pass, each timed by a clock of its own: vLLM with hooks and without, ours with hooks and without.
+
+    --lora   instead: vLLM's own multi-LoRA, r = 8 on q and v, an adapter for each user, beside the same
+             vLLM without; whole runs take turns
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
 from asking import Run, ask_in_step
+from peers.vllm_lora import VllmLora
 from workload import Asked, artefact_for, load_model, parser, prompts, uses
 
 from perfit_cloud.engine.generation.factory import build_engine
@@ -45,6 +51,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--loads", default="", help="IN_FLIGHT:USERS,… in place of the table's")
     made.add_argument("--without-own", action="store_true", help="leave our own engine out")
+    made.add_argument("--lora", action="store_true", help="vLLM's multi-LoRA in place of perfit's engines")
     made.add_argument("--tokens", default="", help="SHORTEST:LONGEST:NEW in place of 32:256:64")
     args = made.parse_args()
     sizes = SMALL if args.small else Sizes()
@@ -57,6 +64,12 @@ def main() -> None:
     if args.small:  # the smallest model whose heads are as wide as vLLM's attention on a CPU wants them
         args.small, args.model, args.pairs = False, "random-8m", 2
     base = load_model(args)
+    if args.lora:
+        rows = _lora_rows(base, sizes, args.pairs)
+        common.finish(
+            {"model": base.name, "dtype": args.dtype, "sizes": asdict(sizes), "lora": rows}, args.json
+        )
+        return
     rows = []
     most = max(in_flight for in_flight, _ in sizes.loads)
     settings = GenerationSettings(max_requests=most, cache_tokens=most * (sizes.longest + sizes.new_tokens))
@@ -70,6 +83,43 @@ def main() -> None:
             print(_told(rows[-1:]), flush=True)
     print(_told(rows))
     common.finish({"model": base.name, "dtype": args.dtype, "sizes": asdict(sizes), "rows": rows}, args.json)
+
+
+def _lora_rows(base: BaseModel, sizes: Sizes, pairs: int) -> list[dict[str, Any]]:
+    """vLLM with as many adapters as users over the same without."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for in_flight, users in sizes.loads:
+            texts = prompts(base, in_flight, sizes.shortest, sizes.longest)
+            engines = VllmLora(base, texts, sizes.new_tokens, users, Path(folder))
+            speeds = common.interleaved({"plain": engines.plain, "mixed": engines.mixed}, pairs=pairs)
+            changed = engines.changed()
+            engines.close()
+            row = {
+                "in_flight": in_flight,
+                "distinct_users": users,
+                "tokens_per_second": {side: float(np.median(of)) for side, of in speeds.items()},
+                "lora": common.ratio(speeds["mixed"], speeds["plain"]).to_json(),
+                "changed_answers": changed,
+            }
+            rows.append(row)
+            cells = [
+                in_flight,
+                users,
+                *row["tokens_per_second"].values(),
+                common.Ratio(*row["lora"]),
+                changed,
+            ]
+            heads = [
+                "in flight",
+                "users",
+                "plain tokens/s",
+                "LoRA tokens/s",
+                "of it plain [95 %]",
+                "changed answers",
+            ]
+            print(common.table(heads, [cells]), flush=True)
+    return rows
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,13 @@ from perfit_cloud.model.base import BaseModel
 from tests.support.engine_contract import EngineContract
 from tests.support.engine_subject import POISON, EngineSuite, FragileEmbedding, Subject
 
-__all__ = ["VllmContract", "VllmEngines", "stopped_at_first_token"]
+__all__ = ["VllmContract", "VllmEngines", "dividing", "stopped_at_first_token"]
+
+_QUEUES = 700 << 20  # bytes of /dev/shm that vLLM's queues to two workers may take
+dividing = pytest.mark.skipif(
+    shutil.disk_usage("/dev/shm").free < _QUEUES,  # noqa: S108
+    reason="two workers need 700 MiB of /dev/shm",
+)
 
 
 class VllmEngines(EngineSuite):

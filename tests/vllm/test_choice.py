@@ -27,5 +27,5 @@ def test_our_own_for_heads_that_its_attention_does_not_have() -> None:
 def test_our_own_for_what_vllm_refuses_and_says_so_when_told_to() -> None:
     base = build("qwen2", width=32)
     assert engine_kind(base) is GenerationEngine
-    with pytest.raises(InvalidData, match="vLLM does not take .*set engine to own"):
+    with pytest.raises(InvalidData, match=r"vLLM does not take .*set engine to own"):
         VllmEngine(base, {}, GenerationSettings(512, 64, 4))

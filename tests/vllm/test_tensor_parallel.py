@@ -30,10 +30,11 @@ from tests.support.engine_subject import SMALL, Subject, endless
 from tests.support.generation import NEW, alone, prompts, serve, uses
 from tests.support.memory import looking
 from tests.support.models import random_artefact
-from tests.support.vllm_engines import stopped_at_first_token
+from tests.support.vllm_engines import dividing, stopped_at_first_token
 from tests.support.vllm_served import PROGRAM, person
 from tests.support.waiting import wait_for
 
+pytestmark = dividing
 _END_SECONDS = 60.0
 _PROMPT = [0, *np.random.default_rng(8).integers(3, 250, 60).tolist()]
 _FLAGS = 256  # bytes in front of what workers exchange
