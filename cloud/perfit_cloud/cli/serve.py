@@ -64,9 +64,7 @@ def serve(  # noqa: PLR0917 - options of a command
             help="Of enrolment,answers,updates what this process does, where several are one cloud."
         ),
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="auto (vllm where it is installed), own, vllm.")
-    ] = None,
+    engine: Annotated[str | None, typer.Option(help="auto (vllm where it is installed), own, vllm.")] = None,
     tensor_parallel: Annotated[
         int | None, typer.Option(help="With engine vllm: cards that share every block of the model.")
     ] = None,

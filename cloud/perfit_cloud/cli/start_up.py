@@ -23,6 +23,7 @@ from perfit_cloud.hardening.process import Hardening
 from perfit_cloud.hardening.scrubber import MemoryScrubber
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.model.packed import packed_bytes
 from perfit_cloud.model.placement import Placement
 from perfit_cloud.model.shipped import shipped_for
 from perfit_cloud.service.catalog import Catalog
@@ -37,6 +38,7 @@ __all__ = ["load_artefacts", "load_parts", "with_torch"]
 _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _QUOTING_LIBRARIES = ("transformers",)
+_MOST_PACKED = 1 / 8  # of the memory that there is, for weights packed beside those as they are
 
 
 def load_parts(config: CloudConfig, authenticator: Authenticator) -> tuple[ServerParts, MemoryScrubber]:
@@ -51,9 +53,10 @@ def load_parts(config: CloudConfig, authenticator: Authenticator) -> tuple[Serve
     catalog = Catalog.build(config, base, artefacts or shipped_for(base.fingerprint), authenticator.cloud_id)
     kind = engine_kind(base, config.engine, config.tensor_parallel)
     machine = machine_bytes()
-    memory = plan_memory(
-        config, catalog, process=resident_bytes(), continuous=kind.continuous, machine=machine
-    )
+    packed = packed_bytes(base.model) if kind.packs and "answers" in config.roles else 0
+    packs = packed <= _MOST_PACKED * min(machine, config.memory_bytes or machine)
+    process = resident_bytes() + (packed if packs else 0)
+    memory = plan_memory(config, catalog, process=process, continuous=kind.continuous, machine=machine)
     cache_at_most(memory.freed)
     settings = GenerationSettings(
         cache_tokens=memory.cache_tokens,
@@ -61,6 +64,7 @@ def load_parts(config: CloudConfig, authenticator: Authenticator) -> tuple[Serve
         max_requests=config.max_requests,
         alone=config.apart == "bits",
         tensor_parallel=config.tensor_parallel,
+        pack_weights=packs and packed > 0,
     )
     device_lock = DeviceLock()
     generation = kind(base, catalog.artefacts, settings, device_lock)

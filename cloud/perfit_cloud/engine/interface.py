@@ -96,6 +96,7 @@ class GenerationSettings:
     max_requests: int = 64  # answers in flight; more are refused with Busy
     alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
     tensor_parallel: int = 1  # vLLM's workers, of which each computes a part of every block
+    pack_weights: bool = True  # our own engines: as `packed_bytes` of the model has it, for faster decoding
 
 
 def most_tokens(context: int, cache_tokens: int) -> int:
@@ -140,6 +141,10 @@ class EngineKind(Protocol):
     @property
     def continuous(self) -> bool:
         """As of the engines. If true, long prompts are read in parts of `batch_tokens`."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether the engines heed `pack_weights`."""
 
     def __call__(
         self,

@@ -24,6 +24,7 @@ from perfit_cloud.engine.interface import EngineHealth, GenerationSettings, Shif
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_cloud.model.interventions import Intervention, Shift, install, to_torch
+from perfit_cloud.model.packed import pack_linear_layers
 from perfit_shared.errors import Busy, InvalidPrompt, InvalidTensors, NotFound, Unavailable
 from perfit_shared.positions import Positions
 from perfit_shared.types import Mode, Sampling
@@ -74,6 +75,7 @@ class OwnEngine(ABC):
     """
 
     continuous: bool
+    packs = True
 
     def __init__(
         self,
@@ -213,10 +215,11 @@ class OwnEngine(ABC):
         request.stream.put(token, likelihood)
         return is_last
 
-    @staticmethod
-    def _hooked(base: BaseModel, artefacts: Mapping[str, Artefact]) -> Any:
+    def _hooked(self, base: BaseModel, artefacts: Mapping[str, Artefact]) -> Any:
         """A tree of the model's modules whose blocks carry a hook where an artefact names them."""
         model = base.share_weights()
+        if self.settings.pack_weights:
+            pack_linear_layers(model)
         install(model, {layer for a in artefacts.values() for layer in a.spec.layers})
         return model
 

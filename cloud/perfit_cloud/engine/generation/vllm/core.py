@@ -77,7 +77,7 @@ def check_installed() -> None:
 
 
 def takes(base: BaseModel) -> bool:
-    """Whether vLLM's build here is for the base's device, and has its attention: for who leaves it the choice."""
+    """Whether vLLM's build here is for the base's device, and has the model's attention."""
     from vllm.platforms import current_platform
 
     on_cpu = base.device.type == "cpu"

@@ -26,6 +26,7 @@ class VllmEngine(OwnEngine):
     """
 
     continuous = True
+    packs = False
 
     def __init__(
         self,
