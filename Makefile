@@ -99,6 +99,7 @@ bench: setup peers
 	$(SERVING) --asks-during-updates --model $(NEWSLM) --json $(RESULTS)/asks-newslm.json
 	$(SERVING) --scaling --model $(NEWSLM) --json $(RESULTS)/scaling-newslm.json
 	$(SERVING) --profile --model $(NEWSLM) --json $(RESULTS)/profile-newslm.json
+	$(SERVING) --packing --model smollm2 --dtype bfloat16 --threads 1 --json $(RESULTS)/packing-smollm2.json
 	$(BIN)/python scripts/bench/update.py --model $(NEWSLM) --json $(RESULTS)/update.json
 	$(BIN)/python scripts/bench/wire.py --json $(RESULTS)/wire.json
 	$(BIN)/python scripts/bench/device.py --json $(RESULTS)/device.json
@@ -106,7 +107,7 @@ bench: setup peers
 	$(BIN)/python scripts/bench/hardening.py --model $(NEWSLM) --json $(RESULTS)/hardening.json
 	$(BIN)/python scripts/bench/hardening.py --model random-100m --starts 5 --pairs 8 \
 		--json $(RESULTS)/hardening-100m.json
-	$(BIN)/python scripts/bench/sealing.py --model $(NEWSLM) --json $(RESULTS)/sealing.json
+	$(BIN)/python scripts/bench/sealing.py --model smollm2 --dtype bfloat16 --threads 1 --json $(RESULTS)/sealing.json
 	$(BIN)/python scripts/bench/stacks.py --model $(NEWSLM) --json $(RESULTS)/stacks.json
 	$(BIN)/python scripts/bench/analyze.py --model $(NEWSLM) --dtype auto --json $(RESULTS)/analyze.json
 

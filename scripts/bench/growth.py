@@ -20,7 +20,7 @@ from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.types import Sampling
 
-__all__ = ["profile", "scaling"]
+__all__ = ["packing", "profile", "scaling"]
 
 _NEW_TOKENS = 64
 _IN_FLIGHT = (1, 4, 16, 64, 256)
@@ -88,6 +88,52 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     return {"scaling": [row for rows in tables.values() for row in rows]}
 
 
+def packing(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Packed weights beside weights as they are: two engines pass by pass, prompts of 32–256 tokens."""
+    pairs, new = (1, 4) if args.small else (args.pairs, _NEW_TOKENS)
+    artefact = artefact_for(base)
+    rows = []
+    for count in (1, 4) if args.small else (1, 8, 32):
+        asked = _asked(prompts(base, count, 32, min(256, base.context - new)), artefact, new)
+        engines = {
+            name: build_engine(
+                base, {artefact.name: artefact}, GenerationSettings(pack_weights=packs), name="own"
+            )
+            for name, packs in (("packed", True), ("as they are", False))
+        }
+        rounds = [
+            ask_in_step({name: (engine, asked) for name, engine in engines.items()}) for _ in range(1 + pairs)
+        ]
+        for engine in engines.values():
+            engine.stop()
+        speeds = {name: [run[name].tokens_per_second for run in rounds[1:]] for name in engines}
+        first = {name: [float(np.median(run[name].first)) for run in rounds[1:]] for name in engines}
+        answers = (rounds[-1][name].answers for name in engines)
+        rows.append(
+            {
+                "model": base.name,
+                "in_flight": count,
+                "tokens_per_second": {name: float(np.median(of)) for name, of in speeds.items()},
+                "packed": common.ratio(speeds["packed"], speeds["as they are"]).to_json(),
+                "first_token": common.ratio(first["packed"], first["as they are"]).to_json(),
+                "same_answers": sum(a == b for a, b in zip(*answers, strict=True)),
+            }
+        )
+    heads = ["users in flight", *rows[0]["tokens_per_second"], "ratio [95 %]", "first token", "same answers"]
+    cells = [
+        [
+            row["in_flight"],
+            *row["tokens_per_second"].values(),
+            common.Ratio(*row["packed"]),
+            common.Ratio(*row["first_token"]),
+            f"{row['same_answers']} of {row['in_flight']}",
+        ]
+        for row in rows
+    ]
+    print(common.table(heads, cells))
+    return {"packing": rows}
+
+
 def _asked(texts: list[list[int]], artefact: Artefact | None, new_tokens: int) -> list[Asked]:
     whose = uses(artefact, len(texts), len(texts))
     return [(text, use, Sampling(new_tokens)) for text, use in zip(texts, whose, strict=True)]
@@ -97,11 +143,14 @@ def _asked(texts: list[list[int]], artefact: Artefact | None, new_tokens: int) -
 
 # (file, function): none calls another, and all are called within the forward pass.
 _PARTS = {
-    "linear layers": ("", "<built-in method torch._C._nn.linear>"),
-    "attention": ("model/kv_cache.py", "_packed_attention"),
-    "whose rows are shifted": ("model/interventions.py", "groups_of"),
-    "φ": ("model/interventions.py", "shift_rows"),
-    "choosing tokens": ("engine/generation/sampling.py", "draw"),
+    "linear layers": [
+        ("", "<built-in method torch._C._nn.linear>"),
+        ("", "<built-in method torch._ops.mkldnn._linear_pointwise>"),  # with packed weights
+    ],
+    "attention": [("model/kv_cache.py", "_packed_attention")],
+    "whose rows are shifted": [("model/interventions.py", "groups_of")],
+    "φ": [("model/interventions.py", "shift_rows")],
+    "choosing tokens": [("engine/generation/sampling.py", "draw")],
 }
 _FORWARD = ("engine/generation/continuous.py", "_forward")
 _TOP = 12  # functions shown by their own time
@@ -130,7 +179,7 @@ def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         """With all that it calls."""
         return sum(of[3] for at, of in stats.stats.items() if at[0].endswith(file) and at[2] == function)
 
-    parts = {part: seconds(*of) for part, of in _PARTS.items()}
+    parts = {part: sum(seconds(*each) for each in of) for part, of in _PARTS.items()}
     parts["rest of the pass: norms, rotary, activations, packing"] = seconds(*_FORWARD) - sum(parts.values())
     parts["between passes: plan, delivery"] = total - seconds(*_FORWARD)
     print(

@@ -22,6 +22,7 @@ submit to its first piece, over all runs.
     --asks-during-updates   instead: time to first token of single asks, idle and beside two updates
     --scaling               instead: tokens a second and memory by users, prompt length and rank
     --profile               instead: where the time of one run goes
+    --packing               instead: tokens a second with packed weights and with weights as they are
 """
 
 from __future__ import annotations
@@ -255,7 +256,12 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     )
 
 
-_MODES = {"asks-during-updates": beside_updates.run, "scaling": growth.scaling, "profile": growth.profile}
+_MODES = {
+    "asks-during-updates": beside_updates.run,
+    "scaling": growth.scaling,
+    "profile": growth.profile,
+    "packing": growth.packing,
+}
 
 if __name__ == "__main__":
     main()
