@@ -43,7 +43,12 @@ def test_update(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "key"),
-    [("asks-during-updates", "asks_during_updates"), ("scaling", "scaling"), ("profile", "profile")],
+    [
+        ("asks-during-updates", "asks_during_updates"),
+        ("scaling", "scaling"),
+        ("profile", "profile"),
+        ("packing", "packing"),
+    ],
 )
 def test_other_modes_of_serving(tmp_path: Path, mode: str, key: str) -> None:
     result = bench(tmp_path, "serving.py", f"--{mode}")
@@ -51,6 +56,8 @@ def test_other_modes_of_serving(tmp_path: Path, mode: str, key: str) -> None:
     if mode == "scaling":
         assert {row["in_flight"] for row in found} == {1, 4}
         assert all(row["peak_rss_mb"] > 0 and row["tokens_per_second"] > 0 for row in found)
+    elif mode == "packing":
+        assert [(row["in_flight"], row["same_answers"]) for row in found] == [(1, 1), (4, 4)]
     elif mode == "profile":
         assert sum(found["parts"].values()) == pytest.approx(found["seconds"])
         assert all(
