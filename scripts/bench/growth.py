@@ -36,7 +36,9 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         artefact = artefact_for(base, personal_rank=rank)
         texts = prompts(base, count, shortest, longest)
         room = 2 * sum(len(text) + new for text in texts)
-        settings = GenerationSettings(cache_tokens=max(32_768, room), max_requests=count)
+        settings = GenerationSettings(
+            cache_tokens=max(32_768, room), max_requests=count, pack_weights=True
+        )
         ours, plain = (build_engine(base, of, settings) for of in ({artefact.name: artefact}, {}))
         asked, unshifted = (_asked(texts, of, new) for of in (artefact, None))
         with common.Peak() as peak:  # of ours alone: the other engine holds nothing yet
@@ -163,7 +165,7 @@ def profile(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
     """
     artefact = artefact_for(base)
     count, new, longest = (4, 4, 64) if args.small else (32, _NEW_TOKENS, 256)
-    engine = build_engine(base, {artefact.name: artefact}, GenerationSettings())
+    engine = build_engine(base, {artefact.name: artefact}, GenerationSettings(pack_weights=True))
     if not engine.continuous:
         raise SystemExit("this model's family is served in batches; there is no step to profile")
     asked = _asked(prompts(base, count, 32, longest), artefact, new)

@@ -179,7 +179,7 @@ class Bench:
 
     def _side(self, artefact: Artefact | None, distinct: int) -> Side:
         """An engine of its own, without hooks where there is no artefact, and the requests of these users."""
-        settings = GenerationSettings(max_requests=self._sizes.in_flight)
+        settings = GenerationSettings(max_requests=self._sizes.in_flight, pack_weights=True)
         engine = build_engine(self._base, {artefact.name: artefact} if artefact else {}, settings)
         self._engines.callback(engine.stop)
         sampling = Sampling(self._sizes.new_tokens)

@@ -72,7 +72,9 @@ def main() -> None:
         return
     rows = []
     most = max(in_flight for in_flight, _ in sizes.loads)
-    settings = GenerationSettings(max_requests=most, cache_tokens=most * (sizes.longest + sizes.new_tokens))
+    settings = GenerationSettings(
+        max_requests=most, cache_tokens=most * (sizes.longest + sizes.new_tokens), pack_weights=True
+    )
     artefact = artefact_for(base)
     sides = [side for side in _SIDES if not (args.without_own and "own" in side)]
     with _engines(base, artefact, settings, sides) as engines:

@@ -13,16 +13,26 @@ from tests.support.engine_subject import SMALL
 from tests.support.models import build, random_artefact, random_shift
 from torch import nn
 
+from perfit_cloud.cli import start_up
+from perfit_cloud.cli.roles import opened_identity
+from perfit_cloud.config import CloudConfig
 from perfit_cloud.engine.generation.factory import build_engine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.model import packed
 from perfit_cloud.model.base import BaseModel, load_base
+from perfit_cloud.service.settings import ServerParts
 from perfit_shared.types import Mode, Sampling
 
 
 @pytest.fixture(scope="module")
 def base(model_folder: Callable[[str], Path]) -> BaseModel:
     return load_base(str(model_folder("llama")), dtype="bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def _can_pack() -> None:
+    if not packed.packed_bytes(build("llama", "bfloat16").model):
+        pytest.skip("PyTorch cannot pack bfloat16 on this processor")
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def test_packed_products_are_pytorch_s_own_within_rounding(base: BaseModel, mult
             rows = torch.randn(1, count, layer.in_features, generator=draw).to(torch.bfloat16)
             with torch.no_grad():
                 torch.testing.assert_close(layer(rows), plain(rows), rtol=2**-7, atol=2**-7)
-    assert len(multiplied) == 1 + 3 * len(linear_layers(model))  # and the trial
+    assert len(multiplied) == 1 + 3 * len(linear_layers(model))  # and the trial's
 
 
 def test_the_model_that_it_shares_weights_with_is_left_alone(base: BaseModel, multiplied: list[Any]) -> None:
@@ -84,9 +94,9 @@ def test_an_engine_packs_unless_it_is_told_not_to_and_answers_alike(
     use = ShiftUse(Mode.PERSONAL, artefact, random_shift(artefact.spec, artefact.spec.personal_rank, 4))
     answers = []
     for packs in (True, False):
-        del multiplied[:]
         settings = replace(SMALL, pack_weights=packs)
         engine = build_engine(base, {artefact.name: artefact}, settings, name="own")
+        del multiplied[:]  # the trial's
         answers.append([*engine.submit([0, 5, 6, 7, 8], use, Sampling(12))])
         engine.stop()
         assert bool(multiplied) == packs
@@ -103,7 +113,7 @@ def test_only_bfloat16_is_packed(dtype: str, multiplied: list[Any]) -> None:
 
 def test_what_is_added_is_a_copy_of_each_weight(base: BaseModel) -> None:
     expected = sum(2 * layer.weight.numel() for layer in linear_layers(base.model))
-    assert packed.packed_bytes(base.model) == expected > 0
+    assert packed.packed_bytes(base.model) == expected
     model = base.share_weights()
     packed.pack_linear_layers(model)
     assert packed.packed_bytes(model) == 0, "none is packed twice"
@@ -124,3 +134,62 @@ def test_where_pytorch_packs_otherwise_its_own_products_stay(
     with torch.no_grad():
         ids = torch.tensor([[0, 5, 6]])
         torch.testing.assert_close(model(ids).logits, base.model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "packs"),
+    [
+        ({}, True),
+        ({"dtype": "float32"}, False),
+        ({"roles": ("enrolment", "updates")}, False),
+        ({"memory_bytes": 7 * 100_000}, False),  # more than an eighth of the ceiling
+        ({"memory_bytes": 9 * 100_000}, True),
+    ],
+)
+def test_a_server_packs_where_there_is_room_and_somebody_to_answer(
+    changed: dict[str, Any],
+    packs: bool,
+    model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """And the plan of the memory knows of it."""
+    planned: list[int] = []
+
+    def plan_memory(config: CloudConfig, *args: Any, process: int, **more: Any) -> Any:
+        planned.append(process)
+        return plan(replace(config, memory_bytes=0), *args, process=process, **more)
+
+    plan = start_up.plan_memory
+    monkeypatch.setattr(start_up, "plan_memory", plan_memory)
+    monkeypatch.setattr(start_up, "resident_bytes", lambda: 1000)
+    monkeypatch.setattr(start_up, "packed_bytes", lambda model: 100_000 * bool(packed.packed_bytes(model)))
+    parts = loaded(CloudConfig(state=tmp_path, **({"dtype": "bfloat16"} | changed)), model_folder)
+    assert parts.generation.settings.pack_weights == packs  # type: ignore[attr-defined]
+    assert planned == [101_000 if packs else 1000]
+
+
+def test_a_ceiling_without_room_for_packed_weights_is_planned_without_them(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    resident = start_up.resident_bytes()
+    monkeypatch.setattr(start_up, "packed_bytes", lambda _: resident)  # more than the margin leaves
+    monkeypatch.setattr(start_up, "_MOST_PACKED", 1.0)
+    config = CloudConfig(state=tmp_path, dtype="bfloat16", memory_bytes=resident + 2**29)
+    parts = loaded(config, model_folder)
+    assert not parts.generation.settings.pack_weights  # type: ignore[attr-defined]
+    assert parts.memory.process < 1.5 * resident
+
+
+def loaded(config: CloudConfig, model_folder: Callable[[str], Path]) -> ServerParts:
+    """As a server starts, stopped."""
+    artefact = config.state / "artefact"
+    random_artefact(load_base(str(model_folder("llama")))).save(artefact)
+    config = replace(
+        config, model=str(model_folder("llama")), artefacts=(str(artefact),), state=config.state / "state"
+    )
+    with opened_identity(config, lambda close: close()) as authenticator:
+        parts, _ = start_up.load_parts(config, authenticator)
+    parts.generation.stop()
+    parts.scheduler.close()
+    return parts

@@ -5,6 +5,7 @@ It imports torch and transformers, so import it only to serve, once the process 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.factory import engine_kind
 from perfit_cloud.engine.gradients.scheduler import GradientScheduler
 from perfit_cloud.engine.gradients.session import UpdateEngine
-from perfit_cloud.engine.interface import GenerationSettings
+from perfit_cloud.engine.interface import EngineKind, GenerationSettings
 from perfit_cloud.hardening.allocator import cache_at_most, return_free_memory
 from perfit_cloud.hardening.process import Hardening
 from perfit_cloud.hardening.scrubber import MemoryScrubber
@@ -28,16 +29,18 @@ from perfit_cloud.model.placement import Placement
 from perfit_cloud.model.shipped import shipped_for
 from perfit_cloud.service.catalog import Catalog
 from perfit_cloud.service.identity.authenticator import Authenticator
-from perfit_cloud.service.memory import kept_bytes, machine_bytes, plan_memory, resident_bytes
+from perfit_cloud.service.memory import MemoryPlan, kept_bytes, machine_bytes, plan_memory, resident_bytes
 from perfit_cloud.service.settings import ServerParts
 from perfit_cloud.service.signatures import check_signature
 from perfit_cloud.service.telemetry import Engines
+from perfit_shared.errors import ConfigError
 
 __all__ = ["load_artefacts", "load_parts", "with_torch"]
 
 _log = logging.getLogger(__name__)
 # Libraries whose messages may quote what they work on: prompts, as ids or text.
 _QUOTING_LIBRARIES = ("transformers",)
+_MIB = 2**20
 _MOST_PACKED = 1 / 8  # of the memory that there is, for weights packed beside those as they are
 
 
@@ -51,12 +54,11 @@ def load_parts(config: CloudConfig, authenticator: Authenticator) -> tuple[Serve
     artefacts = load_artefacts(config)
     base = _load_model(config)
     catalog = Catalog.build(config, base, artefacts or shipped_for(base.fingerprint), authenticator.cloud_id)
-    kind = engine_kind(base, config.engine, config.tensor_parallel)
+    # Who answers nobody needs no copy of the weights for it.
+    answers = "answers" in config.roles
+    kind = engine_kind(base, *((config.engine, config.tensor_parallel) if answers else ("own",)))
     machine = machine_bytes()
-    packed = packed_bytes(base.model) if kind.packs and "answers" in config.roles else 0
-    packs = packed <= _MOST_PACKED * min(machine, config.memory_bytes or machine)
-    process = resident_bytes() + (packed if packs else 0)
-    memory = plan_memory(config, catalog, process=process, continuous=kind.continuous, machine=machine)
+    memory, packs = _planned(config, catalog, kind, machine, may_pack=answers)
     cache_at_most(memory.freed)
     settings = GenerationSettings(
         cache_tokens=memory.cache_tokens,
@@ -64,7 +66,7 @@ def load_parts(config: CloudConfig, authenticator: Authenticator) -> tuple[Serve
         max_requests=config.max_requests,
         alone=config.apart == "bits",
         tensor_parallel=config.tensor_parallel,
-        pack_weights=packs and packed > 0,
+        pack_weights=packs,
     )
     device_lock = DeviceLock()
     generation = kind(base, catalog.artefacts, settings, device_lock)
@@ -98,6 +100,25 @@ def load_parts(config: CloudConfig, authenticator: Authenticator) -> tuple[Serve
         sealing_keys=sealing_keys(authenticator, config),
     )
     return parts, scrubber
+
+
+def _planned(
+    config: CloudConfig, catalog: Catalog, kind: EngineKind, machine: int, *, may_pack: bool
+) -> tuple[MemoryPlan, bool]:
+    """What each part of the process gets, and whether the engine packs weights. Raises ConfigError."""
+    base, resident = catalog.base, resident_bytes()
+    copied = kind.weight_bytes(base, config.tensor_parallel)
+    if copied:
+        _log.info("vLLM has a copy of the weights of its own: %d MiB", copied // _MIB)
+    packed = packed_bytes(base.model) if kind.packs and may_pack else 0
+    if 0 < packed <= _MOST_PACKED * min(machine, config.memory_bytes or machine):
+        with contextlib.suppress(ConfigError):  # the ceiling has no room for them
+            process = resident + packed
+            plan = plan_memory(config, catalog, process=process, continuous=kind.continuous, machine=machine)
+            _log.info("weights are packed for faster decoding: %d MiB more", packed // _MIB)
+            return plan, True
+    process = resident + copied
+    return plan_memory(config, catalog, process=process, continuous=kind.continuous, machine=machine), False
 
 
 def load_artefacts(config: CloudConfig) -> list[Artefact]:

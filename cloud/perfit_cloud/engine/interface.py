@@ -96,7 +96,7 @@ class GenerationSettings:
     max_requests: int = 64  # answers in flight; more are refused with Busy
     alone: bool = False  # a pass for each request: who else is there changes no bit of an answer
     tensor_parallel: int = 1  # vLLM's workers, of which each computes a part of every block
-    pack_weights: bool = True  # our own engines: as `packed_bytes` of the model has it, for faster decoding
+    pack_weights: bool = False  # of our own engines: decode faster, with `packed_bytes` of memory more
 
 
 def most_tokens(context: int, cache_tokens: int) -> int:
@@ -145,6 +145,9 @@ class EngineKind(Protocol):
     @property
     def packs(self) -> bool:
         """Whether the engines heed `pack_weights`."""
+
+    def weight_bytes(self, base: BaseModel, tensor_parallel: int, /) -> int:
+        """Of the host's memory that an engine takes, in this process, for weights beside the base's."""
 
     def __call__(
         self,

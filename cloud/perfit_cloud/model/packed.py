@@ -6,7 +6,6 @@ that takes as long as the product itself. Packed once, a weight is there twice: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -28,18 +27,21 @@ def pack_linear_layers(model: nn.Module) -> None:
     """Let the linear layers of `model`, a tree from `share_weights`, multiply by packed weights.
 
     On a CPU, for bfloat16 alone, and for layers that keep to `torch.nn.Linear`. Whoever wants gradients gets
-    the layer's own product. Does nothing where PyTorch cannot pack, or its packed product is another.
+    the layer's own product. Does nothing where PyTorch cannot pack, or its packed product is another. What
+    changes a weight later changes no packed one, and such a tree is neither copied nor saved.
     """
-    layers = [*_layers(model)]
-    if layers and _works(layers[0]):
-        for layer in layers:
-            setattr(layer, "forward", _Packed(layer))  # noqa: B010 - to mypy a method is not assigned to
+    for layer in _layers(model):
+        setattr(layer, "forward", _Packed(layer))  # noqa: B010 - to mypy a method is not assigned to
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Linear]:
-    for layer in model.modules():
-        if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_fit(layer.weight):
-            yield layer
+def _layers(model: nn.Module) -> list[nn.Linear]:
+    """Those that are packed."""
+    found = [
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_fit(layer.weight)
+    ]
+    return found if found and _works(found[0]) else []
 
 
 def _is_fit(weight: torch.Tensor) -> bool:

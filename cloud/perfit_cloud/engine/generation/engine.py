@@ -77,6 +77,11 @@ class OwnEngine(ABC):
     continuous: bool
     packs = True
 
+    @staticmethod
+    def weight_bytes(_base: BaseModel, _tensor_parallel: int) -> int:
+        """None, unless they are packed."""
+        return 0
+
     def __init__(
         self,
         base: BaseModel,

@@ -27,7 +27,7 @@ from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import ConfigError, InvalidData
 from perfit_shared.types import MOST_LOGPROBS, Sampling
 
-__all__ = ["EngineCore", "Output", "check_installed", "takes"]
+__all__ = ["EngineCore", "Output", "check_installed", "copy_bytes", "takes"]
 
 _BLOCK_TOKENS = 32  # of a page of keys and values, on a CPU; on a GPU vLLM chooses
 _GPU_BLOCK_TOKENS = 16
@@ -55,6 +55,10 @@ _ENVIRONMENT = {
 _ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}
 _STARTING = threading.Lock()
 _REFUSALS = (AssertionError, ImportError, RuntimeError, ValueError)  # of a model by vLLM
+# Models of vLLM's own that the contract of engines is asked of (tests/vllm/test_contract.py).
+_SHOWN = {
+    f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "OPT")
+} | {"GPT2LMHeadModel"}
 _NO_WINDOWS_IN_PART = {"qwen2", "qwen3"}  # where some blocks have a sliding window, vLLM takes none of these
 
 
@@ -77,20 +81,34 @@ def check_installed() -> None:
 
 
 def takes(base: BaseModel) -> bool:
-    """Whether vLLM's build here is for the base's device, and has the model's attention."""
+    """Whether vLLM's build here is for the base's device, and is known to answer as it should on its family.
+
+    For who leaves the engine to us; who names vLLM may try any family.
+    """
     from vllm.platforms import current_platform
 
-    on_cpu = base.device.type == "cpu"
     config = base.model.config.get_text_config()
     windows = set(getattr(config, "layer_types", None) or ()) == {"sliding_attention", "full_attention"}
-    if on_cpu != current_platform.is_cpu() or (windows and config.model_type in _NO_WINDOWS_IN_PART):
+    if (
+        (base.device.type == "cpu") != current_platform.is_cpu()
+        or type(base.model).__name__ not in _SHOWN
+        or getattr(base.model.config, "quantization_config", None) is not None
+        or (windows and config.model_type in _NO_WINDOWS_IN_PART)
+    ):
         return False
-    if not on_cpu:
+    if not current_platform.is_cpu():
         return True
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return width in CPUAttentionBackend.get_supported_head_sizes()
+
+
+def copy_bytes(base: BaseModel) -> int:
+    """Of the host's memory that vLLM's copy of the weights takes."""
+    from vllm.platforms import current_platform
+
+    return sum(weight.nbytes for weight in base.model.parameters()) if current_platform.is_cpu() else 0
 
 
 class EngineCore:
@@ -210,6 +228,7 @@ def _start(base: BaseModel, settings: GenerationSettings, told: dict[str, Any]) 
         _folder_of(base) as folder,
         offered(base, workers) as weights,
         starting_workers(workers, base.device, folder) as of_workers,
+        _library_s_classes_kept(),
     ):
         try:
             _import_class(type(base.model).__name__)
@@ -226,6 +245,22 @@ def _start(base: BaseModel, settings: GenerationSettings, told: dict[str, Any]) 
             raise InvalidData(f"vLLM does not take {base.name}; set engine to own: {error}") from error
         finally:
             torch.set_num_threads = set_threads
+
+
+@contextlib.contextmanager
+def _library_s_classes_kept() -> Iterator[None]:
+    """Models of the transformers library work as before, for whoever else has one.
+
+    Behind its transformers backend vLLM would change the very class of the model, so that it compiles.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    decorate = Base._decorate_for_torch_compile
+    Base._decorate_for_torch_compile = lambda _: None
+    try:
+        yield
+    finally:
+        Base._decorate_for_torch_compile = decorate
 
 
 def _arguments(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from perfit_cloud.engine.device_lock import DeviceLock
 from perfit_cloud.engine.generation.engine import GenerationRequest, OwnEngine
-from perfit_cloud.engine.generation.vllm.core import EngineCore
+from perfit_cloud.engine.generation.vllm.core import EngineCore, copy_bytes
 from perfit_cloud.engine.generation.vllm.side_channel import Layout, SideChannel
 from perfit_cloud.engine.interface import EngineHealth, GenerationSettings
 from perfit_cloud.model.artefacts import Artefact
@@ -27,6 +27,11 @@ class VllmEngine(OwnEngine):
 
     continuous = True
     packs = False
+
+    @staticmethod
+    def weight_bytes(base: BaseModel, tensor_parallel: int) -> int:
+        """A copy in vLLM's own layout, on a CPU; several workers have theirs in processes of their own."""
+        return copy_bytes(base) if tensor_parallel == 1 else 0
 
     def __init__(
         self,
