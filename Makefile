@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers capabilities clients demo talk test test-slow test-oldest vllm test-vllm coverage bench audit audit-vllm audit-intel attacks fuzz fuzz-guided kills load lint wire help-page docs fleet-tools lock sbom fleet clean
+.PHONY: help setup peers capabilities clients demo talk test test-slow test-oldest vllm test-vllm coverage bench audit audit-own audit-vllm audit-intel attacks fuzz fuzz-guided kills load lint wire help-page docs fleet-tools lock sbom fleet clean
 
 help:
 	@echo "make demo        set up, then two people whose devices learn how they write"
@@ -122,7 +122,12 @@ ON_TINY := --model build/tiny/model --artefact build/tiny/news_headline
 ON_SMOLLM2 := --quick --model smollm2 --artefact build/blank
 DTYPES := float32 bfloat16
 
-audit: setup
+# ENGINE=vllm searches a server that answers by vLLM.
+ENGINE := own
+
+audit: audit-$(ENGINE)
+
+audit-own: setup
 	$(BIN)/python scripts/tiny.py build/tiny
 	$(BIN)/perfit-cloud collective blank --task chat --model smollm2 --force --out build/blank
 	set -e; for dtype in $(DTYPES); do \
@@ -130,7 +135,6 @@ audit: setup
 		$(AUDIT) $(ON_SMOLLM2) --dtype $$dtype --json $(FOUND)/audit-smollm2-$$dtype.json; \
 	done
 
-# The same on vLLM.
 audit-vllm: vllm
 	$(VLLM) scripts/tiny.py build/tiny
 	.vllm/bin/perfit-cloud audit --seed $(SEED) $(ON_TINY) --dtype float32 --engine vllm \

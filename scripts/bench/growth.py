@@ -36,9 +36,7 @@ def scaling(base: BaseModel, args: argparse.Namespace) -> dict[str, Any]:
         artefact = artefact_for(base, personal_rank=rank)
         texts = prompts(base, count, shortest, longest)
         room = 2 * sum(len(text) + new for text in texts)
-        settings = GenerationSettings(
-            cache_tokens=max(32_768, room), max_requests=count, pack_weights=True
-        )
+        settings = GenerationSettings(cache_tokens=max(32_768, room), max_requests=count, pack_weights=True)
         ours, plain = (build_engine(base, of, settings) for of in ({artefact.name: artefact}, {}))
         asked, unshifted = (_asked(texts, of, new) for of in (artefact, None))
         with common.Peak() as peak:  # of ours alone: the other engine holds nothing yet
