@@ -85,12 +85,12 @@ def arguments() -> argparse.Namespace:
 
 
 def quantised(given: argparse.Namespace, kind: str) -> BaseModel:
-    """The base whose blocks hold what this kind can hold; embeddings and norms stay as they are."""
+    """The base whose blocks hold what this kind can hold; embeddings, head and norms stay as they are."""
     base = load_base(given.model)
     if quantise := _KINDS[kind]:
-        inputs = base.model.get_input_embeddings().weight
+        head = base.model.get_output_embeddings()
         for layer in base.model.modules():
-            if isinstance(layer, torch.nn.Linear) and layer.weight is not inputs:
+            if isinstance(layer, torch.nn.Linear) and layer is not head:
                 layer.weight.data.copy_(quantise(layer.weight.data.float()))
     return base
 
