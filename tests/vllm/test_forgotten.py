@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from perfit_shared.errors import Unavailable
 from perfit_shared.types import Sampling
 from tests.support.engine_subject import POISON, Subject, endless, fragile
 from tests.support.generation import alone, serve, uses
+from tests.support.sockets import LOOPBACK, listening, reached
 from tests.support.vllm_engines import VllmEngines
 from tests.support.waiting import wait_for
 
@@ -88,3 +90,17 @@ class TestForgotten(VllmEngines):
         core = build().engine._core._core  # type: ignore[attr-defined]
         assert not core.vllm_config.cache_config.enable_prefix_caching
         assert core.request_block_hasher is None
+
+    def test_nobody_is_told_of_what_it_does(self, build: Callable[..., Subject]) -> None:
+        """Neither its makers, by usage statistics, nor who reads metrics, nor its own log of statistics."""
+        from prometheus_client import REGISTRY
+        from vllm.usage.usage_lib import is_usage_stats_enabled
+
+        subject = build()
+        list(subject.engine.submit(_PROMPT, subject.person(1), Sampling(8)))
+        core = subject.engine._core._core  # type: ignore[attr-defined]
+        assert not core.log_stats
+        assert not is_usage_stats_enabled()
+        assert not [m.name for m in REGISTRY.collect() if m.name.startswith("vllm")]
+        assert reached(os.getpid()) <= LOOPBACK
+        assert listening(os.getpid()) <= LOOPBACK

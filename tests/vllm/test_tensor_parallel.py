@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from perfit_cloud.audit.memory import look_at, processes_of
+from perfit_cloud.audit.memory import look_at
 from perfit_cloud.audit.needles import Needle, raw, token_ids
 from perfit_cloud.audit.search import Index
 from perfit_cloud.engine.device_lock import DeviceLock
@@ -30,6 +30,7 @@ from tests.support.engine_subject import SMALL, Subject, endless
 from tests.support.generation import NEW, alone, prompts, serve, uses
 from tests.support.memory import looking
 from tests.support.models import random_artefact
+from tests.support.sockets import LOOPBACK, listening
 from tests.support.vllm_engines import dividing, stopped_at_first_token
 from tests.support.vllm_served import PROGRAM, person
 from tests.support.waiting import wait_for
@@ -38,7 +39,6 @@ pytestmark = dividing
 _END_SECONDS = 60.0
 _PROMPT = [0, *np.random.default_rng(8).integers(3, 250, 60).tolist()]
 _FLAGS = 256  # bytes in front of what workers exchange
-_LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +197,14 @@ def test_workers_are_hardened_as_their_server_is_and_end_with_it(
             answer = _said(server, "go on")
             time.sleep(6)  # until the last sweep is over
             after = _found(workers, [*tensors, *ids])
-            listening = _ports(server.pid)
+            ports = listening(server.pid)
         finally:
             server.kill()
     wait_for(lambda: not any(map(_runs, workers)), seconds=_END_SECONDS)
     assert answer == alone(base, _PROMPT, use, 40)
     assert {"tensor", "ids int32"} <= {kind for kind, _ in during}
     assert not before and not after, (before, after)
-    assert listening <= {*_LOOPBACK}
+    assert ports <= LOOPBACK
 
 
 def _found(pids: list[int], needles: list[Needle]) -> set[tuple[str, str]]:
@@ -233,18 +233,3 @@ def _hardened(workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         expected = {"is dumpable": 0, "core": [0, 0], "has our free": True, "preloads ours": False}
         assert {**held, "pid": 0} == {**expected, "pid": 0}
     return workers
-
-
-def _ports(pid: int) -> set[str]:
-    """Addresses, as /proc/net has them, on which the process and its descendants listen."""
-    sockets = set()
-    for process in processes_of(pid):
-        for link in Path(f"/proc/{process}/fd").iterdir():
-            sockets.add(str(link.readlink()))
-    listening = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text("ascii").splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                listening.add(fields[1].partition(":")[0])
-    return listening
