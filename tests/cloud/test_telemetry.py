@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import EngineHealth, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.health import HealthMonitor
 from perfit_cloud.service.telemetry import Engines, Telemetry
 from perfit_shared.errors import ConfigError, Unavailable
 from perfit_shared.types import Mode, Sampling
@@ -243,6 +245,46 @@ def test_health_follows_the_engines(
         well.now = EngineHealth(1, 0, 0.5, is_alive=True)
         wait_for(lambda: health_of(device) == SERVING)
     assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 1
+
+
+def probes(address: str) -> tuple[int, int]:
+    """What /ready and /live say."""
+
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=TIMEOUT) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    return status("/ready"), status("/live")
+
+
+def test_only_an_engine_makes_a_supervisor_restart(caplog: pytest.LogCaptureFixture) -> None:
+    """While the database was away every replica was killed, and none could start without it."""
+    engine, is_deaf, telemetry, address = Played(), False, Telemetry(), free_address()
+    stop_page = telemetry.serve(address)
+    monitor = HealthMonitor(
+        Engines(engine, engine, engine, engine), telemetry, stuck_seconds=1, is_deaf=lambda: is_deaf
+    )
+    try:
+        assert probes(address) == (503, 200), "it starts"
+        monitor.start()
+        assert probes(address) == (200, 200)
+        is_deaf = True
+        wait_for(lambda: probes(address) == (503, 200))
+        assert telemetry.registry.get_sample_value("perfit_serving") == 0
+        assert "NOT_SERVING: the list of devices (away)" in caplog.text
+        engine.now = EngineHealth(1, 3, 9.0, is_alive=True)
+        wait_for(lambda: probes(address) == (503, 503))  # deaf and stuck
+        is_deaf = False
+        wait_for(lambda: "NOT_SERVING: answers (stuck), updates (stuck), model (stuck)\n" in caplog.text)
+        assert probes(address) == (503, 503)
+        engine.now = EngineHealth(1, 0, 0.5, is_alive=True)
+        wait_for(lambda: probes(address) == (200, 200))
+    finally:
+        monitor.stop()
+        stop_page()
 
 
 def test_health_is_told_when_there_is_no_room_for_calls(run: Callable[..., Running]) -> None:
