@@ -14,6 +14,7 @@ import yaml
 from tests.support.balancers import ENVOY_FILE, HAPROXY_FILE, ROOT, envoy, needs_haproxy
 
 from perfit_cloud.config import CloudConfig, load_config
+from perfit_cloud.service.identity import server_authority
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -129,6 +130,19 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
 def test_alerts_fire_when_they_should_and_not_else() -> None:
     assert "SUCCESS" in ran("promtool", "check", "rules", DEPLOY / "alerts.yml")
     assert "SUCCESS" in ran("promtool", "test", "rules", DEPLOY / "alerts.test.yml")
+
+
+def test_certificates_that_are_renewed_in_time_are_no_alarm() -> None:
+    """It was under 40 days, where a replica's certificate begins with 7."""
+    rules = [
+        rule
+        for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    (expression,) = [rule["expr"] for rule in rules if rule["alert"] == "PerfitServerCertificateEnds"]
+    days = float(expression.rpartition("<")[2])
+    lives = [server_authority._OWN_LIFE.days, server_authority._FLEET_LIFE.days]
+    assert 1 < days < min(lives) / 2, "the next one is taken at half of a life"
 
 
 @needs_haproxy
