@@ -20,7 +20,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
 from tests.support.cloud import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
-from tests.support.doubles import Drip
+from tests.support.doubles import Drip, Played
 from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
@@ -207,21 +207,6 @@ def test_dashboard_and_alerts_name_metrics_that_there_are(
 def health_of(device: Device, service: str = "perfit.v1.Personalization") -> int:
     check = health_pb2_grpc.HealthStub(device.channel).Check
     return int(check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT).status)
-
-
-class Played:
-    """Engines that fare as a test says."""
-
-    def __init__(self) -> None:
-        self.now = EngineHealth(0, 0, 0.0, is_alive=True)
-        self.cache_tokens_held = self.scores_waiting = 0
-        self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
-
-    def health(self) -> EngineHealth:
-        return self.now
-
-    def bytes_held(self) -> tuple[int, int]:
-        return 0, 0
 
 
 @pytest.mark.parametrize(
