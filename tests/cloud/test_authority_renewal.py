@@ -16,6 +16,8 @@ from tests.support.authority import DAY, Key, csr_of, enrolled, new_key, open_au
 
 from perfit_cloud.service.identity.authority import Authority
 from perfit_cloud.service.identity.certificates import identity_of
+from perfit_cloud.service.identity.server_credentials import ServerCredentials
+from perfit_cloud.service.identity.server_files import SERVER_IDENTITY, ServerFiles
 from perfit_shared.errors import (
     CertificateExpired,
     CertificateSuperseded,
@@ -96,6 +98,28 @@ def test_a_certificate_of_a_clock_that_was_ahead_is_renewed(
     lapsed.nonce = authority.challenge()
     new = x509.load_der_x509_certificate(authority.renew_lapsed(**lapsed.request()))
     assert authority.check(new) == identity_of(old)
+
+
+def test_the_end_that_is_measured_is_true_of_servers_that_nobody_calls(
+    authority: Authority, tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    """Certificates were replaced at handshakes alone, so those of quiet servers seemed to run out."""
+
+    def days_left(credentials: ServerCredentials) -> float:
+        return (credentials.ends_at() - time.time()) / DAY
+
+    files = ServerFiles(tmp_path)
+    authority.write_serving_files(tmp_path, ["localhost"])
+    own = ServerCredentials(lambda: authority.server_identity(["localhost"]), authority.servers.is_current)
+    replica = ServerCredentials(files.identity, files.is_current)
+    clock(4 * DAY)
+    assert 2.9 < days_left(replica) < 3.1  # as a renewal that fails is seen
+    authority.write_serving_files(tmp_path, ["localhost"])  # as a renewal does
+    assert days_left(replica) > 6.9
+    clock(50 * DAY)
+    assert days_left(own) > 89
+    (tmp_path / SERVER_IDENTITY).unlink()
+    assert -40 < days_left(replica) < -38  # and the page can still be read
 
 
 def test_challenge_is_good_once_and_for_a_minute(short: Authority, clock: Callable[[float], None]) -> None:

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import yaml
 from tests.support.balancers import ENVOY_FILE, HAPROXY_FILE, ROOT, envoy, needs_haproxy
+from tests.support.doubles import Played
 
 from perfit_cloud.config import CloudConfig, load_config
+from perfit_cloud.service.identity import server_authority
+from perfit_cloud.service.telemetry import Engines, Telemetry
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 KUBERNETES_VERSION = "1.31"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
 def ran(*words: object) -> str:
@@ -95,8 +99,50 @@ def test_pools_grow_by_metrics_that_we_have() -> None:
         for metric in each["spec"]["metrics"]
     }
     assert used == made
-    telemetry = (ROOT / "cloud/perfit_cloud/service/telemetry.py").read_text()
-    assert all(f'"{rule["seriesQuery"].partition("{")[0]}"' in telemetry for rule in rules)
+    telemetry, engine = Telemetry(), Played()
+    telemetry.watch(Engines(engine, engine, engine, engine))
+    there = [sample for metric in telemetry.registry.collect() for sample in metric.samples]
+    for rule in rules:
+        name, _, labels = rule["seriesQuery"].partition("{")
+        assert f"<<.LabelMatchers>>,{labels.rpartition(',')[2][:-1]}," in rule["metricsQuery"]
+        (of_engine,) = re.findall(r'engine="(\w+)"', rule["metricsQuery"])
+        (states,) = re.findall(r'state=~"([\w|]+)"', rule["metricsQuery"])
+        of_it = [each.labels for each in there if each.name == name and each.labels["engine"] == of_engine]
+        assert {each["state"] for each in of_it} == set(states.split("|"))
+
+
+def test_answers_scale_out_before_callers_are_refused() -> None:
+    """It went by those that wait: none do where `streams` are running and all others are refused."""
+    (target,) = [
+        metric["pods"]["target"]["averageValue"]
+        for _, each in documents()
+        if each["kind"] == "HorizontalPodAutoscaler" and each["metadata"]["name"] == "answers"
+        for metric in each["spec"]["metrics"]
+    ]
+    assert "streams" not in settings_of_kubernetes()
+    assert int(target) <= CloudConfig().streams / 2
+
+
+@needs_promtool
+def test_what_runs_counts_for_scaling(tmp_path: Path) -> None:
+    """As the adapter asks Prometheus, for a replica with 48 answers under way of which none waits."""
+    rules = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    series, cases = [], []
+    for rule in rules:
+        (engine,) = re.findall(r'engine="(\w+)"', rule["metricsQuery"])
+        for state, count in (("running", 48), ("waiting", 0)):
+            labels = f'namespace="n",pod="p",engine="{engine}",state="{state}"'
+            series.append({"series": f"perfit_engine_work{{{labels}}}", "values": f"{count}x5"})
+        query = rule["metricsQuery"].replace("<<.Series>>", "perfit_engine_work")
+        query = query.replace("<<.LabelMatchers>>", 'namespace="n",pod=~"p|q"').replace("<<.GroupBy>>", "pod")
+        cases.append(
+            {"expr": query, "eval_time": "2m", "exp_samples": [{"labels": '{pod="p"}', "value": 48}]}
+        )
+    file = tmp_path / "adapter.test.yml"
+    file.write_text(
+        yaml.safe_dump({"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": cases}]})
+    )
+    assert "SUCCESS" in ran("promtool", "test", "rules", file)
 
 
 def settings_of_kubernetes() -> set[str]:
@@ -125,10 +171,23 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
         assert ran("systemd-analyze", "verify", copy) == ""
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@needs_promtool
 def test_alerts_fire_when_they_should_and_not_else() -> None:
     assert "SUCCESS" in ran("promtool", "check", "rules", DEPLOY / "alerts.yml")
     assert "SUCCESS" in ran("promtool", "test", "rules", DEPLOY / "alerts.test.yml")
+
+
+def test_certificates_that_are_renewed_in_time_are_no_alarm() -> None:
+    """It was under 40 days, where a replica's certificate begins with 7."""
+    rules = [
+        rule
+        for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    (expression,) = [rule["expr"] for rule in rules if rule["alert"] == "PerfitServerCertificateEnds"]
+    days = float(expression.rpartition("<")[2])
+    lives = [server_authority._OWN_LIFE.days, server_authority._FLEET_LIFE.days]
+    assert 1 < days < min(lives) / 2, "the next one is taken at half of a life"
 
 
 @needs_haproxy

@@ -258,7 +258,7 @@ def test_the_page_says_whether_calls_are_taken(run: Callable[..., Running]) -> N
     port = free_port()
     running = run(metrics_address=f"127.0.0.1:{port}")
     assert [page(port, path) for path in ("/ready", "/live", "/metrics")] == [200, 200, 200]
-    running.server.telemetry.serving(is_so=False)  # as the health monitor does when an engine is stuck
+    running.server.telemetry.serving(is_so=False, restart_helps=True)  # as when an engine is stuck
     assert [page(port, path) for path in ("/ready", "/live")] == [503, 503]
     running.server.telemetry.draining()
     assert [page(port, path) for path in ("/ready", "/live")] == [503, 200], "nobody should kill it now"

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, mine, opening, step
 from tests.support.cloud import SETTINGS, TIMEOUT, Device, Running, failure, generate, personal
-from tests.support.doubles import Drip
+from tests.support.doubles import Drip, Played
 from tests.support.waiting import wait_for
 
 from perfit_cloud.engine.device_lock import DeviceLock
@@ -29,6 +30,7 @@ from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
 from perfit_cloud.engine.interface import EngineHealth, ShiftUse
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
+from perfit_cloud.service.health import HealthMonitor
 from perfit_cloud.service.telemetry import Engines, Telemetry
 from perfit_shared.errors import ConfigError, Unavailable
 from perfit_shared.types import Mode, Sampling
@@ -207,21 +209,6 @@ def health_of(device: Device, service: str = "perfit.v1.Personalization") -> int
     return int(check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT).status)
 
 
-class Played:
-    """Engines that fare as a test says."""
-
-    def __init__(self) -> None:
-        self.now = EngineHealth(0, 0, 0.0, is_alive=True)
-        self.cache_tokens_held = self.scores_waiting = 0
-        self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
-
-    def health(self) -> EngineHealth:
-        return self.now
-
-    def bytes_held(self) -> tuple[int, int]:
-        return 0, 0
-
-
 @pytest.mark.parametrize(
     "ill", [EngineHealth(1, 3, 9.0, is_alive=True), EngineHealth(0, 0, 0.0, is_alive=False)]
 )
@@ -243,6 +230,46 @@ def test_health_follows_the_engines(
         well.now = EngineHealth(1, 0, 0.5, is_alive=True)
         wait_for(lambda: health_of(device) == SERVING)
     assert running.server.telemetry.registry.get_sample_value("perfit_serving") == 1
+
+
+def probes(address: str) -> tuple[int, int]:
+    """What /ready and /live say."""
+
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://{address}{path}", timeout=TIMEOUT) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    return status("/ready"), status("/live")
+
+
+def test_only_an_engine_makes_a_supervisor_restart(caplog: pytest.LogCaptureFixture) -> None:
+    """While the database was away every replica was killed, and none could start without it."""
+    engine, is_deaf, telemetry, address = Played(), False, Telemetry(), free_address()
+    stop_page = telemetry.serve(address)
+    monitor = HealthMonitor(
+        Engines(engine, engine, engine, engine), telemetry, stuck_seconds=1, is_deaf=lambda: is_deaf
+    )
+    try:
+        assert probes(address) == (503, 200), "it starts"
+        monitor.start()
+        assert probes(address) == (200, 200)
+        is_deaf = True
+        wait_for(lambda: probes(address) == (503, 200))
+        assert telemetry.registry.get_sample_value("perfit_serving") == 0
+        assert "NOT_SERVING: the list of devices (away)" in caplog.text
+        engine.now = EngineHealth(1, 3, 9.0, is_alive=True)
+        wait_for(lambda: probes(address) == (503, 503))  # deaf and stuck
+        is_deaf = False
+        wait_for(lambda: "NOT_SERVING: answers (stuck), updates (stuck), model (stuck)\n" in caplog.text)
+        assert probes(address) == (503, 503)
+        engine.now = EngineHealth(1, 0, 0.5, is_alive=True)
+        wait_for(lambda: probes(address) == (200, 200))
+    finally:
+        monitor.stop()
+        stop_page()
 
 
 def test_health_is_told_when_there_is_no_room_for_calls(run: Callable[..., Running]) -> None:

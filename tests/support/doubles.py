@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from perfit_cloud.engine.interface import EngineHealth
 from perfit_shared.types import Chunk, Finish
 from perfit_shared.wire import personalization_pb2 as pb
 from perfit_shared.wire import personalization_pb2_grpc as pb_grpc
@@ -105,6 +106,21 @@ class Slow:
         found: Future[list[Any]] = Future()
         found.set_result([])
         return found
+
+
+class Played:
+    """Engines that fare as a test says."""
+
+    def __init__(self) -> None:
+        self.now = EngineHealth(0, 0, 0.0, is_alive=True)
+        self.cache_tokens_held = self.scores_waiting = 0
+        self.on_pass: Callable[[str, float], None] = lambda _kind, _seconds: None
+
+    def health(self) -> EngineHealth:
+        return self.now
+
+    def bytes_held(self) -> tuple[int, int]:
+        return 0, 0
 
 
 def score() -> pb.ScoreRequest:

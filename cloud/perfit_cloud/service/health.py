@@ -1,7 +1,7 @@
 """The health service.
 
 NOT_SERVING while an engine is stuck or dead, while nobody is let in because the store of identities is away,
-and once the cloud stops.
+and once the cloud stops. A restart helps engines alone: without the store a server could not even start.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HealthMonitor:
         self._engines, self._telemetry, self._stuck_seconds = engines, telemetry, stuck_seconds
         self._is_deaf = is_deaf
         self._over = threading.Event()
-        self._is_well = True
+        self._ill: list[str] = []
         self._thread = threading.Thread(target=self._run, name="perfit-watch", daemon=True)
 
     def start(self) -> None:
@@ -57,17 +57,12 @@ class HealthMonitor:
             self._look()
 
     def _look(self) -> None:
-        engines = {} if self._engines is None else self._engines.engine_health()
-        ill = [
-            f"{name} ({'stuck' if health.is_alive else 'dead'})"
-            for name, health in engines.items()
-            if not health.is_alive or health.stalled_seconds > self._stuck_seconds
-        ]
+        ill = engines = self._engines_ill()
         if self._is_deaf():
-            ill.append("the list of devices (away)")
-        if bool(ill) != self._is_well:
+            ill = [*engines, "the list of devices (away)"]
+        if ill == self._ill:
             return
-        self._is_well = not ill
+        self._ill = ill
         if ill:
             _log.error("health says NOT_SERVING: %s", ", ".join(ill))
         else:
@@ -75,4 +70,12 @@ class HealthMonitor:
         state = health_pb2.HealthCheckResponse.NOT_SERVING if ill else health_pb2.HealthCheckResponse.SERVING
         for service in _MODEL:
             self.health.set(service, state)
-        self._telemetry.serving(is_so=self._is_well and not self._over.is_set())
+        self._telemetry.serving(is_so=not ill and not self._over.is_set(), restart_helps=bool(engines))
+
+    def _engines_ill(self) -> list[str]:
+        engines = {} if self._engines is None else self._engines.engine_health()
+        return [
+            f"{name} ({'stuck' if health.is_alive else 'dead'})"
+            for name, health in engines.items()
+            if not health.is_alive or health.stalled_seconds > self._stuck_seconds
+        ]

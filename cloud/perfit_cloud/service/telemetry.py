@@ -70,7 +70,7 @@ class Telemetry:
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._is_serving = self._has_served = self._is_draining = False
+        self._is_serving = self._restart_helps = self._is_draining = False
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
@@ -127,9 +127,8 @@ class Telemetry:
         self._is_draining = True
         self._draining.set(1)
 
-    def serving(self, *, is_so: bool) -> None:
-        self._is_serving = is_so
-        self._has_served |= is_so
+    def serving(self, *, is_so: bool, restart_helps: bool = False) -> None:
+        self._is_serving, self._restart_helps = is_so, restart_helps
         self._serving.set(is_so)
 
     # -- what is read when somebody looks --------------------------------------------------------
@@ -162,13 +161,14 @@ class Telemetry:
     def serve(self, address: str) -> Callable[[], None]:
         """Serve the page (`metrics_page`) until the function returned is called. Raises ConfigError.
 
-        Ready: new calls are taken. Live: restarting would not help, as all is well or it is stopping.
+        Ready: new calls are taken. Live: a restart would not help. It helps a server whose engine is dead or
+        stuck, unless it stops anyway; not one that waits for the database, since it could not start without.
         """
         return serve_page(
             address,
             self.registry,
             is_ready=lambda: self._is_serving,
-            is_live=lambda: self._is_serving or not self._has_served or self._is_draining,
+            is_live=lambda: not self._restart_helps or self._is_draining,
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import grpc
 
 from perfit_cloud.service.identity.server_identity import ServerIdentity
+from perfit_shared.errors import PerfitError
 
 __all__ = ["ServerCredentials"]
 
@@ -62,8 +63,14 @@ class ServerCredentials:
         )
 
     def ends_at(self) -> float:
-        """Unix seconds."""
-        return self._identity.ends_at
+        """Of the certificate that the next caller would be shown; unix seconds.
+
+        So a server that nobody calls renews its own when it is asked. It would seem to run out otherwise.
+        """
+        try:
+            return self._current().ends_at
+        except PerfitError:
+            return self._identity.ends_at
 
     def _current(self) -> ServerIdentity:
         with self._lock:
