@@ -38,7 +38,7 @@ Asked = tuple[list[int], ShiftUse, Sampling]
 PLAIN = ShiftUse(Mode.BASE)
 SHORT = [0, 5, 6]
 POISON = 7  # a token that a fragile model fails on
-SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16)
+SMALL = GenerationSettings(cache_tokens=2048, batch_tokens=24, max_requests=16, pack_weights=True)
 
 
 @dataclass(frozen=True)
