@@ -115,6 +115,37 @@ def test_settings_are_known() -> None:
         load_config(file=file, environment={}, flags={})
 
 
+def test_each_balancer_has_a_name_of_its_own() -> None:
+    """Two of them shared one: half of all devices found nobody behind a port."""
+    values = dict(
+        literal.split("=", 1)
+        for each in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"]
+        for literal in each["literals"]
+    )
+    dialled = [
+        address
+        for name in ("PUBLIC_ADDRESS", "PUBLIC_ENROL_ADDRESS")
+        for address in values[f"PERFIT_CLOUD_{name}"].split(",")
+    ]
+    given = [
+        f"{each['metadata']['annotations']['external-dns.alpha.kubernetes.io/hostname']}:{port['port']}"
+        for _, each in documents()
+        if each["kind"] == "Service" and each["spec"].get("type") == "LoadBalancer"
+        for port in each["spec"]["ports"]
+    ]
+    assert sorted(dialled) == sorted(given)
+    hosts = [address.rpartition(":")[0] for address in dialled]
+    assert len(set(hosts)) == len(hosts)
+
+
+def test_both_ways_to_run_a_fleet_have_enrolment_under_one_name() -> None:
+    settings = [tomllib.loads(file.read_text()) for file in sorted((DEPLOY / "systemd").glob("*.toml"))]
+    named = {values["public_enrol_address"] for values in settings}
+    assert named == {values["authority_address"] for values in settings if "authority_address" in values}
+    assert len(named) == 1
+    assert f"PUBLIC_ENROL_ADDRESS={named.pop()}\n" in (KUBERNETES / "kustomization.yaml").read_text()
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_reads_the_units(tmp_path: Path) -> None:
     for unit in sorted((DEPLOY / "systemd").glob("*.service")):
