@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -9,9 +11,21 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
-from tests.support.balancers import ENVOY_FILE, HAPROXY_FILE, ROOT, envoy, needs_haproxy
+from tests.support.balancers import (
+    ENVOY_FILE,
+    HAPROXY_FILE,
+    ROOT,
+    environment_of,
+    envoy,
+    free_port,
+    haproxy,
+    needs_haproxy,
+    user_and_group,
+)
+from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig, load_config
 
@@ -20,8 +34,15 @@ KUBERNETES = DEPLOY / "kubernetes"
 KUBERNETES_VERSION = "1.31"
 
 
-def ran(*words: object) -> str:
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False, timeout=120)
+def ran(*words: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | environment,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     return said
@@ -164,7 +185,20 @@ def test_alerts_fire_when_they_should_and_not_else() -> None:
 
 @needs_haproxy
 def test_haproxy_reads_its_file() -> None:
-    assert "WARNING" not in ran("haproxy", "-c", "-f", HAPROXY_FILE)
+    assert "WARNING" not in ran("haproxy", "-c", "-f", HAPROXY_FILE, **user_and_group())
+
+
+@needs_haproxy
+def test_haproxy_gives_up_root() -> None:
+    """Workers went on as root, which only the ports need."""
+    port, enrol = free_port(), free_port()
+    environment = environment_of(devices=port, enrol=enrol, enrolment=("127.0.0.1:1", 1), replicas=[])
+    wanted = pwd.getpwnam(user_and_group().get("PERFIT_USER", "haproxy"))
+    with haproxy(environment=environment, ports=[port, enrol]):
+        (master,) = [each for each in psutil.Process().children() if each.name() == "haproxy"]
+        (worker,) = master.children()
+        wait_for(lambda: set(worker.uids()) == {wanted.pw_uid})
+        assert 0 not in worker.gids() or wanted.pw_gid == 0
 
 
 def test_envoy_reads_its_file() -> None:
