@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,39 @@ def test_the_container_installs_what_the_tests_ran_with() -> None:
     for extra in ("cloud", "fleet", "signing"):  # the manifests have a database, and sign artefacts
         wanted = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in extras[extra]} - {"torch"}
         assert wanted <= locked.keys(), extra
+    # Torch comes alone; its build for CUDA brings NVIDIA's libraries besides.
+    named = [
+        re.split(r"[^A-Za-z0-9._-]", line)[0] for line in requires("torch") or [] if "extra ==" not in line
+    ]
+    wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in named}
+    assert {name for name in wanted if not name.startswith(("nvidia-", "cuda-", "triton"))} <= locked.keys()
+
+
+def test_the_container_takes_nothing_without_a_hash_but_torch() -> None:
+    """An empty index took PyPI's build of torch for CUDA, and torch came first, with unhashed packages."""
+    text = re.sub(r"\\\n\s*", "", (DEPLOY / "Containerfile").read_text())
+    assert "\nARG TORCH_INDEX=https://download.pytorch.org/whl/cpu\nARG TORCH_DEPS=--no-deps\n" in text
+    installs = re.findall(r"pip install (.*?)(?: &&|\n)", text)
+    *listed, torch, ours = installs
+    assert len(listed) == 2
+    for words in listed:
+        assert "--require-hashes --no-deps" in words
+    assert "torch==" in torch and '${TORCH_DEPS} --index-url "$TORCH_INDEX"' in torch
+    for words in (listed[-1], ours):  # or pip fetches what builds them
+        assert "--no-build-isolation" in words
+
+
+def test_the_container_is_built_of_what_it_copies_alone() -> None:
+    """Without a list a build sent .git, environments of gigabytes, and runs along."""
+    copied = {
+        source
+        for words in re.findall(r"^COPY (?!--from)(.*) \S+$", (DEPLOY / "Containerfile").read_text(), re.M)
+        for source in words.split()
+    }
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert rules[0] == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
+    assert all((ROOT / source).exists() for source in copied)
 
 
 def test_the_container_needs_neither_root_nor_a_shell() -> None:
