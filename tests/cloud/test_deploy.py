@@ -160,6 +160,22 @@ def test_each_balancer_has_a_name_of_its_own() -> None:
     assert len(set(hosts)) == len(hosts)
 
 
+def test_systemd_reaches_the_database_over_checked_tls() -> None:
+    """No root was named, and libpq looked for one in the home that the units hide."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    from psycopg.conninfo import conninfo_to_dict
+
+    roles = (DEPLOY / "postgres/roles.sql").read_text()
+    for name in ("enrolment", "replica"):
+        found = conninfo_to_dict(tomllib.loads((DEPLOY / "systemd" / f"{name}.toml").read_text())["database"])
+        assert found["sslmode"] == "verify-full"
+        assert str(found["sslrootcert"]).startswith("/etc/perfit/")
+        assert f"'{found['user']}'" in roles and "password" not in found
+        assert (
+            "\nEnvironment=PGPASSFILE=/etc/perfit/" in (DEPLOY / f"systemd/perfit-{name}.service").read_text()
+        )
+
+
 def test_both_ways_to_run_a_fleet_have_enrolment_under_one_name() -> None:
     settings = [tomllib.loads(file.read_text()) for file in sorted((DEPLOY / "systemd").glob("*.toml"))]
     named = {values["public_enrol_address"] for values in settings}
