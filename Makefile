@@ -222,9 +222,11 @@ lock: $(RELEASE)/.ready
 	(head -1 deploy/requirements.txt; cat build/lock.txt build/lock-model.txt) > build/lock-whole.txt
 	mv build/lock-whole.txt deploy/requirements.txt
 
+# With torch, which the container takes by version.
 sbom: $(RELEASE)/.ready
+	(cat deploy/requirements.txt; grep '^torch==' constraints.txt) > build/sbom.txt
 	$(RELEASE)/bin/cyclonedx-py requirements --pyproject pyproject.toml --sv 1.6 --output-reproducible \
-		-o build/sbom.json deploy/requirements.txt
+		-o build/sbom.json build/sbom.txt
 
 $(RELEASE)/.ready:
 	$(PYTHON) -m venv $(RELEASE)

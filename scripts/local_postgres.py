@@ -91,7 +91,7 @@ class Cluster:
     def dump(self, conninfo: str) -> str:
         """The SQL of pg_dump."""
         return subprocess.run(
-            [self._client("pg_dump"), conninfo], capture_output=True, text=True, check=True, timeout=120
+            [self.client("pg_dump"), conninfo], capture_output=True, text=True, check=True, timeout=120
         ).stdout
 
     def restore(self, conninfo: str, dump: str) -> None:
@@ -103,10 +103,11 @@ class Cluster:
         with psycopg.connect(self._conninfo("postgres"), autocommit=True) as db:
             db.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
             db.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
-        command = [self._client("psql"), "--single-transaction", "--set=ON_ERROR_STOP=1", "--quiet", conninfo]
+        command = [self.client("psql"), "--single-transaction", "--set=ON_ERROR_STOP=1", "--quiet", conninfo]
         subprocess.run(command, input=dump, capture_output=True, text=True, check=True, timeout=120)
 
-    def _client(self, program: str) -> str:
+    def client(self, program: str) -> str:
+        """One of PostgreSQL's client programs, of the version of the server."""
         beside = self._programs / program
         return str(beside) if beside.exists() else program
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import shutil
 import subprocess
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
-from tests.support.balancers import ENVOY_FILE, HAPROXY_FILE, ROOT, envoy, needs_haproxy
+from tests.support.balancers import (
+    ENVOY_FILE,
+    HAPROXY_FILE,
+    ROOT,
+    environment_of,
+    envoy,
+    free_port,
+    haproxy,
+    needs_haproxy,
+    user_and_group,
+)
 from tests.support.doubles import Played
+from tests.support.waiting import wait_for
 
 from perfit_cloud.config import CloudConfig, load_config
 from perfit_cloud.service.identity import server_authority
@@ -24,8 +39,15 @@ KUBERNETES_VERSION = "1.31"
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
-def ran(*words: object) -> str:
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False, timeout=120)
+def ran(*words: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | environment,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     return said
@@ -161,6 +183,53 @@ def test_settings_are_known() -> None:
         load_config(file=file, environment={}, flags={})
 
 
+def test_each_balancer_has_a_name_of_its_own() -> None:
+    """Two of them shared one: half of all devices found nobody behind a port."""
+    values = dict(
+        literal.split("=", 1)
+        for each in yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["configMapGenerator"]
+        for literal in each["literals"]
+    )
+    dialled = [
+        address
+        for name in ("PUBLIC_ADDRESS", "PUBLIC_ENROL_ADDRESS")
+        for address in values[f"PERFIT_CLOUD_{name}"].split(",")
+    ]
+    given = [
+        f"{each['metadata']['annotations']['external-dns.alpha.kubernetes.io/hostname']}:{port['port']}"
+        for _, each in documents()
+        if each["kind"] == "Service" and each["spec"].get("type") == "LoadBalancer"
+        for port in each["spec"]["ports"]
+    ]
+    assert sorted(dialled) == sorted(given)
+    hosts = [address.rpartition(":")[0] for address in dialled]
+    assert len(set(hosts)) == len(hosts)
+
+
+def test_systemd_reaches_the_database_over_checked_tls() -> None:
+    """No root was named, and libpq looked for one in the home that the units hide."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    from psycopg.conninfo import conninfo_to_dict
+
+    roles = (DEPLOY / "postgres/roles.sql").read_text()
+    for name in ("enrolment", "replica"):
+        found = conninfo_to_dict(tomllib.loads((DEPLOY / "systemd" / f"{name}.toml").read_text())["database"])
+        assert found["sslmode"] == "verify-full"
+        assert str(found["sslrootcert"]).startswith("/etc/perfit/")
+        assert f"'{found['user']}'" in roles and "password" not in found
+        assert (
+            "\nEnvironment=PGPASSFILE=/etc/perfit/" in (DEPLOY / f"systemd/perfit-{name}.service").read_text()
+        )
+
+
+def test_both_ways_to_run_a_fleet_have_enrolment_under_one_name() -> None:
+    settings = [tomllib.loads(file.read_text()) for file in sorted((DEPLOY / "systemd").glob("*.toml"))]
+    named = {values["public_enrol_address"] for values in settings}
+    assert named == {values["authority_address"] for values in settings if "authority_address" in values}
+    assert len(named) == 1
+    assert f"PUBLIC_ENROL_ADDRESS={named.pop()}\n" in (KUBERNETES / "kustomization.yaml").read_text()
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_reads_the_units(tmp_path: Path) -> None:
     for unit in sorted((DEPLOY / "systemd").glob("*.service")):
@@ -192,7 +261,20 @@ def test_certificates_that_are_renewed_in_time_are_no_alarm() -> None:
 
 @needs_haproxy
 def test_haproxy_reads_its_file() -> None:
-    assert "WARNING" not in ran("haproxy", "-c", "-f", HAPROXY_FILE)
+    assert "WARNING" not in ran("haproxy", "-c", "-f", HAPROXY_FILE, **user_and_group())
+
+
+@needs_haproxy
+def test_haproxy_gives_up_root() -> None:
+    """Workers went on as root, which only the ports need."""
+    port, enrol = free_port(), free_port()
+    environment = environment_of(devices=port, enrol=enrol, enrolment=("127.0.0.1:1", 1), replicas=[])
+    wanted = pwd.getpwnam(user_and_group().get("PERFIT_USER", "haproxy"))
+    with haproxy(environment=environment, ports=[port, enrol]):
+        (master,) = [each for each in psutil.Process().children() if each.name() == "haproxy"]
+        (worker,) = master.children()
+        wait_for(lambda: set(worker.uids()) == {wanted.pw_uid})
+        assert 0 not in worker.gids() or wanted.pw_gid == 0
 
 
 def test_envoy_reads_its_file() -> None:
@@ -214,6 +296,39 @@ def test_the_container_installs_what_the_tests_ran_with() -> None:
     for extra in ("cloud", "fleet", "signing"):  # the manifests have a database, and sign artefacts
         wanted = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in extras[extra]} - {"torch"}
         assert wanted <= locked.keys(), extra
+    # Torch comes alone; its build for CUDA brings NVIDIA's libraries besides.
+    named = [
+        re.split(r"[^A-Za-z0-9._-]", line)[0] for line in requires("torch") or [] if "extra ==" not in line
+    ]
+    wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in named}
+    assert {name for name in wanted if not name.startswith(("nvidia-", "cuda-", "triton"))} <= locked.keys()
+
+
+def test_the_container_takes_nothing_without_a_hash_but_torch() -> None:
+    """An empty index took PyPI's build of torch for CUDA, and torch came first, with unhashed packages."""
+    text = re.sub(r"\\\n\s*", "", (DEPLOY / "Containerfile").read_text())
+    assert "\nARG TORCH_INDEX=https://download.pytorch.org/whl/cpu\nARG TORCH_DEPS=--no-deps\n" in text
+    installs = re.findall(r"pip install (.*?)(?: &&|\n)", text)
+    *listed, torch, ours = installs
+    assert len(listed) == 2
+    for words in listed:
+        assert "--require-hashes --no-deps" in words
+    assert "torch==" in torch and '${TORCH_DEPS} --index-url "$TORCH_INDEX"' in torch
+    for words in (listed[-1], ours):  # or pip fetches what builds them
+        assert "--no-build-isolation" in words
+
+
+def test_the_container_is_built_of_what_it_copies_alone() -> None:
+    """Without a list a build sent .git, environments of gigabytes, and runs along."""
+    copied = {
+        source
+        for words in re.findall(r"^COPY (?!--from)(.*) \S+$", (DEPLOY / "Containerfile").read_text(), re.M)
+        for source in words.split()
+    }
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert rules[0] == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
+    assert all((ROOT / source).exists() for source in copied)
 
 
 def test_the_container_needs_neither_root_nor_a_shell() -> None:

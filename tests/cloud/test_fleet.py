@@ -14,7 +14,7 @@ import pytest
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, opening
 from tests.support.authority import DAY, csr_of, new_key
 from tests.support.cloud import Device, Running, failure, generate
-from tests.support.fleet import Fleet
+from tests.support.fleet import NAMES, Fleet
 from tests.support.waiting import wait_for
 
 from local_postgres import MISSING, Cluster, server_programs
@@ -26,7 +26,13 @@ from perfit_device.cloud import enrolment as enrolments
 from perfit_device.cloud.channels import mutual_channel
 from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.identity import Identity
-from perfit_shared.errors import CertificateSuperseded, IdentityRevoked, NotAuthenticated
+from perfit_shared.errors import (
+    CertificateExpired,
+    CertificateSuperseded,
+    IdentityRevoked,
+    NotAuthenticated,
+    Unavailable,
+)
 from perfit_shared.invites import Invite
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
@@ -235,6 +241,41 @@ def test_servers_that_began_with_the_same_files_renew_apart(fleet: Fleet, tmp_pa
     renewals = [fleet.renewal(replica), ServerRenewal(ServerFiles(tmp_path / "copy"), address)]
     for renewal in renewals * 2:
         renewal.renew()
+
+
+def first_files(fleet: Fleet, folder: Path) -> ServerRenewal:
+    """Of a server that has not begun yet: a Secret's, say."""
+    folder.mkdir(mode=0o700)
+    fleet.authority.write_serving_files(folder, NAMES)
+    return ServerRenewal(ServerFiles(folder), fleet.enrolling.addresses.enrol_address)
+
+
+def test_first_files_may_be_renewed_as_long_as_any_certificate(
+    fleet: Fleet, tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    """7 days and `lapse_seconds`, which is a day here: docs/fleet.md, "First files end"."""
+    early, late = (first_files(fleet, tmp_path / name) for name in ("early", "late"))
+    clock(7.9 * DAY)
+    early.renew()
+    clock(8.1 * DAY)
+    with pytest.raises(CertificateExpired):
+        late.renew()
+
+
+def test_first_files_end_with_a_rotation(fleet: Fleet, tmp_path: Path) -> None:
+    rotation = fleet.authority.rotation
+    before = first_files(fleet, tmp_path / "before")
+    rotation.take("begin", now=True)
+    begun = [first_files(fleet, tmp_path / f"begun{n}") for n in range(2)]
+    rotation.take("switch", now=True)
+    switched = first_files(fleet, tmp_path / "switched")
+    with pytest.raises(Unavailable):  # it does not trust the new authority
+        before.renew()
+    begun[0].renew()
+    rotation.take("finish", now=True)
+    with pytest.raises(NotAuthenticated):
+        begun[1].renew()
+    switched.renew()
 
 
 def test_a_server_that_was_withdrawn_renews_no_more(fleet: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from tests.support.authority import DAY, csr_of, new_key, open_authority
 from tests.support.cloud import Running, failure, generate
 from tests.support.waiting import wait_for
 
+from perfit_cloud.cli.roles import opened_identity
+from perfit_cloud.config import CloudConfig
 from perfit_cloud.service.identity.authenticator import Authenticator
 from perfit_cloud.service.identity.server_identity import ServerIdentity
-from perfit_shared.errors import ConfigError
+from perfit_shared.errors import Busy, CertificateExpired, ConfigError
 from perfit_shared.wire import enrollment_pb2 as enrol_pb
 from perfit_shared.wire import enrollment_pb2_grpc as enrol_grpc
 
@@ -100,3 +103,31 @@ def test_what_it_needs_must_be_there_and_its_own(tmp_path: Path) -> None:
     (state / "device_ca.crt").chmod(0o666)
     with pytest.raises(ConfigError, match="others can write"):
         Authenticator.open(state)
+
+
+def test_a_server_whose_certificate_ended_starts_only_once_that_is_renewed(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
+    """It served one that nobody trusts, and said that it was ready."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    open_authority(tmp_path / "ca").write_serving_files(state, ["localhost"])
+    nobody = "127.0.0.1:1"
+    config = CloudConfig(
+        state=state,
+        roles=("answers",),
+        database="host=127.0.0.1 port=1 connect_timeout=2",
+        authority_address=nobody,
+    )
+
+    def start() -> None:
+        with contextlib.ExitStack() as ends, opened_identity(config, ends.callback):
+            pass
+
+    clock(6.9 * DAY)
+    with pytest.raises(Busy):  # by the database; the certificate holds
+        start()
+    clock(7.1 * DAY)
+    with pytest.raises(CertificateExpired, match=f"not renewed at {nobody}.*`perfit-cloud server`"):
+        start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -67,6 +69,14 @@ def environment_of(
     return found
 
 
+def user_and_group() -> dict[str, str]:
+    """What the shipped haproxy.cfg reads: nothing where it can be the file's own user, or else ourselves."""
+    me = os.geteuid()
+    if me == 0 and any(user.pw_name == "haproxy" for user in pwd.getpwall()):
+        return {}
+    return {"PERFIT_USER": pwd.getpwuid(me).pw_name, "PERFIT_GROUP": grp.getgrgid(os.getegid()).gr_name}
+
+
 @contextmanager
 def haproxy(
     *, environment: dict[str, str], ports: Sequence[int], more: str = ""
@@ -79,7 +89,7 @@ def haproxy(
             files += ["-f", f"{folder}/more.cfg"]
         process = subprocess.Popen(
             ["haproxy", "-W", "-S", f"{folder}/master.sock", *files],
-            env=os.environ | environment | {"PERFIT_RUN": folder},
+            env=os.environ | environment | user_and_group() | {"PERFIT_RUN": folder},
         )
         try:
             for port in ports:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from perfit_cloud.cli.common import open_authority
 from perfit_cloud.config import CloudConfig
+from perfit_shared.errors import CertificateExpired
 
 if TYPE_CHECKING:
     from perfit_cloud.service.identity.authenticator import Authenticator
     from perfit_cloud.service.identity.authority import Authority
+    from perfit_cloud.service.identity.server_files import ServerFiles
     from perfit_cloud.service.sealing.keys import ReplicaKeys
     from perfit_cloud.service.server_renewal import ServerRenewal
 
@@ -24,7 +27,8 @@ def opened_identity(
 ) -> Iterator[Authenticator]:
     """Who may call, as this process knows it; an Authority where it enrols. `end` calls what closes it.
 
-    Without the role enrolment its certificate is renewed now and every hour. Raises ConfigError, Busy.
+    Without the role enrolment its certificate is renewed now and every hour. Raises ConfigError, Busy, and
+    CertificateExpired where that has ended and nobody renewed it.
     """
     with contextlib.ExitStack() as stack:
         if "enrolment" in config.roles:
@@ -56,12 +60,16 @@ def sealing_keys(authenticator: Authenticator, config: CloudConfig) -> ReplicaKe
     return ReplicaKeys(certify, life_seconds=config.sealing_seconds, replica=config.sealing_replica)
 
 
-def _renewal(config: CloudConfig) -> ServerRenewal:
+def _files(config: CloudConfig) -> ServerFiles:
     from perfit_cloud.service.identity.server_files import ServerFiles
+
+    return ServerFiles(config.state, trusts_group=config.state_writers == "group")
+
+
+def _renewal(config: CloudConfig) -> ServerRenewal:
     from perfit_cloud.service.server_renewal import ServerRenewal
 
-    files = ServerFiles(config.state, trusts_group=config.state_writers == "group")
-    return ServerRenewal(files, config.authority_address)
+    return ServerRenewal(_files(config), config.authority_address)
 
 
 def _open_authenticator(config: CloudConfig) -> Authenticator:
@@ -78,9 +86,20 @@ def _open_authenticator(config: CloudConfig) -> Authenticator:
 @contextlib.contextmanager
 def _renewing(config: CloudConfig) -> Iterator[None]:
     renewal = _renewal(config)
-    renewal.try_renew()
+    if not renewal.try_renew():
+        _check_end(_files(config), config.authority_address)
     renewal.start()
     try:
         yield
     finally:
         renewal.stop()
+
+
+def _check_end(files: ServerFiles, address: str) -> None:
+    """Raises CertificateExpired: a server that nobody trusts would say that it is ready, and get calls."""
+    ended = files.identity().certificate.not_valid_after_utc
+    if ended.timestamp() < time.time():
+        raise CertificateExpired(
+            f"this server's certificate ended on {ended:%Y-%m-%d} and was not renewed at {address}; mend "
+            "what the log says, or make it new files with `perfit-cloud server`"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, LiteralString
 
 import psycopg
+from psycopg.errors import InsufficientPrivilege
 
 from perfit_shared.errors import ConfigError
 
@@ -64,12 +65,27 @@ FORMAT = len(_MIGRATIONS)
 
 
 def prepare(connection: psycopg.Connection[Any]) -> None:
-    """Bring the tables up to ours, in one transaction. Raises ConfigError for those of a later version."""
+    """Bring the tables up to ours, in one transaction.
+
+    Raises ConfigError for those of a later version, and for a role that may not do what is to be done.
+    """
+    try:
+        _prepare(connection)
+    except InsufficientPrivilege:
+        raise ConfigError(
+            "this role of PostgreSQL may not make or read perfit's tables; start the enrolling server of "
+            "this version first, then run deploy/postgres/roles.sql again"
+        ) from None
+
+
+def _prepare(connection: psycopg.Connection[Any]) -> None:
     if _found(connection) == FORMAT:  # nothing to create, so a role that may not create can serve
         return
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-        connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        # IF NOT EXISTS would ask for the right to create schemas even where this one is there.
+        if connection.execute("SELECT to_regnamespace(%s)::text", (SCHEMA,)).fetchone() == (None,):
+            connection.execute(f"CREATE SCHEMA {SCHEMA}")
         connection.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         found = _found(connection)  # another process may have been faster
         if found > FORMAT:

@@ -66,6 +66,9 @@ class PostgresStore(IdentityStore):
 
     def setting(self, key: str, default: str) -> str:
         with self._writes.transaction() as db:
+            found = db.execute("SELECT value FROM meta WHERE key = %s", (key,)).fetchone()
+            if found is not None:  # nothing to write, so a role that may only read can serve
+                return str(found[0])
             db.execute("INSERT INTO meta VALUES (%s, %s) ON CONFLICT DO NOTHING", (key, default))
             return str(_one(db.execute("SELECT value FROM meta WHERE key = %s", (key,))))
 
