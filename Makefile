@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup peers capabilities clients demo talk test test-slow test-oldest vllm test-vllm coverage bench audit audit-own audit-vllm audit-intel attacks fuzz fuzz-guided kills load lint wire help-page docs fleet-tools lock sbom fleet clean
+.PHONY: help setup peers capabilities clients demo talk test test-slow test-oldest vllm test-vllm coverage bench audit audit-own audit-vllm audit-intel audit-replica attacks fuzz fuzz-guided kills load lint wire help-page docs fleet-tools lock sbom fleet clean
 
 help:
 	@echo "make demo        set up, then two people whose devices learn how they write"
@@ -14,7 +14,7 @@ help:
 	@echo "make test-vllm   the engine contract on vLLM's build for CPUs, in an environment of its own (2.8 GB)"
 	@echo "make coverage    the tests once more, with the lines and branches that they reach; no threshold"
 	@echo "make bench       every figure of docs/benchmarks.md, from the data folder beside the checkout"
-	@echo "make audit audit-intel fuzz kills load attacks   every figure of docs/security.md; SEED=n chooses what is drawn"
+	@echo "make audit audit-intel audit-replica fuzz kills load attacks   every figure of docs/security.md; SEED=n chooses what is drawn"
 	@echo "make fleet       a fleet of servers under load and faults; CALLS, UPDATES and SEED choose how much"
 	@echo "make docs        the docs site, into build/site; every link inside it is checked"
 	@echo "make lock sbom   dependencies of the container by hash, and their list in build/sbom.json"
@@ -146,6 +146,14 @@ audit-intel: setup
 	$(CC) -shared -fPIC -o build/as_on_intel.so scripts/soak/as_on_intel.c
 	set -e; for dtype in $(DTYPES); do LD_PRELOAD=$(CURDIR)/build/as_on_intel.so \
 		$(AUDIT) $(ON_TINY) --dtype $$dtype --json $(FOUND)/audit-intel-$$dtype.json; done
+
+# The same of a replica whose identities lie in a PostgreSQL; calls sealed, and plain.
+REPLICA := $(BIN)/python scripts/audit_deployed.py --replica --seed $(SEED) $(ON_TINY) --dtype float32
+
+audit-replica: setup
+	$(BIN)/python scripts/tiny.py build/tiny
+	$(REPLICA) --sealed --json $(FOUND)/audit-replica.json
+	$(REPLICA) --json $(FOUND)/audit-replica-plain.json
 
 fuzz: setup
 	$(SOAK).fuzz --inputs 100000 --seed $(SEED) --json $(FOUND)/fuzz.json

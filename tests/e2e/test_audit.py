@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from tests.support.models import needs_smollm2
 from typer.testing import CliRunner
 
 from local import BIN, CommandFailed, run
+from local_postgres import MISSING, server_programs
 from perfit_cloud.cli.main import app
 from perfit_cloud.collective.blank import BlankRequest, make_blank
 from perfit_shared.errors import InvalidInput
+
+DEPLOYED = Path(__file__).parents[2] / "scripts" / "audit_deployed.py"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,34 @@ def test_smollm2_is_forgotten_too(tmp_path: Path, dtype: str) -> None:
     kinds = [word for rpc in ("Ask", "ComputeGradient", "Adapt") for word in ("--rpc", rpc)]
     said = run([*command, "--quick", "--dtype", dtype, *kinds])
     assert "nothing was left" in said
+
+
+@looking
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(server_programs() is None, reason=MISSING)
+@pytest.mark.parametrize("flags", [[], ["--sealed"]], ids=["plain", "sealed"])
+def test_a_replica_of_a_fleet_forgets_too(command: list[str], tmp_path: Path, flags: list[str]) -> None:
+    """It answers and updates; another process enrols, and what both know lies in a PostgreSQL."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    file = tmp_path / "audit.json"
+    kinds = ["--rpc", "Adapt", "--rpc", "Renew", "--ending", "done", "--ending", "gone", "--devices", "0"]
+    said = run(
+        [sys.executable, str(DEPLOYED), "--replica", *flags, *command[2:], *kinds, "--json", str(file)]
+    )
+    assert "nothing was left" in said
+    written = json.loads(file.read_text())
+    assert written["kept"]
+    closed = {
+        (row["hardening"], row["rpc"], row["ending"]): bool(row["found"])
+        for row in written["rows"]
+        if row["moment"] == "closed"
+    }
+    hardened = {("on", "Adapt", "done"), ("on", "Adapt", "gone"), ("on", "Renew", "not here")}
+    assert {call for call in closed if call[0] == "on"} == hardened
+    assert not any(closed[call] for call in hardened)
+    assert any(is_left for call, is_left in closed.items() if call[0] == "off")
+    assert written["forms_found"]["signing request"]["as sent"]  # a replica reads one, and refuses
 
 
 def test_an_rpc_that_there_is_not_is_refused(command: list[str]) -> None:

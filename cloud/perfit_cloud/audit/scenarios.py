@@ -41,6 +41,7 @@ _STATUS = {  # what the client sees
     "cancelled": {"CANCELLED"},
     "deadline": {"DEADLINE_EXCEEDED"},
     "refused": {"INVALID_ARGUMENT"},
+    "not here": {"UNIMPLEMENTED"},
     "gone": {"UNAVAILABLE", "CANCELLED"},
 }
 _MANY_TOKENS, _MANY_EXAMPLES = 192, 48  # enough work for the server to be caught at it
@@ -67,6 +68,8 @@ class Plan:
     is_quick: bool = False  # with hardening off only one call, with it on two endings; no load
     flags: Sequence[str] = ()  # more, for `perfit-cloud serve`
     sealed: Sealed | None = None  # what seals the devices' calls; None: nothing
+    # Makes an empty PostgreSQL database: replicas of fleets are audited; None: servers that do everything
+    database: Callable[[], str] | None = None
 
 
 def audit(plan: Plan, reference: ReferenceEngines, report: Callable[[Row], None]) -> list[Row]:
@@ -81,6 +84,7 @@ def audit(plan: Plan, reference: ReferenceEngines, report: Callable[[Row], None]
             hardening=hardening,
             flags=plan.flags,
             sealed=plan.sealed,
+            database=plan.database() if plan.database is not None else "",
         )
         with server:
             for row in _Auditor(of_mode, server, reference, hardening, rows).rows():
@@ -177,7 +181,7 @@ class _Auditor:
     def _identities(self, device: DeviceKey) -> Iterator[Row]:
         """Enroll carries the invite's secret. A device never sends its key; the search covers it anyway."""
         for ending in ("done", "refused"):
-            if "Enroll" in self._plan.rpcs and ending in self._plan.endings:
+            if "Enroll" in self._plan.rpcs and ending in self._plan.endings and self._server.enrols:
                 invite, new = self._server.invites(1)[0], DeviceKey()
                 csr = new.csr() if ending == "done" else b"no signing request"
                 enrol = enrol_pb.EnrollRequest(secret=invite.secret, csr=csr)
@@ -191,7 +195,8 @@ class _Auditor:
             needles = [raw("signing request", signature_of(csr)), raw("device key", device.secret)]
             connection = self._server.connect(device)
             renew = partial(connection.identity.Renew, enrol_pb.RenewRequest(csr=csr))
-            yield from self._short("Renew", "done", needles, connection, renew)
+            ending = "done" if self._server.enrols else "not here"  # a replica reads it and refuses
+            yield from self._short("Renew", ending, needles, connection, renew)
         if "Leave" in self._plan.rpcs and "done" in self._plan.endings:
             leaver = self._server.enrol(1)[0]  # the load still needs the other one
             connection = self._server.connect(leaver)

@@ -31,6 +31,8 @@ __all__ = ["AuditedServer", "Connection", "DeviceKey", "Relay", "Sealed", "signa
 
 _SECONDS = 30.0  # deadline of an enrolment, and of the server's end
 _INVITES = 3  # made at once, at least: the command takes seconds
+_HOST = "127.0.0.1"
+_ANY_PORT = f"{_HOST}:0"
 _NOW = struct.pack("ii", 1, 0)  # SO_LINGER: a socket that is closed is reset, and what waits is dropped
 # A relay and a server on one machine; a proxy of the environment has no business here.
 _OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -75,64 +77,91 @@ class AuditedServer:
         hardening: str,
         flags: Sequence[str] = (),
         sealed: Sealed | None = None,
+        database: str = "",
     ) -> None:
-        """`sealed`: devices call where sealed calls alone are taken, over what it makes of their channels."""
+        """`sealed`: devices call where sealed calls alone are taken, over what it makes of their channels.
+        `database`: an empty PostgreSQL; a process beside this one enrols, and this is a replica of a fleet.
+        """
         self.folder, self._state, self._sealed = folder, folder / "state", sealed
+        self.enrols = not database
         self._unused: list[Invite] = []
         command = Path(sys.executable).with_name("perfit-cloud")
         if not command.exists():
             raise ConfigError(f"no perfit-cloud beside {sys.executable}; run the one of a whole installation")
         self._command = str(command)
-        self._arguments = [
-            "serve",
-            "--json",
+        self._work = folder / "work"
+        self._environment = {**os.environ, "TMPDIR": str(self._work)}
+        if database:
+            self._environment["PERFIT_CLOUD_DATABASE"] = database
+        self._shared = ["serve", "--json", "--set", f"hardening={hardening}"]
+        self._serving = [
             "--model",
             str(Path(model).resolve() if Path(model).exists() else model),
             "--artefact",
             str(artefact.resolve()),
-            "--state",
-            str(self._state),
             "--address",
-            "127.0.0.1:0",
-            "--enrol-address",
-            "127.0.0.1:0",
-            "--set",
-            f"hardening={hardening}",
-            *(["--front-address", "127.0.0.1:0"] if sealed else []),
+            _ANY_PORT,
+            *(["--front-address", _ANY_PORT] if sealed else []),
             *flags,
         ]
+        self._running = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Raises PerfitError with what the server said when it does not start."""
-        work = self.folder / "work"
-        work.mkdir(parents=True)
-        log = self.folder / "server.log"
+        """Raises PerfitError with what a process said when it does not start."""
+        self._work.mkdir(parents=True)
+        enrolling = ["--state", str(self._state), "--enrol-address", _ANY_PORT]
+        with contextlib.ExitStack() as running:
+            if self.enrols:
+                self._process, self.said = self._start("server", enrolling + self._serving, running)
+            else:
+                # Whoever enrols is told that devices dial nowhere; they dial what the replica says.
+                enrolling += ["--roles", "enrolment", "--public-address", f"{_HOST}:1"]
+                _, said = self._start("enrolment", enrolling, running)
+                state = str(self.folder / "replica")
+                self._run("server", _HOST, "--out", state)
+                replica = ["--roles", "answers,updates", "--state", state]
+                replica += ["--set", f"authority_address={said['enrol_address']}"]
+                self._process, self.said = self._start("server", replica + self._serving, running)
+            self._running = running.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def _start(
+        self, name: str, arguments: Sequence[str], running: contextlib.ExitStack
+    ) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+        """A process that `running` ends, and its start-up line."""
+        log = self.folder / f"{name}.log"
         with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [self._command, *self._arguments],
-                cwd=work,
-                env={**os.environ, "TMPDIR": str(work)},
+            process = subprocess.Popen(
+                [self._command, *self._shared, *arguments],
+                cwd=self._work,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
             )
-        line = self._process.stdout.readline() if self._process.stdout else ""
+        running.callback(_stop, process)
+        line = process.stdout.readline() if process.stdout else ""
         if not line.strip():
-            self._process.wait(_SECONDS)
-            raise PerfitError(f"the server did not start: {log.read_text('utf-8').strip()[-500:]}")
-        self.said: dict[str, Any] = json.loads(line)
-        return self
+            process.wait(_SECONDS)
+            raise PerfitError(f"the {name} did not start: {log.read_text('utf-8').strip()[-500:]}")
+        return process, json.loads(line)
 
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(_SECONDS)
-        if self._process.stdout:
-            self._process.stdout.close()
+    def _run(self, *arguments: str) -> str:
+        """What a command says about the state of whoever enrols."""
+        done = subprocess.run(
+            [self._command, *arguments, "--state", str(self._state)],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise PerfitError(f"perfit-cloud {arguments[0]} failed: {done.stderr.strip()[-500:]}")
+        return done.stdout
 
     @property
     def pid(self) -> int:
@@ -140,16 +169,8 @@ class AuditedServer:
 
     def invites(self, count: int) -> list[Invite]:
         if len(self._unused) < count:
-            made = max(count, _INVITES)
-            done = subprocess.run(
-                [self._command, "invite", "--state", str(self._state), "--count", str(made)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise PerfitError(f"cannot make invites: {done.stderr.strip()[-500:]}")
-            self._unused += [Invite.decode(line) for line in done.stdout.split()]
+            made = self._run("invite", "--count", str(max(count, _INVITES)))
+            self._unused += [Invite.decode(line) for line in made.split()]
         given, self._unused = self._unused[:count], self._unused[count:]
         return given
 
@@ -257,6 +278,17 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_SECONDS)
+    if process.stdout:
+        process.stdout.close()
 
 
 def signature_of(csr: bytes) -> bytes:

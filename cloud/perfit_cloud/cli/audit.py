@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,8 +18,9 @@ from perfit_shared.errors import InvalidInput
 
 if TYPE_CHECKING:
     from perfit_cloud.audit.rows import Row
+    from perfit_cloud.audit.server import Sealed
 
-__all__ = ["audit"]
+__all__ = ["audit", "audit_as"]
 
 _MOMENTS = ("before", "during", "after", "closed")
 
@@ -57,6 +58,40 @@ def audit(  # noqa: PLR0917 - options of a command
 
         perfit-cloud audit --model models/newslm --artefact runs/news_headline --rpc Adapt --quick
     """
+    kept = audit_as(
+        model=model,
+        artefact=artefact,
+        rpc=rpc,
+        ending=ending,
+        devices=devices,
+        seed=seed,
+        threads=threads,
+        dtype=dtype,
+        engine=engine,
+        quick=quick,
+        as_json=as_json,
+    )
+    if not kept:
+        raise typer.Exit(1)
+
+
+def audit_as(
+    *,
+    model: str,
+    artefact: Path,
+    rpc: Sequence[str] | None,
+    ending: Sequence[str] | None,
+    devices: int,
+    seed: int,
+    threads: int,
+    dtype: str,
+    engine: str,
+    quick: bool,
+    as_json: Path | None,
+    sealed: Sealed | None = None,
+    database: Callable[[], str] | None = None,
+) -> bool:
+    """The command, and with `sealed` or `database` what `Plan` says of them. Returns whether it passed."""
     from perfit_cloud.audit.memory import check_allowed
     from perfit_cloud.audit.processor import processor
     from perfit_cloud.audit.rows import forms_found, passed, unseen
@@ -88,6 +123,8 @@ def audit(  # noqa: PLR0917 - options of a command
             seed=seed,
             is_quick=quick,
             flags=("--threads", str(threads), "--dtype", dtype, "--engine", engine),
+            sealed=sealed,
+            database=database,
         )
         with ReferenceEngines(base, Artefact.load(artefact)) as reference:
             rows = run(plan, reference, _notify)
@@ -100,6 +137,8 @@ def audit(  # noqa: PLR0917 - options of a command
             "dtype": dtype,
             "threads": threads,
             "engine": engine,
+            "sealed": sealed is not None,
+            "replica": database is not None,
             "forms_found": forms_found(rows),
             "never_found": unseen(rows),
             "rows": [_written(row) for row in rows],
@@ -112,8 +151,9 @@ def audit(  # noqa: PLR0917 - options of a command
         print(f"no look found any {family}: that it is forgotten was not shown", file=sys.stderr)
     if not passed(rows):
         print("the audit failed", file=sys.stderr)
-        raise typer.Exit(1)
+        return False
     print("nothing was left after any call and channel, and every control found what it should")
+    return True
 
 
 def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
