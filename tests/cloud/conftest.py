@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.adapt_calls import EXAMPLES, Stream, examples, opening
@@ -38,6 +39,9 @@ from perfit_cloud.service.sealing.keys import ReplicaKeys
 from perfit_cloud.service.server import CloudServer
 from perfit_cloud.service.settings import ServerParts
 
+if TYPE_CHECKING:  # it needs psycopg
+    from perfit_cloud.service.identity.postgres_store import PostgresStore
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -50,6 +54,15 @@ def cluster() -> Iterator[Cluster]:
 def database(cluster: Cluster) -> str:
     """An empty one of its own."""
     return cluster.database()
+
+
+@pytest.fixture
+def open_postgres() -> Iterator[Callable[[str], PostgresStore]]:
+    """Opens the store behind a connection string, again at every call; all are closed at the end."""
+    from perfit_cloud.service.identity.postgres_store import PostgresStore
+
+    with ExitStack() as stores:
+        yield lambda conninfo: stores.enter_context(closing(PostgresStore(conninfo)))
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,16 +52,8 @@ def replica(enrolment: str) -> str:
 
 
 @pytest.fixture
-def open_store(enrolment: str) -> Iterator[Opener]:
-    opened: list[PostgresStore] = []
-
-    def open_again() -> PostgresStore:
-        opened.append(PostgresStore(enrolment))
-        return opened[-1]
-
-    yield open_again
-    for store in opened:
-        store.close()
+def open_store(open_postgres: Callable[[str], PostgresStore], enrolment: str) -> Opener:
+    return partial(open_postgres, enrolment)
 
 
 @pytest.fixture

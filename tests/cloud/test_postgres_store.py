@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from tests.support.store_contract import ANN, BOB, Opener, StoreContract, enroll
@@ -22,16 +23,8 @@ from perfit_cloud.service.identity.store import IdentityState  # noqa: E402
 
 
 @pytest.fixture
-def open_store(database: str) -> Iterator[Opener]:
-    opened: list[PostgresStore] = []
-
-    def open_again() -> PostgresStore:
-        opened.append(PostgresStore(database))
-        return opened[-1]
-
-    yield open_again
-    for store in opened:
-        store.close()
+def open_store(open_postgres: Callable[[str], PostgresStore], database: str) -> Opener:
+    return partial(open_postgres, database)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,8 +26,9 @@ class AgentState:
 
 
 class Control(Operation[Result]):
+    @abstractmethod
     def apply(self, server: AgentServer) -> Result:
-        raise NotImplementedError
+        """Raises PerfitError."""
 
     def run(self, profile: Profile, emit: Emit) -> Result:
         raise NotImplementedError("a control is for an agent")

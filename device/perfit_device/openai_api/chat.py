@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,7 @@ class Choice:
         self.starts += map(self._counting.next, chunk.logprobs)
 
 
-class Form:
+class Form(ABC):
     """How one kind of answer is written."""
 
     prefix = kind = chunk_kind = ""
@@ -80,16 +81,17 @@ class Form:
         """What stands before the first text of a choice."""
         return None
 
+    @abstractmethod
     def chunk(self, choice: Choice, chunk: AnswerChunk) -> dict[str, Any]:
         """`chunk` is the newest of `choice`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """What ends the chunks of a choice."""
 
+    @abstractmethod
     def choice(self, choice: Choice) -> dict[str, Any]:
         """A whole one."""
-        raise NotImplementedError
 
     def logged(self, choice: Choice) -> Answer:
         """For the log; the choice is whole."""

@@ -14,6 +14,7 @@ reports what happens meanwhile through `emit`, and prints nothing. Commands, cha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -48,12 +49,12 @@ class Progress(Event):
 Emit = Callable[[Event], None]
 
 
-class Operation(Generic[Result]):
+class Operation(ABC, Generic[Result]):
     """One thing to do with an open profile; a frozen dataclass in a module of this folder."""
 
+    @abstractmethod
     def run(self, profile: Profile, emit: Emit) -> Result:
         """Raises PerfitError. An exception from `emit` means that the caller has left."""
-        raise NotImplementedError
 
 
 class Performer(Protocol):
@@ -71,8 +72,9 @@ class Service(Operation[Result]):
     call `performer.perform`, each in the scope of a `Cancellation` of its own.
     """
 
+    @abstractmethod
     def serve(self, performer: Performer, emit: Emit) -> Result:
-        raise NotImplementedError
+        """Raises PerfitError."""
 
     def run(self, profile: Profile, emit: Emit) -> Result:
         return self.serve(profile, emit)
