@@ -72,11 +72,14 @@ every_method() { # folder, data, artefact, people, rate
   local of=$1 task=$2 shipped="$ours/$3" method
   local same=(--users "$4" "${history[@]}" --artefact "$shipped") base=(--reuse "$runs/$1/none")
   local adapter=(--lora "$runs/$of/lora-c") known=(--reuse "$runs/$of/lora-c")
-  for method in ${METHODS:-none perfit lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag reft stylevector pag lofit lora-c+perfit}; do
-    local options=(--method "${method%/*}" "${same[@]}")
+  for method in ${METHODS:-none perfit perfit/device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag reft stylevector pag lofit lora-c+perfit}; do
+    local options=(--method "${method%%/*}" "${same[@]}")
+    # Somebody else's state answers too where it shows that the method is personal: in PerFit's own rows.
+    [[ "$method" == perfit ]] || options+=(--modes base,collective,seed,personal)
     case "$method" in
       none) ;;
       perfit) options+=("${base[@]}" "${memory[@]}") ;;
+      perfit/device) options+=(--schedule device --reuse "$runs/$of/perfit" "${memory[@]}") ;;
       rag/*) options+=(--k "${method#*/}" "${base[@]}") ;;
       perfit+rag) options+=(--reuse "$runs/$of/perfit" "${memory[@]}") ;;
       reft) options+=(--lr "$5" "${base[@]}" "${memory[@]}") ;;
@@ -94,7 +97,7 @@ methods() { every_method methods commits commit_message "$people" "$rate"; }
 # A newcomer: plain seed, the seed of a community, retrieval; each with histories of several lengths.
 cold() {
   local plain=$ours/commit_message first="" size
-  local same=(--users "$people" --schedule device "${memory[@]}")
+  local same=(--users "$people" --schedule device --modes base,seed,personal "${memory[@]}")
   step cold/artefact .venv/bin/perfit-cloud collective communities --artefact "$plain" --data "$data/commits" \
     --model "$model" --communities 4 ${OTHERS:+--users "$OTHERS"} --threads "${THREADS:-1}" --force --out "$runs/cold/artefact"
   for size in ${SIZES:-10 0 25 5 50 all}; do

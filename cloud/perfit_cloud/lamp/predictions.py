@@ -17,6 +17,8 @@ from perfit_cloud.lamp.results import Run, write_json
 
 __all__ = ["write_predictions"]
 
+_FIRST = ("personal", "collective", "base", "seed", "other")  # predictions.json has the first of these
+
 
 def write_predictions(run: Run, people: People, *, model: str) -> None:
     """Answers and golds of every query. One with an empty field gets an empty answer: LaMP's
@@ -28,7 +30,7 @@ def write_predictions(run: Run, people: People, *, model: str) -> None:
         answers = {query.id: query.answers[mode] for query in queries} | {e.id: "" for e in unanswered}
         data = {"task": task, "golds": _rows(people, answers), "model": model}
         write_json(run.folder / "predictions" / f"{mode}.json", data)
-        if mode == next(mode for mode in ("personal", "collective", "base") if mode in run.modes):
+        if mode == next(mode for mode in _FIRST if mode in run.modes):
             write_json(run.folder / "predictions.json", data)
     golds = {query.id: query.gold for query in queries}
     golds |= {entry.id: entry.item[run.task.gold_field] for entry in unanswered}

@@ -9,6 +9,7 @@ from typing import Any, Self
 from perfit_cloud.collective.items import GROUPS
 from perfit_cloud.lamp.measure import Decoding
 from perfit_cloud.lamp.methods import METHODS
+from perfit_cloud.lamp.results import MODES
 from perfit_cloud.model.placement import ONE_DEVICE, Placement
 from perfit_shared.errors import InvalidInput
 from perfit_shared.optimizer import OptimizerConfig
@@ -39,6 +40,7 @@ class LampRequest:
     users: int | None = None  # the first N of the test cohort
     examples: int | None = None  # of each history, the latest N; 0: nobody has one
     queries: int | None = None  # of each user, the first N
+    modes: tuple[str, ...] | None = None  # of results.MODES, those to measure; None: all that the method has
     reuse: Path | None = None  # a finished run of the same people; what would come out the same is taken
     collective_users: int | None = None  # so many of user_others.json, chosen by the seed
     collective_group: int | None = None  # one of five disjoint groups of user_others.json (Table 15)
@@ -80,6 +82,8 @@ class LampRequest:
             raise InvalidInput(f"a collective group should be from 0 to {GROUPS - 1}")
         if self.collective_users is not None and self.collective_group is not None:
             raise InvalidInput("stage 1 is on so many users, or on a group of them; leave one out")
+        if self.modes is not None and (not self.modes or not set(self.modes) <= set(MODES)):
+            raise InvalidInput(f"modes are some of {', '.join(MODES)}")
         if self.keep_bytes < 0:
             raise InvalidInput("the memory for activations should not be negative")
         # Raises on what no schedule can have, before anything is trained or written.

@@ -36,7 +36,8 @@ from perfit_cloud.lamp.shared_answers import SharedAnswers
 from perfit_cloud.lamp.summary import summarise
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
-from perfit_shared.errors import Cancelled, InvalidData
+from perfit_shared.errors import Cancelled, InvalidData, InvalidInput
+from perfit_shared.presets import value_or
 from perfit_shared.prompts import as_read, load_prompts, prompts_of
 from perfit_shared.tasks import Task, differing_keys
 
@@ -174,13 +175,14 @@ class _LampRun:
         except InvalidData:  # a file is missing or damaged; the run repairs it
             return None
         drifting = set(self._modes()) - {"base", "other"} if self._request.drift else set()
-        complete = run.modes == self._modes() and drifting <= (drift_of(run) or {}).keys()
+        complete = set(self._modes()) <= set(run.modes) and drifting <= (drift_of(run) or {}).keys()
         return run if complete else None
 
     def run(self, prepared: float) -> Run:
         """`prepared`: the seconds that preparation took, perhaps in an earlier run."""
         with self._workers() as workers:
-            if self._method.learns:
+            own = {"personal", "other"}.intersection(self._modes())
+            if self._method.learns and (own or self._request.drift):
                 self._fit(workers)
             self._evaluate(workers)
         if self._request.drift:
@@ -247,7 +249,10 @@ class _LampRun:
     def _modes(self) -> tuple[str, ...]:
         own = ("personal", "other") if len(self._people) > 1 else ("personal",)
         measured = {*self._method.shared, *(own if self._method.learns else ())}
-        return tuple(mode for mode in MODES if mode in measured)
+        asked = measured.intersection(value_or(self._request.modes, MODES))
+        if not asked:
+            raise InvalidInput(f"{self._method.name} has other modes: {', '.join(sorted(measured))}")
+        return tuple(mode for mode in MODES if mode in asked)
 
     def _evaluate(self, workers: RayWorkers | None) -> None:
         """Losses and answers of everyone, in the modes that their results lack."""

@@ -70,6 +70,13 @@ def run(  # noqa: PLR0917 - typer's way; all are options
             "collective shift or LoRA are taken from it, and for perfit+rag the shifts of perfit."
         ),
     ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            help="What is measured: some of base, collective, seed, personal, other (by somebody else's "
+            "state), as personal,seed.  [default: all that the method has]"
+        ),
+    ] = None,
     collective_users: Annotated[
         int | None, typer.Option(help="Stage 1 on N users, chosen by the seed.")
     ] = None,
@@ -182,6 +189,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         users=users,
         examples=examples,
         queries=queries,
+        modes=None if modes is None else tuple(name.strip() for name in modes.split(",")),
         reuse=reuse,
         collective_users=collective_users,
         collective_group=collective_group,
