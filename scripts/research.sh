@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # The evidence of docs/research.md: methods, cold start, ablations, layers, ranks, few users, news, analyses,
 # with SmolLM2 and the data folder beside the checkout. Steps run in order of worth. What is finished is kept
-# and skipped, so it may be stopped and started again; a step that fails is named at the end.
+# and skipped, so it may be stopped and started again; a step that fails is named at the end. What a run
+# measured is also kept without its texts, in RESULTS/runs, so that another machine can go on from there: it
+# runs again only what a step to come reads texts or weights of.
 #
 #   bash scripts/research.sh [PART...]    of methods cold ablations layers ranks few groups tasks seeds news analyze report
 #   PEOPLE=6 QUERIES=8 OTHERS=40 bash scripts/research.sh methods report
 #
 # RUNS       where runs lie; another scale wants another folder       runs/research
-# RESULTS    where the report lies                                    docs/results/research
+# RESULTS    where the report, figures of runs and steps.tsv lie      docs/results/research
 # DATA       the data folder                                          ../shared/data
 # MODEL      the base model                                           smollm2
 # THREADS    of each command                                          1
@@ -38,12 +40,17 @@ read -ra lora <<<"${LORA:-}"
 [ -z "${OTHERS:-}" ] || lora+=(--collective-users "$OTHERS")
 few=(--collective-users "${FEW_OTHERS:-${OTHERS:-60}}")
 failed=()
-TIMEFORMAT=%U # of seconds.tsv: folder, seconds of wall clock, of processor time, command
+TIMEFORMAT=%U # of steps.tsv: folder, seconds of wall clock, of processor time, command
+
+finished() { # folder, command…: whether that has run, and with `whole` left its texts here
+  [ -n "${whole:-}" ] && [ ! -f "$runs/$1/.finished" ] && return 1
+  [ -f "$results/steps.tsv" ] && cut -f 1,4 "$results/steps.tsv" | grep -qxF "$1"$'\t'"${*:2}"
+}
 
 step() { # folder, command…: unless the same command has finished there
-  local out="$runs/$1" began=$SECONDS
+  local name=$1 out="$runs/$1" began=$SECONDS
+  finished "$@" && return 0
   shift
-  if [ -f "$out/.finished" ] && [ "$(<"$out/.finished")" = "$*" ]; then return 0; fi
   if ((SECONDS > ${BUDGET:-999999999})); then
     failed+=("$out (no time left)")
     return 0
@@ -58,78 +65,111 @@ step() { # folder, command…: unless the same command has finished there
     failed+=("$out")
     return 0
   fi
-  printf '%s' "$*" >"$out/.finished"
-  printf '%s\t%s\t%s\t%s\n' "$out" "$((SECONDS - began))" "$cpu" "$*" >>"$runs/seconds.tsv"
+  touch "$out/.finished"
+  keep "$name"
+  whole= finished "$name" "$@" ||
+    printf '%s\t%s\t%s\t%s\n' "$name" "$((SECONDS - began))" "$cpu" "$*" >>"$results/steps.tsv"
 } 3>&1 4>&2
 
-lamp() { # folder, data, options…
-  step "$1" .venv/bin/perfit-cloud lamp run --out "$runs/$1" --data "$data/$2" "${common[@]}" "${@:3}"
+keep() { # folder of a run, of a sweep, or of something else: what was measured, without texts
+  local each
+  mkdir -p "$results"
+  find "$runs/$1" -maxdepth 2 -name summary.json -printf '%h\n' | while read -r each; do
+    .venv/bin/perfit-cloud lamp figures "$each" --out "$results/runs/${each#"$runs/"}" >&3
+  done
 }
+
+lamp() { # folder, data, options…
+  local command
+  read -ra command <<<"$(lamp_command "$@")"
+  step "$1" "${command[@]}"
+}
+
+lamp_after() { # command, folder, data, options…: what the command makes, this reads, so it lies here whole
+  [ -z "$1" ] || finished "$2" "$(lamp_command "${@:2}")" || whole=1 $1
+  lamp "${@:2}"
+}
+
+lamp_command() { echo .venv/bin/perfit-cloud lamp run --out "$runs/$1" --data "$data/$2" "${common[@]}" "${@:3}"; }
 
 # Every method on the same people, asked in the shipped artefact's words. What the untouched model answers is
 # computed once.
 every_method() { # folder, data, artefact, people, rate
-  local of=$1 task=$2 shipped="$ours/$3" method
-  local same=(--users "$4" "${history[@]}" --artefact "$shipped") base=(--reuse "$runs/$1/none")
-  local adapter=(--lora "$runs/$of/lora-c") known=(--reuse "$runs/$of/lora-c")
+  local method
   for method in ${METHODS:-none perfit perfit/device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag reft stylevector pag lofit lora-c+perfit}; do
-    local options=(--method "${method%%/*}" "${same[@]}")
-    # Somebody else's state answers too where it shows that the method is personal: in PerFit's own rows.
-    [[ "$method" == perfit ]] || options+=(--modes base,collective,seed,personal)
-    case "$method" in
-      none) ;;
-      perfit) options+=("${base[@]}" "${memory[@]}") ;;
-      perfit/device) options+=(--schedule device --reuse "$runs/$of/perfit" "${memory[@]}") ;;
-      rag/*) options+=(--k "${method#*/}" "${base[@]}") ;;
-      perfit+rag) options+=(--reuse "$runs/$of/perfit" "${memory[@]}") ;;
-      reft) options+=(--lr "$5" "${base[@]}" "${memory[@]}") ;;
-      lora-c) options+=("${lora[@]}" "${base[@]}") ;;
-      oppu) options+=("${adapter[@]}" "${known[@]}") ;;
-      lora-c+perfit) options+=(--lr "$5" "${adapter[@]}" "${base[@]}" "${memory[@]}") ;;
-      *) options+=("${base[@]}") ;;
-    esac
-    lamp "$of/$method" "$task" "${options[@]}"
+    one_method "$method" "$@"
   done
 }
 
-methods() { every_method methods commits commit_message "$people" "$rate"; }
+one_method() { # method, and what every_method is given
+  local method=$1 of=$2 task=$3 reused=none
+  local options=(--method "${method%%/*}" --users "$5" "${history[@]}" --artefact "$ours/$4")
+  # Somebody else's state answers too where it shows that the method is personal: in PerFit's own rows.
+  [[ "$method" == perfit ]] || options+=(--modes base,collective,seed,personal)
+  case "$method" in
+    none) reused= ;;
+    perfit) options+=("${memory[@]}") ;;
+    perfit/device) reused=perfit options+=(--schedule device "${memory[@]}") ;;
+    rag/*) options+=(--k "${method#*/}") ;;
+    perfit+rag) reused=perfit options+=("${memory[@]}") ;;
+    reft) options+=(--lr "$6" "${memory[@]}") ;;
+    lora-c) options+=("${lora[@]}") ;;
+    oppu) reused=lora-c options+=(--lora "$runs/$of/lora-c") ;;
+    lora-c+perfit) reused=lora-c options+=(--lr "$6" --lora "$runs/$of/lora-c" "${memory[@]}") ;;
+  esac
+  [ -z "$reused" ] || options+=(--reuse "$runs/$of/$reused")
+  lamp_after "${reused:+one_method $reused ${*:2}}" "$of/$method" "$task" "${options[@]}"
+}
+
+all_commits=(methods commits commit_message "$people" "$rate")
+methods() { every_method "${all_commits[@]}"; }
 
 # A newcomer: plain seed, the seed of a community, retrieval; each with histories of several lengths.
 cold() {
-  local plain=$ours/commit_message first="" size
-  local same=(--users "$people" --schedule device --modes base,seed,personal "${memory[@]}")
-  step cold/artefact .venv/bin/perfit-cloud collective communities --artefact "$plain" --data "$data/commits" \
-    --model "$model" --communities 4 ${OTHERS:+--users "$OTHERS"} --threads "${THREADS:-1}" --force --out "$runs/cold/artefact"
+  local size start
   for size in ${SIZES:-10 0 25 5 50 all}; do
-    local cut=(--examples "$size") known=()
-    [ "$size" != all ] || cut=()
-    [ -z "$first" ] || known=(--reuse "$first")
-    lamp "cold/seed/$size" commits --artefact "$plain" "${same[@]}" "${cut[@]}" "${known[@]}"
-    first=${first:-$runs/cold/seed/$size}
-    lamp "cold/communities/$size" commits --artefact "$runs/cold/artefact" "${same[@]}" "${cut[@]}" --reuse "$first"
-    lamp "cold/rag/$size" commits --method perfit+rag --artefact "$plain" "${same[@]}" "${cut[@]}" --reuse "$runs/cold/seed/$size"
+    for start in ${STARTS:-seed communities rag}; do cold_run "$start" "$size"; done
   done
+}
+
+cold_run() { # start, examples
+  local plain=$ours/commit_message
+  local same=(--users "$people" --schedule device --modes base,seed,personal "${memory[@]}")
+  [ "$2" = all ] || same+=(--examples "$2")
+  local known=(--reuse "$runs/methods/perfit") first="one_method perfit ${all_commits[*]}"
+  case "$1" in
+    seed) lamp_after "$first" "cold/seed/$2" commits --artefact "$plain" "${same[@]}" "${known[@]}" ;;
+    communities)
+      lamp_after "communities" "cold/communities/$2" commits --artefact "$runs/cold/artefact" "${same[@]}" "${known[@]}" ;;
+    rag)
+      lamp_after "cold_run seed $2" "cold/rag/$2" commits --method perfit+rag --artefact "$plain" "${same[@]}" \
+        --reuse "$runs/cold/seed/$2" ;;
+  esac
+}
+
+communities() { # and the answers of the untouched model that runs on it take
+  one_method perfit "${all_commits[@]}"
+  step cold/artefact .venv/bin/perfit-cloud collective communities --artefact "$ours/commit_message" \
+    --data "$data/commits" --model "$model" --communities 4 ${OTHERS:+--users "$OTHERS"} \
+    --threads "${THREADS:-1}" --force --out "$runs/cold/artefact"
 }
 
 words=(--prompts builtin) # those of the artefacts that ship
 part=(--users "$some" "${words[@]}" "${history[@]}" "${few[@]}" "${stage_1[@]}" --lr "$rate" "${memory[@]}")
 base_of_some() { lamp some/none commits --method none --users "$some" "${words[@]}" "${history[@]}"; }
 known=(--reuse "$runs/some/none")
-ablations() { base_of_some; lamp ablations commits "${part[@]}" "${known[@]}" --sweep ablations; }
-layers() { base_of_some; lamp layers commits "${part[@]}" "${known[@]}" --sweep "layers=${LAYERS:-2,5,8,11,15,19,23,27}"; }
-ranks() { base_of_some; lamp ranks commits "${part[@]}" "${known[@]}" --sweep "ranks=${RANKS:-4,16,32}"; }
-few() {
-  base_of_some
-  lamp few commits --users "$some" "${words[@]}" "${history[@]}" "${stage_1[@]}" --lr "$rate" "${memory[@]}" "${known[@]}" \
-    --sweep "collective-users=${USERS:-10,50,219}"
+sweep() { lamp_after base_of_some "$1" commits "${part[@]}" "${known[@]}" --sweep "$2"; } # folder, of what
+on_all() { # the same, with a stage 1 on whom the sweep says
+  lamp_after base_of_some "$1" commits --users "$some" "${words[@]}" "${history[@]}" "${stage_1[@]}" --lr "$rate" \
+    "${memory[@]}" "${known[@]}" --sweep "$2"
 }
-groups() {
-  base_of_some
-  lamp groups commits --users "$some" "${words[@]}" "${history[@]}" "${stage_1[@]}" --lr "$rate" "${memory[@]}" "${known[@]}" --sweep groups
-}
+ablations() { sweep ablations ablations; }
+layers() { sweep layers "layers=${LAYERS:-2,5,8,11,15,19,23,27}"; }
+ranks() { sweep ranks "ranks=${RANKS:-4,16,32}"; }
+few() { on_all few "collective-users=${USERS:-10,50,219}"; }
+groups() { on_all groups groups; }
 tasks() { # the shifts of other tasks that ship; the task's own is that of the ablations
-  ablations
-  lamp tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$rate" \
+  lamp_after ablations tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$rate" \
     "${memory[@]}" "${known[@]}" --sweep "artefacts=$ours/news_headline,$ours/reply"
 }
 seeds() { # seed 0 is that of the ablations
@@ -152,7 +192,7 @@ analyze() {
 
 report() { # of what has finished so far
   local all
-  mapfile -t all < <(find "$runs" -name summary.json -printf '%h\n' | sort)
+  mapfile -t all < <(find "$results/runs" -name figures.json -printf '%h\n' | sort)
   .venv/bin/perfit-cloud lamp report "${all[@]}" --no-texts --out "$results" || failed+=("$results")
 }
 

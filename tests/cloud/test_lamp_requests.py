@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,6 +85,33 @@ def test_what_would_come_out_the_same_is_taken_from_another_run(
     with pytest.raises(InvalidInput, match="differs from this run in asked"):
         request = method_request("none", out=tmp_path / "other", users=1, reuse=first.folder)
         run_lamp(replace(request, **words), base=base)
+
+
+def test_some_modes_alone(
+    base: BaseModel,
+    method_request: Callable[..., LampRequest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is asked for is what is measured, with the same figures; nobody is fitted for shared modes."""
+    same: dict[str, Any] = {"users": 2, "queries": 1}
+    whole = run_lamp(method_request(**same), base=base)
+    only = {**same, "out": tmp_path / "few", "modes": ("personal", "base")}
+    few = run_lamp(method_request(**only), base=base)
+    assert few.modes == ("base", "personal")
+    for one, two in zip(few.users, whole.users, strict=True):
+        for query, other in zip(one.queries, two.queries, strict=True):
+            assert query.loss == {mode: other.loss[mode] for mode in few.modes}
+            assert query.answers == {mode: other.answers[mode] for mode in few.modes}
+    monkeypatch.setattr(stage2, "train", lambda *_, **__: pytest.fail("nobody's own state is asked for"))
+    shared = run_lamp(method_request(**same, out=tmp_path / "shared", modes=("seed",)), base=base)
+    assert shared.modes == ("seed",)
+    predictions = json.loads((shared.folder / "predictions.json").read_text("utf-8"))
+    assert len(predictions["golds"]) == 2
+    again = run_lamp(method_request(**{**only, "modes": ("base",)}), base=base)
+    assert again.users == few.users, "a run that has more than is asked for is only read"
+    with pytest.raises(InvalidInput, match="none has other modes: base"):
+        run_lamp(method_request("none", out=tmp_path / "none", modes=("personal",)), base=base)
 
 
 def test_nobody_has_a_history(method_request: Callable[..., LampRequest], base: BaseModel) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from perfit_cloud.lamp.measured import UserFigures
 from perfit_cloud.lamp.results import MODES, QueryResult, Run, UserResult
 from perfit_cloud.lamp.statistics import paired
-from perfit_cloud.lamp.summary import as_json, measure_users, over
+from perfit_cloud.lamp.summary import Nest, as_json, measure_users, over
 from perfit_shared.errors import InvalidData, InvalidInput
 
 __all__ = ["Comparison", "Side", "compare"]
@@ -36,7 +37,7 @@ class Side:
             folder, mode = Path(head), tail
         elif colon and not folder.is_dir() and Path(head).is_dir():
             raise InvalidInput(f'no mode "{tail}"; there are {", ".join(MODES)}')
-        run = Run.load(folder)
+        run = Run.load(folder, texts=False)
         if mode not in run.modes:
             raise InvalidInput(f"{folder} did not measure {mode}; it has {', '.join(run.modes)}")
         return cls(run, mode)
@@ -89,6 +90,8 @@ class Comparison:
 def compare(a: Side, b: Side) -> Comparison:
     """Pair by user id and query id; a query or user of one side alone is left out and counted.
 
+    Where one side has no texts, users are paired who were asked the very same.
+
     Raises InvalidInput when the tasks differ or nothing pairs, InvalidData when a pair's golds differ.
     """
     one, two = a.run.task, b.run.task
@@ -98,26 +101,62 @@ def compare(a: Side, b: Side) -> Comparison:
         )
     if (one.metric, one.labels) != (two.metric, two.labels):
         raise InvalidInput(f"the two runs' task {one.name} differs in its metric or labels")
-    theirs = {user.user_id: user for user in b.run.users}
-    pairs = [_shared(user, theirs[user.user_id]) for user in a.run.users if user.user_id in theirs]
-    users = [(x, y) for x, y in pairs if x.queries]
-    if not users:
+    pair = _paired_figures if a.run.kept or b.run.kept else _paired_texts
+    left, right, unpaired = pair(a, b)
+    if not left:
         raise InvalidInput(
             f"{a.name} and {b.name} share no user with a common query; were they of the same data?"
         )
-    left, right = zip(*users, strict=True)
     of_a, of_b = measure_users(one, left, a.mode), measure_users(two, right, b.mode)
-    tokens = ([query.tokens for user in side for query in user.queries] for side in (left, right))
     return Comparison(
         a=a,
         b=b,
-        users=len(users),
+        users=len(left),
         queries=_count(left),
-        unpaired=_unpaired(a.run.users, b.run.users, left),
-        same_tokens=len({tuple(counts) for counts in tokens}) == 1,
+        unpaired=unpaired,
+        same_tokens=all(x.counted == y.counted for x, y in zip(left, right, strict=True)),
         differing=_differing(a.run, b.run),
-        against=over(paired, of_a, of_b),
+        against=over(paired, *_alike(of_a, of_b)),
     )
+
+
+_Pairs = tuple[Sequence[UserFigures], Sequence[UserFigures], Mapping[str, Mapping[str, int]]]
+
+
+def _paired_texts(a: Side, b: Side) -> _Pairs:
+    """Both sides' users in one order, with the queries that both have, and how many are left out."""
+    theirs = {user.user_id: user for user in b.run.users}
+    both = [_shared(user, theirs[user.user_id]) for user in a.run.users if user.user_id in theirs]
+    users = [(x, y) for x, y in both if x.queries]
+    left = [UserFigures.of(a.run.task, x, [a.mode]) for x, _ in users]
+    right = [UserFigures.of(b.run.task, y, [b.mode]) for _, y in users]
+    ids = {user.user_id for user in left}
+    of = {
+        "a": [u for u in a.run.users if u.user_id in ids],
+        "b": [u for u in b.run.users if u.user_id in ids],
+    }
+    queries = {side: sum(len(u.queries) for u in users) - _count(left) for side, users in of.items()}
+    return left, right, {"users": _left_out(a, b, len(ids)), "queries": queries}
+
+
+def _paired_figures(a: Side, b: Side) -> _Pairs:
+    theirs = {user.asked: user for user in b.run.figures}
+    left = [user for user in a.run.figures if user.asked in theirs]
+    right = [theirs[user.asked] for user in left]
+    return left, right, {"users": _left_out(a, b, len(left)), "queries": {"a": 0, "b": 0}}
+
+
+def _left_out(a: Side, b: Side, paired_users: int) -> dict[str, int]:
+    return {"a": len(a.run.figures) - paired_users, "b": len(b.run.figures) - paired_users}
+
+
+def _alike(one: Nest, two: Nest) -> tuple[Nest, Nest]:
+    """Both with the measures that both have: an older run's texts tell no words apart."""
+    both = [
+        {part: {n: v for n, v in nest[part].items() if n in other[part]} for part in nest if part != "loss"}
+        for nest, other in ((one, two), (two, one))
+    ]
+    return {"loss": one["loss"], **both[0]}, {"loss": two["loss"], **both[1]}
 
 
 def _differing(a: Run, b: Run) -> dict[str, tuple[str, str]]:
@@ -151,17 +190,5 @@ def _shared(one: UserResult, two: UserResult) -> tuple[UserResult, UserResult]:
     return replace(one, queries=ours), replace(two, queries=theirs_kept)
 
 
-def _count(users: Sequence[UserResult]) -> int:
-    return sum(len(user.queries) for user in users)
-
-
-def _unpaired(
-    a: Sequence[UserResult], b: Sequence[UserResult], kept: Sequence[UserResult]
-) -> dict[str, dict[str, int]]:
-    """How many users, and how many queries of the users that are paired, one side has alone."""
-    ids = {user.user_id for user in kept}
-    of = {"a": [u for u in a if u.user_id in ids], "b": [u for u in b if u.user_id in ids]}
-    return {
-        "users": {"a": len(a) - len(ids), "b": len(b) - len(ids)},
-        "queries": {side: _count(users) - _count(kept) for side, users in of.items()},
-    }
+def _count(users: Sequence[UserFigures]) -> int:
+    return sum(user.queries for user in users)

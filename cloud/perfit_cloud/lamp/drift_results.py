@@ -45,11 +45,13 @@ class Answered:
             raise InvalidData(f"{path} cannot be read; remove it and run again") from error
 
 
-def drift_of(run: Run) -> dict[str, Any] | None:
+def drift_of(run: Run) -> Mapping[str, Any] | None:
     """By mode {"nats", "unchanged", "intervals": {"nats", "unchanged"}, "prompts"}; None of a run without it.
 
     All prompts of all users count alike; intervals (95 %) draw users, and are None for what is nobody's own.
     """
+    if run.kept:
+        return run.kept_drift
     path = run.folder / FILE
     if not path.is_file():
         return None

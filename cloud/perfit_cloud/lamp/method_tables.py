@@ -232,8 +232,8 @@ def _capabilities(groups: Sequence[RunGroup]) -> Section:
 def _data(groups: Sequence[RunGroup]) -> Section:
     rows: list[list[object]] = []
     for group in main_groups(groups):
-        users = group.runs[0].users
-        queries, history = sum(len(u.queries) for u in users), statistics.fmean(u.examples for u in users)
+        users = group.runs[0].figures
+        queries, history = sum(u.queries for u in users), statistics.fmean(u.examples for u in users)
         theirs = [DATA.get(group.task.name, "data", name) for name in ("users 2", "queries 2", "history 2")]
         paper = [None if figure is None else f"{figure:,.1f}".removesuffix(".0") for figure in theirs]
         rows.append([group.task.name, len(users), queries, f"{history:.1f}", *paper])

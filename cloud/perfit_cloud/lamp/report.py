@@ -9,6 +9,7 @@ from pathlib import Path
 from perfit_cloud.lamp.figures import draw_heat, draw_points
 from perfit_cloud.lamp.groups import RunGroup, group_runs
 from perfit_cloud.lamp.layout import Section, setting, variant
+from perfit_cloud.lamp.measured import FIGURES_FILE
 from perfit_cloud.lamp.method_tables import text_section
 from perfit_cloud.lamp.results import Run, write_bytes
 from perfit_cloud.lamp.statistics import RESAMPLES
@@ -41,12 +42,16 @@ def write_report(folders: Sequence[Path], out: Path, *, texts: bool = True) -> P
     if not distinct:
         raise InvalidInput("no runs; name the folders of finished ones")
     # `runs/*` names whatever else lies there as well.
-    folders = [f for f in distinct if any((f / name).is_file() for name in ("run.json", "settings.json"))]
+    folders = [
+        f
+        for f in distinct
+        if any((f / name).is_file() for name in ("run.json", "settings.json", FIGURES_FILE))
+    ]
     for other in distinct:
         if folders and other not in folders:
             _log.warning("%s is no run and is left out", other.name)
     folders = folders or distinct
-    groups = group_runs(Run.load(folder) for folder in folders)
+    groups = group_runs(Run.load(folder, texts=False) for folder in folders)
     out.mkdir(parents=True, exist_ok=True)
     lines = ["# LaMP", "", _HOW_TO_READ, ""]
     missing = []

@@ -4,7 +4,8 @@
     OUT/users/{user_id}/result.json   one `UserResult`
     OUT/users/{user_id}/stage2.json, seconds.json, and the state that the method fitted, if it fits any
 
-Everything that is reported (summary.json, comparisons, tables, figures) is computed from these.
+Everything that is reported (summary.json, comparisons, tables, figures) is computed from these, or from
+what `measured` keeps of them in a folder without texts.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from perfit_cloud.lamp.measured import FIGURES_FILE, UserFigures
 from perfit_shared.errors import InvalidData
 from perfit_shared.files import write_whole
 from perfit_shared.prompts import prompts_of
@@ -149,12 +152,19 @@ class Run:
     task: Task
     settings: Mapping[str, Any]
     seconds: Mapping[str, float]  # SECONDS
-    users: tuple[UserResult, ...]
+    users: tuple[UserResult, ...]  # none of a run without its texts
+    kept: tuple[UserFigures, ...] = ()  # of a run without its texts
+    kept_drift: Mapping[str, Any] | None = None  # the same, where it measured that
 
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes measured, in MODES' order."""
-        return self.users[0].modes
+        return tuple(self.kept[0].modes) if self.kept else self.users[0].modes
+
+    @cached_property
+    def figures(self) -> tuple[UserFigures, ...]:
+        """Of every user, in all modes. Raises InvalidData naming a user who has no queries."""
+        return self.kept or tuple(UserFigures.of(self.task, user, self.modes) for user in self.users)
 
     @property
     def prompts(self) -> str:
@@ -194,8 +204,15 @@ class Run:
         write_json(self.folder / "run.json", data)
 
     @classmethod
-    def load(cls, folder: Path) -> Run:
-        """Raises InvalidData naming the folder when it holds no finished run."""
+    def load(cls, folder: Path, *, texts: bool = True) -> Run:
+        """Raises InvalidData naming the folder when it holds no finished run.
+
+        Without `texts` a run of which figures alone were kept will do.
+        """
+        if not (folder / "run.json").is_file() and (folder / FIGURES_FILE).is_file():
+            if texts:
+                raise InvalidData(f"{folder} holds a run's figures without its texts, which this needs")
+            return cls._of_figures(folder)
         try:
             data = _read(folder / "run.json")
             if data["format"] != _FORMAT:
@@ -206,6 +223,34 @@ class Run:
             return cls(folder, task, completed(data["settings"], task), seconds, users)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
+
+    def save_figures(self, folder: Path, *, drift: Mapping[str, Any] | None = None) -> Path:
+        """Write what is measured into `folder`: no text of a person or the model, no id. Returns the file."""
+        data = {
+            "format": _FORMAT,
+            "task": json.loads(self.task.to_json()),
+            "settings": dict(self.settings),
+            "seconds": dict(self.seconds),
+            **({} if drift is None else {"drift": drift}),
+            "users": [user.to_json() for user in self.figures],
+        }
+        write_bytes(folder / FIGURES_FILE, json.dumps(data, separators=(",", ":")).encode())
+        return folder / FIGURES_FILE
+
+    @classmethod
+    def _of_figures(cls, folder: Path) -> Run:
+        path = folder / FIGURES_FILE
+        try:
+            data = _read(path)
+            if data["format"] != _FORMAT:
+                raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
+            task = Task.from_json(json.dumps(data["task"]))
+            figures = tuple(UserFigures.from_json(user) for user in data["users"])
+            if not figures:
+                raise InvalidData(f"{path} has no users")
+            return cls(folder, task, data["settings"], data["seconds"], (), figures, data.get("drift"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidData(f"{path} is damaged; `perfit-cloud lamp figures` makes it") from error
 
 
 def _renamed(seconds: Mapping[str, float]) -> dict[str, float]:

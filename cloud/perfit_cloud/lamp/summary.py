@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 
 from perfit_cloud.lamp import scores, text_scores
 from perfit_cloud.lamp.drift_results import drift_of
-from perfit_cloud.lamp.results import Run, UserResult
+from perfit_cloud.lamp.measured import UserFigures
+from perfit_cloud.lamp.results import Run
 from perfit_cloud.lamp.statistics import Paired, Statistic, interval, paired
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import Task
@@ -41,48 +42,30 @@ def over(of: Callable[..., Any], *nests: Nest) -> dict[str, Any]:
     }
 
 
-def measure_users(task: Task, users: Sequence[UserResult], mode: str) -> Nest:
-    """A nest of `Statistic`, the u-th row of each being the u-th user.
+def measure_users(task: Task, users: Sequence[UserFigures], mode: str) -> Nest:
+    """A nest of `Statistic`, the u-th row of each being the u-th user, of measures that all users have."""
+    measured = [user.modes[mode] for user in users]
 
-    Raises InvalidData naming a user who has no queries.
-    """
-    queries = [query for user in users for query in user.queries]
-    counts = [len(user.queries) for user in users]
-    if not queries or 0 in counts:
-        names = ", ".join(user.user_id for user in users if not user.queries) or "nobody"
-        raise InvalidData(f"no held-out queries to measure on: {names}; every user needs one")
-    parts = scores.parts(task, [q.answers[mode] for q in queries], [q.gold for q in queries])
-    starts = np.cumsum([0, *counts[:-1]])
-    metrics = {
-        name: Statistic(
-            np.add.reduceat(table, starts, axis=0),
-            partial(scores.combine, name),
-            scores.HIGHER_IS_BETTER[name],
-        )
-        for name, table in parts.items()
-    }
-    own = {
-        name: Statistic.mean(statistic.by_user, higher_is_better=statistic.higher_is_better)
-        for name, statistic in metrics.items()
-    }
-    loss = Statistic.mean([user.loss(mode) for user in users], higher_is_better=False)
-    nest = {"loss": loss, "metrics": metrics, "mean_over_users": own}
-    if not scores.is_text(task):
-        return nest
-    tables = text_scores.text_parts(
-        [q.answers[mode] for q in queries], [q.gold for q in queries], [q.origins for q in queries]
-    )
-    return nest | {
-        "text_metrics": {
+    def statistics(names: Iterable[str]) -> dict[str, Statistic]:
+        return {
             name: Statistic(
-                np.add.reduceat(table, starts, axis=0),
+                np.stack([one.sums[name] for one in measured]),
                 partial(scores.combine, name),
                 scores.HIGHER_IS_BETTER[name],
                 text_scores.miss if name == "length_ratio" else None,
             )
-            for name, table in tables.items()
+            for name in names
+            if all(name in one.sums for one in measured)
         }
+
+    metrics = statistics(scores.metric_names(task))
+    own = {
+        name: Statistic.mean(statistic.by_user, higher_is_better=statistic.higher_is_better)
+        for name, statistic in metrics.items()
     }
+    loss = Statistic.mean([one.loss for one in measured], higher_is_better=False)
+    nest = {"loss": loss, "metrics": metrics, "mean_over_users": own}
+    return nest | ({"text_metrics": statistics(text_scores.NAMES)} if scores.is_text(task) else {})
 
 
 def summarise(run: Run) -> dict[str, Any]:
@@ -91,14 +74,14 @@ def summarise(run: Run) -> dict[str, Any]:
     `loss` is in nats a target token. `metrics` counts all queries alike, `mean_over_users` all users.
     Intervals are 95 %; `paired` is one mode minus another; `drift` is of runs that measured it.
     """
-    if not run.users:
+    if not (run.users or run.kept):
         raise InvalidData(f"{run.folder} has no users")
-    measured = {mode: measure_users(run.task, run.users, mode) for mode in run.modes}
+    measured = {mode: measure_users(run.task, run.figures, mode) for mode in run.modes}
     queries = [query for user in run.users for query in user.queries]
     golds = [query.gold for query in queries]
     summary = _by_mode(measured, lambda statistic: statistic.value)
-    # What is reported first comes straight from the libraries that LaMP's scripts use.
-    for mode in measured:
+    # What is reported first comes straight from the libraries that LaMP's scripts use, if texts are there.
+    for mode in measured if queries else ():
         for name, value in scores.score(run.task, [q.answers[mode] for q in queries], golds).items():
             summary["metrics"][name][mode] = value
     return dict(
@@ -106,7 +89,7 @@ def summarise(run: Run) -> dict[str, Any]:
             {
                 "task": run.task.name,
                 **summary,
-                "users": [_user(user, index, measured) for index, user in enumerate(run.users)],
+                "users": [_user(user, index, measured) for index, user in enumerate(run.figures)],
                 "seconds": run.seconds,
                 "settings": run.settings,
                 "intervals": _by_mode(measured, interval),
@@ -126,14 +109,14 @@ def _by_mode(measured: Mapping[str, Nest], of: Callable[[Statistic], Any]) -> di
     return over(lambda *each: dict(zip(measured, map(of, each), strict=True)), *measured.values())
 
 
-def _user(user: UserResult, index: int, measured: Mapping[str, Nest]) -> dict[str, Any]:
+def _user(user: UserFigures, index: int, measured: Mapping[str, Nest]) -> dict[str, Any]:
     own = _by_mode(measured, lambda statistic: statistic.by_user[index])
     return {
         "user_id": user.user_id,
         "loss": own["loss"],
         "metrics": own["metrics"],
-        "queries": len(user.queries),
-        "tokens": sum(q.tokens for q in user.queries),
+        "queries": user.queries,
+        "tokens": user.tokens,
         "examples": user.examples,
         "steps": user.steps,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from perfit_cloud.cli.lamp.compare import compare
+from perfit_cloud.cli.lamp.figures import figures
 from perfit_cloud.cli.lamp.prepare import prepare
 from perfit_cloud.cli.lamp.report import report
 from perfit_cloud.cli.lamp.run import run
@@ -18,4 +19,5 @@ app = typer.Typer(
 app.command("prepare")(prepare)
 app.command("run")(run)
 app.command("compare")(compare)
+app.command("figures")(figures)
 app.command("report")(report)
