@@ -5,7 +5,7 @@ It also computes losses and gradients of history items for an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -18,6 +18,7 @@ from perfit_device.cloud.questions import ask_all
 from perfit_device.cloud.retry import NO_RETRIES, RetryPolicy
 from perfit_device.history import HistoryItem
 from perfit_shared.errors import ExamplesRefused, InvalidPrompt, PerfitError
+from perfit_shared.retrieval import read_after
 from perfit_shared.shifts import LayerShift, ShiftTensors
 from perfit_shared.tasks import Task
 from perfit_shared.types import Score
@@ -32,9 +33,11 @@ _ACCEPTED_IN_A_ROW = 4  # examples, after which shorter ones count as accepted
 _NAMED = 8  # examples in a message
 
 
-def prompt_of(task: Task, item: HistoryItem, *, cut: bool = False, before: Sequence[str] = ()) -> Prompt:
-    """What the model reads for an item: text, or the turns of a chat, with lines `before` in the user's."""
-    read = task.read_as("\n".join([*before, task.prompt(item.fields, cut=cut)]))
+def prompt_of(
+    task: Task, item: HistoryItem, *, cut: bool = False, before: Sequence[Mapping[str, str]] = ()
+) -> Prompt:
+    """What the model reads for an item behind the examples `before`: text, or the turns of a chat."""
+    read = read_after(task, before, item.fields, cut=cut)
     return read if isinstance(read, str) else [Message(role, content) for role, content in read]
 
 

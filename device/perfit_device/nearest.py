@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from perfit_device import history
-from perfit_shared.retrieval import Retriever, entry_text, input_text
+from perfit_shared.retrieval import Retriever, input_text, read_after
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from perfit_device.history import HistoryItem
     from perfit_device.profile import Profile
     from perfit_shared.tasks import Task
@@ -19,12 +21,13 @@ __all__ = ["nearest_examples"]
 
 # The cloud counts tokens and a device has no tokenizer: as few bytes a token leave room in every language.
 _BYTES_A_TOKEN = 2
+_TURN_TOKENS = 8  # of a chat template around a turn, and of a line's end
 
 
 def nearest_examples(
     profile: Profile, task: Task, asked: HistoryItem, count: int, *, tokens: int
-) -> list[str]:
-    """At most `count` examples as lines, nearest first, without the question itself.
+) -> list[Mapping[str, str]]:
+    """At most `count` examples, nearest first, without the question itself.
 
     One that does not fit into a prompt of so many tokens beside those before it is left out. Raises
     InvalidData where the question lacks a field of the task.
@@ -35,13 +38,18 @@ def nearest_examples(
         items = history.load(vault, task.name)
     items = profile.usable(items, task)
     inputs = [input_text(task, item.fields) for item in items]
-    room = _BYTES_A_TOKEN * tokens - len(task.prompt(asked.fields).encode())
     own = input_text(task, asked.fields)
-    found: list[str] = []
+    found: list[Mapping[str, str]] = []
     for index in Retriever(inputs).best(own, len(inputs)):
-        line = entry_text(task, items[index].fields)
-        size = len(line.encode()) + 1
-        if inputs[index] != own and size <= room and len(found) < count:
-            found.append(line)
-            room -= size
+        more = [*found, items[index].fields]
+        if inputs[index] != own and _most_tokens(read_after(task, more, asked.fields)) <= tokens:
+            found = more
+        if len(found) == count:
+            break
     return found
+
+
+def _most_tokens(read: str | list[tuple[str, str]]) -> int:
+    """At most so many, roughly."""
+    turns = [read] if isinstance(read, str) else [content for _role, content in read]
+    return sum(len(turn.encode()) // _BYTES_A_TOKEN + _TURN_TOKENS for turn in turns)

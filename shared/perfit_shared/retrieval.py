@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from perfit_shared.tasks import Task
 
-__all__ = ["MOST_EXAMPLES", "Retriever", "entry_text", "input_text"]
+__all__ = ["MOST_EXAMPLES", "Retriever", "entry_text", "input_text", "read_after"]
 
 MOST_EXAMPLES = 64  # before a query
 _WORD = re.compile(r"\w+")
@@ -32,6 +32,25 @@ def entry_text(task: Task, item: Mapping[str, str], *, words: int = _FIELD_WORDS
         f"{label}: {' '.join(item[name].split(maxsplit=words)[:words])}"
         for label, name in zip(labels, fields, strict=True)
     )
+
+
+def read_after(
+    task: Task, examples: Sequence[Mapping[str, str]], item: Mapping[str, str], *, cut: bool = False
+) -> str | list[tuple[str, str]]:
+    """What a model reads of an item behind these examples, which are nearest first.
+
+    In a chat every example is a turn of the user and the reply to it, the nearest next to the question. In a
+    text they are lines as OPPU writes them, the nearest first. `cut` is the item's, as `Task.prompt` has it.
+    """
+    read = task.read_as(task.prompt(item, cut=cut))
+    if isinstance(read, str):
+        return "\n".join([*(entry_text(task, example) for example in examples), read])
+    said = [turn for example in reversed(examples) for turn in _turns(task, example)]
+    return [*read[:-1], *said, read[-1]]
+
+
+def _turns(task: Task, example: Mapping[str, str]) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("user", task.prompt(example, cut=True)), ("assistant", task.target(example, cut=True))
 
 
 def input_text(task: Task, item: Mapping[str, str]) -> str:

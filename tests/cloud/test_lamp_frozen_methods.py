@@ -16,7 +16,7 @@ from tests.support.lamp_files import write_files
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import FitContext, Method, QueryRequest, TaskData
 from perfit_cloud.lamp.methods.perfit import PerFit
-from perfit_cloud.lamp.methods.prefixed import prefixed_pair
+from perfit_cloud.lamp.methods.prefixed import pair_after, prefixed_pair
 from perfit_cloud.lamp.methods.rag import OwnExamples, Rag
 from perfit_cloud.lamp.methods.stylevector import _STRENGTHS, Style, StyleVector
 from perfit_cloud.lamp.people import Counts, People, Person, Query
@@ -97,8 +97,7 @@ def test_rag_sees_neither_the_query_nor_what_is_later() -> None:
     own = OwnExamples(TASK, HISTORY, ("2020-01-01", "2021-05-01", "", "2020-03-01"))
 
     def found(**changes: Any) -> list[str]:
-        lines = own.nearest(replace(QUERY, **changes), 9)
-        return [line.rpartition("title: ")[2] for line in lines]
+        return [item["title"] for item in own.nearest(replace(QUERY, **changes), 9)]
 
     everything = found()
     assert sorted(everything) == sorted(TITLES)
@@ -115,15 +114,30 @@ def test_what_does_not_fit_is_left_out_and_the_query_never_cut(base: BaseModel) 
     assert prefixed_pair(data, [long, "a", long, "b"], QUERY.item) == prompt_of(base, "a\nb\na dog so")
     filled = {"text": "dog " * 400, "title": "dog 9"}
     assert prefixed_pair(data, ["a"], filled) == data.encoder.query(filled).pair
+    near, far = ({"text": word, "title": word} for word in ("near", "far"))
+    too_long = {"text": long, "title": "mat"}
+    line = "text: {text} title: {title}\n".format
+    both = prompt_of(base, f"{line(**near)}{line(**far)}a dog so")
+    assert pair_after(data, [near, too_long, far], QUERY.item) == both
+    assert pair_after(data, [near], filled) == data.encoder.query(filled).pair
 
 
-def test_in_a_chat_all_stands_in_the_user_s_turn(
+def test_a_chat_has_a_text_in_the_user_s_turn_and_examples_as_turns(
     model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     spoken = chat_base(model_folder("llama"), "chatml", tmp_path_factory.mktemp("spoken"))
     task = replace(TASK, chat=True, answer="{title}", system="write")
-    pair = prefixed_pair(data_of(spoken, task), ["a"], QUERY.item)
+    data = data_of(spoken, task)
+    pair = prefixed_pair(data, ["a"], QUERY.item)
     assert pair == spoken.encode_pair([("system", "write"), ("user", "a\na dog so")], "dog 9")
+    nearest = [{"text": "the dog", "title": "dog 1"}, {"text": "cat", "title": "cat 2"}]
+    turns = [("user", "cat so"), ("assistant", "cat 2"), ("user", "the dog so"), ("assistant", "dog 1")]
+    said = [("system", "write"), *turns, ("user", "a dog so")]
+    assert pair_after(data, nearest, QUERY.item) == spoken.encode_pair(said, "dog 9")
+    method = opened("rag", spoken, k=2)
+    assert method.settings["examples_as"] == "lines", "of a task that is read as text"
+    method.data = data
+    assert method.settings["examples_as"] == "turns"
 
 
 # -- pag -------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from tests.support.vaults import CHEAP, PASSPHRASE
 
+from perfit_device.cloud.codec import Message
+from perfit_device.evaluation import prompt_of
 from perfit_device.history.importers import read_history
 from perfit_device.nearest import nearest_examples
 from perfit_device.operations.ask import AnswerPart, Ask, Question
@@ -240,3 +242,21 @@ def test_a_released_vault_is_shared_by_all_who_need_it(profile: Profile) -> None
     for thread in threads:
         thread.join(60)
     assert len(found) == 12
+
+
+def test_in_a_chat_own_examples_are_earlier_turns(profile: Profile) -> None:
+    """As many as there is room for, by two bytes a token and what stands around a turn."""
+    task = TASKS["news_headline"].resolved(True)
+    examples = profile.perform(FindExamples(task.name))
+    wanted = replace(
+        examples[7], fields={**examples[7].fields, "text": f"{examples[7].fields['text']} Again."}
+    )
+    nearest = nearest_examples(profile, task, wanted, 2, tokens=4096)
+    assert nearest[0] == examples[7].fields and len(nearest) == 2
+    far, near = reversed(nearest)
+    turns = [("user", far), ("assistant", far), ("user", near), ("assistant", near), ("user", wanted.fields)]
+    said = [Message(role, (task.prompt if role == "user" else task.target)(item)) for role, item in turns]
+    assert prompt_of(task, wanted, before=nearest) == said
+    tokens = sum(len(one.content.encode()) // 2 + 8 for one in said[2:])
+    assert nearest_examples(profile, task, wanted, 2, tokens=tokens) == nearest[:1]
+    assert nearest_examples(profile, task, wanted, 2, tokens=tokens - 1)[:1] != nearest[:1]

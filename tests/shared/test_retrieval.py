@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from perfit_shared.retrieval import Retriever, entry_text
+from perfit_shared.retrieval import Retriever, entry_text, read_after
 from perfit_shared.tasks import TASKS
 
 TEXTS = ("The cat sat on the mat", "a dog ran", "The DOG sat; it was late", "...", "")
@@ -51,3 +53,36 @@ def test_an_entry_is_one_line_with_the_answer_last(
     task: str, item: dict[str, str], words: int, line: str
 ) -> None:
     assert entry_text(TASKS[task], item, words=words) == line
+
+
+def test_examples_are_turns_of_a_chat_and_lines_of_a_text() -> None:
+    """Nearest first in lines, nearest last in turns; a system turn stays the first."""
+    near, far, asked = ({"changes": f"{x}.py", "message": f"Add {x}"} for x in "abc")
+    plain = TASKS["commit_message"].resolved(False)
+    prompt = plain.prompt(asked)
+    lines = ["changes: a.py message: Add a", "changes: b.py message: Add b", prompt]
+    assert read_after(plain, [near, far], asked) == "\n".join(lines)
+    assert read_after(plain, [], asked) == prompt
+    chat = replace(TASKS["commit_message"].resolved(True), system="Write.")
+    said = [
+        ("system", "Write."),
+        *(("user", chat.prompt(far)), ("assistant", "Add b")),
+        *(("user", chat.prompt(near)), ("assistant", "Add a")),
+        ("user", chat.prompt(asked)),
+    ]
+    assert read_after(chat, [near, far], asked) == said
+    assert read_after(chat, [], asked) == [said[0], said[-1]]
+
+
+def test_a_long_example_is_cut_and_its_reply_is_not() -> None:
+    chat = TASKS["commit_message"].resolved(True)
+    words = "word " * 1000
+    example = {"changes": words, "message": words}
+    asked = {"changes": words, "message": "x"}
+    (_, question), (_, reply), (_, own) = read_after(chat, [example], asked)
+    assert (len(question.split()), len(reply.split()), len(own.split())) == (
+        len(chat.prompt(example, cut=True).split()),
+        1000,
+        len(chat.prompt(asked).split()),
+    )
+    assert len(question.split()) < len(own.split())

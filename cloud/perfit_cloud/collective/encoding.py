@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from perfit_cloud.engine.gradients.batch import Pair
-from perfit_cloud.model.base import BaseModel
+from perfit_cloud.model.base import BaseModel, PromptForm
 from perfit_shared.errors import InvalidData
 from perfit_shared.tasks import Task
 
@@ -54,7 +54,11 @@ class Encoder:
         The middle of a long prompt is cut: the instruction stands at its start, and the answer's cue
         at its end. A target is never cut, since a model would learn to stop there.
         """
-        ids, answer = self._base.encode_pair(self._task.read_as(prompt), target)
+        return self.encode_read(self._task.read_as(prompt), target, answer_tokens)
+
+    def encode_read(self, read: PromptForm, target: str, answer_tokens: int = 0) -> Encoded | None:
+        """The same of what the model reads, as `Task.read_as` makes it."""
+        ids, answer = self._base.encode_pair(read, target)
         room, length = self.cap - max(len(answer), answer_tokens), len(ids)
         if length > room >= _SHORTEST_PROMPT:
             ids = ids[: room // 2] + ids[length - (room - room // 2) :]

@@ -249,7 +249,7 @@ def short_histories(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     """Groups with histories of several lengths, with plain seeds or other starts; the shortest first."""
     own = [g for g in groups if g.get("histories", "own") == "own" and g.method in ("perfit", "perfit+rag")]
     follow = ("data", "shortened", "asked", "together")
-    found = families(own, "examples", "method", "k", "communities", *follow)
+    found = families(own, "examples", "method", "k", "examples_as", "communities", *follow)
     lengths = [sorted(f, key=lambda g: (_length(g), g.method, g.get("communities", 0))) for f in found]
     return [family for family in lengths if len({_length(group) for group in family}) > 1]
 

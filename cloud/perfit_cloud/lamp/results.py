@@ -267,6 +267,8 @@ def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
         settings = {**settings, "schedule": "old device"}
     elif schedule == "device" and "rate_growth" not in settings:  # its rate warmed up and decayed
         settings = {**settings, "schedule": "linear device"}
+    if settings.get("k") is not None:
+        settings = {"examples_as": "lines", **settings}
     return {
         "method": "perfit" if ablation == "full" else f"perfit_{ablation}",
         "asked_epochs": None,

@@ -14,7 +14,7 @@ from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
 from perfit_cloud.lamp.methods.perfit import PerFit
-from perfit_cloud.lamp.methods.prefixed import prefixed_pair
+from perfit_cloud.lamp.methods.prefixed import examples_as, pair_after
 from perfit_cloud.lamp.methods.rag import OwnExamples, check_k
 from perfit_cloud.lamp.people import Person
 from perfit_cloud.lamp.results import Run, UserFolder
@@ -47,7 +47,7 @@ class PerFitRag(PerFit):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {**super().settings, "k": self.request.k}
+        return {**super().settings, "k": self.request.k, "examples_as": examples_as(self.data.task)}
 
     def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
         fitted = self._fitted_elsewhere(people) or super().fit_cohort(people, context)
@@ -74,8 +74,8 @@ class PerFitRag(PerFit):
 
     def pair(self, request: QueryRequest[ShiftUse], item: Mapping[str, str]) -> Pair:
         examples = request.state.examples if isinstance(request.state, RetrievingUse) else None
-        texts = [] if examples is None else examples.nearest(request.query, self.request.k)
-        return prefixed_pair(self.data, texts, item)
+        nearest = [] if examples is None else examples.nearest(request.query, self.request.k)
+        return pair_after(self.data, nearest, item)
 
     def to_bytes(self, state: ShiftUse) -> bytes:
         tensors = super().to_bytes(state)

@@ -1,6 +1,7 @@
 """Retrieval: the k own examples nearest to a query stand before it (Lewis et al., 2020; LaMP, OPPU).
 
-BM25 compares the query with the input sides of the person's history. A state is that history.
+A model that reads chats reads them as earlier turns, another as OPPU's lines. BM25 compares the query with
+the input sides of the person's history. A state is that history.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.lamp.methods.frozen import FrozenMethod
 from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
-from perfit_cloud.lamp.methods.prefixed import prefixed_pair
+from perfit_cloud.lamp.methods.prefixed import examples_as, pair_after
 from perfit_cloud.lamp.people import Person, Query
 from perfit_shared.errors import InvalidData, InvalidInput
 from perfit_shared.json_input import is_date
-from perfit_shared.retrieval import MOST_EXAMPLES, Retriever, entry_text, input_text
+from perfit_shared.retrieval import MOST_EXAMPLES, Retriever, input_text
 from perfit_shared.tasks import Task
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class OwnExamples:
     def of(cls, task: Task, person: Person) -> Self:
         return cls(task, person.history, person.dates or ("",) * len(person.history))
 
-    def nearest(self, query: Query, k: int) -> list[str]:
-        """The k nearest, best first, as `entry_text` writes them.
+    def nearest(self, query: Query, k: int) -> list[Mapping[str, str]]:
+        """The k nearest, best first.
 
         The query itself is never among them, nor what is later than it where both have dates.
         """
@@ -51,7 +52,7 @@ class OwnExamples:
             for i in self._retriever.best(asked, len(self.items))
             if self._inputs[i] != asked and not _is_later(self.dates[i], query.date)
         ]
-        return [entry_text(self.task, self.items[i]) for i in fitting[:k]]
+        return [self.items[i] for i in fitting[:k]]
 
     @cached_property
     def _inputs(self) -> list[str]:
@@ -99,7 +100,7 @@ class Rag(FrozenMethod[OwnExamples]):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"k": self.request.k}
+        return {"k": self.request.k, "examples_as": examples_as(self.data.task)}
 
     def prepare(self, stop: Callable[[], bool]) -> float:
         return 0.0
@@ -120,7 +121,7 @@ class Rag(FrozenMethod[OwnExamples]):
         return Fitted(state, seconds=time.monotonic() - began)
 
     def pair(self, request: QueryRequest[OwnExamples], item: Mapping[str, str]) -> Pair:
-        return prefixed_pair(self.data, request.state.nearest(request.query, self.request.k), item)
+        return pair_after(self.data, request.state.nearest(request.query, self.request.k), item)
 
     def to_bytes(self, state: OwnExamples) -> bytes:
         return state.to_bytes()
