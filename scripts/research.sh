@@ -13,12 +13,14 @@
 # DATA       the data folder                                          ../shared/data
 # MODEL      the base model                                           smollm2
 # THREADS    of each command                                          1
-# PEOPLE     people of the main table and the cold start              48
+# PEOPLE     people of the main table                                 48
 # SOME       people of everything else                                12, at most PEOPLE
 # QUERIES    first queries of each person                             all
 # OTHERS     collective users of every stage 1 that is trained        all; FEW_OTHERS of the other parts: 60
 # EXAMPLES   latest examples of each history                          all
 # SIZES      lengths of history of the cold start                     10 0 25 5 50 all
+# STARTS     and its starts                                           seed communities rag
+# COLD       people of the cold start                                 PEOPLE
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
 # METHODS    which of methods and news, as "none rag/4"               all, in the order below
@@ -121,8 +123,7 @@ one_method() { # method, and what every_method is given
   lamp_after "${reused:+one_method $reused ${*:2}}" "$of/$method" "$task" "${options[@]}"
 }
 
-all_commits=(methods commits commit_message "$people" "$rate")
-methods() { every_method "${all_commits[@]}"; }
+methods() { every_method methods commits commit_message "$people" "$rate"; }
 
 # A newcomer: plain seed, the seed of a community, retrieval; each with histories of several lengths.
 cold() {
@@ -133,22 +134,28 @@ cold() {
 }
 
 cold_run() { # start, examples
-  local plain=$ours/commit_message
-  local same=(--users "$people" --schedule device --modes base,seed,personal "${memory[@]}")
+  local plain=(--artefact "$ours/commit_message") first=${SIZES:-10} seed="cold/seed/$2"
+  local same=(--users "${COLD:-$people}" --schedule device --modes base,seed,personal "${memory[@]}")
+  first=${first%% *}
   [ "$2" = all ] || same+=(--examples "$2")
-  local known=(--reuse "$runs/methods/perfit") first="one_method perfit ${all_commits[*]}"
   case "$1" in
-    seed) lamp_after "$first" "cold/seed/$2" commits --artefact "$plain" "${same[@]}" "${known[@]}" ;;
+    seed)
+      if [ "$2" = "$first" ]; then
+        lamp "$seed" commits "${plain[@]}" "${same[@]}"
+      else # what does not depend on a history is taken from there
+        lamp_after "cold_run seed $first" "$seed" commits "${plain[@]}" "${same[@]}" --reuse "$runs/cold/seed/$first"
+      fi ;;
     communities)
-      lamp_after "communities" "cold/communities/$2" commits --artefact "$runs/cold/artefact" "${same[@]}" "${known[@]}" ;;
+      lamp_after "communities $2" "cold/communities/$2" commits --artefact "$runs/cold/artefact" "${same[@]}" \
+        --reuse "$runs/$seed" ;;
     rag)
-      lamp_after "cold_run seed $2" "cold/rag/$2" commits --method perfit+rag --artefact "$plain" "${same[@]}" \
-        --reuse "$runs/cold/seed/$2" ;;
+      lamp_after "cold_run seed $2" "cold/rag/$2" commits --method perfit+rag "${plain[@]}" "${same[@]}" \
+        --reuse "$runs/$seed" ;;
   esac
 }
 
-communities() { # and the answers of the untouched model that runs on it take
-  one_method perfit "${all_commits[@]}"
+communities() { # and the plain seed's run with so many examples
+  cold_run seed "$1"
   step cold/artefact .venv/bin/perfit-cloud collective communities --artefact "$ours/commit_message" \
     --data "$data/commits" --model "$model" --communities 4 ${OTHERS:+--users "$OTHERS"} \
     --threads "${THREADS:-1}" --force --out "$runs/cold/artefact"
