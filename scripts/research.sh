@@ -19,7 +19,7 @@
 # OTHERS     collective users of every stage 1 that is trained        all; FEW_OTHERS of the other parts: 60
 # EXAMPLES   latest examples of each history                          all
 # SIZES      lengths of history of the cold start                     10 0 25 5 50 all
-# STARTS     and its starts                                           seed communities rag
+# STARTS     and its starts                                           seed communities rag first
 # COLD       people of the cold start                                 PEOPLE
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
@@ -98,7 +98,7 @@ lamp_command() { echo .venv/bin/perfit-cloud lamp run --out "$runs/$1" --data "$
 # computed once.
 every_method() { # folder, data, artefact, people, rate
   local method
-  for method in ${METHODS:-none perfit perfit/device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag reft stylevector pag lofit lora-c+perfit}; do
+  for method in ${METHODS:-none perfit perfit/device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag perfit_stage1+rag reft stylevector pag lofit lora-c+perfit}; do
     one_method "$method" "$@"
   done
 }
@@ -113,7 +113,7 @@ one_method() { # method, and what every_method is given
     perfit) options+=("${memory[@]}") ;;
     perfit/device) reused=perfit options+=(--schedule device "${memory[@]}") ;;
     rag/*) options+=(--k "${method#*/}") ;;
-    perfit+rag) reused=perfit options+=("${memory[@]}") ;;
+    perfit+rag | perfit_stage1+rag) reused=perfit options+=("${memory[@]}") ;;
     reft) options+=(--lr "$6" "${memory[@]}") ;;
     lora-c) options+=("${lora[@]}") ;;
     oppu) reused=lora-c options+=(--lora "$runs/$of/lora-c") ;;
@@ -129,7 +129,7 @@ methods() { every_method methods commits commit_message "$people" "$rate"; }
 cold() {
   local size start
   for size in ${SIZES:-10 0 25 5 50 all}; do
-    for start in ${STARTS:-seed communities rag}; do cold_run "$start" "$size"; done
+    for start in ${STARTS:-seed communities rag first}; do cold_run "$start" "$size"; done
   done
 }
 
@@ -148,9 +148,11 @@ cold_run() { # start, examples
     communities)
       lamp_after "communities $2" "cold/communities/$2" commits --artefact "$runs/cold/artefact" "${same[@]}" \
         --reuse "$runs/$seed" ;;
-    rag)
-      lamp_after "cold_run seed $2" "cold/rag/$2" commits --method perfit+rag "${plain[@]}" "${same[@]}" \
-        --reuse "$runs/$seed" ;;
+    rag | first) # with the update, or before it
+      local method=perfit+rag
+      [ "$1" = rag ] || method=perfit_stage1+rag
+      lamp_after "cold_run seed $2" "cold/$1/$2" commits --method "$method" \
+        "${plain[@]}" "${same[@]}" --reuse "$runs/$seed" ;;
   esac
 }
 

@@ -303,7 +303,14 @@ def test_perfit_with_retrieval_is_one_shift_under_another_prompt(
     assert pair == prompt_of(base, "text: a dog ran title: dog 2\na dog so")
     assert both.pair(asked(both.start)[0], QUERY.item) == plain.pair(asked(alone)[0], QUERY.item)
     assert both.score(asked(retrieving)) != plain.score(asked(alone))
+    before = opened("perfit_stage1+rag", base, k=1, **options)
+    fitted = before.fit(PERSON, context)
+    assert (before.parameters, fitted.losses) == (0, ()), "there is no update yet"
+    own, seed = fitted.state.personal, plain.start.personal
+    assert own is not None and seed is not None
+    assert own.to_bytes() == seed.to_bytes() != alone.personal.to_bytes()
+    assert before.pair(asked(fitted.state)[0], QUERY.item) == pair  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput, match="--k"):
         opened("perfit+rag", base, k=0, **options)
-    for method in (plain, both):
+    for method in (plain, both, before):
         method.close()

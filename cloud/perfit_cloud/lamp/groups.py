@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 _OF_THE_SEED = ("seed", "artefact", "lora")
 
 
+_STARTS = ("perfit", "perfit+rag", "perfit_stage1+rag")  # what a newcomer may have
+
+
 @dataclass(frozen=True)
 class Cell:
     """A number with its spread: one standard deviation over seeds, or the 95 % interval of one run."""
@@ -247,7 +250,7 @@ def rank_grids(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
 
 def short_histories(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     """Groups with histories of several lengths, with plain seeds or other starts; the shortest first."""
-    own = [g for g in groups if g.get("histories", "own") == "own" and g.method in ("perfit", "perfit+rag")]
+    own = [g for g in groups if g.get("histories", "own") == "own" and g.method in _STARTS]
     follow = ("data", "shortened", "asked", "together")
     found = families(own, "examples", "method", "k", "examples_as", "communities", *follow)
     lengths = [sorted(f, key=lambda g: (_length(g), g.method, g.get("communities", 0))) for f in found]

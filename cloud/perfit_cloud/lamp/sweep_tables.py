@@ -186,7 +186,8 @@ def _short_histories(groups: Sequence[RunGroup]) -> Section:
         "Cold start",
         "The personal mode, with the latest examples of each history alone: from the plain seed, that of "
         "the community that suits a person's own examples best, or from the plain one with own examples "
-        "before the query. Differences are of the loss, at the same number of examples, paired by user.",
+        "before the query, after an update or without one. Differences are of the loss, at the same number "
+        "of examples, paired by user.",
         blocks,
         "The paper has no such table.",
     )
@@ -201,6 +202,7 @@ def _length(group: RunGroup) -> str:
 
 def _start(group: RunGroup) -> str:
     words = f"seeds of {group.get('communities')} communities" if group.get("communities") else _PLAIN
+    words += ", no update" if group.method == "perfit_stage1+rag" else ""
     return words if group.get("k") is None else f"{words}, {group.get('k')} own examples in the prompt"
 
 

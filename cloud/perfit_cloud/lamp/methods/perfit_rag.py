@@ -16,14 +16,14 @@ from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
 from perfit_cloud.lamp.methods.perfit import PerFit
 from perfit_cloud.lamp.methods.prefixed import examples_as, pair_after
 from perfit_cloud.lamp.methods.rag import OwnExamples, check_k
-from perfit_cloud.lamp.people import Person
+from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.lamp.results import Run, UserFolder
 from perfit_shared.errors import InvalidData
 
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["PerFitRag"]
+__all__ = ["PerFitRag", "SeedRag"]
 
 _LENGTH_BYTES = 8
 
@@ -87,6 +87,34 @@ class PerFitRag(PerFit):
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
         examples = OwnExamples.from_bytes(self.data.task, data[end:])
         return _retrieving(super().from_bytes(data[_LENGTH_BYTES:end]), examples)
+
+
+class SeedRag(PerFitRag):
+    """Stage 1 alone, with own examples before the query: how a device answers before its first update."""
+
+    name = "perfit_stage1+rag"
+    parameters = 0
+
+    def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
+        fitted = []
+        for person in people:
+            context.stop()
+            start = self.training.start_of(
+                self._trainer, Learner.of(person, self.data.encoder), self.artefact
+            )
+            own = OwnExamples.of(self.data.task, person)
+            fitted.append(Fitted[ShiftUse](_retrieving(self._use(start), own)))
+            context.done(len(person.history), 1)
+        return fitted
+
+    def can_fit(self, person: Person) -> bool:
+        return bool(person.history)
+
+    def examples(self, person: Person) -> int:
+        return len(person.history)
+
+    def announce(self, people: Sequence[Person]) -> str:
+        return ""
 
 
 def _retrieving(use: ShiftUse, examples: OwnExamples) -> RetrievingUse:
