@@ -5,7 +5,8 @@
 # measured is also kept without its texts, in RESULTS/runs, so that another machine can go on from there: it
 # runs again only what a step to come reads texts or weights of.
 #
-#   bash scripts/research.sh [PART...]    of methods cold ablations layers ranks few groups tasks seeds news analyze report
+#   bash scripts/research.sh [PART...]    of methods cold ablations layers ranks few groups tasks seeds
+#                                              headlines categories analyze report
 #   PEOPLE=6 QUERIES=8 OTHERS=40 bash scripts/research.sh methods report
 #
 # RUNS       where runs lie; another scale wants another folder       runs/research
@@ -23,7 +24,7 @@
 # COLD       people of the cold start                                 PEOPLE
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
-# METHODS    which of methods and news, as "none rag/4"               all, in the order below
+# METHODS    which of methods, headlines and categories, as "none rag/4"               all, in the order below
 # BUDGET     no step begins after so many seconds                     none
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -186,8 +187,8 @@ seeds() { # seed 0 is that of the ablations
   lamp seeds commits "${part[@]}" --sweep seeds=1,2
 }
 
-news() {
-  every_method news_headline lamp_news/news_headline news_headline "$some" "$(rate_of news_headline)"
+headlines() { every_method news_headline lamp_news/news_headline news_headline "$some" "$(rate_of news_headline)"; }
+categories() {
   every_method news_categorize lamp_news/news_categorize news_categorize "$some" "$(rate_of news_categorize)"
 }
 
@@ -206,11 +207,11 @@ report() { # of what has finished so far
 }
 
 parts=("$@")
-((${#parts[@]})) || parts=(methods cold ablations layers ranks few groups tasks seeds news analyze report)
+((${#parts[@]})) || parts=(methods cold ablations layers ranks few groups tasks seeds headlines categories analyze report)
 mkdir -p "$runs"
 for each in "${parts[@]}"; do
   case "$each" in
-    methods | cold | ablations | layers | ranks | few | groups | tasks | seeds | news | analyze | report) "$each" ;;
+    methods | cold | ablations | layers | ranks | few | groups | tasks | seeds | headlines | categories | analyze | report) "$each" ;;
     *) echo "no part $each" >&2; exit 2 ;;
   esac
 done

@@ -260,3 +260,48 @@ def test_in_a_chat_own_examples_are_earlier_turns(profile: Profile) -> None:
     tokens = sum(len(one.content.encode()) // 2 + 8 for one in said[2:])
     assert nearest_examples(profile, task, wanted, 2, tokens=tokens) == nearest[:1]
     assert nearest_examples(profile, task, wanted, 2, tokens=tokens - 1)[:1] != nearest[:1]
+
+
+@pytest.mark.parametrize("examples", [None, 0, 2])
+def test_before_the_first_update_own_examples_answer_with_the_seed(
+    home: Path, cloud: Any, history_file: Path, messages: list[str], examples: int | None
+) -> None:
+    """In a personal answer alone, and no more once an update knows them; always as many as are asked for."""
+    task = TASKS["news_headline"].resolved(True)
+    cloud.own_tasks["news_headline"] = task
+    with Profile.create(
+        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
+    ) as profile:
+        profile.perform(Enroll(cloud.invite().encode()))
+        profile.perform(ImportExamples(read_history(history_file, task), offline=True))
+        asked = Question("The council met.", temperature=0.0, examples=examples)
+
+        def turns(mode: Mode, emit: Emit = lambda _: None) -> int:
+            profile.perform(Ask(asked, (mode,)), emit)
+            return len(cloud.prompts[-1].chat.messages)
+
+        always = 2 * (examples or 0) + 1
+        first = 9 if examples is None else always
+        events: list[Event] = []
+        assert turns(Mode.PERSONAL, events.append) == first
+        assert turns(Mode.COLLECTIVE) == turns(Mode.BASE) == always
+        behind = f" behind {first // 2} of your examples" if first > 1 else ""
+        assert isinstance(events[0], Note)
+        assert f"so this is the seed{behind}; `perfit update`" in events[0].text
+        profile.perform(SHORT)
+        assert turns(Mode.PERSONAL) == always
+
+
+def test_open_talk_has_no_examples_unless_asked(home: Path, cloud: Any, messages: list[str]) -> None:
+    cloud.tasks.append("chat")
+    with Profile.create(
+        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
+    ) as profile:
+        profile.perform(Enroll(cloud.invite().encode()))
+        for n in range(3):
+            profile.perform(AddExample(f"Question {n}?", f"Answer {n}.", "chat"))
+        profile.perform(Ask(Question("Question 1, again?", task="chat"), (Mode.PERSONAL,)))
+        assert [turn.content for turn in cloud.prompts[-1].chat.messages] == ["Question 1, again?"]
+        profile.perform(Ask(Question("Question 1, again?", task="chat", examples=1), (Mode.PERSONAL,)))
+        said = [turn.content for turn in cloud.prompts[-1].chat.messages]
+        assert said == ["Question 1?", "Answer 1.", "Question 1, again?"]

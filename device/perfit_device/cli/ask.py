@@ -58,9 +58,14 @@ def ask(
     frequency_penalty: FrequencyPenaltyOption = None,
     presence_penalty: PresencePenaltyOption = None,
     examples: Annotated[
-        int,
-        typer.Option("--examples", min=0, help="Own examples before the question, nearest first; 0: none."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--examples",
+            min=0,
+            help="Own examples before the question, those nearest to it.  [default: 4 before the first "
+            "update, then 0]",
+        ),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="The answer becomes an example at once.")] = False,
     log: Annotated[bool, typer.Option("--log", help="Log the answer, even where the log is off.")] = False,
     profile: ProfileOption = None,

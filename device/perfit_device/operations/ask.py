@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "AnswerPart", "Answers", "Ask", "PreparedQuestion", "Question", "prepare", "shift_use"]
 
+_FIRST_EXAMPLES = 4  # before a question of somebody without an update: docs/research.md, the cold start
+
 
 @dataclass(frozen=True)
 class Question:
@@ -39,14 +41,15 @@ class Question:
     logprobs: int = 0  # how many likeliest tokens to name beside each chosen one; 0: no log-probabilities
     frequency_penalty: float | None = None  # taken off a token's logit for each time that the answer has it
     presence_penalty: float | None = None  # taken off it once
-    examples: int = 0  # own ones that stand before it, those nearest to it
+    # Own ones that stand before it, those nearest to it. None: some in a personal answer without an update.
+    examples: int | None = None
 
     def __post_init__(self) -> None:
         from perfit_shared.retrieval import MOST_EXAMPLES
 
         if not self.text.strip():
             raise InvalidPrompt("the text is empty; give a text to ask about")
-        if not 0 <= self.examples <= MOST_EXAMPLES:
+        if not 0 <= (self.examples or 0) <= MOST_EXAMPLES:
             raise InvalidInput(f"examples before a question should be from 0 to {MOST_EXAMPLES}")
 
 
@@ -98,8 +101,8 @@ class PreparedQuestion:
     """A question that is ready to send. It needs no vault."""
 
     artefact: Artefact
-    prompt: Prompt
     sampling: Sampling
+    _prompts: Mapping[Mode, Prompt]
     _cloud: Cloud
     _uses: Mapping[Mode, ShiftUse]
     _retry_policy: RetryPolicy
@@ -110,21 +113,22 @@ class PreparedQuestion:
         It leaves out leading white space, which belongs to the prompt's form.
         """
         is_at_front = True
-        use = self._uses[mode]
-        for chunk in self._retry_policy.stream(lambda: self._cloud.generate(self.prompt, use, self.sampling)):
+        prompt, use = self._prompts[mode], self._uses[mode]
+        for chunk in self._retry_policy.stream(lambda: self._cloud.generate(prompt, use, self.sampling)):
             text = chunk.text.lstrip() if is_at_front else chunk.text
             is_at_front = is_at_front and not text
             yield replace(chunk, text=text)
 
 
 def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
-    """Find artefact, prompt and shifts. Raises InvalidInput on what cannot be asked."""
+    """Find artefact, prompts and shifts. Raises InvalidInput on what cannot be asked."""
     from perfit_device.cloud.retry import RetryPolicy
 
     text = question.text.strip()
     cloud, info = profile.connect()
     artefact = profile.artefact(question.task)
-    prompt = _prompt(profile, artefact.task, text, question, most=info.limits.prompt_tokens)
+    counts = {mode: _examples_before(profile, artefact, question, mode) for mode in modes}
+    prompts, before = _prompts(profile, artefact.task, text, question, counts, most=info.limits.prompt_tokens)
     most, longest = info.limits.new_tokens, question.max_tokens
     if longest is not None and longest > most:
         raise InvalidInput(f"this cloud answers with at most {most} tokens")
@@ -140,11 +144,27 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Prep
         frequency_penalty=question.frequency_penalty,
         presence_penalty=question.presence_penalty,
     )
-    uses = {mode: shift_use(profile, artefact, mode) for mode in modes}
-    return PreparedQuestion(artefact, prompt, sampling, cloud, uses, RetryPolicy(notify=profile.notify))
+    uses = {mode: shift_use(profile, artefact, mode, behind=before[mode]) for mode in prompts}
+    return PreparedQuestion(artefact, sampling, prompts, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
-def _prompt(profile: Profile, task: Task, text: str, question: Question, *, most: int) -> Prompt:
+def _examples_before(profile: Profile, artefact: Artefact, question: Question, mode: Mode) -> int:
+    """As many as are asked for, in every mode. Else some where there is no update that knows them yet.
+
+    That was measured on tasks of a chat that say what is wanted; open talk is left alone.
+    """
+    if question.examples is not None:
+        return question.examples
+    task = artefact.task
+    says_what = task.chat is True and task.template != f"{{{task.text_field}}}"
+    is_first = mode is Mode.PERSONAL and profile.encoded_shift(artefact) is None
+    return _FIRST_EXAMPLES if says_what and is_first else 0
+
+
+def _prompts(
+    profile: Profile, task: Task, text: str, question: Question, counts: Mapping[Mode, int], *, most: int
+) -> tuple[dict[Mode, Prompt], dict[Mode, int]]:
+    """Of each mode, behind so many examples, or as many as there are and fit; and how many that is."""
     from perfit_device.evaluation import prompt_of
     from perfit_device.history import HistoryItem
     from perfit_device.nearest import nearest_examples
@@ -153,17 +173,22 @@ def _prompt(profile: Profile, task: Task, text: str, question: Question, *, most
     check_fields(task, question.fields)
     item = HistoryItem(task.name, {task.text_field: text, **question.fields})
     try:
-        before = nearest_examples(profile, task, item, question.examples, tokens=most)
-        return prompt_of(task, item, before=before)
+        nearest = nearest_examples(profile, task, item, max(counts.values(), default=0), tokens=most)
+        before = {mode: nearest[:count] for mode, count in counts.items()}
+        prompts = {mode: prompt_of(task, item, before=examples) for mode, examples in before.items()}
     except InvalidData as error:
         raise InvalidInput(
             f"the task {task.name} needs more than the text, its {task.text_field}: {error}; give it with "
             "--field NAME=TEXT"
         ) from error
+    return prompts, {mode: len(examples) for mode, examples in before.items()}
 
 
-def shift_use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
-    """Which shift answers. A user without one gets the start that suits their examples, and a notice."""
+def shift_use(profile: Profile, artefact: Artefact, mode: Mode, *, behind: int = 0) -> ShiftUse:
+    """Which shift answers. A user without one gets the start that suits their examples, and a notice.
+
+    `behind`: so many examples stand before the question; the notice says so.
+    """
     from perfit_device.cloud.codec import ShiftUse
     from perfit_device.starts import start_of
 
@@ -176,6 +201,8 @@ def shift_use(profile: Profile, artefact: Artefact, mode: Mode) -> ShiftUse:
         return ShiftUse(artefact, mine)
     start = start_of(profile, artefact, profile.while_opening())
     profile.notify(
-        f"no personal shift for {artefact.name} yet, so this is {start.words}; `perfit update` trains one"
+        f"no personal shift for {artefact.name} yet, so this is {start.words}"
+        + (f" behind {behind} of your examples" if behind else "")
+        + "; `perfit update` trains one"
     )
     return ShiftUse(artefact, start.tensors)
