@@ -32,6 +32,7 @@ def nearest_examples(
     One that does not fit into a prompt of so many tokens beside those before it is left out. Raises
     InvalidData where the question lacks a field of the task.
     """
+    task.prompt(asked.fields)  # raises
     if not count:
         return []
     with profile.vault() as vault:

@@ -30,7 +30,7 @@ from perfit_device.operations.versions import ListVersions, Undo
 from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import InvalidInput, NotFound, Unavailable, VaultBusy
+from perfit_shared.errors import InvalidData, InvalidInput, NotFound, Unavailable, VaultBusy
 from perfit_shared.tasks import TASKS
 from perfit_shared.types import Mode
 
@@ -260,6 +260,8 @@ def test_in_a_chat_own_examples_are_earlier_turns(profile: Profile) -> None:
     tokens = sum(len(one.content.encode()) // 2 + 8 for one in said[2:])
     assert nearest_examples(profile, task, wanted, 2, tokens=tokens) == nearest[:1]
     assert nearest_examples(profile, task, wanted, 2, tokens=tokens - 1)[:1] != nearest[:1]
+    with pytest.raises(InvalidData, match='"text" is missing'):
+        nearest_examples(profile, task, replace(wanted, fields={}), 2, tokens=4096)
 
 
 @pytest.mark.parametrize("examples", [None, 0, 2])
