@@ -147,7 +147,7 @@ def _paired_figures(a: Side, b: Side) -> _Pairs:
 
 
 def _left_out(a: Side, b: Side, paired_users: int) -> dict[str, int]:
-    return {"a": len(a.run.figures) - paired_users, "b": len(b.run.figures) - paired_users}
+    return {"a": a.run.people - paired_users, "b": b.run.people - paired_users}
 
 
 def _alike(one: Nest, two: Nest) -> tuple[Nest, Nest]:

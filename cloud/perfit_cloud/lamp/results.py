@@ -161,6 +161,10 @@ class Run:
         """The modes measured, in MODES' order."""
         return tuple(self.kept[0].modes) if self.kept else self.users[0].modes
 
+    @property
+    def people(self) -> int:
+        return len(self.kept or self.users)
+
     @cached_property
     def figures(self) -> tuple[UserFigures, ...]:
         """Of every user, in all modes. Raises InvalidData naming a user who has no queries."""

@@ -74,7 +74,7 @@ def summarise(run: Run) -> dict[str, Any]:
     `loss` is in nats a target token. `metrics` counts all queries alike, `mean_over_users` all users.
     Intervals are 95 %; `paired` is one mode minus another; `drift` is of runs that measured it.
     """
-    if not (run.users or run.kept):
+    if not run.people:
         raise InvalidData(f"{run.folder} has no users")
     measured = {mode: measure_users(run.task, run.figures, mode) for mode in run.modes}
     queries = [query for user in run.users for query in user.queries]
