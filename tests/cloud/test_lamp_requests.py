@@ -73,7 +73,7 @@ def test_what_would_come_out_the_same_is_taken_from_another_run(
         patched.setattr(stage2, "train", lambda *_, **__: pytest.fail("the shifts are there"))
         given = {"users": 2, "reuse": first.folder}
         taken = run_lamp(method_request("perfit+rag", out=tmp_path / "taken", **given), base=base)
-    assert taken.users == plain.users
+    assert taken.users == plain.users and taken.seconds["fit"] == first.seconds["fit"]
     assert measured == ["personal", "other"]
     measured.clear()
     words = {"artefact": tmp_path / "artefact"}

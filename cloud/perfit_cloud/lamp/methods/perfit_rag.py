@@ -70,7 +70,10 @@ class PerFitRag(PerFit):
         if not alike or not all(folder.has_state for folder in folders):
             return None
         states = [super(PerFitRag, self).from_bytes(folder.state_path.read_bytes()) for folder in folders]
-        return [Fitted(state, folder.losses, 0.0) for state, folder in zip(states, folders, strict=True)]
+        return [
+            Fitted(state, folder.losses, folder.seconds["fit"])
+            for state, folder in zip(states, folders, strict=True)
+        ]
 
     def pair(self, request: QueryRequest[ShiftUse], item: Mapping[str, str]) -> Pair:
         examples = request.state.examples if isinstance(request.state, RetrievingUse) else None
