@@ -35,17 +35,24 @@ def entry_text(task: Task, item: Mapping[str, str], *, words: int = _FIELD_WORDS
 
 
 def read_after(
-    task: Task, examples: Sequence[Mapping[str, str]], item: Mapping[str, str], *, cut: bool = False
+    task: Task,
+    examples: Sequence[Mapping[str, str]],
+    item: Mapping[str, str],
+    *,
+    cut: bool = False,
+    of: Task | None = None,
 ) -> str | list[tuple[str, str]]:
     """What a model reads of an item behind these examples, which are nearest first.
 
     In a chat every example is a turn of the user and the reply to it, the nearest next to the question. In a
-    text they are lines as OPPU writes them, the nearest first. `cut` is the item's, as `Task.prompt` has it.
+    text they are lines as OPPU writes them, the nearest first. `cut` is the item's, as `Task.prompt` has it;
+    `of` is the task of the examples, where that is another.
     """
+    own = of or task
     read = task.read_as(task.prompt(item, cut=cut))
     if isinstance(read, str):
-        return "\n".join([*(entry_text(task, example) for example in examples), read])
-    said = [turn for example in reversed(examples) for turn in _turns(task, example)]
+        return "\n".join([*(entry_text(own, example) for example in examples), read])
+    said = [turn for example in reversed(examples) for turn in _turns(own, example)]
     return [*read[:-1], *said, read[-1]]
 
 

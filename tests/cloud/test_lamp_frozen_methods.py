@@ -118,8 +118,8 @@ def test_what_does_not_fit_is_left_out_and_the_query_never_cut(base: BaseModel) 
     too_long = {"text": long, "title": "mat"}
     line = "text: {text} title: {title}\n".format
     both = prompt_of(base, f"{line(**near)}{line(**far)}a dog so")
-    assert pair_after(data, [near, too_long, far], QUERY.item) == both
-    assert pair_after(data, [near], filled) == data.encoder.query(filled).pair
+    assert pair_after(data, TASK, [near, too_long, far], QUERY.item) == both
+    assert pair_after(data, TASK, [near], filled) == data.encoder.query(filled).pair
 
 
 def test_a_chat_has_a_text_in_the_user_s_turn_and_examples_as_turns(
@@ -133,7 +133,7 @@ def test_a_chat_has_a_text_in_the_user_s_turn_and_examples_as_turns(
     nearest = [{"text": "the dog", "title": "dog 1"}, {"text": "cat", "title": "cat 2"}]
     turns = [("user", "cat so"), ("assistant", "cat 2"), ("user", "the dog so"), ("assistant", "dog 1")]
     said = [("system", "write"), *turns, ("user", "a dog so")]
-    assert pair_after(data, nearest, QUERY.item) == spoken.encode_pair(said, "dog 9")
+    assert pair_after(data, task, nearest, QUERY.item) == spoken.encode_pair(said, "dog 9")
     method = opened("rag", spoken, k=2)
     assert method.settings["examples_as"] == "lines", "of a task that is read as text"
     method.data = data

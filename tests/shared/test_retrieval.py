@@ -72,6 +72,9 @@ def test_examples_are_turns_of_a_chat_and_lines_of_a_text() -> None:
     ]
     assert read_after(chat, [near, far], asked) == said
     assert read_after(chat, [], asked) == [said[0], said[-1]]
+    other = replace(chat, name="other", template="Say what changed in {changes}", answer="Did: {message}")
+    behind = [("user", "Say what changed in a.py"), ("assistant", "Did: Add a")]
+    assert read_after(chat, [near], asked, of=other) == [said[0], *behind, said[-1]], "of another task"
 
 
 def test_a_long_example_is_cut_and_its_reply_is_not() -> None:

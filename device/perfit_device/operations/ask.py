@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "AnswerPart", "Answers", "Ask", "PreparedQuestion", "Question", "prepare", "shift_use"]
 
-_FIRST_EXAMPLES = 4  # before a question of somebody without an update: docs/research.md, the cold start
+_FIRST_EXAMPLES = 4  # before a question of somebody without an update: docs/research.md, a newcomer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
 from perfit_cloud.lamp.methods.perfit import PerFit
-from perfit_cloud.lamp.methods.prefixed import examples_as, pair_after
+from perfit_cloud.lamp.methods.prefixed import examples_as
 from perfit_cloud.lamp.methods.rag import OwnExamples, check_k
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.lamp.results import Run, UserFolder
@@ -77,8 +77,9 @@ class PerFitRag(PerFit):
 
     def pair(self, request: QueryRequest[ShiftUse], item: Mapping[str, str]) -> Pair:
         examples = request.state.examples if isinstance(request.state, RetrievingUse) else None
-        nearest = [] if examples is None else examples.nearest(request.query, self.request.k)
-        return pair_after(self.data, nearest, item)
+        if examples is None:
+            return super().pair(request, item)
+        return examples.pair(self.data, request.query, self.request.k, item)
 
     def to_bytes(self, state: ShiftUse) -> bytes:
         tensors = super().to_bytes(state)

@@ -27,9 +27,11 @@ def prefixed_pair(data: TaskData, texts: Sequence[str], item: Mapping[str, str])
     return _filled(data, texts, item, lambda kept: data.task.read_as("\n".join([*kept, prompt])))
 
 
-def pair_after(data: TaskData, examples: Sequence[Mapping[str, str]], item: Mapping[str, str]) -> Pair:
-    """The query's prompt behind these examples, nearest first, as `read_after` has them, and its answer."""
-    return _filled(data, examples, item, lambda kept: read_after(data.task, kept, item))
+def pair_after(
+    data: TaskData, of: Task, examples: Sequence[Mapping[str, str]], item: Mapping[str, str]
+) -> Pair:
+    """The query's prompt behind these examples of a task, nearest first, by `read_after`, and its answer."""
+    return _filled(data, examples, item, lambda kept: read_after(data.task, kept, item, of=of))
 
 
 def _filled(

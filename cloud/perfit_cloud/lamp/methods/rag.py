@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.lamp.methods.frozen import FrozenMethod
-from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
+from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest, TaskData
 from perfit_cloud.lamp.methods.prefixed import examples_as, pair_after
 from perfit_cloud.lamp.people import Person, Query
 from perfit_shared.errors import InvalidData, InvalidInput
@@ -53,6 +53,10 @@ class OwnExamples:
             if self._inputs[i] != asked and not _is_later(self.dates[i], query.date)
         ]
         return [self.items[i] for i in fitting[:k]]
+
+    def pair(self, data: TaskData, query: Query, k: int, item: Mapping[str, str]) -> Pair:
+        """What the model reads of the query's item behind its k nearest, and the item's answer."""
+        return pair_after(data, self.task, self.nearest(query, k), item)
 
     @cached_property
     def _inputs(self) -> list[str]:
@@ -121,7 +125,7 @@ class Rag(FrozenMethod[OwnExamples]):
         return Fitted(state, seconds=time.monotonic() - began)
 
     def pair(self, request: QueryRequest[OwnExamples], item: Mapping[str, str]) -> Pair:
-        return pair_after(self.data, request.state.nearest(request.query, self.request.k), item)
+        return request.state.pair(self.data, request.query, self.request.k, item)
 
     def to_bytes(self, state: OwnExamples) -> bytes:
         return state.to_bytes()
