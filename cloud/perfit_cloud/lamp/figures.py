@@ -85,8 +85,14 @@ def draw_points(path: Path, panels: Sequence[Sequence[PointPlot]]) -> None:
         axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
         axes.grid(axis="y", alpha=0.3)
         _name(axes, panel, _UNITS[panel.measure])
-        if len(panel.series) > 1:
-            axes.legend(fontsize="small")
+    several = {
+        label: handle
+        for axes, panel in grid
+        if len(panel.series) > 1
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if several:  # below all panels, where it covers no point
+        figure.legend(several.values(), several.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=DPI)
 
 

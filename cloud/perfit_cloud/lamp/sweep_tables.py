@@ -201,7 +201,9 @@ def _length(group: RunGroup) -> str:
 
 
 def _start(group: RunGroup) -> str:
-    words = f"seeds of {group.get('communities')} communities" if group.get("communities") else _PLAIN
+    count = group.get("communities")
+    words = f"seeds of {count} communities" if count else _PLAIN
+    words = "seed of 1 community" if count == 1 else words
     words += ", no update" if group.method == "perfit_stage1+rag" else ""
     return words if group.get("k") is None else f"{words}, {group.get('k')} own examples in the prompt"
 
