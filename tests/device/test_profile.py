@@ -31,7 +31,7 @@ from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
 from perfit_shared.errors import InvalidData, InvalidInput, NotFound, Unavailable, VaultBusy
-from perfit_shared.tasks import TASKS
+from perfit_shared.tasks import TASKS, Task
 from perfit_shared.types import Mode
 
 
@@ -292,6 +292,23 @@ def test_before_the_first_update_own_examples_answer_with_the_seed(
         assert f"so this is the seed{behind}; `perfit update`" in events[0].text
         profile.perform(SHORT)
         assert turns(Mode.PERSONAL) == always
+
+
+@pytest.mark.parametrize("task", [TASKS["reply"], TASKS["news_categorize"]])
+def test_answers_of_lines_and_labels_have_no_examples_unless_asked(
+    home: Path, cloud: Any, messages: list[str], task: Task
+) -> None:
+    """It was not measured there."""
+    task = task.resolved(True)
+    cloud.tasks, cloud.own_tasks = [task.name], {task.name: task}
+    with Profile.create(
+        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
+    ) as profile:
+        profile.perform(Enroll(cloud.invite().encode()))
+        for n in range(3):
+            profile.perform(AddExample(f"Text {n}?", task.labels[0] if task.labels else "x", task.name))
+        profile.perform(Ask(Question("Text 1, again?", task=task.name), (Mode.PERSONAL,)))
+        assert len(cloud.prompts[-1].chat.messages) == 1
 
 
 def test_open_talk_has_no_examples_unless_asked(home: Path, cloud: Any, messages: list[str]) -> None:

@@ -63,7 +63,7 @@ def ask(
             "--examples",
             min=0,
             help="Own examples before the question, those nearest to it.  [default: 4 before the first "
-            "update, then 0]",
+            "update in tasks whose answers are one line, else 0]",
         ),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="The answer becomes an example at once.")] = False,
