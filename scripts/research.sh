@@ -68,8 +68,8 @@ step() { # folder, command…: unless the same command has finished there
     failed+=("$out")
     return 0
   fi
+  keep "$name" || { failed+=("$out (its figures)"); return 0; }
   touch "$out/.finished"
-  keep "$name"
   whole= finished "$name" "$@" ||
     printf '%s\t%s\t%s\t%s\n' "$name" "$((SECONDS - began))" "$cpu" "$*" >>"$results/steps.tsv"
 } 3>&1 4>&2
@@ -78,7 +78,7 @@ keep() { # folder of a run, of a sweep, or of something else: what was measured,
   local each
   mkdir -p "$results"
   find "$runs/$1" -maxdepth 2 -name summary.json -printf '%h\n' | while read -r each; do
-    .venv/bin/perfit-cloud lamp figures "$each" --out "$results/runs/${each#"$runs/"}" >&3
+    .venv/bin/perfit-cloud lamp figures "$each" --out "$results/runs/${each#"$runs/"}" >&3 || exit 1
   done
 }
 

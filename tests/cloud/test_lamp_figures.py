@@ -167,6 +167,8 @@ def test_the_command(tmp_path: Path) -> None:
         lambda raw: raw["users"][0].pop("asked"),
         lambda raw: raw["users"][0]["modes"]["base"]["sums"].update(accuracy=["x"]),
         lambda raw: raw["users"][0].update(modes=[]),
+        lambda raw: raw["users"][1]["modes"].pop("base"),
+        lambda raw: raw["users"][1]["modes"]["base"]["sums"].update(accuracy=[1, 2, 3]),
     ],
 )
 def test_damaged_figures_are_refused(tmp_path: Path, damage: Any) -> None:

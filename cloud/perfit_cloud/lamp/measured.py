@@ -24,7 +24,7 @@ from perfit_shared.tasks import Task
 if TYPE_CHECKING:
     from perfit_cloud.lamp.results import UserResult
 
-__all__ = ["FIGURES_FILE", "ModeFigures", "UserFigures"]
+__all__ = ["FIGURES_FILE", "ModeFigures", "UserFigures", "check_alike"]
 
 FIGURES_FILE = "figures.json"
 _DIGESTS, _COUNTS = ("asked", "counted"), ("queries", "tokens", "examples", "steps")
@@ -87,6 +87,17 @@ class UserFigures:
         }
         queries, tokens, examples, steps = (int(raw[name]) for name in _COUNTS)
         return cls("", str(raw["asked"]), str(raw["counted"]), queries, tokens, examples, steps, modes)
+
+
+def check_alike(users: Sequence[UserFigures]) -> None:
+    """Raise ValueError unless all have the same modes, and sums of one length for each metric."""
+    lengths: dict[str, int] = {}
+    for user in users:
+        if user.modes.keys() != users[0].modes.keys():
+            raise ValueError("users with other modes")
+        for name, sums in (pair for one in user.modes.values() for pair in one.sums.items()):
+            if len(sums) != lengths.setdefault(name, len(sums)):
+                raise ValueError("sums of another length")
 
 
 def _measured(task: Task, user: UserResult, mode: str) -> ModeFigures:

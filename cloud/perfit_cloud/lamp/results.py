@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perfit_cloud.lamp.measured import FIGURES_FILE, UserFigures
+from perfit_cloud.lamp.measured import FIGURES_FILE, UserFigures, check_alike
 from perfit_shared.errors import InvalidData
 from perfit_shared.files import write_whole
 from perfit_shared.prompts import prompts_of
@@ -252,6 +252,7 @@ class Run:
             figures = tuple(UserFigures.from_json(user) for user in data["users"])
             if not figures:
                 raise InvalidData(f"{path} has no users")
+            check_alike(figures)
             return cls(folder, task, data["settings"], data["seconds"], (), figures, data.get("drift"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidData(f"{path} is damaged; `perfit-cloud lamp figures` makes it") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.interface import ShiftUse
-from perfit_cloud.lamp.methods.interface import FitContext, Fitted, QueryRequest
+from perfit_cloud.lamp.methods.interface import FitContext, Fitted, Method, QueryRequest
 from perfit_cloud.lamp.methods.perfit import PerFit
 from perfit_cloud.lamp.methods.prefixed import examples_as
 from perfit_cloud.lamp.methods.rag import OwnExamples, check_k
@@ -111,14 +111,8 @@ class SeedRag(PerFitRag):
             context.done(len(person.history), 1)
         return fitted
 
-    def can_fit(self, person: Person) -> bool:
-        return bool(person.history)
-
-    def examples(self, person: Person) -> int:
-        return len(person.history)
-
-    def announce(self, people: Sequence[Person]) -> str:
-        return ""
+    # Nobody is trained, so none of this follows a schedule.
+    can_fit, examples, announce = Method.can_fit, Method.examples, Method.announce
 
 
 def _retrieving(use: ShiftUse, examples: OwnExamples) -> RetrievingUse:
