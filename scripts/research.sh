@@ -47,7 +47,7 @@ TIMEFORMAT=%U # of steps.tsv: folder, seconds of wall clock, of processor time, 
 
 finished() { # folder, command…: whether that has run and its figures are kept, and with `whole` its texts lie here
   [ -n "${whole:-}" ] && [ ! -f "$runs/$1/.finished" ] && return 1
-  [[ "$*" != *" lamp run "* ]] || [ -n "$(find "$results/runs/$1" -maxdepth 2 -name figures.json 2>&-)" ] || return 1
+  [[ "$*" != *" lamp run "* ]] || [ -n "$(find "$results/runs/$1" -maxdepth 2 -name figures.json 2>/dev/null)" ] || return 1
   [ -f "$results/steps.tsv" ] && cut -f 1,4 "$results/steps.tsv" | grep -qxF "$1"$'\t'"${*:2}"
 }
 

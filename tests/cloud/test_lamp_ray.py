@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from perfit_cloud.lamp.ray_workers import RayCluster, RayWorkers
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import Run
 from perfit_cloud.lamp.run import run_lamp
-from perfit_shared.errors import Cancelled, InvalidInput
+from perfit_shared.errors import Cancelled, InvalidInput, Unavailable
 from perfit_shared.tasks import TASKS
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -119,6 +120,33 @@ def test_a_workers_error_is_ours(request_for: Callable[..., LampRequest], tmp_pa
     with pytest.raises(InvalidInput, match="empty on a worker's machine"):
         RayWorkers(TWO, request, TASKS[TASK], lambda: False)
     assert signal.getsignal(signal.SIGTERM) is on_stop, "Ray's would end the run without a checkpoint"
+
+
+@pytest.mark.parametrize("late", [1, 3])
+def test_a_cluster_that_comes_up_too_late_is_started_again(
+    late: int,
+    here: Run,
+    request_for: Callable[..., LampRequest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray waits 30 s, and leaves the processes of one that was later."""
+    ray = pytest.importorskip("ray")
+    start, left = ray.init, []
+
+    def init(*args: Any, **options: Any) -> Any:
+        if len(left) < late:
+            left.append(subprocess.Popen(["sleep", "600"]))
+            raise Exception("The current node timed out during startup. This could happen because …")
+        return start(*args, **options)
+
+    monkeypatch.setattr(ray, "init", init)
+    if late < 3:
+        assert files(run_lamp(request_for(tmp_path), ray=TWO)) == files(here)
+    else:
+        with pytest.raises(Unavailable, match="timed out"):
+            run_lamp(request_for(tmp_path), ray=TWO)
+    assert [process.wait(10) for process in left] == [-signal.SIGKILL] * late
 
 
 def test_workers_should_be_some() -> None:

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,8 @@ _Work = TypeVar("_Work", bound=tuple[Any, ...])  # (cohort, …): what a worker'
 _LOOK_SECONDS = 0.5  # between two looks whether to stop
 _STOP_SECONDS = 60.0  # for a step to end and a checkpoint to be written
 _RESTARTS = 3  # of one worker
+_STARTS = 3  # of a cluster on this machine
+_TIMED_OUT = "timed out during startup"  # in Ray's message
 _OBJECT_STORE_BYTES = 128 << 20  # least that Ray takes is 75 MiB; tasks pass ids and nothing else
 
 
@@ -171,16 +173,7 @@ class RayWorkers:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
             if cluster.address == "local":
-                self._folder = tempfile.mkdtemp(prefix="perfit-ray-")
-                self._ray.init(
-                    "local",
-                    num_cpus=max(cluster.workers or 0, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=self._folder,
-                    **quiet,
-                )
+                self._start_local(cluster.workers or 0, quiet)
             else:
                 self._ray.init(cluster.address, **quiet)
         except Exception as error:  # Ray raises plain ones, too
@@ -188,6 +181,31 @@ class RayWorkers:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_stop)  # Ray has put one of its own, which saves nothing
+
+    def _start_local(self, workers: int, quiet: Mapping[str, Any]) -> None:
+        """Ray gives its own processes 30 s to come up, which beside other work is not always enough."""
+        import psutil
+
+        before = set(psutil.Process().children())
+        for starts_left in reversed(range(_STARTS)):
+            self._folder = tempfile.mkdtemp(prefix="perfit-ray-")
+            try:
+                self._ray.init(
+                    "local",
+                    num_cpus=max(workers, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=self._folder,
+                    **quiet,
+                )
+                return
+            except Exception as error:
+                for process in set(psutil.Process().children()) - before:  # Ray leaves them
+                    process.kill()
+                shutil.rmtree(self._folder, ignore_errors=True)
+                if _TIMED_OUT not in str(error) or not starts_left:
+                    raise
 
     def _room(self, threads: int, gpus: int) -> int:
         resources = self._ray.cluster_resources()
