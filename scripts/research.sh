@@ -24,6 +24,7 @@
 # COLD       people of the cold start                                 PEOPLE
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
+#            (personal rates are chosen by trials; sweeps take the one of perfit's main run)
 # METHODS    which of methods, headlines and categories, as "none rag/4"               all, in the order below
 # BUDGET     no step begins after so many seconds                     none
 set -uo pipefail
@@ -31,8 +32,6 @@ cd "$(dirname "$0")/.."
 runs=${RUNS:-runs/research} results=${RESULTS:-docs/results/research} data=${DATA:-../shared/data}
 model=${MODEL:-smollm2} ours=cloud/perfit_cloud/artefacts people=${PEOPLE:-48} some=${SOME:-12}
 ((some <= people)) || some=$people
-rate_of() { sed -n 's/^ "learning_rate": \(.*\),$/\1/p' "$ours/$1/artefact.json"; } # of a shipped artefact's updates
-rate=$(rate_of commit_message)
 common=(--model "$model" --temperature 0 --threads "${THREADS:-1}")
 [ -z "${QUERIES:-}" ] || common+=(--queries "$QUERIES")
 memory=(--keep-gib 2)
@@ -98,7 +97,7 @@ lamp_command() { echo .venv/bin/perfit-cloud lamp run --out "$runs/$1" --data "$
 
 # Every method on the same people, asked in the shipped artefact's words. What the untouched model answers is
 # computed once.
-every_method() { # folder, data, artefact, people, rate
+every_method() { # folder, data, artefact, people
   local method
   for method in ${METHODS:-none perfit perfit/device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag perfit_stage1+rag reft stylevector pag lofit lora-c+perfit}; do
     one_method "$method" "$@"
@@ -116,16 +115,16 @@ one_method() { # method, and what every_method is given
     perfit/device) reused=perfit options+=(--schedule device "${memory[@]}") ;;
     rag/*) options+=(--k "${method#*/}") ;;
     perfit+rag | perfit_stage1+rag) reused=perfit options+=("${memory[@]}") ;;
-    reft) options+=(--lr "$6" "${memory[@]}") ;;
+    reft) options+=("${memory[@]}") ;;
     lora-c) options+=("${lora[@]}") ;;
     oppu) reused=lora-c options+=(--lora "$runs/$of/lora-c") ;;
-    lora-c+perfit) reused=lora-c options+=(--lr "$6" --lora "$runs/$of/lora-c" "${memory[@]}") ;;
+    lora-c+perfit) reused=lora-c options+=(--lora "$runs/$of/lora-c" "${memory[@]}") ;;
   esac
   [ -z "$reused" ] || options+=(--reuse "$runs/$of/$reused")
   lamp_after "${reused:+one_method $reused ${*:2}}" "$of/$method" "$task" "${options[@]}"
 }
 
-methods() { every_method methods commits commit_message "$people" "$rate"; }
+methods() { every_method methods commits commit_message "$people"; }
 
 # A newcomer: plain seed, the seed of a community, retrieval; each with histories of several lengths.
 cold() {
@@ -166,13 +165,18 @@ communities() { # and the plain seed's run with so many examples
 }
 
 words=(--prompts builtin) # those of the artefacts that ship
-part=(--users "$some" "${words[@]}" "${history[@]}" "${few[@]}" "${stage_1[@]}" --lr "$rate" "${memory[@]}")
+part=(--users "$some" "${words[@]}" "${history[@]}" "${few[@]}" "${stage_1[@]}" "${memory[@]}")
 base_of_some() { lamp some/none commits --method none --users "$some" "${words[@]}" "${history[@]}"; }
 known=(--reuse "$runs/some/none")
-sweep() { lamp_after base_of_some "$1" commits "${part[@]}" "${known[@]}" --sweep "$2"; } # folder, of what
+sweep() { lamp_after base_of_some "$1" commits "${part[@]}" --lr "$(rate)" "${known[@]}" --sweep "$2"; } # folder, of what
 on_all() { # the same, with a stage 1 on whom the sweep says
-  lamp_after base_of_some "$1" commits --users "$some" "${words[@]}" "${history[@]}" "${stage_1[@]}" --lr "$rate" \
+  lamp_after base_of_some "$1" commits --users "$some" "${words[@]}" "${history[@]}" "${stage_1[@]}" --lr "$(rate)" \
     "${memory[@]}" "${known[@]}" --sweep "$2"
+}
+rate() { # that which trials chose for perfit's main run
+  [ -f "$results/runs/methods/perfit/figures.json" ] || METHODS=perfit methods >&2
+  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["settings"]["learning_rate"])' \
+    "$results/runs/methods/perfit/figures.json"
 }
 ablations() { sweep ablations ablations; }
 layers() { sweep layers "layers=${LAYERS:-2,5,8,11,15,19,23,27}"; }
@@ -180,18 +184,16 @@ ranks() { sweep ranks "ranks=${RANKS:-4,16,32}"; }
 few() { on_all few "collective-users=${USERS:-10,50,219}"; }
 groups() { on_all groups groups; }
 tasks() { # the shifts of other tasks that ship; the task's own is that of the ablations
-  lamp_after ablations tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$rate" \
+  lamp_after ablations tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$(rate)" \
     "${memory[@]}" "${known[@]}" --sweep "artefacts=$ours/news_headline,$ours/reply"
 }
 seeds() { # seed 0 is that of the ablations
   ablations
-  lamp seeds commits "${part[@]}" --sweep seeds=1,2
+  lamp seeds commits "${part[@]}" --lr "$(rate)" --sweep seeds=1,2
 }
 
-headlines() { every_method news_headline lamp_news/news_headline news_headline "$some" "$(rate_of news_headline)"; }
-categories() {
-  every_method news_categorize lamp_news/news_categorize news_categorize "$some" "$(rate_of news_categorize)"
-}
+headlines() { every_method news_headline lamp_news/news_headline news_headline "$some"; }
+categories() { every_method news_categorize lamp_news/news_categorize news_categorize "$some"; }
 
 analyze() {
   local same=(--model "$model" --threads "${THREADS:-1}" --users "$people" --queries "${QUERIES:-4}" --no-texts)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from tests.support.lamp_files import LORA_STAGE_1, TASK, write_files
 from tests.support.lamp_requests import task_data
 from tests.support.models import build
 
-from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import GradientRequest
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.adapters import AdapterMethod
@@ -25,7 +23,6 @@ from perfit_cloud.lamp.methods.interface import FitContext, Method, QueryRequest
 from perfit_cloud.lamp.methods.lofit import HeadOutputs, add_heads, ranked_heads
 from perfit_cloud.lamp.methods.lora import COLLECTIVE, PERSONAL, RANK, add_lora
 from perfit_cloud.lamp.methods.lora_collective import FILE
-from perfit_cloud.lamp.methods.personal_rate import FALLBACK, choose_personal_rate
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.run import run_lamp
@@ -237,32 +234,6 @@ def test_an_interrupted_stage_1_ends_with_the_same_bits_and_is_reused(
     (tmp_path / FILE).write_bytes(b"damaged")
     with pytest.raises(InvalidData, match="not a collective LoRA"):
         METHODS["lora-c"](request, data).prepare(lambda: False)
-
-
-def test_a_rate_is_chosen_on_others_histories_once(tmp_path: Path) -> None:
-    asked: list[tuple[int, int, float | None]] = []
-    said: list[str] = []
-
-    def trial(train: Sequence[Pair], test: Sequence[Pair], rate: float | None) -> float:
-        asked.append((len(train), len(test), rate))
-        if rate is not None and rate > 5e-3:
-            raise UpdateFailed("too high")
-        return 2.0 if rate is None else 1.0 + abs(math.log(rate / 3e-3))
-
-    pair: Pair = ([1], [2])
-    histories = {"short": [pair] * 5, "long": [pair] * 20}
-    choose = lambda depends: choose_personal_rate(  # noqa: E731
-        tmp_path / "rate.json", depends, lambda: histories, trial, said.append
-    )
-    rate, _ = choose({"seed": 0})
-    assert rate == 3e-3 and {(train, test) for train, test, _ in asked} == {(16, 4)}
-    made = len(asked)
-    assert choose({"seed": 0})[0] == rate and len(asked) == made
-    choose({"seed": 1})
-    assert len(asked) > made
-    del histories["long"]
-    assert choose({"seed": 2}) == (FALLBACK, 0.0)
-    assert "held-out loss 2.0000 -> 1.0000" in " ".join(said) and "long enough" in said[-1]
 
 
 # -- LoFiT ---------------------------------------------------------------------------------------

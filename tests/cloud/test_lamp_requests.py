@@ -17,9 +17,9 @@ from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.cohorts import CohortWork
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import TaskData
-from perfit_cloud.lamp.methods.lora_collective import collective_corpus
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.run import run_lamp
+from perfit_cloud.lamp.stage1 import collective_corpus
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput

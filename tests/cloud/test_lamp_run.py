@@ -371,9 +371,5 @@ def test_what_cannot_be_is_said(
             request_for(tmp_path, **changes)
     with pytest.raises(InvalidInput, match="temperature"):
         Decoding(temperature=-1)
-    with pytest.raises(InvalidInput, match="--lr"):
-        run_lamp(
-            request_for(tmp_path / "a", method="perfit_stage2", learning_rate=None, **NO_STAGE_1), base=base
-        )
     with pytest.raises(InvalidData, match="lamp prepare"):
         run_lamp(request_for(tmp_path / "b", data=tmp_path), base=base)

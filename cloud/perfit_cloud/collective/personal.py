@@ -16,7 +16,7 @@ from perfit_shared.shifts import ShiftTensors
 from perfit_shared.training import Request, S, Training, train
 from perfit_shared.types import Score
 
-__all__ = ["scores_by_start", "train_people"]
+__all__ = ["mean_loss", "scores_by_start", "train_people"]
 
 
 def scores_by_start(engine: UpdateEngine, artefact: Artefact, pairs: Sequence[Pair]) -> list[list[Score]]:
@@ -24,6 +24,15 @@ def scores_by_start(engine: UpdateEngine, artefact: Artefact, pairs: Sequence[Pa
     with engine.open(pairs, artefact) as opened:
         rows = range(len(pairs))
         return engine.scores([GradientRequest(opened, rows, start) for start in artefact.starts])
+
+
+def mean_loss(
+    engine: UpdateEngine, artefact: Artefact, pairs: Sequence[Pair], personal: ShiftTensors
+) -> float:
+    """Nats a target token under this personal shift."""
+    with engine.open(pairs, artefact) as opened:
+        ((loss, _tokens),) = engine.losses([GradientRequest(opened, range(len(pairs)), personal)])
+    return loss
 
 
 def train_people(

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perfit_cloud.collective.personal import train_people
+from perfit_cloud.collective.personal import mean_loss, train_people
 from perfit_cloud.collective.steps import from_torch, rate_at
 from perfit_cloud.collective.training import FORWARD, Stage1Training
 from perfit_cloud.engine.gradients.batch import Pair
-from perfit_cloud.engine.gradients.session import GradientRequest, UpdateEngine
+from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import Diverged
 from perfit_shared.shifts import ShiftTensors
@@ -24,6 +24,7 @@ from perfit_shared.splits import LEAST_HISTORY, split_sizes
 from perfit_shared.training import Overrides, Schedule, Training, schedule_for
 
 __all__ = [
+    "USUAL_TRIALS",
     "Search",
     "choose_device_rate",
     "choose_rate",
@@ -36,7 +37,7 @@ __all__ = [
 # From below what suits billions of parameters (PerFit: 1e-4) past what suits millions (1e-3 at 8M).
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FIRST = (1e-4, 1e-3)
-_USUAL_TRIALS = 5  # rates, in most searches
+USUAL_TRIALS = 5  # rates, in most searches
 _TIE = 0.9  # a rate with this share of the best one's gain is as good
 _LEAST_GAIN = 0.002  # least gain of the best trial update, as a share of the loss before it
 _SHARE = 0.1  # of all steps, one trial
@@ -85,7 +86,7 @@ def trial_steps(training: Stage1Training) -> int:
 def trial_work(training: Stage1Training) -> float:
     """Units of all trials, about."""
     step = trial_steps(training) * training.settings.batch_size
-    return _USUAL_TRIALS * (step + 2 * FORWARD * len(training.corpus.validation))
+    return USUAL_TRIALS * (step + 2 * FORWARD * len(training.corpus.validation))
 
 
 def choose_rate(training: Stage1Training) -> None:
@@ -158,7 +159,7 @@ def device_users(training: Stage1Training) -> list[list[Pair]]:
 
 def device_work(training: Stage1Training) -> float:
     """Units of all trial updates, about."""
-    return _USUAL_TRIALS * sum(_work_of(training, pairs) for pairs in device_users(training))
+    return USUAL_TRIALS * sum(_work_of(training, pairs) for pairs in device_users(training))
 
 
 def _work_of(training: Stage1Training, pairs: Sequence[Pair]) -> int:
@@ -272,9 +273,7 @@ class _DeviceTrials:
         return self._test_losses([each.outcome(seed) or seed for each in trainings])
 
     def _test_losses(self, tensors: Sequence[ShiftTensors]) -> list[float]:
-        found = []
-        for pairs, test, personal in zip(self._users, self._tests, tensors, strict=True):
-            with self._engine.open(pairs[-test:], self._artefact) as opened:
-                ((loss, _tokens),) = self._engine.losses([GradientRequest(opened, range(test), personal)])
-            found.append(loss)
-        return found
+        return [
+            mean_loss(self._engine, self._artefact, pairs[-test:], personal)
+            for pairs, test, personal in zip(self._users, self._tests, tensors, strict=True)
+        ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfit_cloud.collective.blank import blank_artefact
+from perfit_cloud.collective.data import Corpus, read_items, tokenise
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.run import CollectiveRequest, train_collective
 from perfit_cloud.collective.spec import spec_of
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from perfit_cloud.lamp.methods.interface import TaskData
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["collective_artefact", "identity_artefact", "prompt_texts"]
+__all__ = ["collective_artefact", "collective_corpus", "identity_artefact", "prompt_texts"]
 
 
 def collective_artefact(
@@ -47,13 +48,21 @@ def collective_artefact(
     return artefact
 
 
+def collective_corpus(request: LampRequest, data: TaskData) -> Corpus:
+    """The collective users' examples as tokens, split as stage 1 splits them."""
+    items = read_items(request.data, data.task)
+    if request.collective_users is not None:
+        items = items.first_users(request.collective_users, request.seed)
+    if request.collective_group is not None:
+        items = items.group(request.collective_group, request.seed)
+    return tokenise(items, base=data.base, task=data.task, seed=request.seed)
+
+
 def identity_artefact(request: LampRequest, data: TaskData, *, sums_ranks: bool) -> Artefact:
     """φ₁ that changes nothing, and φ₂ at the personal rank or at the sum of both.
 
     The people's histories show where the model's sinks are.
     """
-    if request.learning_rate is None:
-        raise InvalidInput("without stage 1 nothing chooses a learning rate; give --lr")
     preset = _preset(request)
     spec = spec_of(request, preset, data.base)
     spec = replace(spec, personal_rank=spec.personal_rank + spec.collective_rank * sums_ranks)

@@ -116,7 +116,12 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     personal_rank: PersonalRank = None,
     batch_size: BatchSize = None,
     epochs: Annotated[int | None, typer.Option(help="Stage 2: passes over a history.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Stage 2: peak rate.  [default: the artefact's]")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Stage 2: peak rate.  [default: chosen on collective users; by --schedule device the artefact's]"
+        ),
+    ] = None,
     collective_epochs: Annotated[int | None, typer.Option(help="Stage 1: passes over everybody.")] = None,
     collective_lr: Annotated[
         float | None, typer.Option(help="Stage 1: peak rate.  [default: chosen on held-out users]")

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import safetensors
 import safetensors.torch
 
-from perfit_cloud.collective.progress import Progress
 from perfit_cloud.engine.generation.offline import generate_all
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.stateless import GradientEngine
@@ -24,12 +23,10 @@ from perfit_cloud.lamp.methods.added_weights import (
 )
 from perfit_cloud.lamp.methods.frozen import FrozenMethod
 from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, QueryRequest
-from perfit_cloud.lamp.methods.lora_collective import collective_corpus
 from perfit_cloud.lamp.methods.personal_rate import choose_personal_rate
 from perfit_cloud.lamp.people import Learner, Person
-from perfit_cloud.lamp.stage1 import prompt_texts
 from perfit_cloud.model.base import BaseModel
-from perfit_shared.errors import Cancelled, InvalidData, UpdateFailed
+from perfit_shared.errors import InvalidData, UpdateFailed
 from perfit_shared.presets import preset_for, preset_name, value_or
 from perfit_shared.training import Schedule
 from perfit_shared.types import Mode, Score
@@ -82,39 +79,21 @@ class AdapterMethod(FrozenMethod[Weights | None]):
 
     def choose_rate(self, stop: Callable[[], bool]) -> float:
         """Set `rate`, the one asked for or the best for others; returns the seconds that took."""
-        request = self.request
-        if request.learning_rate is not None:
-            self.rate = request.learning_rate
-            return 0.0
 
-        def histories() -> Mapping[str, Sequence[Pair]]:
-            return collective_corpus(request, self.data).histories
-
-        progress = Progress(0)
-
-        def stepped(examples: int) -> None:
-            progress.advance(examples, "a trial of a personal learning rate")
-            if stop():
-                raise Cancelled("stopped while learning rates were tried; the same command tries again")
-
-        def trial(train: Sequence[Pair], test: Sequence[Pair], rate: float | None) -> float:
+        def trial(train: Sequence[Pair], test: Sequence[Pair], rate: float | None, stepped: Done) -> float:
             self.added.write(self.start)
             if rate is not None:
-                progress.total += self.work(len(train))
                 self.learn(train, rate, stepped)
             return mean_loss(self.added.base, test)
 
-        depends = {
-            "fingerprint": self.data.base.fingerprint,
-            "prompts": list(prompt_texts(self.data.task)),
-            "collective_users": request.collective_users,
-            "collective_group": request.collective_group,
-            "seed": request.seed,
-            **self._figures,
-            **self.rate_depends,
-        }
-        path = request.out / "personal_rate.json"
-        self.rate, seconds = choose_personal_rate(path, depends, histories, trial, progress.say)
+        self.rate, seconds = choose_personal_rate(
+            self.request,
+            self.data,
+            trial,
+            stop,
+            work=lambda pairs: self.work(len(pairs)),
+            depends={**self._figures, **self.rate_depends},
+        )
         return seconds
 
     @property

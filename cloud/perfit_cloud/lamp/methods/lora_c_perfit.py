@@ -59,8 +59,11 @@ class LoraCPerFit(PersonalOnly):
         (self.collective,) = add_lora(plain.base, [replace(COLLECTIVE, layers=layers)], seed=request.seed)
         seconds = load_or_train(request, plain, self.collective, stop)
         self.data = replace(plain, base=self.collective.base)
-        super().prepare(stop)
-        return seconds
+        return seconds + super().prepare(stop)
+
+    @property
+    def rate_depends(self) -> Mapping[str, Any]:
+        return {**super().rate_depends, "lora": self.collective.version}
 
     @property
     def shared(self) -> Mapping[str, ShiftUse]:

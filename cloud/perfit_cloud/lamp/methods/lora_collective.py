@@ -21,7 +21,6 @@ import safetensors
 import safetensors.torch
 import torch
 
-from perfit_cloud.collective.data import Corpus, read_items, tokenise
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.trials import Search
 from perfit_cloud.lamp.methods.added_weights import (
@@ -33,7 +32,7 @@ from perfit_cloud.lamp.methods.added_weights import (
 )
 from perfit_cloud.lamp.methods.lora import ALPHA, DROPOUT, RANK
 from perfit_cloud.lamp.results import write_bytes
-from perfit_cloud.lamp.stage1 import prompt_texts
+from perfit_cloud.lamp.stage1 import collective_corpus, prompt_texts
 from perfit_shared.errors import Cancelled, InvalidData, InvalidInput, ShiftMismatch, UpdateFailed
 from perfit_shared.presets import preset_for, preset_name, value_or
 from perfit_shared.training import Schedule
@@ -42,14 +41,7 @@ if TYPE_CHECKING:
     from perfit_cloud.lamp.methods.interface import TaskData
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = [
-    "COLLECTIVE_OPTIONS",
-    "FILE",
-    "check_collective",
-    "collective_corpus",
-    "collective_settings",
-    "load_or_train",
-]
+__all__ = ["COLLECTIVE_OPTIONS", "FILE", "check_collective", "collective_settings", "load_or_train"]
 
 FILE, _PARTIAL = "lora_c.safetensors", "lora_c.partial"
 _TRAINS = frozenset({"collective_users", "collective_group", "collective_epochs", "collective_learning_rate"})
@@ -73,16 +65,6 @@ def collective_settings(request: LampRequest, added: AddedWeights) -> dict[str, 
         "lora": {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "version": added.version},
         "collective_parameters": added.count,
     }
-
-
-def collective_corpus(request: LampRequest, data: TaskData) -> Corpus:
-    """The collective users' examples as tokens, split as PerFit's stage 1 splits them."""
-    items = read_items(request.data, data.task)
-    if request.collective_users is not None:
-        items = items.first_users(request.collective_users, request.seed)
-    if request.collective_group is not None:
-        items = items.group(request.collective_group, request.seed)
-    return tokenise(items, base=data.base, task=data.task, seed=request.seed)
 
 
 def load_or_train(

@@ -10,11 +10,14 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from perfit_cloud.collective.personal import mean_loss, train_people
+from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
 from perfit_cloud.lamp.methods.frozen import FrozenMethod
-from perfit_cloud.lamp.methods.interface import FitContext, Fitted, TaskData
+from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, TaskData
+from perfit_cloud.lamp.methods.personal_rate import FALLBACK, choose_personal_rate
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
@@ -24,7 +27,7 @@ from perfit_shared.prompts import prompts_of
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.starts import LEAST_TO_CHOOSE
 from perfit_shared.tasks import Task
-from perfit_shared.training import Schedule
+from perfit_shared.training import Schedule, Training
 from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ _STAGE_1 = frozenset(
 )
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
 _STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
+_TRIAL_USERS = 4  # take half as long as two with a LoRA
 
 
 class PerFit(FrozenMethod[ShiftUse]):
@@ -47,6 +51,7 @@ class PerFit(FrozenMethod[ShiftUse]):
     state_file = "personal.safetensors"
 
     artefact: Artefact  # from `prepare` on
+    rate: float  # peak of stage 2, from `prepare` on
 
     def __init__(self, request: LampRequest, data: TaskData) -> None:
         super().__init__(request, data)
@@ -63,7 +68,49 @@ class PerFit(FrozenMethod[ShiftUse]):
 
     def prepare(self, stop: Callable[[], bool]) -> float:
         self.artefact = stage1.collective_artefact(self.request, self.data.task, self.data.base, stop)
-        return float(self.artefact.card.get("seconds", 0.0))
+        return float(self.artefact.card.get("seconds", 0.0)) + self._choose_rate(stop)
+
+    @property
+    def rate_is_the_artefacts(self) -> bool:
+        """Which is chosen for devices, whose steps are more; trials choose one for the paper's schedule."""
+        return self.request.schedule == Schedule.name or not self.parameters
+
+    @property
+    def rate_depends(self) -> Mapping[str, Any]:
+        """What the best rate depends on, plain JSON values."""
+        figures = {k: v for k, v in asdict(self._training(FALLBACK)).items() if k != "learning_rate"}
+        return {"artefact": self.artefact.version, **figures}
+
+    def _choose_rate(self, stop: Callable[[], bool]) -> float:
+        """Set `rate`; returns the seconds that took."""
+        request, artefact, seed = self.request, self.artefact, self.artefact.seed
+        if self.rate_is_the_artefacts:
+            self.rate = value_or(request.learning_rate, artefact.learning_rate)
+            return 0.0
+
+        def trial(train: Sequence[Pair], test: Sequence[Pair], rate: float | None, stepped: Done) -> float:
+            if rate is None:
+                return mean_loss(self._trainer, artefact, test, seed)
+            learner = Learner("of a trial", tuple(train))
+            trainings = [Training.start(self._training(rate).schedule_for(learner), seed)]
+            for moved in train_people(self._trainer, artefact, [train], trainings):
+                stepped(sum(trainings[i].schedule.work_of(trainings[i].step - 1) for i in moved))
+            return mean_loss(self._trainer, artefact, test, trainings[0].outcome(seed) or seed)
+
+        def work(pairs: Sequence[Pair]) -> int:
+            return self._training(FALLBACK).schedule_for(Learner("of a trial", tuple(pairs))).work
+
+        self.rate, seconds = choose_personal_rate(
+            request,
+            self.data,
+            trial,
+            stop,
+            work=work,
+            depends=self.rate_depends,
+            users=_TRIAL_USERS,
+            fallback=artefact.learning_rate,
+        )
+        return seconds
 
     @property
     def start(self) -> ShiftUse:
@@ -81,7 +128,17 @@ class PerFit(FrozenMethod[ShiftUse]):
 
     @cached_property
     def training(self) -> stage2.Stage2Settings:
-        return _stage2_settings(self.request, self.data.task, self.artefact)
+        return self._training(self.rate)
+
+    def _training(self, rate: float) -> stage2.Stage2Settings:
+        request = self.request
+        epochs, batch_size = request.figures or _figures(request, self.data.task, self.artefact)
+        if request.schedule == Schedule.name:  # which fits unset values to the history
+            return stage2.Stage2Settings(
+                epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
+            )
+        epochs, batch_size = value_or(request.epochs, epochs), value_or(request.batch_size, batch_size)
+        return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -195,7 +252,12 @@ class PersonalOnly(PerFit):
 
     def prepare(self, stop: Callable[[], bool]) -> float:
         self.artefact = stage1.identity_artefact(self.request, self.data, sums_ranks=self.sums_ranks)
-        return 0.0
+        return self._choose_rate(stop)
+
+    @property
+    def rate_is_the_artefacts(self) -> bool:
+        """Nothing has chosen that of the identity."""
+        return False
 
     @property
     def shared(self) -> Mapping[str, ShiftUse]:
@@ -211,17 +273,6 @@ class BothRanks(PersonalOnly):
 
     name = "perfit_stage2_sum"
     sums_ranks = True
-
-
-def _stage2_settings(request: LampRequest, task: Task, artefact: Artefact) -> stage2.Stage2Settings:
-    epochs, batch_size = request.figures or _figures(request, task, artefact)
-    rate = value_or(request.learning_rate, artefact.learning_rate)
-    if request.schedule == Schedule.name:  # which fits unset values to the history
-        return stage2.Stage2Settings(
-            epochs, rate, batch_size, request.seed, request.schedule, request.epochs, request.batch_size
-        )
-    epochs, batch_size = value_or(request.epochs, epochs), value_or(request.batch_size, batch_size)
-    return stage2.Stage2Settings(epochs, rate, batch_size, request.seed, request.schedule)
 
 
 def _figures(request: LampRequest, task: Task, artefact: Artefact) -> tuple[int, int]:

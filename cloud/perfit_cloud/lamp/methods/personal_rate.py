@@ -12,52 +12,87 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from perfit_cloud.collective.trials import Search
+from perfit_cloud.collective.data import find_data
+from perfit_cloud.collective.progress import Progress
+from perfit_cloud.collective.trials import USUAL_TRIALS, Search
 from perfit_cloud.engine.gradients.batch import Pair
+from perfit_cloud.lamp.methods.interface import Done, TaskData
 from perfit_cloud.lamp.results import write_json
-from perfit_shared.errors import InvalidData, UpdateFailed
+from perfit_cloud.lamp.stage1 import collective_corpus, prompt_texts
+from perfit_shared.errors import Cancelled, InvalidData, UpdateFailed
 from perfit_shared.splits import LEAST_HISTORY, split_sizes
 
-__all__ = ["FALLBACK", "choose_personal_rate"]
+if TYPE_CHECKING:
+    from perfit_cloud.lamp.request import LampRequest
 
-FALLBACK = 1e-3  # peak, where nobody's history is long enough to tell
-_USERS = 2
-Trial = Callable[[Sequence[Pair], Sequence[Pair], float | None], float]
+__all__ = ["FALLBACK", "Trial", "choose_personal_rate"]
+
+FALLBACK = 1e-3  # peak
+_FILE = "personal_rate.json"
+
+# Mean loss on the second pairs after training on the first at a rate, or at the start for None. The last gets
+# the examples of each step and may raise.
+Trial = Callable[[Sequence[Pair], Sequence[Pair], float | None, Done], float]
 
 
 def choose_personal_rate(
-    path: Path,
-    depends: Mapping[str, Any],
-    histories: Callable[[], Mapping[str, Sequence[Pair]]],
+    request: LampRequest,
+    data: TaskData,
     trial: Trial,
-    say: Callable[[str], None],
+    stop: Callable[[], bool],
+    *,
+    work: Callable[[Sequence[Pair]], int],
+    depends: Mapping[str, Any],
+    users: int = 2,
+    fallback: float = FALLBACK,
 ) -> tuple[float, float]:
-    """(rate, seconds that it took): what `path` holds, or found by trials, which depend on `depends`.
+    """(rate, seconds that it took): what is asked for, or OUT or the run to reuse holds, else by trials.
 
-    `depends` holds plain JSON values. `trial` gives the mean loss on its second pairs after training on
-    the first at a rate, or at the start for None. Raises InvalidData on a damaged file.
+    `work`: examples that learning from so many pairs goes through. `depends`: what else the best rate
+    depends on, plain JSON values. `users`: how many people each rate is tried on; of their histories, as of
+    those of the people tested, the latest `request.examples`, but enough to be split. `fallback`: the rate
+    where the collective data has no such person.
+    Raises Cancelled when `stop` says so, InvalidData on a damaged file.
     """
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text("utf-8"))
-            if known["depends"] == depends:
-                return float(known["rate"]), float(known["seconds"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidData(f"{path} is damaged; remove it and run again") from error
-    began = time.monotonic()
-    trials: dict[float, float] = {}
-    long = [pairs for pairs in histories().values() if len(pairs) >= LEAST_HISTORY][:_USERS]
-    if not long:
-        say(f"no history of the collective data is long enough to choose a rate; it is {FALLBACK:g}")
-        return FALLBACK, 0.0
-    parts = [_parted(pairs) for pairs in long]
+    if request.learning_rate is not None:
+        return request.learning_rate, 0.0
+    depends = {
+        "fingerprint": data.base.fingerprint,
+        "prompts": list(prompt_texts(data.task)),
+        "collective_users": request.collective_users,
+        "collective_group": request.collective_group,
+        "examples": request.examples,
+        "seed": request.seed,
+        **depends,
+    }
+    depends = json.loads(json.dumps(depends))
+    path = request.out / _FILE
+    for folder in (request.out, request.reuse):
+        if folder is not None and (found := _known(folder / _FILE, depends)) is not None:
+            write_json(path, found)
+            return float(found["rate"]), float(found["seconds"])
+    began, progress = time.monotonic(), Progress(0)
+    latest = 0 if request.examples is None else max(request.examples, LEAST_HISTORY)  # 0: all
+    histories = [pairs[-latest:] for pairs in _histories(request, data)]
+    parts = [_parted(pairs) for pairs in histories if len(pairs) >= LEAST_HISTORY][:users]
+    progress.total = USUAL_TRIALS * sum(work(train) for train, _ in parts)
+    if not parts:
+        progress.say(f"no history of the collective data is long enough to choose a rate; it is {fallback:g}")
+        return fallback, 0.0
+
+    def stepped(examples: int) -> None:
+        progress.advance(examples, "a trial of a personal learning rate")
+        if stop():
+            raise Cancelled("stopped while learning rates were tried; the same command tries again")
 
     def mean(rate: float | None) -> float:
-        return statistics.fmean(trial(*part, rate) for part in parts)
+        return statistics.fmean(trial(*part, rate, stepped) for part in parts)
+
+    trials: dict[float, float] = {}
 
     def loss_of(rate: float) -> float:
         try:
@@ -65,18 +100,38 @@ def choose_personal_rate(
         except UpdateFailed:  # it diverged
             found = math.inf
         trials[rate] = found if math.isfinite(found) else math.inf
-        say(f"personal learning rate {rate:g}: held-out loss {start:.4f} -> {trials[rate]:.4f}")
+        progress.say(f"personal learning rate {rate:g}: held-out loss {start:.4f} -> {trials[rate]:.4f}")
         return trials[rate]
 
     start = mean(None)
     rate = Search(loss_of, start).run()
     seconds = time.monotonic() - began
     losses = {f"{tried:g}": loss for tried, loss in trials.items() if math.isfinite(loss)}
-    found = {"rate": rate, "seconds": seconds, "start": start, "trials": losses, "users": len(long)}
-    write_json(path, {"depends": depends, **found})
+    chosen = {"rate": rate, "seconds": seconds, "start": start, "trials": losses, "users": len(parts)}
+    write_json(path, {"depends": depends, **chosen})
     return rate, seconds
+
+
+def _histories(request: LampRequest, data: TaskData) -> Collection[Sequence[Pair]]:
+    """None where there is no collective data."""
+    try:
+        find_data(request.data)
+    except InvalidData:
+        return []
+    return collective_corpus(request, data).histories.values()
 
 
 def _parted(pairs: Sequence[Pair]) -> tuple[Sequence[Pair], Sequence[Pair]]:
     test = split_sizes(len(pairs), test_apart=False)[2]
     return pairs[:-test], pairs[-test:]
+
+
+def _known(path: Path, depends: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What trials on which the same depends have chosen. Raises InvalidData."""
+    if not path.is_file():
+        return None
+    try:
+        known: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+        return known if known["depends"] == depends and known["rate"] > 0 and known["seconds"] >= 0 else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidData(f"{path} is damaged; remove it and run again") from error
