@@ -46,8 +46,13 @@ TIMEFORMAT=%U # of steps.tsv: folder, seconds of wall clock, of processor time, 
 
 finished() { # folder, command…: whether that has run and its figures are kept, and with `whole` its texts lie here
   [ -n "${whole:-}" ] && [ ! -f "$runs/$1/.finished" ] && return 1
-  [[ "$*" != *" lamp run "* ]] || [ -n "$(find "$results/runs/$1" -maxdepth 2 -name figures.json 2>/dev/null)" ] || return 1
-  [ -f "$results/steps.tsv" ] && cut -f 1,4 "$results/steps.tsv" | grep -qxF "$1"$'\t'"${*:2}"
+  if [[ "$*" == *" lamp run "* ]]; then
+    local kept=("$results/runs/$1/figures.json")
+    [[ "$*" != *" --sweep "* ]] || kept=("$results/runs/$1"/*/figures.json)
+    [ -f "${kept[0]}" ] || return 1
+  fi
+  # No pipe: grep may end first, and with pipefail the step would seem unfinished.
+  [ -f "$results/steps.tsv" ] && grep -qxF "$1"$'\t'"${*:2}" < <(cut -f 1,4 "$results/steps.tsv")
 }
 
 step() { # folder, command…: unless the same command has finished there
@@ -99,20 +104,22 @@ lamp_command() { echo .venv/bin/perfit-cloud lamp run --out "$runs/$1" --data "$
 # computed once.
 every_method() { # folder, data, artefact, people
   local method
-  for method in ${METHODS:-none perfit perfit/device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag perfit_stage1+rag reft stylevector pag lofit lora-c+perfit}; do
+  for method in ${METHODS:-none perfit perfit-device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag perfit_stage1+rag reft stylevector pag lofit lora-c+perfit}; do
     one_method "$method" "$@"
   done
 }
 
 one_method() { # method, and what every_method is given
   local method=$1 of=$2 task=$3 reused=none
-  local options=(--method "${method%%/*}" --users "$5" "${history[@]}" --artefact "$ours/$4")
+  local name=${method%%/*}
+  [[ "$method" != perfit-device ]] || name=perfit
+  local options=(--method "$name" --users "$5" "${history[@]}" --artefact "$ours/$4")
   # Somebody else's state answers too where it shows that the method is personal: in PerFit's own rows.
   [[ "$method" == perfit ]] || options+=(--modes base,collective,seed,personal)
   case "$method" in
     none) reused= ;;
     perfit) options+=("${memory[@]}") ;;
-    perfit/device) reused=perfit options+=(--schedule device "${memory[@]}") ;;
+    perfit-device) reused=perfit options+=(--schedule device "${memory[@]}") ;;
     rag/*) options+=(--k "${method#*/}") ;;
     perfit+rag | perfit_stage1+rag) reused=perfit options+=("${memory[@]}") ;;
     reft) options+=("${memory[@]}") ;;

@@ -47,7 +47,7 @@ def capabilities(  # noqa: PLR0917 - typer's way; all are options
     comes with perfit[capabilities].
 
     \b
-    perfit-cloud capabilities --model smollm2 --artefact artefacts/news_headline
+    perfit-cloud capabilities --model smollm2 --artefact cloud/perfit_cloud/artefacts/news_headline
     perfit-cloud capabilities --model MODEL --artefact artefacts/tags --shift mine.safetensors --tasks table17 --out runs/tags
     """  # noqa: E501 - \b keeps an example on one line
     from perfit_cloud.harness.evaluate import check_installed, measure_capabilities, names_of, write_measured

@@ -23,7 +23,7 @@ def compare(
 ) -> None:
     """Compare two runs user by user: difference, 95 % interval and a paired test, clustered by user.
 
-    Modes: base, collective, personal, other (someone else's shift). Queries pair by user and query id.
+    Modes: base, collective, seed, personal, other (someone else's shift). Queries pair by user and query id.
 
     \b
     perfit-cloud lamp compare runs/full runs/stage2

@@ -118,9 +118,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     epochs: Annotated[int | None, typer.Option(help="Stage 2: passes over a history.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(
-            help="Stage 2: peak rate.  [default: chosen on collective users; by --schedule device the artefact's]"
-        ),
+        typer.Option(help="Stage 2: peak rate.  [default: by trials; with --schedule device the artefact's]"),
     ] = None,
     collective_epochs: Annotated[int | None, typer.Option(help="Stage 1: passes over everybody.")] = None,
     collective_lr: Annotated[
