@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 __all__ = ["DPI", "panel_grid"]
@@ -13,6 +14,7 @@ DPI = 120
 
 def panel_grid(rows: int, columns: int, *, height: float, width: float = 4.4) -> tuple[Figure, Any]:
     """A figure and its axes (rows, columns); width and height of one panel in inches."""
+    rcParams["text.parse_math"] = False  # names may hold dollar signs
     # Figure without pyplot: no window, no process-wide state, and PNG by Agg.
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -143,7 +143,7 @@ def quiet() -> Any:
 
 def settings_for(base: BaseModel, task: Task) -> deltas.DeltaSettings:
     return deltas.DeltaSettings(
-        base.fingerprint, "float32", task.to_json(), "x/y.json", 2, 32, None, True, 64, 0
+        base.fingerprint, "float32", task.to_json(), "x/y.json", "00", 2, 32, None, True, 64, 0
     )
 
 

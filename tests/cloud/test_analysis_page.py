@@ -118,7 +118,7 @@ def lonely(data: Path, tmp_path: Path) -> Path:
     [
         (lambda _data, tmp: tmp, {}, "holds none of"),
         (broken, {}, "user_others.json"),
-        (lonely, {}, "nobody has a query and a history"),
+        (lonely, {}, "and none has"),
         (lambda data, _tmp: data, {"users": 1}, "no spectrum"),
         (lambda data, _tmp: data, {"layer": 4}, "blocks 0 to 3"),
         (lambda data, _tmp: data, {"task": "no_such"}, "no_such"),

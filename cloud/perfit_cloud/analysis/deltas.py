@@ -44,6 +44,7 @@ class DeltaSettings:
     dtype: str
     task: str  # as JSON, since its templates decide prompts
     source: str  # the data file, by its folder's name and its own
+    data: str  # sha-256 of its bytes, hex
     retrieved: int
     most: int
     users: int | None
@@ -99,9 +100,10 @@ def write_deltas(
         _append(folder, _compute(window, prompts, base, settings, counts))
         _write_progress(folder, settings, counts, finished=False)
         progress.advance(sum(len(user.questions) for user in window), f"δ of {counts.rows} users")
-    if not counts.rows:
+    if counts.rows < 2:
         raise InvalidData(
-            f"{settings.source}: nobody has a query and a history that fit {prompts.cap} tokens"
+            f"{settings.source}: two users should have a query and a history that fit {prompts.cap} tokens, and "
+            f"{counts.rows or 'none'} has"
         )
     _write_progress(folder, settings, counts, finished=True)
 

@@ -8,6 +8,7 @@ OUT/report.html
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -100,6 +101,7 @@ def _read_folder(request: AnalysisRequest, path: Path, base: BaseModel) -> _Fold
         dtype=str(base.model.dtype).removeprefix("torch."),
         task=task.to_json(),
         source=source_of(file),
+        data=_sha256(file),
         retrieved=request.queries.retrieved,
         most=request.queries.most,
         users=request.users,
@@ -219,6 +221,11 @@ def _read_shifts(files: Mapping[str, Path], artefact: Artefact) -> dict[str, Shi
         name: ShiftTensors.from_bytes(path.read_bytes(), spec, spec.personal_rank)
         for name, path in files.items()
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_block(vectors: Array, block: int) -> Array:

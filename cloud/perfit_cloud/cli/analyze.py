@@ -21,7 +21,7 @@ from perfit_cloud.cli.common import (
     placement_of,
     stopping,
 )
-from perfit_shared.errors import INTERRUPTED, Cancelled
+from perfit_shared.errors import INTERRUPTED, Cancelled, InvalidInput
 
 
 def analyze(  # noqa: PLR0917 - typer's way; all are options
@@ -76,6 +76,12 @@ def analyze(  # noqa: PLR0917 - typer's way; all are options
     from perfit_cloud.analysis.request import AnalysisRequest
     from perfit_cloud.analysis.run import run_analysis
 
+    artefacts, personal = artefact or [], None
+    if run is not None:
+        artefacts = artefacts or [run / "artefact"]
+        if len(artefacts) > 1:
+            raise InvalidInput("personal shifts belong to one artefact; name that one alone")
+        personal = _personal(run, artefacts[0])
     request = AnalysisRequest(
         model=model,
         data=tuple(data),
@@ -87,7 +93,7 @@ def analyze(  # noqa: PLR0917 - typer's way; all are options
         users=users,
         control=control,
         layer=layer,
-        artefacts=tuple(artefact or ([] if run is None else [run / "artefact"])),
+        artefacts=tuple(artefacts),
         texts=texts,
         seed=seed,
         threads=threads,
@@ -97,7 +103,7 @@ def analyze(  # noqa: PLR0917 - typer's way; all are options
     )
     try:
         with stopping() as stop:
-            found = run_analysis(request, personal=None if run is None else _personal(run), stop=stop)
+            found = run_analysis(request, personal=personal, stop=stop)
     except Cancelled as error:
         typer.echo(f"perfit-cloud: {error}", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -115,9 +121,18 @@ def analyze(  # noqa: PLR0917 - typer's way; all are options
     typer.echo(out / "report.html")
 
 
-def _personal(run: Path) -> dict[str, Path]:
-    """Files of the personal shifts of a finished run, by user id."""
+def _personal(folder: Path, artefact: Path) -> dict[str, Path]:
+    """Files of the personal shifts of a finished run on this artefact, by user id."""
+    from perfit_cloud.lamp.methods.perfit import PerFit
     from perfit_cloud.lamp.results import Run, UserFolder
+    from perfit_cloud.model.artefacts import Artefact
 
-    folders = {u.user_id: UserFolder(run, u.user_id, "personal.safetensors") for u in Run.load(run).users}
-    return {name: folder.state_path for name, folder in folders.items() if folder.has_state}
+    run = Run.load(folder)
+    if run.settings["method"] != PerFit.name:
+        raise InvalidInput(f"{folder} is a run of {run.settings['method']}; personal shifts are perfit's")
+    if run.settings["artefact"] != Artefact.load(artefact).version:
+        raise InvalidInput(
+            f"the shifts of {folder} were not trained on {artefact}; name theirs by --artefact"
+        )
+    folders = {u.user_id: UserFolder(folder, u.user_id, PerFit.state_file) for u in run.users}
+    return {name: one.state_path for name, one in folders.items() if one.has_state}

@@ -13,6 +13,7 @@ from perfit_cloud.collective.communities import FILE, LEAST_PEOPLE, CommunityTra
 from perfit_cloud.collective.community_card import HEADING, community_lines, listed
 from perfit_cloud.collective.data import Corpus, read_items, tokenise
 from perfit_cloud.collective.files import check_out, make_out
+from perfit_cloud.collective.items import first_users
 from perfit_cloud.collective.personal import scores_by_start
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.engine.gradients.batch import Pair
@@ -20,7 +21,7 @@ from perfit_cloud.engine.gradients.session import UpdateEngine
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel, load_base
 from perfit_cloud.model.placement import ONE_DEVICE, Placement
-from perfit_shared.errors import InvalidInput, ShiftMismatch
+from perfit_shared.errors import InvalidData, InvalidInput, ShiftMismatch
 from perfit_shared.starts import LEAST_TO_CHOOSE, choose_start
 from perfit_shared.types import Score
 from perfit_shared.validation import mean_loss
@@ -66,15 +67,22 @@ def add_communities(
             f"{request.artefact} was trained with differential privacy, and communities are not: they would "
             "tell of its people beyond its epsilon"
         )
+    card = _card(request.artefact, artefact.name)
+    seed = (artefact.card.get("hyper_parameters") or {}).get("seed", request.seed)
+    if seed != request.seed:
+        raise InvalidInput(
+            f"the artefact's people were drawn by seed {seed}; by another one they are not held out"
+        )
     items = read_items(request.data, artefact.task)
-    if request.users is not None:
-        items = items.first_users(request.users, request.seed)
     base = base or load_base(
         request.model, dtype=request.dtype, device=request.device, placement=request.placement
     )
     if base.fingerprint != artefact.fingerprint:
         raise ShiftMismatch(f"{request.artefact} was trained on another base model than {base.name}")
+    # Whom the artefact holds out is drawn among all of them.
     corpus = tokenise(items, base=base, task=artefact.task, seed=request.seed)
+    if request.users is not None:
+        corpus = replace(corpus, train=first_users(corpus.train, request.users, request.seed))
     make_out(request.out)
     found = with_communities(
         artefact,
@@ -86,16 +94,21 @@ def add_communities(
         out=request.out,
         stop=stop,
     )
-    page = request.artefact / "CARD.md"
-    before = (
-        page.read_text("utf-8").split(f"\n{HEADING}")[0].rstrip() if page.is_file() else f"# {found.name}"
-    )
-    (request.out / "CARD.md").write_text(
-        "\n".join([before, "", *community_lines(found.card)]) + "\n", "utf-8"
-    )
+    (request.out / "CARD.md").write_text("\n".join([card, "", *community_lines(found.card)]) + "\n", "utf-8")
     found.save(request.out)
     (request.out / FILE).unlink(missing_ok=True)
     return found
+
+
+def _card(folder: Path, name: str) -> str:
+    """CARD.md without what earlier communities added. Raises InvalidData where it is no text."""
+    page = folder / "CARD.md"
+    if not page.is_file():
+        return f"# {name}"
+    try:
+        return page.read_text("utf-8").split(f"\n{HEADING}")[0].rstrip()
+    except UnicodeDecodeError as error:
+        raise InvalidData(f"{page} is no text in UTF-8") from error
 
 
 def with_communities(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from perfit_shared.errors import InvalidInput
 
-__all__ = ["GROUPS", "Items", "source_of"]
+__all__ = ["GROUPS", "Items", "first_users", "source_of"]
 
 GROUPS = 5  # of users for Table 15
+T = TypeVar("T")
 
 
 def source_of(path: Path) -> str:
@@ -49,7 +51,7 @@ class Items:
                 f"there are groups 0 to {GROUPS - 1}, each a fifth of the {len(self.users)} users of "
                 f"{self.source}"
             )
-        return self._of(self._shuffled(seed)[number * size : (number + 1) * size])
+        return self._of(_shuffled(self.users, seed)[number * size : (number + 1) * size])
 
     def first_users(self, count: int, seed: int) -> Items:
         """The first `count` users of an order that `seed` shuffles: 10 of a seed are among its 100.
@@ -60,11 +62,7 @@ class Items:
             raise InvalidInput(
                 f"{self.source} holds {len(self.users)} users, {count} of them cannot be taken"
             )
-        return self._of(self._shuffled(seed)[:count])
-
-    def _shuffled(self, seed: int) -> list[str]:
-        names = sorted(self.users)
-        return [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+        return self._of(first_users(self.users, count, seed))
 
     def _of(self, names: Collection[str]) -> Items:
         chosen = set(names)
@@ -73,3 +71,14 @@ class Items:
             users={name: items for name, items in self.users.items() if name in chosen},
             profiles={name: items for name, items in self.profiles.items() if name in chosen},
         )
+
+
+def first_users(users: Mapping[str, T], count: int, seed: int) -> dict[str, T]:
+    """The first `count` of an order that `seed` shuffles, or all; as they were ordered."""
+    chosen = set(_shuffled(users, seed)[:count])
+    return {name: of for name, of in users.items() if name in chosen}
+
+
+def _shuffled(users: Collection[str], seed: int) -> list[str]:
+    names = sorted(users)
+    return [names[i] for i in np.random.default_rng(seed).permutation(len(names))]

@@ -21,6 +21,7 @@ from perfit_shared.tasks import TASKS, Task
 __all__ = [
     "Cell",
     "RunGroup",
+    "collective_sizes",
     "families",
     "group_runs",
     "main_groups",
@@ -64,7 +65,7 @@ class RunGroup:
     runs: tuple[Run, ...]
     summaries: tuple[Mapping[str, Any], ...]
     collective_users: int | None = None  # whom stage 1 saw, here or where it was taken from; None: all
-    whole: int | None = None  # the same of the whole method, of this task and model
+    whole: int | None = None  # the same of the whole method, of this task, model and queries
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.settings.get(key, default)
@@ -75,7 +76,8 @@ class RunGroup:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        return tuple(mode for mode in MODES if mode in self.summaries[0]["loss"])
+        """Those of all seeds."""
+        return tuple(mode for mode in MODES if all(mode in summary["loss"] for summary in self.summaries))
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -99,13 +101,22 @@ class RunGroup:
     @property
     def complete(self) -> bool:
         """PerFit as it is, but perhaps with few collective users."""
+        return self.method == "perfit" and self.alike
+
+    @property
+    def alike(self) -> bool:
+        """A method as it is: own histories, and what is shared comes from people who were asked the same."""
         return (
-            self.method == "perfit"
-            and self.get("histories", "own") == "own"
+            self.get("histories", "own") == "own"
             and self.get("collective_group") is None
             and self.get("artefact_prompts") == self.get("prompts")
             and not self.foreign
         )
+
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """Which people and queries, of which task and model."""
+        return (self.task, *(self.get(key) for key in ("fingerprint", "users", "asked")))
 
     @property
     def decoding(self) -> str:
@@ -154,9 +165,9 @@ def _look_up(nest: Mapping[str, Any], measure: str, mode: str) -> Any:
 
 
 def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
-    """Groups by task, the whole method first. Of equal runs, as of two sweeps, the first counts."""
+    """Groups by task, the whole method first. Of equal runs, as of two sweeps, that of most modes counts."""
     found: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: -len(run.modes)):
         key = _key(run.settings)
         same_seed = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
         if any(_stage_1(other.settings) == _stage_1(run.settings) for other in same_seed):
@@ -181,13 +192,12 @@ def _with_collective_users(groups: Sequence[RunGroup]) -> list[RunGroup]:
     ]
     seen: dict[tuple[Any, ...], list[int | None]] = {}
     for group in known:
-        users = seen.setdefault((group.task, group.get("fingerprint"), group.complete), [])
+        users = seen.setdefault((*group.asked, group.complete), [])
         if group.complete or "collective" in group.modes:
             users.append(group.collective_users)
 
     def whole(group: RunGroup) -> int | None:
-        of = group.task, group.get("fingerprint")
-        users = seen.get((*of, True)) or seen.get((*of, False)) or [None]
+        users = seen.get((*group.asked, True)) or seen.get((*group.asked, False)) or [None]
         return None if None in users else max(filter(None, users))
 
     return [replace(group, whole=whole(group)) for group in known]
@@ -223,24 +233,67 @@ def _key(settings: Mapping[str, Any]) -> str:
 def families(groups: Sequence[RunGroup], *varied: str) -> list[list[RunGroup]]:
     """Groups whose settings differ in `varied` alone, two or more together.
 
-    And in what follows from that: the number of parameters, and the learning rate, which trials choose.
+    And in what follows from that: the number of parameters, and the learning rate, which trials choose. Where
+    groups are alike in `varied`, another rate was asked for, and those of one rate are a family.
     """
-    found: dict[str, list[RunGroup]] = {}
-    for group in groups:
-        free = (*varied, "personal_parameters", "learning_rate")
-        found.setdefault(_key({k: v for k, v in group.settings.items() if k not in free}), []).append(group)
-    return [family for family in found.values() if len(family) > 1]
+
+    def split(members: Sequence[RunGroup], *free: str) -> list[list[RunGroup]]:
+        found: dict[str, list[RunGroup]] = {}
+        for group in members:
+            key = _key({k: v for k, v in group.settings.items() if k not in free})
+            found.setdefault(key, []).append(group)
+        return [family for family in found.values() if len(family) > 1]
+
+    def distinct(family: Sequence[RunGroup]) -> bool:
+        return len({json.dumps([_varied(group, name) for name in varied]) for group in family}) == len(family)
+
+    rest = (*varied, "personal_parameters")
+    found: list[list[RunGroup]] = []
+    for family in split(groups, *rest, "learning_rate"):
+        found += [family] if distinct(family) else filter(distinct, split(family, *rest))
+    return found
+
+
+def _varied(group: RunGroup, name: str) -> Any:
+    return group.collective_users if name == "collective_users" else group.get(name)
 
 
 def sweeps(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
-    """Three or more plain groups that differ in their layers alone, single layers first, ascending."""
-    found = families([group for group in groups if group.plain], "layers")
+    """Three or more groups of PerFit that differ in their layers alone, single layers first, ascending."""
+    found = families([group for group in groups if group.complete], "layers")
     return [sorted(f, key=lambda g: (len(g.layers), g.layers)) for f in found if len(f) > 2]
 
 
+def collective_sizes(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
+    """Groups of PerFit that differ alone in how many users stage 1 saw, the fewest first.
+
+    And beside each those of other methods whose stage 1 saw as many, fewer than all.
+    """
+
+    def size(group: RunGroup) -> tuple[float, bool]:
+        users = math.inf if group.collective_users is None else group.collective_users
+        return users, not group.complete
+
+    found = []
+    for family in families([group for group in groups if group.complete], "collective_users"):
+        first, sizes = family[0], {group.collective_users for group in family} - {None, family[0].whole}
+        others = [
+            group
+            for group in groups
+            if group.alike
+            and not group.complete
+            and "collective" in group.modes
+            and group.collective_users in sizes
+            and group.asked == first.asked
+            and group.decoding == first.decoding
+        ]
+        found.append(sorted([*family, *others], key=size))
+    return found
+
+
 def rank_grids(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
-    """Plain groups that differ in their ranks alone, with at least two of each rank."""
-    found = families([group for group in groups if group.plain], "collective_rank", "personal_rank")
+    """Groups of PerFit that differ in their ranks alone, with at least two of each rank."""
+    found = families([group for group in groups if group.complete], "collective_rank", "personal_rank")
     return [
         sorted(family, key=lambda group: group.ranks)
         for family in found
@@ -251,8 +304,8 @@ def rank_grids(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
 def short_histories(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     """Groups with histories of several lengths, with plain seeds or other starts; the shortest first."""
     own = [g for g in groups if g.get("histories", "own") == "own" and g.method in _STARTS]
-    follow = ("data", "shortened", "asked", "together")
-    found = families(own, "examples", "method", "k", "examples_as", "communities", *follow)
+    starts, follow = ("communities", "community_seeds"), ("data", "shortened", "asked", "together")
+    found = families(own, "examples", "method", "k", "examples_as", *starts, *follow)
     lengths = [sorted(f, key=lambda g: (_length(g), g.method, g.get("communities", 0))) for f in found]
     return [family for family in lengths if len({_length(group) for group in family}) > 1]
 
@@ -276,6 +329,9 @@ def main_groups(groups: Sequence[RunGroup]) -> list[RunGroup]:
 
     explored = {id(group) for family in (*sweeps(groups), *rank_grids(groups)) for group in family}
     explored |= {id(g) for family in short_histories(groups) for g in family if g.get("examples") is not None}
+    explored |= {
+        id(g) for family in collective_sizes(groups) for g in family if g.collective_users is not None
+    }
     found: dict[tuple[Any, ...], list[RunGroup]] = {}
     for group in groups:
         if group.plain:
@@ -290,14 +346,16 @@ def main_groups(groups: Sequence[RunGroup]) -> list[RunGroup]:
 def nearest(
     group: RunGroup, groups: Sequence[RunGroup], also: Callable[[RunGroup], int] = lambda _: 0
 ) -> RunGroup | None:
-    """The plain group of the same task, model, test users, prompts and decoding that shares most settings.
+    """PerFit's group of the same task, model, test users, prompts and decoding that stands nearest.
 
-    `also` counts before the settings.
+    What `also` counts comes first; then whether one sweep made both, whether stage 1 saw as many users, and
+    whether it is the plain one; then how many settings they share.
     """
     candidates = [
         other
         for other in groups
-        if other.plain
+        if other.complete
+        and other is not group
         and other.task.name == group.task.name
         and all(
             other.get(key) == group.get(key) for key in ("fingerprint", "users", "data", "prompts", "chat")
@@ -306,4 +364,15 @@ def nearest(
     ]
     if not candidates:
         return None
-    return max(candidates, key=lambda o: (also(o), sum(o.get(k) == v for k, v in group.settings.items())))
+    beside = {run.folder.parent for run in group.runs}
+
+    def rank(other: RunGroup) -> tuple[int, ...]:
+        return (
+            also(other),
+            any(run.folder.parent in beside for run in other.runs),
+            other.collective_users == group.collective_users,
+            other.plain,
+            sum(other.get(key) == value for key, value in group.settings.items()),
+        )
+
+    return max(candidates, key=rank)

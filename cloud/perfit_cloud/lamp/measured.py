@@ -89,12 +89,15 @@ class UserFigures:
         return cls("", str(raw["asked"]), str(raw["counted"]), queries, tokens, examples, steps, modes)
 
 
-def check_alike(users: Sequence[UserFigures]) -> None:
-    """Raise ValueError unless all have the same modes, and sums of one length for each metric."""
-    lengths: dict[str, int] = {}
+def check_alike(users: Sequence[UserFigures], task: Task) -> None:
+    """Raise ValueError unless all have the same modes, and every metric of the task by sums of its length."""
+    metrics = {name: table.shape[1] for name, table in scores.parts(task, ["1"], ["1"]).items()}
+    lengths = dict(metrics)
     for user in users:
         if user.modes.keys() != users[0].modes.keys():
             raise ValueError("users with other modes")
+        if not user.modes or not all(metrics.keys() <= one.sums.keys() for one in user.modes.values()):
+            raise ValueError("a metric is missing")
         for name, sums in (pair for one in user.modes.values() for pair in one.sums.items()):
             if len(sums) != lengths.setdefault(name, len(sums)):
                 raise ValueError("sums of another length")

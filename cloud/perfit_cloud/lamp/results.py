@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -47,6 +48,8 @@ _DECODING_KEYS = ("temperature", "top_k", "top_p")
 _FORMAT = 1
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 _LONGEST_NAME = 100  # characters of a folder, before a hash
+# What reading a file that something else has written may raise.
+_DAMAGED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class UserResult:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Those measured, in MODES' order."""
-        return tuple(mode for mode in MODES if mode in self.queries[0].loss)
+        """Those measured of all queries, in MODES' order."""
+        return tuple(mode for mode in MODES if all(mode in query.loss for query in self.queries))
 
     def with_modes(self, queries: Sequence[QueryResult]) -> UserResult:
         """With what these, the same queries in the same order, say of other modes."""
@@ -108,7 +111,12 @@ class UserFolder:
     def losses(self) -> tuple[float, ...]:
         """Of every step of stage 2."""
         path = self.path / "stage2.json"
-        return tuple(_read(path)["losses"]) if self.has_state and path.is_file() else ()
+        if not (self.has_state and path.is_file()):
+            return ()
+        try:
+            return tuple(map(float, _read(path)["losses"]))
+        except _DAMAGED as error:
+            raise InvalidData(f"{path} is damaged; remove the folder and run again") from error
 
     @property
     def steps(self) -> int:
@@ -131,14 +139,19 @@ class UserFolder:
         path = self.path / "result.json"
         try:
             data = _read(path)
-            return UserResult(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            found = UserResult(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
+            _check_user(found)
+            return found
+        except _DAMAGED as error:
             raise InvalidData(f"{path} is not a user's result; remove it and run again") from error
 
     @property
     def seconds(self) -> dict[str, float]:
         path = self.path / "seconds.json"
-        return {"fit": 0.0, "answers": 0.0} | _renamed(_read(path) if path.is_file() else {})
+        try:
+            return {"fit": 0.0, "answers": 0.0} | _seconds(_read(path) if path.is_file() else {})
+        except _DAMAGED as error:
+            raise InvalidData(f"{path} is damaged; remove it, and the run counts anew") from error
 
     def _save_seconds(self, **seconds: float) -> None:
         write_json(self.path / "seconds.json", self.seconds | seconds)
@@ -158,8 +171,9 @@ class Run:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes measured, in MODES' order."""
-        return tuple(self.kept[0].modes) if self.kept else self.users[0].modes
+        """Those measured of all users, in MODES' order. A run that was cut short has more of some users."""
+        found = [set(user.modes) for user in (self.kept or self.users)]
+        return tuple(mode for mode in MODES if all(mode in modes for modes in found))
 
     @property
     def people(self) -> int:
@@ -223,9 +237,11 @@ class Run:
                 raise InvalidData(f"{folder}: format {data['format']} is not known to this version")
             task = Task.from_json(json.dumps(data["task"]))
             users = tuple(UserFolder(folder, user).load() for user in data["users"])
-            seconds = _renamed(data["seconds"])
-            return cls(folder, task, completed(data["settings"], task), seconds, users)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not users:
+                raise InvalidData(f"{folder} has no users")
+            settings = _checked(completed(data["settings"], task))
+            return cls(folder, task, settings, _seconds(data["seconds"]), users)
+        except _DAMAGED as error:
             raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
 
     def save_figures(self, folder: Path, *, drift: Mapping[str, Any] | None = None) -> Path:
@@ -252,14 +268,79 @@ class Run:
             figures = tuple(UserFigures.from_json(user) for user in data["users"])
             if not figures:
                 raise InvalidData(f"{path} has no users")
-            check_alike(figures)
-            return cls(folder, task, data["settings"], data["seconds"], (), figures, data.get("drift"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            check_alike(figures, task)
+            settings, seconds = _checked(completed(data["settings"], task)), _seconds(data["seconds"])
+            return cls(folder, task, settings, seconds, (), figures, _drift(data.get("drift")))
+        except _DAMAGED as error:
             raise InvalidData(f"{path} is damaged; `perfit-cloud lamp figures` makes it") from error
 
 
-def _renamed(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {_OLD_SECONDS.get(part, part): value for part, value in seconds.items()}
+def _seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """By the names of today. Raises ValueError or TypeError on what are no seconds."""
+    found = {_OLD_SECONDS.get(part, part): float(value) for part, value in seconds.items()}
+    if not all(0 <= value < math.inf for value in found.values()):
+        raise ValueError("seconds below 0")
+    return found
+
+
+def _check_user(user: UserResult) -> None:
+    """Raise ValueError on results that no run has written."""
+    for query in user.queries:
+        losses, answers, origins = query.loss, query.answers, query.origins
+        texts = (query.id, query.gold, *answers.values(), *(() if origins is None else (origins,)))
+        if not (
+            losses and losses.keys() == answers.keys() <= set(MODES) and _is_count(query.tokens, least=1)
+        ):
+            raise ValueError("modes or tokens")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("texts")
+        if not all(isinstance(loss, int | float) for loss in losses.values()):
+            raise ValueError("losses")
+    counts = (user.examples, user.steps)
+    if not user.queries or not all(map(_is_count, counts)) or not isinstance(user.user_id, str):
+        raise ValueError("no queries, or counts that are none")
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError where what reports read has another type."""
+    kinds: Mapping[str, type | tuple[type, ...]] = {
+        **dict.fromkeys(("seed", "users", "collective_rank", "personal_rank", "personal_parameters"), int),
+        **dict.fromkeys(("communities", "hidden_size", "blocks", "answer_tokens"), int),
+        **dict.fromkeys(("method", "model", "prompts", "histories", "positions", "fingerprint"), str),
+        **dict.fromkeys(("collective_users", "collective_group", "examples", "queries"), (int, type(None))),
+        **dict.fromkeys(("stop", "layers"), list),
+        **dict.fromkeys(("frequency_penalty", "presence_penalty"), (int, float)),
+        "decoding": dict,
+    }
+    for name, kind in kinds.items():
+        if name in settings and not isinstance(settings[name], kind):
+            raise ValueError(f"{name} is of another type")
+    if not all(_is_count(layer) for layer in settings.get("layers", ())):
+        raise ValueError("layers")
+    return settings
+
+
+def _drift(raw: Any) -> Mapping[str, Any] | None:
+    """As `drift_results.drift_of` gives it. Raises one of _DAMAGED on anything else."""
+    if raw is None:
+        return None
+
+    def bounds(pair: Any) -> list[float] | None:
+        return None if pair is None else [float(bound) for bound in pair]
+
+    return {
+        mode: {
+            "nats": float(of["nats"]),
+            "unchanged": float(of["unchanged"]),
+            "intervals": {name: bounds(of["intervals"][name]) for name in ("nats", "unchanged")},
+            "prompts": int(of["prompts"]),
+        }
+        for mode, of in raw.items()
+    }
 
 
 def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:

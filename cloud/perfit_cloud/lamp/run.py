@@ -81,6 +81,8 @@ def run_lamp(
     people = read_people(
         request.data, task, base, users=request.users, examples=request.examples, queries=request.queries
     )
+    if request.histories == "other" and len(people.people) < 2:
+        raise InvalidInput("another user's history wants a second user")
     say(base.precision)
     _describe(people, task, say)
     data = TaskData(task, base, people)
@@ -247,7 +249,8 @@ class _LampRun:
     # -- answers -------------------------------------------------------------------------------
 
     def _modes(self) -> tuple[str, ...]:
-        own = ("personal", "other") if len(self._people) > 1 else ("personal",)
+        swapped = self._request.histories != "own"  # somebody else's state may then be one's own
+        own = ("personal",) if swapped or len(self._people) < 2 else ("personal", "other")
         measured = {*self._method.shared, *(own if self._method.learns else ())}
         asked = measured.intersection(value_or(self._request.modes, MODES))
         if not asked:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from perfit_cloud.lamp.compare import Side, compare
 from perfit_cloud.lamp.figures import HeatMap, PointPlot
-from perfit_cloud.lamp.groups import RunGroup, families, rank_grids, short_histories, sweeps
+from perfit_cloud.lamp.groups import RunGroup, collective_sizes, families, rank_grids, short_histories, sweeps
 from perfit_cloud.lamp.layout import (
     Block,
     Section,
@@ -42,7 +42,7 @@ def _layers(groups: Sequence[RunGroup]) -> Section:
 
 def _layer_counts(groups: Sequence[RunGroup]) -> Section:
     blocks = []
-    for family in families([group for group in groups if group.plain], "layers"):
+    for family in families([group for group in groups if group.complete], "layers"):
         spaced = {len(g.layers): g for g in family if g.layers == _spaced(g)}
         if len(spaced) > 1:
             rows = [(f"{count}: {';'.join(map(str, g.layers))}", g) for count, g in sorted(spaced.items())]
@@ -85,22 +85,25 @@ def _ranks(groups: Sequence[RunGroup]) -> Section:
 
 
 def _collective_users(groups: Sequence[RunGroup]) -> Section:
-    def number(group: RunGroup) -> tuple[float, str]:
-        users, method = group.collective_users, "" if group.complete else f", {group.method}"
-        return (float("inf"), f"all{method}") if users is None else (users, f"{users}{method}")
+    def name(group: RunGroup) -> str:
+        users = "all" if group.collective_users is None else str(group.collective_users)
+        return users if group.complete else f"{users}, {group.method}"
 
-    few = [group for group in groups if "collective" in group.modes and group.collective_users != group.whole]
-    whole = sum(group.complete for group in groups)
+    sizes = collective_sizes(groups)
+    blocks = [
+        variants(
+            "collective users",
+            [(name(group), group) for group in family],
+            joined=len(family) if all(group.complete for group in family) else 0,
+        )
+        for family in sizes
+    ]
+    drawn = [group for family in sizes for group in family]
     return Section(
         "collective_users",
         "Few collective users (Table 14)",
-        "Stage 1 saw only so many users; those measured are the same.",
-        beside(
-            with_full_method(few, groups, "collective users", number, joined=whole),
-            few,
-            FEW_USERS,
-            "collective users, method",
-        ),
+        "Stage 1 saw only so many users; those measured are the same, and all else is equal.",
+        beside(blocks, drawn, FEW_USERS, "collective users, method"),
         FEW_USERS.cited,
     )
 
@@ -209,6 +212,8 @@ def _start(group: RunGroup) -> str:
 
 
 def _against(group: RunGroup, plain: RunGroup) -> list[str | None]:
+    if not all("personal" in each.modes for each in (group, plain)):
+        return [None] * 4
     found = compare(Side(group.runs[0], "personal"), Side(plain.runs[0], "personal"))
     return tested(as_json(found.against), group)[0][1:]
 

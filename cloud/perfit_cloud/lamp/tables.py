@@ -128,9 +128,12 @@ def _ablation_tests(parts: Mapping[str, RunGroup]) -> list[list[object]]:
         if name == "full" or name not in parts:
             continue
         part = parts[name]
+        mode = _ablation_mode(name, part)
+        if "personal" not in full.modes or mode not in part.modes:
+            continue
         seed = next((seed for seed in full.seeds if seed in part.seeds), None)
         one, two = (g.runs[0 if seed is None else g.seeds.index(seed)] for g in (full, part))
-        found = compare(Side(one, "personal"), Side(two, _ablation_mode(name, part)))
+        found = compare(Side(one, "personal"), Side(two, mode))
         for cells in tested(as_json(found.against), full):
             rows.append([full.task.name, setting(full), seed, f"full − {label}", *cells])
     return rows

@@ -29,5 +29,5 @@ def figures(
 
     whole = Run.load(run)
     typer.echo(whole.save_figures(out, drift=drift_of(whole)))
-    if (run / RESULTS_FILE).is_file():
+    if (run / RESULTS_FILE).is_file() and not out.samefile(run):
         shutil.copyfile(run / RESULTS_FILE, out / RESULTS_FILE)

@@ -235,7 +235,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         return
     for each, summary in zip(runs, summaries, strict=True):
         rows = {"loss, nats a token": summary["loss"], **summary["metrics"]}
-        cells = [[name, *(f"{values[mode]:.4f}" for mode in each.modes)] for name, values in rows.items()]
+        cells = [[name, *(_figure(values[mode]) for mode in each.modes)] for name, values in rows.items()]
         how = f", {each.settings['schedule']} schedule" if "schedule" in each.settings else ""
         typer.echo(f"{each.folder} ({len(each.users)} users{how})")
         typer.echo("\n".join(aligned_table(["", *each.modes], cells)))
@@ -244,3 +244,8 @@ def run(  # noqa: PLR0917 - typer's way; all are options
                 f"drift, {mode}: {of['nats']:+.4f} nats a token, {of['unchanged']:.1%} of answers unchanged "
                 f"on {of['prompts']} prompts"
             )
+
+
+def _figure(value: float | None) -> str:
+    """A summary holds None for what is no number."""
+    return "–" if value is None else f"{value:.4f}"

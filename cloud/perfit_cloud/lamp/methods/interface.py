@@ -81,11 +81,17 @@ class QueryRequest(Generic[State]):
 class Method(ABC, Generic[State]):
     name: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()  # fields of the request that this method alone reads
+    shared_modes: ClassVar[tuple[str, ...]] = ("base",)  # the keys of `shared`, known before `prepare`
     learns: ClassVar[bool] = True  # false: `fit` is never called, and nobody has a state of their own
     state_file: ClassVar[str] = "state.bin"  # in a user's folder
 
     def __init__(self, request: LampRequest, data: TaskData) -> None:
         self.request, self.data = request, data
+
+    @classmethod
+    def modes(cls) -> tuple[str, ...]:
+        """Of results.MODES, those that a run of several people can measure."""
+        return (*cls.shared_modes, *(("personal", "other") if cls.learns else ()))
 
     @classmethod
     def check(cls, request: LampRequest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfit_cloud.lamp.methods.adapters import AdapterMethod
 from perfit_cloud.lamp.methods.added_weights import Weights
@@ -23,6 +23,7 @@ __all__ = ["LoraC"]
 
 class LoraC(AdapterMethod):
     name = "lora-c"
+    shared_modes: ClassVar[tuple[str, ...]] = ("base", "collective")
     options = COLLECTIVE_OPTIONS
     learns = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfit_cloud.collective.spec import spec_of
 from perfit_cloud.engine.interface import ShiftUse
@@ -37,6 +37,7 @@ LORA_LAYERS = ("all", "perfit")
 
 class LoraCPerFit(PersonalOnly):
     name = "lora-c+perfit"
+    shared_modes: ClassVar[tuple[str, ...]] = ("base", "collective")
     options = (PersonalOnly.options - {"collective_rank"}) | COLLECTIVE_OPTIONS | {"lora_layers"}
     collective: AddedWeights  # from `prepare` on
 

@@ -7,7 +7,7 @@ adapters' changes are added to what the frozen projection gives, which is the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfit_cloud.lamp.methods.adapters import PERSONAL_OPTIONS, AdapterMethod
 from perfit_cloud.lamp.methods.added_weights import AddedWeights, Weights
@@ -27,6 +27,7 @@ __all__ = ["Oppu"]
 
 class Oppu(AdapterMethod):
     name = "oppu"
+    shared_modes: ClassVar[tuple[str, ...]] = ("base", "collective")
     options = COLLECTIVE_OPTIONS | PERSONAL_OPTIONS
     collective: AddedWeights  # from `prepare` on
 

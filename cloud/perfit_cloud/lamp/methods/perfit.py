@@ -5,6 +5,7 @@ A state is the shift that answers: `ShiftUse`, the personal tensors of which are
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -48,6 +49,7 @@ class PerFit(FrozenMethod[ShiftUse]):
 
     name = "perfit"
     options = _STAGE_1 | _SHIFTS | _STAGE_2 | {"artefact"}
+    shared_modes: ClassVar[tuple[str, ...]] = ("base", "collective", "seed")
     state_file = "personal.safetensors"
 
     artefact: Artefact  # from `prepare` on
@@ -143,6 +145,7 @@ class PerFit(FrozenMethod[ShiftUse]):
     @property
     def settings(self) -> Mapping[str, Any]:
         request, artefact, spec = self.request, self.artefact, self.artefact.spec
+        communities = artefact.communities if self.training.on_device else ()
         return {
             "blocks": self.data.base.blocks,
             "hidden_size": spec.hidden_size,
@@ -157,7 +160,8 @@ class PerFit(FrozenMethod[ShiftUse]):
             "collective_epochs": request.collective_epochs,
             "collective_learning_rate": request.collective_learning_rate,
             "preset": request.preset,
-            "communities": len(artefact.communities) if self.training.on_device else 0,
+            "communities": len(communities),
+            "community_seeds": _digest(communities) if communities else None,
             "artefact": artefact.version,
             "artefact_task": artefact.task.name,
             "artefact_prompts": prompts_of(artefact.task),
@@ -248,6 +252,7 @@ class PersonalOnly(PerFit):
 
     name = "perfit_stage2"
     options = _SHIFTS | _STAGE_2
+    shared_modes: ClassVar[tuple[str, ...]] = ("base",)
     sums_ranks: ClassVar[bool] = False
 
     def prepare(self, stop: Callable[[], bool]) -> float:
@@ -273,6 +278,11 @@ class BothRanks(PersonalOnly):
 
     name = "perfit_stage2_sum"
     sums_ranks = True
+
+
+def _digest(shifts: Sequence[ShiftTensors]) -> str:
+    """An artefact's version leaves its communities out."""
+    return hashlib.sha256("".join(shift.digest() for shift in shifts).encode()).hexdigest()[:16]
 
 
 def _figures(request: LampRequest, task: Task, artefact: Artefact) -> tuple[int, int]:

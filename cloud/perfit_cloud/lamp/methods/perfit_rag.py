@@ -75,6 +75,9 @@ class PerFitRag(PerFit):
             for state, folder in zip(states, folders, strict=True)
         ]
 
+    # Who has too few examples to train on answers from the start, with those examples.
+    can_fit = Method.can_fit
+
     def pair(self, request: QueryRequest[ShiftUse], item: Mapping[str, str]) -> Pair:
         examples = request.state.examples if isinstance(request.state, RetrievingUse) else None
         if examples is None:
@@ -112,7 +115,7 @@ class SeedRag(PerFitRag):
         return fitted
 
     # Nobody is trained, so none of this follows a schedule.
-    can_fit, examples, announce = Method.can_fit, Method.examples, Method.announce
+    examples, announce = Method.examples, Method.announce
 
 
 def _retrieving(use: ShiftUse, examples: OwnExamples) -> RetrievingUse:
