@@ -41,7 +41,7 @@ _STAGE_1 = frozenset(
 )
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
 _STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
-_TRIAL_USERS = 4  # take half as long as two with a LoRA
+_TRIAL_USERS = 8  # all that the corpus has; they take no longer than two with a LoRA
 
 
 class PerFit(FrozenMethod[ShiftUse]):
