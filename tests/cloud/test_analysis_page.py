@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from perfit_cloud.analysis.request import AnalysisRequest
 from perfit_cloud.analysis.run import run_analysis
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
-from perfit_shared.errors import PerfitError
+from perfit_shared.errors import InvalidInput, PerfitError
 
 OPTIONS = QueryOptions(retrieved=2)
 
@@ -111,6 +112,20 @@ def lonely(data: Path, tmp_path: Path) -> Path:
         json.dumps([{**r, "profile": r["profile"][:1], "query": []} for r in one])
     )
     return tmp_path
+
+
+def test_changed_data_is_another_analysis(
+    request_for: Callable[..., AnalysisRequest], load: Callable[[str], BaseModel], data: Path, tmp_path: Path
+) -> None:
+    """Its old vectors stood beside the new texts."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    request = request_for(tmp_path / "out", data=(copy,), control=False)
+    run_analysis(request, base=load("llama"))
+    path = copy / "user_top_100_history.json"
+    path.write_text(path.read_text().replace("cat", "dog"))
+    with pytest.raises(InvalidInput, match="other data"):
+        run_analysis(request, base=load("llama"))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from tests.support.collective import StopAfter, small_request
 from typer.testing import CliRunner
 
 from perfit_cloud.cli.main import app
+from perfit_cloud.collective import community_run
 from perfit_cloud.collective.clustering import assign
 from perfit_cloud.collective.communities import FILE, LEAST_PEOPLE
 from perfit_cloud.collective.community_run import CommunitiesRequest, add_communities
+from perfit_cloud.collective.data import Corpus
 from perfit_cloud.collective.personal import scores_by_start
 from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.run import CollectiveRequest, train_collective
@@ -121,6 +123,22 @@ def test_planted_groups_are_found_and_pick_their_own_seed(
     assert page.startswith((stage1 / "CARD.md").read_text().rstrip())
 
 
+def test_a_part_of_the_people_leaves_out_those_whom_the_artefact_holds_out(
+    request_for: Any, stage1: Path, planted: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were drawn anew among that part, and so were people whom the artefact had learned from."""
+    seen: list[Corpus] = []
+    monkeypatch.setattr(
+        community_run, "with_communities", lambda artefact, corpus, *_, **__: seen.append(corpus)
+    )
+    for users in (None, 14):
+        with pytest.raises(AttributeError):  # there is no artefact then
+            add_communities(request_for(users=users), base=base)
+    whole, part = seen
+    assert part.validated == whole.validated and len(part.train) == 14 < len(whole.train)
+    assert not part.train.keys() & part.validated.keys()
+
+
 def test_stage_1_adds_them_itself_and_one_community_is_none(
     planted: Path, model: str, base: BaseModel, stage1: Path, two: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +178,8 @@ def test_what_cannot_be_is_refused(request_for: Any, base: BaseModel, planted: P
     private: CollectiveRequest = small_request(
         planted, model, request_for().out, communities=2, validation=planted, budget=Budget(8.0)
     )
+    with pytest.raises(InvalidInput, match="drawn by seed 0"):
+        add_communities(request_for(seed=9), base=base)
     with pytest.raises(InvalidInput, match="beyond the privacy budget"):
         train_collective(private, base=base)
     request = request_for()

@@ -169,6 +169,19 @@ def test_the_command(tmp_path: Path) -> None:
         lambda raw: raw["users"][0].update(modes=[]),
         lambda raw: raw["users"][1]["modes"].pop("base"),
         lambda raw: raw["users"][1]["modes"]["base"]["sums"].update(accuracy=[1, 2, 3]),
+        lambda raw: [one["sums"].update(accuracy=[1]) for u in raw["users"] for one in u["modes"].values()],
+        lambda raw: [one["sums"].pop("macro_f1") for u in raw["users"] for one in u["modes"].values()],
+        lambda raw: [u.update(modes={}) for u in raw["users"]],
+        lambda raw: raw["users"][0].update(tokens=math.inf),
+        lambda raw: raw.update(settings=[]),
+        lambda raw: raw["settings"].update(seed="0"),
+        lambda raw: raw["settings"].update(users="3"),
+        lambda raw: raw["settings"].update(collective_rank=None),
+        lambda raw: raw["settings"].update(decoding=None),
+        lambda raw: raw["settings"].update(layers=["1"]),
+        lambda raw: raw.update(seconds=None),
+        lambda raw: raw["seconds"].update(fit="long"),
+        lambda raw: raw.update(drift={"personal": {"nats": 0.1, "unchanged": 1.0, "prompts": 20}}),
     ],
 )
 def test_damaged_figures_are_refused(tmp_path: Path, damage: Any) -> None:
@@ -179,6 +192,56 @@ def test_damaged_figures_are_refused(tmp_path: Path, damage: Any) -> None:
     path.write_text(json.dumps(raw))
     with pytest.raises(InvalidData, match="kept"):
         Run.load(tmp_path / "kept", texts=False)
+
+
+def test_too_deep_a_file_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidData, match="damaged"):
+        Run.load(tmp_path, texts=False)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw.update(queries=[]),
+        lambda raw: raw.update(steps="3"),
+        lambda raw: raw["queries"][0]["loss"].update(base="2.0"),
+        lambda raw: raw["queries"][0]["loss"].update(base=None),
+        lambda raw: raw["queries"][0]["loss"].update(mine=1.0),
+        lambda raw: raw["queries"][0]["answers"].pop("base"),
+        lambda raw: raw["queries"][0]["answers"].update(base=5),
+        lambda raw: raw["queries"][0].update(tokens=0),
+        lambda raw: raw["queries"][0].update(origins=3),
+    ],
+)
+def test_damaged_results_of_a_user_are_refused(tmp_path: Path, damage: Any) -> None:
+    save_run(tmp_path, LABELS, simple_users({"base": 2.0, "personal": 1.0}))
+    path = tmp_path / "users" / "u1" / "result.json"
+    raw = json.loads(path.read_text())
+    damage(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(InvalidData, match="u1"):
+        Run.load(tmp_path)
+
+
+def test_half_written_seconds_and_losses_are_refused(tmp_path: Path) -> None:
+    folder = UserFolder(tmp_path, "u", "state")
+    folder.save_state(b"", losses=[1.0], seconds=2.0)
+    assert folder.losses == (1.0,) and folder.seconds["fit"] == 2.0
+    (folder.path / "seconds.json").write_text('{"fit": ')
+    (folder.path / "stage2.json").write_text('{"losses": [')
+    with pytest.raises(InvalidData, match="seconds"):
+        folder.seconds  # noqa: B018
+    with pytest.raises(InvalidData, match="stage2"):
+        folder.losses  # noqa: B018
+
+
+def test_a_run_cut_short_while_modes_were_added_has_those_of_everybody(tmp_path: Path) -> None:
+    """It could not be read any more: the first user had a mode that the others lacked."""
+    both = simple_users({"base": 2.0, "personal": 1.0})
+    some = simple_users({"base": 2.0})
+    run = save_run(tmp_path, LABELS, [both[0], some[1], both[2]])
+    assert run.modes == ("base",) and [*run.figures[0].modes] == ["base"]
 
 
 def test_what_needs_texts_says_so(tmp_path: Path) -> None:

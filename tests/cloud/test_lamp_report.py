@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from perfit_cloud.cli.lamp.report import report as command
 from perfit_cloud.lamp import paper
-from perfit_cloud.lamp.groups import group_runs, main_groups, nearest, rank_grids, sweeps
+from perfit_cloud.lamp.groups import collective_sizes, group_runs, main_groups, nearest, rank_grids, sweeps
 from perfit_cloud.lamp.layout import variant
 from perfit_cloud.lamp.report import write_report
 from perfit_cloud.lamp.results import Run
@@ -248,6 +248,47 @@ def test_a_collective_shift_trained_with_other_prompts_is_no_plain_run(runs: Run
     runs.add("mixed", artefact_prompts="oppu")
     mixed = next(g for g in group_runs(Run.load(f) for f in runs.folders) if not g.plain)
     assert variant(mixed) == "full, collective shift trained with oppu prompts"
+
+
+def test_all_parts_of_the_evidence_in_one_report_keep_their_tables(runs: Runs) -> None:
+    """A run on more collective users emptied Tables 11 and 14, and took an ablation's full run's place."""
+    few = {"users": 12, "asked": "a12"}
+    runs.add("methods/perfit", users=48, asked="a48", artefact="shipped")
+    runs.add("ablations/full", collective_users=60, artefact="a60", **few)
+    runs.add("ablations/stage2", ablation="stage2", modes="base personal", collective_rank=0, **few)
+    for layer in (0, 1, 4):
+        runs.add(f"layers/{layer}", layers=[layer], collective_users=60, artefact=f"l{layer}", **few)
+    for count in (10, 219):
+        runs.add(f"few/{count}", collective_users=count, artefact=f"n{count}", **few)
+    for group in range(2):
+        runs.add(f"groups/{group}", collective_group=group, artefact=f"g{group}", **few)
+    runs.add("tasks/reply", artefact_task="reply", artefact="other", **few)
+    groups = group_runs(Run.load(folder) for folder in runs.folders)
+    (family,) = sweeps(groups)
+    assert [group.layers for group in family] == [(0,), (1,), (4,), (2, 3)]
+    (sizes,) = collective_sizes(groups)
+    assert [group.collective_users for group in sizes] == [10, 60, 219]
+    part = next(group for group in groups if group.ablation == "stage2")
+    full = nearest(part, groups)
+    assert full is not None and full.runs[0].folder.name == "full"
+    assert [group.get("users") for group in main_groups(groups)] == [48]
+
+
+def test_runs_at_two_rates_are_no_sweep(runs: Runs) -> None:
+    """Three of them were a table of layers, with one name three times."""
+    for rate in (1e-4, 1e-3, 1e-2):
+        runs.add(f"r{rate}", learning_rate=rate)
+    groups = group_runs(Run.load(folder) for folder in runs.folders)
+    assert not sweeps(groups) and len(main_groups(groups)) == 3
+
+
+def test_runs_measured_in_unlike_modes_make_a_report(runs: Runs) -> None:
+    runs.add("full", 1.0, modes="base seed")
+    runs.add("seed 1", 1.0, seed=1)
+    runs.add("part", 1.5, ablation="stage2", modes="base personal", collective_rank=0)
+    runs.add("lora", ablation="lora-p", modes="base personal")
+    runs.add("lora 1", 2.0, ablation="lora-p", seed=1, modes="base collective")
+    assert "Main results" in runs.report()
 
 
 # -- the command -------------------------------------------------------------------------------

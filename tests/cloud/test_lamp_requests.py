@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 from tests.support.lamp_files import LORA_STAGE_1, TASK, write_files
 from tests.support.lamp_requests import task_data
+from tests.support.models import random_shift
 
 from perfit_cloud.lamp import stage2
 from perfit_cloud.lamp.cohorts import CohortWork
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import TaskData
 from perfit_cloud.lamp.request import LampRequest
+from perfit_cloud.lamp.results import MODES
 from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.lamp.stage1 import collective_corpus
 from perfit_cloud.model.artefacts import Artefact
@@ -160,3 +163,64 @@ def test_a_stage_1_that_cannot_be_is_refused_before_work_begins(folder: Path, tm
             LampRequest(TASK, "tiny", folder, tmp_path, **changes)
     with pytest.raises(InvalidInput, match="leave one out"):
         LampRequest(TASK, "tiny", folder, tmp_path, collective_users=3, collective_group=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_modes_are_known_before_anything_is_trained(
+    name: str, method_request: Callable[..., LampRequest], data: TaskData
+) -> None:
+    request = method_request(name)
+    with closing(METHODS[name](request, data)) as method:
+        method.prepare(lambda: False)
+        assert set(method.shared) == set(method.shared_modes)
+    wrong = set(MODES) - set(METHODS[name].modes())
+    if wrong:
+        with pytest.raises(InvalidInput, match="has other modes"):
+            method_request(name, modes=tuple(wrong))
+
+
+def test_who_cannot_be_trained_has_their_examples_before_the_query(
+    method_request: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
+) -> None:
+    """With four examples a device does not train; its answers had none of them before the query."""
+    same = {
+        "schedule": "device",
+        "examples": 4,
+        "users": 2,
+        "modes": ("seed", "personal"),
+        "k": 2,
+        "epochs": None,
+    }
+    with_start = run_lamp(method_request("perfit_stage1+rag", out=tmp_path / "start", **same), base=base)
+    trained = run_lamp(method_request("perfit+rag", out=tmp_path / "trained", **same), base=base)
+    for one, other in zip(with_start.users, trained.users, strict=True):
+        assert [q.loss["personal"] for q in one.queries] == [q.loss["personal"] for q in other.queries]
+        assert all(q.loss["personal"] != q.loss["seed"] for q in other.queries)
+
+
+def test_another_users_history_wants_another_user(
+    method_request: Callable[..., LampRequest], base: BaseModel, tmp_path: Path
+) -> None:
+    """One user trained on the own history, under the name of another's."""
+    request = method_request("perfit", histories="other", out=tmp_path / "out")
+    with pytest.raises(InvalidInput, match="second user"):
+        run_lamp(replace(request, users=1), base=base)
+    assert "other" not in run_lamp(replace(request, users=2, epochs=1), base=base).modes
+
+
+def test_other_communities_are_another_run(
+    method_request: Callable[..., LampRequest],
+    base: BaseModel,
+    make_artefact: Callable[..., Artefact],
+    tmp_path: Path,
+) -> None:
+    """An artefact's version leaves its communities out, and their number was all that was compared."""
+    plain = make_artefact(base)
+    spec = plain.spec
+    for name, seed in (("one", 1), ("two", 2)):
+        community = random_shift(spec, spec.personal_rank, seed)
+        replace(plain, communities=(community,)).save(tmp_path / name)
+    request = method_request("perfit", schedule="device", epochs=1, users=2, artefact=tmp_path / "one")
+    run_lamp(request, base=base)
+    with pytest.raises(InvalidInput, match="community seeds"):
+        run_lamp(replace(request, artefact=tmp_path / "two"), base=base)

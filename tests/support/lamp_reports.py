@@ -10,6 +10,7 @@ from perfit_cloud.lamp.report import write_report
 from tests.support.lamp_runs import LABELS, save_run, simple_users
 
 LOSSES = {"base": 3.0, "collective": 2.0, "personal": 1.0, "other": 3.5}
+_ALL = LOSSES | {"seed": 1.8}
 
 
 class Runs:
@@ -20,7 +21,7 @@ class Runs:
         self.folders: list[Path] = []
 
     def add(self, name: str, loss: float = 1.0, *, modes: str = "", **settings: Any) -> None:
-        losses = {m: LOSSES[m] for m in (modes.split() or LOSSES)}
+        losses = {m: _ALL[m] for m in (modes.split() or LOSSES)}
         losses["personal" if "personal" in losses else "collective"] = loss
         users = simple_users(losses, users=4)
         save_run(self.root / name, settings.pop("task", LABELS), users, **{"users": 4} | settings)

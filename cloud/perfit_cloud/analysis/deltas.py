@@ -102,8 +102,8 @@ def write_deltas(
         progress.advance(sum(len(user.questions) for user in window), f"δ of {counts.rows} users")
     if counts.rows < 2:
         raise InvalidData(
-            f"{settings.source}: two users should have a query and a history that fit {prompts.cap} tokens, and "
-            f"{counts.rows or 'none'} has"
+            f"{settings.source}: two users should have a query and a history that fit {prompts.cap} tokens, "
+            f"and {counts.rows or 'none'} has"
         )
     _write_progress(folder, settings, counts, finished=True)
 

@@ -166,13 +166,17 @@ def _look_up(nest: Mapping[str, Any], measure: str, mode: str) -> Any:
 
 def group_runs(runs: Iterable[Run]) -> list[RunGroup]:
     """Groups by task, the whole method first. Of equal runs, as of two sweeps, that of most modes counts."""
+    distinct: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        twin = distinct.setdefault((_key(run.settings), _seed(run), _stage_1(run.settings)), run)
+        if twin is not run:
+            more, less = (run, twin) if len(run.modes) > len(twin.modes) else (twin, run)
+            distinct[_key(run.settings), _seed(run), _stage_1(run.settings)] = more
+            _log.warning("%s is the same run as %s and is left out", less.folder, more.folder)
     found: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: -len(run.modes)):
+    for run in distinct.values():
         key = _key(run.settings)
         same_seed = [other for other in found.get(key, []) if _seed(other) == _seed(run)]
-        if any(_stage_1(other.settings) == _stage_1(run.settings) for other in same_seed):
-            _log.warning("%s is the same run as %s and is left out", run.folder, same_seed[0].folder)
-            continue
         # One seed with another artefact is another collective shift, not another seed.
         found.setdefault(f"{key} {_stage_1(run.settings)}" if same_seed else key, []).append(run)
     groups = [_group(sorted(members, key=_seed)) for members in found.values()]

@@ -316,6 +316,8 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("frequency_penalty", "presence_penalty"), (int, float)),
         "decoding": dict,
     }
+    if "model" not in settings:
+        raise ValueError("no settings")
     for name, kind in kinds.items():
         if name in settings and not isinstance(settings[name], kind):
             raise ValueError(f"{name} is of another type")

@@ -220,7 +220,7 @@ def _against(group: RunGroup, plain: RunGroup) -> list[str | None]:
 
 def _seeds(groups: Sequence[RunGroup]) -> Section:
     blocks = []
-    several = [group for group in groups if len(group.seeds) > 1]
+    several = [group for group in groups if len(group.seeds) > 1 and columns_of(group)]
     for group in several:
         columns = columns_of(group)
         values = zip(*(group.values(*column) for column in columns.values()), strict=True)
