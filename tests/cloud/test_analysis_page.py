@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 from tests.support.lamp_files import WORDS, write_files
+from tests.support.lamp_requests import small_request
+from typer.testing import CliRunner, Result
 
 from perfit_cloud.analysis.queries import QueryOptions
 from perfit_cloud.analysis.request import AnalysisRequest
 from perfit_cloud.analysis.run import run_analysis
+from perfit_cloud.cli.main import app
+from perfit_cloud.lamp.results import Run
+from perfit_cloud.lamp.run import run_lamp
 from perfit_cloud.model.artefacts import Artefact
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import InvalidInput, PerfitError
@@ -153,3 +158,52 @@ def test_bad_input_is_one_clear_error(
         chosen = folder(data, tmp_path)
         run_analysis(request_for(tmp_path / "out", data=(chosen,), **changes), base=load("llama"))
     assert not (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_runs_shifts_are_measured_on_their_own_artefact_alone(
+    model_folder: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    """Shifts of another artefact were, and a run whose shifts were not found was measured with the seed."""
+    model = model_folder("llama")
+    same: dict[str, Any] = {
+        "data": data,
+        "dtype": "float32",
+        "epochs": 1,
+        "modes": ("personal",),
+        "queries": 1,
+    }
+    run = run_lamp(small_request(model, out=tmp_path / "run", **same))
+    given = {
+        "artefact": tmp_path / "run" / "artefact",
+        "collective_epochs": None,
+        "collective_learning_rate": None,
+    }
+    retrieving = run_lamp(small_request(model, out=tmp_path / "rag", method="perfit+rag", **same, **given))
+    another = run_lamp(small_request(model, out=tmp_path / "another", seed=1, **same))
+
+    def analyze(of: Run, *more: str) -> Result:
+        command = [
+            "analyze",
+            "--task",
+            "news_headline",
+            "--model",
+            str(model),
+            "--data",
+            str(data),
+            "--run",
+            str(of.folder),
+            *more,
+        ]
+        command += ["--dtype", "float32", "--no-control", "--no-texts", "--out", str(tmp_path / "out")]
+        return CliRunner().invoke(app, command)
+
+    found = analyze(run)
+    assert found.exit_code == 0, found.output
+    numbers = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    terms = numbers["tasks"]["news_headline"]["cross_terms"]
+    assert terms
+    without = analyze(retrieving, "--artefact", str(given["artefact"]))
+    assert without.exit_code != 0 and "perfit+rag" in str(without.exception)
+    wrong = analyze(run, "--artefact", str(another.folder / "artefact"))
+    assert wrong.exit_code != 0 and "not trained on" in str(wrong.exception)
