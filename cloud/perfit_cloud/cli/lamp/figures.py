@@ -16,8 +16,9 @@ def figures(
 ) -> None:
     """Keep what a run measured without its texts, so that it can be published.
 
-    Of each user it has sums of every metric and the losses: no answer, no text, no id. `lamp report`
-    and `lamp compare` read such a folder like the run's own.
+    Of each user it has sums of every metric and the losses: no answer, no text, no id. Where answers are
+    labels, the sums of somebody with few queries tell them all the same. `lamp report` and `lamp compare`
+    read such a folder like the run's own.
 
     \b
     perfit-cloud lamp figures runs/headline --out figures/headline
