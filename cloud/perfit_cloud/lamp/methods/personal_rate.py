@@ -73,7 +73,8 @@ def choose_personal_rate(
     path = request.out / _FILE
     for folder in (request.out, request.reuse):
         if folder is not None and (found := _known(folder / _FILE, depends)) is not None:
-            write_json(path, found)
+            if folder != request.out:
+                write_json(path, found)
             return float(found["rate"]), float(found["seconds"])
     began, progress = time.monotonic(), Progress(0)
     latest = 0 if request.examples is None else max(request.examples, LEAST_HISTORY)  # 0: all
