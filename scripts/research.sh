@@ -175,15 +175,20 @@ words=(--prompts builtin) # those of the artefacts that ship
 part=(--users "$some" "${words[@]}" "${history[@]}" "${few[@]}" "${stage_1[@]}" "${memory[@]}")
 base_of_some() { lamp some/none commits --method none --users "$some" "${words[@]}" "${history[@]}"; }
 known=(--reuse "$runs/some/none")
-sweep() { lamp_after base_of_some "$1" commits "${part[@]}" --lr "$(rate)" "${known[@]}" --sweep "$2"; } # folder, of what
-on_all() { # the same, with a stage 1 on whom the sweep says
-  lamp_after base_of_some "$1" commits --users "$some" "${words[@]}" "${history[@]}" "${stage_1[@]}" --lr "$(rate)" \
-    "${memory[@]}" "${known[@]}" --sweep "$2"
+sweep() { # folder, of what
+  with_rate "$1" && lamp_after base_of_some "$1" commits "${part[@]}" --lr "$rate" "${known[@]}" --sweep "$2"
 }
-rate() { # that which trials chose for perfit's main run
-  [ -f "$results/runs/methods/perfit/figures.json" ] || METHODS=perfit methods >&2
-  .venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["settings"]["learning_rate"])' \
-    "$results/runs/methods/perfit/figures.json"
+on_all() { # the same, with a stage 1 on whom the sweep says
+  with_rate "$1" && lamp_after base_of_some "$1" commits --users "$some" "${words[@]}" "${history[@]}" \
+    "${stage_1[@]}" --lr "$rate" "${memory[@]}" "${known[@]}" --sweep "$2"
+}
+with_rate() { # folder: sets `rate` to that which trials chose for perfit's main run
+  local figures="$results/runs/methods/perfit/figures.json"
+  [ -f "$figures" ] || METHODS=perfit methods
+  rate=$(.venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["settings"]["learning_rate"])' \
+    "$figures") && return 0
+  failed+=("$runs/$1 (no rate of perfit's run)")
+  return 1
 }
 ablations() { sweep ablations ablations; }
 layers() { sweep layers "layers=${LAYERS:-2,5,8,11,15,19,23,27}"; }
@@ -191,12 +196,13 @@ ranks() { sweep ranks "ranks=${RANKS:-4,16,32}"; }
 few() { on_all few "collective-users=${USERS:-10,50,219}"; }
 groups() { on_all groups groups; }
 tasks() { # the shifts of other tasks that ship; the task's own is that of the ablations
-  lamp_after ablations tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$(rate)" \
+  with_rate tasks || return 0
+  lamp_after ablations tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$rate" \
     "${memory[@]}" "${known[@]}" --sweep "artefacts=$ours/news_headline,$ours/reply"
 }
 seeds() { # seed 0 is that of the ablations
   ablations
-  lamp seeds commits "${part[@]}" --lr "$(rate)" --sweep seeds=1,2
+  with_rate seeds && lamp seeds commits "${part[@]}" --lr "$rate" --sweep seeds=1,2
 }
 
 headlines() { every_method news_headline lamp_news/news_headline news_headline "$some"; }

@@ -129,7 +129,7 @@ def test_changed_data_is_another_analysis(
     run_analysis(request, base=load("llama"))
     path = copy / "user_top_100_history.json"
     path.write_text(path.read_text().replace("cat", "dog"))
-    with pytest.raises(InvalidInput, match="other data"):
+    with pytest.raises(InvalidInput, match="other data digest"):
         run_analysis(request, base=load("llama"))
 
 
@@ -203,6 +203,9 @@ def test_a_runs_shifts_are_measured_on_their_own_artefact_alone(
     numbers = json.loads((tmp_path / "out" / "analysis.json").read_text())
     terms = numbers["tasks"]["news_headline"]["cross_terms"]
     assert terms
+    nobody = run_lamp(small_request(model, out=tmp_path / "nobody", **(same | {"modes": ("seed",)}), **given))
+    none = analyze(nobody, "--artefact", str(given["artefact"]))
+    assert none.exit_code != 0 and "nobody's shift" in str(none.exception)
     without = analyze(retrieving, "--artefact", str(given["artefact"]))
     assert without.exit_code != 0 and "perfit+rag" in str(without.exception)
     wrong = analyze(run, "--artefact", str(another.folder / "artefact"))

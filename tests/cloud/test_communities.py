@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from perfit_cloud.collective import community_run
 from perfit_cloud.collective.clustering import assign
 from perfit_cloud.collective.communities import FILE, LEAST_PEOPLE
 from perfit_cloud.collective.community_run import CommunitiesRequest, add_communities
-from perfit_cloud.collective.data import Corpus
+from perfit_cloud.collective.data import Corpus, read_items
 from perfit_cloud.collective.personal import scores_by_start
 from perfit_cloud.collective.privacy import Budget
 from perfit_cloud.collective.run import CollectiveRequest, train_collective
@@ -124,19 +125,34 @@ def test_planted_groups_are_found_and_pick_their_own_seed(
 
 
 def test_a_part_of_the_people_leaves_out_those_whom_the_artefact_holds_out(
-    request_for: Any, stage1: Path, planted: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    request_for: Any,
+    stage1: Path,
+    planted: Path,
+    base: BaseModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They were drawn anew among that part, and so were people whom the artefact had learned from."""
     seen: list[Corpus] = []
-    monkeypatch.setattr(
-        community_run, "with_communities", lambda artefact, corpus, *_, **__: seen.append(corpus)
-    )
-    for users in (None, 14):
-        with pytest.raises(AttributeError):  # there is no artefact then
-            add_communities(request_for(users=users), base=base)
-    whole, part = seen
+
+    def stop_there(artefact: Artefact, corpus: Corpus, *_: object, **__: object) -> None:
+        seen.append(corpus)
+        raise Cancelled("seen")
+
+    monkeypatch.setattr(community_run, "with_communities", stop_there)
+    small = tmp_path / "small"
+    shutil.copytree(stage1, small)
+    card = json.loads((small / "artefact.json").read_text())
+    card["card"]["data"]["users"] = 20  # as if stage 1 had read so many
+    (small / "artefact.json").write_text(json.dumps(card))
+    for changes in ({}, {"users": 14}, {"artefact": small}):
+        with pytest.raises(Cancelled, match="seen"):
+            add_communities(request_for(**changes), base=base)
+    whole, part, of_small = seen
     assert part.validated == whole.validated and len(part.train) == 14 < len(whole.train)
     assert not part.train.keys() & part.validated.keys()
+    theirs = read_items(planted, Artefact.load(stage1).task).first_users(20, 0)
+    assert of_small.train.keys() | of_small.validated.keys() == theirs.users.keys()
 
 
 def test_stage_1_adds_them_itself_and_one_community_is_none(

@@ -14,10 +14,11 @@ import pytest
 from tests.support.lamp_files import TASK, WORDS, item, query, write_files
 from tests.support.lamp_requests import task_data
 
+from perfit_cloud.collective.blank import RATE
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.lamp.methods import METHODS
 from perfit_cloud.lamp.methods.interface import Done, Method, TaskData
-from perfit_cloud.lamp.methods.personal_rate import FALLBACK, Trial, choose_personal_rate
+from perfit_cloud.lamp.methods.personal_rate import Trial, choose_personal_rate
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.model.base import BaseModel
 from perfit_shared.errors import Cancelled, InvalidData, UpdateFailed
@@ -96,10 +97,29 @@ def test_without_people_to_try_it_on_there_is_a_fallback(
     data: TaskData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = LampRequest(TASK, "tiny", write_files(tmp_path / "short"), tmp_path / "a")
-    assert choose(short, data, Trials()) == (FALLBACK, 0.0)
+    assert choose(short, data, Trials()) == (RATE, 0.0)
     assert "long enough" in capsys.readouterr().err
     (short.data / "user_others.json").unlink()
     assert choose(short, data, Trials(), fallback=0.25) == (0.25, 0.0)
+
+
+def test_a_run_keeps_its_rate_and_nobody_tries_one_for_nothing(
+    folder: Path, data: TaskData, tmp_path: Path
+) -> None:
+    request, trials = LampRequest(TASK, "tiny", folder, tmp_path), Trials()
+    assert choose(replace(request, examples=0), data, trials, fallback=0.5) == (0.5, 0.0)
+    (tmp_path / "settings.json").write_text('{"learning_rate": 0.25}')  # of a run before there were trials
+    assert choose(request, data, trials) == (0.25, 0.0) and not trials.made
+
+
+def test_another_methods_rate_is_not_taken(open_method: Callable[..., Method[Any]], tmp_path: Path) -> None:
+    """LoRA-P's files had all that LoFiT's depended on."""
+    open_method("lora-p")
+    open_method("lofit", reuse=tmp_path / "lora-p")
+    theirs, ours = (
+        json.loads((tmp_path / name / "personal_rate.json").read_text()) for name in ("lora-p", "lofit")
+    )
+    assert theirs["trials"] != ours["trials"]
 
 
 def test_a_stop_and_a_damaged_file(folder: Path, data: TaskData, tmp_path: Path) -> None:

@@ -282,6 +282,28 @@ def test_runs_at_two_rates_are_no_sweep(runs: Runs) -> None:
     assert not sweeps(groups) and len(main_groups(groups)) == 3
 
 
+def test_what_doubles_a_member_of_a_sweep_does_not_empty_it(runs: Runs) -> None:
+    """As a shift trained again on another processor, or one run at a rate of its own."""
+    for layer, rate in ((0, 1e-3), (1, 3e-3), (4, 1e-3)):
+        runs.add(f"l{layer}", layers=[layer], learning_rate=rate)
+    runs.add("again", layers=[1], learning_rate=3e-3, artefact="v1")
+    runs.add("asked", layers=[1], learning_rate=1e-2)
+    for count in (10, 60):
+        runs.add(f"n{count}", collective_users=count, artefact=f"n{count}")
+    runs.add("given", artefact="n60")
+    groups = group_runs(Run.load(folder) for folder in runs.folders)
+    (family,) = sweeps([group for group in groups if group.collective_users is None])
+    assert [group.layers for group in family] == [(0,), (1,), (4,)]
+    assert [group.collective_users for group in collective_sizes(groups)[0]] == [10, 60]
+
+
+def test_runs_of_before_and_of_now_are_one_setting(runs: Runs) -> None:
+    runs.add("before")
+    runs.add("now", seed=1, artefact="v1", community_seeds=None)
+    (group,) = group_runs(Run.load(folder) for folder in runs.folders)
+    assert group.seeds == [0, 1]
+
+
 def test_runs_measured_in_unlike_modes_make_a_report(runs: Runs) -> None:
     runs.add("full", 1.0, modes="base seed")
     runs.add("seed 1", 1.0, seed=1)

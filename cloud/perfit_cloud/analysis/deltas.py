@@ -44,7 +44,7 @@ class DeltaSettings:
     dtype: str
     task: str  # as JSON, since its templates decide prompts
     source: str  # the data file, by its folder's name and its own
-    data: str  # sha-256 of its bytes, hex
+    data_digest: str  # sha-256 of its bytes, hex
     retrieved: int
     most: int
     users: int | None

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from perfit_cloud.analysis.spectrum import BlockStatistics, Doubles
-from perfit_cloud.plots import DPI, panel_grid
+from perfit_cloud.plots import DPI, panel_grid, verbatim
 
 __all__ = ["draw_blocks", "draw_control", "draw_tasks", "draw_users"]
 
@@ -89,7 +89,7 @@ def draw_tasks(path: Path, coordinates: Mapping[str, Doubles], *, block: int) ->
     """Figure 16: users of several tasks in one map."""
     figure, axes = panel_grid(1, 1, height=4.4, width=5.6)
     for number, (name, of_task) in enumerate(coordinates.items()):
-        _scatter(axes[0, 0], of_task, name, f"C{number}")
+        _scatter(axes[0, 0], of_task, verbatim(name), f"C{number}")
     _plane(axes[0, 0], f"δ of several tasks, block {block}")
     figure.savefig(path, dpi=DPI)
 

@@ -101,7 +101,7 @@ def _read_folder(request: AnalysisRequest, path: Path, base: BaseModel) -> _Fold
         dtype=str(base.model.dtype).removeprefix("torch."),
         task=task.to_json(),
         source=source_of(file),
-        data=_sha256(file),
+        data_digest=_sha256(file),
         retrieved=request.queries.retrieved,
         most=request.queries.most,
         users=request.users,

@@ -79,8 +79,6 @@ def analyze(  # noqa: PLR0917 - typer's way; all are options
     artefacts, personal = artefact or [], None
     if run is not None:
         artefacts = artefacts or [run / "artefact"]
-        if len(artefacts) > 1:
-            raise InvalidInput("personal shifts belong to one artefact; name that one alone")
         personal = _personal(run, artefacts[0])
     request = AnalysisRequest(
         model=model,
@@ -135,4 +133,7 @@ def _personal(folder: Path, artefact: Path) -> dict[str, Path]:
             f"the shifts of {folder} were not trained on {artefact}; name theirs by --artefact"
         )
     folders = {u.user_id: UserFolder(folder, u.user_id, PerFit.state_file) for u in run.users}
-    return {name: one.state_path for name, one in folders.items() if one.has_state}
+    found = {name: one.state_path for name, one in folders.items() if one.has_state}
+    if not found:
+        raise InvalidInput(f"{folder} has trained nobody's shift")
+    return found

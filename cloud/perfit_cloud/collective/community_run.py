@@ -13,7 +13,7 @@ from perfit_cloud.collective.communities import FILE, LEAST_PEOPLE, CommunityTra
 from perfit_cloud.collective.community_card import HEADING, community_lines, listed
 from perfit_cloud.collective.data import Corpus, read_items, tokenise
 from perfit_cloud.collective.files import check_out, make_out
-from perfit_cloud.collective.items import first_users
+from perfit_cloud.collective.items import Items, first_users
 from perfit_cloud.collective.personal import scores_by_start
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.engine.gradients.batch import Pair
@@ -79,7 +79,10 @@ def add_communities(
     )
     if base.fingerprint != artefact.fingerprint:
         raise ShiftMismatch(f"{request.artefact} was trained on another base model than {base.name}")
-    # Whom the artefact holds out is drawn among all of them.
+    total = artefact.card["data"]["users"] if _is_of(artefact, items) else len(items.users)
+    if total < len(items.users):
+        items = items.first_users(total, request.seed)
+    # Whom the artefact holds out is drawn among all whom stage 1 read, before some of the rest are taken.
     corpus = tokenise(items, base=base, task=artefact.task, seed=request.seed)
     if request.users is not None:
         corpus = replace(corpus, train=first_users(corpus.train, request.users, request.seed))
@@ -98,6 +101,11 @@ def add_communities(
     found.save(request.out)
     (request.out / FILE).unlink(missing_ok=True)
     return found
+
+
+def _is_of(artefact: Artefact, items: Items) -> bool:
+    """Whether stage 1 read this file."""
+    return (artefact.card.get("data") or {}).get("source") == items.source
 
 
 def _card(folder: Path, name: str) -> str:

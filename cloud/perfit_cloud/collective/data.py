@@ -33,7 +33,7 @@ _WHOLE_BYTES = 2**25  # of a file that is parsed as a whole; larger ones person 
 _VALIDATION_SHARE, _VALIDATION_MIN, _VALIDATION_MAX = 0.05, 100, 300  # of all examples; examples
 _VALIDATION_CAP = 0.2  # of all examples, when there are few
 # Users whose update on a device is simulated, their latest examples, and how many make an update.
-_TRIAL_USERS, _TRIAL_MOST, _TRIAL_LEAST = 8, 64, 12
+TRIAL_USERS, _TRIAL_MOST, _TRIAL_LEAST = 8, 64, 12
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _histories(items: Items, users: set[str], held_out: set[str], encoder: Encod
 def _trial_users(items: Items, users: set[str], held_out: set[str]) -> list[str]:
     """Users with enough of a history: those not trained on first, the longest histories first."""
     long = [user for user in users if len(items.history(user)) >= _TRIAL_LEAST]
-    return sorted(long, key=lambda u: (u not in held_out, -len(items.history(u)), u))[:_TRIAL_USERS]
+    return sorted(long, key=lambda u: (u not in held_out, -len(items.history(u)), u))[:TRIAL_USERS]
 
 
 def _validation_users(users: Mapping[str, list[Pair]], seed: int) -> set[str]:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ _log = logging.getLogger(__name__)
 _OF_THE_SEED = ("seed", "artefact", "lora")
 
 
+_COMPARED = ("fingerprint", "users", "data", "prompts", "chat", "examples")
 _STARTS = ("perfit", "perfit+rag", "perfit_stage1+rag")  # what a newcomer may have
 
 
@@ -101,11 +103,11 @@ class RunGroup:
     @property
     def complete(self) -> bool:
         """PerFit as it is, but perhaps with few collective users."""
-        return self.method == "perfit" and self.alike
+        return self.method == "perfit" and self.own_task
 
     @property
-    def alike(self) -> bool:
-        """A method as it is: own histories, and what is shared comes from people who were asked the same."""
+    def own_task(self) -> bool:
+        """Own histories, and what is shared comes from people of this task, asked in the same words."""
         return (
             self.get("histories", "own") == "own"
             and self.get("collective_group") is None
@@ -114,9 +116,14 @@ class RunGroup:
         )
 
     @property
-    def asked(self) -> tuple[Any, ...]:
-        """Which people and queries, of which task and model."""
+    def queries_of(self) -> tuple[Any, ...]:
+        """Which people's queries, of which task and model."""
         return (self.task, *(self.get(key) for key in ("fingerprint", "users", "asked")))
+
+    @property
+    def measured_on(self) -> tuple[Any, ...]:
+        """What methods have in common that are compared: model, people, histories, prompts, decoding."""
+        return (self.task.name, self.decoding, *(self.get(key) for key in _COMPARED))
 
     @property
     def decoding(self) -> str:
@@ -196,12 +203,12 @@ def _with_collective_users(groups: Sequence[RunGroup]) -> list[RunGroup]:
     ]
     seen: dict[tuple[Any, ...], list[int | None]] = {}
     for group in known:
-        users = seen.setdefault((*group.asked, group.complete), [])
+        users = seen.setdefault((*group.queries_of, group.complete), [])
         if group.complete or "collective" in group.modes:
             users.append(group.collective_users)
 
     def whole(group: RunGroup) -> int | None:
-        users = seen.get((*group.asked, True)) or seen.get((*group.asked, False)) or [None]
+        users = seen.get((*group.queries_of, True)) or seen.get((*group.queries_of, False)) or [None]
         return None if None in users else max(filter(None, users))
 
     return [replace(group, whole=whole(group)) for group in known]
@@ -237,25 +244,24 @@ def _key(settings: Mapping[str, Any]) -> str:
 def families(groups: Sequence[RunGroup], *varied: str) -> list[list[RunGroup]]:
     """Groups whose settings differ in `varied` alone, two or more together.
 
-    And in what follows from that: the number of parameters, and the learning rate, which trials choose. Where
-    groups are alike in `varied`, another rate was asked for, and those of one rate are a family.
+    And in what follows from that: the number of parameters, and the learning rate, which trials choose. Of
+    groups that are alike in `varied` the one at the rate of most stays.
     """
+    found: dict[str, list[RunGroup]] = {}
+    for group in groups:
+        free = (*varied, "personal_parameters", "learning_rate")
+        found.setdefault(_key({k: v for k, v in group.settings.items() if k not in free}), []).append(group)
+    whole = (_one_each(family, varied) for family in found.values())
+    return [family for family in whole if len(family) > 1]
 
-    def split(members: Sequence[RunGroup], *free: str) -> list[list[RunGroup]]:
-        found: dict[str, list[RunGroup]] = {}
-        for group in members:
-            key = _key({k: v for k, v in group.settings.items() if k not in free})
-            found.setdefault(key, []).append(group)
-        return [family for family in found.values() if len(family) > 1]
 
-    def distinct(family: Sequence[RunGroup]) -> bool:
-        return len({json.dumps([_varied(group, name) for name in varied]) for group in family}) == len(family)
-
-    rest = (*varied, "personal_parameters")
-    found: list[list[RunGroup]] = []
-    for family in split(groups, *rest, "learning_rate"):
-        found += [family] if distinct(family) else filter(distinct, split(family, *rest))
-    return found
+def _one_each(family: Sequence[RunGroup], varied: Sequence[str]) -> list[RunGroup]:
+    ((usual, _),) = Counter(group.get("learning_rate") for group in family).most_common(1)
+    chosen: dict[str, RunGroup] = {}
+    for group in sorted(family, key=lambda each: each.get("learning_rate") != usual):
+        chosen.setdefault(json.dumps([_varied(group, name) for name in varied]), group)
+    kept = {id(group) for group in chosen.values()}
+    return [group for group in family if id(group) in kept]
 
 
 def _varied(group: RunGroup, name: str) -> Any:
@@ -271,7 +277,8 @@ def sweeps(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
 def collective_sizes(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
     """Groups of PerFit that differ alone in how many users stage 1 saw, the fewest first.
 
-    And beside each those of other methods whose stage 1 saw as many, fewer than all.
+    Beside them those of other methods whose stage 1 saw as many; beside PerFit on all users alone, those
+    whose stage 1 saw fewer.
     """
 
     def size(group: RunGroup) -> tuple[float, bool]:
@@ -279,19 +286,23 @@ def collective_sizes(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
         return users, not group.complete
 
     found = []
-    for family in families([group for group in groups if group.complete], "collective_users"):
-        first, sizes = family[0], {group.collective_users for group in family} - {None, family[0].whole}
+    known = families([group for group in groups if group.complete], "collective_users")
+    members = {id(group) for family in known for group in family}
+    alone = [[group] for group in groups if group.plain and id(group) not in members]
+    for family in (*known, *alone):
+        first, sizes = family[0], {group.collective_users for group in family}
         others = [
             group
             for group in groups
-            if group.alike
+            if group.own_task
             and not group.complete
             and "collective" in group.modes
-            and group.collective_users in sizes
-            and group.asked == first.asked
-            and group.decoding == first.decoding
+            and group.collective_users not in (None, first.whole)
+            and (len(family) == 1 or group.collective_users in sizes)
+            and group.measured_on == first.measured_on
         ]
-        found.append(sorted([*family, *others], key=size))
+        if len(family) + len(others) > 1:
+            found.append(sorted([*family, *others], key=size))
     return found
 
 

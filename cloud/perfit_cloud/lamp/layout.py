@@ -177,15 +177,12 @@ def with_full_method(
     groups: Sequence[RunGroup],
     what: str,
     label: Callable[[RunGroup], tuple[float, str]],
-    *,
-    joined: int = 0,
 ) -> list[Block]:
-    """A block for each plain group that special ones belong to, with it among them; sorted by label."""
+    """A block for each PerFit group that special ones belong to, with it among them; sorted by label."""
     found: dict[int, list[RunGroup]] = {}
     for group in special:
         reference = nearest(group, groups)
         found.setdefault(id(reference), [reference] if reference else []).append(group)
     return [
-        variants(what, [(label(g)[1], g) for g in sorted(members, key=label)], joined=joined)
-        for members in found.values()
+        variants(what, [(label(g)[1], g) for g in sorted(members, key=label)]) for members in found.values()
     ]

@@ -10,6 +10,7 @@ A worker that dies is started again by Ray, and its cohort goes on from the last
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -202,7 +203,8 @@ class RayWorkers:
                 return
             except Exception as error:
                 for process in set(psutil.Process().children()) - before:  # Ray leaves them
-                    process.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
                 shutil.rmtree(self._folder, ignore_errors=True)
                 if _TIMED_OUT not in str(error) or not starts_left:
                     raise

@@ -84,7 +84,7 @@ class LampRequest:
             raise InvalidInput("stage 1 is on so many users, or on a group of them; leave one out")
         if self.modes is not None and (not self.modes or not set(self.modes) <= set(MODES)):
             raise InvalidInput(f"modes are some of {', '.join(MODES)}")
-        own = METHODS[self.method].modes()
+        own = [m for m in METHODS[self.method].modes() if m != "other" or self.histories == "own"]
         if self.modes is not None and not set(self.modes) & set(own):
             raise InvalidInput(f"{self.method} has other modes: {', '.join(own)}")
         if self.keep_bytes < 0:

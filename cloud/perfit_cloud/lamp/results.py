@@ -323,6 +323,8 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is of another type")
     if not all(_is_count(layer) for layer in settings.get("layers", ())):
         raise ValueError("layers")
+    if not settings.get("positions", "").replace("+", "").isalnum() and "positions" in settings:
+        raise ValueError("positions")
     return settings
 
 
@@ -365,6 +367,7 @@ def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
         "collective_group": None,
         "queries": None,
         "communities": 0,
+        "community_seeds": None,
         "prompts": prompts,
         "chat": task.chat is True,
         "artefact_prompts": prompts,

@@ -9,7 +9,6 @@ from perfit_cloud.lamp.groups import RunGroup, main_groups
 
 __all__ = ["answering", "by_reference", "label", "row_of"]
 
-_SAME = ("fingerprint", "users", "data", "prompts", "chat", "examples")  # what methods are compared on
 _PARTS = ("perfit_stage1", "perfit_stage2")  # of PerFit: the ablation's rows
 _OWN_LAYERS = "PerFit's"
 
@@ -72,9 +71,4 @@ def _of_most_users(groups: Sequence[RunGroup]) -> list[RunGroup]:
 
 
 def _is_alike(group: RunGroup, full: RunGroup) -> bool:
-    return (
-        group is not full
-        and group.task.name == full.task.name
-        and all(group.get(key) == full.get(key) for key in _SAME)
-        and group.decoding == full.decoding
-    )
+    return group is not full and group.measured_on == full.measured_on

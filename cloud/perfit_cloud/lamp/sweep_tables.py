@@ -133,7 +133,8 @@ def _collective_groups(groups: Sequence[RunGroup]) -> Section:
 
 def _histories(groups: Sequence[RunGroup]) -> Section:
     def whose(group: RunGroup) -> tuple[float, str]:
-        return (0, "own history") if group.plain else (1, "another user's history")
+        own = group.get("histories", "own") == "own"
+        return (0, "own history") if own else (1, "another user's history")
 
     swapped = [group for group in groups if group.get("histories", "own") != "own"]
     return Section(

@@ -92,7 +92,7 @@ class AdapterMethod(FrozenMethod[Weights | None]):
             trial,
             stop,
             work=lambda pairs: self.work(len(pairs)),
-            depends={**self._figures, **self.rate_depends},
+            depends={"trains": self.name, **self._figures, **self.rate_depends},
         )
         return seconds
 

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from perfit_cloud.collective.blank import RATE
+from perfit_cloud.collective.data import TRIAL_USERS
 from perfit_cloud.collective.personal import mean_loss, train_people
 from perfit_cloud.engine.gradients.batch import Pair
 from perfit_cloud.engine.gradients.session import UpdateEngine
@@ -18,7 +20,7 @@ from perfit_cloud.engine.interface import ShiftUse
 from perfit_cloud.lamp import stage1, stage2
 from perfit_cloud.lamp.methods.frozen import FrozenMethod
 from perfit_cloud.lamp.methods.interface import Done, FitContext, Fitted, TaskData
-from perfit_cloud.lamp.methods.personal_rate import FALLBACK, choose_personal_rate
+from perfit_cloud.lamp.methods.personal_rate import choose_personal_rate
 from perfit_cloud.lamp.people import Learner, Person
 from perfit_cloud.model.artefacts import Artefact
 from perfit_shared.errors import InvalidData, InvalidInput
@@ -41,7 +43,6 @@ _STAGE_1 = frozenset(
 )
 _SHIFTS = frozenset({"preset", "layers", "positions", "collective_rank", "personal_rank"})
 _STAGE_2 = frozenset({"schedule", "batch_size", "epochs", "learning_rate", "figures", "keep_bytes"})
-_TRIAL_USERS = 8  # all that the corpus has; they take no longer than two with a LoRA
 
 
 class PerFit(FrozenMethod[ShiftUse]):
@@ -80,8 +81,8 @@ class PerFit(FrozenMethod[ShiftUse]):
     @property
     def rate_depends(self) -> Mapping[str, Any]:
         """What the best rate depends on, plain JSON values."""
-        figures = {k: v for k, v in asdict(self._training(FALLBACK)).items() if k != "learning_rate"}
-        return {"artefact": self.artefact.version, **figures}
+        figures = {k: v for k, v in asdict(self._training(RATE)).items() if k != "learning_rate"}
+        return {"trains": PerFit.name, "artefact": self.artefact.version, **figures}
 
     def _choose_rate(self, stop: Callable[[], bool]) -> float:
         """Set `rate`; returns the seconds that took."""
@@ -100,7 +101,7 @@ class PerFit(FrozenMethod[ShiftUse]):
             return mean_loss(self._trainer, artefact, test, trainings[0].outcome(seed) or seed)
 
         def work(pairs: Sequence[Pair]) -> int:
-            return self._training(FALLBACK).schedule_for(Learner("of a trial", tuple(pairs))).work
+            return self._training(RATE).schedule_for(Learner("of a trial", tuple(pairs))).work
 
         self.rate, seconds = choose_personal_rate(
             request,
@@ -109,7 +110,7 @@ class PerFit(FrozenMethod[ShiftUse]):
             stop,
             work=work,
             depends=self.rate_depends,
-            users=_TRIAL_USERS,
+            users=TRIAL_USERS,
             fallback=artefact.learning_rate,
         )
         return seconds

@@ -50,30 +50,32 @@ class PerFitRag(PerFit):
         return {**super().settings, "k": self.request.k, "examples_as": examples_as(self.data.task)}
 
     def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
-        fitted = self._fitted_elsewhere(people) or super().fit_cohort(people, context)
-        examples = [OwnExamples.of(self.data.task, person) for person in people]
-        return [
-            Fitted(_retrieving(one.state, own), one.losses, one.seconds)
-            for one, own in zip(fitted, examples, strict=True)
-        ]
+        elsewhere = self._fitted_elsewhere(people)
+        rest = [person for person in people if person.user_id not in elsewhere]
+        trained = super().fit_cohort(rest, context) if rest else []
+        fitted = elsewhere | {person.user_id: one for person, one in zip(rest, trained, strict=True)}
+        found = []
+        for person in people:
+            one, own = fitted[person.user_id], OwnExamples.of(self.data.task, person)
+            found.append(Fitted[ShiftUse](_retrieving(one.state, own), one.losses, one.seconds))
+        return found
 
-    def _fitted_elsewhere(self, people: Sequence[Person]) -> list[Fitted[ShiftUse]] | None:
-        """What PerFit learned for these people in the run to reuse; None where that is no such run."""
+    def _fitted_elsewhere(self, people: Sequence[Person]) -> dict[str, Fitted[ShiftUse]]:
+        """What PerFit learned for some of these people in the run to reuse, by user id."""
         if self.request.reuse is None:
-            return None
+            return {}
         run = Run.load(self.request.reuse)
         ours = json.loads(json.dumps({**super().settings, "data": self.data.people.digest}))
         alike = {name: run.settings.get(name) for name in ours} == ours
-        folders = [UserFolder(run.folder, person.user_id, PerFit.state_file) for person in people]
         if run.settings["method"] != PerFit.name or run.settings["histories"] != self.request.histories:
-            return None
-        if not alike or not all(folder.has_state for folder in folders):
-            return None
-        states = [super(PerFitRag, self).from_bytes(folder.state_path.read_bytes()) for folder in folders]
-        return [
-            Fitted(state, folder.losses, folder.seconds["fit"])
-            for state, folder in zip(states, folders, strict=True)
-        ]
+            return {}
+        found = {}
+        for person in people if alike else ():
+            folder = UserFolder(run.folder, person.user_id, PerFit.state_file)
+            if folder.has_state:
+                state = super().from_bytes(folder.state_path.read_bytes())
+                found[person.user_id] = Fitted(state, folder.losses, folder.seconds["fit"])
+        return found
 
     # Who has too few examples to train on answers from the start, with those examples.
     can_fit = Method.can_fit

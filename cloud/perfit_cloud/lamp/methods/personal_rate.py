@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perfit_cloud.collective.blank import RATE
 from perfit_cloud.collective.data import find_data
 from perfit_cloud.collective.progress import Progress
 from perfit_cloud.collective.trials import USUAL_TRIALS, Search
@@ -29,9 +30,8 @@ from perfit_shared.splits import LEAST_HISTORY, split_sizes
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["FALLBACK", "Trial", "choose_personal_rate"]
+__all__ = ["Trial", "choose_personal_rate"]
 
-FALLBACK = 1e-3  # peak
 _FILE = "personal_rate.json"
 
 # Mean loss on the second pairs after training on the first at a rate, or at the start for None. The last gets
@@ -48,20 +48,21 @@ def choose_personal_rate(
     work: Callable[[Sequence[Pair]], int],
     depends: Mapping[str, Any],
     users: int = 2,
-    fallback: float = FALLBACK,
+    fallback: float = RATE,
 ) -> tuple[float, float]:
     """(rate, seconds that it took): what is asked for, or OUT or the run to reuse holds, else by trials.
 
     `work`: examples that learning from so many pairs goes through. `depends`: what else the best rate
     depends on, plain JSON values. `users`: how many people each rate is tried on; of their histories, as of
     those of the people tested, the latest `request.examples`, but enough to be split. `fallback`: the rate
-    where the collective data has no such person.
+    where the collective data has no such person, or nobody trains.
     Raises Cancelled when `stop` says so, InvalidData on a damaged file.
     """
     if request.learning_rate is not None:
         return request.learning_rate, 0.0
     depends = {
         "fingerprint": data.base.fingerprint,
+        "asked": data.people.asked,
         "prompts": list(prompt_texts(data.task)),
         "collective_users": request.collective_users,
         "collective_group": request.collective_group,
@@ -70,7 +71,11 @@ def choose_personal_rate(
         **depends,
     }
     depends = json.loads(json.dumps(depends))
-    path = request.out / _FILE
+    path, made = request.out / _FILE, request.out / "settings.json"
+    if (ours := _read(made).get("learning_rate")) is not None:
+        return float(ours), float(_read(path).get("seconds", 0.0))
+    if request.examples == 0:
+        return fallback, 0.0
     for folder in (request.out, request.reuse):
         if folder is not None and (found := _known(folder / _FILE, depends)) is not None:
             if folder != request.out:
@@ -131,8 +136,19 @@ def _known(path: Path, depends: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What trials on which the same depends have chosen. Raises InvalidData."""
     if not path.is_file():
         return None
+    known = _read(path)
     try:
-        known: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
         return known if known["depends"] == depends and known["rate"] > 0 and known["seconds"] >= 0 else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InvalidData(f"{path} is damaged; remove it and run again") from error
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A file's object, nothing where there is no file. Raises InvalidData."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise InvalidData(f"{path} is damaged; remove it and run again") from error
+    if not isinstance(found, dict):
+        raise InvalidData(f"{path} is damaged; remove it and run again")
+    return found
