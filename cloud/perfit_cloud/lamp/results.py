@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from perfit_cloud.lamp.checks import (
+    DAMAGED,
+    MODES,
+    SECONDS,
+    check_user,
+    checked_drift,
+    checked_settings,
+    seconds_of,
+)
 from perfit_cloud.lamp.measured import FIGURES_FILE, UserFigures, check_alike
 from perfit_shared.errors import InvalidData
 from perfit_shared.files import write_whole
@@ -38,18 +46,10 @@ __all__ = [
     "write_json",
 ]
 
-# φ₁ alone is "collective"; stage 1 trained φ₂∘φ₁, which is "seed", where every user starts.
-MODES = ("base", "collective", "seed", "personal", "other")
-# What took a run's time: what everybody shares, everybody's own state, losses and answers; by the words
-# that older versions had for it.
-_OLD_SECONDS = {"stage1": "preparation", "stage2": "fit", "evaluation": "answers"}
-SECONDS = tuple(_OLD_SECONDS.values())
 _DECODING_KEYS = ("temperature", "top_k", "top_p")
 _FORMAT = 1
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 _LONGEST_NAME = 100  # characters of a folder, before a hash
-# What reading a file that something else has written may raise.
-_DAMAGED = (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class UserFolder:
             return ()
         try:
             return tuple(map(float, _read(path)["losses"]))
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise InvalidData(f"{path} is damaged; remove the folder and run again") from error
 
     @property
@@ -140,17 +140,17 @@ class UserFolder:
         try:
             data = _read(path)
             found = UserResult(**{**data, "queries": tuple(QueryResult(**q) for q in data["queries"])})
-            _check_user(found)
+            check_user(found)
             return found
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise InvalidData(f"{path} is not a user's result; remove it and run again") from error
 
     @property
     def seconds(self) -> dict[str, float]:
         path = self.path / "seconds.json"
         try:
-            return {"fit": 0.0, "answers": 0.0} | _seconds(_read(path) if path.is_file() else {})
-        except _DAMAGED as error:
+            return {"fit": 0.0, "answers": 0.0} | seconds_of(_read(path) if path.is_file() else {})
+        except DAMAGED as error:
             raise InvalidData(f"{path} is damaged; remove it, and the run counts anew") from error
 
     def _save_seconds(self, **seconds: float) -> None:
@@ -239,9 +239,9 @@ class Run:
             users = tuple(UserFolder(folder, user).load() for user in data["users"])
             if not users:
                 raise InvalidData(f"{folder} has no users")
-            settings = _checked(completed(data["settings"], task))
-            return cls(folder, task, settings, _seconds(data["seconds"]), users)
-        except _DAMAGED as error:
+            settings = checked_settings(completed(data["settings"], task))
+            return cls(folder, task, settings, seconds_of(data["seconds"]), users)
+        except DAMAGED as error:
             raise InvalidData(f"{folder} holds no finished run; `perfit-cloud lamp run` makes one") from error
 
     def save_figures(self, folder: Path, *, drift: Mapping[str, Any] | None = None) -> Path:
@@ -269,82 +269,13 @@ class Run:
             if not figures:
                 raise InvalidData(f"{path} has no users")
             check_alike(figures, task)
-            settings, seconds = _checked(completed(data["settings"], task)), _seconds(data["seconds"])
-            return cls(folder, task, settings, seconds, (), figures, _drift(data.get("drift")))
-        except _DAMAGED as error:
+            settings, seconds = (
+                checked_settings(completed(data["settings"], task)),
+                seconds_of(data["seconds"]),
+            )
+            return cls(folder, task, settings, seconds, (), figures, checked_drift(data.get("drift")))
+        except DAMAGED as error:
             raise InvalidData(f"{path} is damaged; `perfit-cloud lamp figures` makes it") from error
-
-
-def _seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """By the names of today. Raises ValueError or TypeError on what are no seconds."""
-    found = {_OLD_SECONDS.get(part, part): float(value) for part, value in seconds.items()}
-    if not all(0 <= value < math.inf for value in found.values()):
-        raise ValueError("seconds below 0")
-    return found
-
-
-def _check_user(user: UserResult) -> None:
-    """Raise ValueError on results that no run has written."""
-    for query in user.queries:
-        losses, answers, origins = query.loss, query.answers, query.origins
-        texts = (query.id, query.gold, *answers.values(), *(() if origins is None else (origins,)))
-        if not (
-            losses and losses.keys() == answers.keys() <= set(MODES) and _is_count(query.tokens, least=1)
-        ):
-            raise ValueError("modes or tokens")
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("texts")
-        if not all(isinstance(loss, int | float) for loss in losses.values()):
-            raise ValueError("losses")
-    counts = (user.examples, user.steps)
-    if not user.queries or not all(map(_is_count, counts)) or not isinstance(user.user_id, str):
-        raise ValueError("no queries, or counts that are none")
-
-
-def _is_count(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError where what reports read has another type."""
-    kinds: Mapping[str, type | tuple[type, ...]] = {
-        **dict.fromkeys(("seed", "users", "collective_rank", "personal_rank", "personal_parameters"), int),
-        **dict.fromkeys(("communities", "hidden_size", "blocks", "answer_tokens"), int),
-        **dict.fromkeys(("method", "model", "prompts", "histories", "positions", "fingerprint"), str),
-        **dict.fromkeys(("collective_users", "collective_group", "examples", "queries"), (int, type(None))),
-        **dict.fromkeys(("stop", "layers"), list),
-        **dict.fromkeys(("frequency_penalty", "presence_penalty"), (int, float)),
-        "decoding": dict,
-    }
-    if "model" not in settings:
-        raise ValueError("no settings")
-    for name, kind in kinds.items():
-        if name in settings and not isinstance(settings[name], kind):
-            raise ValueError(f"{name} is of another type")
-    if not all(_is_count(layer) for layer in settings.get("layers", ())):
-        raise ValueError("layers")
-    if not settings.get("positions", "").replace("+", "").isalnum() and "positions" in settings:
-        raise ValueError("positions")
-    return settings
-
-
-def _drift(raw: Any) -> Mapping[str, Any] | None:
-    """As `drift_results.drift_of` gives it. Raises one of _DAMAGED on anything else."""
-    if raw is None:
-        return None
-
-    def bounds(pair: Any) -> list[float] | None:
-        return None if pair is None else [float(bound) for bound in pair]
-
-    return {
-        mode: {
-            "nats": float(of["nats"]),
-            "unchanged": float(of["unchanged"]),
-            "intervals": {name: bounds(of["intervals"][name]) for name in ("nats", "unchanged")},
-            "prompts": int(of["prompts"]),
-        }
-        for mode, of in raw.items()
-    }
 
 
 def completed(settings: Mapping[str, Any], task: Task) -> dict[str, Any]:
