@@ -84,13 +84,19 @@ def test_nothing_stays_of_calls_however_they_end(run: Callable[..., Running], ar
     devices = [running.device() for _ in range(3)]
     rounds(running, devices, artefact, 30)  # as many: what first calls make stays, up to 110 weakrefs
     before, threads = census()
-    rounds(running, devices, artefact, 30)  # 150 calls, 45 of them left half-way
-    after, threads_after = census()
-    grown = {kind: after[kind] - before[kind] for kind in after}
-    # What gRPC and the interpreter hold goes up and down by some dozens; of ours there should be none more.
-    assert {kind: more for kind, more in grown.items() if more >= 100} == {}
     ours = ("perfit", "concurrent", "queue", "torch", "numpy", "google", "threading.Timer")
-    assert {kind: more for kind, more in grown.items() if more > 4 and kind.startswith(ours)} == {}
+    leaks: list[dict[str, int]] = []
+    for _ in range(2):
+        rounds(running, devices, artefact, 30)  # 150 calls, 45 of them left half-way
+        after, threads_after = census()
+        grown = {kind: after[kind] - before[kind] for kind in after}
+        # What gRPC and the interpreter hold goes up and down by some dozens; of ours there should be none more.
+        # What goes up once may be theirs by chance, so a leak is what goes up again.
+        leaks.append({k: n for k, n in grown.items() if n >= (5 if k.startswith(ours) else 100)})
+        if not leaks[-1]:
+            break
+        before = after
+    assert not set.intersection(*map(set, leaks)), leaks
     assert threads_after <= threads + 4  # the pool of the RPCs makes its threads when they are wanted
 
 

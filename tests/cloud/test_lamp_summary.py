@@ -92,6 +92,7 @@ def test_its_form(tmp_path: Path, two_users: list[UserResult]) -> None:
         "chat": False,
         "prompts": "task",
         "artefact_prompts": "task",
+        "community_seeds": None,
         "answer_tokens": 48,
         "stop": ["\n"],
         "frequency_penalty": 0.0,
