@@ -90,7 +90,7 @@ def test_nothing_stays_of_calls_however_they_end(run: Callable[..., Running], ar
         rounds(running, devices, artefact, 30)  # 150 calls, 45 of them left half-way
         after, threads_after = census()
         grown = {kind: after[kind] - before[kind] for kind in after}
-        # What gRPC and the interpreter hold goes up and down by some dozens; of ours there should be none more.
+        # What gRPC and the interpreter hold goes up and down by some dozens; of ours there should be no more.
         # What goes up once may be theirs by chance, so a leak is what goes up again.
         leaks.append({k: n for k, n in grown.items() if n >= (5 if k.startswith(ours) else 100)})
         if not leaks[-1]:
