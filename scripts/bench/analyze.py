@@ -52,7 +52,7 @@ def _write_users(path: Path, users: int) -> None:
 def _ours(base: BaseModel, task: Task, file: Path, out: Path) -> float:
     tokens = BatchBudget.of(base.device).rows
     settings = DeltaSettings(
-        base.fingerprint, str(base.model.dtype), task.to_json(), "", 2, 32, None, False, tokens, 0
+        base.fingerprint, str(base.model.dtype), task.to_json(), "", "", 2, 32, None, False, tokens, 0
     )
     begun = time.process_time()
     users = asking_users(file, task, _OPTIONS)
