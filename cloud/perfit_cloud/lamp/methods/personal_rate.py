@@ -72,8 +72,8 @@ def choose_personal_rate(
     }
     depends = json.loads(json.dumps(depends))
     path, made = request.out / _FILE, request.out / "settings.json"
-    if (ours := _read(made).get("learning_rate")) is not None:
-        return float(ours), float(_read(path).get("seconds", 0.0))
+    if isinstance(ours := _read(made).get("learning_rate"), float):
+        return ours, float(_read(path).get("seconds", 0.0))
     if request.examples == 0:
         return fallback, 0.0
     for folder in (request.out, request.reuse):
