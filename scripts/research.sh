@@ -20,8 +20,9 @@
 # OTHERS     collective users of every stage 1 that is trained        all; FEW_OTHERS of the other parts: 60
 # EXAMPLES   latest examples of each history                          all
 # SIZES      lengths of history of the cold start                     10 0 25 5 50 all
-# STARTS     and its starts                                           seed communities rag first
+# STARTS     and its starts                                           seed communities rag behind first
 # COLD       people of the cold start                                 PEOPLE
+# COLD_SCHEDULE  by which they train; paper, in a tenth of the time      device
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
 #            (personal rates are chosen by trials; sweeps take the one of perfit's main run)
@@ -104,7 +105,7 @@ lamp_command() { echo .venv/bin/perfit-cloud lamp run --out "$runs/$1" --data "$
 # computed once.
 every_method() { # folder, data, artefact, people
   local method
-  for method in ${METHODS:-none perfit perfit-device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag perfit_stage1+rag reft stylevector pag lofit lora-c+perfit}; do
+  for method in ${METHODS:-none perfit perfit-device lora-p lora-c oppu rag/1 rag/2 rag/4 perfit+rag perfit_behind+rag perfit_stage1+rag reft stylevector pag lofit lora-c+perfit}; do
     one_method "$method" "$@"
   done
 }
@@ -121,7 +122,7 @@ one_method() { # method, and what every_method is given
     perfit) options+=("${memory[@]}") ;;
     perfit-device) reused=perfit options+=(--schedule device "${memory[@]}") ;;
     rag/*) options+=(--k "${method#*/}") ;;
-    perfit+rag | perfit_stage1+rag) reused=perfit options+=("${memory[@]}") ;;
+    *+rag) reused=perfit options+=("${memory[@]}") ;;
     reft) options+=("${memory[@]}") ;;
     lora-c) options+=("${lora[@]}") ;;
     oppu) reused=lora-c options+=(--lora "$runs/$of/lora-c") ;;
@@ -134,16 +135,18 @@ one_method() { # method, and what every_method is given
 methods() { every_method methods commits commit_message "$people"; }
 
 # A newcomer: plain seed, the seed of a community, retrieval; each with histories of several lengths.
+schedule=${COLD_SCHEDULE:-device} newcomers=cold
+[ "$schedule" = device ] || newcomers=cold_$schedule
 cold() {
   local size start
   for size in ${SIZES:-10 0 25 5 50 all}; do
-    for start in ${STARTS:-seed communities rag first}; do cold_run "$start" "$size"; done
+    for start in ${STARTS:-seed communities rag behind first}; do cold_run "$start" "$size"; done
   done
 }
 
 cold_run() { # start, examples
-  local plain=(--artefact "$ours/commit_message") first=${SIZES:-10} seed="cold/seed/$2"
-  local same=(--users "${COLD:-$people}" --schedule device --modes base,seed,personal "${memory[@]}")
+  local plain=(--artefact "$ours/commit_message") first=${SIZES:-10} seed="$newcomers/seed/$2"
+  local same=(--users "${COLD:-$people}" --schedule "$schedule" --modes base,seed,personal "${memory[@]}")
   first=${first%% *}
   [ "$2" = all ] || same+=(--examples "$2")
   case "$1" in
@@ -151,15 +154,14 @@ cold_run() { # start, examples
       if [ "$2" = "$first" ]; then
         lamp "$seed" commits "${plain[@]}" "${same[@]}"
       else # what does not depend on a history is taken from there
-        lamp_after "cold_run seed $first" "$seed" commits "${plain[@]}" "${same[@]}" --reuse "$runs/cold/seed/$first"
+        lamp_after "cold_run seed $first" "$seed" commits "${plain[@]}" "${same[@]}" --reuse "$runs/$newcomers/seed/$first"
       fi ;;
     communities)
-      lamp_after "communities $2" "cold/communities/$2" commits --artefact "$runs/cold/artefact" "${same[@]}" \
+      lamp_after "communities $2" "$newcomers/communities/$2" commits --artefact "$runs/cold/artefact" "${same[@]}" \
         --reuse "$runs/$seed" ;;
-    rag | first) # with the update, or before it
-      local method=perfit+rag
-      [ "$1" = rag ] || method=perfit_stage1+rag
-      lamp_after "cold_run seed $2" "cold/$1/$2" commits --method "$method" \
+    rag | behind | first) # with the update, with one behind them, or before it
+      local -A method=([rag]=perfit+rag [behind]=perfit_behind+rag [first]=perfit_stage1+rag)
+      lamp_after "cold_run seed $2" "$newcomers/$1/$2" commits --method "${method[$1]}" \
         "${plain[@]}" "${same[@]}" --reuse "$runs/$seed" ;;
   esac
 }

@@ -314,3 +314,26 @@ def test_perfit_with_retrieval_is_one_shift_under_another_prompt(
         opened("perfit+rag", base, k=0, **options)
     for method in (plain, both, before):
         method.close()
+
+
+def test_a_shift_is_trained_behind_the_nearest_of_the_other_examples(
+    base: BaseModel, make_artefact: Callable[..., Artefact], tmp_path: Path
+) -> None:
+    make_artefact(base).save(tmp_path / "artefact")
+    options: dict[str, Any] = {"artefact": tmp_path / "artefact", "epochs": 1, "learning_rate": 1e-2}
+    behind, plain = (opened(name, base, k=1, **options) for name in ("perfit_behind+rag", "perfit+rag"))
+    assert isinstance(behind, PerFit) and isinstance(plain, PerFit)
+    again = {"text": TEXTS[1], "title": "dog 5"}
+    twice = replace(PERSON, history=(*HISTORY, again))
+    learned = behind.learner(twice).history
+    assert learned[2] == base.encode_pair("text: the cat sat title: cat 1\nthe mat sat on so", " mat 3")
+    for prompt, _target in (learned[1], learned[4]):
+        read = base.tokenizer.decode(prompt)
+        assert read.count(TEXTS[1]) == 1, "neither itself nor one with its very input stands before it"
+    assert plain.learner(twice).history != learned
+    context = replace(CONTEXT, checkpoint=tmp_path / "checkpoint")
+    states = [method.fit(PERSON, context).state for method in (behind, plain)]
+    assert states[0].personal.to_bytes() != states[1].personal.to_bytes()
+    assert behind.pair(asked(states[0])[0], QUERY.item) == plain.pair(asked(states[1])[0], QUERY.item)
+    for method in (behind, plain):
+        method.close()

@@ -38,7 +38,7 @@ _OF_THE_SEED = ("seed", "artefact", "lora")
 
 
 _COMPARED = ("fingerprint", "users", "data", "prompts", "chat", "examples")
-_STARTS = ("perfit", "perfit+rag", "perfit_stage1+rag")  # what a newcomer may have
+_STARTS = ("perfit", "perfit+rag", "perfit_behind+rag", "perfit_stage1+rag")  # what a newcomer may have
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,11 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         str,
         typer.Option(
             help="How answers become personal: perfit, a part of it (perfit_stage1, perfit_stage2, "
-            "perfit_stage2_sum or reft), perfit+rag, perfit_stage1+rag, none, rag, pag, stylevector, lora-c, "
-            "lora-p, oppu, lora-c+perfit, lofit."
+            "perfit_stage2_sum or reft), perfit+rag, perfit_behind+rag, perfit_stage1+rag, none, rag, pag, "
+            "stylevector, lora-c, lora-p, oppu, lora-c+perfit, lofit."
         ),
     ] = "perfit",
-    k: Annotated[int, typer.Option(help="rag, perfit+rag: own examples before a query.")] = 4,
+    k: Annotated[int, typer.Option(help="rag, …+rag: own examples before a query.")] = 4,
     profile_model: Annotated[
         str | None, typer.Option(help="pag: model that writes profiles.  [default: the base]")
     ] = None,

@@ -17,14 +17,14 @@ from perfit_cloud.lamp.methods.none import Untouched
 from perfit_cloud.lamp.methods.oppu import Oppu
 from perfit_cloud.lamp.methods.pag import Pag
 from perfit_cloud.lamp.methods.perfit import BothRanks, CollectiveOnly, PerFit, PersonalOnly
-from perfit_cloud.lamp.methods.perfit_rag import PerFitRag, SeedRag
+from perfit_cloud.lamp.methods.perfit_rag import PerFitBehindRag, PerFitRag, SeedRag
 from perfit_cloud.lamp.methods.rag import Rag
 from perfit_cloud.lamp.methods.stylevector import StyleVector
 
 __all__ = ["METHODS"]
 
 _ALL: tuple[type[Method[Any]], ...] = (
-    *(PerFit, CollectiveOnly, PersonalOnly, BothRanks, PerFitRag, SeedRag),
+    *(PerFit, CollectiveOnly, PersonalOnly, BothRanks, PerFitRag, PerFitBehindRag, SeedRag),
     *(Untouched, Rag, Pag, StyleVector),
     *(LoraC, LoraP, Oppu, LoraCPerFit, Lofit),
 )

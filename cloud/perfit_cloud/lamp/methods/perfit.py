@@ -178,7 +178,7 @@ class PerFit(FrozenMethod[ShiftUse]):
         return self.fit_cohort([person], context)[0]
 
     def fit_cohort(self, people: Sequence[Person], context: FitContext) -> list[Fitted[ShiftUse]]:
-        learners = [Learner.of(person, self.data.encoder) for person in people]
+        learners = [self.learner(person) for person in people]
         starts = [self.training.start_of(self._trainer, each, self.artefact) for each in learners]
         fitted = [Fitted(self._use(start), (), 0.0) for start in starts]
         training = [i for i, person in enumerate(people) if self.training.trains(person)]
@@ -197,6 +197,10 @@ class PerFit(FrozenMethod[ShiftUse]):
             fitted[i] = Fitted(self._use(t.outcome(starts[i]) or starts[i]), t.losses, t.seconds)
         return fitted
 
+    def learner(self, person: Person) -> Learner:
+        """What a person trains on."""
+        return Learner.of(person, self.data.encoder)
+
     def can_fit(self, person: Person) -> bool:
         return self.training.trains(person) or self._chooses(person)
 
@@ -214,7 +218,7 @@ class PerFit(FrozenMethod[ShiftUse]):
 
     def _schedule(self, person: Person) -> Schedule:
         if person.user_id not in self._schedules:
-            learner = Learner.of(person, self.data.encoder)
+            learner = self.learner(person)
             self._schedules[person.user_id] = self.training.schedule_for(learner)
         return self._schedules[person.user_id]
 
