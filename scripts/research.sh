@@ -22,10 +22,11 @@
 # SIZES      lengths of history of the cold start                     10 0 25 5 50 all
 # STARTS     and its starts                                           seed communities rag behind first
 # COLD       people of the cold start                                 PEOPLE
-# COLD_SCHEDULE  by which they train; paper, in a tenth of the time      device
+# BY         schedule by which they train; paper takes a tenth of the time  device
+# RATE       personal rate of the sweeps                              that which trials chose for perfit's main run
+# MODES      what sweeps measure, as "base,seed,personal"             all
 # STAGE_1    options of every stage 1, as "--collective-epochs 1"     --collective-lr 1e-3
 # LORA       the same of the collective LoRA                          the paper's epochs, the rate by trials
-#            (personal rates are chosen by trials; sweeps take the one of perfit's main run)
 # METHODS    which of methods, headlines and categories, as "none rag/4"               all, in the order below
 # BUDGET     no step begins after so many seconds                     none
 set -uo pipefail
@@ -135,7 +136,7 @@ one_method() { # method, and what every_method is given
 methods() { every_method methods commits commit_message "$people"; }
 
 # A newcomer: plain seed, the seed of a community, retrieval; each with histories of several lengths.
-schedule=${COLD_SCHEDULE:-device} newcomers=cold
+schedule=${BY:-device} newcomers=cold
 [ "$schedule" = device ] || newcomers=cold_$schedule
 cold() {
   local size start
@@ -174,17 +175,20 @@ communities() { # and the plain seed's run with so many examples
 }
 
 words=(--prompts builtin) # those of the artefacts that ship
-part=(--users "$some" "${words[@]}" "${history[@]}" "${few[@]}" "${stage_1[@]}" "${memory[@]}")
+swept=("${words[@]}" "${history[@]}" "${stage_1[@]}" "${memory[@]}" ${MODES:+--modes "$MODES"})
+part=(--users "$some" "${few[@]}" "${swept[@]}")
 base_of_some() { lamp some/none commits --method none --users "$some" "${words[@]}" "${history[@]}"; }
 known=(--reuse "$runs/some/none")
 sweep() { # folder, of what
   with_rate "$1" && lamp_after base_of_some "$1" commits "${part[@]}" --lr "$rate" "${known[@]}" --sweep "$2"
 }
 on_all() { # the same, with a stage 1 on whom the sweep says
-  with_rate "$1" && lamp_after base_of_some "$1" commits --users "$some" "${words[@]}" "${history[@]}" \
-    "${stage_1[@]}" --lr "$rate" "${memory[@]}" "${known[@]}" --sweep "$2"
+  with_rate "$1" && lamp_after base_of_some "$1" commits --users "$some" "${swept[@]}" --lr "$rate" \
+    "${known[@]}" --sweep "$2"
 }
-with_rate() { # folder: sets `rate` to that which trials chose for perfit's main run
+with_rate() { # folder: sets `rate`
+  rate=${RATE:-}
+  [ -z "$rate" ] || return 0
   local figures="$results/runs/methods/perfit/figures.json"
   [ -f "$figures" ] || METHODS=perfit methods
   rate=$(.venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["settings"]["learning_rate"])' \
@@ -200,7 +204,7 @@ groups() { on_all groups groups; }
 tasks() { # the shifts of other tasks that ship; the task's own is that of the ablations
   with_rate tasks || return 0
   lamp_after ablations tasks commits --users "$some" "${history[@]}" --artefact "$runs/ablations/full/artefact" --lr "$rate" \
-    "${memory[@]}" "${known[@]}" --sweep "artefacts=$ours/news_headline,$ours/reply"
+    "${memory[@]}" ${MODES:+--modes "$MODES"} "${known[@]}" --sweep "artefacts=$ours/news_headline,$ours/reply"
 }
 seeds() { # seed 0 is that of the ablations
   ablations
