@@ -9,19 +9,35 @@ from typing import TYPE_CHECKING
 
 from perfit_device import history
 from perfit_shared.retrieval import Retriever, input_text, read_after
+from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from perfit_device.cloud.codec import Artefact
     from perfit_device.history import HistoryItem
     from perfit_device.profile import Profile
     from perfit_shared.tasks import Task
 
-__all__ = ["nearest_examples"]
+__all__ = ["examples_before", "nearest_examples"]
+
+_FIRST_EXAMPLES = 4  # before a question of somebody without an update: docs/research.md, a newcomer
 
 # The cloud counts tokens and a device has no tokenizer: as few bytes a token leave room in every language.
 _BYTES_A_TOKEN = 2
 _TURN_TOKENS = 8  # of a chat template around a turn, and of a line's end
+
+
+def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
+    """How many stand before a question of which nobody says it: some where no update knows them yet.
+
+    That was measured on commit messages and headlines: texts of one line, by a model that reads chats. Of
+    longer replies a small model makes loops.
+    """
+    task = artefact.task
+    writes_lines = task.chat is True and "\n" in task.stop and not task.labels
+    is_first = mode is Mode.PERSONAL and profile.encoded_shift(artefact) is None
+    return _FIRST_EXAMPLES if writes_lines and is_first else 0
 
 
 def nearest_examples(

@@ -18,6 +18,7 @@ from perfit_device.evaluation import prompt_of
 from perfit_device.history.importers import read_history
 from perfit_device.nearest import nearest_examples
 from perfit_device.operations.ask import AnswerPart, Ask, Question
+from perfit_device.operations.complete import Complete
 from perfit_device.operations.enroll import Enroll
 from perfit_device.operations.evaluate import Evaluate
 from perfit_device.operations.examples import AddExample, FindExamples
@@ -30,7 +31,7 @@ from perfit_device.operations.versions import ListVersions, Undo
 from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_device.vault.store import Vault
-from perfit_shared.errors import InvalidData, InvalidInput, NotFound, Unavailable, VaultBusy
+from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt, NotFound, Unavailable, VaultBusy
 from perfit_shared.tasks import TASKS, Task
 from perfit_shared.types import Mode
 
@@ -292,6 +293,39 @@ def test_before_the_first_update_own_examples_answer_with_the_seed(
         assert f"so this is the seed{behind}; `perfit update`" in events[0].text
         profile.perform(SHORT)
         assert turns(Mode.PERSONAL) == always
+
+
+def test_apps_are_answered_as_their_user_is(
+    home: Path, cloud: Any, history_file: Path, messages: list[str]
+) -> None:
+    """Before the first update, by the task's own name or as `personal`; where the cloud finds that too
+    long, without examples."""
+    task = TASKS["news_headline"].resolved(True)
+    cloud.own_tasks["news_headline"] = task
+    with Profile.create(
+        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
+    ) as profile:
+        profile.perform(Enroll(cloud.invite().encode()))
+        profile.perform(ImportExamples(read_history(history_file, task), offline=True))
+        said = (Message("user", "The council met."),)
+
+        def turns(model: str) -> int:
+            profile.perform(Complete(said, model=model))
+            return len(cloud.prompts[-1].chat.messages)
+
+        assert turns("news_headline") == turns("personal") == 9
+        assert turns("base") == turns("collective") == 1
+        profile.perform(Complete(prompt="As it is", model="news_headline"))
+        assert cloud.prompts[-1].text == "As it is"
+        cloud.refuses = lambda _: len(cloud.prompts[-1].chat.messages) > 1
+        assert turns("news_headline") == 1
+        profile.perform(Ask(Question("The council met."), (Mode.PERSONAL,)))
+        assert len(cloud.prompts[-1].chat.messages) == 1
+        with pytest.raises(InvalidPrompt):
+            profile.perform(Ask(Question("The council met.", examples=2), (Mode.PERSONAL,)))
+        cloud.refuses = lambda _: False
+        profile.perform(SHORT)
+        assert turns("news_headline") == turns("personal") == 1
 
 
 @pytest.mark.parametrize("task", [TASKS["reply"], TASKS["news_categorize"]])

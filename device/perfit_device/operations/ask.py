@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from perfit_device.operations.operation import Emit, Event, Operation
 from perfit_shared.errors import InvalidData, InvalidInput, InvalidPrompt
-from perfit_shared.types import Chunk, Mode, Sampling
+from perfit_shared.types import Chunk, Finish, Mode, Sampling
 
 if TYPE_CHECKING:
     from perfit_device.cloud.client import Cloud
@@ -18,9 +19,19 @@ if TYPE_CHECKING:
     from perfit_device.profile import Profile
     from perfit_shared.tasks import Task
 
-__all__ = ["Answer", "AnswerPart", "Answers", "Ask", "PreparedQuestion", "Question", "prepare", "shift_use"]
+__all__ = [
+    "Answer",
+    "AnswerPart",
+    "Answers",
+    "Ask",
+    "PreparedQuestion",
+    "Question",
+    "first_accepted",
+    "prepare",
+    "shift_use",
+]
 
-_FIRST_EXAMPLES = 4  # before a question of somebody without an update: docs/research.md, a newcomer
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class PreparedQuestion:
 
     artefact: Artefact
     sampling: Sampling
-    _prompts: Mapping[Mode, Prompt]
+    _prompts: Mapping[Mode, Sequence[Prompt]]  # the first that the cloud takes is asked
     _cloud: Cloud
     _uses: Mapping[Mode, ShiftUse]
     _retry_policy: RetryPolicy
@@ -113,11 +124,42 @@ class PreparedQuestion:
         It leaves out leading white space, which belongs to the prompt's form.
         """
         is_at_front = True
-        prompt, use = self._prompts[mode], self._uses[mode]
-        for chunk in self._retry_policy.stream(lambda: self._cloud.generate(prompt, use, self.sampling)):
-            text = chunk.text.lstrip() if is_at_front else chunk.text
-            is_at_front = is_at_front and not text
-            yield replace(chunk, text=text)
+        use, retry_policy = self._uses[mode], self._retry_policy
+
+        def stream(prompt: Prompt) -> Generator[Chunk, None, None]:
+            return retry_policy.stream(lambda: self._cloud.generate(prompt, use, self.sampling))
+
+        answer, _ = first_accepted(stream, ((prompt, None) for prompt in self._prompts[mode]))
+        with closing(answer):
+            for chunk in answer:
+                text = chunk.text.lstrip() if is_at_front else chunk.text
+                is_at_front = is_at_front and not text
+                yield replace(chunk, text=text)
+
+
+def first_accepted(
+    stream: Callable[[Prompt], Generator[Chunk, None, None]], prompts: Iterable[tuple[Prompt, _T]]
+) -> tuple[Generator[Chunk, None, None], _T]:
+    """(the answer to the first of these prompts that the cloud takes, what stands beside that prompt).
+
+    Raises InvalidPrompt where it takes none.
+    """
+    refused: InvalidPrompt | None = None
+    for prompt, about in prompts:
+        chunks = stream(prompt)
+        try:
+            first = next(chunks, Chunk("", Finish.END))
+        except InvalidPrompt as error:
+            refused = error
+        else:
+            return _with(first, chunks), about
+    raise refused or InvalidPrompt("the prompt is longer than this cloud takes; shorten it")
+
+
+def _with(first: Chunk, rest: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
+    with closing(rest):
+        yield first
+        yield from rest
 
 
 def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
@@ -149,23 +191,19 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Prep
 
 
 def _examples_before(profile: Profile, artefact: Artefact, question: Question, mode: Mode) -> int:
-    """As many as are asked for, in every mode. Else some where there is no update that knows them yet.
+    """As many as are asked for, in every mode."""
+    from perfit_device.nearest import examples_before
 
-    That was measured on commit messages and headlines: texts of one line, by a model that reads chats. Of
-    longer replies a small model makes loops.
-    """
-    if question.examples is not None:
-        return question.examples
-    task = artefact.task
-    writes_lines = task.chat is True and "\n" in task.stop and not task.labels
-    is_first = mode is Mode.PERSONAL and profile.encoded_shift(artefact) is None
-    return _FIRST_EXAMPLES if writes_lines and is_first else 0
+    return examples_before(profile, artefact, mode) if question.examples is None else question.examples
 
 
 def _prompts(
     profile: Profile, task: Task, text: str, question: Question, counts: Mapping[Mode, int], *, most: int
-) -> tuple[dict[Mode, Prompt], dict[Mode, int]]:
-    """Of each mode, behind so many examples, or as many as there are and fit; and how many that is."""
+) -> tuple[dict[Mode, list[Prompt]], dict[Mode, int]]:
+    """Of each mode, behind so many examples, or as many as there are and fit; and how many that is.
+
+    How many fit is a guess. Where nobody asked for them, the question alone stands behind such a prompt.
+    """
     from perfit_device.evaluation import prompt_of
     from perfit_device.history import HistoryItem
     from perfit_device.nearest import nearest_examples
@@ -176,13 +214,20 @@ def _prompts(
     try:
         nearest = nearest_examples(profile, task, item, max(counts.values(), default=0), tokens=most)
         before = {mode: nearest[:count] for mode, count in counts.items()}
-        prompts = {mode: prompt_of(task, item, before=examples) for mode, examples in before.items()}
+        prompts = {
+            mode: [prompt_of(task, item, before=kept) for kept in _tries(question, examples)]
+            for mode, examples in before.items()
+        }
     except InvalidData as error:
         raise InvalidInput(
             f"the task {task.name} needs more than the text, its {task.text_field}: {error}; give it with "
             "--field NAME=TEXT"
         ) from error
     return prompts, {mode: len(examples) for mode, examples in before.items()}
+
+
+def _tries(question: Question, examples: Sequence[Mapping[str, str]]) -> list[Sequence[Mapping[str, str]]]:
+    return [examples, []] if examples and question.examples is None else [examples]
 
 
 def shift_use(profile: Profile, artefact: Artefact, mode: Mode, *, behind: int = 0) -> ShiftUse:

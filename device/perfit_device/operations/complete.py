@@ -18,6 +18,7 @@ from perfit_shared.types import Chunk, Finish, Mode, Sampling, TokenLogprob
 
 if TYPE_CHECKING:
     from perfit_device.cloud.codec import Artefact, CloudInfo, Prompt
+    from perfit_device.history import HistoryItem
     from perfit_device.profile import Profile
 
 __all__ = ["AnswerChunk", "AnswerSettings", "Complete", "Completion"]
@@ -68,8 +69,9 @@ class Complete(Operation[Completion]):
     """Give `messages`, or `prompt`, or `fields`. The answer comes as `AnswerChunk`s, too.
 
     `model` is base, collective, personal, or the name of a task, which is answered by the personal shift.
-    A task that is no talk takes the last user message as its text, and `fields` beside it. A talk that the
-    cloud refuses for its length loses its oldest turns, but keeps the system turn and the newest one.
+    A task that is no talk takes the last user message as its text, and `fields` beside it; before the first
+    update it is asked behind own examples, as `Ask` asks it. A talk that the cloud refuses for its length
+    loses its oldest turns, but keeps the system turn and the newest one.
     """
 
     messages: tuple[Message, ...] = ()
@@ -83,8 +85,9 @@ class Complete(Operation[Completion]):
         _, info = profile.connect()
         artefact, mode = _model(profile, info, self.model)
         sampling, stops = _sampling(self.settings, artefact.task if artefact else None, info, self)
-        prompts = _prompts(self, artefact.task if artefact else None, info.limits.message_bytes)
-        chunks, dropped = _first_accepted(profile, artefact, mode, prompts, sampling)
+        before = _examples(profile, artefact, mode, self, info.limits.prompt_tokens)
+        prompts = _prompts(self, artefact.task if artefact else None, info.limits.message_bytes, before)
+        chunks, dropped = _first_accepted(profile, artefact, mode, prompts, sampling, behind=len(before))
         parts: list[str] = []
         last = Chunk("", Finish.END)
         filtered = _filtered(chunks, stops, keeps_space=bool(self.prompt))
@@ -135,12 +138,19 @@ def _is_talk(task: Task | None) -> bool:
 # -- what it reads -------------------------------------------------------------------------------
 
 
-def _prompts(asked: Complete, task: Task | None, message_bytes: int) -> Iterator[tuple[Prompt, int]]:
+def _prompts(
+    asked: Complete, task: Task | None, message_bytes: int, before: Sequence[Mapping[str, str]] = ()
+) -> Iterator[tuple[Prompt, int]]:
     """(prompt, turns left out), the whole one first, then ever shorter ones. Raises InvalidPrompt on none."""
+    from perfit_device.evaluation import prompt_of
+
     if asked.prompt:
         yield asked.prompt, 0
     elif task is not None and not _is_talk(task):
-        yield _task_prompt(task, asked), 0
+        item = _item(task, asked)
+        if before:
+            yield prompt_of(task, item, before=before), 0
+        yield prompt_of(task, item), 0
     else:
         fields = tuple(Message("user", text) for text in asked.fields.values())  # of a talk there is one
         from perfit_device.cloud.codec import Message as Turn
@@ -149,8 +159,20 @@ def _prompts(asked: Complete, task: Task | None, message_bytes: int) -> Iterator
             yield [Turn(turn.role, turn.content) for turn in turns], dropped
 
 
-def _task_prompt(task: Task, asked: Complete) -> Prompt:
-    from perfit_device.evaluation import prompt_of
+def _examples(
+    profile: Profile, artefact: Artefact | None, mode: Mode, asked: Complete, tokens: int
+) -> list[Mapping[str, str]]:
+    """Own examples that stand before a task's question, nearest first."""
+    from perfit_device.nearest import examples_before, nearest_examples
+
+    if artefact is None or asked.prompt or _is_talk(artefact.task):
+        return []
+    count, item = examples_before(profile, artefact, mode), _item(artefact.task, asked)
+    return nearest_examples(profile, artefact.task, item, count, tokens=tokens)
+
+
+def _item(task: Task, asked: Complete) -> HistoryItem:
+    """The question that is asked. Raises InvalidInput on missing fields."""
     from perfit_device.history import HistoryItem
     from perfit_device.profile import check_fields
 
@@ -166,7 +188,7 @@ def _task_prompt(task: Task, asked: Complete) -> Prompt:
         raise InvalidInput(
             f"the task {task.name} is asked with {', '.join(wanted)}; give {', '.join(missing)} as fields"
         )
-    return prompt_of(task, HistoryItem(task.name, fields))
+    return HistoryItem(task.name, fields)
 
 
 def _talks(
@@ -243,32 +265,20 @@ def _first_accepted(
     mode: Mode,
     prompts: Iterator[tuple[Prompt, int]],
     sampling: Sampling,
+    *,
+    behind: int = 0,
 ) -> tuple[Generator[Chunk, None, None], int]:
     """(the answer to the first prompt that the cloud takes, turns left out of it)."""
     from perfit_device.cloud.codec import ShiftUse
-    from perfit_device.operations.ask import shift_use
+    from perfit_device.operations.ask import first_accepted, shift_use
 
     cloud, _ = profile.connect()
-    use = ShiftUse() if artefact is None else shift_use(profile, artefact, mode)
-    refused: InvalidPrompt | None = None
-    for prompt, dropped in prompts:
+    use = ShiftUse() if artefact is None else shift_use(profile, artefact, mode, behind=behind)
 
-        def ask(prompt: Prompt = prompt) -> Iterator[Chunk]:
-            return cloud.generate(prompt, use, sampling)
+    def stream(prompt: Prompt) -> Generator[Chunk, None, None]:
+        return profile.while_opening().stream(lambda: cloud.generate(prompt, use, sampling))
 
-        chunks = profile.while_opening().stream(ask)
-        try:
-            first = next(chunks, Chunk("", Finish.END))
-            return _with(first, chunks), dropped
-        except InvalidPrompt as error:
-            refused = error
-    raise refused or InvalidPrompt("the prompt is longer than this cloud takes; shorten it")
-
-
-def _with(first: Chunk, rest: Generator[Chunk, None, None]) -> Generator[Chunk, None, None]:
-    with closing(rest):
-        yield first
-        yield from rest
+    return first_accepted(stream, prompts)
 
 
 def _filtered(
