@@ -14,7 +14,9 @@ from tests.support.lamp_reports import Runs, one_of, rows_of
 from tests.support.lamp_runs import TEXTS, query, save_run, user
 
 from perfit_cloud.lamp import paper
+from perfit_cloud.lamp.groups import group_runs, main_groups
 from perfit_cloud.lamp.report import write_report
+from perfit_cloud.lamp.results import Run
 from perfit_shared.tasks import TASKS
 
 SECRET = "quokka"  # a word of a person's
@@ -137,6 +139,26 @@ def test_short_histories_stand_beside_each_other_by_their_start(runs: Runs) -> N
     assert (runs.root / "report" / "cold_start.png").is_file()
     assert {row["measure"] for row in rows_of(text, "Main results")} == {"loss", "accuracy", "macro_f1"}
     assert len(rows_of(text, "Main results")) == 2 * 3, "the whole histories alone, by start"
+
+
+def test_of_short_histories_alone_the_longest_is_the_main_one(runs: Runs) -> None:
+    """Another run on 10 examples took the place of the methods' table, and two ways shared one line."""
+    for length in (10, 40):
+        cut = {"examples": length, "data": f"history of {length}"}
+        runs.add(f"plain{length}", 1.5, **cut)
+        runs.add(f"rag{length}", 1.3, method="perfit+rag", k=4, **cut)
+        runs.add(f"behind{length}", 1.2, method="perfit_behind+rag", k=4, **cut)
+    runs.add("oppu", 1.4, method="oppu", examples=40, data="history of 40")
+    groups = group_runs(Run.load(folder) for folder in runs.folders)
+    assert {group.get("examples") for group in main_groups(groups)} == {40}
+    text = runs.report()
+    starts = [row["start"] for row in rows_of(text, "Cold start")][3:]
+    behind = "plain seed, update behind 4 own examples in the prompt"
+    assert set(starts) == {"plain seed", behind, "plain seed, 4 own examples in the prompt"}
+    methods = rows_of(text, "Methods (Tables 2 and 3)")
+    assert {row["method"] for row in methods if "method" in row} == {
+        *("oppu", "perfit", "perfit+rag, k = 4", "perfit_behind+rag, k = 4")
+    }
 
 
 @pytest.mark.slow

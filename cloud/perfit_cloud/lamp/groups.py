@@ -343,7 +343,9 @@ def main_groups(groups: Sequence[RunGroup]) -> list[RunGroup]:
         return group.get("users", 0), len(group.summaries), len(alike)
 
     explored = {id(group) for family in (*sweeps(groups), *rank_grids(groups)) for group in family}
-    explored |= {id(g) for family in short_histories(groups) for g in family if g.get("examples") is not None}
+    explored |= {
+        id(g) for family in short_histories(groups) for g in family if _length(g) < _length(family[-1])
+    }
     explored |= {
         id(g) for family in collective_sizes(groups) for g in family if g.collective_users is not None
     }

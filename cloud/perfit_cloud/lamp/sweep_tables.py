@@ -190,8 +190,8 @@ def _short_histories(groups: Sequence[RunGroup]) -> Section:
         "Cold start",
         "The personal mode, with the latest examples of each history alone: from the plain seed, that of "
         "the community that suits a person's own examples best, or from the plain one with own examples "
-        "before the query, after an update or without one. Differences are of the loss, at the same number "
-        "of examples, paired by user.",
+        "before the query, after an update, after one behind such examples, or without one. Differences are "
+        "of the loss, at the same number of examples, paired by user.",
         blocks,
         "The paper has no such table.",
     )
@@ -209,7 +209,10 @@ def _start(group: RunGroup) -> str:
     words = f"seeds of {count} communities" if count else _PLAIN
     words = "seed of 1 community" if count == 1 else words
     words += ", no update" if group.method == "perfit_stage1+rag" else ""
-    return words if group.get("k") is None else f"{words}, {group.get('k')} own examples in the prompt"
+    if group.get("k") is None:
+        return words
+    behind = ", update behind" if group.method == "perfit_behind+rag" else ","
+    return f"{words}{behind} {group.get('k')} own examples in the prompt"
 
 
 def _against(group: RunGroup, plain: RunGroup) -> list[str | None]:
