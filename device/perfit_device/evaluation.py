@@ -5,7 +5,7 @@ It also computes losses and gradients of history items for an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -24,7 +24,7 @@ from perfit_shared.tasks import Task
 from perfit_shared.types import Score
 from perfit_shared.validation import mean_loss
 
-__all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "refusal"]
+__all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "prompts_of", "refusal"]
 
 _T = TypeVar("_T")
 _SCORES_A_CALL = 16  # candidates; fewer where the cloud says so
@@ -39,6 +39,16 @@ def prompt_of(
     """What the model reads for an item behind the examples `before`: text, or the turns of a chat."""
     read = read_after(task, before, item.fields, cut=cut)
     return read if isinstance(read, str) else [Message(role, content) for role, content in read]
+
+
+def prompts_of(
+    task: Task, item: HistoryItem, before: Sequence[Mapping[str, str]], notify: Callable[[str], None]
+) -> Iterator[Prompt]:
+    """Behind these examples, and for a cloud that refuses that, alone. How many fit is a device's guess."""
+    if before:
+        yield prompt_of(task, item, before=before)
+        notify("the cloud refuses the question behind your examples, so it is asked without them")
+    yield prompt_of(task, item)
 
 
 def pair_of(task: Task, item: HistoryItem, *, cut: bool = True) -> tuple[Prompt, str]:

@@ -79,6 +79,9 @@ def test_what_would_come_out_the_same_is_taken_from_another_run(
     assert taken.users == plain.users and taken.seconds["fit"] == first.seconds["fit"]
     assert measured == ["personal", "other"]
     measured.clear()
+    behind = run_lamp(method_request("perfit_behind+rag", out=tmp_path / "behind", **given), base=base)
+    assert measured == ["personal", "other"] and behind.users != plain.users, "it learns something else"
+    measured.clear()
     words = {"artefact": tmp_path / "artefact"}
     run_lamp(replace(method_request("perfit_stage2", out=tmp_path / "alone", **given), **words), base=base)
     assert measured == ["personal", "other"]  # its identity is no collective shift, and is not measured

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.support.vaults import CHEAP, PASSPHRASE
 
+from perfit_device import answers
 from perfit_device.cloud.codec import Message
 from perfit_device.evaluation import prompt_of
 from perfit_device.history.importers import read_history
@@ -265,67 +266,69 @@ def test_in_a_chat_own_examples_are_earlier_turns(profile: Profile) -> None:
         nearest_examples(profile, task, replace(wanted, fields={}), 2, tokens=4096)
 
 
+@pytest.fixture
+def newcomer(home: Path, cloud: Any, history_file: Path, messages: list[str]) -> Iterator[Profile]:
+    """Somebody with examples and without an update, whose headlines a model writes that reads chats."""
+    task = TASKS["news_headline"].resolved(True)
+    cloud.own_tasks["news_headline"] = task
+    with Profile.create(
+        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
+    ) as profile:
+        profile.perform(Enroll(cloud.invite().encode()))
+        profile.perform(ImportExamples(read_history(history_file, task), offline=True))
+        yield profile
+
+
 @pytest.mark.parametrize("examples", [None, 0, 2])
 def test_before_the_first_update_own_examples_answer_with_the_seed(
-    home: Path, cloud: Any, history_file: Path, messages: list[str], examples: int | None
+    newcomer: Profile, cloud: Any, examples: int | None
 ) -> None:
     """In a personal answer alone, and no more once an update knows them; always as many as are asked for."""
-    task = TASKS["news_headline"].resolved(True)
-    cloud.own_tasks["news_headline"] = task
-    with Profile.create(
-        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
-    ) as profile:
-        profile.perform(Enroll(cloud.invite().encode()))
-        profile.perform(ImportExamples(read_history(history_file, task), offline=True))
-        asked = Question("The council met.", temperature=0.0, examples=examples)
+    asked = Question("The council met.", temperature=0.0, examples=examples)
 
-        def turns(mode: Mode, emit: Emit = lambda _: None) -> int:
-            profile.perform(Ask(asked, (mode,)), emit)
-            return len(cloud.prompts[-1].chat.messages)
+    def turns(mode: Mode, emit: Emit = lambda _: None) -> int:
+        newcomer.perform(Ask(asked, (mode,)), emit)
+        return len(cloud.prompts[-1].chat.messages)
 
-        always = 2 * (examples or 0) + 1
-        first = 9 if examples is None else always
-        events: list[Event] = []
-        assert turns(Mode.PERSONAL, events.append) == first
-        assert turns(Mode.COLLECTIVE) == turns(Mode.BASE) == always
-        behind = f" behind {first // 2} of your examples" if first > 1 else ""
-        assert isinstance(events[0], Note)
-        assert f"so this is the seed{behind}; `perfit update`" in events[0].text
-        profile.perform(SHORT)
-        assert turns(Mode.PERSONAL) == always
+    always = 2 * (examples or 0) + 1
+    first = 9 if examples is None else always
+    events: list[Event] = []
+    assert turns(Mode.PERSONAL, events.append) == first
+    assert turns(Mode.COLLECTIVE) == turns(Mode.BASE) == always
+    behind = f" behind {first // 2} of your examples" if first > 1 else ""
+    assert isinstance(events[0], Note)
+    assert f"so this is the seed{behind}; `perfit update`" in events[0].text
+    newcomer.perform(SHORT)
+    assert turns(Mode.PERSONAL) == always
 
 
-def test_apps_are_answered_as_their_user_is(
-    home: Path, cloud: Any, history_file: Path, messages: list[str]
-) -> None:
-    """Before the first update, by the task's own name or as `personal`; where the cloud finds that too
-    long, without examples."""
-    task = TASKS["news_headline"].resolved(True)
-    cloud.own_tasks["news_headline"] = task
-    with Profile.create(
-        DeviceSettings("one", home), passphrase=PASSPHRASE, notify=messages.append
-    ) as profile:
-        profile.perform(Enroll(cloud.invite().encode()))
-        profile.perform(ImportExamples(read_history(history_file, task), offline=True))
-        said = (Message("user", "The council met."),)
+def test_apps_are_answered_as_their_user_is(newcomer: Profile, cloud: Any) -> None:
+    """Before the first update, by the task's own name or as `personal`; where the cloud refuses that,
+    without examples, and says so."""
+    said = (answers.Message("user", "The council met."),)
+    events: list[Event] = []
 
-        def turns(model: str) -> int:
-            profile.perform(Complete(said, model=model))
-            return len(cloud.prompts[-1].chat.messages)
+    def turns(model: str) -> int:
+        newcomer.perform(Complete(said, model=model), events.append)
+        return len(cloud.prompts[-1].chat.messages)
 
-        assert turns("news_headline") == turns("personal") == 9
-        assert turns("base") == turns("collective") == 1
-        profile.perform(Complete(prompt="As it is", model="news_headline"))
-        assert cloud.prompts[-1].text == "As it is"
-        cloud.refuses = lambda _: len(cloud.prompts[-1].chat.messages) > 1
-        assert turns("news_headline") == 1
-        profile.perform(Ask(Question("The council met."), (Mode.PERSONAL,)))
-        assert len(cloud.prompts[-1].chat.messages) == 1
-        with pytest.raises(InvalidPrompt):
-            profile.perform(Ask(Question("The council met.", examples=2), (Mode.PERSONAL,)))
-        cloud.refuses = lambda _: False
-        profile.perform(SHORT)
-        assert turns("news_headline") == turns("personal") == 1
+    def falls_back() -> bool:
+        return any(isinstance(event, Note) and "without them" in event.text for event in events)
+
+    assert turns("news_headline") == turns("personal") == 9
+    assert turns("base") == turns("collective") == 1
+    newcomer.perform(Complete(prompt="As it is", model="news_headline"))
+    assert cloud.prompts[-1].text == "As it is" and not falls_back()
+    cloud.refuses = lambda _: len(cloud.prompts[-1].chat.messages) > 1
+    assert turns("news_headline") == 1 and falls_back()
+    events.clear()
+    newcomer.perform(Ask(Question("The council met."), (Mode.PERSONAL,)), events.append)
+    assert len(cloud.prompts[-1].chat.messages) == 1 and falls_back()
+    with pytest.raises(InvalidPrompt):
+        newcomer.perform(Ask(Question("The council met.", examples=2), (Mode.PERSONAL,)))
+    cloud.refuses = lambda _: False
+    newcomer.perform(SHORT)
+    assert turns("news_headline") == turns("personal") == 1
 
 
 @pytest.mark.parametrize("task", [TASKS["reply"], TASKS["news_categorize"]])

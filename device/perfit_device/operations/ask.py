@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from perfit_device.operations.operation import Emit, Event, Operation
@@ -113,7 +114,7 @@ class PreparedQuestion:
 
     artefact: Artefact
     sampling: Sampling
-    _prompts: Mapping[Mode, Sequence[Prompt]]  # the first that the cloud takes is asked
+    _prompts: Mapping[Mode, Callable[[], Iterable[Prompt]]]  # the first that the cloud takes is asked
     _cloud: Cloud
     _uses: Mapping[Mode, ShiftUse]
     _retry_policy: RetryPolicy
@@ -129,7 +130,7 @@ class PreparedQuestion:
         def stream(prompt: Prompt) -> Generator[Chunk, None, None]:
             return retry_policy.stream(lambda: self._cloud.generate(prompt, use, self.sampling))
 
-        answer, _ = first_accepted(stream, ((prompt, None) for prompt in self._prompts[mode]))
+        answer, _ = first_accepted(stream, ((prompt, None) for prompt in self._prompts[mode]()))
         with closing(answer):
             for chunk in answer:
                 text = chunk.text.lstrip() if is_at_front else chunk.text
@@ -165,11 +166,13 @@ def _with(first: Chunk, rest: Generator[Chunk, None, None]) -> Generator[Chunk, 
 def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> PreparedQuestion:
     """Find artefact, prompts and shifts. Raises InvalidInput on what cannot be asked."""
     from perfit_device.cloud.retry import RetryPolicy
+    from perfit_device.nearest import examples_before
 
     text = question.text.strip()
     cloud, info = profile.connect()
     artefact = profile.artefact(question.task)
-    counts = {mode: _examples_before(profile, artefact, question, mode) for mode in modes}
+    said = question.examples
+    counts = {mode: examples_before(profile, artefact, mode) if said is None else said for mode in modes}
     prompts, before = _prompts(profile, artefact.task, text, question, counts, most=info.limits.prompt_tokens)
     most, longest = info.limits.new_tokens, question.max_tokens
     if longest is not None and longest > most:
@@ -190,21 +193,14 @@ def prepare(profile: Profile, question: Question, modes: Iterable[Mode]) -> Prep
     return PreparedQuestion(artefact, sampling, prompts, cloud, uses, RetryPolicy(notify=profile.notify))
 
 
-def _examples_before(profile: Profile, artefact: Artefact, question: Question, mode: Mode) -> int:
-    """As many as are asked for, in every mode."""
-    from perfit_device.nearest import examples_before
-
-    return examples_before(profile, artefact, mode) if question.examples is None else question.examples
-
-
 def _prompts(
     profile: Profile, task: Task, text: str, question: Question, counts: Mapping[Mode, int], *, most: int
-) -> tuple[dict[Mode, list[Prompt]], dict[Mode, int]]:
+) -> tuple[dict[Mode, Callable[[], Iterable[Prompt]]], dict[Mode, int]]:
     """Of each mode, behind so many examples, or as many as there are and fit; and how many that is.
 
-    How many fit is a guess. Where nobody asked for them, the question alone stands behind such a prompt.
+    Where nobody asked for them, the question goes without them if it must.
     """
-    from perfit_device.evaluation import prompt_of
+    from perfit_device.evaluation import prompt_of, prompts_of
     from perfit_device.history import HistoryItem
     from perfit_device.nearest import nearest_examples
     from perfit_device.profile import check_fields
@@ -214,20 +210,21 @@ def _prompts(
     try:
         nearest = nearest_examples(profile, task, item, max(counts.values(), default=0), tokens=most)
         before = {mode: nearest[:count] for mode, count in counts.items()}
-        prompts = {
-            mode: [prompt_of(task, item, before=kept) for kept in _tries(question, examples)]
-            for mode, examples in before.items()
-        }
     except InvalidData as error:
         raise InvalidInput(
             f"the task {task.name} needs more than the text, its {task.text_field}: {error}; give it with "
             "--field NAME=TEXT"
         ) from error
+
+    def asked(examples: list[Mapping[str, str]]) -> Iterable[Prompt]:
+        if question.examples is not None:
+            return [prompt_of(task, item, before=examples)]
+        return prompts_of(task, item, examples, profile.notify)
+
+    prompts: dict[Mode, Callable[[], Iterable[Prompt]]] = {
+        mode: partial(asked, examples) for mode, examples in before.items()
+    }
     return prompts, {mode: len(examples) for mode, examples in before.items()}
-
-
-def _tries(question: Question, examples: Sequence[Mapping[str, str]]) -> list[Sequence[Mapping[str, str]]]:
-    return [examples, []] if examples and question.examples is None else [examples]
 
 
 def shift_use(profile: Profile, artefact: Artefact, mode: Mode, *, behind: int = 0) -> ShiftUse:

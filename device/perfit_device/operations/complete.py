@@ -17,7 +17,7 @@ from perfit_shared.task import Task
 from perfit_shared.types import Chunk, Finish, Mode, Sampling, TokenLogprob
 
 if TYPE_CHECKING:
-    from perfit_device.cloud.codec import Artefact, CloudInfo, Prompt
+    from perfit_device.cloud.codec import Artefact, CloudInfo, Limits, Prompt
     from perfit_device.history import HistoryItem
     from perfit_device.profile import Profile
 
@@ -85,9 +85,8 @@ class Complete(Operation[Completion]):
         _, info = profile.connect()
         artefact, mode = _model(profile, info, self.model)
         sampling, stops = _sampling(self.settings, artefact.task if artefact else None, info, self)
-        before = _examples(profile, artefact, mode, self, info.limits.prompt_tokens)
-        prompts = _prompts(self, artefact.task if artefact else None, info.limits.message_bytes, before)
-        chunks, dropped = _first_accepted(profile, artefact, mode, prompts, sampling, behind=len(before))
+        prompts, behind = _prompts(profile, self, artefact, mode, info.limits)
+        chunks, dropped = _first_accepted(profile, artefact, mode, prompts, sampling, behind=behind)
         parts: list[str] = []
         last = Chunk("", Finish.END)
         filtered = _filtered(chunks, stops, keeps_space=bool(self.prompt))
@@ -139,36 +138,31 @@ def _is_talk(task: Task | None) -> bool:
 
 
 def _prompts(
-    asked: Complete, task: Task | None, message_bytes: int, before: Sequence[Mapping[str, str]] = ()
-) -> Iterator[tuple[Prompt, int]]:
-    """(prompt, turns left out), the whole one first, then ever shorter ones. Raises InvalidPrompt on none."""
-    from perfit_device.evaluation import prompt_of
+    profile: Profile, asked: Complete, artefact: Artefact | None, mode: Mode, limits: Limits
+) -> tuple[Iterator[tuple[Prompt, int]], int]:
+    """(prompts with how many turns each leaves out, own examples before the first).
 
-    if asked.prompt:
-        yield asked.prompt, 0
-    elif task is not None and not _is_talk(task):
-        item = _item(task, asked)
-        if before:
-            yield prompt_of(task, item, before=before), 0
-        yield prompt_of(task, item), 0
-    else:
-        fields = tuple(Message("user", text) for text in asked.fields.values())  # of a talk there is one
-        from perfit_device.cloud.codec import Message as Turn
-
-        for turns, dropped in _talks(asked.messages or fields, task.system if task else "", message_bytes):
-            yield [Turn(turn.role, turn.content) for turn in turns], dropped
-
-
-def _examples(
-    profile: Profile, artefact: Artefact | None, mode: Mode, asked: Complete, tokens: int
-) -> list[Mapping[str, str]]:
-    """Own examples that stand before a task's question, nearest first."""
+    The whole prompt comes first, then ever shorter ones. Raises InvalidPrompt on none.
+    """
+    from perfit_device.evaluation import prompts_of
     from perfit_device.nearest import examples_before, nearest_examples
 
-    if artefact is None or asked.prompt or _is_talk(artefact.task):
-        return []
-    count, item = examples_before(profile, artefact, mode), _item(artefact.task, asked)
-    return nearest_examples(profile, artefact.task, item, count, tokens=tokens)
+    if asked.prompt:
+        return iter([(asked.prompt, 0)]), 0
+    task = artefact.task if artefact else None
+    if artefact is None or task is None or _is_talk(task):
+        return _talk_prompts(asked, task, limits.message_bytes), 0
+    item, count = _item(task, asked), examples_before(profile, artefact, mode)
+    before = nearest_examples(profile, task, item, count, tokens=limits.prompt_tokens)
+    return ((prompt, 0) for prompt in prompts_of(task, item, before, profile.notify)), len(before)
+
+
+def _talk_prompts(asked: Complete, task: Task | None, message_bytes: int) -> Iterator[tuple[Prompt, int]]:
+    from perfit_device.cloud.codec import Message as Turn
+
+    fields = tuple(Message("user", text) for text in asked.fields.values())  # of a talk there is one
+    for turns, dropped in _talks(asked.messages or fields, task.system if task else "", message_bytes):
+        yield [Turn(turn.role, turn.content) for turn in turns], dropped
 
 
 def _item(task: Task, asked: Complete) -> HistoryItem:
