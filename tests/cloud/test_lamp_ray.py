@@ -122,22 +122,27 @@ def test_a_workers_error_is_ours(request_for: Callable[..., LampRequest], tmp_pa
     assert signal.getsignal(signal.SIGTERM) is on_stop, "Ray's would end the run without a checkpoint"
 
 
-@pytest.mark.parametrize("late", [1, 3])
+NODE = "The current node timed out during startup. This could happen because …"
+PORT = "Timed out waiting for file /tmp/session/gcs_server_port_4f23"
+
+
+@pytest.mark.parametrize(("late", "message"), [(1, NODE), (1, PORT), (3, NODE)])
 def test_a_cluster_that_comes_up_too_late_is_started_again(
     late: int,
+    message: str,
     here: Run,
     request_for: Callable[..., LampRequest],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ray waits 30 s, and leaves the processes of one that was later."""
+    """Ray leaves the processes of one that was later."""
     ray = pytest.importorskip("ray")
     start, left = ray.init, []
 
     def init(*args: Any, **options: Any) -> Any:
         if len(left) < late:
             left.append(subprocess.Popen(["sleep", "600"]))
-            raise Exception("The current node timed out during startup. This could happen because …")
+            raise Exception(message)
         return start(*args, **options)
 
     monkeypatch.setattr(ray, "init", init)

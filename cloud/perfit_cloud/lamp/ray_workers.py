@@ -39,7 +39,7 @@ _LOOK_SECONDS = 0.5  # between two looks whether to stop
 _STOP_SECONDS = 60.0  # for a step to end and a checkpoint to be written
 _RESTARTS = 3  # of one worker
 _STARTS = 3  # of a cluster on this machine
-_TIMED_OUT = "timed out during startup"  # in Ray's message
+_TIMED_OUT = "timed out"  # in Ray's messages, whichever of its processes was late
 _OBJECT_STORE_BYTES = 128 << 20  # least that Ray takes is 75 MiB; tasks pass ids and nothing else
 
 
@@ -170,6 +170,7 @@ class RayWorkers:
     def _connect(self, cluster: RayCluster) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # as this process; 15 starves beside other work
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # its 30 are too few beside other work
         on_stop = signal.getsignal(signal.SIGTERM)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
@@ -184,7 +185,7 @@ class RayWorkers:
                 signal.signal(signal.SIGTERM, on_stop)  # Ray has put one of its own, which saves nothing
 
     def _start_local(self, workers: int, quiet: Mapping[str, Any]) -> None:
-        """Ray gives its own processes 30 s to come up, which beside other work is not always enough."""
+        """Again when its processes came up too late, as they may beside other work."""
         import psutil
 
         before = set(psutil.Process().children())
@@ -206,7 +207,7 @@ class RayWorkers:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.kill()
                 shutil.rmtree(self._folder, ignore_errors=True)
-                if _TIMED_OUT not in str(error) or not starts_left:
+                if _TIMED_OUT not in str(error).lower() or not starts_left:
                     raise
 
     def _room(self, threads: int, gpus: int) -> int:
