@@ -11,6 +11,9 @@
     [front_ca]                  # PEM file: who vouches for the front that ends TLS, beside the cloud's own CA
     work = "/etc/ssl/certs/company.pem"
 
+    [examples]                  # own ones that stand before a question; unset: 4 where answers are one line
+    work = 0
+
     [agent]
     lock_minutes = 15           # idle, after which it locks itself; 0: never
     start = "auto"              # when a command needs it; or "never"
@@ -40,7 +43,8 @@ _PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _TASK_CHARACTERS = 64
 _MOST_MINUTES = 7 * 24 * 60
 _STARTS = ("auto", "never")
-_TASK, _SEALED, _FRONT_CA = "task.", "sealed.", "front_ca."  # with the name of a profile behind them
+# With the name of a profile behind them.
+_TASK, _SEALED, _FRONT_CA, _OWN_EXAMPLES = "task.", "sealed.", "front_ca.", "examples."
 
 
 def is_profile_name(name: str) -> bool:
@@ -64,6 +68,15 @@ def _file(value: Value) -> str:
     if not isinstance(value, str) or not value.isprintable() or not value:
         raise ConfigError("front_ca should be the path of a PEM file")
     return value
+
+
+def _examples(value: Value) -> int:
+    from perfit_shared.retrieval import MOST_EXAMPLES
+
+    text = str(value)
+    if not (text.isascii() and text.isdigit() and len(text) < 3 and int(text) <= MOST_EXAMPLES):
+        raise ConfigError(f"examples should be a number from 0 to {MOST_EXAMPLES}")
+    return int(text)
 
 
 def _minutes(value: Value) -> float:
@@ -96,6 +109,7 @@ KEYS: Mapping[str, Callable[[Value], Value]] = {  # → checks a value of the fi
     "task.PROFILE": _task,
     "sealed.PROFILE": _switch("sealed"),
     "front_ca.PROFILE": _file,
+    "examples.PROFILE": _examples,
     "agent.lock_minutes": _minutes,
     "agent.start": _start,
     "update.auto": _switch("update.auto"),
@@ -130,6 +144,11 @@ class Config:
         """PEM file of who vouches for a front's TLS; "": the cloud's own CA alone."""
         return str(self.values.get(_FRONT_CA + profile, ""))
 
+    def examples_of(self, profile: str) -> int | None:
+        """How many own ones stand before a profile's questions; None: as the task, or the shift, wants it."""
+        said = self.values.get(_OWN_EXAMPLES + profile)
+        return None if said is None else int(said)
+
     @property
     def lock_minutes(self) -> float:
         """Idle, after which the agent locks itself; 0: never."""
@@ -159,7 +178,7 @@ class Config:
     def without_profile(self, name: str) -> Config:
         """Nothing of a profile that is gone."""
         without = self
-        for table in (_TASK, _SEALED, _FRONT_CA):
+        for table in (_TASK, _SEALED, _FRONT_CA, _OWN_EXAMPLES):
             without = without.with_value(f"{table}{name}", None)
         return without.with_value("profile", None) if without.values.get("profile") == name else without
 

@@ -6,7 +6,7 @@ It also computes losses and gradients of history items for an update.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -24,13 +24,29 @@ from perfit_shared.tasks import Task
 from perfit_shared.types import Score
 from perfit_shared.validation import mean_loss
 
-__all__ = ["Judged", "TaskClient", "gradient_of", "pair_of", "prompt_of", "prompts_of", "refusal"]
+__all__ = [
+    "Before",
+    "Judged",
+    "TaskClient",
+    "gradient_of",
+    "nothing_before",
+    "pair_of",
+    "prompt_of",
+    "prompts_of",
+    "refusal",
+]
 
 _T = TypeVar("_T")
 _SCORES_A_CALL = 16  # candidates; fewer where the cloud says so
 _IN_FLIGHT = 8  # questions of one Ask at a time
 _ACCEPTED_IN_A_ROW = 4  # examples, after which shorter ones count as accepted
 _NAMED = 8  # examples in a message
+
+Before = Callable[[HistoryItem], Sequence[Mapping[str, str]]]  # own examples that an item is read behind
+
+
+def nothing_before(item: HistoryItem) -> Sequence[Mapping[str, str]]:
+    return ()
 
 
 def prompt_of(
@@ -51,9 +67,11 @@ def prompts_of(
     yield prompt_of(task, item)
 
 
-def pair_of(task: Task, item: HistoryItem, *, cut: bool = True) -> tuple[Prompt, str]:
+def pair_of(
+    task: Task, item: HistoryItem, *, cut: bool = True, before: Sequence[Mapping[str, str]] = ()
+) -> tuple[Prompt, str]:
     """Prompt and target of an item; `cut` as an update takes them."""
-    return prompt_of(task, item, cut=cut), task.target(item.fields, cut=cut)
+    return prompt_of(task, item, cut=cut, before=before), task.target(item.fields, cut=cut)
 
 
 @dataclass(frozen=True)
@@ -85,14 +103,23 @@ class TaskClient:
     task: Task
     limits: Limits
     retry_policy: RetryPolicy = NO_RETRIES
+    before: Before = nothing_before
 
     def judge(
         self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
     ) -> Judged:
-        """Score and answer (greedily) all items. `progress` gets how many of 2 · len(items) are done."""
-        scored = self.scores(items, use, progress=progress)
-        done = len(items)
-        return Judged(scored, self.answers(items, use, progress=lambda more: progress(done + more)))
+        """Score and answer (greedily) all items. `progress` gets how many of 2 · len(items) are done.
+
+        What the cloud refuses behind examples is judged without them, as it would be asked.
+        """
+        scored, done = self.scores(items, use, progress=progress), len(items)
+        answered = self.answers(items, use, progress=lambda more: progress(done + more))
+        alone = replace(self, before=nothing_before)
+        for row, item in enumerate(items):
+            whole = isinstance(scored[row], Score) and isinstance(answered[row], str)
+            if not whole and self.before(item):
+                [scored[row]], [answered[row]] = alone.scores([item], use), alone.answers([item], use)
+        return Judged(scored, answered)
 
     def all_scores(self, items: Sequence[HistoryItem], use: ShiftUse, *, cut: bool = False) -> list[Score]:
         """Of every item's answer. Raises ExamplesRefused."""
@@ -112,12 +139,12 @@ class TaskClient:
         task = self.task
 
         def score(chunk: Sequence[HistoryItem]) -> list[Score]:
-            pairs = [pair_of(task, item, cut=cut) for item in chunk]
+            pairs = [pair_of(task, item, cut=cut, before=self.before(item)) for item in chunk]
             return self.retry_policy.call(lambda: self.cloud.score(pairs, use))
 
         most = min(_SCORES_A_CALL, self.limits.examples)
         found: list[Score | InvalidPrompt] = []
-        for chunk in _chunks(task, items, most, self.limits.call_tokens):
+        for chunk in _chunks(task, items, most, self.limits.call_tokens, self.before):
             found += _each(score, chunk)
             progress(len(found))
         return found
@@ -132,7 +159,7 @@ class TaskClient:
         texts = ask_all(
             self.cloud,
             use,
-            [(prompt_of(task, item), sampling) for item in items],
+            [(prompt_of(task, item, before=self.before(item)), sampling) for item in items],
             in_flight=min(_IN_FLIGHT, limits.questions),
             retry_policy=self.retry_policy,
             refused=refused,
@@ -147,8 +174,8 @@ class TaskClient:
         in a row are accepted, or `most` were tried; a missed one is refused by name later.
         """
         found, accepted = [], 0
-        for item in sorted(items, key=_length, reverse=True)[:most]:
-            pair = pair_of(self.task, item)
+        for item in sorted(items, key=partial(_length, before=self.before), reverse=True)[:most]:
+            pair = pair_of(self.task, item, before=self.before(item))
             try:
                 self.retry_policy.call(partial(self.cloud.score, [pair], ShiftUse()))
                 accepted += 1
@@ -161,7 +188,7 @@ class TaskClient:
 
 
 def _chunks(
-    task: Task, items: Sequence[HistoryItem], most: int, call_tokens: int
+    task: Task, items: Sequence[HistoryItem], most: int, call_tokens: int, before: Before
 ) -> list[Sequence[HistoryItem]]:
     """Parts of `items` that one call takes each: at most `most` items and `call_tokens` tokens.
 
@@ -171,7 +198,8 @@ def _chunks(
     chunks: list[list[HistoryItem]] = [[]]
     room = call_tokens
     for item in items:
-        size = _length(item) + len((task.template + task.system).encode()) + 1
+        turns = 1 + len(before(item))
+        size = _length(item, before) + turns * len(task.template.encode()) + len(task.system.encode()) + turns
         if chunks[-1] and (len(chunks[-1]) == most or (call_tokens and size > room)):
             chunks.append([])
             room = call_tokens
@@ -192,12 +220,13 @@ def _each(
         return [value for item in items for value in _each(call, [item])]
 
 
-def _length(item: HistoryItem) -> int:
-    return sum(len(text.encode()) for text in item.fields.values())
+def _length(item: HistoryItem, before: Before) -> int:
+    """Bytes of its fields, and of those before it."""
+    return sum(len(text.encode()) for fields in (item.fields, *before(item)) for text in fields.values())
 
 
 def gradient_of(
-    cloud: Cloud, artefact: Artefact, limits: Limits
+    cloud: Cloud, artefact: Artefact, limits: Limits, before: Before = nothing_before
 ) -> Callable[[Sequence[HistoryItem], ShiftTensors], tuple[float, int, ShiftTensors]]:
     """Loss, tokens and gradient of a batch by ComputeGradient, in as many calls as the cloud's limit needs.
 
@@ -206,14 +235,14 @@ def gradient_of(
     task = artefact.task
 
     def once(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
-        pairs = [pair_of(task, item) for item in items]
+        pairs = [pair_of(task, item, before=before(item)) for item in items]
         loss, tokens, gradient = cloud.compute_gradient(pairs, artefact, tensors)
         if tokens < 1:
             raise PerfitError("the cloud computed a gradient over no tokens; tell its operator")
         return loss, tokens, gradient
 
     def gradient(items: Sequence[HistoryItem], tensors: ShiftTensors) -> tuple[float, int, ShiftTensors]:
-        chunks = _chunks(task, items, limits.examples, limits.call_tokens)
+        chunks = _chunks(task, items, limits.examples, limits.call_tokens, before)
         parts = [_call_or_name_refused(partial(once, tensors=tensors), chunk) for chunk in chunks]
         return parts[0] if len(parts) == 1 else _merge_batches(parts)
 

@@ -5,65 +5,116 @@ The cloud sees their text as part of the prompt, as it sees the question's.
 
 from __future__ import annotations
 
+import itertools
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from perfit_device import history
+from perfit_device import history, personal
 from perfit_shared.retrieval import Retriever, input_text, read_after
 from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from perfit_device.cloud.codec import Artefact
     from perfit_device.history import HistoryItem
     from perfit_device.profile import Profile
+    from perfit_device.settings import DeviceSettings
     from perfit_shared.tasks import Task
 
-__all__ = ["examples_before", "nearest_examples"]
+__all__ = ["NearestExamples", "examples_before", "examples_of_task", "nearest_examples"]
 
-_FIRST_EXAMPLES = 4  # before a question of somebody without an update: docs/research.md, a newcomer
+_EXAMPLES = 4  # docs/research.md, a newcomer
+_TRIED = 4  # times as many as are wanted; a longer one than fits costs one
 
 # The cloud counts tokens and a device has no tokenizer: as few bytes a token leave room in every language.
 _BYTES_A_TOKEN = 2
 _TURN_TOKENS = 8  # of a chat template around a turn, and of a line's end
 
 
-def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
-    """How many stand before a question of which nobody says it: some where no update knows them yet.
+def examples_of_task(settings: DeviceSettings, task: Task) -> int:
+    """How many stand before what an update learns, and before a question of somebody without an update.
 
-    That was measured on commit messages and headlines: texts of one line, by a model that reads chats. Of
-    longer replies a small model makes loops.
+    The config file says it, else the task. That was measured on commit messages and headlines: texts of one
+    line, by a model that reads chats. Of longer replies a small model makes loops.
     """
-    task = artefact.task
+    said = settings.examples()
     writes_lines = task.chat is True and "\n" in task.stop and not task.labels
-    is_first = mode is Mode.PERSONAL and profile.encoded_shift(artefact) is None
-    return _FIRST_EXAMPLES if writes_lines and is_first else 0
+    return said if said is not None else _EXAMPLES if writes_lines else 0
+
+
+def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
+    """How many stand before a question of which nobody says it: as many as the shift was trained behind."""
+    if mode is not Mode.PERSONAL:
+        return 0
+    _, info = profile.connect()
+    with profile.vault() as vault:
+        versions = personal.read_versions(vault, info.cloud_id, artefact.name)
+    if versions is None or profile.settings.examples() is not None:
+        return examples_of_task(profile.settings, artefact.task)
+    return versions.now.behind
+
+
+class NearestExamples:
+    """Own examples, searchable: those nearest to an item stand before it.
+
+    An item is never among its own, nor is one that reads as it does. One that does not fit into a prompt of
+    `tokens` tokens beside those before it is left out.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        items: Sequence[HistoryItem] = (),
+        count: int = 0,
+        *,
+        tokens: int = 0,
+        alone: Collection[str] = (),
+    ) -> None:
+        """`count`: at most so many. `alone`: names of items that are read without."""
+        self._task, self._items, self._tokens, self._alone = task, items, tokens, alone
+        self.count = count if items else 0
+        self._found: dict[str, list[Mapping[str, str]]] = {}  # by name: an update asks for each often
+
+    def before(self, item: HistoryItem) -> list[Mapping[str, str]]:
+        """Nearest first. Raises InvalidData where the item lacks a field of the task."""
+        self._task.prompt(item.fields)  # raises
+        if not self.count or item.name in self._alone:
+            return []
+        if item.name not in self._found:
+            self._found[item.name] = self._nearest(item)
+        return self._found[item.name]
+
+    def _nearest(self, item: HistoryItem) -> list[Mapping[str, str]]:
+        task, own = self._task, input_text(self._task, item.fields)
+        others = (i for i in self._retriever.best(own, len(self._items)) if self._inputs[i] != own)
+        found: list[Mapping[str, str]] = []
+        for index in itertools.islice(others, _TRIED * self.count):
+            more = [*found, self._items[index].fields]
+            if _most_tokens(read_after(task, more, item.fields)) <= self._tokens:
+                found = more
+            if len(found) == self.count:
+                break
+        return found
+
+    @cached_property
+    def _inputs(self) -> list[str]:
+        return [input_text(self._task, item.fields) for item in self._items]
+
+    @cached_property
+    def _retriever(self) -> Retriever:
+        return Retriever(self._inputs)
 
 
 def nearest_examples(
     profile: Profile, task: Task, asked: HistoryItem, count: int, *, tokens: int
 ) -> list[Mapping[str, str]]:
-    """At most `count` examples, nearest first, without the question itself.
-
-    One that does not fit into a prompt of so many tokens beside those before it is left out. Raises
-    InvalidData where the question lacks a field of the task.
-    """
-    task.prompt(asked.fields)  # raises
+    """Those of the history that stand before a question. Raises as `NearestExamples.before`."""
     if not count:
-        return []
+        return NearestExamples(task).before(asked)
     with profile.vault() as vault:
         items = history.load(vault, task.name)
-    items = profile.usable(items, task)
-    inputs = [input_text(task, item.fields) for item in items]
-    own = input_text(task, asked.fields)
-    found: list[Mapping[str, str]] = []
-    for index in Retriever(inputs).best(own, len(inputs)):
-        more = [*found, items[index].fields]
-        if inputs[index] != own and _most_tokens(read_after(task, more, asked.fields)) <= tokens:
-            found = more
-        if len(found) == count:
-            break
-    return found
+    return NearestExamples(task, profile.usable(items, task), count, tokens=tokens).before(asked)
 
 
 def _most_tokens(read: str | list[tuple[str, str]]) -> int:

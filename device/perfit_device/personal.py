@@ -83,9 +83,8 @@ def load(vault: Vault, cloud_id: str, artefact: Artefact) -> PersonalShift | Non
     row = shift_row(cloud_id, artefact.name)
     data = _read(vault, row, now.number)
     tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
-    return PersonalShift(
-        tensors, now.updates, now.forgotten, now.learned, read_trained(vault, row, now.number)
-    )
+    trained = read_trained(vault, row, now.number)
+    return PersonalShift(tensors, now.updates, now.forgotten, now.learned, trained, now.behind)
 
 
 def read_trained(vault: Vault, row: str, number: int) -> frozenset[bytes] | None:
@@ -136,6 +135,7 @@ def store(vault: Vault, cloud_id: str, artefact: Artefact, shift: PersonalShift,
         learned=shift.learned,
         follows=0 if old is None else old.current,
         origin=origin,
+        behind=shift.behind,
     )
     others = [each for each in kept if each.forgotten >= shift.forgotten]
     spare = sorted(

@@ -1,4 +1,4 @@
-"""Examples that a cloud refused: later updates leave them out."""
+"""Examples that a cloud refused: later updates leave them out, or read them without others before them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Refusals:
     row: str
     of: str
     names: frozenset[str] = frozenset()
+    alone: frozenset[str] = frozenset()  # that it refused behind other examples
 
     @classmethod
     def read(cls, vault: Vault, info: CloudInfo, artefact: Artefact) -> Refusals:
@@ -29,12 +30,15 @@ class Refusals:
         limits = info.limits
         of = f"{info.fingerprint} {artefact.version} {limits.prompt_tokens} {limits.new_tokens}"
         values = json.loads(vault.get(_KIND, row) or b"{}")
-        return cls(row, of, frozenset(values["names"] if values.get("of") == of else ()))
+        if values.get("of") != of:
+            return cls(row, of)
+        return cls(row, of, frozenset(values["names"]), frozenset(values.get("alone", ())))
 
-    def with_names(self, vault: Vault, names: Iterable[str]) -> Refusals:
+    def with_names(self, vault: Vault, names: Iterable[str], *, alone: Iterable[str] = ()) -> Refusals:
         """These and more, written to the vault."""
-        more = Refusals(self.row, self.of, self.names | set(names))
-        data = json.dumps({"of": self.of, "names": sorted(more.names)}).encode()
+        more = Refusals(self.row, self.of, self.names | set(names), self.alone | set(alone))
+        values = {"of": self.of, "names": sorted(more.names), "alone": sorted(more.alone)}
+        data = json.dumps(values).encode()
         vault.put(_KIND, self.row, data)
         return more
 

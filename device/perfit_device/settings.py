@@ -76,6 +76,10 @@ class DeviceSettings:
         except (OSError, RuntimeError) as error:
             raise ConfigError(f"front_ca cannot be read: {error}") from error
 
+    def examples(self) -> int | None:
+        """How many own examples stand before a question, as the config file has it now; None: unset."""
+        return Config.read(self.config_path).examples_of(self.profile)
+
     @property
     def vault_path(self) -> Path:
         return self._vault_of(self.profile)

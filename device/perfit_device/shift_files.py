@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from perfit_device.vault.store import Vault
     from perfit_shared.shifts import ShiftTensors
 
-__all__ = ["export", "read", "read_bytes", "write"]
+__all__ = ["count_of", "export", "read", "read_bytes", "write"]
 
 _LARGEST_FILE = 256 * 1024 * 1024  # bytes
+_DIGITS = 7
 
 
 def export(vault: Vault, cloud_id: str, artefact: str) -> tuple[bytes, str]:
@@ -28,6 +30,8 @@ def export(vault: Vault, cloud_id: str, artefact: str) -> tuple[bytes, str]:
     version = versions.now.artefact_version
     metadata = {"artefact": artefact, "version": version, "task": versions.task}
     metadata["updates"] = str(versions.now.updates)
+    if versions.now.behind:
+        metadata["behind"] = str(versions.now.behind)
     tensors = personal.read_tensors(vault, cloud_id, artefact, versions.current)
     return tensors.to_bytes(metadata=metadata), version
 
@@ -50,6 +54,12 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidData(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def count_of(metadata: Mapping[str, str], name: str, default: int) -> int:
+    """A small number that a file gives; `default` where it gives none."""
+    text = metadata.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else default
 
 
 def read(data: bytes, name: str, artefact: Artefact) -> ShiftTensors:

@@ -43,6 +43,7 @@ class PersonalShift:
     learned: TrainingSummary = field(default_factory=TrainingSummary)
     # Names of all examples that trained or judged it, or what it continues; None where unknown.
     trained: frozenset[bytes] | None = None
+    behind: int = 0  # own examples, at most, before each of those that trained it: questions want as many
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Version:
     learned: TrainingSummary = field(default_factory=TrainingSummary)
     follows: int = 0  # the version that was current when it was made; 0 where there was none
     origin: str = ""  # "" for an update's; "imported" or "restored"
+    behind: int = 0  # as of PersonalShift
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Versions:
     def to_bytes(self) -> bytes:
         values = asdict(self)
         for each, usual in zip(values["kept"], _usually_followed(values["kept"]), strict=True):
-            # An earlier perfit knows neither, and reads what lacks them.
-            for key, default in (("follows", usual), ("origin", "")):
+            # An earlier perfit knows none of them, and reads what lacks them.
+            for key, default in (("follows", usual), ("origin", ""), ("behind", 0)):
                 if each[key] == default:
                     del each[key]
         return json.dumps(values).encode()

@@ -82,6 +82,7 @@ def start_of(
     """
     from perfit_device.cloud.codec import ShiftUse
     from perfit_device.evaluation import TaskClient
+    from perfit_device.nearest import NearestExamples, examples_of_task
     from perfit_device.refusals import Refusals
     from perfit_shared.starts import CHOOSING, LEAST_TO_CHOOSE
 
@@ -95,11 +96,14 @@ def start_of(
         left_out = refusals.names | set(without)
         items = [i for i in history.load(vault, artefact.task.name) if i.name not in left_out]
         choice = None if without else read_choice(vault, refusals.row)
-    judges = _not_tested(profile.usable(items, artefact.task))[-CHOOSING:]
+    fitting = _not_tested(profile.usable(items, artefact.task))
+    judges = fitting[-CHOOSING:]
     if len(judges) < LEAST_TO_CHOOSE:
         return Start(starts[0])
     if choice is None or choice.digest != digest or _many_more(len(judges), choice.examples):
-        client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
+        tokens, count = info.limits.prompt_tokens, examples_of_task(profile.settings, artefact.task)
+        near = NearestExamples(artefact.task, fitting, count, tokens=tokens, alone=refusals.alone)
+        client = TaskClient(cloud, artefact.task, info.limits, retry_policy, near.before)
         found = [client.scores(judges, ShiftUse(artefact, start), cut=True) for start in starts]
         choice = _choice(found, digest)
         with profile.vault() as vault:

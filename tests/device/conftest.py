@@ -11,12 +11,16 @@ import pytest
 from tests.support.device import Perfit
 from tests.support.endpoint import App, serving
 from tests.support.fake_cloud import FakeCloud
-from tests.support.vaults import make_cheap
+from tests.support.vaults import PASSPHRASE, make_cheap
 
 from perfit_device import profile
 from perfit_device.cli import prompts
+from perfit_device.history.importers import read_history
+from perfit_device.operations.enroll import Enroll
+from perfit_device.operations.imports import ImportExamples
 from perfit_device.settings import DeviceSettings
 from perfit_shared import schedules
+from perfit_shared.tasks import TASKS
 
 
 @pytest.fixture
@@ -85,6 +89,26 @@ def opened(enrolled: Perfit, home: Path) -> Iterator[profile.Profile]:
     settings = DeviceSettings("default", home)
     with profile.Profile.open(settings, passphrase=lambda: "correct horse") as opened:
         yield opened
+
+
+@pytest.fixture
+def messages() -> list[str]:
+    """What a profile tells its user."""
+    return []
+
+
+@pytest.fixture
+def newcomer(
+    home: Path, cloud: Any, history_file: Path, messages: list[str], short_updates: None
+) -> Iterator[profile.Profile]:
+    """Somebody with examples and without an update, whose headlines a model writes that reads chats."""
+    task = TASKS["news_headline"].resolved(True)
+    cloud.own_tasks["news_headline"] = task
+    settings = DeviceSettings("one", home)
+    with profile.Profile.create(settings, passphrase=PASSPHRASE, notify=messages.append) as created:
+        created.perform(Enroll(cloud.invite().encode()))
+        created.perform(ImportExamples(read_history(history_file, task), offline=True))
+        yield created
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class FakeCloud:
         self.cloud_id = secrets.token_hex(8)
         self.seed = ShiftTensors.identity(SPEC, SPEC.personal_rank, 1)
         self.invites: dict[bytes, bytes] = {}  # secret → CSR's public key
-        self.refuses: Callable[[str], bool] = lambda text: "too long" in text  # of prompts
+        self.refuses: Callable[[str], bool] = lambda text: "too long" in text  # `text_of` prompts
         self.fail: Callable[[str], PerfitError | None] = lambda method: None
         self.calls: list[str] = []
         self.seconds: dict[str, float | None] = {}  # method → its deadline, as it came
@@ -66,6 +66,8 @@ class FakeCloud:
         self.prompts: list[pb.Prompt] = []  # of Generate, as they came
         self.samplings: list[pb.Sampling] = []  # likewise
         self.personal: list[bytes] = []  # tensors of Generate, as they came
+        self.scored: list[tuple[pb.ShiftMode, pb.Prompt]] = []  # of Score, as they came
+        self.learned: list[pb.Example] = []  # of ComputeGradient, as they came
         self.gradient: Callable[[ShiftTensors], bytes] = ShiftTensors.to_bytes
         self.seed_bytes: bytes | None = None
         self.communities: list[bytes] = []  # their seeds
@@ -144,6 +146,11 @@ def quadratic(tensors: ShiftTensors, pull: float) -> tuple[float, ShiftTensors]:
     return loss / size, ShiftTensors(layers)
 
 
+def text_of(prompt: pb.Prompt) -> str:
+    """All that a model reads of it, a turn a line."""
+    return prompt.text or "\n".join(message.content for message in prompt.chat.messages)
+
+
 def pull_of(text: str) -> float:
     return 0.2 + (sum(text.encode()) % 7) / 100
 
@@ -204,7 +211,7 @@ class Personalization(services.PersonalizationServicer):
         self.cloud.samplings.append(request.sampling)
         self.cloud.personal.append(request.shift.personal)
         self.cloud.tensors(request.shift, context)
-        if self.cloud.refuses(request.prompt.text):
+        if self.cloud.refuses(text_of(request.prompt)):
             _abort(context, InvalidPrompt("the prompt is longer than 512 tokens; shorten it"))
         mode = pb.ShiftMode.Name(request.shift.mode).rpartition("_")[2].lower()
         whole = False
@@ -229,7 +236,7 @@ class Personalization(services.PersonalizationServicer):
             question = request.question
             self.cloud.calls.append("Question")
             error = self.cloud.fail("Question")
-            if self.cloud.refuses(question.prompt.text):
+            if self.cloud.refuses(text_of(question.prompt)):
                 error = InvalidPrompt("the prompt is longer than 512 tokens; shorten it")
             if error is not None:
                 _, code, message, delay = to_status(error)
@@ -242,18 +249,20 @@ class Personalization(services.PersonalizationServicer):
 
     def Score(self, request: Any, context: Any) -> pb.ScoreResponse:  # noqa: N802
         self.cloud.check("Score", context)
+        self.cloud.scored += [(request.shift.mode, candidate.prompt) for candidate in request.candidates]
         tensors = self.cloud.tensors(request.shift, context)
-        if any(self.cloud.refuses(c.prompt.text) for c in request.candidates):
+        if any(self.cloud.refuses(text_of(c.prompt)) for c in request.candidates):
             _abort(context, InvalidPrompt("an example is longer than 512 tokens; shorten it"))
-        losses = [quadratic(tensors, pull_of(c.prompt.text))[0] for c in request.candidates]
+        losses = [quadratic(tensors, pull_of(text_of(c.prompt)))[0] for c in request.candidates]
         return pb.ScoreResponse(scores=[pb.CandidateScore(log_likelihood=-4 * x, tokens=4) for x in losses])
 
     def ComputeGradient(self, request: Any, context: Any) -> pb.ComputeGradientResponse:  # noqa: N802
         self.cloud.check("ComputeGradient", context)
+        self.cloud.learned += request.examples
         tensors = self.cloud.tensors(request.shift, context)
-        if any(self.cloud.refuses(e.prompt.text) for e in request.examples):
+        if any(self.cloud.refuses(text_of(e.prompt)) for e in request.examples):
             _abort(context, InvalidPrompt("an example is longer than 512 tokens; shorten it"))
-        pulls = [pull_of(e.prompt.text) for e in request.examples]
+        pulls = [pull_of(text_of(e.prompt)) for e in request.examples]
         loss = float(np.mean([quadratic(tensors, pull)[0] for pull in pulls]))
         gradient = quadratic(tensors, float(np.mean(pulls)))[1]
         return pb.ComputeGradientResponse(

@@ -62,8 +62,8 @@ def ask(
         typer.Option(
             "--examples",
             min=0,
-            help="Own examples before the question, those nearest to it.  [default: 4 before the first "
-            "update in tasks whose answers are one line, else 0]",
+            help="Own examples before the question, those nearest to it.  [default: as many as your shift "
+            "was trained behind, 4 in tasks whose answers are one line, else 0]",
         ),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="The answer becomes an example at once.")] = False,

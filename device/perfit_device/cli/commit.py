@@ -48,8 +48,8 @@ def commit(
 ) -> None:
     """Write the message of what is staged, in your own way, and commit it through your editor.
 
-    The cloud sees paths, numbers of lines and names of what changed, and no code. Before the first update
-    it sees the same of up to four of your earlier commits, and their messages.
+    The cloud sees paths, numbers of lines and names of what changed, and no code; and the same of up to
+    four of your earlier commits, with their messages.
 
     \b
     git add -u && perfit commit

@@ -26,6 +26,8 @@ def options() -> None:
     sealed               whether its calls are sealed to the cloud's process, so that
                          no front which ends TLS reads them, or are not sent (false)
     front_ca             PEM file: who vouches for that front, beside the cloud's own CA
+    examples             how many own examples stand before a question, and before what
+                         an update learns; unset: 4 where answers are one line
     agent.lock_minutes   idle minutes after which the agent locks itself (15)
     agent.start          auto: commands start an agent when they need one; or never
     update.auto          whether an agent trains by itself what is due (true)

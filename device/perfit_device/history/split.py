@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from perfit_device.history.items import HistoryItem
 from perfit_shared.errors import InvalidData
-from perfit_shared.splits import LEAST_HISTORY, SMALLEST_PART, split_sizes
+from perfit_shared.splits import LEAST_HISTORY, SMALLEST_PART, folds_for, split_sizes
 
 __all__ = ["Split", "split"]
 
@@ -21,6 +21,11 @@ class Split:
     train: Sequence[HistoryItem]
     gate: Sequence[HistoryItem]
     test: Sequence[HistoryItem]
+
+    @property
+    def trained(self) -> list[HistoryItem]:
+        """Those that an update learns from: in folds the gate's part, too."""
+        return [*self.train, *(self.gate if folds_for(len(self.gate)) else ())]
 
     def digest(self) -> str:
         """sha-256 over what an update reads, hex: an interrupted update resumes on the same."""

@@ -53,7 +53,7 @@ class Question:
     logprobs: int = 0  # how many likeliest tokens to name beside each chosen one; 0: no log-probabilities
     frequency_penalty: float | None = None  # taken off a token's logit for each time that the answer has it
     presence_penalty: float | None = None  # taken off it once
-    # Own ones that stand before it, those nearest to it. None: some in a personal answer without an update.
+    # Own ones that stand before it, those nearest to it. None: as many as the personal shift is used to.
     examples: int | None = None
 
     def __post_init__(self) -> None:

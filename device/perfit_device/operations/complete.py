@@ -69,8 +69,8 @@ class Complete(Operation[Completion]):
     """Give `messages`, or `prompt`, or `fields`. The answer comes as `AnswerChunk`s, too.
 
     `model` is base, collective, personal, or the name of a task, which is answered by the personal shift.
-    A task that is no talk takes the last user message as its text, and `fields` beside it; before the first
-    update it is asked behind own examples, as `Ask` asks it. A talk that the cloud refuses for its length
+    A task that is no talk takes the last user message as its text, and `fields` beside it; it is asked behind
+    own examples where `Ask` would be. A talk that the cloud refuses for its length
     loses its oldest turns, but keeps the system turn and the newest one.
     """
 

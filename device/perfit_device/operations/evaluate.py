@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from perfit_device.operations.operation import Emit, Event, Operation
 from perfit_shared.errors import InvalidData, PerfitError, Unavailable
+from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
     from perfit_device.cloud.codec import Artefact, ShiftUse
@@ -90,7 +91,8 @@ class _Evaluation:
     test: Sequence[HistoryItem]
     uses: Mapping[str, ShiftUse]  # by name
     left_out: int
-    client: TaskClient
+    alone: TaskClient  # asks base model and collective shift
+    behind: TaskClient  # asks the others, behind own examples where questions stand behind them
     row: str  # of the task's updates
     version: int | None  # of the personal shift
     judged: dict[str, Judged] = field(default_factory=dict)
@@ -114,7 +116,8 @@ class _Evaluation:
             if first != name:
                 self.judged[name] = self.judged[first]
             else:
-                self.judged[name] = self.client.judge(self.test, use, progress=partial(report, name))
+                client = self.alone if use.personal is None else self.behind
+                self.judged[name] = client.judge(self.test, use, progress=partial(report, name))
 
     def report(self) -> Report:
         """Of what is measured. Raises InvalidData when no example is left."""
@@ -166,6 +169,7 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
     from perfit_device.cloud.codec import ShiftUse
     from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.evaluation import TaskClient
+    from perfit_device.nearest import NearestExamples, examples_before
     from perfit_device.refusals import Refusals
     from perfit_device.starts import start_of
     from perfit_device.training.update import update_row
@@ -178,7 +182,7 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
         # Split as an update does, or examples of its gate could be among these.
         refused = Refusals.read(vault, info, artefact).names
         usable = [item for item in profile.usable(items, artefact.task) if item.name not in refused]
-        test = history.split(usable).test
+        parts = history.split(usable)
         mine = personal.load(vault, info.cloud_id, artefact)
         versions = personal.read_versions(vault, info.cloud_id, artefact.name)
     uses = {"base": ShiftUse(), "collective": ShiftUse(artefact)}
@@ -193,7 +197,14 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
     if request.shift is not None:
         other = shift_files.read(request.shift, request.shift_name, artefact)
         uses["other"] = ShiftUse(artefact, other)
-    client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
+    alone = TaskClient(cloud, artefact.task, info.limits, retry_policy)
+    known, count = [*parts.train, *parts.gate], examples_before(profile, artefact, Mode.PERSONAL)
+    near = NearestExamples(artefact.task, known, count, tokens=info.limits.prompt_tokens)
+    if near.count:
+        names = [name for name, use in uses.items() if use.personal is not None]
+        profile.notify(f"{' and '.join(names)} are asked behind {near.count} of your examples")
+    behind = replace(alone, before=near.before)
     row = update_row(info.cloud_id, artefact.name, artefact.task.name)
     version = versions.current if versions else None
-    return _Evaluation(artefact, test, uses, len(items) - len(usable), client, row, version)
+    left_out = len(items) - len(usable)
+    return _Evaluation(artefact, parts.test, uses, left_out, alone, behind, row, version)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from perfit_device.insight.report import Answered, Insight, Layer, Learned
 from perfit_device.operations.operation import Emit, Operation, Progress
 from perfit_device.training import journal
 from perfit_shared.errors import InvalidPrompt, NotFound
-from perfit_shared.types import Score
+from perfit_shared.types import Mode, Score
 
 if TYPE_CHECKING:
     from perfit_device.history import HistoryItem
@@ -98,25 +98,29 @@ def _ask(profile: Profile, name: str, emit: Emit) -> tuple[Answered, ...]:
     from perfit_device.cloud.codec import ShiftUse
     from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.evaluation import TaskClient
+    from perfit_device.nearest import NearestExamples, examples_before
     from perfit_device.refusals import Refusals
     from perfit_device.training.distance import write_seed
     from perfit_device.training.update import update_row
-    from perfit_shared.splits import folds_for
 
     cloud, info = profile.connect()
     artefact = profile.artefact(name)
     policy = RetryPolicy(notify=profile.notify)
     seed = policy.call(lambda: cloud.fetch_seed(artefact))
     with profile.vault() as vault:
-        refused = Refusals.read(vault, info, artefact).names
-        items = [item for item in history.load(vault, artefact.task.name) if item.name not in refused]
+        refusals = Refusals.read(vault, info, artefact)
+        items = [i for i in history.load(vault, artefact.task.name) if i.name not in refusals.names]
         parts = history.split(profile.usable(items, artefact.task))
         mine = personal.load(vault, info.cloud_id, artefact)
         versions = personal.read_versions(vault, info.cloud_id, name)
     if mine is None or versions is None:
         raise NotFound(f"there is no personal shift for {name} yet; `perfit update` trains one")
-    client = TaskClient(cloud, artefact.task, info.limits, policy)
-    trained = [*parts.train, *(parts.gate if folds_for(len(parts.gate)) else ())][-_MOST_SCORED:]
+    alone = TaskClient(cloud, artefact.task, info.limits, policy)
+    known, count = [*parts.train, *parts.gate], examples_before(profile, artefact, Mode.PERSONAL)
+    tokens = info.limits.prompt_tokens
+    near = NearestExamples(artefact.task, known, count, tokens=tokens, alone=refusals.alone)
+    behind = replace(alone, before=near.before)
+    trained = parts.trained[-_MOST_SCORED:]
     asked, test = [*trained, *parts.test], list(parts.test[-_ANSWERED:])
     total, done = 2 * (len(asked) + len(test)), 0
 
@@ -126,10 +130,10 @@ def _ask(profile: Profile, name: str, emit: Emit) -> tuple[Answered, ...]:
     uses = {"seed": ShiftUse(artefact, seed), "personal": ShiftUse(artefact, mine.tensors)}
     scores: dict[str, Sequence[Score | InvalidPrompt]] = {}
     for which, use in uses.items():
-        scores[which] = client.scores(asked, use, cut=True, progress=progress)
+        scores[which] = behind.scores(asked, use, cut=True, progress=progress)
         done += len(asked)
     texts: dict[str, Sequence[str | InvalidPrompt]] = {}
-    for which, use in {"base": ShiftUse(), "personal": uses["personal"]}.items():
+    for which, client, use in (("base", alone, ShiftUse()), ("personal", behind, uses["personal"])):
         texts[which] = client.answers(test, use, progress=progress)
         done += len(test)
     rows = _losses(asked, scores)

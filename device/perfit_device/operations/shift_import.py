@@ -32,6 +32,7 @@ class ImportShift(Operation[ImportedShift]):
         from perfit_device import personal, shift_files
         from perfit_device.cloud_record import read_artefacts, read_record
         from perfit_device.training import update as updates
+        from perfit_shared.retrieval import MOST_EXAMPLES
         from perfit_shared.shifts import read_metadata
 
         metadata = read_metadata(self.data)
@@ -46,10 +47,10 @@ class ImportShift(Operation[ImportedShift]):
                     f"has {', '.join(sorted(known))}"
                 )
             tensors = shift_files.read(self.data, self.name, artefact)
-            updates_made = metadata.get("updates", "1")
-            count = int(updates_made) if updates_made.isdecimal() and len(updates_made) < 7 else 1
+            updates_made = max(1, shift_files.count_of(metadata, "updates", 1))
+            behind = min(MOST_EXAMPLES, shift_files.count_of(metadata, "behind", 0))
             # It may know anything, also what was forgotten since, so it counts as one of before.
-            shift = PersonalShift(tensors, max(1, count), forgotten=0)
+            shift = PersonalShift(tensors, updates_made, forgotten=0, behind=behind)
             personal.store(vault, cloud_id, artefact, shift, origin="imported")
             row = updates.update_row(cloud_id, artefact.name, artefact.task.name)
             updates.forget_checkpoint(vault, row)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from perfit_device.operations.operation import Emit, Operation, Progress
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from perfit_device.cloud.codec import Artefact
     from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.history import HistoryItem, Split
+    from perfit_device.nearest import NearestExamples
     from perfit_device.profile import Profile
     from perfit_device.shift_versions import PersonalShift
     from perfit_device.training import update as updates
@@ -120,15 +122,18 @@ def _update(
         if len(fitting) < len(usable):
             left_out = len(usable) - len(fitting)
             profile.notify(f"{left_out} examples are too long for this cloud and are left out")
-        run = _Run(profile, request, artefact, fitting, retry_policy, emit)
+        run = _Run(profile, request, artefact, fitting, refusals.alone, retry_policy, emit)
         try:
             return run.train(skipped=len(items) - len(fitting))
         except ExamplesRefused as error:
+            refused = [item for item in fitting if item.name in error.names]
             rest = [item for item in fitting if item.name not in error.names]
-            client = TaskClient(cloud, artefact.task, info.limits, retry_policy)
-            more = client.refused_among(rest)
+            before = run.nearest.before
+            client = TaskClient(cloud, artefact.task, info.limits, retry_policy, before)
+            refused += client.refused_among(rest)
+            alone = {item.name for item in refused if before(item)}
             with profile.vault() as vault:
-                refusals = refusals.with_names(vault, [*error.names, *(item.name for item in more)])
+                refusals = refusals.with_names(vault, {i.name for i in refused} - alone, alone=alone)
                 updates.forget_checkpoint(vault, refusals.row)  # of a plan with these examples
 
 
@@ -140,8 +145,35 @@ class _Run:
     request: Update
     artefact: Artefact
     items: Sequence[HistoryItem]
+    alone: Collection[str]  # names of those that are read without others before them
     retry_policy: RetryPolicy
     emit: Emit
+
+    @cached_property
+    def split(self) -> Split:
+        """Raises InvalidData on too few."""
+        from perfit_device import history
+
+        return history.split(self.items)
+
+    @cached_property
+    def nearest(self) -> NearestExamples:
+        """What each example is read behind: those that train, also before one that judges.
+
+        So nothing that judges stands before anything, but in folds, where all train: there an example may
+        stand before those that train a copy which it judges, as text that is read and not as what is learned.
+        """
+        from perfit_device.nearest import NearestExamples, examples_of_task
+
+        _, info = self.profile.connect(self.retry_policy)
+        task = self.artefact.task
+        return NearestExamples(
+            task,
+            self.split.trained,
+            examples_of_task(self.profile.settings, task),
+            tokens=info.limits.prompt_tokens,
+            alone=self.alone,
+        )
 
     def train(self, *, skipped: int) -> Updated:
         from perfit_device import history
@@ -149,7 +181,7 @@ class _Run:
 
         cloud, info = self.profile.connect(self.retry_policy)
         row = updates.update_row(info.cloud_id, self.artefact.name, self.artefact.task.name)
-        split = history.split(self.items)
+        split = self.split
         with self.profile.vault() as vault:
             plan = self._plan(vault, row, split)
             last = updates.read_finished(vault, row)
@@ -199,7 +231,7 @@ class _Run:
 
         _, info = self.profile.connect(self.retry_policy)
         current = settings.current
-        with GradientSource(cloud, self.artefact, info.limits, split) as source:
+        with GradientSource(cloud, self.artefact, info.limits, split, self.nearest.before) as source:
             judges = f"judged on the latest {plan.held_out}"
             if current is not None and not plan.anew:
                 start = current.tensors
@@ -218,8 +250,9 @@ class _Run:
                 settings=settings,
             )
             self.profile.notify(
-                f"{self.artefact.name}: {plan.examples} examples, {judges}; "
-                f"up to {plan.epochs} epochs, {plan.steps} steps"
+                f"{self.artefact.name}: {plan.examples} examples, "
+                + (f"each behind the {plan.behind} of them that are nearest to it, " if plan.behind else "")
+                + f"{judges}; up to {plan.epochs} epochs, {plan.steps} steps"
                 + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
             )
             try:
@@ -252,7 +285,7 @@ class _Run:
         if "batch_size" in request:  # plans hold no batch larger than the history
             request["batch_size"] = schedule.batch_size
         judges = ("examples", "held_out", "folds")  # a half-done update of an earlier perfit has others
-        now = {"history": split.digest(), "version": artefact.version}
+        now = {"history": split.digest(), "version": artefact.version, "behind": self.nearest.count}
         now |= {name: getattr(schedule, name) for name in judges}
         checkpoint = updates.read_checkpoint(vault, row)
         if checkpoint is not None:
@@ -263,6 +296,8 @@ class _Run:
             if {key: old[key] for key in now} == now and again == checkpoint.schedule:
                 return checkpoint.schedule
             reason = "you asked for other settings"
+            if old["behind"] != now["behind"]:
+                reason = "your examples are read behind another number of others now"
             if any(old[name] != now[name] for name in judges):
                 reason = "an earlier perfit began it"
             if old["version"] != now["version"]:
@@ -273,7 +308,11 @@ class _Run:
                 f"the update that was interrupted cannot be resumed, since {reason}; starting anew"
             )
         return updates.Plan(
-            **asdict(schedule), fresh=self.request.fresh, history=split.digest(), version=artefact.version
+            **asdict(schedule),
+            fresh=self.request.fresh,
+            history=split.digest(),
+            version=artefact.version,
+            behind=self.nearest.count,
         )
 
 

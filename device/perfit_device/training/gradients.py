@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Self, TypeVar
@@ -14,6 +14,7 @@ from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.codec import (
     Artefact,
     Limits,
+    Prompt,
     ShiftUse,
     adapt_examples_to_wire,
     adapt_open_to_wire,
@@ -22,7 +23,7 @@ from perfit_device.cloud.codec import (
     tensors_from_wire,
 )
 from perfit_device.cloud.retry import TRANSIENT
-from perfit_device.evaluation import TaskClient, gradient_of, pair_of, refusal
+from perfit_device.evaluation import Before, TaskClient, gradient_of, nothing_before, pair_of, refusal
 from perfit_device.history import HistoryItem, Split
 from perfit_shared.errors import Cancelled, CertificateExpired, InvalidPrompt, PerfitError
 from perfit_shared.shifts import ShiftTensors, gradient_from_bytes
@@ -46,10 +47,13 @@ class GradientSource:
     works through all examples before its first response, and would repeat that.
     """
 
-    def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
-        self._cloud, self._artefact, self._limits, self._split = cloud, artefact, limits, split
-        self._client = TaskClient(cloud, artefact.task, limits)
-        self._gradient_of = gradient_of(cloud, artefact, limits)
+    def __init__(
+        self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split, before: Before = nothing_before
+    ) -> None:
+        self._cloud, self._artefact, self._limits = cloud, artefact, limits
+        self._split, self._before = split, before
+        self._client = TaskClient(cloud, artefact.task, limits, before=before)
+        self._gradient_of = gradient_of(cloud, artefact, limits, before)
         self._stream: _AdaptStream | None = None
         self._stream_allowed = len(split.train) + len(split.gate) <= limits.adapt_examples
         self._may_open = self._stream_allowed
@@ -98,7 +102,9 @@ class GradientSource:
         loss_only: bool = False,
     ) -> Callable[[], _T]:
         if self._stream is None and self._may_open:
-            self._stream = _AdaptStream(self._cloud, self._artefact, self._limits, self._split)
+            task, items = self._artefact.task, itertools.chain(self._split.train, self._split.gate)
+            pairs = (pair_of(task, item, before=self._before(item)) for item in items)
+            self._stream = _AdaptStream(self._cloud, self._artefact, self._limits, pairs)
         open_stream = self._stream
         if open_stream is not None:
             open_stream.send(adapt_step_to_wire(tensors, rows, loss_only=loss_only))
@@ -140,8 +146,10 @@ class GradientSource:
 class _AdaptStream:
     """One Adapt call. Opening it sends the examples, gate's behind training's."""
 
-    def __init__(self, cloud: Cloud, artefact: Artefact, limits: Limits, split: Split) -> None:
-        self._artefact, self._split = artefact, split
+    def __init__(
+        self, cloud: Cloud, artefact: Artefact, limits: Limits, pairs: Iterable[tuple[Prompt, str]]
+    ) -> None:
+        self._artefact, self._pairs = artefact, pairs
         self._message_bytes = min(_MESSAGE_BYTES, limits.message_bytes // 2)
         self._steps: SimpleQueue[Any] = SimpleQueue()  # None: no more
         self._has_answered = False
@@ -152,9 +160,7 @@ class _AdaptStream:
 
     def _messages(self) -> Iterator[Any]:
         yield adapt_open_to_wire(self._artefact)
-        items = itertools.chain(self._split.train, self._split.gate)
-        pairs = (pair_of(self._artefact.task, item) for item in items)
-        yield from adapt_examples_to_wire(pairs, self._message_bytes)
+        yield from adapt_examples_to_wire(self._pairs, self._message_bytes)
         yield from iter(self._steps.get, None)
 
     def send(self, step: Any) -> None:

@@ -64,6 +64,7 @@ class Plan(Schedule):
     fresh: bool  # start from the seed shift although there is a current one
     history: str  # digest of the split
     version: str  # of the artefact
+    behind: int = 0  # as of PersonalShift
 
     @property
     def anew(self) -> bool:
@@ -276,7 +277,8 @@ class Update:
         rows = [row for part in plan.judged for row in part]
         unseen = [i for i, row in enumerate(rows) if row >= seen]
         if len(unseen) < SMALLEST_PART:
-            return replace(gate, recorded=current.learned.gate_after)
+            # What was read behind other examples, or without, compares with nothing of this update.
+            return replace(gate, recorded=current.learned.gate_after) if current.behind == plan.behind else gate
         asked = self._source.scores([rows[i] for i in unseen], current.tensors)
         before = settings.retry_policy.call(asked)
         return replace(gate, current=Comparison(before, [found.after[i] for i in unseen]))
@@ -349,6 +351,7 @@ class Update:
             updates=1 if plan.fresh or current is None else current.updates + 1,
             forgotten=self._settings.forgotten if continued is None else continued.forgotten,
             learned=TrainingSummary(plan.examples, first, last, *map(mean_loss, (found.before, found.after))),
+            behind=plan.behind,
             trained=None if before is None else marks | before,
         )
 
