@@ -20,6 +20,7 @@ from perfit_device import evaluation
 from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.codec import ShiftUse
 from perfit_device.history import HistoryItem
+from perfit_device.nearest import NearestExamples
 from perfit_device.training import gradients as adapting
 from perfit_device.training.gradients import GradientSource
 from perfit_shared.errors import Busy, ExamplesRefused, InvalidInput, PerfitError, TooSlow, Unavailable
@@ -97,6 +98,25 @@ def test_a_place_that_is_taken_is_asked_for_again_after_an_epoch(parts: Parts) -
         parts.gate_loss(first, tensors)
         first.gradient([2], tensors)()
         assert parts.streams == ["Adapt"] * 3
+
+
+def test_what_stands_before_examples_is_read_alike_over_a_stream_and_call_by_call(parts: Parts) -> None:
+    """It is as if it were a part of their prompts; and it matters."""
+    seed, rows = parts.cloud.fetch_seed(parts.artefact), [0, 3, len(parts.split.train)]
+    near = NearestExamples(parts.artefact.task, parts.split.train, 2, tokens=64)
+    assert {len(near.before(item)) for item in (*parts.split.train, *parts.split.gate)} == {2}
+    found = []
+    for how in ({"before": near.before}, {"before": near.before, "adapt_examples": 0}, {}):
+        with parts.adapting(**how) as source:
+            loss, tokens, gradient = source.gradient(rows[:2], seed)()
+            found.append((loss, tokens, gradient, source.scores(rows, seed)()))
+    assert parts.streams == ["Adapt", "Adapt"], "and one is call by call"
+    streamed, alone, plain = found
+    assert streamed[:2] == (pytest.approx(alone[0], rel=1e-4), alone[1]) and streamed[1] == plain[1]
+    assert_near(streamed[2], alone[2], plain[2])
+    losses = [[score.log_likelihood for score in scores] for *_, scores in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(losses[0], losses[2], strict=True))
 
 
 def alter_received(monkeypatch: pytest.MonkeyPatch, alter: Callable[[Any], object]) -> None:

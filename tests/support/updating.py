@@ -17,6 +17,7 @@ from perfit_device.cloud.client import Cloud
 from perfit_device.cloud.codec import Artefact, CloudInfo
 from perfit_device.cloud.identity import Enrolment, Identity
 from perfit_device.cloud.retry import RetryPolicy
+from perfit_device.evaluation import Before, nothing_before
 from perfit_device.history import HistoryItem, Split
 from perfit_device.training.gradients import GradientSource
 from perfit_device.training.update import Plan, Source, Update, UpdateSettings
@@ -72,8 +73,9 @@ class Parts:
     def artefact(self) -> Artefact:
         return self.info.artefacts[0]
 
-    def adapting(self, **limits: int) -> GradientSource:
-        return GradientSource(self.cloud, self.artefact, replace(self.info.limits, **limits), self.split)
+    def adapting(self, before: Before = nothing_before, **limits: int) -> GradientSource:
+        limits_then = replace(self.info.limits, **limits)
+        return GradientSource(self.cloud, self.artefact, limits_then, self.split, before)
 
     def gate_loss(self, source: GradientSource, tensors: ShiftTensors) -> float:
         """Nats a token."""
