@@ -102,6 +102,16 @@ def test_long_examples_cost_a_bounded_number_of_tries(monkeypatch: pytest.Monkey
     assert len(tried) == 16
 
 
+def test_of_a_long_history_the_newest_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perfit_device.nearest._SEARCHED", 3)
+    items = [
+        history.HistoryItem.make(TASK, {"text": f"cat {n}", "title": f"t{n}"}, date=f"2024-01-0{9 - n}")
+        for n in range(8)
+    ]
+    before = NearestExamples(TASK, items, 8, tokens=4096).before(items[6])
+    assert {fields["title"] for fields in before} == {"t0", "t1", "t2"}
+
+
 def test_questions_follow_the_version_that_is_current(newcomer: Profile, cloud: Any, home: Path) -> None:
     """Also after an undo; what the config file says stands over it."""
     examples = Config().with_value("examples.one", 0)
