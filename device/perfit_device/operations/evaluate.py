@@ -202,7 +202,7 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
     near = NearestExamples(artefact.task, known, count, tokens=info.limits.prompt_tokens)
     if near.count:
         names = [name for name, use in uses.items() if use.personal is not None]
-        profile.notify(f"{' and '.join(names)} are asked behind {near.count} of your examples")
+        profile.notify(f"asked behind {near.count} of your examples: {', '.join(names)}")
     behind = replace(alone, before=near.before)
     row = update_row(info.cloud_id, artefact.name, artefact.task.name)
     version = versions.current if versions else None
