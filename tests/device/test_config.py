@@ -77,8 +77,9 @@ def test_a_file_that_cannot_be_is_one_clear_error(perfit: Perfit, home: Path, te
 def test_a_setting_that_cannot_be_changes_nothing(perfit: Perfit, home: Path) -> None:
     perfit.ok("config", "set", "agent.start", "never")
     before = (home / "config.toml").read_bytes()
-    assert "task.PROFILE, sealed.PROFILE, front_ca.PROFILE, examples.PROFILE, agent.lock_minutes, agent.start" in perfit.fails(
-        "config", "set", "colour", "red"
+    assert (
+        "task.PROFILE, sealed.PROFILE, front_ca.PROFILE, examples.PROFILE, agent.lock_minutes, agent.start"
+        in perfit.fails("config", "set", "colour", "red")
     )
     assert "auto or never" in perfit.fails("config", "set", "agent.start", "later")
     assert (home / "config.toml").read_bytes() == before

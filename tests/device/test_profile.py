@@ -285,7 +285,7 @@ def test_own_examples_stand_before_questions_of_one_line(
 
 
 def test_apps_are_answered_as_their_user_is(newcomer: Profile, cloud: Any) -> None:
-    """By the task's own name or as `personal`; where the cloud refuses that, without examples, and says so."""
+    """By the task's own name or as `personal`; without examples where the cloud refuses them, and says so."""
     said = (answers.Message("user", "The council met."),)
     events: list[Event] = []
 

@@ -170,7 +170,7 @@ class RayWorkers:
     def _connect(self, cluster: RayCluster) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # as this process; 15 starves beside other work
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # its 30 are too few beside other work
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # 30 are too few beside it
         on_stop = signal.getsignal(signal.SIGTERM)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         try:

@@ -277,8 +277,8 @@ class Update:
         rows = [row for part in plan.judged for row in part]
         unseen = [i for i, row in enumerate(rows) if row >= seen]
         if len(unseen) < SMALLEST_PART:
-            # What was read behind other examples, or without, compares with nothing of this update.
-            return replace(gate, recorded=current.learned.gate_after) if current.behind == plan.behind else gate
+            reads_alike = current.behind == plan.behind  # or its gate's loss says nothing here
+            return replace(gate, recorded=current.learned.gate_after) if reads_alike else gate
         asked = self._source.scores([rows[i] for i in unseen], current.tensors)
         before = settings.retry_policy.call(asked)
         return replace(gate, current=Comparison(before, [found.after[i] for i in unseen]))
