@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from tests.support.fake_cloud import text_of
 
 from perfit_device import history, personal, shift_files
 from perfit_device.config import Config
+from perfit_device.history.importers import read_history
 from perfit_device.nearest import NearestExamples
 from perfit_device.operations.ask import Ask, Question
 from perfit_device.operations.evaluate import Evaluate
 from perfit_device.operations.examples import FindExamples
+from perfit_device.operations.imports import ImportExamples
 from perfit_device.operations.insight import ShowInsight
 from perfit_device.operations.operation import Event, Note
 from perfit_device.operations.shift_import import ImportShift
@@ -69,15 +72,23 @@ def test_each_example_is_learned_behind_the_nearest_of_the_others(newcomer: Prof
     assert {len(prompt.chat.messages) for prompt in judged} == {9} and replies(judged) <= titles
 
 
-def test_what_judges_stands_before_nothing(newcomer: Profile, cloud: Any) -> None:
+def test_what_judges_stands_before_nothing(newcomer: Profile, cloud: Any, tmp_path: Path) -> None:
     """With a part of its own, as longer histories have one."""
-    items = newcomer.perform(FindExamples(TASK.name))
-    train, gate = items[:12], items[12:]
-    near = NearestExamples(TASK, train, 4, tokens=4096)
-    for item in (*train, *gate):
-        before = near.before(item)
-        assert len(before) == 4 and item.fields not in before
-        assert all(fields in [one.fields for one in train] for fields in before)
+    lines = [{"text": f"The mayor met guest {n}.", "title": f"Guest {n}"} for n in range(70)]
+    path = tmp_path / "more.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    newcomer.perform(ImportExamples(read_history(path, TASK), offline=True))
+    parts = history.split(newcomer.perform(FindExamples(TASK.name)))
+    assert parts.trained == parts.train and len(parts.gate) >= 10
+    update(newcomer)
+    titles = {item.fields["title"] for item in parts.train}
+    judged = [prompt for _, prompt in cloud.scored]
+    assert {example.target for example in cloud.learned} == titles
+    before = replies([*(example.prompt for example in cloud.learned), *judged])
+    assert before <= titles and len(before) > 4
+    assert {text_of(prompt).rsplit("\n", 1)[-1] for prompt in judged} == {
+        TASK.prompt(item.fields).rsplit("\n", 1)[-1] for item in parts.gate
+    }
 
 
 def test_an_item_that_reads_the_same_is_not_before_it() -> None:
