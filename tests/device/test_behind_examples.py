@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.fake_cloud import text_of
+from tests.support.fake_cloud import SPEC, text_of
 
 from perfit_device import history, personal, shift_files
 from perfit_device.config import Config
@@ -25,6 +25,7 @@ from perfit_device.operations.update import Update
 from perfit_device.operations.versions import ListVersions, ShowVersion, Undo
 from perfit_device.profile import Profile
 from perfit_device.shift_versions import Version, Versions
+from perfit_shared.shifts import ShiftTensors, read_metadata
 from perfit_shared.tasks import TASKS
 from perfit_shared.types import Mode
 from perfit_shared.wire import personalization_pb2 as pb
@@ -233,8 +234,10 @@ def test_a_shift_takes_along_what_it_was_trained_behind(newcomer: Profile, cloud
     name = newcomer.artefact(None).name
     with newcomer.vault() as vault:
         data, _ = shift_files.export(vault, newcomer.connect()[1].cloud_id, name)
-    for said, behind in ((b"4", 4), (b"9", 9), (b"x", 0)):
-        newcomer.perform(ImportShift(data.replace(b'"behind":"4"', b'"behind":"' + said + b'"')))
+    tensors = ShiftTensors.from_bytes(data, SPEC, SPEC.personal_rank)
+    for said, behind in (("4", 4), ("9", 9), ("999", 64), ("9" * 9, 0), ("-1", 0), ("x", 0)):
+        changed = tensors.to_bytes(metadata=read_metadata(data) | {"behind": said})
+        newcomer.perform(ImportShift(changed))
         assert newcomer.perform(ListVersions()).versions.now.behind == behind
     plain = Versions("t", 1, (Version(1, "v", 1),))
     assert b"behind" not in plain.to_bytes() and Versions.from_bytes(plain.to_bytes()) == plain

@@ -78,6 +78,23 @@ def test_a_call_holds_no_more_than_the_cloud_takes(
     assert cloud.calls == calls
 
 
+def test_what_stands_before_an_example_counts() -> None:
+    """It fills a call, too: two of 50 bytes behind one of 50 are twice as much."""
+    cloud, tensors, six = CountingCloud(), ShiftTensors.identity(SPEC, 2), items(*(50,) * 6)
+    size = len("x" * 39 + "00")  # of the fields; the template and the end count for each turn
+
+    def before(item: HistoryItem) -> list[Any]:
+        return [six[0].fields]
+
+    room = 2 * (2 * size + 2 * len(TASK.template) + len(TASK.system) + 2)
+    for call_tokens, calls in ((room, [2, 2, 2]), (room - 1, [1] * 6)):
+        cloud.calls.clear()
+        gradient_of(cloud, ARTEFACT, limits(call_tokens), before)(six, tensors)  # type: ignore[arg-type]
+        client = TaskClient(cloud, TASK, limits(call_tokens), before=before)  # type: ignore[arg-type]
+        client.all_scores(six, ShiftUse(ARTEFACT, tensors))
+        assert cloud.calls == calls * 2
+
+
 def test_a_cloud_that_has_no_adapt_is_asked_call_by_call(cloud: FakeCloud) -> None:
     items = [HistoryItem.make(TASKS["news_headline"], {"text": f"text {n}", "title": "t"}) for n in range(20)]
     with Cloud(enrolment.enroll(cloud.invite(), Identity.create())) as device:

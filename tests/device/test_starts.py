@@ -79,6 +79,16 @@ def test_an_update_and_an_evaluation_begin_at_it(ready: Perfit, communities: Fak
     assert gate["after"] < gate["before"] < 0.5 * found["loss"]["seed"]
 
 
+def test_a_start_is_chosen_as_it_will_be_read(newcomer: Profile, communities: FakeCloud) -> None:
+    """Behind own examples where questions stand behind them; none of the test part is among these."""
+    start_of(newcomer, newcomer.artefact(None), RetryPolicy())
+    turns = [prompt.chat.messages for _, prompt in communities.scored]
+    assert {len(said) for said in turns} == {9} and len(turns) == 4 * 16
+    with newcomer.vault() as vault:
+        test = {item.fields["title"] for item in history.split(history.load(vault)).test}
+    assert not test & {message.content for said in turns for message in said}
+
+
 def test_what_is_to_be_forgotten_has_no_say(ready: Perfit, opened: Profile, communities: FakeCloud) -> None:
     artefact, policy = opened.artefact("news_headline"), RetryPolicy()
     assert start_of(opened, artefact, policy).words.endswith("16 examples best")
