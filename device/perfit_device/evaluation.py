@@ -108,22 +108,14 @@ class TaskClient:
     def judge(
         self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
     ) -> Judged:
-        """Score and answer (greedily) all items. `progress` gets how many of 2 · len(items) are done.
-
-        What the cloud refuses behind examples is judged without them, as it would be asked.
-        """
-        scored, done = self.scores(items, use, progress=progress), len(items)
-        answered = self.answers(items, use, progress=lambda more: progress(done + more))
-        alone = replace(self, before=nothing_before)
-        for row, item in enumerate(items):
-            whole = isinstance(scored[row], Score) and isinstance(answered[row], str)
-            if not whole and self.before(item):
-                [scored[row]], [answered[row]] = alone.scores([item], use), alone.answers([item], use)
-        return Judged(scored, answered)
+        """Score and answer (greedily) all items. `progress` gets how many of 2 · len(items) are done."""
+        scored = self.scores(items, use, progress=progress)
+        done = len(items)
+        return Judged(scored, self.answers(items, use, progress=lambda more: progress(done + more)))
 
     def all_scores(self, items: Sequence[HistoryItem], use: ShiftUse, *, cut: bool = False) -> list[Score]:
-        """Of every item's answer. Raises ExamplesRefused."""
-        found = self.scores(items, use, cut=cut)
+        """Of every item's answer. Raises ExamplesRefused, also for what is refused only behind examples."""
+        found = self._scores(items, use, cut=cut)
         _check_refused(items, found)
         return [score for score in found if isinstance(score, Score)]
 
@@ -135,7 +127,18 @@ class TaskClient:
         cut: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> list[Score | InvalidPrompt]:
-        """Of every item's answer, or why the cloud refuses the item."""
+        """Of every item's answer, or why the cloud refuses the item: behind examples, and without."""
+        found = self._scores(items, use, cut=cut, progress=progress)
+        return self._or_alone(items, found, lambda alone, rest: alone._scores(rest, use, cut=cut))
+
+    def _scores(
+        self,
+        items: Sequence[HistoryItem],
+        use: ShiftUse,
+        *,
+        cut: bool = False,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[Score | InvalidPrompt]:
         task = self.task
 
         def score(chunk: Sequence[HistoryItem]) -> list[Score]:
@@ -152,7 +155,28 @@ class TaskClient:
     def answers(
         self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
     ) -> list[str | InvalidPrompt]:
-        """Greedy answers in the order of the items, or why the cloud refuses an item."""
+        """Greedy answers in the order of the items, or why the cloud refuses an item. As `scores`."""
+        found = self._answers(items, use, progress)
+        return self._or_alone(items, found, lambda alone, rest: alone._answers(rest, use))
+
+    def _or_alone(
+        self,
+        items: Sequence[HistoryItem],
+        found: Sequence[_T | InvalidPrompt],
+        again: Callable[[TaskClient, Sequence[HistoryItem]], Sequence[_T | InvalidPrompt]],
+    ) -> list[_T | InvalidPrompt]:
+        """What was refused behind examples once more without them, as a question would be asked."""
+        values = list(found)
+        refused = [row for row, value in enumerate(found) if isinstance(value, InvalidPrompt)]
+        if rows := [row for row in refused if self.before(items[row])]:
+            alone = replace(self, before=nothing_before)
+            for row, value in zip(rows, again(alone, [items[row] for row in rows]), strict=True):
+                values[row] = value
+        return values
+
+    def _answers(
+        self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
+    ) -> list[str | InvalidPrompt]:
         task, limits = self.task, self.limits
         sampling = task.sampling(most=limits.new_tokens)
         refused: dict[int, InvalidPrompt] = {}

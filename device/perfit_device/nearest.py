@@ -5,7 +5,9 @@ The cloud sees their text as part of the prompt, as it sees the question's.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from perfit_shared.retrieval import Retriever, input_text, read_after
 from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from perfit_device.cloud.codec import Artefact
     from perfit_device.history import HistoryItem
@@ -37,8 +39,10 @@ def examples_of_task(settings: DeviceSettings, task: Task) -> int:
     """How many stand before what an update learns, and before a question of somebody without an update.
 
     The config file says it, else the task. That was measured on commit messages and headlines: texts of one
-    line, by a model that reads chats. Of longer replies a small model makes loops.
+    line, by a model that reads chats. Of longer replies a small model makes loops. A talk has its own turns.
     """
+    if task.is_talk:
+        return 0
     said = settings.examples()
     writes_lines = task.chat is True and "\n" in task.stop and not task.labels
     return said if said is not None else _EXAMPLES if writes_lines else 0
@@ -46,7 +50,7 @@ def examples_of_task(settings: DeviceSettings, task: Task) -> int:
 
 def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
     """How many stand before a question of which nobody says it: as many as the shift was trained behind."""
-    if mode is not Mode.PERSONAL:
+    if mode is not Mode.PERSONAL or artefact.task.is_talk:
         return 0
     _, info = profile.connect()
     with profile.vault() as vault:
@@ -106,6 +110,15 @@ class NearestExamples:
     @cached_property
     def _retriever(self) -> Retriever:
         return Retriever(self._inputs)
+
+    def digest(self, items: Iterable[HistoryItem]) -> str:
+        """sha-256 over what these items are read behind, hex; "" where it is nothing."""
+        read = [[sorted(fields.items()) for fields in self.before(item)] for item in items]
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest() if any(read) else ""
+
+    def tokens(self, items: Iterable[HistoryItem]) -> int:
+        """What these items take together behind their own, at most, without their answers."""
+        return sum(_most_tokens(read_after(self._task, self.before(i), i.fields, cut=True)) for i in items)
 
 
 def nearest_examples(

@@ -13,10 +13,12 @@ from perfit_shared.files import write_whole
 
 if TYPE_CHECKING:
     from perfit_device.cloud.codec import Artefact
+    from perfit_device.settings import DeviceSettings
     from perfit_device.vault.store import Vault
     from perfit_shared.shifts import ShiftTensors
+    from perfit_shared.tasks import Task
 
-__all__ = ["count_of", "export", "read", "read_bytes", "write"]
+__all__ = ["count_of", "examples_of", "export", "read", "read_bytes", "write"]
 
 _LARGEST_FILE = 256 * 1024 * 1024  # bytes
 _DIGITS = 7
@@ -60,6 +62,20 @@ def count_of(metadata: Mapping[str, str], name: str, default: int) -> int:
     """A small number that a file gives; `default` where it gives none."""
     text = metadata.get(name, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else default
+
+
+def examples_of(data: bytes, settings: DeviceSettings, task: Task) -> int:
+    """How many own examples stand before a question that this shift answers.
+
+    As many as it was trained behind, but no more than the task or the config file has: a file may not say
+    how much of one's own text is sent. Where the config file says a number, that.
+    """
+    from perfit_device.nearest import examples_of_task
+    from perfit_shared.shifts import read_metadata
+
+    most = examples_of_task(settings, task)
+    said = settings.examples() is not None
+    return most if said else min(most, count_of(read_metadata(data), "behind", 0))
 
 
 def read(data: bytes, name: str, artefact: Artefact) -> ShiftTensors:

@@ -155,6 +155,11 @@ class Task:
         """The field of an item that holds the right answer."""
         return _fields(self.answer)[0]
 
+    @property
+    def is_talk(self) -> bool:
+        """Whether the model gets the turns of a talk as they are."""
+        return self.chat is True and self.template == f"{{{self.text_field}}}"
+
     def resolved(self, has_template: bool) -> Task:
         """This task for a model with or without a chat template: `chat` is true or false, not "auto".
 

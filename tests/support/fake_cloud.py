@@ -58,6 +58,7 @@ class FakeCloud:
         self.certificate_age = timedelta(minutes=1)
         self.server_age = timedelta(minutes=1)  # of the server's certificate, which lives a day
         self.answer = "Hello world"
+        self.prompt_tokens, self.adapt_tokens = 512, 0  # limits; 0: none
         self.pause = 0.0  # seconds between pieces
         self.cancelled = threading.Event()
         self.version = "v1"
@@ -188,7 +189,14 @@ class Personalization(services.PersonalizationServicer):
             )
             for name in self.cloud.tasks
         ]
-        limits = pb.Limits(prompt_tokens=512, new_tokens=64, examples=3, message_bytes=1 << 20, questions=4)
+        limits = pb.Limits(
+            prompt_tokens=self.cloud.prompt_tokens,
+            new_tokens=64,
+            examples=3,
+            message_bytes=1 << 20,
+            questions=4,
+            adapt_tokens=self.cloud.adapt_tokens,
+        )
         return pb.DescribeResponse(
             base_model="fake",
             fingerprint="f" * 64,

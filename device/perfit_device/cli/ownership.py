@@ -200,6 +200,8 @@ def _report_migrated(done: Migrated) -> None:
         if done.same_model is not True:
             why = "the base model changed, so" if done.same_model is False else "maybe of another base model:"
             before += f" ({why} the two may not compare)"
+        elif not done.same_reading:
+            before += " (read behind another number of your examples, so the two may not compare)"
     after = "" if done.loss_after is None else f"; the new one has {done.loss_after:.4f} at its gate"
     seed = "" if done.loss_seed is None else f", the new seed {done.loss_seed:.4f}"
     better = "" if done.is_better else ": no better than the seed by more than chance, so more examples help"

@@ -70,7 +70,7 @@ def show(
         "follows": f"version {version.follows}" if version.follows else "-",
         "artefact": version.artefact_version,
         "examples": ("unknown" if shown.examples is None else f"{shown.examples} trained or judged it")
-        + (f", each behind {version.behind} others" if version.behind else ""),
+        + (f", each behind up to {version.behind} others" if version.behind else ""),
         **{
             what: "-" if before is None or after is None else f"{before:.4f} → {after:.4f}"
             for what, (before, after) in losses.items()

@@ -82,6 +82,7 @@ class Limits:
     adapt_examples: int  # of one update; 0: a cloud without Adapt
     call_tokens: int = 0  # of one ComputeGradient or Score together; 0: the cloud does not say
     logprobs: int = 0  # largest Sampling.logprobs; 0: a cloud that gives no log-probabilities
+    adapt_tokens: int = 0  # prompt and target tokens of one update; 0: a cloud without Adapt
 
     def check_logprobs(self, wanted: int) -> None:
         """Raises InvalidInput on more than this cloud gives."""
@@ -238,6 +239,7 @@ def cloud_info_from_wire(response: pb.DescribeResponse) -> CloudInfo:
             adapt_examples=limits.adapt_examples,
             call_tokens=limits.call_tokens,
             logprobs=limits.logprobs,
+            adapt_tokens=limits.adapt_tokens,
         ),
     )
 

@@ -129,11 +129,6 @@ def _model(profile: Profile, info: CloudInfo, model: str) -> tuple[Artefact | No
         ) from error
 
 
-def _is_talk(task: Task | None) -> bool:
-    """Whether the model gets the turns as they are."""
-    return task is None or (task.chat is True and task.template == f"{{{task.text_field}}}")
-
-
 # -- what it reads -------------------------------------------------------------------------------
 
 
@@ -150,7 +145,7 @@ def _prompts(
     if asked.prompt:
         return iter([(asked.prompt, 0)]), 0
     task = artefact.task if artefact else None
-    if artefact is None or task is None or _is_talk(task):
+    if artefact is None or task is None or task.is_talk:
         return _talk_prompts(asked, task, limits.message_bytes), 0
     item, count = _item(task, asked), examples_before(profile, artefact, mode)
     before = nearest_examples(profile, task, item, count, tokens=limits.prompt_tokens)

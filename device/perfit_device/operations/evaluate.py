@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -91,8 +91,7 @@ class _Evaluation:
     test: Sequence[HistoryItem]
     uses: Mapping[str, ShiftUse]  # by name
     left_out: int
-    alone: TaskClient  # asks base model and collective shift
-    behind: TaskClient  # asks the others, behind own examples where questions stand behind them
+    clients: Mapping[str, TaskClient]  # by name: each asks behind as many own examples as questions have
     row: str  # of the task's updates
     version: int | None  # of the personal shift
     judged: dict[str, Judged] = field(default_factory=dict)
@@ -104,7 +103,7 @@ class _Evaluation:
         """
         from perfit_shared.shifts import ShiftTensors
 
-        same: dict[str, str] = {}  # digest of the tensors → the first name they have
+        same: dict[tuple[str, TaskClient], str] = {}  # digest of the tensors, and who asks → the first name
         total = 2 * len(self.test)
 
         def report(name: str, done: int) -> None:
@@ -112,11 +111,11 @@ class _Evaluation:
 
         for name, use in self.uses.items():
             digest = use.personal.digest() if isinstance(use.personal, ShiftTensors) else name
-            first = same.setdefault(digest, name)
+            client = self.clients[name]
+            first = same.setdefault((digest, client), name)
             if first != name:
                 self.judged[name] = self.judged[first]
             else:
-                client = self.alone if use.personal is None else self.behind
                 self.judged[name] = client.judge(self.test, use, progress=partial(report, name))
 
     def report(self) -> Report:
@@ -197,14 +196,21 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
     if request.shift is not None:
         other = shift_files.read(request.shift, request.shift_name, artefact)
         uses["other"] = ShiftUse(artefact, other)
-    alone = TaskClient(cloud, artefact.task, info.limits, retry_policy)
-    known, count = [*parts.train, *parts.gate], examples_before(profile, artefact, Mode.PERSONAL)
-    near = NearestExamples(artefact.task, known, count, tokens=info.limits.prompt_tokens)
-    if near.count:
-        names = [name for name, use in uses.items() if use.personal is not None]
-        profile.notify(f"asked behind {near.count} of your examples: {', '.join(names)}")
-    behind = replace(alone, before=near.before)
+    count = examples_before(profile, artefact, Mode.PERSONAL)
+    counts = {name: 0 if use.personal is None else count for name, use in uses.items()}
+    if request.shift is not None:
+        counts["other"] = shift_files.examples_of(request.shift, profile.settings, artefact.task)
+    by_count: dict[int, TaskClient] = {}
+    for number in {*counts.values()}:
+        near = NearestExamples(
+            artefact.task, [*parts.train, *parts.gate], number, tokens=info.limits.prompt_tokens
+        )
+        by_count[number] = TaskClient(cloud, artefact.task, info.limits, retry_policy, near.before)
+        if number:
+            names = [name for name, of_name in counts.items() if of_name == number]
+            profile.notify(f"asked behind {number} of your examples: {', '.join(names)}")
+    clients = {name: by_count[number] for name, number in counts.items()}
     row = update_row(info.cloud_id, artefact.name, artefact.task.name)
     version = versions.current if versions else None
     left_out = len(items) - len(usable)
-    return _Evaluation(artefact, parts.test, uses, left_out, alone, behind, row, version)
+    return _Evaluation(artefact, parts.test, uses, left_out, clients, row, version)

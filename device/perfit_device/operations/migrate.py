@@ -16,7 +16,7 @@ __all__ = ["Migrate", "Migrated"]
 
 @dataclass(frozen=True)
 class Migrated:
-    """Losses at the gates, in nats a token. They compare only where the base model is the same."""
+    """Losses at the gates, in nats a token. They compare where model and reading are the same."""
 
     artefact: str
     before: int  # numbers of versions; both are kept
@@ -26,6 +26,7 @@ class Migrated:
     loss_after: float | None
     is_better: bool  # than the new seed
     same_model: bool | None  # None where the old update did not record it
+    same_reading: bool  # behind as many own examples
     keeps_old: bool  # False where it knew what was forgotten
 
 
@@ -64,6 +65,7 @@ class Migrate(Operation[list[Migrated]]):
                     new.now.learned.gate_after,
                     is_better,
                     None if last is None else last.fingerprint == info.fingerprint,
+                    new.now.behind == old.now.behind,
                     new.find(old.current) is not None,
                 )
             )

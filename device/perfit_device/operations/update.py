@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from perfit_device.operations.operation import Emit, Operation, Progress
 from perfit_shared.errors import ExamplesRefused, ShiftMismatch
+from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
     from perfit_device.cloud.client import Cloud
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from perfit_device.training.gate import ValidationGate
     from perfit_device.training.update import Finished, Plan, Result
     from perfit_device.vault.store import Vault
+    from perfit_shared.shifts import ShiftTensors
+    from perfit_shared.types import Score
 
 __all__ = ["Gate", "Trained", "Update", "Updated"]
 
@@ -163,17 +166,45 @@ class _Run:
         So nothing that judges stands before anything, but in folds, where all train: there an example may
         stand before those that train a copy which it judges, as text that is read and not as what is learned.
         """
-        from perfit_device.nearest import NearestExamples, examples_of_task
+        from perfit_device.nearest import examples_of_task
 
         _, info = self.profile.connect(self.retry_policy)
-        task = self.artefact.task
-        return NearestExamples(
-            task,
-            self.split.trained,
-            examples_of_task(self.profile.settings, task),
-            tokens=info.limits.prompt_tokens,
-            alone=self.alone,
-        )
+        found = self._nearest(examples_of_task(self.profile.settings, self.artefact.task))
+        # A long history is read behind fewer, or the cloud would take it call by call alone.
+        while found.count and found.tokens(self._read) > info.limits.adapt_tokens > 0:
+            found = self._nearest(found.count // 2)
+        return found
+
+    def _nearest(self, count: int) -> NearestExamples:
+        from perfit_device.nearest import NearestExamples
+
+        _, info = self.profile.connect(self.retry_policy)
+        task, tokens = self.artefact.task, info.limits.prompt_tokens
+        return NearestExamples(task, self.split.trained, count, tokens=tokens, alone=self.alone)
+
+    @property
+    def _read(self) -> list[HistoryItem]:
+        """By their rows."""
+        return [*self.split.train, *self.split.gate]
+
+    def _as_asked(self, current: PersonalShift | None, plan: Plan) -> tuple[updates.Evaluate | None, bool]:
+        """(scores as questions are asked now, where that differs, whether its gate judged it so)."""
+        from perfit_device.cloud.codec import ShiftUse
+        from perfit_device.evaluation import TaskClient
+        from perfit_device.nearest import examples_before
+
+        asked = examples_before(self.profile, self.artefact, Mode.PERSONAL)
+        if current is None or asked == plan.behind:
+            return None, current is None or current.behind == asked
+        cloud, info = self.profile.connect(self.retry_policy)
+        near = self._nearest(asked)
+        client = TaskClient(cloud, self.artefact.task, info.limits, before=near.before)
+
+        def scores(rows: Sequence[int], tensors: ShiftTensors) -> Callable[[], Sequence[Score]]:
+            items = [self._read[row] for row in rows]
+            return lambda: client.all_scores(items, ShiftUse(self.artefact, tensors), cut=True)
+
+        return scores, current.behind == asked
 
     def train(self, *, skipped: int) -> Updated:
         from perfit_device import history
@@ -188,8 +219,11 @@ class _Run:
             if last is not None and self._is_redundant(last, plan, info.fingerprint):
                 return Updated(self.artefact.name, skipped, was_accepted=last.accepted)
             current = self._current(vault, info.cloud_id, plan)
+            as_asked, recorded_holds = self._as_asked(current, plan)
             settings = updates.UpdateSettings(
                 current=current,
+                as_asked=as_asked,
+                recorded_holds=recorded_holds,
                 forgotten=history.forgotten(vault, self.artefact.task.name),
                 names=[item.name for item in (*split.train, *split.gate)],
                 known=max(item.order for item in (*split.train, *split.gate, *split.test)),
@@ -251,7 +285,7 @@ class _Run:
             )
             self.profile.notify(
                 f"{self.artefact.name}: {plan.examples} examples, "
-                + (f"each behind the {plan.behind} of them that are nearest to it, " if plan.behind else "")
+                + (f"each behind up to {plan.behind} of them that are nearest to it, " if plan.behind else "")
                 + f"{judges}; up to {plan.epochs} epochs, {plan.steps} steps"
                 + (f", resuming after step {run.resumed_from}" if run.resumed_from else "")
             )
@@ -285,7 +319,8 @@ class _Run:
         if "batch_size" in request:  # plans hold no batch larger than the history
             request["batch_size"] = schedule.batch_size
         judges = ("examples", "held_out", "folds")  # a half-done update of an earlier perfit has others
-        now = {"history": split.digest(), "version": artefact.version, "behind": self.nearest.count}
+        now: dict[str, Any] = {"history": split.digest(), "version": artefact.version}
+        now |= {"behind": self.nearest.count, "read": self.nearest.digest(self._read)}
         now |= {name: getattr(schedule, name) for name in judges}
         checkpoint = updates.read_checkpoint(vault, row)
         if checkpoint is not None:
@@ -296,8 +331,8 @@ class _Run:
             if {key: old[key] for key in now} == now and again == checkpoint.schedule:
                 return checkpoint.schedule
             reason = "you asked for other settings"
-            if old["behind"] != now["behind"]:
-                reason = "your examples are read behind another number of others now"
+            if old["read"] != now["read"]:
+                reason = "your examples are read behind others than they were"
             if any(old[name] != now[name] for name in judges):
                 reason = "an earlier perfit began it"
             if old["version"] != now["version"]:
@@ -313,6 +348,7 @@ class _Run:
             history=split.digest(),
             version=artefact.version,
             behind=self.nearest.count,
+            read=self.nearest.digest(self._read),
         )
 
 

@@ -65,6 +65,7 @@ class Plan(Schedule):
     history: str  # digest of the split
     version: str  # of the artefact
     behind: int = 0  # as of PersonalShift
+    read: str = ""  # digest of what the examples are read behind
 
     @property
     def anew(self) -> bool:
@@ -145,6 +146,9 @@ class UpdateSettings:
     names: Sequence[str] = ()  # of the examples that train and judge
     known: int = 0  # largest `order` in the history, as `journal.Entry` has it
     fingerprint: str = ""  # of the cloud's base model
+    # Scores under it as it is asked now, where that is behind another number of examples than the plan's.
+    as_asked: Evaluate | None = None
+    recorded_holds: bool = True  # whether it was asked so, too, when its gate judged it
     anyway: bool = False  # the gate lets the new version through all the same
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     checkpoint_seconds: float = 30.0  # between two checkpoints
@@ -267,19 +271,18 @@ class Update:
         return lambda: [self._settings.retry_policy.call(each) for each in found]
 
     def _gate(self) -> ValidationGate:
-        """Compare with the start, and with the current shift where training did not start with it."""
+        """Compare with the start, and with the current shift where that is another, or is asked otherwise."""
         settings, plan, found = self._settings, self._state.schedule, self._state.comparison
         gate = ValidationGate(found, folds=plan.folds, anyway=settings.anyway)
         current = settings.current
-        if current is None or current.tensors is self._start:
+        if current is None or (current.tensors is self._start and settings.as_asked is None):
             return gate
         seen = current.learned.examples or 0
         rows = [row for part in plan.judged for row in part]
         unseen = [i for i, row in enumerate(rows) if row >= seen]
         if len(unseen) < SMALLEST_PART:
-            reads_alike = current.behind == plan.behind  # or its gate's loss says nothing here
-            return replace(gate, recorded=current.learned.gate_after) if reads_alike else gate
-        asked = self._source.scores([rows[i] for i in unseen], current.tensors)
+            return replace(gate, recorded=current.learned.gate_after) if settings.recorded_holds else gate
+        asked = (settings.as_asked or self._source.scores)([rows[i] for i in unseen], current.tensors)
         before = settings.retry_policy.call(asked)
         return replace(gate, current=Comparison(before, [found.after[i] for i in unseen]))
 
