@@ -20,6 +20,7 @@ from perfit_device.operations.evaluate import Evaluate
 from perfit_device.operations.examples import FindExamples
 from perfit_device.operations.imports import ImportExamples
 from perfit_device.operations.insight import ShowInsight
+from perfit_device.operations.migrate import Migrate
 from perfit_device.operations.operation import Event, Note
 from perfit_device.operations.shift_import import ImportShift
 from perfit_device.operations.update import Update
@@ -264,6 +265,19 @@ def test_a_shift_that_is_asked_alone_is_judged_so(
     update(newcomer)
     of = {count: [p for _, p in cloud.scored if len(p.chat.messages) == count] for count in (1, 9)}
     assert len(of[1]) == len(parts.gate) and len(of[9]) > len(parts.gate)
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_a_migration_says_whether_both_were_read_alike(
+    newcomer: Profile, cloud: Any, home: Path, before: int
+) -> None:
+    Config().with_value("examples.one", before).write(home / "config.toml")
+    update(newcomer)
+    (home / "config.toml").unlink()
+    cloud.version = "v2"
+    newcomer.disconnect()
+    (done,) = newcomer.perform(Migrate())
+    assert done.same_model and done.same_reading is (before == 4)
 
 
 def test_somebody_elses_shift_is_asked_as_it_was_trained(newcomer: Profile, cloud: Any, home: Path) -> None:
