@@ -50,7 +50,7 @@ def examples_of_task(settings: DeviceSettings, task: Task) -> int:
 
 def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
     """How many stand before a question of which nobody says it: as many as the shift was trained behind."""
-    if mode is not Mode.PERSONAL or artefact.task.is_talk:
+    if mode is not Mode.PERSONAL:
         return 0
     _, info = profile.connect()
     with profile.vault() as vault:
