@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
 import signal
 import socket
+import sys
 import time
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -70,6 +72,15 @@ def test_a_locked_agent_has_nothing(
         assert not perfit.json("unlock")["is_locked"]
         assert len(agent.perform(FindExamples())) == 1
         os.kill(agent.hello.pid, signal.SIGTERM)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are named by tgkill")
+def test_a_signal_that_another_thread_gets_ends_it_too(made: DeviceSettings) -> None:
+    """The main thread waited for connections on, and the update beside it ran to its end."""
+    with running(made) as pid:
+        others = {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()} - {pid}
+        assert ctypes.CDLL(None).tgkill(pid, max(others), signal.SIGTERM) == 0
+        wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z", what="its end")
 
 
 def test_unused_for_long_it_locks_itself(made: DeviceSettings, monkeypatch: pytest.MonkeyPatch) -> None:

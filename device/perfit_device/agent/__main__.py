@@ -15,10 +15,14 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from multiprocessing.connection import Listener
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perfit_device import process_limits
 from perfit_device.settings import DeviceSettings, prepare_process
 from perfit_shared.errors import PerfitError
+
+if TYPE_CHECKING:
+    from perfit_device.agent.server import AgentServer
 
 _BACKLOG = 64
 
@@ -55,6 +59,7 @@ def _serve(listener: Listener, settings: DeviceSettings, words: argparse.Namespa
     for name in ("SIGTERM", "SIGHUP", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: server.interrupt())
+    _wake_on_signals(server)
     if words.unlock == "stdin":
         server.unlock(sys.stdin.buffer.read())
     elif words.unlock == "keyring":
@@ -65,6 +70,24 @@ def _serve(listener: Listener, settings: DeviceSettings, words: argparse.Namespa
     log("listens")
     _say(codec.encode(server.hello()))
     server.run(listener)
+
+
+def _wake_on_signals(server: AgentServer) -> None:
+    """Python's handlers run in the main thread, and the system may give a signal to another one.
+
+    Then nothing would end the main thread's wait for connections. A byte for each signal comes here.
+    """
+    if os.name == "nt":  # where a signal is an event that no thread gets
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wake() -> None:
+        while os.read(reader, 1):
+            server.wake()
+
+    threading.Thread(target=wake, name="signals", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ Result = TypeVar("Result")
 _MOST_CONNECTIONS = 64
 _SEND_SECONDS = 120  # that a caller may leave its end unread
 _STOP_SECONDS = 30.0  # that operations get to save what they have
+_SIGNAL_SECONDS = 1.0  # in which the main thread has heard of a signal
 _LOOK_SECONDS = 15.0  # between two looks at whether it is idle
 
 
@@ -227,6 +228,11 @@ class AgentServer:
         else:
             with contextlib.suppress(OSError):
                 Client(self._address, FAMILY).close()
+
+    def wake(self) -> None:
+        """After a signal, from another thread: the main one handles it, unless it has not heard of it."""
+        if not self._stopping.wait(_SIGNAL_SECONDS) and self._is_accepting and FAMILY == "AF_UNIX":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def interrupt(self) -> None:
         """In a signal's handler: ends the main thread's wait for connections, and nothing else."""
