@@ -115,7 +115,7 @@ class TaskClient:
 
     def all_scores(self, items: Sequence[HistoryItem], use: ShiftUse, *, cut: bool = False) -> list[Score]:
         """Of every item's answer. Raises ExamplesRefused, also for what is refused only behind examples."""
-        found = self._scores(items, use, cut=cut)
+        found = self.scores(items, use, cut=cut, or_alone=False)
         _check_refused(items, found)
         return [score for score in found if isinstance(score, Score)]
 
@@ -125,20 +125,10 @@ class TaskClient:
         use: ShiftUse,
         *,
         cut: bool = False,
+        or_alone: bool = True,
         progress: Callable[[int], None] = lambda _: None,
     ) -> list[Score | InvalidPrompt]:
-        """Of every item's answer, or why the cloud refuses the item: behind examples, and without."""
-        found = self._scores(items, use, cut=cut, progress=progress)
-        return self._or_alone(items, found, lambda alone, rest: alone._scores(rest, use, cut=cut))
-
-    def _scores(
-        self,
-        items: Sequence[HistoryItem],
-        use: ShiftUse,
-        *,
-        cut: bool = False,
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> list[Score | InvalidPrompt]:
+        """Of every item's answer, or why the cloud refuses the item: `or_alone`, also without examples."""
         task = self.task
 
         def score(chunk: Sequence[HistoryItem]) -> list[Score]:
@@ -150,14 +140,28 @@ class TaskClient:
         for chunk in _chunks(task, items, most, self.limits.call_tokens, self.before):
             found += _each(score, chunk)
             progress(len(found))
-        return found
+        if not or_alone:
+            return found
+        return self._or_alone(items, found, lambda alone, rest: alone.scores(rest, use, cut=cut))
 
     def answers(
         self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
     ) -> list[str | InvalidPrompt]:
         """Greedy answers in the order of the items, or why the cloud refuses an item. As `scores`."""
-        found = self._answers(items, use, progress)
-        return self._or_alone(items, found, lambda alone, rest: alone._answers(rest, use))
+        task, limits = self.task, self.limits
+        sampling = task.sampling(most=limits.new_tokens)
+        refused: dict[int, InvalidPrompt] = {}
+        texts = ask_all(
+            self.cloud,
+            use,
+            [(prompt_of(task, item, before=self.before(item)), sampling) for item in items],
+            in_flight=min(_IN_FLIGHT, limits.questions),
+            retry_policy=self.retry_policy,
+            refused=refused,
+            progress=progress,
+        )
+        found = [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
+        return self._or_alone(items, found, lambda alone, rest: alone.answers(rest, use))
 
     def _or_alone(
         self,
@@ -173,23 +177,6 @@ class TaskClient:
             for row, value in zip(rows, again(alone, [items[row] for row in rows]), strict=True):
                 values[row] = value
         return values
-
-    def _answers(
-        self, items: Sequence[HistoryItem], use: ShiftUse, progress: Callable[[int], None] = lambda _: None
-    ) -> list[str | InvalidPrompt]:
-        task, limits = self.task, self.limits
-        sampling = task.sampling(most=limits.new_tokens)
-        refused: dict[int, InvalidPrompt] = {}
-        texts = ask_all(
-            self.cloud,
-            use,
-            [(prompt_of(task, item, before=self.before(item)), sampling) for item in items],
-            in_flight=min(_IN_FLIGHT, limits.questions),
-            retry_policy=self.retry_policy,
-            refused=refused,
-            progress=progress,
-        )
-        return [refused.get(number) or task.parse(text) for number, text in enumerate(texts)]
 
     def refused_among(self, items: Sequence[HistoryItem], most: int | None = None) -> list[HistoryItem]:
         """The examples that the cloud refuses, as an update takes them.

@@ -35,17 +35,20 @@ _BYTES_A_TOKEN = 2
 _TURN_TOKENS = 8  # of a chat template around a turn, and of a line's end
 
 
-def examples_of_task(settings: DeviceSettings, task: Task) -> int:
-    """How many stand before what an update learns, and before a question of somebody without an update.
+def examples_of_task(settings: DeviceSettings, task: Task, trained_behind: int | None = None) -> int:
+    """How many stand before what an update learns, and before a question.
 
-    The config file says it, else the task. That was measured on commit messages and headlines: texts of one
-    line, by a model that reads chats. Of longer replies a small model makes loops. A talk has its own turns.
+    The config file says it, else the shift that answers, which was trained behind so many, else the task.
+    That was measured on commit messages and headlines: texts of one line, by a model that reads chats. Of
+    longer replies a small model makes loops. A talk has its own turns.
     """
     if task.is_talk:
         return 0
     said = settings.examples()
+    if said is not None or trained_behind is not None:
+        return said if said is not None else trained_behind or 0
     writes_lines = task.chat is True and "\n" in task.stop and not task.labels
-    return said if said is not None else _EXAMPLES if writes_lines else 0
+    return _EXAMPLES if writes_lines else 0
 
 
 def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
@@ -55,9 +58,7 @@ def examples_before(profile: Profile, artefact: Artefact, mode: Mode) -> int:
     _, info = profile.connect()
     with profile.vault() as vault:
         versions = personal.read_versions(vault, info.cloud_id, artefact.name)
-    if versions is None or profile.settings.examples() is not None:
-        return examples_of_task(profile.settings, artefact.task)
-    return versions.now.behind
+    return examples_of_task(profile.settings, artefact.task, versions.now.behind if versions else None)
 
 
 class NearestExamples:
@@ -70,10 +71,10 @@ class NearestExamples:
     def __init__(
         self,
         task: Task,
-        items: Sequence[HistoryItem] = (),
-        count: int = 0,
+        items: Sequence[HistoryItem],
+        count: int,
         *,
-        tokens: int = 0,
+        tokens: int,
         alone: Collection[str] = (),
     ) -> None:
         """`count`: at most so many. `alone`: names of items that are read without."""
@@ -83,8 +84,7 @@ class NearestExamples:
         self._found: dict[str, list[Mapping[str, str]]] = {}  # by name: an update asks for each often
 
     def before(self, item: HistoryItem) -> list[Mapping[str, str]]:
-        """Nearest first. Raises InvalidData where the item lacks a field of the task."""
-        self._task.prompt(item.fields)  # raises
+        """Nearest first. The item has the fields of the task."""
         if not self.count or item.name in self._alone:
             return []
         if item.name not in self._found:
@@ -124,9 +124,10 @@ class NearestExamples:
 def nearest_examples(
     profile: Profile, task: Task, asked: HistoryItem, count: int, *, tokens: int
 ) -> list[Mapping[str, str]]:
-    """Those of the history that stand before a question. Raises as `NearestExamples.before`."""
+    """Those of the history that stand before a question. Raises InvalidData where it lacks a field."""
+    task.prompt(asked.fields)  # raises
     if not count:
-        return NearestExamples(task).before(asked)
+        return []
     with profile.vault() as vault:
         items = history.load(vault, task.name)
     return NearestExamples(task, profile.usable(items, task), count, tokens=tokens).before(asked)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from perfit_shared.shifts import ShiftTensors
     from perfit_shared.tasks import Task
 
-__all__ = ["count_of", "examples_of", "export", "read", "read_bytes", "write"]
+__all__ = ["behind_of", "count_of", "export", "read", "read_bytes", "write"]
 
 _LARGEST_FILE = 256 * 1024 * 1024  # bytes
 _DIGITS = 7
@@ -64,18 +64,15 @@ def count_of(metadata: Mapping[str, str], name: str, default: int) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else default
 
 
-def examples_of(data: bytes, settings: DeviceSettings, task: Task) -> int:
-    """How many own examples stand before a question that this shift answers.
+def behind_of(data: bytes, settings: DeviceSettings, task: Task) -> int:
+    """How many examples it was trained behind, but no more than the task or the config file has.
 
-    As many as it was trained behind, but no more than the task or the config file has: a file may not say
-    how much of one's own text is sent. Where the config file says a number, that.
+    A file may not say how much of one's own text is sent.
     """
     from perfit_device.nearest import examples_of_task
     from perfit_shared.shifts import read_metadata
 
-    most = examples_of_task(settings, task)
-    said = settings.examples() is not None
-    return most if said else min(most, count_of(read_metadata(data), "behind", 0))
+    return min(examples_of_task(settings, task), count_of(read_metadata(data), "behind", 0))
 
 
 def read(data: bytes, name: str, artefact: Artefact) -> ShiftTensors:

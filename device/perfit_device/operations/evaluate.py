@@ -168,7 +168,7 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
     from perfit_device.cloud.codec import ShiftUse
     from perfit_device.cloud.retry import RetryPolicy
     from perfit_device.evaluation import TaskClient
-    from perfit_device.nearest import NearestExamples, examples_before
+    from perfit_device.nearest import NearestExamples, examples_before, examples_of_task
     from perfit_device.refusals import Refusals
     from perfit_device.starts import start_of
     from perfit_device.training.update import update_row
@@ -199,7 +199,8 @@ def _prepare(profile: Profile, request: Evaluate) -> _Evaluation:
     count = examples_before(profile, artefact, Mode.PERSONAL)
     counts = {name: 0 if use.personal is None else count for name, use in uses.items()}
     if request.shift is not None:
-        counts["other"] = shift_files.examples_of(request.shift, profile.settings, artefact.task)
+        behind = shift_files.behind_of(request.shift, profile.settings, artefact.task)
+        counts["other"] = examples_of_task(profile.settings, artefact.task, behind)
     by_count: dict[int, TaskClient] = {}
     for number in {*counts.values()}:
         near = NearestExamples(

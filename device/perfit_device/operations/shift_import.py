@@ -31,7 +31,6 @@ class ImportShift(Operation[ImportedShift]):
     def run(self, profile: Profile, emit: Emit) -> ImportedShift:
         from perfit_device import personal, shift_files
         from perfit_device.cloud_record import read_artefacts, read_record
-        from perfit_device.nearest import examples_of_task
         from perfit_device.training import update as updates
         from perfit_shared.shifts import read_metadata
 
@@ -48,9 +47,7 @@ class ImportShift(Operation[ImportedShift]):
                 )
             tensors = shift_files.read(self.data, self.name, artefact)
             updates_made = max(1, shift_files.count_of(metadata, "updates", 1))
-            # A file may not say that more of one's own texts are sent than the task or the config file does.
-            most = examples_of_task(profile.settings, artefact.task)
-            behind = min(most, shift_files.count_of(metadata, "behind", 0))
+            behind = shift_files.behind_of(self.data, profile.settings, artefact.task)
             # It may know anything, also what was forgotten since, so it counts as one of before.
             shift = PersonalShift(tensors, updates_made, forgotten=0, behind=behind)
             personal.store(vault, cloud_id, artefact, shift, origin="imported")

@@ -347,8 +347,8 @@ class _Run:
             fresh=self.request.fresh,
             history=split.digest(),
             version=artefact.version,
-            behind=self.nearest.count,
-            read=self.nearest.digest(self._read),
+            behind=now["behind"],
+            read=now["read"],
         )
 
 
