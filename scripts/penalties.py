@@ -2,13 +2,16 @@
 
     make demo
     python scripts/penalties.py --commits ../shared/data/commits
+    perfit-cloud lamp run --method perfit_behind+rag --keep-gib 2 --out RUN --data FOLDER …
+    python scripts/penalties.py --of RUN=FOLDER
 
 Serves smollm2 with what comes with perfit, and answers over the wire: the test questions of the demo's people
 by their own shifts; the newest part of Desmond's and Ingrid's examples by the shifts that come with the demo,
 which did not learn from it; Nell's questions as those of a talk, by the seed of `chat`; and of `--commits`
-every sixth person's first queries, by the seed of the shipped artefact. Answers at several settings share
-the batch, so that one thread needs few passes. Keeps figures alone, question by question, in
-runs/penalties.jsonl, goes on where it stopped, and prints a table.
+every sixth person's first queries, by the seed of the shipped artefact. With `--of` it asks the people of a
+run instead, each by the shift that the run kept for them, behind own examples where that was trained so.
+Answers at several settings share the batch, so that one thread needs few passes. Keeps figures alone,
+question by question, in runs/penalties.jsonl, goes on where it stopped, and prints a table.
 """
 
 from __future__ import annotations
@@ -23,17 +26,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from demo import CAST, PEOPLE, ROOT, Person, rows_of
-from local import PASSPHRASE, LocalCloud
+from local import PASSPHRASE, Device, LocalCloud
 from perfit_device import history, personal, shift_files
-from perfit_device.cloud.codec import Artefact, ShiftUse
+from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
 from perfit_device.cloud.questions import ask_all
 from perfit_device.cloud.retry import RetryPolicy
 from perfit_device.evaluation import prompt_of
 from perfit_device.history import HistoryItem
+from perfit_device.nearest import NearestExamples
 from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_shared.lamp import read_users
 from perfit_shared.metrics import rouge_pairs
+from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling
 
 # (frequency, presence)
@@ -45,14 +50,25 @@ ROOM = ("questions", "answers_each", "streams", "max_requests")
 
 
 @dataclass(frozen=True)
-class Group:
+class Asked:
     """Questions that one shift answers."""
+
+    use: ShiftUse
+    items: Sequence[HistoryItem]
+    own: NearestExamples | None = None  # stand before each, where there are any
+
+    def prompt(self, item: HistoryItem, task: Task) -> Prompt:
+        return prompt_of(task, item, before=self.own.before(item) if self.own else ())
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions of one kind, and the shifts that answer them."""
 
     name: str
     profile: Profile  # who asks
     artefact: Artefact
-    use: ShiftUse
-    items: Sequence[HistoryItem]
+    asked: Sequence[Asked]
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,8 @@ def own_group(profile: Profile) -> Group:
         own = personal.load(vault, info.cloud_id, artefact)
     if own is None:
         raise SystemExit(f"{person.name} has learned nothing yet; run `make demo` first")
-    use = ShiftUse(artefact, own.tensors)
-    return Group(person.name, profile, artefact, use, tested(person.name, artefact))
+    asked = Asked(ShiftUse(artefact, own.tensors), tested(person.name, artefact))
+    return Group(person.name, profile, artefact, [asked])
 
 
 def committers(profile: Profile, folder: Path) -> Group:
@@ -98,7 +114,34 @@ def committers(profile: Profile, folder: Path) -> Group:
     artefact = profile.artefact("commit_message")
     found = read_users(folder / "user_top_100_history.json", artefact.task).users[::EVERY]
     items = [HistoryItem(artefact.name, e.item) for user in found for e in user.query[:QUERIES]]
-    return Group(f"{len(found)} committers", profile, artefact, seed_of(profile, artefact), items)
+    return Group(f"{len(found)} committers", profile, artefact, [Asked(seed_of(profile, artefact), items)])
+
+
+def people_of(profile: Profile, run: Path, folder: Path) -> Group:
+    """The people of a `lamp run` and their queries, by the shifts that it kept.
+
+    Their examples are searched as a device searches them.
+    """
+    settings = json.loads((run / "settings.json").read_text("utf-8"))
+    artefact = profile.artefact(settings["task"])
+    task, count = artefact.task, settings["k"] if settings["method"] == "perfit_behind+rag" else 0
+    _, info = profile.connect()
+    everybody = {u.user_id: u for u in read_users(folder / "user_top_100_history.json", task).users}
+    asked = []
+    for kept in sorted((run / "users").glob("*/personal.safetensors")):
+        user = everybody[kept.parent.name]
+        latest = settings["examples"] or len(user.profile)
+        history = [
+            HistoryItem(task.name, e.item, date=e.date, order=order)
+            for order, e in enumerate(user.profile[-latest:])
+        ]
+        own = NearestExamples(task, history, count, tokens=info.limits.prompt_tokens) if count else None
+        queries = [HistoryItem(task.name, e.item) for e in user.query[: settings["queries"]]]
+        tensors = shift_files.read(kept.read_bytes(), kept.name, artefact)
+        asked.append(Asked(ShiftUse(artefact, tensors), queries, own))
+    if not asked:
+        raise SystemExit(f"{run} keeps no shift; run it with --keep-gib")
+    return Group(f"{run.name}, {len(asked)} people", profile, artefact, asked)
 
 
 def other_group(profile: Profile) -> Group:
@@ -107,7 +150,7 @@ def other_group(profile: Profile) -> Group:
     artefact = profile.artefact(person.task)
     file = PEOPLE / person.other / f"{person.task}.safetensors"
     use = ShiftUse(artefact, shift_files.read(file.read_bytes(), file.name, artefact))
-    return Group(person.other, profile, artefact, use, tested(person.other, artefact))
+    return Group(person.other, profile, artefact, [Asked(use, tested(person.other, artefact))])
 
 
 def chats(profile: Profile) -> Group:
@@ -117,7 +160,7 @@ def chats(profile: Profile) -> Group:
         HistoryItem("chat", {"prompt": item.fields["message"], "reply": item.fields["reply"]})
         for item in tested("nell", profile.artefact("reply"))
     ]
-    return Group("chat", profile, artefact, seed_of(profile, artefact), items)
+    return Group("chat", profile, artefact, [Asked(seed_of(profile, artefact), items)])
 
 
 def seed_of(profile: Profile, artefact: Artefact) -> ShiftUse:
@@ -148,11 +191,37 @@ def tested(name: str, artefact: Artefact) -> Sequence[HistoryItem]:
 
 def measure(group: Group, settings: Sequence[tuple[float, float]]) -> Iterator[Measured]:
     """As `perfit evaluate` answers, greedily; questions at all settings share the batch."""
-    cloud, info = group.profile.connect()
     task = group.artefact.task
+    answers: dict[tuple[float, float], list[str]] = {setting: [] for setting in settings}
+    golds: list[str] = []
+    for asked in group.asked:
+        texts = iter(answers_of(group.profile, task, asked, settings))
+        for setting in settings:
+            answers[setting] += [task.parse(next(texts)) for _ in asked.items]
+        golds += [item.fields[task.gold_field] for item in asked.items]
+    for (frequency, presence), given in answers.items():
+        scores = rouge_pairs(given, golds)
+        yield Measured(
+            group=group.name,
+            frequency=frequency,
+            presence=presence,
+            rouge_1=[one for one, _ in scores],
+            rouge_l=[longest for _, longest in scores],
+            loops=[has_loop(answer) for answer in given],
+            words=[len(answer.split()) for answer in given],
+            gold_words=[len(gold.split()) for gold in golds],
+        )
+
+
+def answers_of(
+    profile: Profile, task: Task, asked: Asked, settings: Sequence[tuple[float, float]]
+) -> list[str]:
+    """Of all questions at the first setting, then at the next."""
+    cloud, info = profile.connect()
+    prompts = [asked.prompt(item, task) for item in asked.items]
     questions = [
         (
-            prompt_of(task, item),
+            prompt,
             Sampling(
                 min(task.answer_tokens, info.limits.new_tokens),
                 stop=task.stop,
@@ -161,26 +230,11 @@ def measure(group: Group, settings: Sequence[tuple[float, float]]) -> Iterator[M
             ),
         )
         for frequency, presence in settings
-        for item in group.items
+        for prompt in prompts
     ]
     retry_policy = RetryPolicy()  # a busy machine takes longer than a stream may
     in_flight = min(TOGETHER, info.limits.questions)
-    texts = ask_all(cloud, group.use, questions, in_flight=in_flight, retry_policy=retry_policy)
-    golds = [item.fields[task.gold_field] for item in group.items]
-    for number, (frequency, presence) in enumerate(settings):
-        start = number * len(golds)
-        answers = [task.parse(text) for text in texts[start : start + len(golds)]]
-        scores = rouge_pairs(answers, golds)
-        yield Measured(
-            group=group.name,
-            frequency=frequency,
-            presence=presence,
-            rouge_1=[one for one, _ in scores],
-            rouge_l=[longest for _, longest in scores],
-            loops=[has_loop(answer) for answer in answers],
-            words=[len(answer.split()) for answer in answers],
-            gold_words=[len(gold.split()) for gold in golds],
-        )
+    return ask_all(cloud, asked.use, questions, in_flight=in_flight, retry_policy=retry_policy)
 
 
 def lines(measured: Sequence[Measured]) -> Iterator[str]:
@@ -212,24 +266,30 @@ def read(kept: Path) -> list[Measured]:
 
 
 def run(given: argparse.Namespace, kept: Path) -> None:
-    stage = given.run.resolve()
+    stage = given.run.resolve() if not given.of else ROOT / "runs" / "penalties"
     flags = ["--threads", "1", *(word for key in ROOM for word in ("--set", f"{key}={TOGETHER}"))]
     with ExitStack() as opened:
         cloud = opened.enter_context(LocalCloud("smollm2", [], stage / "cloud", flags=flags))
         print(cloud.said["model"], cloud.said["precision"], file=sys.stderr, flush=True)
-        profiles = [
-            opened.enter_context(
-                Profile.open(DeviceSettings(person.name, stage / "homes"), passphrase=lambda: PASSPHRASE)
-            )
-            for person in CAST
-        ]
-        groups = [own_group(profile) for profile in profiles]
-        groups += [other_group(profile) for profile in profiles] + [chats(profiles[0])]
-        groups += [committers(profiles[0], given.commits)] if given.commits else []
+
+        def profile(name: str) -> Profile:
+            settings = DeviceSettings(name, stage / "homes")
+            return opened.enter_context(Profile.open(settings, passphrase=lambda: PASSPHRASE))
+
+        if given.of:
+            if not (stage / "homes" / "asker").exists():
+                Device(stage / "homes", "asker")("enroll", "-", text=cloud.invite())
+            asker = profile("asker")
+            groups = [people_of(asker, *map(Path, pair.split("=", 1))) for pair in given.of]
+        else:
+            cast = [profile(person.name) for person in CAST]
+            groups = [own_group(each) for each in cast]
+            groups += [other_group(each) for each in cast] + [chats(cast[0])]
+            groups += [committers(cast[0], given.commits)] if given.commits else []
         for group in groups:
             known = {of.key for of in read(kept)}
             missing = [setting for setting in SETTINGS if (group.name, *setting) not in known]
-            step = max(1, TOGETHER // len(group.items))
+            step = max(1, TOGETHER // max(len(asked.items) for asked in group.asked))
             for settings in (missing[at : at + step] for at in range(0, len(missing), step)):
                 for of in measure(group, settings):
                     with kept.open("a", encoding="utf-8") as file:
@@ -241,6 +301,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--run", type=Path, default=ROOT / "demo" / "run", help="what `make demo` left")
     parser.add_argument("--commits", type=Path, help="folder with user_top_100_history.json")
+    parser.add_argument("--of", action="append", metavar="RUN=FOLDER", help="a lamp run and its --data")
     given = parser.parse_args()
     kept = ROOT / "runs" / "penalties.jsonl"
     kept.parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from perfit_shared.retrieval import Retriever, input_text, read_after
 from perfit_shared.types import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from perfit_device.cloud.codec import Artefact
     from perfit_device.history import HistoryItem
@@ -75,17 +75,17 @@ class NearestExamples:
         count: int,
         *,
         tokens: int,
-        alone: Collection[str] = (),
+        refused: Mapping[str, int] | None = None,
     ) -> None:
-        """`count`: at most so many. `alone`: names of items that are read without."""
-        self._task, self._tokens, self._alone = task, tokens, alone
+        """`count`: at most so many. `refused`: names of items that the cloud does not take behind so many."""
+        self._task, self._tokens, self._refused = task, tokens, refused or {}
         self._items = sorted(items, key=lambda item: (item.date, item.order))[-_SEARCHED:]
         self.count = count if items else 0
         self._found: dict[str, list[Mapping[str, str]]] = {}  # by name: an update asks for each often
 
     def before(self, item: HistoryItem) -> list[Mapping[str, str]]:
         """Nearest first. The item has the fields of the task."""
-        if not self.count or item.name in self._alone:
+        if not self.count or self._refused.get(item.name, self.count + 1) <= self.count:
             return []
         if item.name not in self._found:
             self._found[item.name] = self._nearest(item)

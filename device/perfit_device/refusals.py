@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from perfit_device.cloud.codec import Artefact, CloudInfo
 from perfit_device.training import update as updates
@@ -22,7 +22,7 @@ class Refusals:
     row: str
     of: str
     names: frozenset[str] = frozenset()
-    alone: frozenset[str] = frozenset()  # that it refused behind other examples
+    behind: Mapping[str, int] = field(default_factory=dict)  # that it refused behind so many others
 
     @classmethod
     def read(cls, vault: Vault, info: CloudInfo, artefact: Artefact) -> Refusals:
@@ -32,12 +32,14 @@ class Refusals:
         values = json.loads(vault.get(_KIND, row) or b"{}")
         if values.get("of") != of:
             return cls(row, of)
-        return cls(row, of, frozenset(values["names"]), frozenset(values.get("alone", ())))
+        return cls(row, of, frozenset(values["names"]), values.get("behind", {}))
 
-    def with_names(self, vault: Vault, names: Iterable[str], *, alone: Iterable[str] = ()) -> Refusals:
+    def with_names(
+        self, vault: Vault, names: Iterable[str], *, behind: Mapping[str, int] | None = None
+    ) -> Refusals:
         """These and more, written to the vault."""
-        more = Refusals(self.row, self.of, self.names | set(names), self.alone | set(alone))
-        values = {"of": self.of, "names": sorted(more.names), "alone": sorted(more.alone)}
+        more = Refusals(self.row, self.of, self.names | set(names), {**self.behind, **(behind or {})})
+        values = {"of": self.of, "names": sorted(more.names), "behind": more.behind}
         data = json.dumps(values).encode()
         vault.put(_KIND, self.row, data)
         return more

@@ -102,7 +102,7 @@ def start_of(
         return Start(starts[0])
     if choice is None or choice.digest != digest or _many_more(len(judges), choice.examples):
         tokens, count = info.limits.prompt_tokens, examples_of_task(profile.settings, artefact.task)
-        near = NearestExamples(artefact.task, fitting, count, tokens=tokens, alone=refusals.alone)
+        near = NearestExamples(artefact.task, fitting, count, tokens=tokens, refused=refusals.behind)
         client = TaskClient(cloud, artefact.task, info.limits, retry_policy, near.before)
         found = [client.scores(judges, ShiftUse(artefact, start), cut=True) for start in starts]
         choice = _choice(found, digest)

@@ -219,6 +219,16 @@ def test_what_is_refused_behind_others_is_read_alone(newcomer: Profile, cloud: A
     assert any("1 examples are too long" in text for text in told)
 
 
+def test_what_is_refused_behind_four_is_read_behind_fewer(newcomer: Profile, cloud: Any, home: Path) -> None:
+    longest = TASK.prompt(newcomer.perform(FindExamples(TASK.name))[3].fields)
+    cloud.refuses = lambda said: said.endswith(longest) and said.count("\n") > 4
+    update(newcomer)
+    Config().with_value("examples.one", 2).write(home / "config.toml")
+    cloud.learned.clear()
+    update(newcomer, again=True)
+    assert {len(e.prompt.chat.messages) for e in cloud.learned if text_of(e.prompt).endswith(longest)} == {5}
+
+
 def test_a_half_done_update_goes_on_only_where_it_reads_the_same(newcomer: Profile, cloud: Any) -> None:
     """Another limit of the cloud's lets other examples fit: losses of before say nothing of them."""
     cloud.prompt_tokens = 60

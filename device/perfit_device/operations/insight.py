@@ -118,7 +118,7 @@ def _ask(profile: Profile, name: str, emit: Emit) -> tuple[Answered, ...]:
     alone = TaskClient(cloud, artefact.task, info.limits, policy)
     known, count = [*parts.train, *parts.gate], examples_before(profile, artefact, Mode.PERSONAL)
     tokens = info.limits.prompt_tokens
-    near = NearestExamples(artefact.task, known, count, tokens=tokens, alone=refusals.alone)
+    near = NearestExamples(artefact.task, known, count, tokens=tokens, refused=refusals.behind)
     behind = replace(alone, before=near.before)
     trained = parts.trained[-_MOST_SCORED:]
     asked, test = [*trained, *parts.test], list(parts.test[-_ANSWERED:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -125,7 +125,7 @@ def _update(
         if len(fitting) < len(usable):
             left_out = len(usable) - len(fitting)
             profile.notify(f"{left_out} examples are too long for this cloud and are left out")
-        run = _Run(profile, request, artefact, fitting, refusals.alone, retry_policy, emit)
+        run = _Run(profile, request, artefact, fitting, refusals.behind, retry_policy, emit)
         try:
             return run.train(skipped=len(items) - len(fitting))
         except ExamplesRefused as error:
@@ -134,9 +134,10 @@ def _update(
             before = run.nearest.before
             client = TaskClient(cloud, artefact.task, info.limits, retry_policy, before)
             refused += client.refused_among(rest)
-            alone = {item.name for item in refused if before(item)}
+            behind = {item.name: len(found) for item in refused if (found := before(item))}
+            names = {item.name for item in refused} - behind.keys()
             with profile.vault() as vault:
-                refusals = refusals.with_names(vault, {i.name for i in refused} - alone, alone=alone)
+                refusals = refusals.with_names(vault, names, behind=behind)
                 updates.forget_checkpoint(vault, refusals.row)  # of a plan with these examples
 
 
@@ -148,7 +149,7 @@ class _Run:
     request: Update
     artefact: Artefact
     items: Sequence[HistoryItem]
-    alone: Collection[str]  # names of those that are read without others before them
+    refused: Mapping[str, int]  # names of those that the cloud does not take behind so many others
     retry_policy: RetryPolicy
     emit: Emit
 
@@ -180,7 +181,7 @@ class _Run:
 
         _, info = self.profile.connect(self.retry_policy)
         task, tokens = self.artefact.task, info.limits.prompt_tokens
-        return NearestExamples(task, self.split.trained, count, tokens=tokens, alone=self.alone)
+        return NearestExamples(task, self.split.trained, count, tokens=tokens, refused=self.refused)
 
     @property
     def _read(self) -> list[HistoryItem]:
