@@ -15,7 +15,7 @@
 # MODEL      the base model                                           smollm2
 # THREADS    of each command                                          1
 # PEOPLE     people of the main table                                 48
-# SOME       people of everything else                                12, at most PEOPLE
+# SOME       people of everything else, and of lofit                  12, at most PEOPLE
 # QUERIES    first queries of each person                             all
 # OTHERS     collective users of every stage 1 that is trained        all; FEW_OTHERS of the other parts: 60
 # EXAMPLES   latest examples of each history                          all
@@ -115,7 +115,9 @@ one_method() { # method, and what every_method is given
   local method=$1 of=$2 task=$3 reused=none
   local name=${method%%/*}
   [[ "$method" != perfit-device ]] || name=perfit
-  local options=(--method "$name" --users "$5" "${history[@]}" --artefact "$ours/$4")
+  local of_all=$5
+  [[ "$method" != lofit ]] || of_all=$some # twice as long as LoRA
+  local options=(--method "$name" --users "$of_all" "${history[@]}" --artefact "$ours/$4")
   # Somebody else's state answers too where it shows that the method is personal: in PerFit's own rows.
   [[ "$method" == perfit ]] || options+=(--modes base,collective,seed,personal)
   case "$method" in

@@ -13,6 +13,7 @@ import pytest
 from tests.support.lamp_files import TASK, write_files
 
 from perfit_cloud.collective.encoding import Encoder
+from perfit_cloud.lamp.measure import Decoding
 from perfit_cloud.lamp.people import Learner, read_people
 from perfit_cloud.lamp.request import LampRequest
 from perfit_cloud.lamp.results import Run
@@ -94,6 +95,23 @@ def test_without_a_wish_task_json_s_prompts_are_asked(
     assert run.prompts == "lamp" and run.task == TASKS[TASK].resolved(False)
     with pytest.raises(InvalidInput, match=r"holds no task\.json"):
         run_lamp(request_for(data=bare, prompts="task", **ALONE), base=base)
+
+
+def test_a_penalty_that_is_asked_for_takes_the_task_s_place(
+    request_for: Callable[..., LampRequest], base: BaseModel, tmp_path: Path, data: Path
+) -> None:
+    repeats = replace(load_task(data, TASK).resolved(False), stop=(), answer_tokens=40)
+    asked = {"method": "none", "decoding": Decoding(temperature=0.0)}
+
+    def answers(name: str, **changes: Any) -> list[str]:
+        request = request_for(out=tmp_path / name, **asked, **changes)
+        run = run_lamp(request, base=base, task=replace(repeats, frequency_penalty=2.0))
+        return [query.answers["base"] for user in run.users for query in user.queries]
+
+    assert answers("the task's") == answers("2", frequency_penalty=2.0)
+    without = answers("none", frequency_penalty=0.0)
+    assert without != answers("2", frequency_penalty=2.0)
+    assert Run.load(tmp_path / "none").settings["frequency_penalty"] == 0.0
 
 
 @pytest.mark.slow

@@ -363,6 +363,8 @@ def test_what_cannot_be_is_said(
         {"learning_rate": 20.0},
         {"batch_size": 0},
         {"keep_bytes": -1},
+        {"frequency_penalty": 3.0},
+        {"frequency_penalty": float("nan")},
         {"modes": ()},
         {"modes": ("personal", "mine")},
         {"artefact": tmp_path},

@@ -15,6 +15,7 @@ from perfit_shared.errors import InvalidInput
 from perfit_shared.optimizer import OptimizerConfig
 from perfit_shared.presets import value_or
 from perfit_shared.training import Schedule
+from perfit_shared.types import Sampling
 
 __all__ = ["HISTORIES", "LampRequest"]
 
@@ -62,6 +63,7 @@ class LampRequest:
     drift: bool = False  # measure `drift` too
     seed: int = 0
     decoding: Decoding = field(default_factory=Decoding)
+    frequency_penalty: float | None = None  # of answers; the task's
     users_together: int = 8  # a cohort of stage 2
     keep_bytes: int = 4 << 30  # for activations that no user's tensors change
     threads: int = 0  # of the CPU; 0: torch's own choice
@@ -102,6 +104,7 @@ class LampRequest:
                 learning_rate=value_or(rate, 1e-4),
             )
         OptimizerConfig(1.0, 1, schedule=self.schedule)
+        Sampling(1, frequency_penalty=value_or(self.frequency_penalty, 0.0))
         METHODS[self.method].check(self)
 
     @property

@@ -77,6 +77,7 @@ def run_lamp(
         request.model, dtype=request.dtype, device=request.device, placement=request.placement
     )
     task = task or _read_task(asked, base)
+    task = replace(task, frequency_penalty=value_or(request.frequency_penalty, task.frequency_penalty))
     request = replace(request, task=task.name)
     people = read_people(
         request.data, task, base, users=request.users, examples=request.examples, queries=request.queries

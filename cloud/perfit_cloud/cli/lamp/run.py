@@ -130,6 +130,9 @@ def run(  # noqa: PLR0917 - typer's way; all are options
     ] = False,
     seed: Annotated[int, typer.Option(help="Of shifts, batches, splits and draws.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of answers; 0: greedy.")] = 0.1,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Of answers, -2 to 2: against repetition.  [default: the task's]")
+    ] = None,
     users_together: Annotated[int, typer.Option(help="Users whose steps run as one pass.")] = 8,
     keep_gib: Annotated[float, typer.Option(help="Memory for activations kept between steps.")] = 4.0,
     threads: Threads = 0,
@@ -213,6 +216,7 @@ def run(  # noqa: PLR0917 - typer's way; all are options
         drift=drift,
         seed=seed,
         decoding=Decoding(temperature=temperature, seed=seed),
+        frequency_penalty=frequency_penalty,
         users_together=users_together,
         keep_bytes=int(keep_gib * _GIB),
         threads=threads,
