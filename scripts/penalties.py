@@ -2,7 +2,7 @@
 
     make demo
     python scripts/penalties.py --commits ../shared/data/commits
-    perfit-cloud lamp run --method perfit_behind+rag --keep-gib 2 --out RUN --data FOLDER …
+    perfit-cloud lamp run --method perfit_behind+rag --out RUN --data FOLDER …
     python scripts/penalties.py --of RUN=FOLDER
 
 Serves smollm2 with what comes with perfit, and answers over the wire: the test questions of the demo's people
@@ -27,6 +27,7 @@ from statistics import fmean, stdev
 
 from demo import CAST, PEOPLE, ROOT, Person, rows_of
 from local import PASSPHRASE, Device, LocalCloud
+from perfit_cloud.lamp.methods.perfit_rag import PerFitRag, parts_of_state
 from perfit_device import history, personal, shift_files
 from perfit_device.cloud.codec import Artefact, Prompt, ShiftUse
 from perfit_device.cloud.questions import ask_all
@@ -128,7 +129,7 @@ def people_of(profile: Profile, run: Path, folder: Path) -> Group:
     _, info = profile.connect()
     everybody = {u.user_id: u for u in read_users(folder / "user_top_100_history.json", task).users}
     asked = []
-    for kept in sorted((run / "users").glob("*/personal.safetensors")):
+    for kept in sorted((run / "users").glob("*/personal.*")):
         user = everybody[kept.parent.name]
         latest = settings["examples"] or len(user.profile)
         history = [
@@ -137,10 +138,12 @@ def people_of(profile: Profile, run: Path, folder: Path) -> Group:
         ]
         own = NearestExamples(task, history, count, tokens=info.limits.prompt_tokens) if count else None
         queries = [HistoryItem(task.name, e.item) for e in user.query[: settings["queries"]]]
-        tensors = shift_files.read(kept.read_bytes(), kept.name, artefact)
+        data = kept.read_bytes()
+        data = parts_of_state(data)[0] if kept.name == PerFitRag.state_file else data
+        tensors = shift_files.read(data, kept.name, artefact)
         asked.append(Asked(ShiftUse(artefact, tensors), queries, own))
     if not asked:
-        raise SystemExit(f"{run} keeps no shift; run it with --keep-gib")
+        raise SystemExit(f"{run} keeps no shifts; it wants a finished run of perfit or perfit_behind+rag")
     return Group(f"{run.name}, {len(asked)} people", profile, artefact, asked)
 
 

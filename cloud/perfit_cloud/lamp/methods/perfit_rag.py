@@ -24,9 +24,15 @@ from perfit_shared.errors import InvalidData
 if TYPE_CHECKING:
     from perfit_cloud.lamp.request import LampRequest
 
-__all__ = ["PerFitBehindRag", "PerFitRag", "SeedRag"]
+__all__ = ["PerFitBehindRag", "PerFitRag", "SeedRag", "parts_of_state"]
 
 _LENGTH_BYTES = 8
+
+
+def parts_of_state(data: bytes) -> tuple[bytes, bytes]:
+    """(the shift's file, the examples) of a state file."""
+    end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
+    return data[_LENGTH_BYTES:end], data[end:]
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,8 @@ class PerFitRag(PerFit):
         return len(tensors).to_bytes(_LENGTH_BYTES, "big") + tensors + state.examples.to_bytes()
 
     def from_bytes(self, data: bytes) -> ShiftUse:
-        end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
-        examples = OwnExamples.from_bytes(self.data.task, data[end:])
-        return _retrieving(super().from_bytes(data[_LENGTH_BYTES:end]), examples)
+        shift, examples = parts_of_state(data)
+        return _retrieving(super().from_bytes(shift), OwnExamples.from_bytes(self.data.task, examples))
 
 
 class PerFitBehindRag(PerFitRag):
