@@ -280,7 +280,7 @@ def run(given: argparse.Namespace, kept: Path) -> None:
             return opened.enter_context(Profile.open(settings, passphrase=lambda: PASSPHRASE))
 
         if given.of:
-            if not (stage / "homes" / "asker").exists():
+            if not (stage / "homes").exists():
                 Device(stage / "homes", "asker")("enroll", "-", text=cloud.invite())
             asker = profile("asker")
             groups = [people_of(asker, *map(Path, pair.split("=", 1))) for pair in given.of]
