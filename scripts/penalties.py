@@ -39,6 +39,7 @@ from perfit_device.profile import Profile
 from perfit_device.settings import DeviceSettings
 from perfit_shared.lamp import read_users
 from perfit_shared.metrics import rouge_pairs
+from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling
 
@@ -140,7 +141,7 @@ def people_of(profile: Profile, run: Path, folder: Path) -> Group:
         queries = [HistoryItem(task.name, e.item) for e in user.query[: settings["queries"]]]
         data = kept.read_bytes()
         data = parts_of_state(data)[0] if kept.name == PerFitRag.state_file else data
-        tensors = shift_files.read(data, kept.name, artefact)
+        tensors = ShiftTensors.from_bytes(data, artefact.spec, artefact.spec.personal_rank)
         asked.append(Asked(ShiftUse(artefact, tensors), queries, own))
     if not asked:
         raise SystemExit(f"{run} keeps no shifts; it wants a finished run of perfit or perfit_behind+rag")
