@@ -292,7 +292,8 @@ def run(given: argparse.Namespace, kept: Path) -> None:
             groups += [committers(cast[0], given.commits)] if given.commits else []
         for group in groups:
             known = {of.key for of in read(kept)}
-            missing = [setting for setting in SETTINGS if (group.name, *setting) not in known]
+            wanted = SETTINGS[: given.settings]
+            missing = [setting for setting in wanted if (group.name, *setting) not in known]
             step = max(1, TOGETHER // max(len(asked.items) for asked in group.asked))
             for settings in (missing[at : at + step] for at in range(0, len(missing), step)):
                 for of in measure(group, settings):
@@ -306,6 +307,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "demo" / "run", help="what `make demo` left")
     parser.add_argument("--commits", type=Path, help="folder with user_top_100_history.json")
     parser.add_argument("--of", action="append", metavar="RUN=FOLDER", help="a lamp run and its --data")
+    parser.add_argument("--settings", type=int, metavar="N", help="the first N of the settings alone")
     given = parser.parse_args()
     kept = ROOT / "runs" / "penalties.jsonl"
     kept.parent.mkdir(exist_ok=True)
