@@ -44,7 +44,7 @@ from perfit_shared.tasks import Task
 from perfit_shared.types import Sampling
 
 # (frequency, presence)
-SETTINGS = ((0.0, 0.0), (0.4, 0.0), (0.2, 0.0), (0.7, 0.0), (1.0, 0.0), (0.0, 0.4))
+SETTINGS = ((0.0, 0.0), (0.4, 0.0), (1.0, 0.0), (0.2, 0.0), (0.7, 0.0), (0.0, 0.4))
 EVERY, QUERIES = 6, 12  # of the people of --commits, and of each person's queries
 TOGETHER = 128  # answers at a time
 # What the cloud is told to take so many of.

@@ -34,7 +34,7 @@ cd "$(dirname "$0")/.."
 runs=${RUNS:-runs/research} results=${RESULTS:-docs/results/research} data=${DATA:-../shared/data}
 model=${MODEL:-smollm2} ours=cloud/perfit_cloud/artefacts people=${PEOPLE:-48} some=${SOME:-12}
 ((some <= people)) || some=$people
-common=(--model "$model" --temperature 0 --threads "${THREADS:-1}")
+common=(--model "$model" --temperature 0 --frequency-penalty 0 --threads "${THREADS:-1}")
 [ -z "${QUERIES:-}" ] || common+=(--queries "$QUERIES")
 memory=(--keep-gib 2)
 history=()

@@ -84,6 +84,8 @@ _SCORE = (
 _HEADLINE = "Generate a headline for the following article: {text}"
 _TITLE = "Generate a title for the following abstract of a paper: {abstract}"
 _PARAPHRASE = "Paraphrase the following tweet without any explanation before or after it: {input}"
+# Frequency penalties against loops: docs/results.md.
+_ON_LINES, _ON_REPLIES = 1.0, 0.4
 
 
 def _lamp(
@@ -98,6 +100,7 @@ def _lamp(
     labels: tuple[str, ...] = (),
     history_template: str = "",
     cue: str = "",
+    frequency_penalty: float = 0.0,
 ) -> Task:
     """LaMP's question with the answer's cue behind it; as a chat turn, the question alone."""
     return Task(
@@ -112,6 +115,7 @@ def _lamp(
         chat="auto",
         history_template=history_template,
         chat_template=asked,
+        frequency_penalty=frequency_penalty,
     )
 
 
@@ -148,7 +152,16 @@ TASKS: dict[str, Task] = {
             answer_tokens=4,
             lamp="LaMP_3",
         ),
-        _lamp("news_headline", _HEADLINE, "title", "rouge_1", "article: ", lamp="LaMP_4", cue="headline"),
+        _lamp(
+            "news_headline",
+            _HEADLINE,
+            "title",
+            "rouge_1",
+            "article: ",
+            lamp="LaMP_4",
+            cue="headline",
+            frequency_penalty=_ON_LINES,
+        ),
         _lamp("scholarly_title", _TITLE, "title", "rouge_1", "paper: ", lamp="LaMP_5", answer_tokens=64),
         _lamp(
             "tweet_paraphrase",
@@ -169,6 +182,7 @@ TASKS: dict[str, Task] = {
             "changes: ",
             chat="auto",
             chat_template="Write a one-line commit message for these changes: {changes}",
+            frequency_penalty=_ON_LINES,
         ),
         Task(
             "reply",
@@ -180,7 +194,7 @@ TASKS: dict[str, Task] = {
             answer_tokens=128,
             chat="auto",
             chat_template="Write a reply to this message: {message}",
-            frequency_penalty=0.4,  # against loops: docs/results.md
+            frequency_penalty=_ON_REPLIES,
         ),
         Task("chat", "{prompt}", "{reply}", "rouge_1", stop=(), answer_tokens=256, chat=True),
     )

@@ -37,12 +37,11 @@ def test_oppu_s_prompts_and_the_paper_s_decoding(name: str) -> None:
     lamp, oppu = TASKS[name], with_prompts(TASKS[name], "oppu")
     item = {lamp.text_field: "TEXT", lamp.gold_field: "x"}
     assert oppu.prompt(item).endswith(OPPU[name]) and oppu.target(item) == " x"
-    assert (oppu.stop, oppu.answer_tokens) == ((), 200)
+    assert (oppu.stop, oppu.answer_tokens, oppu.frequency_penalty) == ((), 200, 0)
     assert oppu.parse(" x\ny ") == "x\ny", "nothing is cut from an answer"
     oppu, lamp = oppu.resolved(False), lamp.resolved(False)
-    assert replace(oppu, template=lamp.template, stop=lamp.stop, answer_tokens=lamp.answer_tokens) == lamp, (
-        "and all else stays"
-    )
+    decoding = {key: getattr(lamp, key) for key in ("stop", "answer_tokens", "frequency_penalty")}
+    assert replace(oppu, template=lamp.template, **decoding) == lamp, "and all else stays"
     assert "\n" not in lamp.prompt(item)
 
 
