@@ -193,7 +193,8 @@ def test_a_run_of_an_earlier_version_says_its_schedule_and_is_not_gone_on_with(
 
     The next one's rate warmed up and decayed.
     """
-    run = run_lamp(request_for(schedule="device", **ALONE), base=base)
+    asked = {"frequency_penalty": 0.0, **ALONE}  # there was none
+    run = run_lamp(request_for(schedule="device", **asked), base=base)
     for name in ("settings.json", "run.json"):
         path = run.folder / name
         written = json.loads(path.read_text())
@@ -206,7 +207,7 @@ def test_a_run_of_an_earlier_version_says_its_schedule_and_is_not_gone_on_with(
     assert (old.prompts, old.settings["schedule"]) == ("task", schedule_then)
     for schedule in ("device", "paper"):
         with pytest.raises(InvalidInput, match="schedule; use another --out"):
-            run_lamp(request_for(schedule=schedule, **ALONE), base=base)
+            run_lamp(request_for(schedule=schedule, **asked), base=base)
 
 
 def test_a_paper_run_of_an_earlier_version_goes_on(
