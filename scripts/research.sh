@@ -77,9 +77,14 @@ step() { # folder, command…: unless the same command has finished there
   fi
   keep "$name" || { failed+=("$out (its figures)"); return 0; }
   touch "$out/.finished"
-  whole= finished "$name" "$@" ||
-    printf '%s\t%s\t%s\t%s\n' "$name" "$((SECONDS - began))" "$cpu" "$*" >>"$results/steps.tsv"
+  whole= finished "$name" "$@" || record "$name" "$((SECONDS - began))" "$cpu" "$*"
 } 3>&1 4>&2
+
+record() { # folder, seconds, of the processor, command: in place of another command's there, whose figures are gone
+  local others
+  others=$(awk -F '\t' -v folder="$1" '$1 != folder' "$results/steps.tsv" 2>/dev/null)
+  { [ -z "$others" ] || printf '%s\n' "$others"; printf '%s\t%s\t%s\t%s\n' "$@"; } >"$results/steps.tsv"
+}
 
 keep() { # folder of a run, of a sweep, or of something else: what was measured, without texts
   local each
