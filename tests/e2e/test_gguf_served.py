@@ -22,7 +22,6 @@ from perfit_device.evaluation import prompt_of
 from perfit_device.history import HistoryItem
 from perfit_shared.invites import Invite
 from perfit_shared.shifts import ShiftTensors
-from perfit_shared.types import Sampling
 
 MODES = {"base", "collective", "seed", "personal", "other"}
 SMALL = {
@@ -78,6 +77,6 @@ def test_a_run_and_a_cloud_on_one_file_give_one_answer(
                 ("collective", ShiftUse(served)),
                 ("personal", ShiftUse(served, ShiftTensors.from_bytes(tensors, served.spec, 2))),
             ):
-                prompt, sampling = prompt_of(served.task, item), Sampling(served.task.answer_tokens)
+                prompt, sampling = prompt_of(served.task, item), served.task.sampling()
                 chunks = cloud.generate(prompt, use, sampling)
                 assert served.task.parse("".join(c.text for c in chunks)) == query.answers[mode]
