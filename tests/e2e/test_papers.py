@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,17 @@ def test_the_help_page_is_not_stale(tmp_path: Path) -> None:
 
 
 def test_artefacts_that_ship_are_small_and_whole() -> None:
+    """And ask as their tasks do, but for other labels."""
     from perfit_cloud.model.artefacts import Artefact
     from perfit_cloud.model.shipped import FOLDER
+    from perfit_shared.tasks import TASKS
 
     folders = [path for path in FOLDER.iterdir() if path.is_dir()]
     for folder in folders:
+        task, built_in = Artefact.load(folder).task, TASKS[folder.name].resolved(True)
         assert Artefact.load(folder).name == folder.name
+        words = {"template": built_in.template, "labels": built_in.labels} if task.labels else {}
+        assert replace(task, **words) == built_in
         assert (folder / "CARD.md").is_file()
     assert len({Artefact.load(folder).fingerprint for folder in folders}) <= 1
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 5e6
