@@ -41,7 +41,6 @@ from perfit_shared.lamp import read_users
 from perfit_shared.metrics import rouge_pairs
 from perfit_shared.shifts import ShiftTensors
 from perfit_shared.tasks import Task
-from perfit_shared.types import Sampling
 
 # (frequency, presence)
 SETTINGS = ((0.0, 0.0), (0.4, 0.0), (1.0, 0.0), (0.2, 0.0), (0.7, 0.0), (0.0, 0.4))
@@ -145,7 +144,7 @@ def people_of(profile: Profile, run: Path, folder: Path) -> Group:
         asked.append(Asked(ShiftUse(artefact, tensors), queries, own))
     if not asked:
         raise SystemExit(f"{run} keeps no shifts; it wants a finished run of perfit or perfit_behind+rag")
-    return Group(f"{run.name}, {len(asked)} people", profile, artefact, asked)
+    return Group(f"{run}, {len(asked)} people", profile, artefact, asked)
 
 
 def other_group(profile: Profile) -> Group:
@@ -223,19 +222,11 @@ def answers_of(
     """Of all questions at the first setting, then at the next."""
     cloud, info = profile.connect()
     prompts = [asked.prompt(item, task) for item in asked.items]
-    questions = [
-        (
-            prompt,
-            Sampling(
-                min(task.answer_tokens, info.limits.new_tokens),
-                stop=task.stop,
-                frequency_penalty=frequency,
-                presence_penalty=presence,
-            ),
-        )
+    samplings = [
+        task.sampling(most=info.limits.new_tokens, frequency_penalty=frequency, presence_penalty=presence)
         for frequency, presence in settings
-        for prompt in prompts
     ]
+    questions = [(prompt, sampling) for sampling in samplings for prompt in prompts]
     retry_policy = RetryPolicy()  # a busy machine takes longer than a stream may
     in_flight = min(TOGETHER, info.limits.questions)
     return ask_all(cloud, asked.use, questions, in_flight=in_flight, retry_policy=retry_policy)
@@ -284,7 +275,7 @@ def run(given: argparse.Namespace, kept: Path) -> None:
             if not (stage / "homes").exists():
                 Device(stage / "homes", "asker")("enroll", "-", text=cloud.invite())
             asker = profile("asker")
-            groups = [people_of(asker, *map(Path, pair.split("=", 1))) for pair in given.of]
+            groups = [people_of(asker, *pair) for pair in given.of]
         else:
             cast = [profile(person.name) for person in CAST]
             groups = [own_group(each) for each in cast]
@@ -302,11 +293,20 @@ def run(given: argparse.Namespace, kept: Path) -> None:
                     print(list(lines([of]))[-1], file=sys.stderr, flush=True)
 
 
+def run_and_folder(text: str) -> tuple[Path, Path]:
+    name, there, folder = text.partition("=")
+    if not (name and there and folder):
+        raise argparse.ArgumentTypeError("give RUN=FOLDER")
+    return Path(name), Path(folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--run", type=Path, default=ROOT / "demo" / "run", help="what `make demo` left")
     parser.add_argument("--commits", type=Path, help="folder with user_top_100_history.json")
-    parser.add_argument("--of", action="append", metavar="RUN=FOLDER", help="a lamp run and its --data")
+    parser.add_argument(
+        "--of", action="append", type=run_and_folder, metavar="RUN=FOLDER", help="a lamp run and its --data"
+    )
     parser.add_argument("--settings", type=int, metavar="N", help="the first N of the settings alone")
     given = parser.parse_args()
     kept = ROOT / "runs" / "penalties.jsonl"

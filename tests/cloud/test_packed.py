@@ -102,7 +102,8 @@ def test_an_engine_packs_unless_it_is_told_not_to_and_answers_alike(
         assert bool(multiplied) == packs
     texts = ["".join(chunk.text for chunk in answer) for answer in answers]
     assert texts[0] == texts[1]
-    assert answers[0][-1].answer_tokens == answers[1][-1].answer_tokens == 12
+    lasts = [replace(answer[-1], text="") for answer in answers]  # how it ended, and the counts
+    assert lasts[0] == lasts[1] and lasts[0].answer_tokens > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
